@@ -1,0 +1,225 @@
+//! A decode batch as the caller holds it: borrowed block tables and lengths, validated once.
+
+use crate::{Error, Result};
+
+/// The block tables of a decode step, borrowed from the caller, checked on construction.
+///
+/// Row `b` has `lengths[b]` tokens (the token being decoded included); only its first `ceil(length / page_size)` table
+/// entries are ever read: what stands behind them may be anything. Legal: rows of length 0, equal rows, a page id twice
+/// in a row, rows that name the same partial last page with different lengths.
+#[derive(Clone, Copy, Debug)]
+pub struct DecodeBatch<'a> {
+    tables: Tables<'a>,
+    lengths: Lengths<'a>,
+    page_size: u32,
+    num_pages: u32,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Tables<'a> {
+    Rows(&'a [&'a [u32]]),
+    Padded { ids: &'a [u32], row_stride: usize },
+    Csr { indptr: &'a [u32], ids: &'a [u32] },
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Lengths<'a> {
+    Tokens(&'a [u32]),
+    LastPage { indptr: &'a [u32], last_page_len: &'a [u32] },
+}
+
+impl<'a> DecodeBatch<'a> {
+    /// Largest number of tokens of one sequence and of pages in a pool: offsets stay below 2^31.
+    pub const MAX_TOKENS: u32 = (1 << 31) - 1;
+
+    /// One slice of page ids per sequence.
+    ///
+    /// # Errors
+    /// Numbers of tables and lengths differ; a table is shorter than its length needs; a page id that is needed is not
+    /// below `num_pages`; `page_size` or `num_pages` is out of range.
+    pub fn from_block_tables(
+        tables: &'a [&'a [u32]],
+        lengths: &'a [u32],
+        page_size: u32,
+        num_pages: u32,
+    ) -> Result<Self> {
+        if tables.len() != lengths.len() {
+            return Err(Error::invalid(
+                "block_tables",
+                format!("{} tables", tables.len()),
+                format!("one per length ({})", lengths.len()),
+            ));
+        }
+        Self { tables: Tables::Rows(tables), lengths: Lengths::Tokens(lengths), page_size, num_pages }.validated()
+    }
+
+    /// A row-major padded matrix, `[rows, row_stride]`, as engines keep it (vLLM, transformers): `i32`, padded with
+    /// anything. `rows` is `lengths.len()`.
+    ///
+    /// # Errors
+    /// As [`Self::from_block_tables`]; also when `ids` holds fewer than `rows * row_stride` entries.
+    pub fn from_padded(
+        ids: &'a [i32],
+        row_stride: usize,
+        lengths: &'a [u32],
+        page_size: u32,
+        num_pages: u32,
+    ) -> Result<Self> {
+        let needed = lengths.len().checked_mul(row_stride).unwrap_or(usize::MAX);
+        if ids.len() < needed {
+            return Err(Error::invalid(
+                "block_table",
+                format!("{} entries", ids.len()),
+                format!("at least rows*row_stride = {needed}"),
+            ));
+        }
+        // A negative id becomes one of 2^31 or more, which is never below `num_pages`.
+        let ids = bytemuck::cast_slice(ids);
+        Self { tables: Tables::Padded { ids, row_stride }, lengths: Lengths::Tokens(lengths), page_size, num_pages }
+            .validated()
+    }
+
+    /// FlashInfer's form: sequence `b` owns `indices[indptr[b]..indptr[b+1]]`; its last page holds `last_page_len[b]`
+    /// tokens (1 to `page_size`; ignored where the sequence has no page).
+    ///
+    /// # Errors
+    /// As [`Self::from_block_tables`]; also when `indptr` does not ascend from 0 within `indices`, or has not one entry
+    /// more than `last_page_len`.
+    pub fn from_csr(
+        indptr: &'a [u32],
+        indices: &'a [u32],
+        last_page_len: &'a [u32],
+        page_size: u32,
+        num_pages: u32,
+    ) -> Result<Self> {
+        if indptr.len() != last_page_len.len() + 1 {
+            return Err(Error::invalid(
+                "indptr",
+                format!("{} entries", indptr.len()),
+                format!("one more than last_page_len ({})", last_page_len.len()),
+            ));
+        }
+        if indptr[0] != 0 {
+            return Err(Error::invalid("indptr[0]", indptr[0], "0"));
+        }
+        for (b, pair) in indptr.windows(2).enumerate() {
+            if pair[1] < pair[0] || pair[1] as usize > indices.len() {
+                return Err(Error::invalid(
+                    format!("indptr[{}]", b + 1),
+                    pair[1],
+                    format!("between {} and indices.len() = {}", pair[0], indices.len()),
+                ));
+            }
+            if pair[1] > pair[0] && !(1..=page_size).contains(&last_page_len[b]) {
+                return Err(Error::invalid(
+                    format!("last_page_len[{b}]"),
+                    last_page_len[b],
+                    format!("1 to page_size = {page_size}"),
+                ));
+            }
+            let tokens = u64::from(pair[1] - pair[0]) * u64::from(page_size);
+            if tokens > u64::from(Self::MAX_TOKENS) {
+                return Err(Error::invalid(
+                    format!("indptr[{}]", b + 1),
+                    format!("{tokens} tokens"),
+                    format!("at most {} tokens", Self::MAX_TOKENS),
+                ));
+            }
+        }
+        Self {
+            tables: Tables::Csr { indptr, ids: indices },
+            lengths: Lengths::LastPage { indptr, last_page_len },
+            page_size,
+            num_pages,
+        }
+        .validated()
+    }
+
+    /// Number of rows, empty ones included.
+    pub fn sequence_count(&self) -> usize {
+        match self.lengths {
+            Lengths::Tokens(lengths) => lengths.len(),
+            Lengths::LastPage { last_page_len, .. } => last_page_len.len(),
+        }
+    }
+
+    /// Tokens of sequence `sequence`.
+    ///
+    /// # Panics
+    /// When `sequence` is not below [`Self::sequence_count`].
+    pub fn length(&self, sequence: usize) -> u32 {
+        match self.lengths {
+            Lengths::Tokens(lengths) => lengths[sequence],
+            Lengths::LastPage { indptr, last_page_len } => match indptr[sequence + 1] - indptr[sequence] {
+                0 => 0,
+                pages => (pages - 1) * self.page_size + last_page_len[sequence],
+            },
+        }
+    }
+
+    /// Page ids of sequence `sequence`: exactly `ceil(length / page_size)` of them, each below [`Self::num_pages`].
+    ///
+    /// # Panics
+    /// When `sequence` is not below [`Self::sequence_count`].
+    pub fn pages(&self, sequence: usize) -> &'a [u32] {
+        let needed = self.length(sequence).div_ceil(self.page_size) as usize;
+        &self.row(sequence)[..needed]
+    }
+
+    /// Tokens per page.
+    pub fn page_size(&self) -> u32 {
+        self.page_size
+    }
+
+    /// Pages in the pool.
+    pub fn num_pages(&self) -> u32 {
+        self.num_pages
+    }
+
+    fn row(&self, sequence: usize) -> &'a [u32] {
+        match self.tables {
+            Tables::Rows(rows) => rows[sequence],
+            Tables::Padded { ids, row_stride } => &ids[sequence * row_stride..][..row_stride],
+            Tables::Csr { indptr, ids } => &ids[indptr[sequence] as usize..indptr[sequence + 1] as usize],
+        }
+    }
+
+    fn validated(self) -> Result<Self> {
+        if self.page_size == 0 || self.page_size > 1 << 20 {
+            return Err(Error::invalid("page_size", self.page_size, "1 to 1048576 tokens"));
+        }
+        if self.num_pages > Self::MAX_TOKENS {
+            return Err(Error::invalid("num_pages", self.num_pages, format!("at most {}", Self::MAX_TOKENS)));
+        }
+        for sequence in 0..self.sequence_count() {
+            let length = self.length(sequence);
+            if length > Self::MAX_TOKENS {
+                return Err(Error::invalid(
+                    format!("lengths[{sequence}]"),
+                    length,
+                    format!("at most {}", Self::MAX_TOKENS),
+                ));
+            }
+            let needed = length.div_ceil(self.page_size) as usize;
+            let row = self.row(sequence);
+            if row.len() < needed {
+                return Err(Error::invalid(
+                    format!("block_tables[{sequence}]"),
+                    format!("{} pages of {} tokens", row.len(), self.page_size),
+                    format!("at least {needed} for lengths[{sequence}] = {length}"),
+                ));
+            }
+            // The maximum first: one vectorised pass, and the offender is looked up only when there is one.
+            let largest = row[..needed].iter().copied().max().unwrap_or(0);
+            if needed > 0 && largest >= self.num_pages {
+                let position = row[..needed].iter().position(|&id| id >= self.num_pages).unwrap_or(0);
+                return Err(Error::invalid(
+                    format!("block_tables[{sequence}][{position}]"),
+                    row[position] as i32,
+                    format!("a page id below num_pages = {}", self.num_pages),
+                ));
+            }
+        }
+        Ok(self)
+    }
+}

@@ -1,0 +1,1 @@
+//! Executes a plan on a CUDA device. Placeholder: see the module's owner.

@@ -1,0 +1,16 @@
+//! What the device code and the host must agree on, and nothing else: plan records, kernel parameters, the kernel
+//! manifest. `no_std`, builds for every target; every layout is `repr(C)` with its size asserted at compile time.
+//!
+//! A *plan* is one contiguous buffer: a [`PlanHeader`], then [`WorkItem`]s at the fixed offset
+//! [`PlanHeader::ITEMS_OFFSET_BYTES`], then [`PackQuery`]s, page ids (`u32`) and [`MergeRow`]s at the offsets the header names.
+#![no_std]
+#![forbid(unsafe_code)]
+
+pub mod generator;
+pub mod manifest;
+pub mod params;
+pub mod plan;
+
+pub use manifest::{Arch, Dtype, Family, KERNELS, KernelSpec, TileVariant};
+pub use params::{FastDivisor, ForwardParams, MergeParams};
+pub use plan::{DIRECT_SLOT, MAX_TILE_VARIANTS, MergeRow, PLAN_MAGIC, PackQuery, PlanHeader, WorkItem};

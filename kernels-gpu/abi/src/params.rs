@@ -1,0 +1,160 @@
+//! By-value kernel parameters. Addresses are `u64` device addresses; strides are in bytes.
+
+use bytemuck::{Pod, Zeroable};
+
+/// Division of a `u32` below 2^31 by a run-time constant: `(n * multiplier) >> shift` in 64 bits.
+/// (Granlund and Montgomery, "Division by invariant integers using multiplication", PLDI 1994.)
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct FastDivisor {
+    /// The divisor itself.
+    pub divisor: u32,
+    /// `ceil(2^shift / divisor)`, fits 32 bits.
+    pub multiplier: u32,
+    /// 31 + ceil(log2(divisor)).
+    pub shift: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+impl FastDivisor {
+    /// Prepares division by `divisor`, which must not be 0 and must be below 2^31.
+    pub const fn new(divisor: u32) -> Self {
+        assert!(divisor > 0 && divisor < 1 << 31);
+        let log2_ceil = 32 - (divisor - 1).leading_zeros();
+        let shift = 31 + log2_ceil;
+        let multiplier = (1u64 << shift).div_ceil(divisor as u64);
+        assert!(multiplier <= u32::MAX as u64);
+        Self { divisor, multiplier: multiplier as u32, shift, reserved: 0 }
+    }
+
+    /// `n / divisor`, for `n` below 2^31.
+    #[inline(always)]
+    pub const fn divide(self, n: u32) -> u32 {
+        ((n as u64 * self.multiplier as u64) >> self.shift) as u32
+    }
+
+    /// `(n / divisor, n % divisor)`, for `n` below 2^31.
+    #[inline(always)]
+    pub const fn divide_remainder(self, n: u32) -> (u32, u32) {
+        let quotient = self.divide(n);
+        (quotient, n.wrapping_sub(quotient.wrapping_mul(self.divisor)))
+    }
+}
+
+/// First parameter of every forward kernel.
+///
+/// Element (page, token, head, x) of K lies at `k + page*k_page_stride + token*k_token_stride + head*k_head_stride + 2x`
+/// bytes, of V likewise; element (sequence, head, x) of Q at `q + sequence*q_sequence_stride + head*q_head_stride + 2x`.
+/// The host checks that base addresses and strides of Q, K, V and O are multiples of 16 bytes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
+pub struct ForwardParams {
+    /// Plan buffer.
+    pub plan: u64,
+    /// Queries, 16-bit.
+    pub q: u64,
+    /// Key pool, 16-bit.
+    pub k: u64,
+    /// Value pool, 16-bit.
+    pub v: u64,
+    /// Output, 16-bit.
+    pub out: u64,
+    /// Log-sum-exp output (f32, natural logarithm), or 0.
+    pub lse: u64,
+    /// Partial outputs: f32 `[slot_count, q_heads, head_dim]`, normalised; contiguous.
+    pub partial_out: u64,
+    /// Partial log-sum-exps, base 2: f32 `[slot_count, q_heads]`.
+    pub partial_lse: u64,
+    /// Bytes between sequences of Q.
+    pub q_sequence_stride: i64,
+    /// Bytes between heads of Q.
+    pub q_head_stride: i64,
+    /// Bytes between pages of K.
+    pub k_page_stride: i64,
+    /// Bytes between tokens of K.
+    pub k_token_stride: i64,
+    /// Bytes between heads of K.
+    pub k_head_stride: i64,
+    /// Bytes between pages of V.
+    pub v_page_stride: i64,
+    /// Bytes between tokens of V.
+    pub v_token_stride: i64,
+    /// Bytes between heads of V.
+    pub v_head_stride: i64,
+    /// Bytes between sequences of O.
+    pub out_sequence_stride: i64,
+    /// Bytes between heads of O.
+    pub out_head_stride: i64,
+    /// Bytes between sequences of LSE.
+    pub lse_sequence_stride: i64,
+    /// Bytes between heads of LSE.
+    pub lse_head_stride: i64,
+    /// `softmax_scale * log2(e)`.
+    pub scale_log2: f32,
+    /// KV heads. CTA `c` of a launch serves item `variant_begin + c / kv_heads`, KV head `c % kv_heads`.
+    pub kv_heads: u32,
+    /// Query heads per KV head.
+    pub group: FastDivisor,
+    /// Tokens per page.
+    pub page_size: FastDivisor,
+    /// `kv_heads` as a divisor.
+    pub kv_heads_divisor: FastDivisor,
+    /// Pages in the pool; the page index that tensor maps treat as out of range.
+    pub num_pages: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+/// Parameter of the merge kernels: one warp per (merge row, query head).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
+pub struct MergeParams {
+    /// Plan buffer.
+    pub plan: u64,
+    /// Output, 16-bit.
+    pub out: u64,
+    /// Log-sum-exp output (f32, natural logarithm), or 0.
+    pub lse: u64,
+    /// See [`ForwardParams::partial_out`].
+    pub partial_out: u64,
+    /// See [`ForwardParams::partial_lse`].
+    pub partial_lse: u64,
+    /// Bytes between sequences of O.
+    pub out_sequence_stride: i64,
+    /// Bytes between heads of O.
+    pub out_head_stride: i64,
+    /// Bytes between sequences of LSE.
+    pub lse_sequence_stride: i64,
+    /// Bytes between heads of LSE.
+    pub lse_head_stride: i64,
+    /// Query heads.
+    pub q_heads: FastDivisor,
+}
+
+const _: () = {
+    assert!(size_of::<ForwardParams>() == 224);
+    assert!(size_of::<MergeParams>() == 88);
+};
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fast_division_equals_division() {
+        for divisor in (1..300).chain([1023, 1024, 1025, 65_535, 65_536, 1 << 30, (1 << 31) - 1]) {
+            let fast = FastDivisor::new(divisor);
+            let near_multiples = (1..40u64).flat_map(|k| {
+                let m = k * u64::from(divisor);
+                [m - 1, m, m + 1]
+            });
+            for n in (0..2000u64).chain(near_multiples).chain([(1 << 31) - 1, (1 << 31) - 2, 1 << 30]) {
+                if n < 1 << 31 {
+                    let n = n as u32;
+                    assert_eq!(fast.divide_remainder(n), (n / divisor, n % divisor), "{n} / {divisor}");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,16 @@
+//! Decode-attention kernels for NVIDIA GPUs, compiled by rustc to PTX.
+//!
+//! The tree follows the hardware: `ptx` has one wrapper per instruction, `tile` builds register and shared-memory tiles
+//! on it, `kernels` has one file per kernel family. `--cfg pat_sm90a` (set by the xtask) selects the wgmma kernels
+//! instead of the mma.sync ones: each PTX file holds the kernels of one architecture.
+#![no_std]
+#![feature(abi_ptx, asm_experimental_arch, stdarch_nvptx, link_llvm_intrinsics)]
+#![allow(internal_features)]
+
+mod ptx;
+
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    // SAFETY: `trap` ends the kernel; it has no precondition.
+    unsafe { core::arch::nvptx::trap() }
+}

@@ -1,0 +1,1 @@
+//! One wrapper per PTX instruction.
