@@ -7,7 +7,7 @@
 #![feature(abi_ptx, asm_experimental_arch, stdarch_nvptx, link_llvm_intrinsics)]
 #![allow(internal_features)]
 
-mod ptx;
+pub mod ptx;
 
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo<'_>) -> ! {

@@ -1,0 +1,48 @@
+//! Exchange between the lanes of a warp (sm_30). All convergent, so all LLVM intrinsics.
+
+unsafe extern "C" {
+    #[link_name = "llvm.nvvm.shfl.sync.bfly.f32"]
+    fn llvm_shfl_bfly_f32(mask: u32, value: f32, lane_mask: u32, clamp: u32) -> f32;
+    #[link_name = "llvm.nvvm.shfl.sync.bfly.i32"]
+    fn llvm_shfl_bfly_i32(mask: u32, value: u32, lane_mask: u32, clamp: u32) -> u32;
+    #[link_name = "llvm.nvvm.shfl.sync.idx.i32"]
+    fn llvm_shfl_idx_i32(mask: u32, value: u32, lane: u32, clamp: u32) -> u32;
+}
+
+const ALL_LANES: u32 = u32::MAX;
+const WHOLE_WARP: u32 = 31;
+
+/// `shfl.sync.bfly.b32` (sm_30): the value of the lane whose index differs by `lane_mask` (exclusive or). Convergent.
+#[inline(always)]
+pub fn xor_f32(value: f32, lane_mask: u32) -> f32 {
+    // SAFETY: all lanes take part; the callers are warp-uniform.
+    unsafe { llvm_shfl_bfly_f32(ALL_LANES, value, lane_mask, WHOLE_WARP) }
+}
+
+/// `shfl.sync.bfly.b32` (sm_30): as [`xor_f32`]. Convergent.
+#[inline(always)]
+pub fn xor_u32(value: u32, lane_mask: u32) -> u32 {
+    // SAFETY: all lanes take part; the callers are warp-uniform.
+    unsafe { llvm_shfl_bfly_i32(ALL_LANES, value, lane_mask, WHOLE_WARP) }
+}
+
+/// `shfl.sync.idx.b32` (sm_30): the value of lane `lane % 32`. Convergent.
+#[inline(always)]
+pub fn from_lane_u32(value: u32, lane: u32) -> u32 {
+    // SAFETY: all lanes take part; the callers are warp-uniform.
+    unsafe { llvm_shfl_idx_i32(ALL_LANES, value, lane, WHOLE_WARP) }
+}
+
+/// Two `shfl.sync.idx.b32` (sm_30): the 64-bit value of lane `lane % 32`. Convergent.
+#[inline(always)]
+pub fn from_lane_u64(value: u64, lane: u32) -> u64 {
+    let low = from_lane_u32(value as u32, lane);
+    let high = from_lane_u32((value >> 32) as u32, lane);
+    (high as u64) << 32 | low as u64
+}
+
+/// `shfl.sync.idx.b32` (sm_30): the value of lane `lane % 32`. Convergent.
+#[inline(always)]
+pub fn from_lane_f32(value: f32, lane: u32) -> f32 {
+    f32::from_bits(from_lane_u32(value.to_bits(), lane))
+}
