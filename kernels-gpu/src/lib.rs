@@ -7,7 +7,12 @@
 #![feature(abi_ptx, asm_experimental_arch, stdarch_nvptx, link_llvm_intrinsics)]
 #![allow(internal_features)]
 
+pub mod element;
+pub mod item;
+pub mod kernels;
 pub mod ptx;
+pub mod softmax;
+pub mod tile;
 
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo<'_>) -> ! {

@@ -7,10 +7,11 @@
 #![forbid(unsafe_code)]
 
 pub mod generator;
+pub mod layout;
 pub mod manifest;
 pub mod params;
 pub mod plan;
 
 pub use manifest::{Arch, Dtype, Family, KERNELS, KernelSpec, TileVariant};
-pub use params::{FastDivisor, ForwardParams, MergeParams};
+pub use params::{FastDivisor, FillParams, FlushParams, ForwardParams, MergeParams};
 pub use plan::{DIRECT_SLOT, MAX_TILE_VARIANTS, MergeRow, PLAN_MAGIC, PackQuery, PlanHeader, WorkItem};

@@ -124,6 +124,10 @@ pub enum Family {
     Forward(TileVariant),
     /// Combines partials by their log-sum-exp.
     Merge,
+    /// Draws a tensor from the counter generator (tests, benchmarks). Any head dimension: its rows say 0.
+    Fill,
+    /// Evicts the L2 cache by reading (benchmarks). Any element type and head dimension: its row says F16 and 0.
+    Flush,
 }
 
 /// One compiled kernel.
@@ -173,15 +177,34 @@ macro_rules! forward {
 }
 
 macro_rules! merge {
-    ($entry:literal, $dtype:ident, $head_dim:literal) => {
+    ($entry:literal, $arch:ident, $dtype:ident, $head_dim:literal) => {
         KernelSpec {
             entry: $entry,
-            arch: Arch::Sm80,
+            arch: Arch::$arch,
             family: Family::Merge,
             dtype: Dtype::$dtype,
             head_dim: $head_dim,
             threads: 128,
-            min_ctas_per_sm: 8,
+            // Eight float4 loads in flight with 64-bit addresses want 72 registers; eight CTAs would allow 64 and spill.
+            min_ctas_per_sm: 6,
+            smem_bytes: 0,
+            max_registers: 80,
+            barriers: 0,
+            tensor_maps: 0,
+        }
+    };
+}
+
+macro_rules! support {
+    ($entry:literal, $family:ident, $dtype:ident) => {
+        KernelSpec {
+            entry: $entry,
+            arch: Arch::Sm80,
+            family: Family::$family,
+            dtype: Dtype::$dtype,
+            head_dim: 0,
+            threads: 256,
+            min_ctas_per_sm: 4,
             smem_bytes: 0,
             max_registers: 64,
             barriers: 0,
@@ -193,17 +216,44 @@ macro_rules! merge {
 /// Every kernel of the project.
 #[rustfmt::skip]
 pub const KERNELS: &[KernelSpec] = &[
-    forward!("pat_forward_mma16_d128_f16",  Mma16,  F16,  128, threads 128, ctas 3, smem 65_536, regs 168, bars 2, maps 0),
-    forward!("pat_forward_mma16_d128_bf16", Mma16,  Bf16, 128, threads 128, ctas 3, smem 65_536, regs 168, bars 2, maps 0),
-    merge!("pat_merge_d128_f16",  F16,  128),
-    merge!("pat_merge_d128_bf16", Bf16, 128),
-    merge!("pat_merge_d64_f16",   F16,  64),
-    merge!("pat_merge_d64_bf16",  Bf16, 64),
+    forward!("pat_forward_mma16_d128_f16",     Mma16,  F16,  128, threads 128, ctas 3, smem 65_536, regs 168, bars 1, maps 0),
+    forward!("pat_forward_mma16_d128_bf16",    Mma16,  Bf16, 128, threads 128, ctas 3, smem 65_536, regs 168, bars 1, maps 0),
+    forward!("pat_forward_mma16_d64_f16",      Mma16,  F16,  64,  threads 128, ctas 3, smem 65_536, regs 168, bars 1, maps 0),
+    forward!("pat_forward_mma16_d64_bf16",     Mma16,  Bf16, 64,  threads 128, ctas 3, smem 65_536, regs 168, bars 1, maps 0),
+    forward!("pat_forward_mma32_d128_f16",     Mma32,  F16,  128, threads 128, ctas 3, smem 65_536, regs 168, bars 4, maps 0),
+    forward!("pat_forward_mma32_d128_bf16",    Mma32,  Bf16, 128, threads 128, ctas 3, smem 65_536, regs 168, bars 4, maps 0),
+    forward!("pat_forward_mma32_d64_f16",      Mma32,  F16,  64,  threads 128, ctas 3, smem 32_768, regs 168, bars 4, maps 0),
+    forward!("pat_forward_mma32_d64_bf16",     Mma32,  Bf16, 64,  threads 128, ctas 3, smem 32_768, regs 168, bars 4, maps 0),
+    forward!("pat_forward_mma64_d128_f16",     Mma64,  F16,  128, threads 128, ctas 2, smem 65_536, regs 255, bars 3, maps 0),
+    forward!("pat_forward_mma64_d128_bf16",    Mma64,  Bf16, 128, threads 128, ctas 2, smem 65_536, regs 255, bars 3, maps 0),
+    forward!("pat_forward_mma64_d64_f16",      Mma64,  F16,  64,  threads 128, ctas 2, smem 32_768, regs 255, bars 3, maps 0),
+    forward!("pat_forward_mma64_d64_bf16",     Mma64,  Bf16, 64,  threads 128, ctas 2, smem 32_768, regs 255, bars 3, maps 0),
+    forward!("pat_forward_mma128_d128_f16",    Mma128, F16,  128, threads 256, ctas 1, smem 65_536, regs 255, bars 3, maps 0),
+    forward!("pat_forward_mma128_d128_bf16",   Mma128, Bf16, 128, threads 256, ctas 1, smem 65_536, regs 255, bars 3, maps 0),
+    forward!("pat_forward_mma128_d64_f16",     Mma128, F16,  64,  threads 256, ctas 1, smem 32_768, regs 255, bars 3, maps 0),
+    forward!("pat_forward_mma128_d64_bf16",    Mma128, Bf16, 64,  threads 256, ctas 1, smem 32_768, regs 255, bars 3, maps 0),
+    merge!("pat_merge_d128_f16",      Sm80,  F16,  128),
+    merge!("pat_merge_d128_bf16",     Sm80,  Bf16, 128),
+    merge!("pat_merge_d64_f16",       Sm80,  F16,  64),
+    merge!("pat_merge_d64_bf16",      Sm80,  Bf16, 64),
+    merge!("pat_merge_pdl_d128_f16",  Sm90a, F16,  128),
+    merge!("pat_merge_pdl_d128_bf16", Sm90a, Bf16, 128),
+    merge!("pat_merge_pdl_d64_f16",   Sm90a, F16,  64),
+    merge!("pat_merge_pdl_d64_bf16",  Sm90a, Bf16, 64),
+    support!("pat_fill_f16",  Fill,  F16),
+    support!("pat_fill_bf16", Fill,  Bf16),
+    support!("pat_flush_l2",  Flush, F16),
 ];
 
-/// The kernel of a family for an element type and head dimension, if there is one.
+/// The kernel of a family for an element type and head dimension, if there is one. Of two merge kernels it is the one
+/// that runs on both architectures; [`find_for`] names the file.
 pub fn find(family: Family, dtype: Dtype, head_dim: u32) -> Option<&'static KernelSpec> {
     KERNELS.iter().find(|k| k.family == family && k.dtype == dtype && k.head_dim == head_dim)
+}
+
+/// As [`find`], in the PTX file of `arch`. The sm_90a merge kernel is launched with programmatic stream serialisation.
+pub fn find_for(arch: Arch, family: Family, dtype: Dtype, head_dim: u32) -> Option<&'static KernelSpec> {
+    KERNELS.iter().find(|k| k.arch == arch && k.family == family && k.dtype == dtype && k.head_dim == head_dim)
 }
 
 #[cfg(test)]

@@ -132,7 +132,48 @@ pub struct MergeParams {
     pub q_heads: FastDivisor,
 }
 
+/// Parameter of the fill kernels: draws a tensor `[pages, tokens, heads, dim]` from [`crate::generator`]. For Q, `pages` is
+/// the number of sequences and `tokens` is 1. Any grid of 256-thread CTAs.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
+pub struct FillParams {
+    /// The tensor, 16-bit; a multiple of 16.
+    pub base: u64,
+    /// Bytes between pages; a multiple of 16, like the other strides.
+    pub page_stride: i64,
+    /// Bytes between tokens.
+    pub token_stride: i64,
+    /// Bytes between heads.
+    pub head_stride: i64,
+    /// Tokens per page.
+    pub tokens: FastDivisor,
+    /// Heads. `pages * tokens * heads` must be below 2^31.
+    pub heads: FastDivisor,
+    /// Pages.
+    pub pages: u32,
+    /// Elements per head: a power of two, at least 8.
+    pub dim: u32,
+    /// Seed of the generator.
+    pub seed: u32,
+    /// Which tensor ([`crate::generator::Tensor`]).
+    pub tensor: u32,
+}
+
+/// Parameter of the L2 flush kernel. Any grid of 256-thread CTAs.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
+pub struct FlushParams {
+    /// Buffer to read, larger than the L2 cache; a multiple of 16.
+    pub buffer: u64,
+    /// Its size; a multiple of 16.
+    pub bytes: u64,
+    /// Receives one `u32` per CTA.
+    pub sums: u64,
+}
+
 const _: () = {
+    assert!(size_of::<FillParams>() == 80);
+    assert!(size_of::<FlushParams>() == 24);
     assert!(size_of::<ForwardParams>() == 224);
     assert!(size_of::<MergeParams>() == 88);
 };

@@ -1,0 +1,42 @@
+//! The 16-bit element types of Q, K, V and O.
+
+use crate::ptx::{math, mma};
+
+/// A 16-bit floating-point type that the tensor cores multiply with f32 accumulation.
+pub trait Element {
+    /// Two f32, rounded to nearest even, `low` in the low half of the word.
+    fn pack(low: f32, high: f32) -> u32;
+
+    /// accumulator (16x8) += A (16x16, row-major) * B (16x8, column-major). Convergent.
+    fn multiply(accumulator: &mut [f32; 4], a: &[u32; 4], b: [u32; 2]);
+}
+
+/// IEEE 754 binary16.
+pub struct F16;
+
+/// bfloat16.
+pub struct Bf16;
+
+impl Element for F16 {
+    #[inline(always)]
+    fn pack(low: f32, high: f32) -> u32 {
+        math::pack_f16x2(low, high)
+    }
+
+    #[inline(always)]
+    fn multiply(accumulator: &mut [f32; 4], a: &[u32; 4], b: [u32; 2]) {
+        mma::mma_m16n8k16_f16(accumulator, a, b);
+    }
+}
+
+impl Element for Bf16 {
+    #[inline(always)]
+    fn pack(low: f32, high: f32) -> u32 {
+        math::pack_bf16x2(low, high)
+    }
+
+    #[inline(always)]
+    fn multiply(accumulator: &mut [f32; 4], a: &[u32; 4], b: [u32; 2]) {
+        mma::mma_m16n8k16_bf16(accumulator, a, b);
+    }
+}

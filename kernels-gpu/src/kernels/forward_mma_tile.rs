@@ -1,0 +1,202 @@
+//! Forward kernels for 32, 64 and 128 rows: all warps share a two-stage ring of 64-token K and V tiles.
+//!
+//! `M_WARPS` warps take 16 rows each; with `KV_WARPS = 2` (32 rows) a second set of warps takes the upper half of every
+//! tile's tokens, and the halves are combined at the end. K and V of a tile are separate `cp.async` groups, so that V
+//! arrives under Q K^T and the softmax. Q stays in registers: it saves one `ldmatrix` in five, and shared memory is what
+//! bounds these kernels.
+
+use pat_abi::{ForwardParams, TileVariant};
+
+use crate::element::{Bf16, Element, F16};
+use crate::item::Item;
+use crate::ptx::{barrier, cp_async, math, special};
+use crate::softmax::{RowStates, normaliser};
+use crate::tile::fragment::{Accumulator, accumulate, load_queries, mask, rescale, scores, to_operand};
+use crate::tile::gather::{Pool, Token, gather};
+use crate::tile::reduce::{combine_and_store, scratch_bytes};
+
+const TILE_TOKENS: u32 = 64;
+const STAGES: u32 = 2;
+
+/// `KEY_STEPS` is 16-token steps per warp and tile, `LOADED` the tokens a warp gathers per tile.
+///
+/// # Safety
+/// `params` describes live buffers and a plan made for them; the launch is as the manifest says.
+#[inline(always)]
+unsafe fn forward<
+    E: Element,
+    const HEAD_STEPS: usize,
+    const M_WARPS: u32,
+    const KV_WARPS: u32,
+    const KEY_STEPS: usize,
+    const LOADED: u32,
+>(
+    params: &ForwardParams,
+    variant: TileVariant,
+) {
+    const { assert!(LOADED * M_WARPS * KV_WARPS == TILE_TOKENS) };
+    const { assert!(KEY_STEPS as u32 * 16 * KV_WARPS == TILE_TOKENS) };
+    let row_bytes = 32 * HEAD_STEPS as u32;
+    let tile_bytes = TILE_TOKENS * row_bytes;
+    // SAFETY: the caller's contract.
+    let Some(item) = (unsafe { Item::load(params, variant, special::cta_index()) }) else { return };
+    let thread = special::thread_index();
+    let (warp, lane) = (thread / 32, thread % 32);
+    let ring = special::dynamic_smem();
+    let keys = Pool::keys(params, item.kv_head);
+    let values = Pool::values(params, item.kv_head);
+
+    let loaded_first = warp * LOADED;
+    let mut incoming = 0;
+    // Lanes past LOADED locate tokens that other warps gather; their places go unused.
+    // SAFETY: the plan's page ids.
+    let mut place = unsafe { Token::locate(&item, params.page_size, loaded_first + lane) };
+    for stage in 0..STAGES {
+        let k_stage = ring + stage * 2 * tile_bytes;
+        if incoming < item.token_count {
+            let valid = item.token_count.saturating_sub(incoming + loaded_first);
+            // SAFETY: the stages are free before their first use.
+            unsafe { gather::<HEAD_STEPS, LOADED>(k_stage, loaded_first, keys, place, valid, lane) };
+            cp_async::commit_group();
+            // SAFETY: as above.
+            unsafe { gather::<HEAD_STEPS, LOADED>(k_stage + tile_bytes, loaded_first, values, place, valid, lane) };
+            cp_async::commit_group();
+        } else {
+            cp_async::commit_group();
+            cp_async::commit_group();
+        }
+        incoming += TILE_TOKENS;
+        // SAFETY: as above.
+        place = unsafe { Token::locate(&item, params.page_size, incoming + loaded_first + lane) };
+    }
+
+    let first_row = warp % M_WARPS * 16;
+    let first_key = warp / M_WARPS * (TILE_TOKENS / KV_WARPS);
+    // SAFETY: the caller's contract.
+    let q = unsafe { load_queries::<HEAD_STEPS>(params, &item, first_row, lane) };
+    let mut output = [[[0.0; 4]; 2]; HEAD_STEPS];
+    let mut states = RowStates::EMPTY;
+    let mut tile = 0;
+    let mut k_stage = ring;
+    while tile < item.token_count {
+        let v_stage = k_stage + tile_bytes;
+        cp_async::wait_group::<3>();
+        barrier::sync_cta();
+        // SAFETY: this tile's K has arrived, for all threads.
+        let mut s = unsafe { scores::<E, HEAD_STEPS, KEY_STEPS>(&q, k_stage + first_key * row_bytes, lane) };
+        if item.token_count - tile < TILE_TOKENS {
+            mask(&mut s, (item.token_count - tile).saturating_sub(first_key), lane);
+        }
+        let factors = states.update(&mut s, params.scale_log2);
+        rescale(&mut output, factors);
+        let p = to_operand::<E, KEY_STEPS>(&s);
+
+        cp_async::wait_group::<2>();
+        barrier::sync_cta();
+        // SAFETY: this tile's V has arrived, for all threads.
+        unsafe { accumulate::<E, HEAD_STEPS, KEY_STEPS>(&mut output, &p, v_stage + first_key * row_bytes, lane) };
+        barrier::sync_cta();
+        if incoming < item.token_count {
+            let valid = item.token_count.saturating_sub(incoming + loaded_first);
+            // SAFETY: all threads have read both tiles of the stage.
+            unsafe { gather::<HEAD_STEPS, LOADED>(k_stage, loaded_first, keys, place, valid, lane) };
+            cp_async::commit_group();
+            // SAFETY: as above.
+            unsafe { gather::<HEAD_STEPS, LOADED>(v_stage, loaded_first, values, place, valid, lane) };
+            cp_async::commit_group();
+        } else {
+            cp_async::commit_group();
+            cp_async::commit_group();
+        }
+        tile += TILE_TOKENS;
+        incoming += TILE_TOKENS;
+        // SAFETY: the plan's page ids. The load has a whole tile to arrive.
+        place = unsafe { Token::locate(&item, params.page_size, incoming + loaded_first + lane) };
+        k_stage = if k_stage == ring { ring + 2 * tile_bytes } else { ring };
+    }
+    states.finish();
+    if KV_WARPS > 1 {
+        const {
+            let scratch = M_WARPS * KV_WARPS * scratch_bytes(16 * HEAD_STEPS as u32);
+            assert!(KV_WARPS == 1 || scratch <= STAGES * 2 * TILE_TOKENS * 32 * HEAD_STEPS as u32);
+        };
+        let stride = scratch_bytes(16 * HEAD_STEPS as u32);
+        // SAFETY: the ring is idle: the last barrier of the loop followed its last read, and no copy is in flight.
+        unsafe {
+            combine_and_store::<E, HEAD_STEPS, M_WARPS, KV_WARPS>(
+                params, &item, ring, stride, &output, &states, thread,
+            );
+        }
+    } else {
+        // SAFETY: the caller's contract.
+        unsafe { store::<E, HEAD_STEPS>(params, &item, first_row, &output, &states, lane) };
+    }
+}
+
+/// Normalises and writes the 16 rows of one warp.
+///
+/// # Safety
+/// As [`forward`]; the warp is the only one that holds these rows.
+#[inline(always)]
+unsafe fn store<E: Element, const HEAD_STEPS: usize>(
+    params: &ForwardParams,
+    item: &Item,
+    first_row: u32,
+    output: &Accumulator<HEAD_STEPS>,
+    states: &RowStates,
+    lane: u32,
+) {
+    for r in 0..2 {
+        let row = first_row + lane / 4 + 8 * r as u32;
+        if row < item.row_count {
+            let scale = normaliser(states.sum[r]);
+            // SAFETY: the row exists, and each lane owns its columns.
+            unsafe {
+                let target = item.row(params, row);
+                for step in 0..HEAD_STEPS {
+                    for half in 0..2 {
+                        let column = (16 * step + 8 * half) as u32 + 2 * (lane % 4);
+                        let pair = [output[step][half][2 * r] * scale, output[step][half][2 * r + 1] * scale];
+                        target.store_pair::<E>(params, 16 * HEAD_STEPS as u32, column, pair);
+                    }
+                }
+                if lane % 4 == 0 {
+                    target.store_lse(params, states.max[r] + math::log2(states.sum[r]));
+                }
+            }
+        }
+    }
+}
+
+macro_rules! entry {
+    ($name:ident, $variant:ident, $element:ty, $head_steps:literal,
+     warps $m_warps:literal x $kv_warps:literal, key_steps $key_steps:literal, loaded $loaded:literal) => {
+        /// See the module.
+        ///
+        /// # Safety
+        /// `params` describes live buffers and a plan made for them; launched as the manifest says.
+        #[unsafe(no_mangle)]
+        pub unsafe extern "ptx-kernel" fn $name(params: ForwardParams) {
+            // SAFETY: the caller's contract.
+            unsafe {
+                forward::<$element, $head_steps, $m_warps, $kv_warps, $key_steps, $loaded>(
+                    &params,
+                    TileVariant::$variant,
+                );
+            }
+        }
+    };
+}
+
+entry!(pat_forward_mma32_d128_f16, Mma32, F16, 8, warps 2 x 2, key_steps 2, loaded 16);
+entry!(pat_forward_mma32_d128_bf16, Mma32, Bf16, 8, warps 2 x 2, key_steps 2, loaded 16);
+entry!(pat_forward_mma32_d64_f16, Mma32, F16, 4, warps 2 x 2, key_steps 2, loaded 16);
+entry!(pat_forward_mma32_d64_bf16, Mma32, Bf16, 4, warps 2 x 2, key_steps 2, loaded 16);
+entry!(pat_forward_mma64_d128_f16, Mma64, F16, 8, warps 4 x 1, key_steps 4, loaded 16);
+entry!(pat_forward_mma64_d128_bf16, Mma64, Bf16, 8, warps 4 x 1, key_steps 4, loaded 16);
+entry!(pat_forward_mma64_d64_f16, Mma64, F16, 4, warps 4 x 1, key_steps 4, loaded 16);
+entry!(pat_forward_mma64_d64_bf16, Mma64, Bf16, 4, warps 4 x 1, key_steps 4, loaded 16);
+entry!(pat_forward_mma128_d128_f16, Mma128, F16, 8, warps 8 x 1, key_steps 4, loaded 8);
+entry!(pat_forward_mma128_d128_bf16, Mma128, Bf16, 8, warps 8 x 1, key_steps 4, loaded 8);
+entry!(pat_forward_mma128_d64_f16, Mma128, F16, 4, warps 8 x 1, key_steps 4, loaded 8);
+entry!(pat_forward_mma128_d64_bf16, Mma128, Bf16, 4, warps 8 x 1, key_steps 4, loaded 8);

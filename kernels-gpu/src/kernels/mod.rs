@@ -1,0 +1,9 @@
+//! Entry points and main loops, one file per kernel family.
+
+#[cfg(not(pat_sm90a))]
+mod forward_mma16;
+#[cfg(not(pat_sm90a))]
+mod forward_mma_tile;
+mod merge;
+#[cfg(not(pat_sm90a))]
+mod support;

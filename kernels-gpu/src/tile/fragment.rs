@@ -1,0 +1,135 @@
+//! Register tiles of one warp: 16 rows by 16-column steps.
+
+use pat_abi::ForwardParams;
+use pat_abi::layout::{key_matrix_row, key_matrix_step, swizzled_chunk, value_matrix_chunk, value_matrix_row};
+
+use crate::element::Element;
+use crate::item::Item;
+use crate::ptx::ldst::load_global_u32;
+use crate::ptx::mma::{ldmatrix_x4, ldmatrix_x4_transposed};
+
+/// f32 tile of 16 rows and `16 * STEPS` columns: `[step][half][e]` of lane l is row `l/4 + 8*(e/2)`, column
+/// `16*step + 8*half + 2*(l%4) + e%2`.
+pub type Accumulator<const STEPS: usize> = [[[f32; 4]; 2]; STEPS];
+
+/// 16-bit A operand of 16 rows and `16 * STEPS` columns, as `mma.m16n8k16` takes it.
+pub type Operand<const STEPS: usize> = [[u32; 4]; STEPS];
+
+/// Loads the queries of rows `first_row .. first_row + 16` of the item, zeros past its last row. `STEPS = head_dim / 16`.
+///
+/// # Safety
+/// `params` describes the tensors the plan was made for.
+#[inline(always)]
+pub unsafe fn load_queries<const STEPS: usize>(
+    params: &ForwardParams,
+    item: &Item,
+    first_row: u32,
+    lane: u32,
+) -> Operand<STEPS> {
+    let mut q = [[0; 4]; STEPS];
+    for r in 0..2 {
+        let row = first_row + lane / 4 + 8 * r as u32;
+        if row < item.row_count {
+            // SAFETY: the row exists; a query row is `32 * STEPS` bytes, 16-byte aligned.
+            unsafe {
+                let address = item.row(params, row).query_address(params) + (lane % 4) as u64 * 4;
+                for step in 0..STEPS {
+                    q[step][r] = load_global_u32(address + step as u64 * 32);
+                    q[step][r + 2] = load_global_u32(address + step as u64 * 32 + 16);
+                }
+            }
+        }
+    }
+    q
+}
+
+/// Q K^T of 16 rows and `16 * KEY_STEPS` keys, which lie at `keys` in shared memory as rows of `32 * HEAD_STEPS` bytes,
+/// swizzled. Convergent.
+///
+/// # Safety
+/// The keys are there and ordered before.
+#[inline(always)]
+pub unsafe fn scores<E: Element, const HEAD_STEPS: usize, const KEY_STEPS: usize>(
+    q: &Operand<HEAD_STEPS>,
+    keys: u32,
+    lane: u32,
+) -> Accumulator<KEY_STEPS> {
+    let row_bytes = 32 * HEAD_STEPS as u32;
+    let row = key_matrix_row(lane);
+    let mut s = [[[0.0; 4]; 2]; KEY_STEPS];
+    for step in 0..HEAD_STEPS {
+        let chunk = swizzled_chunk(row, 2 * step as u32 + key_matrix_step(lane));
+        for block in 0..KEY_STEPS {
+            // SAFETY: inside the tile: `row < 16` and `chunk < 2 * HEAD_STEPS`.
+            let b = unsafe { ldmatrix_x4(keys + row * row_bytes + chunk * 16 + block as u32 * 16 * row_bytes) };
+            E::multiply(&mut s[block][0], &q[step], [b[0], b[1]]);
+            E::multiply(&mut s[block][1], &q[step], [b[2], b[3]]);
+        }
+    }
+    s
+}
+
+/// Sets the scores of keys `valid ..` to −inf.
+#[inline(always)]
+pub fn mask<const KEY_STEPS: usize>(s: &mut Accumulator<KEY_STEPS>, valid: u32, lane: u32) {
+    for step in 0..KEY_STEPS {
+        for half in 0..2 {
+            for e in 0..4 {
+                let key = (16 * step + 8 * half + e % 2) as u32 + 2 * (lane % 4);
+                if key >= valid {
+                    s[step][half][e] = f32::NEG_INFINITY;
+                }
+            }
+        }
+    }
+}
+
+/// Probabilities rounded to the 16-bit type: an accumulator's layout is that of an A operand.
+#[inline(always)]
+pub fn to_operand<E: Element, const STEPS: usize>(p: &Accumulator<STEPS>) -> Operand<STEPS> {
+    let mut operand = [[0; 4]; STEPS];
+    for step in 0..STEPS {
+        for half in 0..2 {
+            operand[step][2 * half] = E::pack(p[step][half][0], p[step][half][1]);
+            operand[step][2 * half + 1] = E::pack(p[step][half][2], p[step][half][3]);
+        }
+    }
+    operand
+}
+
+/// Multiplies the two rows of every lane by their factors.
+#[inline(always)]
+pub fn rescale<const STEPS: usize>(accumulator: &mut Accumulator<STEPS>, factors: [f32; 2]) {
+    for step in 0..STEPS {
+        for half in 0..2 {
+            for e in 0..4 {
+                accumulator[step][half][e] *= factors[e / 2];
+            }
+        }
+    }
+}
+
+/// accumulator += P V, with V at `values` in shared memory laid out as the keys of [`scores`]. Convergent.
+///
+/// # Safety
+/// As [`scores`].
+#[inline(always)]
+pub unsafe fn accumulate<E: Element, const HEAD_STEPS: usize, const KEY_STEPS: usize>(
+    accumulator: &mut Accumulator<HEAD_STEPS>,
+    p: &Operand<KEY_STEPS>,
+    values: u32,
+    lane: u32,
+) {
+    let row_bytes = 32 * HEAD_STEPS as u32;
+    let row = value_matrix_row(lane);
+    for block in 0..KEY_STEPS {
+        for step in 0..HEAD_STEPS {
+            let chunk = swizzled_chunk(row, 2 * step as u32 + value_matrix_chunk(lane));
+            let address = values + row * row_bytes + chunk * 16 + block as u32 * 16 * row_bytes;
+            // SAFETY: inside the tile: `row < 16` and `chunk < 2 * HEAD_STEPS`.
+            let b = unsafe { ldmatrix_x4_transposed(address) };
+            E::multiply(&mut accumulator[step][0], &p[block], [b[0], b[1]]);
+            E::multiply(&mut accumulator[step][1], &p[block], [b[2], b[3]]);
+        }
+    }
+}

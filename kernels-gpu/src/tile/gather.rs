@@ -1,0 +1,91 @@
+//! Gathering scattered KV rows into a swizzled shared-memory tile.
+
+use pat_abi::layout::swizzled_chunk;
+use pat_abi::{FastDivisor, ForwardParams};
+
+use crate::item::Item;
+use crate::ptx::cp_async::copy_16_bytes;
+use crate::ptx::ldst::load_global_u32;
+use crate::ptx::shuffle;
+
+/// Where one KV head of K or V lies in its pool.
+#[derive(Clone, Copy)]
+pub struct Pool {
+    base: u64,
+    page_stride: i64,
+    token_stride: i64,
+}
+
+impl Pool {
+    /// K of one head.
+    #[inline(always)]
+    pub fn keys(params: &ForwardParams, kv_head: u32) -> Self {
+        let base = params.k.wrapping_add((kv_head as i64).wrapping_mul(params.k_head_stride) as u64);
+        Self { base, page_stride: params.k_page_stride, token_stride: params.k_token_stride }
+    }
+
+    /// V of one head.
+    #[inline(always)]
+    pub fn values(params: &ForwardParams, kv_head: u32) -> Self {
+        let base = params.v.wrapping_add((kv_head as i64).wrapping_mul(params.v_head_stride) as u64);
+        Self { base, page_stride: params.v_page_stride, token_stride: params.v_token_stride }
+    }
+}
+
+/// The place of the token that this lane resolves for its warp.
+#[derive(Clone, Copy)]
+pub struct Token {
+    page_id: u32,
+    in_page: u32,
+}
+
+impl Token {
+    /// Looks up token `token` of the item; past its end nothing is read and the place is unspecified.
+    /// Issued a step before the copies that need it, the load of the page id is off the critical path.
+    ///
+    /// # Safety
+    /// The item comes from a valid plan with this page size.
+    #[inline(always)]
+    pub unsafe fn locate(item: &Item, page_size: FastDivisor, token: u32) -> Self {
+        let (page, in_page) = page_size.divide_remainder(token);
+        let page_id = if token < item.token_count {
+            // SAFETY: the item spans `ceil(token_count / page_size)` page ids.
+            unsafe { load_global_u32(item.page_ids + page as u64 * 4) }
+        } else {
+            0
+        };
+        Self { page_id, in_page }
+    }
+}
+
+/// Starts copying `ROWS` (at most 32) tokens into rows `first_row ..` of the tile at `tile`, as rows of
+/// `32 * HEAD_STEPS` bytes with swizzled 16-byte chunks. Lane r has located token r. Tokens from `valid` on are zero-filled
+/// and not read: the pool may hold NaN there, and 0 * NaN would survive in P V. Convergent.
+///
+/// # Safety
+/// The tile is free, and the tokens below `valid` have been located.
+#[inline(always)]
+pub unsafe fn gather<const HEAD_STEPS: usize, const ROWS: u32>(
+    tile: u32,
+    first_row: u32,
+    pool: Pool,
+    token: Token,
+    valid: u32,
+    lane: u32,
+) {
+    let chunks = 2 * HEAD_STEPS as u32;
+    let rows_per_copy = 32 / chunks;
+    let chunk = lane % chunks;
+    let row_of_lane = pool
+        .base
+        .wrapping_add((token.page_id as i64).wrapping_mul(pool.page_stride) as u64)
+        .wrapping_add((token.in_page as i64).wrapping_mul(pool.token_stride) as u64);
+    for i in 0..ROWS / rows_per_copy {
+        let row = i * rows_per_copy + lane / chunks;
+        let source = shuffle::from_lane_u64(row_of_lane, row).wrapping_add(chunk as u64 * 16);
+        let tile_row = first_row + row;
+        let destination = tile + tile_row * chunks * 16 + swizzled_chunk(tile_row, chunk) * 16;
+        // SAFETY: the caller's contract; pool addresses and strides are multiples of 16 bytes.
+        unsafe { copy_16_bytes(destination, source, if row < valid { 16 } else { 0 }) };
+    }
+}

@@ -1,0 +1,5 @@
+//! Register fragments and shared-memory tiles on top of `ptx`.
+
+pub mod fragment;
+pub mod gather;
+pub mod reduce;

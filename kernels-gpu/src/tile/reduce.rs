@@ -1,0 +1,95 @@
+//! Combining, in shared memory, the states of the warps that split the KV tokens of the same rows.
+
+use pat_abi::ForwardParams;
+
+use crate::element::Element;
+use crate::item::Item;
+use crate::ptx::ldst::{load_shared_f32x2, store_shared_f32x2};
+use crate::ptx::{barrier, math};
+use crate::softmax::{RowStates, normaliser, subtrahend};
+use crate::tile::fragment::Accumulator;
+
+/// Bytes between rows of a warp's scratch: 8 banks of padding, so that the 8 rows a warp stores at once do not collide.
+const fn pitch_bytes(head_dim: u32) -> u32 {
+    head_dim * 4 + 32
+}
+
+/// Shared memory one warp's 16-row state takes: the rows, then (max, sum) of each.
+pub const fn scratch_bytes(head_dim: u32) -> u32 {
+    16 * pitch_bytes(head_dim) + 16 * 8
+}
+
+/// Combines and writes out the rows of a CTA of `M_WARPS * KV_WARPS` warps; warp w holds the KV share `w / M_WARPS` of
+/// rows `16 * (w % M_WARPS) ..`. Warp w's scratch is at `smem + w * scratch_stride`. One CTA barrier. Convergent (CTA).
+///
+/// # Safety
+/// Each warp's scratch is free of the other warps' accesses; `params` and `item` are as in the forward kernels.
+#[inline(always)]
+#[allow(clippy::too_many_arguments, reason = "the state of one warp, by parts")]
+pub unsafe fn combine_and_store<E: Element, const HEAD_STEPS: usize, const M_WARPS: u32, const KV_WARPS: u32>(
+    params: &ForwardParams,
+    item: &Item,
+    smem: u32,
+    scratch_stride: u32,
+    accumulator: &Accumulator<HEAD_STEPS>,
+    states: &RowStates,
+    thread: u32,
+) {
+    let head_dim = 16 * HEAD_STEPS as u32;
+    let pitch = pitch_bytes(head_dim);
+    let (warp, lane) = (thread / 32, thread % 32);
+    let own = smem + warp * scratch_stride;
+    for r in 0..2 {
+        let row = lane / 4 + 8 * r as u32;
+        // SAFETY: the warp's own scratch.
+        unsafe {
+            for step in 0..HEAD_STEPS {
+                for half in 0..2 {
+                    let column = (16 * step + 8 * half) as u32 + 2 * (lane % 4);
+                    let tile = &accumulator[step][half];
+                    store_shared_f32x2(own + row * pitch + column * 4, [tile[2 * r], tile[2 * r + 1]]);
+                }
+            }
+            if lane % 4 == 0 {
+                store_shared_f32x2(own + 16 * pitch + row * 8, [states.max[r], states.sum[r]]);
+            }
+        }
+    }
+    barrier::sync_cta();
+    let pairs = head_dim / 2;
+    let rows_per_pass = 32 * M_WARPS * KV_WARPS / pairs;
+    let column = 2 * (thread % pairs);
+    let mut row = thread / pairs;
+    while row < item.row_count {
+        let first = smem + row / 16 * scratch_stride;
+        let (in_tile, share_stride) = (row % 16, M_WARPS * scratch_stride);
+        let mut shares = [[0.0; 2]; 8];
+        let mut max = f32::NEG_INFINITY;
+        for share in 0..KV_WARPS {
+            // SAFETY: written above, ordered by the barrier.
+            let state = unsafe { load_shared_f32x2(first + share * share_stride + 16 * pitch + in_tile * 8) };
+            shares[share as usize] = state;
+            max = math::max(max, state[0]);
+        }
+        let reference = subtrahend(max);
+        let (mut sum, mut pair) = (0.0, [0.0; 2]);
+        for share in 0..KV_WARPS {
+            let [share_max, share_sum] = shares[share as usize];
+            let weight = math::exp2(share_max - reference);
+            // SAFETY: as above.
+            let o = unsafe { load_shared_f32x2(first + share * share_stride + in_tile * pitch + column * 4) };
+            sum = math::fma(share_sum, weight, sum);
+            pair = [math::fma(o[0], weight, pair[0]), math::fma(o[1], weight, pair[1])];
+        }
+        let scale = normaliser(sum);
+        // SAFETY: `row < row_count`, and one thread owns the pair.
+        unsafe {
+            let target = item.row(params, row);
+            target.store_pair::<E>(params, head_dim, column, [pair[0] * scale, pair[1] * scale]);
+            if column == 0 {
+                target.store_lse(params, max + math::log2(sum));
+            }
+        }
+        row += rows_per_pass;
+    }
+}
