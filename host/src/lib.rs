@@ -17,6 +17,7 @@ pub mod profile;
 pub mod shape;
 
 pub use batch::DecodeBatch;
+pub use cpu::{Element, HostTensors};
 pub use error::{Error, Result};
 pub use layout::{KvStrides, RowStrides};
 pub use pat_abi::{Dtype, TileVariant};

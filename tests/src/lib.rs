@@ -1,1 +1,113 @@
-//! Skeleton.
+//! Test support: small random ragged forests and a run of the CPU executor.
+
+use pat_rs::{AttentionShape, DeviceProfile, Dtype, Element, PlanOptions, Planner};
+use pat_workloads::{NumericsReport, Oracle, OwnedBatch, PoolLayout, RowSample, Tensors};
+use rand::Rng;
+use rand::seq::{IndexedRandom, SliceRandom};
+
+/// A small batch and the shape to run it with.
+#[derive(Clone, Debug)]
+pub struct Case {
+    /// Block tables and lengths.
+    pub batch: OwnedBatch,
+    /// Heads, head dimension, element type.
+    pub shape: AttentionShape,
+    /// Layout of the KV pools.
+    pub layout: PoolLayout,
+}
+
+/// Output and log-sum-exps, contiguous.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Output<T> {
+    /// `[sequences, q_heads, head_dim]`.
+    pub out: Vec<T>,
+    /// `[sequences, q_heads]`.
+    pub lse: Vec<f32>,
+}
+
+/// Draws a ragged forest: sequences continue a prefix of an earlier one, repeat it, are cut from it, or stand alone;
+/// lengths fall on, before and behind page borders; some are 0. The pool has pages that nobody owns, ids are shuffled.
+///
+/// # Panics
+/// Never: the shapes it draws are valid.
+pub fn random_case(rng: &mut impl Rng, dtype: Dtype) -> Case {
+    let page_size = *[1u32, 16, 32, 64].choose(rng).expect("not empty");
+    let group = *[1u32, 2, 3, 4, 5, 7, 8, 16].choose(rng).expect("not empty");
+    let kv_heads = rng.random_range(1..=2u32);
+    let head_dim = *[64u32, 128].choose(rng).expect("not empty");
+    let mut next_page = 0u32;
+    let mut lengths: Vec<u32> = Vec::new();
+    let mut block_tables: Vec<Vec<u32>> = Vec::new();
+    for _ in 0..rng.random_range(1..=10) {
+        let parent = rng.random_range(0..lengths.len().max(1));
+        let (mut table, length) = match rng.random_range(0..8) {
+            0 => (Vec::new(), 0),
+            1 => (Vec::new(), 1),
+            2 if !lengths.is_empty() => (block_tables[parent].clone(), lengths[parent]),
+            3 if !lengths.is_empty() => (block_tables[parent].clone(), rng.random_range(0..=lengths[parent])),
+            kind => {
+                let mut table =
+                    if kind < 7 { block_tables.get(parent).cloned().unwrap_or_default() } else { Vec::new() };
+                table.truncate(rng.random_range(0..=table.len()));
+                // A shared last page must be full for a longer sequence to own rows behind it.
+                let shared = table.len() as u32 * page_size;
+                let tail = match rng.random_range(0..4) {
+                    0 => page_size - 1,
+                    1 => page_size,
+                    2 => page_size + 1,
+                    _ => rng.random_range(0..=3 * page_size.max(40)),
+                };
+                (table, shared + tail)
+            }
+        };
+        while (table.len() as u32) < length.div_ceil(page_size) {
+            table.push(next_page);
+            next_page += 1;
+        }
+        lengths.push(length);
+        block_tables.push(table);
+    }
+    let num_pages = next_page + rng.random_range(1..4);
+    let mut page_ids: Vec<u32> = (0..num_pages).collect();
+    page_ids.shuffle(rng);
+    for (table, length) in block_tables.iter_mut().zip(&lengths) {
+        table.iter_mut().for_each(|page| *page = page_ids[*page as usize]);
+        // What stands behind the last page must not be read.
+        table.truncate(length.div_ceil(page_size) as usize);
+        table.push(u32::MAX);
+    }
+    let shape = AttentionShape::new(group * kv_heads, kv_heads, head_dim, dtype).expect("a valid shape");
+    let layout = *PoolLayout::ALL.choose(rng).expect("not empty");
+    Case { batch: OwnedBatch { page_size, num_pages, lengths, block_tables }, shape, layout }
+}
+
+/// The usual scale of the scores.
+pub fn softmax_scale(shape: AttentionShape) -> f32 {
+    1.0 / (shape.head_dim() as f32).sqrt()
+}
+
+/// Plans and executes a case on the CPU.
+///
+/// # Errors
+/// Of planning and execution.
+pub fn run_cpu<T: Element>(case: &Case, options: PlanOptions, seed: u32) -> pat_rs::Result<Output<T>> {
+    let tensors = Tensors::<T>::draw(&case.batch, case.shape, case.layout, seed)?;
+    let rows = case.batch.rows();
+    let plan = Planner::new(case.shape, DeviceProfile::h200(), options)?.plan(&case.batch.view(&rows)?)?;
+    let mut output = Output {
+        out: vec![T::from_f32(f32::NAN); tensors.q.len()],
+        lse: vec![f32::NAN; tensors.q.len() / case.shape.head_dim() as usize],
+    };
+    pat_rs::cpu::run(&plan, &tensors.host(softmax_scale(case.shape)), &mut output.out, Some(&mut output.lse))?;
+    Ok(output)
+}
+
+/// Judges all rows of an output by the numerics rule.
+///
+/// # Errors
+/// The batch is not valid.
+pub fn judge<T: Element>(case: &Case, output: &Output<T>, seed: u32) -> pat_rs::Result<NumericsReport> {
+    let sample = RowSample::for_batch(&case.batch, case.shape);
+    let oracle = Oracle::compute::<T>(&case.batch, case.shape, seed, softmax_scale(case.shape), sample)?;
+    Ok(pat_workloads::check(&oracle, case.shape.q_heads(), &output.out, Some(&output.lse)))
+}

@@ -1,1 +1,18 @@
-//! Skeleton.
+//! What to run pat-rs on, and how to judge the result: batches from trees, traces and files, deterministic tensors, an
+//! f64 oracle, and the numerics rule.
+
+pub mod batch_file;
+pub mod numerics;
+pub mod oracle;
+pub mod owned;
+pub mod tensors;
+pub mod trace;
+pub mod tree;
+
+pub use batch_file::{BatchFileError, read_batch, write_batch};
+pub use numerics::{NumericsReport, check};
+pub use oracle::{Oracle, RowSample};
+pub use owned::OwnedBatch;
+pub use tensors::{PoolLayout, Tensors};
+pub use trace::{TraceCut, TraceError};
+pub use tree::{FIGURE_10_HEADS, FIGURE_10_TREES, TreeError, TreeSpec};

@@ -1,0 +1,97 @@
+//! One work item and KV head: online softmax over tiles of KV tokens, in f32.
+
+use super::{Element, HostTensors, offset};
+use crate::{KvStrides, Plan};
+use pat_abi::{PackQuery, WorkItem};
+
+/// KV tokens per tile: two tiles in f32 (K and V, 32 KiB at head dimension 128) stay in the first-level cache.
+const KEYS: usize = 32;
+
+/// Normalised output rows and their natural log-sum-exps.
+pub(super) struct ItemOutput {
+    /// `[row_count, head_dim]`.
+    pub(super) out: Vec<f32>,
+    /// `[row_count]`.
+    pub(super) lse: Vec<f32>,
+}
+
+/// The query and the query head of row `row` of an item.
+pub(super) fn query_and_head(plan: &Plan, item: &WorkItem, kv_head: usize, row: usize) -> (PackQuery, usize) {
+    let group = plan.shape().group() as usize;
+    let packed = item.row_begin as usize + row;
+    (plan.queries()[item.query_begin as usize + packed / group], kv_head * group + packed % group)
+}
+
+/// Attention of an item's rows over its chunk of KV tokens.
+pub(super) fn attend<T: Element>(
+    plan: &Plan,
+    tensors: &HostTensors<'_, T>,
+    item: &WorkItem,
+    kv_head: usize,
+) -> ItemOutput {
+    let head_dim = plan.shape().head_dim() as usize;
+    let (rows, tokens) = (item.row_count as usize, item.token_count as usize);
+    let mut q = vec![0f32; rows * head_dim];
+    for (row, values) in q.chunks_exact_mut(head_dim).enumerate() {
+        let (query, head) = query_and_head(plan, item, kv_head, row);
+        T::widen(&tensors.q[offset(tensors.q_strides, query.sequence, head)..][..head_dim], values);
+        // Folded into Q once instead of into every score.
+        values.iter_mut().for_each(|value| *value *= tensors.softmax_scale);
+    }
+
+    let mut out = vec![0f32; rows * head_dim];
+    let mut maximum = vec![f32::NEG_INFINITY; rows];
+    let mut sum = vec![0f32; rows];
+    let mut row_values = vec![0f32; head_dim];
+    let mut k_transposed = vec![[0f32; KEYS]; head_dim];
+    let mut v = vec![0f32; KEYS * head_dim];
+    for begin in (0..tokens).step_by(KEYS) {
+        let keys = KEYS.min(tokens - begin);
+        for key in 0..keys {
+            let at = |strides| kv_offset(plan, item, strides, begin + key, kv_head);
+            T::widen(&tensors.k[at(tensors.k_strides)..][..head_dim], &mut row_values);
+            for (column, &value) in k_transposed.iter_mut().zip(&row_values) {
+                column[key] = value;
+            }
+            T::widen(&tensors.v[at(tensors.v_strides)..][..head_dim], &mut v[key * head_dim..][..head_dim]);
+        }
+        for row in 0..rows {
+            // Columns from `keys` on hold an earlier tile's keys; their scores are never read.
+            let mut scores = [0f32; KEYS];
+            for (&q_value, column) in q[row * head_dim..][..head_dim].iter().zip(&k_transposed) {
+                for (score, &k_value) in scores.iter_mut().zip(column) {
+                    *score += q_value * k_value;
+                }
+            }
+            let scores = &mut scores[..keys];
+            let new_maximum = scores.iter().copied().fold(maximum[row], f32::max);
+            let rescale = (maximum[row] - new_maximum).exp();
+            maximum[row] = new_maximum;
+            scores.iter_mut().for_each(|score| *score = (*score - new_maximum).exp());
+            sum[row] = sum[row] * rescale + scores.iter().sum::<f32>();
+            let out_row = &mut out[row * head_dim..][..head_dim];
+            if rescale != 1.0 {
+                out_row.iter_mut().for_each(|value| *value *= rescale);
+            }
+            for (&weight, values) in scores.iter().zip(v.chunks_exact(head_dim)) {
+                for (value, &v_value) in out_row.iter_mut().zip(values) {
+                    *value += weight * v_value;
+                }
+            }
+        }
+    }
+
+    for (values, &sum) in out.chunks_exact_mut(head_dim).zip(&sum) {
+        values.iter_mut().for_each(|value| *value /= sum);
+    }
+    let lse = maximum.iter().zip(&sum).map(|(&maximum, &sum)| maximum + sum.ln()).collect();
+    ItemOutput { out, lse }
+}
+
+/// Position of a token's row. `arguments::check` has made sure that it is inside the slice and not negative.
+fn kv_offset(plan: &Plan, item: &WorkItem, strides: KvStrides, token: usize, kv_head: usize) -> usize {
+    let page_size = plan.page_size() as usize;
+    let page = plan.pages()[item.page_begin as usize + token / page_size];
+    (i64::from(page) * strides.page + (token % page_size) as i64 * strides.token + kv_head as i64 * strides.head)
+        as usize
+}

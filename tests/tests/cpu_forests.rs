@@ -1,0 +1,71 @@
+//! The CPU executor against the f64 oracle on small ragged forests, and properties that need no oracle.
+
+use half::{bf16, f16};
+use pat_rs::plan::PlanMode;
+use pat_rs::{Dtype, Element, PlanOptions};
+use pat_tests::{Case, judge, random_case, run_cpu};
+use pat_workloads::PoolLayout;
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
+
+const FORESTS: u64 = 200;
+
+fn modes(page_size: u32) -> [PlanMode; 4] {
+    [PlanMode::Auto, PlanMode::Flat, PlanMode::PerNode, PlanMode::FixedChunk { tokens: 2 * page_size }]
+}
+
+fn options(mode: PlanMode) -> PlanOptions {
+    PlanOptions { mode, ..PlanOptions::default() }
+}
+
+fn case(seed: u64, dtype: Dtype) -> Case {
+    random_case(&mut ChaCha8Rng::seed_from_u64(seed), dtype)
+}
+
+fn verify<T: Element>(seed: u64) -> f64 {
+    let case = case(seed, T::DTYPE);
+    modes(case.batch.page_size)
+        .into_iter()
+        .map(|mode| {
+            let output = run_cpu::<T>(&case, options(mode), seed as u32).expect("a valid case");
+            let report = judge(&case, &output, seed as u32).expect("a valid case");
+            assert!(report.passed, "forest {seed}, {mode:?}: {report:?}\n{case:?}");
+            report.worst_row_ratio
+        })
+        .fold(0.0, f64::max)
+}
+
+#[test]
+fn forests_agree_with_the_oracle() {
+    let worst = (0..FORESTS)
+        .into_par_iter()
+        .map(|seed| if seed % 2 == 0 { verify::<f16>(seed) } else { verify::<bf16>(seed) })
+        .reduce(|| 0.0, f64::max);
+    println!("cpu forests: {FORESTS} forests x 4 plan modes passed; worst row at {worst:.2} of its allowance");
+}
+
+#[test]
+fn bits_do_not_depend_on_threads_or_runs() {
+    for seed in 0..8 {
+        let case = case(seed, Dtype::F16);
+        let run = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a thread pool");
+            pool.install(|| run_cpu::<f16>(&case, PlanOptions::default(), 5).expect("a valid case"))
+        };
+        assert_eq!(run(1), run(3), "forest {seed}");
+        assert_eq!(run(3), run(3), "forest {seed}");
+    }
+}
+
+#[test]
+fn bits_do_not_depend_on_the_layout_of_the_pools() {
+    for seed in 0..16 {
+        let case = case(seed, Dtype::Bf16);
+        let outputs = PoolLayout::ALL.map(|layout| {
+            run_cpu::<bf16>(&Case { layout, ..case.clone() }, PlanOptions::default(), 5).expect("a valid case")
+        });
+        assert_eq!(outputs[0], outputs[1], "forest {seed}");
+        assert_eq!(outputs[0], outputs[2], "forest {seed}");
+    }
+}

@@ -1,0 +1,124 @@
+//! The numerics rule.
+//!
+//! Against the f64 oracle on the same 16-bit inputs, an implementation may err by twice what a plain two-pass one errs,
+//! plus one unit in the last place of the output. The plain one computes in f32 and rounds where any tensor-core kernel
+//! must round: P before P·V and O at the end.
+//!
+//! - Why twice: an online softmax that splits the KV rounds P relative to another maximum than the two-pass one, so its
+//!   rounding errors are other draws from the same distribution, in a row as large as the plain one's in the mean but not
+//!   element by element.
+//! - Why one unit: where the plain result happens to be exact, twice its error is 0, while a correct result before
+//!   rounding may still fall on the other side of a rounding boundary.
+//!
+//! Output: for each row `max|o - o64| <= 2 max|plain - o64| + ulp(max|o64|)`, and for all rows together
+//! `|o - o64|_2 <= (2 |plain - o64|_2 + epsilon |o64|_2)`.
+//!
+//! Log-sum-exp (f32): a score is a dot product of `d` terms, whose error in f32 is at most `d * u * sum|q_x k_tx|`; the
+//! log-sum-exp is 1-Lipschitz in the scores, and its own sum of `L` terms adds a relative error that grows like
+//! `sqrt(L) * u`. With `u = 2^-23` (tensor cores truncate) the bound is `u * (d * score_magnitude + 8 + 4 sqrt(L))`, and
+//! the scale folded with log2(e) and the final rounding add `4 u |lse|`.
+
+use crate::Oracle;
+use pat_rs::Element;
+use serde::Serialize;
+
+/// Errors of a result against the oracle, and whether they are within the rule.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct NumericsReport {
+    /// Whether everything is within the rule.
+    pub passed: bool,
+    /// Which rows were checked.
+    pub sample: String,
+    /// Number of rows checked.
+    pub rows: usize,
+    /// Rows outside the rule.
+    pub failed_rows: usize,
+    /// Largest absolute error of an output element.
+    pub max_abs_error: f64,
+    /// The same of the plain two-pass implementation.
+    pub plain_max_abs_error: f64,
+    /// Largest (error of a row) / (its allowance); at most 1 when passed.
+    pub worst_row_ratio: f64,
+    /// Relative L2 error over all rows.
+    pub relative_l2_error: f64,
+    /// The same of the plain two-pass implementation.
+    pub plain_relative_l2_error: f64,
+    /// Largest absolute error of a log-sum-exp, if they were checked.
+    pub lse_max_abs_error: Option<f64>,
+    /// The worst row, in words, when a row failed.
+    pub first_failure: Option<String>,
+}
+
+/// Applies the rule to an output `[sequences, q_heads, head_dim]` and log-sum-exps `[sequences, q_heads]`, contiguous.
+///
+/// # Panics
+/// `out` or `lse` is shorter than the oracle's rows need.
+pub fn check<T: Element>(oracle: &Oracle, q_heads: u32, out: &[T], lse: Option<&[f32]>) -> NumericsReport {
+    let mut report = NumericsReport {
+        passed: true,
+        sample: oracle.sample.name.clone(),
+        rows: oracle.rows.len(),
+        failed_rows: 0,
+        max_abs_error: 0.0,
+        plain_max_abs_error: 0.0,
+        worst_row_ratio: 0.0,
+        relative_l2_error: 0.0,
+        plain_relative_l2_error: 0.0,
+        lse_max_abs_error: lse.map(|_| 0.0),
+        first_failure: None,
+    };
+    let (mut norm, mut error_squares, mut plain_squares) = (0f64, 0f64, 0f64);
+    for row in &oracle.rows {
+        let head_dim = row.out.len();
+        let at = row.sequence as usize * q_heads as usize + row.head as usize;
+        let (mut error, mut plain_error, mut largest) = (0f64, 0f64, 0f64);
+        for ((&exact, &plain), &actual) in row.out.iter().zip(&row.plain).zip(&out[at * head_dim..][..head_dim]) {
+            let difference = (f64::from(actual.to_f32()) - exact).abs();
+            // NaN would vanish in `max`.
+            error = if difference.is_nan() { f64::INFINITY } else { error.max(difference) };
+            let plain_difference = (f64::from(plain) - exact).abs();
+            plain_error = plain_error.max(plain_difference);
+            largest = largest.max(exact.abs());
+            norm += exact * exact;
+            error_squares += difference * difference;
+            plain_squares += plain_difference * plain_difference;
+        }
+        let allowance = 2.0 * plain_error + ulp::<T>(largest);
+        let ratio = if error == 0.0 { 0.0 } else { error / allowance };
+        let mut failure = (ratio > 1.0).then(|| format!("output error {error:.3e}, allowed {allowance:.3e}"));
+        if let (Some(lse), Some(worst)) = (lse, &mut report.lse_max_abs_error) {
+            let actual = f64::from(lse[at]);
+            let difference = if actual == row.lse { 0.0 } else { (actual - row.lse).abs() };
+            let difference = if difference.is_nan() { f64::INFINITY } else { difference };
+            let unit = f64::from(f32::EPSILON);
+            let tokens = f64::from(row.tokens);
+            let allowance =
+                unit * (head_dim as f64 * row.score_magnitude + 8.0 + 4.0 * tokens.sqrt() + 4.0 * row.lse.abs());
+            *worst = worst.max(difference);
+            if difference > 0.0 && !(row.lse.is_finite() && difference <= allowance) {
+                failure = failure.or_else(|| Some(format!("lse {actual}, expected {} +- {allowance:.3e}", row.lse)));
+            }
+        }
+        report.max_abs_error = report.max_abs_error.max(error);
+        report.plain_max_abs_error = report.plain_max_abs_error.max(plain_error);
+        report.worst_row_ratio = report.worst_row_ratio.max(ratio);
+        if let Some(failure) = failure {
+            report.failed_rows += 1;
+            report.first_failure.get_or_insert(format!("sequence {}, head {}: {failure}", row.sequence, row.head));
+        }
+    }
+    if norm > 0.0 {
+        report.relative_l2_error = (error_squares / norm).sqrt();
+        report.plain_relative_l2_error = (plain_squares / norm).sqrt();
+    }
+    let l2_allowance = 2.0 * report.plain_relative_l2_error + f64::from(T::EPSILON);
+    report.passed = report.failed_rows == 0 && report.relative_l2_error <= l2_allowance;
+    report
+}
+
+/// Distance between neighbouring elements at `magnitude`, for normal numbers of the type.
+fn ulp<T: Element>(magnitude: f64) -> f64 {
+    // Below the smallest normal f16 (2^-14) elements are spaced as there; attention outputs of standardised V never are
+    // so small that the wider range of bf16 matters.
+    magnitude.max(2f64.powi(-14)).log2().floor().exp2() * f64::from(T::EPSILON)
+}

@@ -1,0 +1,183 @@
+//! The f64 oracle: rows of the exact output, straight from the generator (no pool in memory).
+
+use crate::OwnedBatch;
+use crate::tensors::fill_row;
+use pat_abi::generator::{self, Tensor};
+use pat_rs::{AttentionShape, Element};
+use rayon::prelude::*;
+
+/// Work up to which every row is checked.
+pub const FULL_CHECK_FLOP: f64 = 5e9;
+
+/// What the rows of one (sequence, KV head) should be, and what a plain implementation makes of them.
+#[derive(Clone, Debug)]
+pub struct ExpectedRow {
+    /// Row of the batch.
+    pub sequence: u32,
+    /// Query head.
+    pub head: u32,
+    /// Exact output (f64 from the 16-bit inputs), `[head_dim]`.
+    pub out: Vec<f64>,
+    /// Exact log-sum-exp, natural.
+    pub lse: f64,
+    /// Output of the plain two-pass implementation: f32 throughout, P and O rounded to the 16-bit type.
+    pub plain: Vec<f32>,
+    /// `scale * max_t sum_x |q_x k_tx|`: what rounding errors of a score are proportional to.
+    pub score_magnitude: f64,
+    /// Tokens of the sequence.
+    pub tokens: u32,
+}
+
+/// Which (sequence, KV head) pairs are checked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RowSample {
+    /// Name for reports.
+    pub name: String,
+    /// (sequence, KV head) pairs; each stands for the rows of all query heads of that KV head.
+    pub pairs: Vec<(u32, u32)>,
+}
+
+impl RowSample {
+    /// Every row if that is at most [`FULL_CHECK_FLOP`], else as many as fit, evenly spread; the sample always contains
+    /// the first and the last pair, and at least one.
+    pub fn for_batch(batch: &OwnedBatch, shape: AttentionShape) -> Self {
+        let pairs = batch.lengths.len() as u64 * u64::from(shape.kv_heads());
+        let tokens: f64 = batch.lengths.iter().map(|&length| f64::from(length)).sum();
+        let flop = 4.0 * tokens * f64::from(shape.q_heads()) * f64::from(shape.head_dim());
+        let pair =
+            |index: u64| ((index / u64::from(shape.kv_heads())) as u32, (index % u64::from(shape.kv_heads())) as u32);
+        if flop <= FULL_CHECK_FLOP {
+            return Self { name: "all rows".into(), pairs: (0..pairs).map(pair).collect() };
+        }
+        let count = ((pairs as f64 * FULL_CHECK_FLOP / flop) as u64).clamp(2, pairs.max(2));
+        let mut indices: Vec<u64> = (0..count).map(|i| i * (pairs - 1) / (count - 1)).collect();
+        indices.dedup();
+        Self {
+            name: format!("{} of {pairs} (sequence, KV head) pairs, evenly spread", indices.len()),
+            pairs: indices.into_iter().map(pair).collect(),
+        }
+    }
+}
+
+/// Expected rows of a batch.
+#[derive(Clone, Debug)]
+pub struct Oracle {
+    /// Which rows.
+    pub sample: RowSample,
+    /// The rows.
+    pub rows: Vec<ExpectedRow>,
+}
+
+impl Oracle {
+    /// Computes the sampled rows of a batch whose tensors are drawn from the generator with `seed`, in parallel.
+    ///
+    /// # Errors
+    /// The batch is not valid (see [`pat_rs::DecodeBatch::from_block_tables`]).
+    ///
+    /// # Panics
+    /// The sample names a sequence that the batch does not have.
+    pub fn compute<T: Element>(
+        batch: &OwnedBatch,
+        shape: AttentionShape,
+        seed: u32,
+        softmax_scale: f32,
+        sample: RowSample,
+    ) -> pat_rs::Result<Self> {
+        batch.view(&batch.rows())?;
+        let rows = sample
+            .pairs
+            .par_iter()
+            .flat_map_iter(|&(sequence, kv_head)| {
+                expected_rows::<T>(batch, shape, seed, softmax_scale, sequence, kv_head)
+            })
+            .collect();
+        Ok(Self { sample, rows })
+    }
+}
+
+/// The rows of all query heads of one KV head.
+fn expected_rows<T: Element>(
+    batch: &OwnedBatch,
+    shape: AttentionShape,
+    seed: u32,
+    softmax_scale: f32,
+    sequence: u32,
+    kv_head: u32,
+) -> Vec<ExpectedRow> {
+    let head_dim = shape.head_dim() as usize;
+    let tokens = batch.lengths[sequence as usize];
+    let table = &batch.block_tables[sequence as usize];
+    let mut narrow = vec![T::zeroed(); head_dim];
+    let mut draw = |tensor: Tensor, page: u32, token: u32, head: u32, row: &mut [f32]| {
+        fill_row(generator::row_key(seed, tensor as u32, page, token, head), &mut narrow);
+        T::widen(&narrow, row);
+    };
+    let mut kv_row = vec![0f32; head_dim];
+    let place = |token: u32| (table[(token / batch.page_size) as usize], token % batch.page_size);
+    let heads: Vec<u32> = (kv_head * shape.group()..(kv_head + 1) * shape.group()).collect();
+    let mut q = vec![vec![0f32; head_dim]; heads.len()];
+    for (row, &head) in q.iter_mut().zip(&heads) {
+        draw(Tensor::Q, sequence, 0, head, row);
+    }
+
+    let mut exact_scores = vec![Vec::with_capacity(tokens as usize); heads.len()];
+    let mut plain_scores = vec![Vec::with_capacity(tokens as usize); heads.len()];
+    let mut score_magnitudes = vec![0f64; heads.len()];
+    for token in 0..tokens {
+        let (page, in_page) = place(token);
+        draw(Tensor::K, page, in_page, kv_head, &mut kv_row);
+        for (index, q_row) in q.iter().enumerate() {
+            let (mut exact, mut magnitude, mut plain) = ([0f64; 8], [0f64; 8], [0f32; 8]);
+            for (q_part, k_part) in q_row.chunks_exact(8).zip(kv_row.chunks_exact(8)) {
+                for lane in 0..8 {
+                    let product = f64::from(q_part[lane]) * f64::from(k_part[lane]);
+                    exact[lane] += product;
+                    magnitude[lane] += product.abs();
+                    plain[lane] += q_part[lane] * k_part[lane];
+                }
+            }
+            exact_scores[index].push(f64::from(softmax_scale) * exact.iter().sum::<f64>());
+            plain_scores[index].push(softmax_scale * plain.iter().sum::<f32>());
+            let magnitude = f64::from(softmax_scale).abs() * magnitude.iter().sum::<f64>();
+            score_magnitudes[index] = magnitude.max(score_magnitudes[index]);
+        }
+    }
+
+    let exact_maxima: Vec<f64> =
+        exact_scores.iter().map(|s| s.iter().copied().fold(f64::NEG_INFINITY, f64::max)).collect();
+    let plain_maxima: Vec<f32> =
+        plain_scores.iter().map(|s| s.iter().copied().fold(f32::NEG_INFINITY, f32::max)).collect();
+    let mut exact_out = vec![vec![0f64; head_dim]; heads.len()];
+    let mut plain_out = vec![vec![0f32; head_dim]; heads.len()];
+    let mut exact_sums = vec![0f64; heads.len()];
+    let mut plain_sums = vec![0f32; heads.len()];
+    for token in 0..tokens {
+        let (page, in_page) = place(token);
+        draw(Tensor::V, page, in_page, kv_head, &mut kv_row);
+        for index in 0..heads.len() {
+            let exact = (exact_scores[index][token as usize] - exact_maxima[index]).exp();
+            let plain = (plain_scores[index][token as usize] - plain_maxima[index]).exp();
+            exact_sums[index] += exact;
+            plain_sums[index] += plain;
+            let plain = T::from_f32(plain).to_f32();
+            for dim in 0..head_dim {
+                exact_out[index][dim] += exact * f64::from(kv_row[dim]);
+                plain_out[index][dim] += plain * kv_row[dim];
+            }
+        }
+    }
+
+    heads
+        .into_iter()
+        .enumerate()
+        .map(|(index, head)| {
+            let (mut out, mut plain) = (std::mem::take(&mut exact_out[index]), std::mem::take(&mut plain_out[index]));
+            if tokens > 0 {
+                out.iter_mut().for_each(|value| *value /= exact_sums[index]);
+                plain.iter_mut().for_each(|value| *value = T::from_f32(*value / plain_sums[index]).to_f32());
+            }
+            let lse = if tokens > 0 { exact_maxima[index] + exact_sums[index].ln() } else { f64::NEG_INFINITY };
+            ExpectedRow { sequence, head, out, lse, plain, score_magnitude: score_magnitudes[index], tokens }
+        })
+        .collect()
+}

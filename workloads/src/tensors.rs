@@ -1,0 +1,129 @@
+//! Q and KV pools drawn from the counter-based generator of [`pat_abi::generator`].
+
+use crate::OwnedBatch;
+use pat_abi::generator::{self, Tensor};
+use pat_rs::{AttentionShape, Element, HostTensors, KvStrides, RowStrides};
+use rayon::prelude::*;
+
+/// How K and V lie in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PoolLayout {
+    /// Two pools `[pages, page_size, kv_heads, head_dim]`.
+    Nhd,
+    /// Two pools `[pages, kv_heads, page_size, head_dim]`.
+    Hnd,
+    /// One pool `[pages, page_size, kv_heads, 2, head_dim]`: V stands behind K in the same row.
+    Interleaved,
+}
+
+impl PoolLayout {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Nhd, Self::Hnd, Self::Interleaved];
+
+    /// Strides of K and of V.
+    pub fn strides(self, shape: AttentionShape, page_size: u32) -> KvStrides {
+        match self {
+            Self::Nhd => KvStrides::nhd(page_size, shape.kv_heads(), shape.head_dim()),
+            Self::Hnd => KvStrides::hnd(page_size, shape.kv_heads(), shape.head_dim()),
+            Self::Interleaved => {
+                let KvStrides { page, token, head } = KvStrides::nhd(page_size, shape.kv_heads(), shape.head_dim());
+                KvStrides { page: 2 * page, token: 2 * token, head: 2 * head }
+            }
+        }
+    }
+}
+
+/// Inputs of a decode step. KV rows that no sequence of the batch owns are NaN: whoever reads one shows it.
+#[derive(Clone, Debug)]
+pub struct Tensors<T> {
+    /// Queries, `[sequences, q_heads, head_dim]`.
+    pub q: Vec<T>,
+    /// K and V.
+    pub kv: Vec<T>,
+    /// Where V starts in [`Self::kv`], in elements; K starts at 0.
+    pub v_begin: usize,
+    /// Strides of K and of V.
+    pub kv_strides: KvStrides,
+    shape: AttentionShape,
+}
+
+impl<T: Element> Tensors<T> {
+    /// Draws the tensors of a batch, in parallel.
+    ///
+    /// # Errors
+    /// The batch is not valid (see [`pat_rs::DecodeBatch::from_block_tables`]).
+    pub fn draw(batch: &OwnedBatch, shape: AttentionShape, layout: PoolLayout, seed: u32) -> pat_rs::Result<Self> {
+        batch.view(&batch.rows())?;
+        let owned_tokens = owned_tokens(batch);
+        let head_dim = shape.head_dim() as usize;
+        let mut q = vec![T::zeroed(); batch.lengths.len() * shape.q_heads() as usize * head_dim];
+        q.par_chunks_mut(head_dim).enumerate().for_each(|(row, values)| {
+            let (sequence, head) = (row as u32 / shape.q_heads(), row as u32 % shape.q_heads());
+            fill_row(generator::row_key(seed, Tensor::Q as u32, sequence, 0, head), values);
+        });
+
+        let kv_strides = layout.strides(shape, batch.page_size);
+        let pages = batch.num_pages as usize;
+        let mut kv = vec![T::zeroed(); 2 * pages * batch.page_size as usize * shape.kv_heads() as usize * head_dim];
+        let fill_page = |tensor: Tensor, page: usize, values: &mut [T]| {
+            for token in 0..batch.page_size {
+                for head in 0..shape.kv_heads() {
+                    let at = i64::from(token) * kv_strides.token + i64::from(head) * kv_strides.head;
+                    let row = &mut values[at as usize..][..head_dim];
+                    if token < owned_tokens[page] {
+                        fill_row(generator::row_key(seed, tensor as u32, page as u32, token, head), row);
+                    } else {
+                        row.fill(T::from_f32(f32::NAN));
+                    }
+                }
+            }
+        };
+        let v_begin = if layout == PoolLayout::Interleaved { head_dim } else { kv.len() / 2 };
+        kv.par_chunks_mut((kv_strides.page as usize).max(1)).enumerate().for_each(|(chunk, values)| {
+            if layout == PoolLayout::Interleaved {
+                fill_page(Tensor::K, chunk, values);
+                fill_page(Tensor::V, chunk, &mut values[head_dim..]);
+            } else if chunk < pages {
+                fill_page(Tensor::K, chunk, values);
+            } else {
+                fill_page(Tensor::V, chunk - pages, values);
+            }
+        });
+        Ok(Self { q, kv, v_begin, kv_strides, shape })
+    }
+
+    /// The tensors as the CPU executor takes them, with contiguous outputs.
+    pub fn host(&self, softmax_scale: f32) -> HostTensors<'_, T> {
+        let rows = RowStrides::contiguous(self.shape.q_heads(), self.shape.head_dim());
+        HostTensors {
+            q: &self.q,
+            k: &self.kv,
+            v: &self.kv[self.v_begin.min(self.kv.len())..],
+            q_strides: rows,
+            k_strides: self.kv_strides,
+            v_strides: self.kv_strides,
+            out_strides: rows,
+            lse_strides: RowStrides::lse(self.shape.q_heads()),
+            softmax_scale,
+        }
+    }
+}
+
+/// Number of tokens of each page of the pool that some sequence reads (a page's tokens are owned from its first on).
+pub fn owned_tokens(batch: &OwnedBatch) -> Vec<u32> {
+    let mut owned = vec![0; batch.num_pages as usize];
+    for (table, &length) in batch.block_tables.iter().zip(&batch.lengths) {
+        for (index, &page) in table.iter().take(length.div_ceil(batch.page_size) as usize).enumerate() {
+            let tokens = (length - index as u32 * batch.page_size).min(batch.page_size);
+            owned[page as usize] = tokens.max(owned[page as usize]);
+        }
+    }
+    owned
+}
+
+/// Draws one row of `head_dim` elements.
+pub fn fill_row<T: Element>(row_key: u32, row: &mut [T]) {
+    for (dim, element) in row.iter_mut().enumerate() {
+        *element = T::from_f32(generator::element(row_key, dim as u32));
+    }
+}
