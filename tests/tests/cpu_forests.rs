@@ -69,3 +69,39 @@ fn bits_do_not_depend_on_the_layout_of_the_pools() {
         assert_eq!(outputs[0], outputs[2], "forest {seed}");
     }
 }
+
+#[test]
+fn the_rule_refuses_wrong_results() {
+    let case = (0..)
+        .map(|seed| case(seed, Dtype::F16))
+        .find(|case| case.batch.lengths[0] > 40)
+        .expect("some forest starts with a sequence of more than 40 tokens");
+    let good = run_cpu::<f16>(&case, PlanOptions::default(), 5).expect("a valid case");
+    assert!(judge(&case, &good, 5).expect("a valid case").passed);
+
+    let mut off = good.clone();
+    off.out[3] = f16::from_f32(off.out[3].to_f32() + 0.02);
+    let mut nan = good.clone();
+    nan.out[3] = f16::NAN;
+    let mut base_2 = good.clone();
+    base_2.lse[0] *= std::f32::consts::LOG2_E;
+    let mut one_token_less = case.clone();
+    one_token_less.batch.lengths[0] -= 1;
+    let one_token_less = run_cpu::<f16>(&one_token_less, PlanOptions::default(), 5).expect("a valid case");
+    for (what, output) in [("off", off), ("NaN", nan), ("base 2", base_2), ("one token less", one_token_less)] {
+        let report = judge(&case, &output, 5).expect("a valid case");
+        assert!(!report.passed && report.failed_rows > 0, "{what}: {report:?}");
+    }
+}
+
+#[test]
+fn reversed_batches_agree_with_the_oracle() {
+    for seed in 0..32 {
+        let case = case(seed, Dtype::F16);
+        let mut reversed = case.clone();
+        reversed.batch.lengths.reverse();
+        reversed.batch.block_tables.reverse();
+        let output = run_cpu::<f16>(&reversed, PlanOptions::default(), 5).expect("a valid case");
+        assert!(judge(&reversed, &output, 5).expect("a valid case").passed, "forest {seed}");
+    }
+}
