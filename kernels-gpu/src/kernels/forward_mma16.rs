@@ -11,7 +11,7 @@ use crate::item::Item;
 use crate::ptx::{barrier, cp_async, special};
 use crate::softmax::RowStates;
 use crate::tile::fragment::{accumulate, load_queries, mask, rescale, scores, to_operand};
-use crate::tile::gather::{Pool, Token, gather};
+use crate::tile::gather::{Pool, Token, gather, row_of_lane};
 use crate::tile::reduce::{combine_and_store, scratch_bytes};
 
 const WARPS: u32 = 4;
@@ -32,6 +32,7 @@ unsafe fn forward<E: Element, const HEAD_STEPS: usize, const STAGES: u32, const 
     let thread = special::thread_index();
     let (warp, lane) = (thread / 32, thread % 32);
     let ring = special::dynamic_smem() + warp * ring_bytes;
+    let located = row_of_lane::<HEAD_STEPS>(lane);
     let keys = Pool::keys(params, item.kv_head);
     let values = Pool::values(params, item.kv_head);
 
@@ -40,7 +41,7 @@ unsafe fn forward<E: Element, const HEAD_STEPS: usize, const STAGES: u32, const 
     let mut unit = warp * UNIT_TOKENS;
     let mut incoming = unit;
     // SAFETY: the plan's page ids; stages are free before their first use.
-    let mut place = unsafe { Token::locate(&item, params.page_size, incoming + lane) };
+    let mut place = unsafe { Token::locate(&item, params.page_size, incoming + located) };
     for stage in 0..STAGES {
         let k_stage = ring + stage * 2 * unit_bytes;
         if incoming < item.token_count {
@@ -57,7 +58,7 @@ unsafe fn forward<E: Element, const HEAD_STEPS: usize, const STAGES: u32, const 
         }
         incoming += stride;
         // SAFETY: as above.
-        place = unsafe { Token::locate(&item, params.page_size, incoming + lane) };
+        place = unsafe { Token::locate(&item, params.page_size, incoming + located) };
     }
 
     // SAFETY: the caller's contract.
@@ -104,7 +105,7 @@ unsafe fn forward<E: Element, const HEAD_STEPS: usize, const STAGES: u32, const 
         unit += stride;
         incoming += stride;
         // SAFETY: the plan's page ids. The load has the whole next unit to arrive.
-        place = unsafe { Token::locate(&item, params.page_size, incoming + lane) };
+        place = unsafe { Token::locate(&item, params.page_size, incoming + located) };
         k_stage += 2 * unit_bytes;
         if k_stage == ring + ring_bytes {
             k_stage = ring;
@@ -134,7 +135,7 @@ macro_rules! entry {
     };
 }
 
-// Both head dimensions keep 16 KiB per warp in flight: three CTAs fill the shared memory of a Hopper multiprocessor.
+// Both head dimensions keep 16 KiB per warp in flight.
 entry!(pat_forward_mma16_d128_f16, F16, 8, stages 1, pending 1);
 entry!(pat_forward_mma16_d128_bf16, Bf16, 8, stages 1, pending 1);
 entry!(pat_forward_mma16_d64_f16, F16, 4, stages 2, pending 3);

@@ -12,7 +12,7 @@ use crate::item::Item;
 use crate::ptx::{barrier, cp_async, math, special};
 use crate::softmax::{RowStates, normaliser};
 use crate::tile::fragment::{Accumulator, accumulate, load_queries, mask, rescale, scores, to_operand};
-use crate::tile::gather::{Pool, Token, gather};
+use crate::tile::gather::{Pool, Token, gather, row_of_lane};
 use crate::tile::reduce::{combine_and_store, scratch_bytes};
 
 const TILE_TOKENS: u32 = 64;
@@ -43,14 +43,15 @@ unsafe fn forward<
     let thread = special::thread_index();
     let (warp, lane) = (thread / 32, thread % 32);
     let ring = special::dynamic_smem();
+    let located = row_of_lane::<HEAD_STEPS>(lane);
     let keys = Pool::keys(params, item.kv_head);
     let values = Pool::values(params, item.kv_head);
 
     let loaded_first = warp * LOADED;
     let mut incoming = 0;
-    // Lanes past LOADED locate tokens that other warps gather; their places go unused.
+    // Lanes whose row is past LOADED locate tokens that other warps gather; their places go unused.
     // SAFETY: the plan's page ids.
-    let mut place = unsafe { Token::locate(&item, params.page_size, loaded_first + lane) };
+    let mut place = unsafe { Token::locate(&item, params.page_size, loaded_first + located) };
     for stage in 0..STAGES {
         let k_stage = ring + stage * 2 * tile_bytes;
         if incoming < item.token_count {
@@ -67,7 +68,7 @@ unsafe fn forward<
         }
         incoming += TILE_TOKENS;
         // SAFETY: as above.
-        place = unsafe { Token::locate(&item, params.page_size, incoming + loaded_first + lane) };
+        place = unsafe { Token::locate(&item, params.page_size, incoming + loaded_first + located) };
     }
 
     let first_row = warp % M_WARPS * 16;
@@ -111,7 +112,7 @@ unsafe fn forward<
         tile += TILE_TOKENS;
         incoming += TILE_TOKENS;
         // SAFETY: the plan's page ids. The load has a whole tile to arrive.
-        place = unsafe { Token::locate(&item, params.page_size, incoming + loaded_first + lane) };
+        place = unsafe { Token::locate(&item, params.page_size, incoming + loaded_first + located) };
         k_stage = if k_stage == ring { ring + 2 * tile_bytes } else { ring };
     }
     states.finish();

@@ -33,11 +33,18 @@ pub fn from_lane_u32(value: u32, lane: u32) -> u32 {
     unsafe { llvm_shfl_idx_i32(ALL_LANES, value, lane, WHOLE_WARP) }
 }
 
-/// Two `shfl.sync.idx.b32` (sm_30): the 64-bit value of lane `lane % 32`. Convergent.
+/// Two `shfl.sync.idx.b32` (sm_30): the 64-bit value of lane `lane` of the caller's segment of `WIDTH` lanes (a power of
+/// two). Convergent.
 #[inline(always)]
-pub fn from_lane_u64(value: u64, lane: u32) -> u64 {
-    let low = from_lane_u32(value as u32, lane);
-    let high = from_lane_u32((value >> 32) as u32, lane);
+pub fn from_segment_u64<const WIDTH: u32>(value: u64, lane: u32) -> u64 {
+    let clamp = (32 - WIDTH) << 8 | WHOLE_WARP;
+    // SAFETY: all lanes take part; the callers are warp-uniform.
+    let (low, high) = unsafe {
+        (
+            llvm_shfl_idx_i32(ALL_LANES, value as u32, lane, clamp),
+            llvm_shfl_idx_i32(ALL_LANES, (value >> 32) as u32, lane, clamp),
+        )
+    };
     (high as u64) << 32 | low as u64
 }
 

@@ -58,9 +58,20 @@ impl Token {
     }
 }
 
-/// Starts copying `ROWS` (at most 32) tokens into rows `first_row ..` of the tile at `tile`, as rows of
-/// `32 * HEAD_STEPS` bytes with swizzled 16-byte chunks. Lane r has located token r. Tokens from `valid` on are zero-filled
-/// and not read: the pool may hold NaN there, and 0 * NaN would survive in P V. Convergent.
+/// Row, of up to 32 that a warp gathers together, whose token lane `lane` locates.
+///
+/// A copy moves `16 / HEAD_STEPS` rows, each by a segment of `2 * HEAD_STEPS` lanes. Lane i of a segment locates the row
+/// that the segment moves in copy i: the shuffles then have constant indices, which cost no registers.
+#[inline(always)]
+pub const fn row_of_lane<const HEAD_STEPS: usize>(lane: u32) -> u32 {
+    let segment = 2 * HEAD_STEPS as u32;
+    lane % segment * (32 / segment) + lane / segment
+}
+
+/// Starts copying `ROWS` (at most 32) tokens into rows `first_row ..` (a multiple of 8) of the tile at `tile`, as rows of
+/// `32 * HEAD_STEPS` bytes with swizzled 16-byte chunks. Every lane has located the token of row [`row_of_lane`]. Tokens
+/// from `valid` on are zero-filled and not read: the pool may hold NaN there, and 0 * NaN would survive in P V.
+/// Convergent.
 ///
 /// # Safety
 /// The tile is free, and the tokens below `valid` have been located.
@@ -73,19 +84,26 @@ pub unsafe fn gather<const HEAD_STEPS: usize, const ROWS: u32>(
     valid: u32,
     lane: u32,
 ) {
+    const { assert!(HEAD_STEPS == 4 || HEAD_STEPS == 8) };
     let chunks = 2 * HEAD_STEPS as u32;
     let rows_per_copy = 32 / chunks;
-    let chunk = lane % chunks;
-    let row_of_lane = pool
+    let (segment, chunk) = (lane / chunks, lane % chunks);
+    let located = pool
         .base
         .wrapping_add((token.page_id as i64).wrapping_mul(pool.page_stride) as u64)
         .wrapping_add((token.in_page as i64).wrapping_mul(pool.token_stride) as u64);
+    let lane_tile = tile + (first_row + segment) * chunks * 16;
+    let valid_in_segment = valid as i32 - segment as i32;
     for i in 0..ROWS / rows_per_copy {
-        let row = i * rows_per_copy + lane / chunks;
-        let source = shuffle::from_lane_u64(row_of_lane, row).wrapping_add(chunk as u64 * 16);
-        let tile_row = first_row + row;
-        let destination = tile + tile_row * chunks * 16 + swizzled_chunk(tile_row, chunk) * 16;
+        let row = i * rows_per_copy + segment;
+        let row_address = if HEAD_STEPS == 8 {
+            shuffle::from_segment_u64::<16>(located, i)
+        } else {
+            shuffle::from_segment_u64::<8>(located, i)
+        };
+        let destination = lane_tile + swizzled_chunk(row % 8, chunk) * 16 + i * 512;
+        let bytes = if ((i * rows_per_copy) as i32) < valid_in_segment { 16 } else { 0 };
         // SAFETY: the caller's contract; pool addresses and strides are multiples of 16 bytes.
-        unsafe { copy_16_bytes(destination, source, if row < valid { 16 } else { 0 }) };
+        unsafe { copy_16_bytes(destination, row_address.wrapping_add(chunk as u64 * 16), bytes) };
     }
 }
