@@ -1,0 +1,78 @@
+//! The embedded PTX, and cutting one kernel out of it.
+//!
+//! The driver compiles a whole module when it loads it. Loading a module of one kernel makes a program pay only for the
+//! tile variants its plans name.
+
+use crate::{Error, Result};
+use pat_abi::Arch;
+
+/// What `cargo xtask build-ptx` writes before every entry.
+const MARKER: &str = "// pat-entry ";
+
+/// The committed PTX of an architecture.
+pub(super) fn text(arch: Arch) -> &'static str {
+    match arch {
+        Arch::Sm80 => include_str!("ptx/sm_80.ptx"),
+        Arch::Sm90a => include_str!("ptx/sm_90a.ptx"),
+    }
+}
+
+/// A module of one kernel: everything before the first marker (directives and module-scope declarations), then the
+/// section of `entry`.
+///
+/// # Errors
+/// The text has no section for `entry`.
+pub(super) fn cut(module: &str, entry: &str) -> Result<String> {
+    let mut sections = module.split_inclusive('\n').peekable();
+    let mut prelude = String::new();
+    while let Some(line) = sections.next_if(|line| !line.starts_with(MARKER)) {
+        prelude.push_str(line);
+    }
+    let mut body = String::new();
+    let mut wanted = false;
+    for line in sections {
+        if let Some(name) = line.strip_prefix(MARKER) {
+            wanted = name.trim() == entry;
+        }
+        if wanted {
+            body.push_str(line);
+        }
+    }
+    if body.is_empty() {
+        return Err(Error::Cuda {
+            call: format!("looking up kernel {entry}"),
+            reason: "the embedded PTX does not contain it: run `cargo xtask build-ptx`".into(),
+        });
+    }
+    Ok(prelude + &body)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MODULE: &str = "\
+.version 8.0
+.target sm_80
+.extern .shared .align 128 .b8 smem[];
+// pat-entry first
+.visible .entry first(.param .u64 p) { ret; }
+// pat-entry first_and_more
+.visible .entry first_and_more() { ret; }
+";
+
+    #[test]
+    fn cut_keeps_the_prelude_and_one_entry() {
+        let first = cut(MODULE, "first").unwrap();
+        assert!(first.starts_with(".version 8.0\n.target sm_80\n.extern .shared"));
+        assert!(first.contains(".entry first("));
+        assert!(!first.contains("first_and_more"));
+        assert!(cut(MODULE, "first_and_more").unwrap().ends_with(".entry first_and_more() { ret; }\n"));
+    }
+
+    #[test]
+    fn a_missing_entry_is_an_error_that_names_it() {
+        let error = cut(MODULE, "second").unwrap_err().to_string();
+        assert!(error.contains("second") && error.contains("build-ptx"), "{error}");
+    }
+}

@@ -1,0 +1,101 @@
+//! What a tensor map of a KV pool says: pure arithmetic, encoded by `driver`.
+//!
+//! Four dimensions, innermost first: element of the head, token of the page, KV head, page. A box is 64 elements (the 128
+//! bytes that one swizzle row spans) of up to 64 tokens of one head of one page. Page `num_pages` is out of range, so a
+//! kernel that names it gets zeros.
+
+use crate::{AttentionShape, Dtype, Error, KvStrides, Result};
+
+/// Elements per box row: the 128-byte swizzle spans this much.
+const BOX_ELEMENTS: u32 = 64;
+/// Most tokens per box.
+const MAX_BOX_TOKENS: u32 = 64;
+
+/// The arguments of `cuTensorMapEncodeTiled` that vary, and the key under which an encoded map is cached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct TensorMapSpec {
+    pub(super) address: u64,
+    pub(super) dtype: Dtype,
+    /// Elements, innermost first.
+    pub(super) dims: [u64; 4],
+    /// Strides of the dimensions 1 to 3.
+    pub(super) strides_bytes: [u64; 3],
+    /// Elements, innermost first.
+    pub(super) box_dims: [u32; 4],
+}
+
+impl TensorMapSpec {
+    /// The map of one pool (K or V).
+    ///
+    /// # Errors
+    /// A stride is negative, not a multiple of 16 bytes, or 2^40 bytes or more (limits of tensor maps).
+    pub(super) fn new(
+        tensor: &str,
+        address: u64,
+        strides: KvStrides,
+        shape: AttentionShape,
+        page_size: u32,
+        num_pages: u32,
+    ) -> Result<Self> {
+        let stride_bytes = |name: &str, elements: i64| {
+            elements
+                .checked_mul(2)
+                .and_then(|bytes| u64::try_from(bytes).ok())
+                .filter(|bytes| bytes % 16 == 0 && *bytes < 1 << 40)
+                .ok_or_else(|| {
+                    Error::invalid(
+                        format!("{tensor}_strides.{name}"),
+                        format!("{elements} elements"),
+                        "a multiple of 8 elements from 0 up to 2^39 (tensor maps)",
+                    )
+                })
+        };
+        Ok(Self {
+            address,
+            dtype: shape.dtype(),
+            dims: [
+                u64::from(shape.head_dim()),
+                u64::from(page_size),
+                u64::from(shape.kv_heads()),
+                u64::from(num_pages),
+            ],
+            strides_bytes: [
+                stride_bytes("token", strides.token)?,
+                stride_bytes("head", strides.head)?,
+                stride_bytes("page", strides.page)?,
+            ],
+            box_dims: [BOX_ELEMENTS, page_size.min(MAX_BOX_TOKENS), 1, 1],
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dims_and_strides_follow_the_convention() {
+        let shape = AttentionShape::new(32, 8, 128, Dtype::F16).unwrap();
+        let map = TensorMapSpec::new("k", 0x1000, KvStrides::nhd(32, 8, 128), shape, 32, 7).unwrap();
+        assert_eq!(map.dims, [128, 32, 8, 7]);
+        assert_eq!(map.strides_bytes, [8 * 128 * 2, 128 * 2, 32 * 8 * 128 * 2]);
+        assert_eq!(map.box_dims, [64, 32, 1, 1]);
+        let map = TensorMapSpec::new("k", 0x1000, KvStrides::hnd(256, 8, 128), shape, 256, 7).unwrap();
+        assert_eq!(map.strides_bytes, [128 * 2, 256 * 128 * 2, 256 * 8 * 128 * 2]);
+        assert_eq!(map.box_dims[1], 64);
+    }
+
+    #[test]
+    fn strides_that_tensor_maps_cannot_express_are_refused() {
+        let shape = AttentionShape::new(32, 8, 128, Dtype::F16).unwrap();
+        let good = KvStrides::nhd(32, 8, 128);
+        for bad in [
+            KvStrides { token: 1025, ..good },
+            KvStrides { head: -128, ..good },
+            KvStrides { page: 1 << 39, ..good },
+            KvStrides { page: i64::MAX, ..good },
+        ] {
+            assert!(TensorMapSpec::new("k", 0x1000, bad, shape, 32, 7).is_err(), "{bad:?}");
+        }
+    }
+}
