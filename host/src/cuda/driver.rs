@@ -10,7 +10,7 @@ use super::tensor_map::TensorMapSpec;
 use crate::{Dtype, Error, Result};
 use bytemuck::{NoUninit, Pod};
 use cudarc::driver::{CudaContext, CudaEvent, CudaGraph, CudaStream, DriverError, PinnedHostSlice, result, sys};
-use pat_abi::{Family, KernelSpec};
+use pat_abi::{Arch, Family, KernelSpec};
 use std::ffi::{CString, c_void};
 use std::marker::PhantomData;
 use std::sync::Arc;
@@ -164,8 +164,13 @@ pub(super) fn launch_forward(kernel: &Kernel, run: &PreparedRun, maps: &[TensorM
     unsafe { kernel.launch(run.forward_grids[variant.index()], &mut params.0[..params.1], false, stream) }
 }
 
-/// Launches a merge kernel. `programmatic` is for kernels that wait for the launch before them on their own.
-pub(super) fn launch_merge(kernel: &Kernel, run: &PreparedRun, programmatic: bool, stream: &Stream) -> Result<()> {
+/// Launches a merge kernel. The sm_90a ones wait (`griddepcontrol.wait`) for the launch before them on their own, so that
+/// theirs may overlap its end; the others must not start before it has finished.
+pub(super) fn launch_merge(kernel: &Kernel, run: &PreparedRun, stream: &Stream) -> Result<()> {
+    if kernel.spec.family != Family::Merge {
+        return Err(Error::invalid("kernel", kernel.spec.entry, "a merge kernel"));
+    }
+    let programmatic = kernel.spec.arch == Arch::Sm90a;
     let warps_per_cta = u64::from(kernel.spec.threads / 32);
     let grid = run.merge_warps.div_ceil(warps_per_cta) as u32;
     let mut params = [(&raw const run.merge).cast_mut().cast::<c_void>()];

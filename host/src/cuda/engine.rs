@@ -6,7 +6,7 @@ use super::driver::{self, Stream, TensorMap};
 use super::plan_buffers::{PlanBuffers, Workspace};
 use super::tensor_map::TensorMapSpec;
 use crate::{AttentionShape, Error, Plan, Result};
-use pat_abi::{Family, KernelSpec, TileVariant, manifest};
+use pat_abi::{Arch, Family, KernelSpec, TileVariant, manifest};
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
@@ -63,7 +63,7 @@ impl CudaEngine {
             }
         }
         if uploaded.limits.max_merge_rows > 0 {
-            self.device.kernel(find(Family::Merge, uploaded.shape)?)?;
+            self.device.kernel(self.merge_kernel(uploaded.shape)?)?;
         }
         Ok(())
     }
@@ -93,10 +93,18 @@ impl CudaEngine {
             }
         }
         if run.merge_warps > 0 {
-            let kernel = self.device.kernel(find(Family::Merge, run.shape)?)?;
-            driver::launch_merge(&kernel, &run, false, stream)?;
+            let kernel = self.device.kernel(self.merge_kernel(run.shape)?)?;
+            driver::launch_merge(&kernel, &run, stream)?;
         }
         Ok(())
+    }
+
+    /// On compute capability 9.0 the merge that starts while the forward launch drains.
+    fn merge_kernel(&self, shape: AttentionShape) -> Result<&'static KernelSpec> {
+        let overlapping = (self.device.compute_capability() == 90)
+            .then(|| manifest::find_for(Arch::Sm90a, Family::Merge, shape.dtype(), shape.head_dim()))
+            .flatten();
+        overlapping.map_or_else(|| find(Family::Merge, shape), Ok)
     }
 
     /// The maps of K and V if a kernel of the run takes them; encoded once per pool.

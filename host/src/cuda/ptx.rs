@@ -6,8 +6,9 @@
 use crate::{Error, Result};
 use pat_abi::Arch;
 
-/// What `cargo xtask build-ptx` writes before every entry.
-const MARKER: &str = "// pat-entry ";
+/// How a kernel begins, at the start of a line. There is nothing but kernels behind the first: `cargo xtask check-ptx`
+/// refuses functions, and module-scope declarations come first.
+const ENTRY: &str = ".visible .entry ";
 
 /// The committed PTX of an architecture.
 pub(super) fn text(arch: Arch) -> &'static str {
@@ -17,22 +18,22 @@ pub(super) fn text(arch: Arch) -> &'static str {
     }
 }
 
-/// A module of one kernel: everything before the first marker (directives and module-scope declarations), then the
-/// section of `entry`.
+/// A module of one kernel: everything before the first kernel (directives and module-scope declarations), then
+/// kernel `entry`.
 ///
 /// # Errors
-/// The text has no section for `entry`.
+/// The text has no kernel of that name.
 pub(super) fn cut(module: &str, entry: &str) -> Result<String> {
-    let mut sections = module.split_inclusive('\n').peekable();
+    let mut lines = module.split_inclusive('\n').peekable();
     let mut prelude = String::new();
-    while let Some(line) = sections.next_if(|line| !line.starts_with(MARKER)) {
+    while let Some(line) = lines.next_if(|line| !line.starts_with(ENTRY)) {
         prelude.push_str(line);
     }
     let mut body = String::new();
     let mut wanted = false;
-    for line in sections {
-        if let Some(name) = line.strip_prefix(MARKER) {
-            wanted = name.trim() == entry;
+    for line in lines {
+        if let Some(rest) = line.strip_prefix(ENTRY) {
+            wanted = rest.split(['(', '\r', '\n']).next() == Some(entry);
         }
         if wanted {
             body.push_str(line);
@@ -55,9 +56,9 @@ mod tests {
 .version 8.0
 .target sm_80
 .extern .shared .align 128 .b8 smem[];
-// pat-entry first
+	// .globl	first
 .visible .entry first(.param .u64 p) { ret; }
-// pat-entry first_and_more
+	// .globl	first_and_more
 .visible .entry first_and_more() { ret; }
 ";
 
@@ -66,8 +67,17 @@ mod tests {
         let first = cut(MODULE, "first").unwrap();
         assert!(first.starts_with(".version 8.0\n.target sm_80\n.extern .shared"));
         assert!(first.contains(".entry first("));
-        assert!(!first.contains("first_and_more"));
+        assert!(!first.contains(".entry first_and_more"));
         assert!(cut(MODULE, "first_and_more").unwrap().ends_with(".entry first_and_more() { ret; }\n"));
+    }
+
+    #[test]
+    fn every_kernel_of_the_manifest_can_be_cut_out_of_the_embedded_ptx() {
+        for kernel in pat_abi::KERNELS {
+            let module = cut(text(kernel.arch), kernel.entry).unwrap();
+            assert_eq!(module.matches(ENTRY).count(), 1, "{}", kernel.entry);
+            assert!(module.contains(&format!(".target {}", kernel.arch.name())), "{}", kernel.entry);
+        }
     }
 
     #[test]
