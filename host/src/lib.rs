@@ -10,6 +10,7 @@
 pub mod batch;
 pub mod cpu;
 pub mod cuda;
+pub mod engine;
 pub mod error;
 pub mod layout;
 pub mod plan;
@@ -18,6 +19,7 @@ pub mod shape;
 
 pub use batch::DecodeBatch;
 pub use cpu::{Element, HostTensors};
+pub use engine::{Engine, Features, Reason, supports};
 pub use error::{Error, Result};
 pub use layout::{KvStrides, RowStrides};
 pub use pat_abi::{Dtype, TileVariant};

@@ -231,7 +231,7 @@ fn same<T: PartialEq + std::fmt::Debug>(what: &str, plan: T, call: T) -> Result<
 
 /// Checks the address, the strides and that the furthest element lies inside the span. `dims` are (name, size, stride
 /// in elements), `row` is the length of the contiguous innermost dimension.
-fn check_tensor(
+pub(super) fn check_tensor(
     name: &str,
     span: DeviceSpan<'_>,
     dims: &[(&str, u64, i64)],

@@ -87,19 +87,36 @@ impl CudaDevice {
     /// # Errors
     /// The driver cannot be asked.
     pub fn profile(&self) -> Result<DeviceProfile> {
-        let attribute = |which: Attribute| {
-            self.context().attribute(which).map(i32::unsigned_abs).map_err(failed("cuDeviceGetAttribute"))
-        };
         let measured = Facts {
             name: self.inner.name.clone(),
             compute_capability: self.inner.compute_capability,
-            sm_count: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
-            sm_clock_khz: attribute(Attribute::CU_DEVICE_ATTRIBUTE_CLOCK_RATE)?,
-            memory_clock_khz: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE)?,
-            memory_bus_bits: attribute(Attribute::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH)?,
-            l2_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?,
+            sm_count: self.sm_count()?,
+            sm_clock_khz: self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_CLOCK_RATE)?,
+            memory_clock_khz: self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE)?,
+            memory_bus_bits: self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH)?,
+            l2_bytes: self.l2_bytes()?,
         };
         Ok(measured.profile())
+    }
+
+    /// Streaming multiprocessors.
+    ///
+    /// # Errors
+    /// The driver cannot be asked.
+    pub fn sm_count(&self) -> Result<u32> {
+        self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
+    }
+
+    /// L2 capacity in bytes.
+    ///
+    /// # Errors
+    /// The driver cannot be asked.
+    pub fn l2_bytes(&self) -> Result<u64> {
+        self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE).map(u64::from)
+    }
+
+    fn attribute(&self, which: Attribute) -> Result<u32> {
+        self.context().attribute(which).map(i32::unsigned_abs).map_err(failed("cuDeviceGetAttribute"))
     }
 
     /// A new stream that does not synchronise with the default stream.
@@ -167,7 +184,7 @@ struct Facts {
     sm_clock_khz: u32,
     memory_clock_khz: u32,
     memory_bus_bits: u32,
-    l2_bytes: u32,
+    l2_bytes: u64,
 }
 
 impl Facts {
@@ -190,7 +207,7 @@ impl Facts {
             sm_count: self.sm_count,
             hbm_bytes_per_us: if hbm_bytes_per_us > 0.0 { hbm_bytes_per_us } else { h200.hbm_bytes_per_us * cores },
             l2_bytes_per_us: h200.l2_bytes_per_us * cores,
-            l2_bytes: u64::from(self.l2_bytes),
+            l2_bytes: self.l2_bytes,
             mma_flop_per_us: h200.mma_flop_per_us * cores,
             wgmma_flop_per_us: if self.compute_capability == 90 { h200.wgmma_flop_per_us * cores } else { 0.0 },
             ..h200

@@ -5,6 +5,7 @@
 //! manifest, whose parameter types the manifest's family fixes.
 
 use super::args::{DeviceSpan, PreparedRun};
+use super::bench_support::{CheckedFill, L2Flush};
 use super::device::CudaDevice;
 use super::tensor_map::TensorMapSpec;
 use crate::{Dtype, Error, Result};
@@ -177,6 +178,28 @@ pub(super) fn launch_merge(kernel: &Kernel, run: &PreparedRun, stream: &Stream) 
     // SAFETY: merge kernels take MergeParams alone; the driver reads, never writes, parameters. Addresses as in
     // `launch_forward`. The grid fits: `RunArgs::prepare` keeps `merge_warps` below 2^31.
     unsafe { kernel.launch(grid, &mut params, programmatic, stream) }
+}
+
+/// Launches a fill kernel.
+pub(super) fn launch_fill(kernel: &Kernel, fill: &CheckedFill, ctas: u32, stream: &Stream) -> Result<()> {
+    if kernel.spec.family != Family::Fill {
+        return Err(Error::invalid("kernel", kernel.spec.entry, "a fill kernel"));
+    }
+    let mut params = [(&raw const fill.0).cast_mut().cast::<c_void>()];
+    // SAFETY: fill kernels take FillParams alone; `CheckedFill` says that the target holds what they write.
+    unsafe { kernel.launch(ctas, &mut params, false, stream) }
+}
+
+/// Launches the L2 flush.
+pub(super) fn launch_flush(kernel: &Kernel, flush: &L2Flush, ctas: u32, stream: &Stream) -> Result<()> {
+    if kernel.spec.family != Family::Flush {
+        return Err(Error::invalid("kernel", kernel.spec.entry, "the flush kernel"));
+    }
+    let record = flush.params();
+    let mut params = [(&raw const record).cast_mut().cast::<c_void>()];
+    // SAFETY: the flush kernel takes FlushParams alone; `L2Flush` owns both buffers, with one sum per CTA, and freeing
+    // them waits for the device.
+    unsafe { kernel.launch(ctas, &mut params, false, stream) }
 }
 
 /// The parameter pointers of a kernel that takes one record and up to two tensor maps, on the stack.

@@ -8,6 +8,7 @@
 //! pointer enters through [`DeviceSpan::from_raw`] or [`CudaDevice::stream_from_raw`], which are `unsafe` for that reason.
 
 mod args;
+pub mod bench_support;
 mod device;
 mod driver;
 mod engine;

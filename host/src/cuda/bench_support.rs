@@ -1,0 +1,165 @@
+//! What measurements need beside the engine: drawing tensors on the device, a cold L2, events.
+
+use super::args::check_tensor;
+use super::driver::{self, DeviceBuffer, Kernel, Stream, failed};
+use super::{CudaDevice, DeviceSpan};
+use crate::{Dtype, Error, KvStrides, Result};
+use cudarc::driver::{CudaEvent, sys};
+use pat_abi::generator::Tensor;
+use pat_abi::{Arch, Family, FastDivisor, FillParams, FlushParams, KernelSpec, manifest};
+use std::sync::Arc;
+
+/// CTAs of the support kernels, per multiprocessor: their launch bounds ask for as many to fit.
+const CTAS_PER_SM: u32 = 4;
+
+/// The tensor to draw: sizes, and its strides in elements. For Q, `pages` is the number of sequences, `tokens` 1, and
+/// `strides.page` the sequence stride.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FillSpec {
+    /// Which tensor of the generator.
+    pub tensor: Tensor,
+    /// The generator's seed.
+    pub seed: u32,
+    /// Element type.
+    pub dtype: Dtype,
+    /// Pages.
+    pub pages: u32,
+    /// Tokens per page.
+    pub tokens: u32,
+    /// Heads.
+    pub heads: u32,
+    /// Elements per head, a power of two from 8 on.
+    pub head_dim: u32,
+    /// Layout.
+    pub strides: KvStrides,
+}
+
+/// Enqueues the drawing of a tensor: the same elements as [`pat_abi::generator`] gives on the CPU.
+///
+/// # Errors
+/// A size, a stride or the span does not fit, or the driver refuses the launch.
+pub fn fill(device: &CudaDevice, target: DeviceSpan<'_>, spec: FillSpec, stream: &Stream) -> Result<()> {
+    let rows = u64::from(spec.pages) * u64::from(spec.tokens) * u64::from(spec.heads);
+    if spec.tokens == 0 || spec.heads == 0 || rows >= 1 << 31 {
+        let got = format!("{} * {} * {}", spec.pages, spec.tokens, spec.heads);
+        return Err(Error::invalid(
+            "pages * tokens * heads",
+            got,
+            "tokens and heads of 1 or more, fewer than 2^31 rows",
+        ));
+    }
+    if spec.head_dim < 8 || !spec.head_dim.is_power_of_two() {
+        return Err(Error::invalid("head_dim", spec.head_dim, "a power of two, at least 8"));
+    }
+    let dims = [
+        ("page", u64::from(spec.pages), spec.strides.page),
+        ("token", u64::from(spec.tokens), spec.strides.token),
+        ("head", u64::from(spec.heads), spec.strides.head),
+    ];
+    check_tensor("target", target, &dims, u64::from(spec.head_dim), 2, 16)?;
+    if rows == 0 {
+        return Ok(());
+    }
+    let params = FillParams {
+        base: target.address(),
+        page_stride: spec.strides.page * 2,
+        token_stride: spec.strides.token * 2,
+        head_stride: spec.strides.head * 2,
+        tokens: FastDivisor::new(spec.tokens),
+        heads: FastDivisor::new(spec.heads),
+        pages: spec.pages,
+        dim: spec.head_dim,
+        seed: spec.seed,
+        tensor: spec.tensor as u32,
+    };
+    let kernel = device.kernel(support_kernel(Family::Fill, spec.dtype)?)?;
+    driver::launch_fill(&kernel, &CheckedFill(params), CTAS_PER_SM * device.sm_count()?, stream)
+}
+
+/// Parameters of a fill whose target was checked to hold them.
+pub(super) struct CheckedFill(pub(super) FillParams);
+
+/// Evicts the L2 cache by reading a buffer several times its size: unlike a memset it leaves no dirty lines to write
+/// back during the next measurement.
+#[derive(Debug)]
+pub struct L2Flush {
+    kernel: Arc<Kernel>,
+    buffer: DeviceBuffer,
+    sums: DeviceBuffer,
+    ctas: u32,
+}
+
+impl L2Flush {
+    /// # Errors
+    /// The driver cannot allocate four times the L2's size or load the kernel.
+    pub fn new(device: &CudaDevice) -> Result<Self> {
+        let ctas = CTAS_PER_SM * device.sm_count()?;
+        let bytes = usize::try_from(4 * device.l2_bytes()?).unwrap_or(usize::MAX).next_multiple_of(16).max(64 << 20);
+        Ok(Self {
+            kernel: device.kernel(support_kernel(Family::Flush, Dtype::F16)?)?,
+            buffer: DeviceBuffer::zeroed(device, bytes)?,
+            sums: DeviceBuffer::zeroed(device, ctas as usize * size_of::<u32>())?,
+            ctas,
+        })
+    }
+
+    /// Enqueues the eviction.
+    ///
+    /// # Errors
+    /// The driver refuses the launch.
+    pub fn enqueue(&self, stream: &Stream) -> Result<()> {
+        driver::launch_flush(&self.kernel, self, self.ctas, stream)
+    }
+
+    pub(super) fn params(&self) -> FlushParams {
+        FlushParams {
+            buffer: self.buffer.span().address(),
+            bytes: self.buffer.bytes(),
+            sums: self.sums.span().address(),
+        }
+    }
+}
+
+/// A point in a stream, for timing. Create it once and record it as often as needed.
+#[derive(Debug)]
+pub struct TimingEvent {
+    event: CudaEvent,
+}
+
+impl TimingEvent {
+    /// # Errors
+    /// The driver is older than CUDA 12.8 (cudarc reads times by an entry point that came with it) or cannot create one.
+    pub fn new(device: &CudaDevice) -> Result<Self> {
+        let version = driver::driver_version()?;
+        if version < 12_080 {
+            let reason = format!("timing needs a driver for CUDA 12.8 or later, this one supports {version}");
+            return Err(Error::CudaUnavailable { reason });
+        }
+        let event =
+            device.context().new_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT)).map_err(failed("cuEventCreate"))?;
+        Ok(Self { event })
+    }
+
+    /// Marks the stream's present end.
+    ///
+    /// # Errors
+    /// The driver refuses it (another device's stream, for one).
+    pub fn record(&self, stream: &Stream) -> Result<()> {
+        self.event.record(stream.cudarc()).map_err(failed("cuEventRecord"))
+    }
+
+    /// Waits for this event and tells the GPU time that passed since `start`, in microseconds.
+    ///
+    /// # Errors
+    /// One of the two was never recorded, or work before it failed.
+    pub fn elapsed_us_since(&self, start: &Self) -> Result<f64> {
+        self.event.synchronize().map_err(failed("cuEventSynchronize"))?;
+        let elapsed_ms = start.event.elapsed_ms(&self.event).map_err(failed("cuEventElapsedTime"))?;
+        Ok(f64::from(elapsed_ms) * 1e3)
+    }
+}
+
+fn support_kernel(family: Family, dtype: Dtype) -> Result<&'static KernelSpec> {
+    manifest::find_for(Arch::Sm80, family, dtype, 0)
+        .ok_or_else(|| Error::invalid("kernel", format!("{family:?} for {dtype:?}"), "one of the manifest"))
+}
