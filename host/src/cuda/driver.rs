@@ -277,7 +277,8 @@ impl Stream {
     }
 
     /// Records what `enqueue` puts on this stream, without running it. Load the kernels first
-    /// ([`CudaEngine::prepare`](super::CudaEngine::prepare)); plans are uploaded outside.
+    /// ([`CudaEngine::prepare`](super::CudaEngine::prepare)); plans are uploaded outside. Until
+    /// it returns no thread may wait for the whole device, as copies to and from a [`DeviceBuffer`] do.
     ///
     /// # Errors
     /// The stream cannot be captured (the default stream), `enqueue` fails, or nothing was enqueued.
@@ -465,7 +466,7 @@ impl StagingRing {
     }
 
     /// Enqueues the copy of `bytes` to the start of `target`.
-    pub(super) fn upload(&mut self, bytes: &[u8], target: &mut DeviceBuffer, stream: &Stream) -> Result<()> {
+    pub(super) fn upload(&mut self, bytes: &[u8], target: &DeviceBuffer, stream: &Stream) -> Result<()> {
         same_context(&target.context, &stream.inner)?;
         target.check_range(0, bytes.len())?;
         let (memory, copied) = &mut self.slots[self.next];

@@ -44,7 +44,7 @@ impl CudaEngine {
     /// # Errors
     /// The driver cannot allocate or copy.
     pub fn upload(&self, plan: &Plan, stream: &Stream) -> Result<PlanBuffers> {
-        let mut buffers = PlanBuffers::with_capacity(&self.device, plan.bytes().len())?;
+        let buffers = PlanBuffers::with_capacity(&self.device, plan.bytes().len())?;
         buffers.upload(plan, stream)?;
         Ok(buffers)
     }

@@ -5,6 +5,7 @@ use super::args::DeviceSpan;
 use super::driver::{DeviceBuffer, StagingRing, Stream};
 use crate::{AttentionShape, Error, Plan, Result};
 use pat_abi::MAX_TILE_VARIANTS;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Upper bounds of what a launch covers. CUDA graphs need one that does not change from plan to plan: kernels exit where
 /// a plan has less.
@@ -73,12 +74,18 @@ pub(super) struct Uploaded {
 
 /// A plan in device memory, at an address that never changes, with two pinned staging buffers before it.
 ///
-/// Upload once per decode step, run once per layer, on one stream (or order the streams yourself).
+/// Upload once per decode step, run once per layer, on one stream (or order the streams yourself). Uploading takes a
+/// shared reference, because a captured graph goes on borrowing the buffers.
 #[derive(Debug)]
 pub struct PlanBuffers {
     device: DeviceBuffer,
-    staging: StagingRing,
     fixed: Option<LaunchGeometry>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    staging: StagingRing,
     uploaded: Option<Uploaded>,
 }
 
@@ -91,9 +98,8 @@ impl PlanBuffers {
         let bytes = bytes.max(size_of::<pat_abi::PlanHeader>()).next_multiple_of(16);
         Ok(Self {
             device: DeviceBuffer::zeroed(device, bytes)?,
-            staging: StagingRing::new(device, bytes)?,
             fixed: None,
-            uploaded: None,
+            state: Mutex::new(State { staging: StagingRing::new(device, bytes)?, uploaded: None }),
         })
     }
 
@@ -116,7 +122,7 @@ impl PlanBuffers {
     /// # Errors
     /// The plan is larger than the capacity or exceeds the fixed geometry, or (fixed geometry) was made for another
     /// shape, page size or pool: nothing has been copied and the former plan stays. The driver's copy fails: no plan.
-    pub fn upload(&mut self, plan: &Plan, stream: &Stream) -> Result<()> {
+    pub fn upload(&self, plan: &Plan, stream: &Stream) -> Result<()> {
         if plan.bytes().len() > self.capacity_bytes() {
             return Err(Error::PlanMismatch {
                 what: "the capacity of the plan buffers".into(),
@@ -134,8 +140,9 @@ impl PlanBuffers {
             num_pages: plan.num_pages(),
             limits: self.fixed.unwrap_or(exact),
         };
+        let mut state = self.state();
         // A captured graph has the strides' meaning, the page size and the pool's extent baked in.
-        if let (Some(_), Some(former)) = (self.fixed, self.uploaded)
+        if let (Some(_), Some(former)) = (self.fixed, state.uploaded)
             && former != uploaded
         {
             return Err(Error::PlanMismatch {
@@ -144,16 +151,20 @@ impl PlanBuffers {
                 call: format!("{former:?}"),
             });
         }
-        if let Err(error) = self.staging.upload(plan.bytes(), &mut self.device, stream) {
-            self.uploaded = None;
-            return Err(error);
-        }
-        self.uploaded = Some(uploaded);
+        // Nothing is there until the copy has been enqueued.
+        state.uploaded = None;
+        state.staging.upload(plan.bytes(), &self.device, stream)?;
+        state.uploaded = Some(uploaded);
         Ok(())
     }
 
+    fn state(&self) -> MutexGuard<'_, State> {
+        // `uploaded` is `None` while an upload is under way: a panic there leaves buffers without a plan.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     pub(super) fn uploaded(&self) -> Result<Uploaded> {
-        self.uploaded.ok_or_else(|| Error::PlanMismatch {
+        self.state().uploaded.ok_or_else(|| Error::PlanMismatch {
             what: "the plan buffers".into(),
             plan: "nothing uploaded".into(),
             call: "a run".into(),

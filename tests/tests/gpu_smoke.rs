@@ -1,0 +1,253 @@
+//! The CUDA engine on a device: against the CPU executor and the oracle, on streams, in graphs, with bad arguments.
+//! Skipped, with the reason, where no device can be used.
+
+use half::{bf16, f16};
+use pat_rs::cuda::{
+    CudaEngine, DeviceBuffer, DeviceSpan, LaunchGeometry, PlanBuffers, RunArgs, Workspace, bench_support,
+};
+use pat_rs::plan::PlanMode;
+use pat_rs::{AttentionShape, Dtype, Element, Engine, Error, Plan, PlanOptions, Planner, RowStrides, TileVariant};
+use pat_tests::{Case, Output, judge, random_case, run_cpu, softmax_scale};
+use pat_workloads::{OwnedBatch, PoolLayout, Tensors};
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+const SEED: u32 = 5;
+
+/// One test at a time: waiting for the device is an error while another thread captures one of its streams.
+static DEVICE: Mutex<()> = Mutex::new(());
+
+fn device(test: &str) -> Option<(Engine, MutexGuard<'static, ()>)> {
+    let alone = DEVICE.lock().unwrap_or_else(PoisonError::into_inner);
+    match Engine::cuda(0) {
+        Ok(engine) => Some((engine, alone)),
+        Err(reason) => {
+            eprintln!("skipped {test}: {reason}");
+            None
+        }
+    }
+}
+
+fn plan(case: &Case, engine: &Engine, options: PlanOptions) -> Plan {
+    let rows = case.batch.rows();
+    let profile = engine.profile().unwrap();
+    Planner::new(case.shape, profile, options).unwrap().plan(&case.batch.view(&rows).unwrap()).unwrap()
+}
+
+fn run_host<T: Element>(case: &Case, engine: &Engine, options: PlanOptions) -> Output<T> {
+    let tensors = Tensors::<T>::draw(&case.batch, case.shape, case.layout, SEED).unwrap();
+    let mut output = Output {
+        out: vec![T::from_f32(f32::NAN); tensors.q.len()],
+        lse: vec![f32::NAN; tensors.q.len() / case.shape.head_dim() as usize],
+    };
+    let plan = plan(case, engine, options);
+    engine
+        .run_host(&plan, &tensors.host(softmax_scale(case.shape)), &mut output.out, Some(&mut output.lse))
+        .unwrap_or_else(|error| panic!("{error}: {case:?}"));
+    output
+}
+
+/// Sequences that share a prefix, one that is a prefix of another, one alone, one empty.
+fn shared_prefix_case(dtype: Dtype, page_size: u32) -> Case {
+    let table = |own: std::ops::Range<u32>| (0..4).chain(own).collect::<Vec<u32>>();
+    let block_tables = vec![table(4..6), table(6..8), table(8..9), table(9..9), (9..17).collect(), Vec::new()];
+    let lengths = block_tables.iter().map(|t: &Vec<u32>| (t.len() as u32 * page_size).saturating_sub(3)).collect();
+    Case {
+        batch: OwnedBatch { page_size, num_pages: 18, lengths, block_tables },
+        shape: AttentionShape::new(16, 2, 128, dtype).unwrap(),
+        layout: PoolLayout::ALL[0],
+    }
+}
+
+fn assert_agrees<T: Element>(case: &Case, output: &Output<T>, what: &str) {
+    let report = judge(case, output, SEED).unwrap();
+    assert!(report.passed, "{what}: {report:?}\n{case:?}");
+}
+
+fn every_variant_agrees<T: Element>(engine: &Engine) {
+    let case = shared_prefix_case(T::DTYPE, 16);
+    for variant in engine.profile().unwrap().variants(case.batch.page_size) {
+        if pat_abi::manifest::find(pat_abi::Family::Forward(variant), T::DTYPE, case.shape.head_dim()).is_none() {
+            continue;
+        }
+        for mode in [PlanMode::Flat, PlanMode::PerNode, PlanMode::FixedChunk { tokens: 32 }] {
+            let options = PlanOptions { mode, variants: Some(vec![variant]) };
+            assert_agrees(&case, &run_host::<T>(&case, engine, options), &format!("{variant:?} {mode:?}"));
+        }
+    }
+}
+
+#[test]
+fn every_variant_agrees_with_the_oracle() {
+    let Some((engine, _alone)) = device("every_variant_agrees_with_the_oracle") else { return };
+    every_variant_agrees::<f16>(&engine);
+    every_variant_agrees::<bf16>(&engine);
+}
+
+#[test]
+fn random_forests_agree_with_the_oracle() {
+    let Some((engine, _alone)) = device("random_forests_agree_with_the_oracle") else { return };
+    let mut rng = ChaCha8Rng::seed_from_u64(17);
+    for _ in 0..40 {
+        let case = random_case(&mut rng, Dtype::F16);
+        assert_agrees(&case, &run_host::<f16>(&case, &engine, PlanOptions::default()), "random forest");
+    }
+}
+
+#[test]
+fn both_executors_give_the_same_log_sum_exps() {
+    let Some((engine, _alone)) = device("both_executors_give_the_same_log_sum_exps") else { return };
+    let case = shared_prefix_case(Dtype::F16, 32);
+    let cpu = run_cpu::<f16>(&case, PlanOptions::default(), SEED).unwrap();
+    let gpu = run_host::<f16>(&case, &engine, PlanOptions::default());
+    for (row, (a, b)) in cpu.lse.iter().zip(&gpu.lse).enumerate() {
+        assert!(a == b || (a - b).abs() < 1e-4, "row {row}: {a} on the CPU, {b} on the device");
+    }
+}
+
+/// A case in device memory, with contiguous outputs.
+struct OnDevice {
+    case: Case,
+    q: DeviceBuffer,
+    kv: DeviceBuffer,
+    out: DeviceBuffer,
+    tensors: Tensors<f16>,
+}
+
+impl OnDevice {
+    fn new(case: Case, engine: &CudaEngine) -> Self {
+        let tensors = Tensors::<f16>::draw(&case.batch, case.shape, case.layout, SEED).unwrap();
+        Self {
+            q: DeviceBuffer::from_slice(engine.device(), &tensors.q).unwrap(),
+            kv: DeviceBuffer::from_slice(engine.device(), &tensors.kv).unwrap(),
+            out: DeviceBuffer::zeroed(engine.device(), tensors.q.len() * 2).unwrap(),
+            case,
+            tensors,
+        }
+    }
+
+    fn args(&self) -> RunArgs<'_> {
+        let rows = RowStrides::contiguous(self.case.shape.q_heads(), self.case.shape.head_dim());
+        RunArgs {
+            shape: self.case.shape,
+            page_size: self.case.batch.page_size,
+            num_pages: self.case.batch.num_pages,
+            rows: self.case.batch.lengths.len() as u32,
+            q: self.q.span(),
+            q_strides: rows,
+            k: self.kv.span(),
+            k_strides: self.tensors.kv_strides,
+            v: self.kv.span().skip(2 * self.tensors.v_begin as u64).unwrap(),
+            v_strides: self.tensors.kv_strides,
+            out: self.out.span(),
+            out_strides: rows,
+            lse: None,
+            softmax_scale: softmax_scale(self.case.shape),
+        }
+    }
+
+    fn output(&self) -> Vec<f16> {
+        let mut out = vec![f16::ZERO; self.tensors.q.len()];
+        self.out.read(0, &mut out).unwrap();
+        out
+    }
+}
+
+#[test]
+fn a_captured_run_serves_later_plans() {
+    let Some((engine, _alone)) = device("a_captured_run_serves_later_plans") else { return };
+    let memory = OnDevice::new(shared_prefix_case(Dtype::F16, 16), engine.as_cuda().unwrap());
+    let cuda = engine.as_cuda().unwrap();
+    let stream = cuda.device().new_stream().unwrap();
+    let options = |mode| PlanOptions { mode, variants: Some(vec![TileVariant::Mma16]) };
+    let plans = [PlanMode::PerNode, PlanMode::Flat, PlanMode::FixedChunk { tokens: 32 }]
+        .map(|mode| plan(&memory.case, &engine, options(mode)));
+    let geometry = plans.iter().map(LaunchGeometry::of).reduce(LaunchGeometry::union).unwrap();
+    let bytes = plans.iter().map(|plan| plan.bytes().len()).max().unwrap();
+    let buffers = PlanBuffers::with_fixed_geometry(cuda.device(), bytes, geometry).unwrap();
+    let workspace_bytes = Workspace::bytes_for_slots(memory.case.shape, geometry.max_slots);
+    let workspace = Workspace::with_capacity(cuda.device(), workspace_bytes).unwrap();
+
+    // What each plan gives without a graph.
+    let expected: Vec<Vec<f16>> = plans
+        .iter()
+        .map(|plan| {
+            let exact = cuda.upload(plan, &stream).unwrap();
+            cuda.run(&exact, &memory.args(), &workspace, &stream).unwrap();
+            stream.synchronize().unwrap();
+            memory.output()
+        })
+        .collect();
+
+    buffers.upload(&plans[0], &stream).unwrap();
+    cuda.prepare(&buffers).unwrap();
+    let graph = stream.capture(|| cuda.run(&buffers, &memory.args(), &workspace, &stream)).unwrap();
+    for _ in 0..2 {
+        for (plan, expected) in plans.iter().zip(&expected) {
+            buffers.upload(plan, &stream).unwrap();
+            graph.replay().unwrap();
+            stream.synchronize().unwrap();
+            assert_eq!(&memory.output(), expected);
+        }
+    }
+}
+
+#[test]
+fn bad_arguments_are_named_and_nothing_is_launched() {
+    let Some((engine, _alone)) = device("bad_arguments_are_named_and_nothing_is_launched") else { return };
+    let cuda = engine.as_cuda().unwrap();
+    let memory = OnDevice::new(shared_prefix_case(Dtype::F16, 16), cuda);
+    let stream = cuda.device().new_stream().unwrap();
+    let plan = plan(&memory.case, &engine, PlanOptions::default());
+    let workspace = Workspace::with_capacity(cuda.device(), Workspace::bytes_for(&plan)).unwrap();
+
+    let empty = PlanBuffers::with_capacity(cuda.device(), plan.bytes().len()).unwrap();
+    let error = cuda.run(&empty, &memory.args(), &workspace, &stream).unwrap_err();
+    assert!(matches!(error, Error::PlanMismatch { .. }), "{error}");
+    let small = PlanBuffers::with_capacity(cuda.device(), 128).unwrap();
+    assert!(matches!(small.upload(&plan, &stream).unwrap_err(), Error::PlanMismatch { .. }));
+
+    let buffers = cuda.upload(&plan, &stream).unwrap();
+    let misaligned = RunArgs { q: memory.q.span().skip(2).unwrap(), ..memory.args() };
+    let stale = RunArgs { num_pages: memory.case.batch.num_pages + 1, ..memory.args() };
+    let short = RunArgs { out: memory.out.span().skip(memory.out.bytes()).unwrap(), ..memory.args() };
+    for (args, name) in [(misaligned, "q"), (stale, "num_pages"), (short, "out")] {
+        let error = cuda.run(&buffers, &args, &workspace, &stream).unwrap_err().to_string();
+        assert!(error.contains(name), "{name}: {error}");
+    }
+    stream.synchronize().unwrap();
+    assert!(memory.output().iter().all(|&x| x == f16::ZERO), "something was launched");
+    assert!(pat_rs::cuda::CudaDevice::new(1 << 20).unwrap_err().to_string().contains("ordinal"));
+}
+
+#[test]
+fn the_device_draws_what_the_cpu_draws() {
+    let Some((engine, _alone)) = device("the_device_draws_what_the_cpu_draws") else { return };
+    let cuda = engine.as_cuda().unwrap();
+    let (pages, tokens, heads, head_dim) = (5, 16, 2, 128);
+    let strides = pat_rs::KvStrides::nhd(tokens, heads, head_dim);
+    let count = (pages * tokens * heads * head_dim) as usize;
+    let buffer = DeviceBuffer::zeroed(cuda.device(), 2 * count).unwrap();
+    let target: DeviceSpan<'_> = buffer.span();
+    let tensor = pat_abi::generator::Tensor::K;
+    let spec =
+        bench_support::FillSpec { tensor, seed: SEED, dtype: Dtype::F16, pages, tokens, heads, head_dim, strides };
+    let stream = cuda.device().new_stream().unwrap();
+    bench_support::fill(cuda.device(), target, spec, &stream).unwrap();
+    let flush = bench_support::L2Flush::new(cuda.device()).unwrap();
+    let events = [(); 2].map(|()| bench_support::TimingEvent::new(cuda.device()).unwrap());
+    events[0].record(&stream).unwrap();
+    flush.enqueue(&stream).unwrap();
+    events[1].record(&stream).unwrap();
+    assert!(events[1].elapsed_us_since(&events[0]).unwrap() > 0.0);
+    let mut drawn = vec![f16::ZERO; count];
+    buffer.read(0, &mut drawn).unwrap();
+    for (row, values) in drawn.chunks_exact(head_dim as usize).enumerate() {
+        let (row, head) = (row as u32 / heads, row as u32 % heads);
+        let key = pat_abi::generator::row_key(SEED, tensor as u32, row / tokens, row % tokens, head);
+        let expected: Vec<f16> =
+            (0..head_dim).map(|dim| f16::from_f32(pat_abi::generator::element(key, dim))).collect();
+        assert_eq!(values, expected, "row {row}, head {head}");
+    }
+}
