@@ -1,2 +1,51 @@
-//! Skeleton.
-fn main() {}
+//! Build tasks: device code to PTX, its checks, the bundle for GPU machines without cargo.
+
+mod build_ptx;
+mod check_ptx;
+mod core_source;
+mod doctor;
+mod gpu_bundle;
+mod lint_kernels;
+mod ptx;
+mod ptxas;
+mod sysroot;
+mod test_long;
+mod toolchain;
+mod workspace;
+
+use clap::{Parser, Subcommand};
+
+/// Build tasks of pat-rs.
+#[derive(Parser)]
+#[command(name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Compile kernels-gpu to PTX and write it where the host crate embeds it.
+    BuildPtx(build_ptx::Args),
+    /// Check the committed PTX: text rules, then registers, spills and shared memory as ptxas reports them.
+    CheckPtx(check_ptx::Args),
+    /// Format check and clippy for the device crate.
+    LintKernels,
+    /// Say what works on this machine, and what repairs what does not.
+    Doctor,
+    /// Collect test executables, the tool and a runner in one folder for a GPU machine without cargo.
+    GpuBundle(gpu_bundle::Args),
+    /// Run the long property tests.
+    TestLong,
+}
+
+fn main() -> anyhow::Result<()> {
+    match Cli::parse().command {
+        Command::BuildPtx(args) => build_ptx::run(&args),
+        Command::CheckPtx(args) => check_ptx::run(&args),
+        Command::LintKernels => lint_kernels::run(),
+        Command::Doctor => doctor::run(),
+        Command::GpuBundle(args) => gpu_bundle::run(&args),
+        Command::TestLong => test_long::run(),
+    }
+}

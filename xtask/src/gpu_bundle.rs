@@ -1,0 +1,83 @@
+//! `cargo xtask gpu-bundle`: one folder that tests and measures on a GPU machine without cargo.
+
+use crate::workspace;
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+const MAX_BYTES: u64 = 40 << 20;
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Where to put it.
+    #[arg(long, default_value = "dist/gpu-bundle")]
+    output: PathBuf,
+}
+
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let folder = workspace::root().join(&args.output);
+    if folder.exists() {
+        fs::remove_dir_all(&folder)?;
+    }
+    fs::create_dir_all(folder.join("tests"))?;
+    let build = ["build", "--release", "--package", "pat-cli", "--bin", "pat"];
+    for (name, file) in executables(&build)? {
+        install(&file, &folder.join(name))?;
+    }
+    let tests = ["test", "--release", "--no-run", "--package", "pat-tests", "--package", "pat-rs"];
+    for (name, file) in executables(&tests)? {
+        install(&file, &folder.join("tests").join(name))?;
+    }
+    let ptx = folder.join("ptx");
+    fs::create_dir_all(&ptx)?;
+    for arch in pat_abi::Arch::ALL {
+        fs::copy(workspace::ptx_file(arch), ptx.join(format!("{}.ptx", arch.name())))?;
+    }
+    fs::write(folder.join("run.sh"), include_str!("gpu_bundle_run.sh"))?;
+    workspace::run(Command::new("chmod").arg("+x").arg(folder.join("run.sh")))?;
+    let bytes = size(&folder)?;
+    println!("{}: {:.1} MiB", folder.display(), bytes as f64 / f64::from(1 << 20));
+    if bytes > MAX_BYTES {
+        bail!("the bundle is larger than {} MiB", MAX_BYTES >> 20);
+    }
+    Ok(())
+}
+
+/// Runs cargo and returns the executables it made, by target name.
+fn executables(arguments: &[&str]) -> Result<Vec<(String, PathBuf)>> {
+    let output = Command::new("cargo")
+        .args(arguments)
+        .args(["--message-format=json-render-diagnostics"])
+        .env("CARGO_PROFILE_RELEASE_STRIP", "symbols")
+        .current_dir(workspace::root())
+        .stderr(Stdio::inherit())
+        .output()
+        .context("starting cargo")?;
+    if !output.status.success() {
+        bail!("cargo {} failed", arguments.join(" "));
+    }
+    let messages = String::from_utf8(output.stdout)?;
+    let parsed = messages.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    Ok(parsed
+        .filter_map(|message| {
+            let file = message.get("executable")?.as_str()?.into();
+            Some((message.pointer("/target/name")?.as_str()?.to_owned(), file))
+        })
+        .collect())
+}
+
+fn install(from: &std::path::Path, to: &std::path::Path) -> Result<()> {
+    fs::copy(from, to).with_context(|| format!("copying {} to {}", from.display(), to.display()))?;
+    Ok(())
+}
+
+fn size(folder: &std::path::Path) -> Result<u64> {
+    let mut bytes = 0;
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        bytes += if entry.path().is_dir() { size(&entry.path())? } else { entry.metadata()?.len() };
+    }
+    Ok(bytes)
+}

@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# Tests and measures pat-rs on a machine with a GPU and without cargo.
+#   ./run.sh [section ...]     sections: unit forests grid sanitizer timing (default: all)
+# A finished section leaves .done-SECTION behind and is skipped next time; FORCE=1 runs it again.
+set -u
+cd "$(dirname "$0")"
+passed=0
+failed=0
+skipped=0
+
+step() { # name, command...
+    local name=$1
+    shift
+    echo "== $name"
+    if "$@"; then
+        passed=$((passed + 1))
+    else
+        failed=$((failed + 1))
+        echo "== $name FAILED"
+        section_ok=0
+    fi
+}
+
+tests_like() { # pattern: the test executables it names
+    local file
+    for file in tests/$1; do
+        [ -x "$file" ] && step "$(basename "$file")" "$file" --test-threads=1 --nocapture
+    done
+}
+
+section() {
+    case $1 in
+    unit)
+        tests_like 'pat_rs'
+        tests_like 'gpu_smoke'
+        ;;
+    forests) tests_like 'gpu_forests' ;;
+    grid) tests_like 'gpu_grid' ;;
+    sanitizer)
+        if ! command -v compute-sanitizer >/dev/null; then
+            echo "== sanitizer: skipped, compute-sanitizer is not on the PATH"
+            skipped=$((skipped + 1))
+            return
+        fi
+        local tool
+        for tool in memcheck racecheck; do
+            step "$tool" env PAT_GPU_FORESTS=6 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+                tests/gpu_forests --test-threads=1 --nocapture
+        done
+        ;;
+    timing) step timing ./pat bench kernels --device cuda --quick --output timing.json --force ;;
+    *)
+        echo "unknown section $1"
+        exit 2
+        ;;
+    esac
+}
+
+[ $# -gt 0 ] || set -- unit forests grid sanitizer timing
+for name in "$@"; do
+    if [ -e ".done-$name" ] && [ -z "${FORCE:-}" ]; then
+        echo "== $name: done earlier (FORCE=1 runs it again)"
+        skipped=$((skipped + 1))
+        continue
+    fi
+    section_ok=1
+    section "$name"
+    [ $section_ok = 1 ] && touch ".done-$name"
+done
+echo "$passed passed, $failed failed, $skipped skipped"
+[ $failed = 0 ]

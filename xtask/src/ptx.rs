@@ -1,0 +1,182 @@
+//! PTX as text: taking a module apart, finishing it, counting in it.
+
+use anyhow::{Context, Result, bail};
+use pat_abi::{Arch, KERNELS, KernelSpec};
+
+const ENTRY: &str = ".visible .entry ";
+
+/// A module: what stands before the first kernel, and the kernels.
+pub(crate) struct Module {
+    pub(crate) prelude: String,
+    pub(crate) entries: Vec<Entry>,
+}
+
+/// One kernel, from its `.entry` line to its closing brace.
+pub(crate) struct Entry {
+    pub(crate) name: String,
+    pub(crate) text: String,
+}
+
+impl Module {
+    /// Takes compiler output (or a finished file) apart. Comments of the compiler are dropped.
+    pub(crate) fn parse(text: &str) -> Self {
+        let mut prelude = String::new();
+        let mut entries: Vec<Entry> = Vec::new();
+        let mut inside = false;
+        for line in text.lines() {
+            if is_noise(line) {
+                continue;
+            }
+            if let Some(rest) = line.strip_prefix(ENTRY) {
+                let name = rest.split('(').next().unwrap_or_default().trim().to_owned();
+                entries.push(Entry { name, text: String::new() });
+                inside = true;
+            }
+            match entries.last_mut() {
+                Some(entry) if inside => entry.text.extend([line.trim_end(), "\n"]),
+                _ => prelude.extend([line.trim_end(), "\n"]),
+            }
+            if line == "}" {
+                inside = false;
+            }
+        }
+        Self { prelude, entries }
+    }
+
+    /// Puts the kernels in the manifest's order, with its launch bounds and tensor-map alignments.
+    ///
+    /// # Errors
+    /// A kernel of the manifest is missing, or one is not in the manifest.
+    pub(crate) fn finish(mut self, arch: Arch) -> Result<String> {
+        let mut text = self.prelude;
+        for kernel in KERNELS.iter().filter(|kernel| kernel.arch == arch) {
+            let Some(position) = self.entries.iter().position(|entry| entry.name == kernel.entry) else {
+                bail!("the manifest has {}, the {} build has not", kernel.entry, arch.name());
+            };
+            text.push('\n');
+            text.push_str(&bounded(&self.entries.swap_remove(position).text, kernel)?);
+        }
+        if let Some(entry) = self.entries.first() {
+            bail!("the {} build has {}, the manifest has not", arch.name(), entry.name);
+        }
+        Ok(text)
+    }
+}
+
+impl Entry {
+    /// Barrier instructions of the CTA or of some of its warps (not `bar.warp.sync`, not `mbarrier`).
+    pub(crate) fn barriers(&self) -> u32 {
+        let is_barrier = |line: &&str| {
+            let line = line.trim_start();
+            ["bar.sync", "bar.arrive", "bar.red", "barrier."].iter().any(|name| line.starts_with(name))
+        };
+        self.text.lines().filter(is_barrier).count() as u32
+    }
+
+    /// What a kernel must not contain, as far as the text shows it.
+    pub(crate) fn violations(&self) -> Vec<String> {
+        let forbidden = [
+            ("__local_depot", "an array in local memory (index register arrays by constants only)"),
+            ("call", "a call (everything must be inlined; panics become calls)"),
+            ("ld.b", "a generic load (use the ld.global and ld.shared wrappers)"),
+            ("st.b", "a generic store (use the st.global and st.shared wrappers)"),
+        ];
+        let mut found = Vec::new();
+        for (token, meaning) in forbidden {
+            let starts = |line: &str| line.trim_start().starts_with(token);
+            if self.text.lines().any(|line| if token == "__local_depot" { line.contains(token) } else { starts(line) })
+            {
+                found.push(meaning.to_owned());
+            }
+        }
+        found
+    }
+}
+
+fn is_noise(line: &str) -> bool {
+    let line = line.trim();
+    line.is_empty() || line.starts_with("//")
+}
+
+/// Inserts the launch bounds between an entry's parameter list and its body, and raises the alignment of tensor maps to
+/// the 64 bytes they need (rustc cannot pass a type of that alignment by value).
+fn bounded(text: &str, kernel: &KernelSpec) -> Result<String> {
+    let (parameters, body) = text.split_once("\n{\n").with_context(|| format!("{}: no body", kernel.entry))?;
+    let mut parameters = parameters.to_owned();
+    for index in 1..=kernel.tensor_maps {
+        let (low, high) = (16, 64);
+        let declaration = |align: u32| format!(".param .align {align} .b8 {}_param_{index}[128]", kernel.entry);
+        if !parameters.contains(&declaration(low)) {
+            bail!("{}: parameter {index} is not a tensor map ({})", kernel.entry, declaration(low));
+        }
+        parameters = parameters.replace(&declaration(low), &declaration(high));
+    }
+    let KernelSpec { threads, min_ctas_per_sm, .. } = kernel;
+    Ok(format!("{parameters}\n.maxntid {threads}, 1, 1\n.minnctapersm {min_ctas_per_sm}\n{{\n{body}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TEXT: &str = "\
+//
+// Generated by LLVM
+//
+.version 8.0
+.target sm_90a
+
+\t// .globl k
+.visible .entry k(
+\t.param .align 8 .b8 k_param_0[224],
+\t.param .align 16 .b8 k_param_1[128]
+)
+{
+\t.reg .b32 %r<2>;
+\t// begin inline asm
+\tbar.sync \t0;
+\tbar.warp.sync \t-1;
+\tmbarrier.arrive.shared::cta.b64 _, [%r1];
+\tbarrier.cta.sync.aligned 1, 128;
+\tret;
+}
+\t// -- End function
+";
+
+    #[test]
+    fn modules_come_apart_and_comments_go() {
+        let module = Module::parse(TEXT);
+        assert_eq!(module.prelude, ".version 8.0\n.target sm_90a\n");
+        assert_eq!(module.entries.len(), 1);
+        assert_eq!(module.entries[0].name, "k");
+        assert_eq!(module.entries[0].barriers(), 2);
+        assert!(module.entries[0].violations().is_empty());
+        assert!(!module.entries[0].text.contains("//"));
+    }
+
+    #[test]
+    fn bounds_stand_behind_the_parameters() {
+        let kernel = KernelSpec { entry: "k", threads: 256, min_ctas_per_sm: 2, tensor_maps: 1, ..KERNELS[0] };
+        let text = bounded(&Module::parse(TEXT).entries[0].text, &kernel).unwrap();
+        assert!(text.contains(")\n.maxntid 256, 1, 1\n.minnctapersm 2\n{\n"), "{text}");
+        assert!(text.contains(".param .align 64 .b8 k_param_1[128]"), "{text}");
+        let wrong = KernelSpec { tensor_maps: 2, ..kernel };
+        assert!(bounded(&Module::parse(TEXT).entries[0].text, &wrong).is_err());
+    }
+
+    #[test]
+    fn a_kernel_outside_the_manifest_is_an_error() {
+        let unknown = format!("{ENTRY}stranger(\n)\n{{\n}}\n");
+        assert!(Module::parse(&unknown).finish(Arch::Sm80).is_err());
+    }
+
+    #[test]
+    fn calls_depots_and_generic_accesses_are_found() {
+        for line in
+            [".local .align 8 .b8 __local_depot0[24];", "\tcall.uni f;", "\tld.b32 %r1, [%rd1];", "\tst.b8 [%rd1], 1;"]
+        {
+            let entry = Entry { name: "k".into(), text: format!("{ENTRY}k(\n)\n{{\n{line}\n}}\n") };
+            assert_eq!(entry.violations().len(), 1, "{line}");
+        }
+    }
+}
