@@ -87,17 +87,24 @@ impl Item {
         let head = self.kv_head * params.group.divisor + in_group;
         // SAFETY: the plan holds a query record for every packed row.
         let [sequence, slot] = unsafe { load_global_u32x2(self.queries + query as u64 * 8) };
-        let partial = if slot == DIRECT_SLOT {
-            None
-        } else {
-            let q_heads = params.kv_heads * params.group.divisor;
-            Some((slot + self.slot_offset) as u64 * q_heads as u64 + head as u64)
-        };
-        Row { sequence, head, partial }
+        Row::new(params, sequence, head, slot, self.slot_offset)
     }
 }
 
 impl Row {
+    /// The row of `head` and `sequence`, whose pack writes to `slot` (a [`pat_abi::PackQuery::slot`]) in an item at
+    /// `slot_offset`.
+    #[inline(always)]
+    pub fn new(params: &ForwardParams, sequence: u32, head: u32, slot: u32, slot_offset: u32) -> Self {
+        let partial = if slot == DIRECT_SLOT {
+            None
+        } else {
+            let q_heads = params.kv_heads * params.group.divisor;
+            Some((slot + slot_offset) as u64 * q_heads as u64 + head as u64)
+        };
+        Self { sequence, head, partial }
+    }
+
     /// Address of the row's query.
     #[inline(always)]
     pub fn query_address(&self, params: &ForwardParams) -> u64 {

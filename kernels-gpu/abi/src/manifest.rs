@@ -235,6 +235,11 @@ pub const KERNELS: &[KernelSpec] = &[
     forward!("pat_forward_mma128_d128_bf16",   Mma128, Bf16, 128, threads 256, ctas 1, smem 65_536, regs 255, bars 3, maps 0),
     forward!("pat_forward_mma128_d64_f16",     Mma128, F16,  64,  threads 256, ctas 1, smem 32_768, regs 255, bars 3, maps 0),
     forward!("pat_forward_mma128_d64_bf16",    Mma128, Bf16, 64,  threads 256, ctas 1, smem 32_768, regs 255, bars 3, maps 0),
+    // Shared memory: 3 stages of K and V, Q, and 160 bytes of barriers.
+    forward!("pat_forward_wgmma64_d128_f16",   Wgmma64, F16,  128, threads 256, ctas 2, smem 114_848, regs 128, bars 2, maps 2),
+    forward!("pat_forward_wgmma64_d128_bf16",  Wgmma64, Bf16, 128, threads 256, ctas 2, smem 114_848, regs 128, bars 2, maps 2),
+    forward!("pat_forward_wgmma64_d64_f16",    Wgmma64, F16,  64,  threads 256, ctas 2, smem 57_504,  regs 128, bars 2, maps 2),
+    forward!("pat_forward_wgmma64_d64_bf16",   Wgmma64, Bf16, 64,  threads 256, ctas 2, smem 57_504,  regs 128, bars 2, maps 2),
     merge!("pat_merge_d128_f16",      Sm80,  F16,  128),
     merge!("pat_merge_d128_bf16",     Sm80,  Bf16, 128),
     merge!("pat_merge_d64_f16",       Sm80,  F16,  64),

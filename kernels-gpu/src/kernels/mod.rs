@@ -4,6 +4,8 @@
 mod forward_mma16;
 #[cfg(not(pat_sm90a))]
 mod forward_mma_tile;
+#[cfg(pat_sm90a)]
+mod forward_wgmma_stream;
 mod merge;
 #[cfg(not(pat_sm90a))]
 mod support;

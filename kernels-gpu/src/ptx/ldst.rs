@@ -96,6 +96,43 @@ pub unsafe fn load_global_l2_f32x4(address: u64) -> [f32; 4] {
     [a, b, c, d]
 }
 
+macro_rules! request {
+    ($name:ident, $instruction:literal, $count:literal, $operands:literal, [$($i:tt)*]) => {
+        /// Read-only load that is issued where it stands. The compiler moves the `load_*` ones down to their first use,
+        /// which is right for values needed now and undoes a prefetch. sm_80
+        ///
+        /// # PTX
+        #[doc = concat!("`", $instruction, "`")]
+        ///
+        /// # Safety
+        /// As the `load_*` function of the same width.
+        #[inline(always)]
+        pub unsafe fn $name(address: u64) -> [u32; $count] {
+            let mut values = [0u32; $count];
+            // SAFETY: the caller's contract.
+            unsafe {
+                asm!(concat!($instruction, " ", $operands, ";"), in(reg64) address, $(out(reg32) values[$i],)*
+                    options(nostack, preserves_flags));
+            }
+            values
+        }
+    };
+}
+
+request!(request_global_u32x2, "ld.global.nc.v2.u32", 2, "{{{1}, {2}}}, [{0}]", [0 1]);
+request!(request_global_u32x4, "ld.global.nc.v4.u32", 4, "{{{1}, {2}, {3}, {4}}}, [{0}]", [0 1 2 3]);
+request!(request_global_u32x1, "ld.global.nc.u32", 1, "{1}, [{0}]", [0]);
+
+/// [`request_global_u32x1`], unwrapped.
+///
+/// # Safety
+/// As [`load_global_u32`].
+#[inline(always)]
+pub unsafe fn request_global_u32(address: u64) -> u32 {
+    // SAFETY: the caller's contract.
+    unsafe { request_global_u32x1(address)[0] }
+}
+
 /// `st.global.u32` (sm_20).
 ///
 /// # Safety

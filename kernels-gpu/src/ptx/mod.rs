@@ -16,8 +16,14 @@ pub mod barrier;
 pub mod cp_async;
 pub mod ldst;
 pub mod math;
+#[cfg(pat_sm90a)]
+pub mod mbarrier;
 pub mod mma;
 #[cfg(pat_sm90a)]
 pub mod pdl;
 pub mod shuffle;
 pub mod special;
+#[cfg(pat_sm90a)]
+pub mod tma;
+#[cfg(pat_sm90a)]
+pub mod wgmma;

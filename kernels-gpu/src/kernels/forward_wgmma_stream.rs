@@ -1,0 +1,721 @@
+//! Forward attention with wgmma fed by TMA, as one persistent stream of tiles.
+//!
+//! A CTA serves work `c, c + grid, c + 2 grid, ...` (work = item x KV head). Its producer warps run ahead of its consumer
+//! warpgroup *across* items: while the last tile of one item is multiplied, queries, keys and values of the next are
+//! already on their way. A short leaf therefore costs its bytes, not a latency chain. Launched with one CTA per piece of
+//! work the same code is an ordinary, non-persistent kernel.
+//!
+//! Shared memory, with `B = head_dim / 64` blocks of `[64 rows][128 bytes]` (128-byte swizzle) per tile:
+//! `[K0 V0 | K1 V1 | K2 V2 | Q | barriers]`.
+
+use crate::element::{Bf16, Element, F16};
+use crate::item::{Row, strided};
+use crate::ptx::barrier::{sync_cta, sync_named, sync_warp};
+use crate::ptx::ldst::{
+    load_global_u32, load_global_u32x4, request_global_u32, request_global_u32x2, request_global_u32x4,
+    store_shared_u32x4,
+};
+use crate::ptx::mma::ldmatrix_x4;
+use crate::ptx::shuffle::{from_lane_u32, xor_f32};
+use crate::ptx::special::{cta_count, cta_index, dynamic_smem, thread_index};
+use crate::ptx::wgmma::{self, HeadDim, WgmmaOps};
+use crate::ptx::{cp_async, math, mbarrier, pdl, tma};
+use pat_abi::{ForwardParams, MAX_TILE_VARIANTS, PLAN_MAGIC, PackQuery, PlanHeader, TileVariant, WorkItem};
+
+const STAGES: u32 = 3;
+const TILE_KEYS: u32 = 64;
+const TILE_ROWS: u32 = 64;
+const BLOCK_BYTES: u32 = 64 * 128;
+const CONSUMER_WARPS: u32 = 4;
+
+/// Shared-memory addresses of one CTA.
+#[derive(Clone, Copy)]
+struct Smem<const HEAD_DIM: u32> {
+    base: u32,
+}
+
+impl<const HEAD_DIM: u32> Smem<HEAD_DIM> {
+    const TILE_BYTES: u32 = TILE_KEYS * HEAD_DIM * 2;
+    const STAGE_BYTES: u32 = 2 * Self::TILE_BYTES;
+    const Q_OFFSET: u32 = STAGES * Self::STAGE_BYTES;
+    const BARRIER_OFFSET: u32 = Self::Q_OFFSET + TILE_ROWS * HEAD_DIM * 2;
+
+    fn k(self, stage: u32) -> u32 {
+        self.base + stage * Self::STAGE_BYTES
+    }
+    fn v(self, stage: u32) -> u32 {
+        self.k(stage) + Self::TILE_BYTES
+    }
+    fn q(self) -> u32 {
+        self.base + Self::Q_OFFSET
+    }
+    fn k_full(self, stage: u32) -> u32 {
+        self.base + Self::BARRIER_OFFSET + stage * 32
+    }
+    fn v_full(self, stage: u32) -> u32 {
+        self.k_full(stage) + 8
+    }
+    fn k_empty(self, stage: u32) -> u32 {
+        self.k_full(stage) + 16
+    }
+    fn v_empty(self, stage: u32) -> u32 {
+        self.k_full(stage) + 24
+    }
+    fn q_full(self, slot: u32) -> u32 {
+        self.base + Self::BARRIER_OFFSET + STAGES * 32 + slot * 16
+    }
+    fn q_empty(self, slot: u32) -> u32 {
+        self.q_full(slot) + 8
+    }
+}
+
+/// Position in the ring of stages: the stage and the parity of its current phase.
+#[derive(Clone, Copy)]
+struct Ring {
+    stage: u32,
+    phase: u32,
+}
+
+impl Ring {
+    fn advance(&mut self) {
+        self.stage += 1;
+        if self.stage == STAGES {
+            self.stage = 0;
+            self.phase ^= 1;
+        }
+    }
+}
+
+/// Where the plan lies and how much of it this variant serves.
+#[derive(Clone, Copy)]
+struct PlanView {
+    items: u64,
+    queries: u64,
+    pages: u64,
+    /// Items of the variant times KV heads.
+    work_count: u32,
+}
+
+impl PlanView {
+    /// # Safety
+    /// `p.plan` is the address of a plan buffer.
+    #[inline(always)]
+    unsafe fn load(p: &ForwardParams, variant: TileVariant) -> Self {
+        let word = |index: usize| p.plan + 4 * index as u64;
+        // SAFETY: all words lie in the header, which every plan buffer has.
+        let ([magic, _, _, _], [queries_offset, pages_offset, _, _], begin, count) = unsafe {
+            (
+                load_global_u32x4(word(0)),
+                load_global_u32x4(word(8)),
+                load_global_u32(word(12 + variant.index())),
+                load_global_u32(word(12 + MAX_TILE_VARIANTS + variant.index())),
+            )
+        };
+        Self {
+            items: p.plan + (PlanHeader::ITEMS_OFFSET_BYTES + begin * size_of::<WorkItem>() as u32) as u64,
+            queries: p.plan + queries_offset as u64,
+            pages: p.plan + pages_offset as u64,
+            work_count: if magic == PLAN_MAGIC { count * p.kv_heads } else { 0 },
+        }
+    }
+}
+
+/// The fields of a work item the kernel uses, and the KV head.
+#[derive(Clone, Copy)]
+struct Work {
+    page_begin: u32,
+    token_count: u32,
+    query_begin: u32,
+    row_begin: u32,
+    row_count: u32,
+    slot_offset: u32,
+    kv_head: u32,
+}
+
+impl Work {
+    /// # Safety
+    /// `work < plan.work_count`.
+    #[inline(always)]
+    unsafe fn load(p: &ForwardParams, plan: PlanView, work: u32) -> Self {
+        let (item, kv_head) = p.kv_heads_divisor.divide_remainder(work);
+        let address = plan.items + item as u64 * size_of::<WorkItem>() as u64;
+        // SAFETY: the item is one of the variant's.
+        let ([page_begin, token_count, query_begin, row_begin], [row_count, slot_offset]) =
+            unsafe { (request_global_u32x4(address), request_global_u32x2(address + 16)) };
+        Self { page_begin, token_count, query_begin, row_begin, row_count, slot_offset, kv_head }
+    }
+
+    /// The pack query of tile row `row` and the row's query head; row 0's for rows the item does not have.
+    #[inline(always)]
+    fn query_address(&self, p: &ForwardParams, plan: PlanView, row: u32) -> (u64, u32) {
+        let row = if row < self.row_count { row } else { 0 };
+        let (query, head) = p.group.divide_remainder(self.row_begin + row);
+        let address = plan.queries + (self.query_begin + query) as u64 * size_of::<PackQuery>() as u64;
+        (address, self.kv_head * p.group.divisor + head)
+    }
+}
+
+/// The records of 32 consecutive pieces of work of this CTA, one per lane: work `first + lane * grid`.
+#[derive(Clone, Copy)]
+struct Batch {
+    lane_work: Work,
+}
+
+impl Batch {
+    /// No work.
+    const EMPTY: Self = Self {
+        lane_work: Work {
+            page_begin: 0,
+            token_count: 0,
+            query_begin: 0,
+            row_begin: 0,
+            row_count: 0,
+            slot_offset: 0,
+            kv_head: 0,
+        },
+    };
+
+    /// # Safety
+    /// All lanes of one warp.
+    #[inline(always)]
+    unsafe fn load(p: &ForwardParams, plan: PlanView, first: u32, lane: u32) -> Self {
+        let index = first + lane * cta_count();
+        let index = if index < plan.work_count { index } else { 0 };
+        // SAFETY: the index is in range (the callers have at least one piece of work).
+        Self { lane_work: unsafe { Work::load(p, plan, index) } }
+    }
+
+    /// The record that lane `lane` holds, in all lanes.
+    #[inline(always)]
+    fn get(&self, lane: u32) -> Work {
+        let Work { page_begin, token_count, query_begin, row_begin, row_count, slot_offset, kv_head } = self.lane_work;
+        let broadcast = |value| from_lane_u32(value, lane);
+        Work {
+            page_begin: broadcast(page_begin),
+            token_count: broadcast(token_count),
+            query_begin: broadcast(query_begin),
+            row_begin: broadcast(row_begin),
+            row_count: broadcast(row_count),
+            slot_offset: broadcast(slot_offset),
+            kv_head: broadcast(kv_head),
+        }
+    }
+}
+
+/// The Q tile is four slots of 16 rows. An item of at most 16 rows takes the next slot, a larger one all four: up to four
+/// short items are on their way at a time. Producer and consumer step through the same sequence of slots.
+#[derive(Clone, Copy)]
+struct QSlots {
+    next: u32,
+    /// Bit `s`: parity of slot `s`'s current phase.
+    phases: u32,
+}
+
+impl QSlots {
+    const COUNT: u32 = 4;
+    const ROWS: u32 = 16;
+
+    /// First slot and number of slots of an item.
+    #[inline(always)]
+    fn take(&mut self, row_count: u32) -> (u32, u32) {
+        if row_count <= Self::ROWS {
+            let slot = self.next;
+            self.next = (slot + 1) % Self::COUNT;
+            (slot, 1)
+        } else {
+            self.next = 0;
+            (0, Self::COUNT)
+        }
+    }
+
+    /// The parity to wait for on `slot`; flips it.
+    #[inline(always)]
+    fn parity(&mut self, slot: u32) -> u32 {
+        let parity = (self.phases >> slot) & 1;
+        self.phases ^= 1 << slot;
+        parity
+    }
+}
+
+/// Page id `index` of the item; an id outside the pool (whose box TMA fills with zeros) past the item's last page.
+///
+/// # Safety
+/// `work` is an item of the plan.
+#[inline(always)]
+unsafe fn page_id(p: &ForwardParams, plan: PlanView, work: &Work, index: u32) -> u32 {
+    let last = p.page_size.divide(work.token_count - 1);
+    if index <= last {
+        // SAFETY: the item has `last + 1` page ids.
+        unsafe { request_global_u32(plan.pages + (work.page_begin + index) as u64 * 4) }
+    } else {
+        p.num_pages
+    }
+}
+
+/// Most boxes of a tile: pages of 16 tokens.
+const MAX_BOXES: usize = 4;
+
+/// The KV producer: one warp that issues the tensor copies of all items.
+///
+/// Everything a one-tile item needs is loaded 32 items at a time, one per lane; per item there is nothing left but
+/// shuffles, the waits and the copies.
+///
+/// # Safety
+/// One whole warp; barriers initialised; maps as `abi` describes them.
+#[inline(always)]
+unsafe fn produce_kv<const HEAD_DIM: u32>(p: &ForwardParams, plan: PlanView, smem: Smem<HEAD_DIM>, maps: (u64, u64)) {
+    let lane = thread_index() & 31;
+    let box_keys = if p.page_size.divisor < TILE_KEYS { p.page_size.divisor } else { TILE_KEYS };
+    let page_mask = p.page_size.divisor - 1;
+    // Lane `l` issues box `l / blocks` of a tile, block `l % blocks`.
+    let blocks = HEAD_DIM / 64;
+    let (box_index, block) = (lane / blocks, lane % blocks);
+    let box_row = box_index * box_keys;
+    let issues = box_row < TILE_KEYS;
+    let box_offset = block * BLOCK_BYTES + box_row * 128;
+    let mut ring = Ring { stage: 0, phase: 1 };
+    let mut index = cta_index();
+    let mut in_batch = 32;
+    let mut batch = Batch::EMPTY;
+    let mut first_pages = [0u32; MAX_BOXES];
+    while index < plan.work_count {
+        // SAFETY (whole loop): items come from the plan, addresses from the checked launch parameters.
+        unsafe {
+            if in_batch == 32 {
+                in_batch = 0;
+                batch = Batch::load(p, plan, index, lane);
+                for i in 0..MAX_BOXES {
+                    first_pages[i] = page_id(p, plan, &batch.lane_work, i as u32);
+                }
+            }
+            let work = batch.get(in_batch);
+            let mut id = p.num_pages;
+            for i in 0..MAX_BOXES {
+                let candidate = from_lane_u32(first_pages[i], in_batch);
+                id = if i as u32 == box_index && box_row < work.token_count { candidate } else { id };
+            }
+            let mut in_page = 0;
+            let mut ids = 0;
+            if work.token_count > TILE_KEYS {
+                ids = page_id(p, plan, &work, lane);
+            }
+            let mut token = 0;
+            loop {
+                for tensor in 0..2 {
+                    let (map, empty, full, tile) = if tensor == 0 {
+                        (maps.0, smem.k_empty(ring.stage), smem.k_full(ring.stage), smem.k(ring.stage))
+                    } else {
+                        (maps.1, smem.v_empty(ring.stage), smem.v_full(ring.stage), smem.v(ring.stage))
+                    };
+                    mbarrier::wait(empty, ring.phase);
+                    if lane == 0 {
+                        mbarrier::arrive_expect_bytes(full, Smem::<HEAD_DIM>::TILE_BYTES);
+                    }
+                    sync_warp();
+                    if issues {
+                        tma::load_4d(tile + box_offset, map, [block * 64, in_page, work.kv_head, id], full);
+                    }
+                }
+                ring.advance();
+                token += TILE_KEYS;
+                if token >= work.token_count {
+                    break;
+                }
+                // Later tiles: page ids 32 at a time.
+                let tile_page = p.page_size.divide(token);
+                if tile_page & 31 == 0 && token & page_mask == 0 {
+                    ids = page_id(p, plan, &work, tile_page + lane);
+                }
+                let (page, offset) = p.page_size.divide_remainder(token + box_row);
+                id = from_lane_u32(ids, page & 31);
+                id = if token + box_row < work.token_count { id } else { p.num_pages };
+                in_page = offset;
+            }
+        }
+        index += cta_count();
+        in_batch += 1;
+    }
+}
+
+/// The Q producer: one warp that copies the items' Q rows to the Q slots.
+///
+/// # Safety
+/// One whole warp; barriers initialised.
+#[inline(always)]
+unsafe fn produce_q<const HEAD_DIM: u32>(p: &ForwardParams, plan: PlanView, smem: Smem<HEAD_DIM>) {
+    let lane = thread_index() & 31;
+    let mut slots = QSlots { next: 0, phases: u32::MAX };
+    let mut index = cta_index();
+    let mut in_batch = 32;
+    let mut batch = Batch::EMPTY;
+    let mut lane_sequence = 0;
+    while index < plan.work_count {
+        // SAFETY (whole loop): items come from the plan, addresses from the checked launch parameters.
+        unsafe {
+            if in_batch == 32 {
+                in_batch = 0;
+                batch = Batch::load(p, plan, index, lane);
+                lane_sequence = request_global_u32(batch.lane_work.query_address(p, plan, 0).0);
+            }
+            let work = batch.get(in_batch);
+            // Rows of one query, a leaf's case, need no further load.
+            let first_sequence = from_lane_u32(lane_sequence, in_batch);
+            let (_, first_head) = p.group.divide_remainder(work.row_begin);
+            let one_query = first_head + work.row_count <= p.group.divisor;
+            let mut sequences = [first_sequence; 2];
+            if !one_query {
+                sequences = [lane, lane + 32].map(|row| request_global_u32(work.query_address(p, plan, row).0));
+            }
+            let (slot, slot_count) = slots.take(work.row_count);
+            for i in 0..slot_count {
+                mbarrier::wait(smem.q_empty(slot + i), slots.parity(slot + i));
+            }
+            copy_q::<HEAD_DIM>(p, smem, &work, sequences, slot * QSlots::ROWS, lane);
+            for i in 0..slot_count {
+                mbarrier::arrive_on_copies(smem.q_full(slot + i));
+            }
+        }
+        index += cta_count();
+        in_batch += 1;
+    }
+}
+
+/// Copies the item's Q rows to shared memory from tile row `first_row` on, 16 bytes per lane, 128-byte swizzled. Rows the
+/// item does not have stay what they are: tile rows never mix, and theirs are not stored.
+///
+/// # Safety
+/// One whole warp; the Q slots are free.
+#[inline(always)]
+unsafe fn copy_q<const HEAD_DIM: u32>(
+    p: &ForwardParams,
+    smem: Smem<HEAD_DIM>,
+    work: &Work,
+    sequences: [u32; 2],
+    first_row: u32,
+    lane: u32,
+) {
+    let chunks_per_row = HEAD_DIM / 8;
+    let (step_row, chunk) = (lane / chunks_per_row, lane % chunks_per_row);
+    let mut first = 0;
+    while first < work.row_count {
+        let row = first + step_row;
+        let (low, high) = (from_lane_u32(sequences[0], row & 31), from_lane_u32(sequences[1], row & 31));
+        if row < work.row_count {
+            let sequence = if row < 32 { low } else { high };
+            let (_, head) = p.group.divide_remainder(work.row_begin + row);
+            let head = work.kv_head * p.group.divisor + head;
+            let source = strided(p.q, sequence, p.q_sequence_stride, head, p.q_head_stride) + chunk as u64 * 16;
+            // SAFETY: the row is one of the item's; Q rows are 16-byte aligned (checked by the host).
+            unsafe { cp_async::copy_16_bytes(smem.q() + tile_offset(first_row + row, chunk), source, 16) };
+        }
+        first += 32 / chunks_per_row;
+    }
+}
+
+/// Byte offset of 16-byte chunk `chunk` of row `row` in a 64-row tile: blocks of 64 elements, 128-byte swizzle.
+#[inline(always)]
+fn tile_offset(row: u32, chunk: u32) -> u32 {
+    (chunk >> 3) * BLOCK_BYTES + row * 128 + (((chunk ^ row) & 7) << 4)
+}
+
+/// The consumer warpgroup.
+///
+/// # Safety
+/// One whole, aligned warpgroup; barriers initialised.
+#[inline(always)]
+unsafe fn consume<E: Element, const HEAD_DIM: u32, const Q_REGS: usize, const O_REGS: usize>(
+    p: &ForwardParams,
+    plan: PlanView,
+    smem: Smem<HEAD_DIM>,
+) where
+    (E, HeadDim<HEAD_DIM>): WgmmaOps<Q_REGS, O_REGS>,
+{
+    let thread = thread_index() & 127;
+    let (warp, lane) = (thread >> 5, thread & 31);
+    let mut ring = Ring { stage: 0, phase: 0 };
+    let mut q_slots = QSlots { next: 0, phases: 0 };
+    let mut index = cta_index();
+    if index >= plan.work_count {
+        return;
+    }
+    // SAFETY (whole function): items come from the plan, addresses from the checked launch parameters; every branch on
+    // item fields is uniform over the warpgroup.
+    unsafe {
+        let mut batch = Batch::load(p, plan, index, lane);
+        let mut in_batch = 0;
+        while index < plan.work_count {
+            if in_batch == 32 {
+                in_batch = 0;
+                batch = Batch::load(p, plan, index, lane);
+            }
+            let work = batch.get(in_batch);
+            in_batch += 1;
+            index += cta_count();
+            let rows = [warp * 16 + (lane >> 2), warp * 16 + (lane >> 2) + 8];
+            let destinations = rows.map(|row| request_global_u32x2(work.query_address(p, plan, row).0));
+
+            let mut q = [0u32; Q_REGS];
+            let (slot, slot_count) = q_slots.take(work.row_count);
+            for i in 0..slot_count {
+                mbarrier::wait(smem.q_full(slot + i), q_slots.parity(slot + i));
+            }
+            // With 16 rows or fewer, all warps compute the rows of the first: only it has something to store.
+            let q_row = if slot_count == 1 { slot } else { warp } * QSlots::ROWS + (lane & 15);
+            for k in 0..Q_REGS / 4 {
+                let fragment = ldmatrix_x4(smem.q() + tile_offset(q_row, 2 * k as u32 + (lane >> 4)));
+                for i in 0..4 {
+                    q[4 * k + i] = fragment[i];
+                }
+            }
+            for i in 0..slot_count {
+                release(smem.q_empty(slot + i), lane);
+            }
+
+            let mut o = [0f32; O_REGS];
+            let mut s = [0f32; 32];
+            let mut weights = [0u32; 16];
+            let mut softmax = OnlineSoftmax::new(p.scale_log2);
+
+            // Scores of the first tile; in the loop, the scores of a tile are computed while the values of the tile
+            // before it are accumulated.
+            mbarrier::wait(smem.k_full(ring.stage), ring.phase);
+            <(E, HeadDim<HEAD_DIM>)>::scores(&mut s, &q, smem.k(ring.stage));
+            wgmma::wait_scores::<0>(&mut s);
+            release(smem.k_empty(ring.stage), lane);
+            mask_scores(&mut s, work.token_count, lane);
+            softmax.update(&mut s);
+            pack_weights::<E>(&s, &mut weights);
+            let mut previous = ring;
+            ring.advance();
+            let mut token = TILE_KEYS;
+            while token < work.token_count {
+                mbarrier::wait(smem.k_full(ring.stage), ring.phase);
+                <(E, HeadDim<HEAD_DIM>)>::scores(&mut s, &q, smem.k(ring.stage));
+                mbarrier::wait(smem.v_full(previous.stage), previous.phase);
+                <(E, HeadDim<HEAD_DIM>)>::accumulate(&mut o, &weights, smem.v(previous.stage));
+                wgmma::wait_scores::<1>(&mut s);
+                release(smem.k_empty(ring.stage), lane);
+                mask_scores(&mut s, work.token_count - token, lane);
+                let correction = softmax.update(&mut s);
+                <(E, HeadDim<HEAD_DIM>)>::wait_output(&mut o, &mut weights);
+                release(smem.v_empty(previous.stage), lane);
+                for i in 0..O_REGS {
+                    o[i] *= correction[(i >> 1) & 1];
+                }
+                pack_weights::<E>(&s, &mut weights);
+                previous = ring;
+                ring.advance();
+                token += TILE_KEYS;
+            }
+            mbarrier::wait(smem.v_full(previous.stage), previous.phase);
+            zero_values_past::<HEAD_DIM>(p, smem.v(previous.stage), work.token_count + TILE_KEYS - token, thread);
+            <(E, HeadDim<HEAD_DIM>)>::accumulate(&mut o, &weights, smem.v(previous.stage));
+            <(E, HeadDim<HEAD_DIM>)>::wait_output(&mut o, &mut weights);
+            release(smem.v_empty(previous.stage), lane);
+
+            let (sums, maxima) = softmax.finish();
+            for half in 0..2 {
+                if rows[half] >= work.row_count {
+                    continue;
+                }
+                let [sequence, slot] = destinations[half];
+                let (_, head) = work.query_address(p, plan, rows[half]);
+                let row = Row::new(p, sequence, head, slot, work.slot_offset);
+                let inverse = math::reciprocal(sums[half]);
+                for i in 0..O_REGS / 4 {
+                    let pair = [o[4 * i + 2 * half] * inverse, o[4 * i + 2 * half + 1] * inverse];
+                    row.store_pair::<E>(p, HEAD_DIM, 8 * i as u32 + 2 * (lane & 3), pair);
+                }
+                if lane & 3 == 0 {
+                    row.store_lse(p, maxima[half] + math::log2(sums[half]));
+                }
+            }
+        }
+    }
+}
+
+/// One arrival per consumer warp: the warp has finished with the stage.
+///
+/// # Safety
+/// `empty` is an initialised barrier that counts consumer warps.
+#[inline(always)]
+unsafe fn release(empty: u32, lane: u32) {
+    if lane == 0 {
+        // SAFETY: the caller's contract.
+        unsafe { mbarrier::arrive(empty) };
+    }
+}
+
+/// Sets the scores of keys from `valid` on to -inf; at least one key is valid.
+#[inline(always)]
+fn mask_scores(s: &mut [f32; 32], valid: u32, lane: u32) {
+    if valid < TILE_KEYS {
+        for i in 0..32 {
+            if (i >> 2) * 8 + (lane & 3) * 2 + (i & 1) >= valid {
+                s[i as usize] = f32::NEG_INFINITY;
+            }
+        }
+    }
+}
+
+/// Zeroes the V rows behind the chunk's last token: the pool may hold NaN there, and 0 * NaN is NaN. Rows from the next
+/// page on are zeros already (their boxes lie outside the pool).
+///
+/// # Safety
+/// All consumers; the V tile is complete.
+#[inline(always)]
+unsafe fn zero_values_past<const HEAD_DIM: u32>(p: &ForwardParams, tile: u32, valid: u32, thread: u32) {
+    // Page sizes are powers of two here.
+    let last_in_page = p.page_size.divisor - 1;
+    let end = if last_in_page < TILE_KEYS { (valid + last_in_page) & !last_in_page } else { TILE_KEYS };
+    if valid == end {
+        return;
+    }
+    let chunks_per_row = HEAD_DIM / 8;
+    let mut row = valid + thread / chunks_per_row;
+    while row < end {
+        // SAFETY: the row lies in the tile.
+        unsafe { store_shared_u32x4(tile + tile_offset(row, thread % chunks_per_row), [0; 4]) };
+        row += 128 / chunks_per_row;
+    }
+    mbarrier::fence_async_proxy();
+    sync_named::<1, 128>();
+}
+
+/// Running maximum (times the scale) and sum of the two rows of a thread.
+struct OnlineSoftmax {
+    scale_log2: f32,
+    maxima: [f32; 2],
+    sums: [f32; 2],
+}
+
+impl OnlineSoftmax {
+    #[inline(always)]
+    fn new(scale_log2: f32) -> Self {
+        Self { scale_log2, maxima: [f32::NEG_INFINITY; 2], sums: [0.0; 2] }
+    }
+
+    /// Turns scores into weights `2^(scale * s - max)`; returns what the output so far must be multiplied by.
+    #[inline(always)]
+    fn update(&mut self, s: &mut [f32; 32]) -> [f32; 2] {
+        let mut correction = [0f32; 2];
+        for half in 0..2 {
+            let mut maximum = math::max(s[2 * half], s[2 * half + 1]);
+            for i in 1..8 {
+                maximum = math::max(maximum, math::max(s[4 * i + 2 * half], s[4 * i + 2 * half + 1]));
+            }
+            maximum = math::max(maximum, xor_f32(maximum, 1));
+            maximum = math::max(maximum, xor_f32(maximum, 2));
+            let maximum = math::max(self.maxima[half], maximum * self.scale_log2);
+            correction[half] = math::exp2(self.maxima[half] - maximum);
+            self.maxima[half] = maximum;
+            let mut sum = 0f32;
+            for i in 0..8 {
+                for e in 0..2 {
+                    let weight = math::exp2(math::fma(s[4 * i + 2 * half + e], self.scale_log2, -maximum));
+                    s[4 * i + 2 * half + e] = weight;
+                    sum += weight;
+                }
+            }
+            self.sums[half] = math::fma(self.sums[half], correction[half], sum);
+        }
+        correction
+    }
+
+    /// Sums over the row's four lanes, and the maxima.
+    #[inline(always)]
+    fn finish(self) -> ([f32; 2], [f32; 2]) {
+        let sums = self.sums.map(|sum| {
+            let sum = sum + xor_f32(sum, 1);
+            sum + xor_f32(sum, 2)
+        });
+        (sums, self.maxima)
+    }
+}
+
+/// Rounds the weights to the 16-bit type: accumulator layout and A-operand layout coincide.
+#[inline(always)]
+fn pack_weights<E: Element>(s: &[f32; 32], weights: &mut [u32; 16]) {
+    for i in 0..16 {
+        weights[i] = E::pack(s[2 * i], s[2 * i + 1]);
+    }
+}
+
+/// The whole kernel. `maps` are the generic addresses of the K and V tensor maps.
+///
+/// # Safety
+/// Launched as the manifest says, with parameters the host has checked.
+#[inline(always)]
+unsafe fn forward<E: Element, const HEAD_DIM: u32, const Q_REGS: usize, const O_REGS: usize>(
+    p: &ForwardParams,
+    maps: (u64, u64),
+) where
+    (E, HeadDim<HEAD_DIM>): WgmmaOps<Q_REGS, O_REGS>,
+{
+    let smem = Smem::<HEAD_DIM> { base: dynamic_smem() };
+    let thread = thread_index();
+    // SAFETY: the barriers lie in this CTA's shared memory; the roles are whole warpgroups.
+    unsafe {
+        if thread == 0 {
+            for stage in 0..STAGES {
+                mbarrier::init(smem.k_full(stage), 1);
+                mbarrier::init(smem.v_full(stage), 1);
+                mbarrier::init(smem.k_empty(stage), CONSUMER_WARPS);
+                mbarrier::init(smem.v_empty(stage), CONSUMER_WARPS);
+            }
+            for slot in 0..QSlots::COUNT {
+                mbarrier::init(smem.q_full(slot), 32);
+                mbarrier::init(smem.q_empty(slot), CONSUMER_WARPS);
+            }
+            mbarrier::fence_init();
+            tma::prefetch_map(maps.0);
+            tma::prefetch_map(maps.1);
+        }
+        let plan = PlanView::load(p, TileVariant::Wgmma64);
+        sync_cta();
+        pdl::launch_dependents();
+        if thread < 128 {
+            wgmma::shrink_registers::<56>();
+            if thread < 32 {
+                produce_kv::<HEAD_DIM>(p, plan, smem, maps);
+            } else if thread < 64 {
+                produce_q::<HEAD_DIM>(p, plan, smem);
+            }
+        } else {
+            wgmma::grow_registers::<200>();
+            consume::<E, HEAD_DIM, Q_REGS, O_REGS>(p, plan, smem);
+        }
+    }
+}
+
+/// A tensor map (`CUtensorMap`), passed by value. rustc cannot pass a type aligned to 64 bytes: the xtask raises the
+/// alignment of the parameter in the PTX.
+#[repr(C, align(16))]
+#[derive(Clone, Copy)]
+pub struct TensorMap([u64; 16]);
+
+macro_rules! entry {
+    ($name:ident, $element:ty, $head_dim:literal) => {
+        /// # Safety
+        /// Launched by the host with checked parameters.
+        #[unsafe(no_mangle)]
+        pub unsafe extern "ptx-kernel" fn $name(p: ForwardParams, _map_k: TensorMap, _map_v: TensorMap) {
+            let (map_k, map_v): (u64, u64);
+            // SAFETY: takes the addresses of the parameters, which live as long as the kernel runs.
+            unsafe {
+                core::arch::asm!(
+                    concat!("{{ .reg .b64 t; mov.b64 t, ", stringify!($name), "_param_1; cvta.param.u64 {0}, t; }}"),
+                    out(reg64) map_k, options(pure, nomem, nostack, preserves_flags));
+                core::arch::asm!(
+                    concat!("{{ .reg .b64 t; mov.b64 t, ", stringify!($name), "_param_2; cvta.param.u64 {0}, t; }}"),
+                    out(reg64) map_v, options(pure, nomem, nostack, preserves_flags));
+                forward::<$element, $head_dim, { $head_dim / 4 }, { $head_dim / 2 }>(&p, (map_k, map_v));
+            }
+        }
+    };
+}
+
+entry!(pat_forward_wgmma64_d128_f16, F16, 128);
+entry!(pat_forward_wgmma64_d128_bf16, Bf16, 128);
+entry!(pat_forward_wgmma64_d64_f16, F16, 64);
+entry!(pat_forward_wgmma64_d64_bf16, Bf16, 64);
