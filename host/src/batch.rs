@@ -65,7 +65,7 @@ impl<'a> DecodeBatch<'a> {
         page_size: u32,
         num_pages: u32,
     ) -> Result<Self> {
-        let needed = lengths.len().checked_mul(row_stride).unwrap_or(usize::MAX);
+        let needed = lengths.len().saturating_mul(row_stride);
         if ids.len() < needed {
             return Err(Error::invalid(
                 "block_table",

@@ -53,6 +53,7 @@ impl DeviceProfile {
         TileVariant::ALL
             .into_iter()
             .filter(|v| v.supports_page_size(page_size))
+            .filter(|v| pat_abi::KERNELS.iter().any(|k| k.family == pat_abi::Family::Forward(*v)))
             .filter(|v| match v.arch() {
                 pat_abi::Arch::Sm80 => self.compute_capability >= 80,
                 pat_abi::Arch::Sm90a => self.compute_capability == 90,

@@ -22,7 +22,7 @@ impl AttentionShape {
         if kv_heads == 0 {
             return Err(Error::invalid("kv_heads", kv_heads, "at least 1"));
         }
-        if q_heads == 0 || q_heads % kv_heads != 0 || q_heads > 65_535 {
+        if q_heads == 0 || !q_heads.is_multiple_of(kv_heads) || q_heads > 65_535 {
             return Err(Error::invalid(
                 "q_heads",
                 q_heads,

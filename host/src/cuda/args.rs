@@ -125,8 +125,9 @@ impl RunArgs<'_> {
                 format!("at least the plan's {}", plan.limits.max_sequences),
             ));
         }
-        if !self.softmax_scale.is_finite() {
-            return Err(Error::invalid("softmax_scale", self.softmax_scale, "a finite number"));
+        // The kernels scale the running maximum, which only a positive factor keeps a maximum.
+        if !(self.softmax_scale.is_finite() && self.softmax_scale > 0.0) {
+            return Err(Error::invalid("softmax_scale", self.softmax_scale, "a positive finite number"));
         }
         let row_counts = [u64::from(self.rows), u64::from(shape.q_heads())];
         let head_dim = u64::from(shape.head_dim());

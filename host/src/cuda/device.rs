@@ -169,7 +169,12 @@ impl CudaDevice {
             });
         }
         let start = std::time::Instant::now();
-        let kernel = Arc::new(Kernel::load(self.context(), spec, ptx::cut(ptx::text(spec.arch), spec.entry)?)?);
+        let kernel = Arc::new(Kernel::load(
+            self.context(),
+            spec,
+            ptx::cut(ptx::text(spec.arch), spec.entry)?,
+            self.sm_count()?,
+        )?);
         tracing::debug!(entry = spec.entry, load_ms = start.elapsed().as_secs_f64() * 1e3, "kernel loaded");
         kernels.insert(spec.entry, kernel.clone());
         Ok(kernel)

@@ -52,6 +52,8 @@ pub(super) struct Kernel {
     module: sys::CUmodule,
     function: sys::CUfunction,
     spec: &'static KernelSpec,
+    /// Largest useful grid: persistent kernels step through their work with the CTAs that fit the device.
+    max_grid: u32,
 }
 
 // SAFETY: the handles are process-wide names of driver objects; the driver's module and launch calls are thread-safe, and
@@ -62,7 +64,12 @@ unsafe impl Sync for Kernel {}
 
 impl Kernel {
     /// Compiles a module of one kernel (see `ptx::cut`) for the device.
-    pub(super) fn load(context: &Arc<CudaContext>, spec: &'static KernelSpec, ptx: String) -> Result<Self> {
+    pub(super) fn load(
+        context: &Arc<CudaContext>,
+        spec: &'static KernelSpec,
+        ptx: String,
+        sm_count: u32,
+    ) -> Result<Self> {
         context.bind_to_thread().map_err(failed("cuCtxSetCurrent"))?;
         let image = CString::new(ptx).map_err(|e| Error::invalid("ptx", e, "text without a NUL byte"))?;
         let name = CString::new(spec.entry).map_err(|e| Error::invalid("entry", e, "text without a NUL byte"))?;
@@ -89,7 +96,11 @@ impl Kernel {
             Error::Cuda { call: format!("compiling kernel {}", spec.entry), reason }
         })?;
         // From here on dropping `kernel` unloads the module.
-        let mut kernel = Self { context: context.clone(), module, function: std::ptr::null_mut(), spec };
+        let max_grid = match spec.family {
+            Family::Forward(variant) if variant.is_persistent() => sm_count * spec.min_ctas_per_sm,
+            _ => u32::MAX,
+        };
+        let mut kernel = Self { context: context.clone(), module, function: std::ptr::null_mut(), spec, max_grid };
         // SAFETY: the module has just been loaded and is owned by `kernel`.
         kernel.function = unsafe { result::module::get_function(module, name) }
             .map_err(failed(format!("looking up {} in its module", spec.entry)))?;
@@ -111,6 +122,7 @@ impl Kernel {
     /// `params` point to values of the types that the kernel takes, in order, and every address in them is valid for
     /// what the kernel does with it until it has finished.
     unsafe fn launch(&self, grid: u32, params: &mut [*mut c_void], programmatic: bool, stream: &Stream) -> Result<()> {
+        let grid = grid.min(self.max_grid);
         if grid == 0 {
             return Ok(());
         }

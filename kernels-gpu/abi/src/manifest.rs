@@ -108,6 +108,12 @@ impl TileVariant {
         }
     }
 
+    /// Whether a CTA steps through work `c, c + grid, ...` instead of serving one piece: launched with as many CTAs as
+    /// fit the device, however large the plan.
+    pub const fn is_persistent(self) -> bool {
+        matches!(self, Self::Wgmma64)
+    }
+
     /// Whether the variant can read pages of this many tokens. TMA boxes want powers of two; mma.sync tiles take any size.
     pub const fn supports_page_size(self, page_size: u32) -> bool {
         match self.arch() {
