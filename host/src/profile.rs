@@ -28,6 +28,8 @@ pub struct DeviceProfile {
     pub merge_us: f64,
     /// Latency of a work item's dependent loads (plan, page ids, first tile) that nothing overlaps.
     pub item_latency_us: f64,
+    /// Least time of one main-loop step of a CTA.
+    pub tile_latency_us: f64,
 }
 
 impl DeviceProfile {
@@ -45,6 +47,7 @@ impl DeviceProfile {
             launch_us: 4.0,
             merge_us: 3.0,
             item_latency_us: 2.5,
+            tile_latency_us: 0.5,
         }
     }
 

@@ -1,5 +1,6 @@
 //! The plan buffer: assembly of the records into one contiguous allocation, and read access to them.
 
+use super::cost::Prediction;
 use crate::{AttentionShape, DecodeBatch, Error, Result};
 use pat_abi::{MAX_TILE_VARIANTS, MergeRow, PLAN_MAGIC, PackQuery, PlanHeader, TileVariant, WorkItem};
 
@@ -19,12 +20,23 @@ pub struct PlanParts {
 }
 
 /// A plan: one POD buffer (uploaded with one copy) and what it was made for.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
     /// 16-byte units, so that the records are aligned.
     words: Vec<[u64; 2]>,
     shape: AttentionShape,
     num_pages: u32,
+    logical_tokens: u64,
+    unique_kv_bytes: u64,
+    prediction: Prediction,
+}
+
+/// A count that fits a plan record.
+pub(super) fn checked_count(what: &str, n: u64) -> Result<u32> {
+    u32::try_from(n)
+        .ok()
+        .filter(|&n| n < 1 << 31)
+        .ok_or_else(|| Error::invalid(format!("plan {what}"), n, "fewer than 2^31"))
 }
 
 impl Plan {
@@ -33,12 +45,7 @@ impl Plan {
     /// # Errors
     /// An offset or count does not fit its record.
     pub fn assemble(shape: AttentionShape, batch: &DecodeBatch<'_>, parts: &PlanParts) -> Result<Self> {
-        let count = |what: &str, n: usize| {
-            u32::try_from(n)
-                .ok()
-                .filter(|&n| n < 1 << 31)
-                .ok_or_else(|| Error::invalid(format!("plan {what}"), n, "fewer than 2^31"))
-        };
+        let count = |what: &str, n: usize| checked_count(what, n as u64);
         let item_count = count("items", parts.items.iter().map(Vec::len).sum())?;
         let align = |bytes: usize| bytes.next_multiple_of(16);
         let queries_offset = align(size_of::<PlanHeader>() + item_count as usize * size_of::<WorkItem>());
@@ -85,7 +92,29 @@ impl Plan {
         ] {
             bytes[offset..][..source.len()].copy_from_slice(source);
         }
-        Ok(Self { words, shape, num_pages: batch.num_pages() })
+        let logical_tokens = (0..batch.sequence_count()).map(|s| u64::from(batch.length(s))).sum();
+        let prediction = Prediction::default();
+        Ok(Self { words, shape, num_pages: batch.num_pages(), logical_tokens, unique_kv_bytes: 0, prediction })
+    }
+
+    pub(super) fn set_prediction(&mut self, prediction: Prediction, unique_kv_bytes: u64) {
+        self.prediction = prediction;
+        self.unique_kv_bytes = unique_kv_bytes;
+    }
+
+    /// What the cost model predicts.
+    pub fn prediction(&self) -> Prediction {
+        self.prediction
+    }
+
+    /// KV bytes (K and V, all KV heads) of the batch's distinct pages.
+    pub fn unique_kv_bytes(&self) -> u64 {
+        self.unique_kv_bytes
+    }
+
+    /// Tokens of all sequences together.
+    pub fn logical_tokens(&self) -> u64 {
+        self.logical_tokens
     }
 
     /// The whole buffer, as it is uploaded.

@@ -1,0 +1,167 @@
+//! The prefix forest: which runs of full pages are shared by which sequences.
+//!
+//! Sharing is found by comparing page ids, full pages only: a partial last page always belongs to its sequence alone. The
+//! rows of a node are contiguous in one permutation of the batch, so a node is three pairs of integers; nothing is hashed.
+
+use crate::DecodeBatch;
+
+/// A maximal run of pages shared by exactly one set of two or more sequences.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Node {
+    /// The node above, if any; always at a smaller index.
+    pub parent: Option<u32>,
+    /// First page of the run, as a position in the block tables of its sequences.
+    pub page_begin: u32,
+    /// End of the run, likewise.
+    pub page_end: u32,
+    /// First of its sequences in [`Forest::order`].
+    pub order_begin: u32,
+    /// End of its sequences, likewise.
+    pub order_end: u32,
+}
+
+impl Node {
+    /// Sequences that share the run.
+    pub fn sequence_count(&self) -> u32 {
+        self.order_end - self.order_begin
+    }
+
+    /// Pages of the run.
+    pub fn page_count(&self) -> u32 {
+        self.page_end - self.page_begin
+    }
+}
+
+/// The forest of a batch. Reused between calls: building allocates only while it grows.
+#[derive(Clone, Debug, Default)]
+pub struct Forest {
+    nodes: Vec<Node>,
+    order: Vec<u32>,
+    innermost: Vec<Option<u32>>,
+    pending: Vec<Group>,
+}
+
+/// Sequences that agree on their first `depth` pages, all of them below `parent`.
+#[derive(Clone, Copy, Debug)]
+struct Group {
+    parent: Option<u32>,
+    depth: u32,
+    order_begin: u32,
+    order_end: u32,
+}
+
+impl Forest {
+    /// Finds the forest of a batch; what was in `self` is replaced. Time is linear in pages, times the logarithm of the
+    /// number of sequences that part at a node.
+    pub fn build(&mut self, batch: &DecodeBatch<'_>) {
+        self.nodes.clear();
+        self.order.clear();
+        self.innermost.clear();
+        self.innermost.resize(batch.sequence_count(), None);
+        self.order.extend((0..batch.sequence_count() as u32).filter(|&s| batch.length(s as usize) > 0));
+        self.pending.clear();
+        self.pending.push(Group { parent: None, depth: 0, order_begin: 0, order_end: self.order.len() as u32 });
+        let full_pages = |sequence: u32| {
+            let sequence = sequence as usize;
+            &batch.pages(sequence)[..(batch.length(sequence) / batch.page_size()) as usize]
+        };
+        while let Some(group) = self.pending.pop() {
+            let depth = group.depth as usize;
+            let rows = &mut self.order[group.order_begin as usize..group.order_end as usize];
+            // Sequences that end here come first (`None` is smallest); the others by their next page.
+            rows.sort_unstable_by_key(|&s| (full_pages(s).get(depth).copied(), s));
+            let mut begin = rows.partition_point(|&s| full_pages(s).len() <= depth);
+            while begin < rows.len() {
+                let first = &full_pages(rows[begin])[depth..];
+                let mut common = first.len();
+                let mut end = begin + 1;
+                while end < rows.len() {
+                    let other = &full_pages(rows[end])[depth..];
+                    if other[0] != first[0] {
+                        break;
+                    }
+                    common = common_prefix(&first[..common], other);
+                    end += 1;
+                }
+                if end - begin > 1 {
+                    let index = self.nodes.len() as u32;
+                    let (order_begin, order_end) = (group.order_begin + begin as u32, group.order_begin + end as u32);
+                    let page_end = group.depth + common as u32;
+                    let page_begin = group.depth;
+                    self.nodes.push(Node { parent: group.parent, page_begin, page_end, order_begin, order_end });
+                    for &sequence in &rows[begin..end] {
+                        self.innermost[sequence as usize] = Some(index);
+                    }
+                    self.pending.push(Group { parent: Some(index), depth: page_end, order_begin, order_end });
+                }
+                begin = end;
+            }
+        }
+    }
+
+    /// The nodes; a parent comes before its children.
+    pub fn nodes(&self) -> &[Node] {
+        &self.nodes
+    }
+
+    /// The non-empty sequences, permuted so that those of a node are contiguous.
+    pub fn order(&self) -> &[u32] {
+        &self.order
+    }
+
+    /// The deepest node of a sequence.
+    pub fn innermost(&self, sequence: u32) -> Option<u32> {
+        self.innermost[sequence as usize]
+    }
+}
+
+/// Length of the common prefix; compares by blocks, which the compiler vectorises.
+fn common_prefix(a: &[u32], b: &[u32]) -> usize {
+    const BLOCK: usize = 16;
+    let length = a.len().min(b.len());
+    let blocks = a.chunks_exact(BLOCK).zip(b.chunks_exact(BLOCK)).take_while(|(x, y)| x == y).count();
+    let done = (blocks * BLOCK).min(length);
+    done + a[done..length].iter().zip(&b[done..length]).take_while(|(x, y)| x == y).count()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn forest(tables: &[&[u32]], lengths: &[u32], page_size: u32) -> Forest {
+        let batch = DecodeBatch::from_block_tables(tables, lengths, page_size, 1000).unwrap();
+        let mut forest = Forest::default();
+        forest.build(&batch);
+        forest
+    }
+
+    #[test]
+    fn runs_are_shared_by_full_pages_only() {
+        // The third page is partial for both: it stays private although both name it.
+        let forest = forest(&[&[1, 2, 3], &[1, 2, 3]], &[20, 21], 8);
+        assert_eq!(forest.nodes().len(), 1);
+        assert_eq!((forest.nodes()[0].page_begin, forest.nodes()[0].page_end), (0, 2));
+    }
+
+    #[test]
+    fn sequences_may_end_at_inner_nodes() {
+        let forest = forest(&[&[0, 1], &[0], &[0, 1, 2]], &[64, 32, 96], 32);
+        let runs: Vec<_> =
+            forest.nodes().iter().map(|n| (n.page_begin, n.page_end, n.sequence_count(), n.parent)).collect();
+        assert_eq!(runs, [(0, 1, 3, None), (1, 2, 2, Some(0))]);
+        assert_eq!(forest.innermost(1), Some(0));
+        assert_eq!(forest.innermost(2), Some(1));
+    }
+
+    #[test]
+    fn common_prefixes_are_exact_around_block_borders() {
+        let a: Vec<u32> = (0..70).collect();
+        for differing in [0, 1, 15, 16, 17, 31, 32, 63, 64, 69] {
+            let mut b = a.clone();
+            b[differing] = 1000;
+            assert_eq!(common_prefix(&a, &b), differing);
+            assert_eq!(common_prefix(&a[..differing], &a), differing);
+        }
+        assert_eq!(common_prefix(&a, &a), 70);
+    }
+}
