@@ -1,1 +1,5 @@
-//! Skeleton.
+//! Measuring attention on a CUDA device: the protocol, the Figure-10 grid, the result file.
+
+pub mod device;
+pub mod grid;
+pub mod result;

@@ -1,2 +1,59 @@
-//! Skeleton.
-fn main() {}
+//! `pat`: plan, run, verify and explain prefix-aware decode attention.
+//!
+//! Exit status: 0 when all went well, 1 when a result failed verification, 2 on bad input or a missing device.
+
+mod bench;
+mod doctor;
+mod options;
+mod plan;
+mod render;
+mod run;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+/// Prefix-aware decode attention: plan it, run it, check it, explain it.
+#[derive(Parser)]
+#[command(name = "pat", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Draw a batch's tensors, compute its attention, verify it against an f64 oracle, and report.
+    #[command(after_help = "Examples:
+  pat run --tree 1,4,256_32,256,32 --heads 32/8
+  pat run --trace conversation.jsonl --batch 128 --at-step 100
+  pat run --batch batch.json --device cuda")]
+    Run(run::Args),
+    /// Show the prefix forest of a batch and what is packed.
+    Plan(plan::Args),
+    /// Measure on a CUDA device.
+    #[command(subcommand)]
+    Bench(bench::Command),
+    /// Say what this machine can run, and what repairs what it cannot.
+    Doctor,
+}
+
+fn main() -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
+        .with_writer(std::io::stderr)
+        .init();
+    let result = match Cli::parse().command {
+        Command::Run(args) => run::run(&args),
+        Command::Plan(args) => plan::run(&args),
+        Command::Bench(command) => bench::run(&command),
+        Command::Doctor => doctor::run(),
+    };
+    match result {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::from(1),
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}

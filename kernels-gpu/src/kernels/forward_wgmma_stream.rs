@@ -279,7 +279,7 @@ unsafe fn produce_kv<const HEAD_DIM: u32>(p: &ForwardParams, plan: PlanView, sme
     let mut batch = Batch::EMPTY;
     let mut first_pages = [0u32; MAX_BOXES];
     while index < plan.work_count {
-        // SAFETY (whole loop): items come from the plan, addresses from the checked launch parameters.
+        // SAFETY: over the whole loop, items come from the plan, addresses from the checked launch parameters.
         unsafe {
             if in_batch == 32 {
                 in_batch = 0;
@@ -350,7 +350,7 @@ unsafe fn produce_q<const HEAD_DIM: u32>(p: &ForwardParams, plan: PlanView, smem
     let mut batch = Batch::EMPTY;
     let mut lane_sequence = 0;
     while index < plan.work_count {
-        // SAFETY (whole loop): items come from the plan, addresses from the checked launch parameters.
+        // SAFETY: over the whole loop, items come from the plan, addresses from the checked launch parameters.
         unsafe {
             if in_batch == 32 {
                 in_batch = 0;
@@ -438,7 +438,7 @@ unsafe fn consume<E: Element, const HEAD_DIM: u32, const Q_REGS: usize, const O_
     if index >= plan.work_count {
         return;
     }
-    // SAFETY (whole function): items come from the plan, addresses from the checked launch parameters; every branch on
+    // SAFETY: over the whole function, items come from the plan, addresses from the checked launch parameters; every branch on
     // item fields is uniform over the warpgroup.
     unsafe {
         let mut batch = Batch::load(p, plan, index, lane);

@@ -1,0 +1,223 @@
+//! One batch on a CUDA device: tensors drawn there, the answer checked, then timed.
+//!
+//! Protocol: before each cold call a buffer several times the L2 is *read* (a memset would leave dirty lines whose
+//! write-back is then measured too); CUDA events stand around the run alone; medians. Planning and upload are measured by
+//! themselves.
+
+use pat_rs::cuda::bench_support::{FillSpec, L2Flush, TimingEvent, fill};
+use pat_rs::cuda::{CudaEngine, DeviceBuffer, RunArgs, Stream, Workspace};
+use pat_rs::{AttentionShape, Element, KvStrides, Plan, Result, RowStrides};
+use pat_workloads::{NumericsReport, Oracle, OwnedBatch, RowSample, check};
+use std::time::Instant;
+
+use pat_abi::generator::Tensor;
+
+/// Seed of the generator for all measured tensors.
+pub const SEED: u32 = 1;
+
+/// How often to call.
+#[derive(Clone, Copy, Debug)]
+pub struct Repeats {
+    /// Calls before the first timed one.
+    pub warm_ups: u32,
+    /// Timed calls of each kind.
+    pub timed: u32,
+}
+
+/// Times of one plan, in microseconds.
+#[derive(Clone, Copy, Debug)]
+pub struct Times {
+    /// Median with a cold L2.
+    pub cold_us: f64,
+    /// Median of calls behind each other, each synchronised.
+    pub warm_us: f64,
+    /// One call of a graph of [`Times::GRAPH_RUNS`] runs.
+    pub graph_us: f64,
+    /// Median of plan uploads, host side and copy.
+    pub upload_us: f64,
+    /// First run: kernels are compiled by the driver.
+    pub first_run_us: f64,
+}
+
+impl Times {
+    /// Runs per captured graph.
+    pub const GRAPH_RUNS: u32 = 10;
+}
+
+/// A batch with its tensors in device memory.
+#[derive(Debug)]
+pub struct DeviceCase<'a> {
+    engine: &'a CudaEngine,
+    batch: &'a OwnedBatch,
+    shape: AttentionShape,
+    stream: Stream,
+    q: DeviceBuffer,
+    k: DeviceBuffer,
+    v: DeviceBuffer,
+    out: DeviceBuffer,
+    lse: DeviceBuffer,
+}
+
+impl<'a> DeviceCase<'a> {
+    /// Allocates and draws the tensors.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn new(engine: &'a CudaEngine, batch: &'a OwnedBatch, shape: AttentionShape) -> Result<Self> {
+        let device = engine.device();
+        let stream = device.new_stream()?;
+        let rows = batch.lengths.len();
+        let row_elements = shape.q_heads() as usize * shape.head_dim() as usize;
+        let pool_elements =
+            batch.num_pages as usize * batch.page_size as usize * shape.kv_heads() as usize * shape.head_dim() as usize;
+        let case = Self {
+            engine,
+            batch,
+            shape,
+            q: DeviceBuffer::zeroed(device, rows * row_elements * 2)?,
+            k: DeviceBuffer::zeroed(device, pool_elements * 2)?,
+            v: DeviceBuffer::zeroed(device, pool_elements * 2)?,
+            out: DeviceBuffer::zeroed(device, rows * row_elements * 2)?,
+            lse: DeviceBuffer::zeroed(device, rows * shape.q_heads() as usize * 4)?,
+            stream,
+        };
+        let spec = |tensor, pages, tokens, heads| FillSpec {
+            tensor,
+            seed: SEED,
+            dtype: shape.dtype(),
+            pages,
+            tokens,
+            heads,
+            head_dim: shape.head_dim(),
+            strides: KvStrides::nhd(tokens, heads, shape.head_dim()),
+        };
+        let (pages, page_size) = (batch.num_pages, batch.page_size);
+        fill(device, case.q.span(), spec(Tensor::Q, rows as u32, 1, shape.q_heads()), &case.stream)?;
+        fill(device, case.k.span(), spec(Tensor::K, pages, page_size, shape.kv_heads()), &case.stream)?;
+        fill(device, case.v.span(), spec(Tensor::V, pages, page_size, shape.kv_heads()), &case.stream)?;
+        case.stream.synchronize()?;
+        Ok(case)
+    }
+
+    fn args(&self) -> RunArgs<'_> {
+        let rows = RowStrides::contiguous(self.shape.q_heads(), self.shape.head_dim());
+        let pool = KvStrides::nhd(self.batch.page_size, self.shape.kv_heads(), self.shape.head_dim());
+        RunArgs {
+            shape: self.shape,
+            page_size: self.batch.page_size,
+            num_pages: self.batch.num_pages,
+            rows: self.batch.lengths.len() as u32,
+            q: self.q.span(),
+            q_strides: rows,
+            k: self.k.span(),
+            k_strides: pool,
+            v: self.v.span(),
+            v_strides: pool,
+            out: self.out.span(),
+            out_strides: rows,
+            lse: Some((self.lse.span(), RowStrides::lse(self.shape.q_heads()))),
+            softmax_scale: softmax_scale(self.shape),
+        }
+    }
+
+    /// Runs the plan into poisoned outputs and compares with the oracle.
+    ///
+    /// # Errors
+    /// The driver's, or those of the run.
+    pub fn verify<T: Element>(&mut self, plan: &Plan, oracle: &Oracle) -> Result<NumericsReport> {
+        self.out.fill(0xff)?;
+        self.lse.fill(0xff)?;
+        let workspace = Workspace::with_capacity(self.engine.device(), Workspace::bytes_for(plan))?;
+        let buffers = self.engine.upload(plan, &self.stream)?;
+        self.engine.run(&buffers, &self.args(), &workspace, &self.stream)?;
+        self.stream.synchronize()?;
+        let rows = self.batch.lengths.len() * self.shape.q_heads() as usize;
+        let mut out = vec![T::zeroed(); rows * self.shape.head_dim() as usize];
+        let mut lse = vec![0f32; rows];
+        self.out.read(0, &mut out)?;
+        self.lse.read(0, &mut lse)?;
+        Ok(check(oracle, self.shape.q_heads(), &out, Some(&lse)))
+    }
+
+    /// Times the plan. `flush` makes the L2 cold.
+    ///
+    /// # Errors
+    /// The driver's, or those of the run.
+    pub fn time(&self, plan: &Plan, flush: &L2Flush, repeats: Repeats) -> Result<Times> {
+        let (engine, stream) = (self.engine, &self.stream);
+        let workspace = Workspace::with_capacity(engine.device(), Workspace::bytes_for(plan))?;
+        let buffers = engine.upload(plan, stream)?;
+        let args = self.args();
+        let (start, end) = (TimingEvent::new(engine.device())?, TimingEvent::new(engine.device())?);
+        stream.synchronize()?;
+        let first = Instant::now();
+        engine.run(&buffers, &args, &workspace, stream)?;
+        stream.synchronize()?;
+        let first_run_us = first.elapsed().as_secs_f64() * 1e6;
+
+        let timed = |cold: bool| -> Result<f64> {
+            let mut times = Vec::new();
+            for call in 0..repeats.warm_ups + repeats.timed {
+                if cold {
+                    flush.enqueue(stream)?;
+                }
+                start.record(stream)?;
+                engine.run(&buffers, &args, &workspace, stream)?;
+                end.record(stream)?;
+                stream.synchronize()?;
+                if call >= repeats.warm_ups {
+                    times.push(end.elapsed_us_since(&start)?);
+                }
+            }
+            Ok(median(&mut times))
+        };
+        let cold_us = timed(true)?;
+        let warm_us = timed(false)?;
+        let graph = stream
+            .capture(|| (0..Times::GRAPH_RUNS).try_for_each(|_| engine.run(&buffers, &args, &workspace, stream)))?;
+        let mut graph_times = Vec::new();
+        for _ in 0..5 {
+            start.record(stream)?;
+            graph.replay()?;
+            end.record(stream)?;
+            stream.synchronize()?;
+            graph_times.push(end.elapsed_us_since(&start)? / f64::from(Times::GRAPH_RUNS));
+        }
+        let mut upload_times = Vec::new();
+        for _ in 0..9 {
+            let begin = Instant::now();
+            buffers.upload(plan, stream)?;
+            stream.synchronize()?;
+            upload_times.push(begin.elapsed().as_secs_f64() * 1e6);
+        }
+        Ok(Times {
+            cold_us,
+            warm_us,
+            graph_us: median(&mut graph_times),
+            upload_us: median(&mut upload_times),
+            first_run_us,
+        })
+    }
+}
+
+/// `1/sqrt(head_dim)`.
+pub fn softmax_scale(shape: AttentionShape) -> f32 {
+    1.0 / (shape.head_dim() as f32).sqrt()
+}
+
+/// The rows a measurement checks: at most 16 (sequence, KV head) pairs, evenly spread.
+pub fn sample(batch: &OwnedBatch, shape: AttentionShape) -> RowSample {
+    const PAIRS: usize = 16;
+    let all = RowSample::for_batch(batch, shape);
+    if all.pairs.len() <= PAIRS {
+        return all;
+    }
+    let pairs: Vec<_> = (0..PAIRS).map(|i| all.pairs[i * (all.pairs.len() - 1) / (PAIRS - 1)]).collect();
+    RowSample { name: format!("{PAIRS} (sequence, KV head) pairs, evenly spread"), pairs }
+}
+
+/// Sorts; 0 for nothing.
+pub fn median(values: &mut [f64]) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(0.0)
+}

@@ -1,0 +1,133 @@
+//! Options that several commands share: where the batch comes from, the model's shape, how to plan.
+
+use anyhow::{Context, Result, bail};
+use pat_rs::plan::PlanMode;
+use pat_rs::{AttentionShape, Dtype, PlanOptions, TileVariant};
+use pat_workloads::{OwnedBatch, TraceCut, TreeSpec, read_batch};
+use std::io::BufReader;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+/// Where the batch comes from.
+#[derive(clap::Args, Clone, Debug)]
+pub(crate) struct Source {
+    /// A regular prefix tree in PAT's notation: nodes per level _ tokens per level.
+    #[arg(long, value_name = "SPEC", conflicts_with = "trace")]
+    tree: Option<String>,
+    /// A request trace in Mooncake's format (JSON lines).
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
+    /// With --trace, the number of sequences that decode together; alone, a batch file (docs/batch-format.md).
+    #[arg(long, value_name = "N or FILE", conflicts_with = "tree")]
+    batch: Option<String>,
+    /// With --trace: tokens that each sequence has generated.
+    #[arg(long, default_value_t = 0, value_name = "STEP", requires = "trace")]
+    at_step: u32,
+    /// With --trace: requests to skip.
+    #[arg(long, default_value_t = 0, value_name = "N", requires = "trace")]
+    first_request: usize,
+    /// Tokens per page (a batch file brings its own).
+    #[arg(long, default_value_t = 32)]
+    page_size: u32,
+}
+
+impl Source {
+    /// Reads or makes the batch; the name is for reports.
+    pub(crate) fn load(&self) -> Result<(String, OwnedBatch)> {
+        match (&self.tree, &self.trace, &self.batch) {
+            (Some(tree), None, None) => {
+                let spec = TreeSpec::from_str(tree)?;
+                Ok((tree.clone(), spec.batch(self.page_size, Some(1))?))
+            }
+            (None, Some(file), batch) => {
+                let batch_size = match batch {
+                    None => 64,
+                    Some(text) => text.parse().with_context(|| {
+                        format!("--batch: got {text:?}, expected the number of sequences (with --trace)")
+                    })?,
+                };
+                let cut = TraceCut {
+                    first_request: self.first_request,
+                    batch_size,
+                    step: self.at_step,
+                    page_size: self.page_size,
+                };
+                let reader = std::fs::File::open(file).with_context(|| format!("--trace {}", file.display()))?;
+                let batch = cut.batch(BufReader::new(reader)).with_context(|| format!("--trace {}", file.display()))?;
+                Ok((format!("{} batch {batch_size} step {}", file.display(), self.at_step), batch))
+            }
+            (None, None, Some(file)) => {
+                let batch = read_batch(file.as_ref()).with_context(|| format!("--batch {file}"))?;
+                Ok((file.clone(), batch))
+            }
+            _ => bail!("no batch: give --tree SPEC, --trace FILE [--batch N], or --batch FILE.json"),
+        }
+    }
+}
+
+/// The model's shape.
+#[derive(clap::Args, Clone, Debug)]
+pub(crate) struct Shape {
+    /// Query heads / KV heads.
+    #[arg(long, default_value = "32/8", value_name = "Q/KV")]
+    heads: String,
+    /// Elements per head: 64 or 128.
+    #[arg(long, default_value_t = 128)]
+    head_dim: u32,
+    /// Element type: f16 or bf16.
+    #[arg(long, default_value = "f16")]
+    dtype: String,
+}
+
+impl Shape {
+    pub(crate) fn resolve(&self) -> Result<AttentionShape> {
+        let (q, kv) = self
+            .heads
+            .split_once('/')
+            .and_then(|(q, kv)| Some((q.parse().ok()?, kv.parse().ok()?)))
+            .with_context(|| format!("--heads: got {:?}, expected QUERY/KV heads such as 32/8", self.heads))?;
+        let dtype = match self.dtype.as_str() {
+            "f16" | "fp16" | "half" => Dtype::F16,
+            "bf16" => Dtype::Bf16,
+            other => bail!("--dtype: got {other:?}, expected f16 or bf16"),
+        };
+        Ok(AttentionShape::new(q, kv, self.head_dim, dtype)?)
+    }
+}
+
+/// How to plan.
+#[derive(clap::Args, Clone, Debug)]
+pub(crate) struct Planning {
+    /// auto, flat, per-node, or fixed-chunk=TOKENS.
+    #[arg(long, default_value = "auto")]
+    mode: String,
+    /// Only these tile variants (comma-separated: mma16, mma32, mma64, mma128, wgmma64).
+    #[arg(long, value_delimiter = ',')]
+    variants: Vec<String>,
+}
+
+impl Planning {
+    pub(crate) fn resolve(&self) -> Result<PlanOptions> {
+        let mode = match self.mode.as_str() {
+            "auto" => PlanMode::Auto,
+            "flat" => PlanMode::Flat,
+            "per-node" => PlanMode::PerNode,
+            other => {
+                let tokens = other.strip_prefix("fixed-chunk=").and_then(|tokens| tokens.parse().ok());
+                let tokens = tokens.with_context(|| {
+                    format!("--mode: got {other:?}, expected auto, flat, per-node or fixed-chunk=TOKENS")
+                })?;
+                PlanMode::FixedChunk { tokens }
+            }
+        };
+        let mut variants = Vec::new();
+        for name in &self.variants {
+            let known = TileVariant::ALL.into_iter().find(|variant| variant.name() == name);
+            variants.push(known.with_context(|| {
+                let names: Vec<_> = TileVariant::ALL.iter().map(|v| v.name()).collect();
+                format!("--variants: got {name:?}, expected some of {}", names.join(", "))
+            })?);
+        }
+        Ok(PlanOptions { mode, variants: (!variants.is_empty()).then_some(variants) })
+    }
+}

@@ -1,0 +1,53 @@
+//! `pat plan`: the forest and the packs, for people, machines and pictures.
+
+use crate::options::{Planning, Shape, Source};
+use crate::render;
+use anyhow::{Context, Result};
+use pat_rs::{DeviceProfile, Engine, Planner};
+use pat_workloads::write_batch;
+use std::path::PathBuf;
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    source: Source,
+    #[command(flatten)]
+    shape: Shape,
+    #[command(flatten)]
+    planning: Planning,
+    /// Machine-readable output.
+    #[arg(long)]
+    json: bool,
+    /// Write a picture of the forest.
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
+    /// Write the batch in the format of docs/batch-format.md.
+    #[arg(long, value_name = "FILE")]
+    save_batch: Option<PathBuf>,
+}
+
+pub(crate) fn run(args: &Args) -> Result<bool> {
+    let shape = args.shape.resolve()?;
+    let (name, batch) = args.source.load()?;
+    let profile = Engine::auto().profile().unwrap_or_else(|_| DeviceProfile::h200());
+    let rows = batch.rows();
+    let view = batch.view(&rows)?;
+    let mut planner = Planner::new(shape, profile, args.planning.resolve()?)?;
+    let plan = planner.plan(&view)?;
+    let summary = plan.summary();
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&summary)?);
+    } else {
+        println!("{name}, planned for {}", planner.profile().name);
+        print!("{}", render::forest(planner.forest(), planner.packs(), batch.page_size));
+        println!("{summary}");
+    }
+    if let Some(file) = &args.svg {
+        let svg = render::svg(planner.forest(), planner.packs(), batch.page_size, &name);
+        std::fs::write(file, svg).with_context(|| format!("--svg {}", file.display()))?;
+    }
+    if let Some(file) = &args.save_batch {
+        write_batch(file, &batch).with_context(|| format!("--save-batch {}", file.display()))?;
+    }
+    Ok(true)
+}

@@ -1,0 +1,190 @@
+//! Text and pictures for people.
+
+use crate::run::Report;
+use comfy_table::{Table, presets};
+use pat_rs::plan::forest::{Forest, Node};
+use pat_rs::plan::packs::Pack;
+use std::fmt::Write;
+
+/// A run as a table.
+pub(crate) fn report(report: &Report) -> String {
+    let mib = |bytes: u64| format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20));
+    let plan = &report.plan;
+    let mut table = Table::new();
+    table.load_preset(presets::UTF8_BORDERS_ONLY);
+    let mut row = |name: &str, value: String| {
+        table.add_row([name, &value]);
+    };
+    row("batch", report.batch.clone());
+    row("device", format!("{} ({})", report.device, report.device_reason));
+    row(
+        "sequences",
+        format!("{} ({} merged, at most {} partials each)", plan.sequences, plan.merge_rows, plan.max_splits),
+    );
+    row("sharing factor", format!("{:.2}", plan.sharing_factor));
+    row(
+        "KV bytes",
+        format!(
+            "{} planned, {} unique, {} without sharing",
+            mib(plan.planned_kv_bytes),
+            mib(plan.unique_kv_bytes),
+            mib(plan.flat_kv_bytes)
+        ),
+    );
+    for variant in &plan.variants {
+        row(&format!("items {}", variant.variant), variant.items.to_string());
+    }
+    row("plan", format!("{:.0} us, {} bytes to upload", report.plan_us, plan.upload_bytes));
+    row("execution", format!("{:.1} us, {:.1} GB/s of unique bytes", report.execution_us, report.bandwidth_gb_s));
+    match &report.numerics {
+        None => row("verification", "none (--check none)".into()),
+        Some(n) => {
+            let verdict = if n.passed { "passed" } else { "FAILED" };
+            row("verification", format!("{verdict}: {} rows ({})", n.rows, n.sample));
+            row(
+                "error",
+                format!(
+                    "relative L2 {:.2e} (plain f32 implementation: {:.2e}), largest {:.2e} ({:.2e})",
+                    n.relative_l2_error, n.plain_relative_l2_error, n.max_abs_error, n.plain_max_abs_error
+                ),
+            );
+            if let Some(failure) = &n.first_failure {
+                row("first failure", failure.clone());
+            }
+        }
+    }
+    table.to_string()
+}
+
+/// One node of a forest for drawing: a shared run, or a summary of the private runs below one.
+struct Line {
+    depth: usize,
+    text: String,
+}
+
+/// The forest as an indented tree. Private runs are summed up per node; long lists of equal siblings are cut.
+pub(crate) fn forest(forest: &Forest, packs: &[Pack], page_size: u32) -> String {
+    let mut text = String::new();
+    for line in lines(forest, packs, page_size) {
+        let _ = writeln!(text, "{}{}", "  ".repeat(line.depth), line.text);
+    }
+    text
+}
+
+/// Siblings drawn below one node before the rest is counted only.
+const SIBLINGS: usize = 12;
+
+fn lines(forest: &Forest, packs: &[Pack], page_size: u32) -> Vec<Line> {
+    let mut lines = Vec::new();
+    let children = |parent: Option<u32>| {
+        let of_parent = move |(_, node): &(usize, &Node)| node.parent == parent;
+        forest.nodes().iter().enumerate().filter(of_parent).map(|(index, _)| index as u32).collect::<Vec<_>>()
+    };
+    let mut stack: Vec<(Option<u32>, usize)> = vec![(None, 0)];
+    while let Some((parent, depth)) = stack.pop() {
+        if let Some(index) = parent {
+            let node = &forest.nodes()[index as usize];
+            let packed = packs.iter().find(|pack| {
+                pack.order_begin == node.order_begin
+                    && pack.order_end == node.order_end
+                    && pack.page_end == node.page_end
+            });
+            let how = match packed {
+                Some(_) => "packed: read once",
+                None => "folded: read by each below",
+            };
+            lines.push(Line {
+                depth,
+                text: format!("[{} tokens x {} sequences] {how}", node.page_count() * page_size, node.sequence_count()),
+            });
+        }
+        let below = depth + usize::from(parent.is_some());
+        let private = forest.order().iter().filter(|&&sequence| forest.innermost(sequence) == parent).count();
+        let own: Vec<&Pack> =
+            packs.iter().filter(|pack| pack.query_count() == 1 && forest.innermost(pack.sequence) == parent).collect();
+        if !own.is_empty() {
+            let (least, most) = own
+                .iter()
+                .fold((u32::MAX, 0), |(least, most), pack| (least.min(pack.token_count), most.max(pack.token_count)));
+            let tokens = if least == most { format!("{least}") } else { format!("{least} to {most}") };
+            lines.push(Line { depth: below, text: format!("{} private runs of {tokens} tokens", own.len()) });
+        }
+        if private > own.len() {
+            lines.push(Line { depth: below, text: format!("{} sequences end here", private - own.len()) });
+        }
+        let children = children(parent);
+        if children.len() > SIBLINGS {
+            lines.push(Line {
+                depth: below,
+                text: format!("and {} more shared runs like these:", children.len() - SIBLINGS),
+            });
+        }
+        stack.extend(children.into_iter().take(SIBLINGS).rev().map(|child| (Some(child), below)));
+    }
+    lines
+}
+
+/// The forest as a picture: every shared run a bar, as long as its tokens and as high as its sequences; private runs of a
+/// node one bar. Filled bars are packed (read once), hatched ones are folded, pale ones private.
+pub(crate) fn svg(forest: &Forest, packs: &[Pack], page_size: u32, title: &str) -> String {
+    const WIDTH: f64 = 1000.0;
+    const HEIGHT: f64 = 560.0;
+    const LEFT: f64 = 20.0;
+    const TOP: f64 = 70.0;
+    let rows = forest.order().len().max(1) as f64;
+    let depth = packs.iter().map(|pack| pack.page_begin * page_size + pack.token_count).max().unwrap_or(1).max(1);
+    let (sx, sy) = ((WIDTH - 2.0 * LEFT) / f64::from(depth), (HEIGHT - TOP - 50.0) / rows);
+    let mut svg = format!(
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {HEIGHT}\" font-family=\"sans-serif\" font-size=\"13\">\n\
+         <rect width=\"100%\" height=\"100%\" fill=\"#ffffff\"/>\n\
+         <text x=\"{LEFT}\" y=\"24\" font-size=\"16\" fill=\"#222\">{}</text>\n\
+         <text x=\"{LEFT}\" y=\"46\" fill=\"#444\">across: position in the sequence (0 to {depth} tokens); down: {} sequences. \
+         <tspan fill=\"#0072b2\">\u{25a0} shared, read once</tspan> <tspan fill=\"#e69f00\">\u{25a0} shared, folded</tspan> \
+         <tspan fill=\"#999\">\u{25a0} private</tspan></text>\n",
+        escape(title),
+        forest.order().len()
+    );
+    let mut bar = |begin_token: u32,
+                   tokens: u32,
+                   order_begin: u32,
+                   order_end: u32,
+                   fill: &str,
+                   label: Option<String>| {
+        let (x, y) = (LEFT + f64::from(begin_token) * sx, TOP + f64::from(order_begin) * sy);
+        let (w, h) = (f64::from(tokens) * sx, f64::from(order_end - order_begin) * sy);
+        let _ = writeln!(
+            svg,
+            "<rect x=\"{x:.2}\" y=\"{y:.2}\" width=\"{:.2}\" height=\"{:.2}\" fill=\"{fill}\" stroke=\"#fff\" stroke-width=\"0.4\"/>",
+            w.max(0.5),
+            h.max(0.5)
+        );
+        if let Some(label) = label
+            && w > 70.0
+            && h > 16.0
+        {
+            let (x, y) = (x + 5.0, y + h.min(40.0) / 2.0 + 5.0);
+            let _ = writeln!(svg, "<text x=\"{x:.1}\" y=\"{y:.1}\" fill=\"#fff\">{label}</text>");
+        }
+    };
+    for node in forest.nodes() {
+        let packed = packs.iter().any(|pack| {
+            pack.order_begin == node.order_begin && pack.order_end == node.order_end && pack.page_end == node.page_end
+        });
+        let fill = if packed { "#0072b2" } else { "#e69f00" };
+        let tokens = node.page_count() * page_size;
+        let label = format!("{tokens} x {}", node.sequence_count());
+        bar(node.page_begin * page_size, tokens, node.order_begin, node.order_end, fill, Some(label));
+    }
+    for pack in packs.iter().filter(|pack| pack.query_count() == 1) {
+        let shared_end = forest.innermost(pack.sequence).map_or(0, |n| forest.nodes()[n as usize].page_end);
+        let begin = shared_end.max(pack.page_begin) * page_size;
+        let tokens = (pack.page_begin * page_size + pack.token_count).saturating_sub(begin);
+        bar(begin, tokens, pack.order_begin, pack.order_end, "#b8b8b8", None);
+    }
+    svg.push_str("</svg>\n");
+    svg
+}
+
+fn escape(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
+}

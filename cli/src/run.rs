@@ -1,0 +1,187 @@
+//! `pat run`: plan, execute, verify, report.
+
+use crate::options::{Planning, Shape, Source};
+use crate::render;
+use anyhow::{Context, Result, bail};
+use half::{bf16, f16};
+use indicatif::{ProgressBar, ProgressStyle};
+use pat_bench::device::{DeviceCase, Repeats, SEED, softmax_scale};
+use pat_rs::cuda::CudaEngine;
+use pat_rs::cuda::bench_support::L2Flush;
+use pat_rs::plan::PlanSummary;
+use pat_rs::{AttentionShape, Dtype, Element, Engine, Plan, Planner};
+use pat_workloads::{NumericsReport, Oracle, OwnedBatch, PoolLayout, RowSample, Tensors, check};
+use serde::Serialize;
+use std::time::{Duration, Instant};
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    source: Source,
+    #[command(flatten)]
+    shape: Shape,
+    #[command(flatten)]
+    planning: Planning,
+    /// auto, cpu, cuda or cuda:N.
+    #[arg(long, default_value = "auto")]
+    device: String,
+    /// Seed of the tensors (the CPU executor's; on a device it is fixed).
+    #[arg(long, default_value_t = SEED)]
+    seed: u32,
+    /// What is verified: auto (all rows, or a named sample of a large batch), sample, or none.
+    #[arg(long, default_value = "auto")]
+    check: String,
+    /// Machine-readable output.
+    #[arg(long)]
+    json: bool,
+}
+
+/// What a run gave.
+#[derive(Serialize)]
+pub(crate) struct Report {
+    pub(crate) batch: String,
+    pub(crate) device: String,
+    pub(crate) device_reason: String,
+    pub(crate) plan: PlanSummary,
+    /// Host time of planning, in microseconds.
+    pub(crate) plan_us: f64,
+    /// One execution: wall time on the CPU, cold-L2 median on a device.
+    pub(crate) execution_us: f64,
+    /// Unique KV, Q and O bytes over the execution time.
+    pub(crate) bandwidth_gb_s: f64,
+    pub(crate) numerics: Option<NumericsReport>,
+}
+
+pub(crate) fn run(args: &Args) -> Result<bool> {
+    let shape = args.shape.resolve()?;
+    let options = args.planning.resolve()?;
+    let engine = engine(&args.device)?;
+    let (name, batch) = args.source.load()?;
+    let rows = batch.rows();
+    let view = batch.view(&rows)?;
+    let mut planner = Planner::new(shape, engine.profile()?, options)?;
+    planner.plan(&view)?;
+    let begin = Instant::now();
+    let plan = planner.plan(&view)?;
+    let plan_us = begin.elapsed().as_secs_f64() * 1e6;
+
+    let sample = match args.check.as_str() {
+        "none" => None,
+        "auto" => Some(RowSample::for_batch(&batch, shape)),
+        "sample" => Some(pat_bench::device::sample(&batch, shape)),
+        other => bail!("--check: got {other:?}, expected auto, sample or none"),
+    };
+    let job = Job { batch: &batch, shape, plan: &plan, sample, seed: args.seed };
+    let (execution_us, numerics) = match (engine.as_cuda(), shape.dtype()) {
+        (Some(cuda), Dtype::F16) => job.on_device::<f16>(cuda)?,
+        (Some(cuda), Dtype::Bf16) => job.on_device::<bf16>(cuda)?,
+        (None, Dtype::F16) => job.on_cpu::<f16>()?,
+        (None, Dtype::Bf16) => job.on_cpu::<bf16>()?,
+    };
+    let rows_bytes = 4 * batch.lengths.len() as u64 * u64::from(shape.q_heads()) * u64::from(shape.head_dim());
+    let summary = plan.summary();
+    let report = Report {
+        batch: name,
+        device: engine.name().into(),
+        device_reason: engine.reason().into(),
+        plan_us,
+        execution_us,
+        bandwidth_gb_s: (summary.unique_kv_bytes + rows_bytes) as f64 / execution_us / 1e3,
+        plan: summary,
+        numerics,
+    };
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    } else {
+        println!("{}", render::report(&report));
+    }
+    Ok(report.numerics.is_none_or(|numerics| numerics.passed))
+}
+
+/// `auto` falls back to the CPU and says why; an explicit device is an error where it cannot be had.
+pub(crate) fn engine(device: &str) -> Result<Engine> {
+    match device {
+        "auto" => Ok(Engine::auto()),
+        "cpu" => Ok(Engine::cpu()),
+        "cuda" => Engine::cuda(0).context("--device cuda"),
+        other => {
+            let ordinal = other.strip_prefix("cuda:").and_then(|ordinal| ordinal.parse().ok());
+            let ordinal =
+                ordinal.with_context(|| format!("--device: got {other:?}, expected auto, cpu, cuda or cuda:N"))?;
+            Engine::cuda(ordinal).with_context(|| format!("--device {other}"))
+        }
+    }
+}
+
+struct Job<'a> {
+    batch: &'a OwnedBatch,
+    shape: AttentionShape,
+    plan: &'a Plan,
+    sample: Option<RowSample>,
+    seed: u32,
+}
+
+impl Job<'_> {
+    fn oracle<T: Element>(&self, seed: u32) -> Result<Option<Oracle>> {
+        let Some(sample) = self.sample.clone() else { return Ok(None) };
+        let _spinner = spinner("computing the oracle");
+        Ok(Some(Oracle::compute::<T>(self.batch, self.shape, seed, softmax_scale(self.shape), sample)?))
+    }
+
+    fn on_cpu<T: Element>(&self) -> Result<(f64, Option<NumericsReport>)> {
+        let pool_elements = 2.0
+            * f64::from(self.batch.num_pages)
+            * f64::from(self.batch.page_size)
+            * f64::from(self.shape.kv_heads())
+            * f64::from(self.shape.head_dim());
+        let needed = 2.0 * pool_elements + self.plan.partial_bytes() as f64;
+        if let Some(available) = available_bytes()
+            && needed > 0.9 * available
+        {
+            bail!(
+                "the batch needs {:.1} GB of memory for its KV pool and partials, this machine has {:.1} GB left: \
+                 use fewer sequences, or --device cuda",
+                needed / 1e9,
+                available / 1e9
+            );
+        }
+        let drawing = spinner("drawing Q, K and V");
+        let tensors = Tensors::<T>::draw(self.batch, self.shape, PoolLayout::Nhd, self.seed)?;
+        drop(drawing);
+        let rows = self.batch.lengths.len() * self.shape.q_heads() as usize;
+        let mut out = vec![T::zeroed(); rows * self.shape.head_dim() as usize];
+        let mut lse = vec![f32::NAN; rows];
+        let running = spinner("computing attention");
+        let begin = Instant::now();
+        let host = tensors.host(softmax_scale(self.shape));
+        Engine::cpu().run_host(self.plan, &host, &mut out, Some(&mut lse))?;
+        let execution_us = begin.elapsed().as_secs_f64() * 1e6;
+        drop(running);
+        let oracle = self.oracle::<T>(self.seed)?;
+        Ok((execution_us, oracle.map(|oracle| check(&oracle, self.shape.q_heads(), &out, Some(&lse)))))
+    }
+
+    fn on_device<T: Element>(&self, engine: &CudaEngine) -> Result<(f64, Option<NumericsReport>)> {
+        let oracle = self.oracle::<T>(SEED)?;
+        let _spinner = spinner("running on the device");
+        let mut case = DeviceCase::new(engine, self.batch, self.shape)?;
+        let numerics = oracle.map(|oracle| case.verify::<T>(self.plan, &oracle)).transpose()?;
+        let times = case.time(self.plan, &L2Flush::new(engine.device())?, Repeats { warm_ups: 3, timed: 10 })?;
+        Ok((times.cold_us, numerics))
+    }
+}
+
+/// A line that shows that something is going on; nothing where standard error is no terminal.
+fn spinner(what: &'static str) -> ProgressBar {
+    let bar = ProgressBar::new_spinner().with_message(what).with_finish(indicatif::ProgressFinish::AndClear);
+    bar.set_style(ProgressStyle::with_template("{spinner} {msg} {elapsed}").expect("a valid template"));
+    bar.enable_steady_tick(Duration::from_millis(100));
+    bar
+}
+
+/// What Linux says can still be allocated.
+fn available_bytes() -> Option<f64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.split_whitespace().next()?.parse::<f64>().ok().map(|kib| kib * 1024.0)
+}

@@ -1,0 +1,81 @@
+//! Small random ragged forests on a device: every tile variant against the f64 oracle, NaN in every KV row that no
+//! sequence owns, bits equal from run to run. `PAT_GPU_FORESTS` sets how many (default 2,000), `PAT_GPU_SEED` which.
+
+use half::{bf16, f16};
+use pat_rs::plan::PlanMode;
+use pat_rs::{Dtype, Element, Engine, PlanOptions, Planner, TileVariant};
+use pat_tests::{Case, random_case, softmax_scale};
+use pat_workloads::{Oracle, RowSample, Tensors, check};
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+use std::collections::BTreeMap;
+
+const SEED: u32 = 11;
+
+fn from_env(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().and_then(|value| value.parse().ok()).unwrap_or(default)
+}
+
+/// Runs one forest through every variant; returns the variants that ran.
+fn run_forest<T: Element>(engine: &Engine, case: &Case, index: u64) -> Vec<TileVariant> {
+    let scale = softmax_scale(case.shape);
+    let tensors = Tensors::<T>::draw(&case.batch, case.shape, case.layout, SEED).unwrap();
+    let everything = RowSample::for_batch(&case.batch, case.shape);
+    let oracle = Oracle::compute::<T>(&case.batch, case.shape, SEED, scale, everything).unwrap();
+    let profile = engine.profile().unwrap();
+    let rows = case.batch.rows();
+    let view = case.batch.view(&rows).unwrap();
+    let modes =
+        [PlanMode::Auto, PlanMode::PerNode, PlanMode::Flat, PlanMode::FixedChunk { tokens: 2 * case.batch.page_size }];
+    let mode = modes[index as usize % modes.len()];
+    let variants = profile.variants(case.batch.page_size);
+    for &variant in &variants {
+        let options = PlanOptions { mode, variants: Some(vec![variant]) };
+        let plan = Planner::new(case.shape, profile.clone(), options).unwrap().plan(&view).unwrap();
+        let run = || {
+            let mut out = vec![T::from_f32(f32::NAN); tensors.q.len()];
+            let mut lse = vec![f32::NAN; tensors.q.len() / case.shape.head_dim() as usize];
+            engine.run_host(&plan, &tensors.host(scale), &mut out, Some(&mut lse)).unwrap();
+            (out, lse)
+        };
+        let (out, lse) = run();
+        let report = check(&oracle, case.shape.q_heads(), &out, Some(&lse));
+        assert!(report.passed, "forest {index}, {variant:?}, {mode:?}: {report:?}\n{case:?}");
+        if index % 16 == 0 {
+            let (again, lse_again) = run();
+            assert!(
+                bytemuck::cast_slice::<T, u16>(&out) == bytemuck::cast_slice::<T, u16>(&again)
+                    && bytemuck::cast_slice::<f32, u32>(&lse) == bytemuck::cast_slice::<f32, u32>(&lse_again),
+                "forest {index}, {variant:?}, {mode:?}: bits differ from run to run"
+            );
+        }
+    }
+    variants
+}
+
+#[test]
+fn every_variant_agrees_with_the_oracle_on_random_forests() {
+    let engine = match Engine::cuda(0) {
+        Ok(engine) => engine,
+        Err(reason) => {
+            eprintln!("skipped random forests on a device: {reason}");
+            return;
+        }
+    };
+    let forests = from_env("PAT_GPU_FORESTS", 2_000);
+    let mut rng = ChaCha8Rng::seed_from_u64(from_env("PAT_GPU_SEED", 1));
+    let mut runs: BTreeMap<TileVariant, u64> = BTreeMap::new();
+    for index in 0..forests {
+        let dtype = if index % 2 == 0 { Dtype::F16 } else { Dtype::Bf16 };
+        let case = random_case(&mut rng, dtype);
+        let variants = match dtype {
+            Dtype::F16 => run_forest::<f16>(&engine, &case, index),
+            Dtype::Bf16 => run_forest::<bf16>(&engine, &case, index),
+        };
+        for variant in variants {
+            *runs.entry(variant).or_default() += 1;
+        }
+    }
+    println!("{forests} forests on {}, runs by variant: {runs:?}", engine.name());
+    assert_eq!(runs.get(&TileVariant::Mma16).copied().unwrap_or(0), forests);
+}
