@@ -41,7 +41,7 @@ fn run_forest<T: Element>(engine: &Engine, case: &Case, index: u64) -> Vec<TileV
         let (out, lse) = run();
         let report = check(&oracle, case.shape.q_heads(), &out, Some(&lse));
         assert!(report.passed, "forest {index}, {variant:?}, {mode:?}: {report:?}\n{case:?}");
-        if index % 16 == 0 {
+        if index.is_multiple_of(16) {
             let (again, lse_again) = run();
             assert!(
                 bytemuck::cast_slice::<T, u16>(&out) == bytemuck::cast_slice::<T, u16>(&again)
@@ -66,7 +66,7 @@ fn every_variant_agrees_with_the_oracle_on_random_forests() {
     let mut rng = ChaCha8Rng::seed_from_u64(from_env("PAT_GPU_SEED", 1));
     let mut runs: BTreeMap<TileVariant, u64> = BTreeMap::new();
     for index in 0..forests {
-        let dtype = if index % 2 == 0 { Dtype::F16 } else { Dtype::Bf16 };
+        let dtype = if index.is_multiple_of(2) { Dtype::F16 } else { Dtype::Bf16 };
         let case = random_case(&mut rng, dtype);
         let variants = match dtype {
             Dtype::F16 => run_forest::<f16>(&engine, &case, index),
