@@ -45,6 +45,9 @@ fn plan(batch: &OwnedBatch, shape: AttentionShape, options: &PlanOptions) -> Pla
     Planner::new(shape, DeviceProfile::h200(), options.clone()).unwrap().plan(&view).unwrap()
 }
 
+/// A partial of one row: its slot, its pages, its tokens.
+type Piece = (u32, Vec<u32>, u32);
+
 /// Invariants 1 to 3: every (sequence, token, head of the group) is covered once; every slot is written once; items fit
 /// their tile, their run and the pool.
 fn check(plan: &Plan, batch: &OwnedBatch, shape: AttentionShape) {
@@ -52,7 +55,7 @@ fn check(plan: &Plan, batch: &OwnedBatch, shape: AttentionShape) {
     let page_size = batch.page_size;
     // Tokens by (sequence, head in group), as (page, first token in the sequence) pairs cannot be told from the item, the
     // pages are compared in order: items of a sequence in slot order must spell its block table.
-    let mut pieces: HashMap<(u32, u32), Vec<(u32, Vec<u32>, u32)>> = HashMap::new();
+    let mut pieces: HashMap<(u32, u32), Vec<Piece>> = HashMap::new();
     for variant in TileVariant::ALL {
         for item in plan.variant_items(variant) {
             assert!(item.token_count >= 1);

@@ -190,7 +190,8 @@ impl Planner {
             let got = format!("compute capability {}", self.profile.compute_capability);
             return Err(Error::invalid("device profile", got, "8.0 or later"));
         }
-        Ok(possible)
+        // Leaf16 is for many short leaves, which the choice by rows alone cannot know.
+        Ok(possible.into_iter().filter(|&variant| variant != TileVariant::Leaf16).collect())
     }
 }
 

@@ -78,12 +78,12 @@ unsafe fn merge<E: Element, const COLUMNS: usize>(params: &MergeParams, wait_for
         while slot < batch {
             let mut loaded = [[0.0; COLUMNS]; LOADS_IN_FLIGHT as usize];
             for i in 0..LOADS_IN_FLIGHT {
-                // Past the end the last partial is read again and weighs 0.
-                let clamped = if slot + i < batch { slot + i } else { batch - 1 };
-                let address =
-                    params.partial_out + (partial(first + clamped) * head_dim + lane as u64 * COLUMNS as u64) * 4;
-                // SAFETY: columns of a slot of this row.
-                unsafe { load_columns(address, &mut loaded[i as usize]) };
+                // Most rows have two or three partials: reading more, even again, would be most of the traffic.
+                if slot + i < batch {
+                    let index = partial(first + slot + i) * head_dim + lane as u64 * COLUMNS as u64;
+                    // SAFETY: columns of a slot of this row.
+                    unsafe { load_columns(params.partial_out + index * 4, &mut loaded[i as usize]) };
+                }
             }
             for i in 0..LOADS_IN_FLIGHT {
                 // Lanes from `batch` on hold weight 0; an empty partial may hold anything, hence the test.
