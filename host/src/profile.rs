@@ -1,5 +1,6 @@
 //! What the planner knows of a device: plain numbers, no CUDA type.
 
+use crate::{Error, Result};
 use pat_abi::TileVariant;
 use serde::{Deserialize, Serialize};
 
@@ -8,6 +9,9 @@ use serde::{Deserialize, Serialize};
 pub struct DeviceProfile {
     /// Name, for reports.
     pub name: String,
+    /// Whether the terms below that only a kernel can tell were measured on this kind of device.
+    #[serde(default)]
+    pub kernel_terms: KernelTerms,
     /// Compute capability, major * 10 + minor.
     pub compute_capability: u32,
     /// Streaming multiprocessors.
@@ -32,22 +36,152 @@ pub struct DeviceProfile {
     pub tile_latency_us: f64,
 }
 
+/// Where a profile's kernel terms (tensor and L2 rates, launch, merge, item and tile latencies) come from. SM count, L2
+/// size and DRAM bandwidth are facts of the device in every case.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum KernelTerms {
+    /// Measured on this kind of device.
+    Measured,
+    /// The H200's, rates scaled by SMs and clock: good for choosing between plans, not for predicting times.
+    #[default]
+    Scaled,
+}
+
+/// What a datasheet (or the driver) says of a device: enough to scale a measured profile to it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Datasheet {
+    /// Compute capability, major * 10 + minor.
+    pub(crate) compute_capability: u32,
+    /// Streaming multiprocessors.
+    pub(crate) sm_count: u32,
+    /// Largest SM clock.
+    pub(crate) sm_clock_mhz: f64,
+    /// Peak DRAM bandwidth.
+    pub(crate) dram_bytes_per_us: f64,
+    /// L2 capacity in bytes.
+    pub(crate) l2_bytes: u64,
+}
+
+/// The devices a profile is kept for: short name, how the driver's name of it begins, and NVIDIA's datasheet (A100:
+/// nvidia-a100-datasheet, 2021; H100: NVIDIA H100 Tensor Core GPU Architecture, table 3; H200: H200 datasheet, 2024).
+const KNOWN: [(&str, &[&str], Datasheet); 5] = [
+    (
+        "a100-40",
+        &["NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"],
+        Datasheet {
+            compute_capability: 80,
+            sm_count: 108,
+            sm_clock_mhz: 1410.0,
+            dram_bytes_per_us: 1.555e6,
+            l2_bytes: 40 << 20,
+        },
+    ),
+    (
+        "a100-80",
+        &["NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe"],
+        Datasheet {
+            compute_capability: 80,
+            sm_count: 108,
+            sm_clock_mhz: 1410.0,
+            dram_bytes_per_us: 2.039e6,
+            l2_bytes: 40 << 20,
+        },
+    ),
+    (
+        "h100-sxm",
+        &["NVIDIA H100 80GB HBM3"],
+        Datasheet {
+            compute_capability: 90,
+            sm_count: 132,
+            sm_clock_mhz: 1980.0,
+            dram_bytes_per_us: 3.35e6,
+            l2_bytes: 50 << 20,
+        },
+    ),
+    (
+        "h100-pcie",
+        &["NVIDIA H100 PCIe"],
+        Datasheet {
+            compute_capability: 90,
+            sm_count: 114,
+            sm_clock_mhz: 1755.0,
+            dram_bytes_per_us: 2.039e6,
+            l2_bytes: 50 << 20,
+        },
+    ),
+    ("h200", &["NVIDIA H200"], H200_DATASHEET),
+];
+
+const H200_DATASHEET: Datasheet = Datasheet {
+    compute_capability: 90,
+    sm_count: 132,
+    sm_clock_mhz: 1980.0,
+    dram_bytes_per_us: 4.8e6,
+    l2_bytes: 50 << 20,
+};
+
 impl DeviceProfile {
-    /// NVIDIA H200 SXM.
+    /// NVIDIA H200 SXM: measured.
     pub fn h200() -> Self {
         Self {
             name: "NVIDIA H200".into(),
-            compute_capability: 90,
-            sm_count: 132,
+            kernel_terms: KernelTerms::Measured,
+            compute_capability: H200_DATASHEET.compute_capability,
+            sm_count: H200_DATASHEET.sm_count,
             hbm_bytes_per_us: 4.6e6,
             l2_bytes_per_us: 7.0e6,
-            l2_bytes: 50 << 20,
+            l2_bytes: H200_DATASHEET.l2_bytes,
             mma_flop_per_us: 290e6,
             wgmma_flop_per_us: 540e6,
             launch_us: 4.0,
             merge_us: 3.0,
             item_latency_us: 2.5,
             tile_latency_us: 0.5,
+        }
+    }
+
+    /// Short names that [`Self::by_name`] knows.
+    pub fn known_names() -> impl Iterator<Item = &'static str> {
+        KNOWN.iter().map(|(short, ..)| *short)
+    }
+
+    /// The profile of a known device, by short name (`h100-sxm`) or by the driver's name (`NVIDIA H100 80GB HBM3`).
+    ///
+    /// # Errors
+    /// The name is neither; the message lists the short ones.
+    pub fn by_name(name: &str) -> Result<Self> {
+        let known = KNOWN.iter().find(|(short, driver_names, _)| {
+            short.eq_ignore_ascii_case(name) || driver_names.iter().any(|prefix| is_device(name, prefix))
+        });
+        let Some((short, driver_names, datasheet)) = known else {
+            let names: Vec<_> = Self::known_names().collect();
+            return Err(Error::invalid("device profile", name, format!("one of {}", names.join(", "))));
+        };
+        if *short == "h200" {
+            return Ok(Self::h200());
+        }
+        Ok(Self::scaled(driver_names[0], *datasheet))
+    }
+
+    /// The H200's measured terms scaled to another device: rates by SMs times clock, DRAM by its peak, latencies as they
+    /// are. The planner's choices depend on ratios of these terms far more than on their size.
+    pub(crate) fn scaled(name: &str, device: Datasheet) -> Self {
+        let h200 = Self::h200();
+        let cores = f64::from(device.sm_count) * device.sm_clock_mhz
+            / (f64::from(H200_DATASHEET.sm_count) * H200_DATASHEET.sm_clock_mhz);
+        let reached = h200.hbm_bytes_per_us / H200_DATASHEET.dram_bytes_per_us;
+        Self {
+            name: name.into(),
+            kernel_terms: KernelTerms::Scaled,
+            compute_capability: device.compute_capability,
+            sm_count: device.sm_count,
+            hbm_bytes_per_us: device.dram_bytes_per_us * reached,
+            l2_bytes_per_us: h200.l2_bytes_per_us * cores,
+            l2_bytes: device.l2_bytes,
+            mma_flop_per_us: h200.mma_flop_per_us * cores,
+            wgmma_flop_per_us: if device.compute_capability == 90 { h200.wgmma_flop_per_us * cores } else { 0.0 },
+            ..h200
         }
     }
 
@@ -62,5 +196,41 @@ impl DeviceProfile {
                 pat_abi::Arch::Sm90a => self.compute_capability == 90,
             })
             .collect()
+    }
+}
+
+/// Whether the driver's name `name` is `prefix`, perhaps with more words behind it (a MIG slice's, say).
+fn is_device(name: &str, prefix: &str) -> bool {
+    name.strip_prefix(prefix).is_some_and(|rest| rest.is_empty() || rest.starts_with(' '))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn known_devices_are_found_by_either_name() {
+        for short in DeviceProfile::known_names() {
+            let profile = DeviceProfile::by_name(short).unwrap();
+            assert_eq!(DeviceProfile::by_name(&profile.name).unwrap(), profile);
+            assert!(!profile.variants(16).is_empty(), "{short}");
+            let measured = profile.kernel_terms == KernelTerms::Measured;
+            assert_eq!(measured, short == "h200", "only the H200's terms are measured");
+        }
+        let [a40, a80, pcie, sxm, h200] =
+            ["a100-40", "NVIDIA A100 80GB PCIe", "H100-PCIe", "NVIDIA H100 80GB HBM3", "NVIDIA H200"]
+                .map(|name| DeviceProfile::by_name(name).unwrap());
+        let bandwidths = [&a40, &a80, &pcie, &sxm, &h200].map(|profile| profile.hbm_bytes_per_us);
+        assert!(bandwidths.is_sorted(), "{bandwidths:?}");
+        assert_eq!((a80.sm_count, pcie.sm_count, sxm.sm_count), (108, 114, 132));
+        assert_eq!(a40.wgmma_flop_per_us, 0.0);
+    }
+
+    #[test]
+    fn unknown_names_are_refused_with_the_known_ones() {
+        for name in ["", "NVIDIA", "NVIDIA H20", "NVIDIA H2000", "B200"] {
+            let error = DeviceProfile::by_name(name).unwrap_err().to_string();
+            assert!(error.contains("a100-40") && error.contains("h200"), "{error}");
+        }
     }
 }

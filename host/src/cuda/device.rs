@@ -2,6 +2,7 @@
 
 use super::driver::{self, Kernel, Stream, failed};
 use super::ptx;
+use crate::profile::Datasheet;
 use crate::{DeviceProfile, Error, Result};
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
 use cudarc::driver::{CudaContext, CudaStream};
@@ -193,30 +194,30 @@ struct Facts {
 }
 
 impl Facts {
-    /// The measured profile of a known device; else the H200's rates scaled by the ratio of peaks. The planner's choices
-    /// depend on ratios of these rates far more than on their size, so that a coarse estimate is good enough.
+    /// The profile of a known device, with the SMs that are there; else the H200's rates scaled by the ratio of peaks.
     fn profile(self) -> DeviceProfile {
+        if let Ok(known) = DeviceProfile::by_name(&self.name) {
+            return DeviceProfile { name: self.name, sm_count: self.sm_count, ..known };
+        }
+        // Two transfers per clock and pin.
+        let dram_bytes_per_us = 2.0 * f64::from(self.memory_clock_khz) * 1e-3 * f64::from(self.memory_bus_bits) / 8.0;
         let h200 = DeviceProfile::h200();
-        if self.name.starts_with(&h200.name) {
-            return DeviceProfile { name: self.name, sm_count: self.sm_count, ..h200 };
+        let scaled = DeviceProfile::scaled(
+            &self.name,
+            Datasheet {
+                compute_capability: self.compute_capability,
+                sm_count: self.sm_count,
+                sm_clock_mhz: f64::from(self.sm_clock_khz) * 1e-3,
+                dram_bytes_per_us,
+                l2_bytes: self.l2_bytes,
+            },
+        );
+        if dram_bytes_per_us > 0.0 {
+            return scaled;
         }
-        // Two transfers per clock and pin; kernels reach about 95% of the peak on every device looked at.
-        let hbm_bytes_per_us =
-            2.0 * f64::from(self.memory_clock_khz) * 1e-3 * f64::from(self.memory_bus_bits) / 8.0 * 0.95;
-        const H200_SM_CLOCK_KHZ: f64 = 1_980_000.0;
-        let cores =
-            f64::from(self.sm_count) * f64::from(self.sm_clock_khz) / (f64::from(h200.sm_count) * H200_SM_CLOCK_KHZ);
-        DeviceProfile {
-            name: self.name,
-            compute_capability: self.compute_capability,
-            sm_count: self.sm_count,
-            hbm_bytes_per_us: if hbm_bytes_per_us > 0.0 { hbm_bytes_per_us } else { h200.hbm_bytes_per_us * cores },
-            l2_bytes_per_us: h200.l2_bytes_per_us * cores,
-            l2_bytes: self.l2_bytes,
-            mma_flop_per_us: h200.mma_flop_per_us * cores,
-            wgmma_flop_per_us: if self.compute_capability == 90 { h200.wgmma_flop_per_us * cores } else { 0.0 },
-            ..h200
-        }
+        // Some virtual devices report no memory clock: then DRAM is scaled like the rest.
+        let cores = scaled.l2_bytes_per_us / h200.l2_bytes_per_us;
+        DeviceProfile { hbm_bytes_per_us: h200.hbm_bytes_per_us * cores, ..scaled }
     }
 }
 
@@ -243,10 +244,12 @@ mod tests {
 
     #[test]
     fn an_unknown_device_is_scaled() {
-        let a100 = facts("NVIDIA A100-SXM4-80GB", 80).profile();
+        let a100 = facts("NVIDIA A100X", 80).profile();
         // Datasheet: 2.039 TB/s.
         assert!((1.8e6..2.04e6).contains(&a100.hbm_bytes_per_us), "{a100:?}");
         assert_eq!(a100.wgmma_flop_per_us, 0.0);
         assert_eq!(a100.sm_count, 108);
+        let silent = Facts { memory_clock_khz: 0, ..facts("some vGPU", 80) }.profile();
+        assert!(silent.hbm_bytes_per_us > 1e6, "{silent:?}");
     }
 }
