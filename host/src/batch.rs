@@ -166,6 +166,12 @@ impl<'a> DecodeBatch<'a> {
         &self.row(sequence)[..needed]
     }
 
+    /// The first `pages` page ids of sequence `sequence`, of which there must be as many: spares the division of
+    /// [`Self::pages`].
+    pub(crate) fn first_pages(&self, sequence: usize, pages: usize) -> &'a [u32] {
+        &self.row(sequence)[..pages]
+    }
+
     /// Tokens per page.
     pub fn page_size(&self) -> u32 {
         self.page_size

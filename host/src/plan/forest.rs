@@ -39,6 +39,9 @@ pub struct Forest {
     order: Vec<u32>,
     innermost: Vec<Option<u32>>,
     pending: Vec<Group>,
+    /// Full pages by sequence.
+    full_pages: Vec<u32>,
+    keys: Vec<Key>,
 }
 
 /// Sequences that agree on their first `depth` pages, all of them below `parent`.
@@ -50,52 +53,97 @@ struct Group {
     order_end: u32,
 }
 
+/// A sequence with its next full page, as one integer so that sorting compares once and follows no pointer: the page id
+/// plus one, 0 where the sequence has no further full page, over the sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Key(u64);
+
+impl Key {
+    fn new(next_page: Option<u32>, sequence: u32) -> Self {
+        // Page ids are below 2^31 - 1.
+        let page = next_page.map_or(0, |page| page + 1);
+        Self(u64::from(page) << 32 | u64::from(sequence))
+    }
+
+    fn has_ended(self) -> bool {
+        self.0 >> 32 == 0
+    }
+
+    fn same_page(self, other: Self) -> bool {
+        self.0 >> 32 == other.0 >> 32
+    }
+
+    fn sequence(self) -> u32 {
+        self.0 as u32
+    }
+}
+
 impl Forest {
     /// Finds the forest of a batch; what was in `self` is replaced. Time is linear in pages, times the logarithm of the
     /// number of sequences that part at a node.
     pub fn build(&mut self, batch: &DecodeBatch<'_>) {
+        let sequences = batch.sequence_count();
         self.nodes.clear();
         self.order.clear();
         self.innermost.clear();
-        self.innermost.resize(batch.sequence_count(), None);
-        self.order.extend((0..batch.sequence_count() as u32).filter(|&s| batch.length(s as usize) > 0));
+        self.innermost.resize(sequences, None);
+        self.full_pages.clear();
+        for sequence in 0..sequences {
+            let length = batch.length(sequence);
+            self.full_pages.push(length / batch.page_size());
+            if length > 0 {
+                self.order.push(sequence as u32);
+            }
+        }
         self.pending.clear();
         self.pending.push(Group { parent: None, depth: 0, order_begin: 0, order_end: self.order.len() as u32 });
-        let full_pages = |sequence: u32| {
-            let sequence = sequence as usize;
-            &batch.pages(sequence)[..(batch.length(sequence) / batch.page_size()) as usize]
-        };
         while let Some(group) = self.pending.pop() {
-            let depth = group.depth as usize;
-            let rows = &mut self.order[group.order_begin as usize..group.order_end as usize];
-            // Sequences that end here come first (`None` is smallest); the others by their next page.
-            rows.sort_unstable_by_key(|&s| (full_pages(s).get(depth).copied(), s));
-            let mut begin = rows.partition_point(|&s| full_pages(s).len() <= depth);
-            while begin < rows.len() {
-                let first = &full_pages(rows[begin])[depth..];
-                let mut common = first.len();
-                let mut end = begin + 1;
-                while end < rows.len() {
-                    let other = &full_pages(rows[end])[depth..];
-                    if other[0] != first[0] {
-                        break;
-                    }
-                    common = common_prefix(&first[..common], other);
-                    end += 1;
+            self.divide(batch, group);
+        }
+    }
+
+    /// Orders a group by next page and makes a node of every two or more sequences that agree on theirs.
+    fn divide(&mut self, batch: &DecodeBatch<'_>, group: Group) {
+        let depth = group.depth as usize;
+        let full_pages = &self.full_pages;
+        let rest = |key: Key| {
+            let sequence = key.sequence() as usize;
+            &batch.first_pages(sequence, full_pages[sequence] as usize)[depth..]
+        };
+        let rows = &mut self.order[group.order_begin as usize..group.order_end as usize];
+        self.keys.clear();
+        self.keys.extend(rows.iter().map(|&sequence| {
+            let has_next = full_pages[sequence as usize] > group.depth;
+            Key::new(has_next.then(|| batch.first_pages(sequence as usize, depth + 1)[depth]), sequence)
+        }));
+        // Sequences that end here come first.
+        self.keys.sort_unstable();
+        for (row, key) in rows.iter_mut().zip(&self.keys) {
+            *row = key.sequence();
+        }
+        let mut begin = self.keys.partition_point(|key| key.has_ended());
+        for key in &self.keys[..begin] {
+            self.innermost[key.sequence() as usize] = group.parent;
+        }
+        while begin < self.keys.len() {
+            let first_key = self.keys[begin];
+            let run = self.keys[begin..].iter().take_while(|key| key.same_page(first_key)).count();
+            let end = begin + run;
+            if run == 1 {
+                self.innermost[first_key.sequence() as usize] = group.parent;
+            } else {
+                let mut common = rest(first_key);
+                for &key in &self.keys[begin + 1..end] {
+                    common = &common[..common_prefix(common, rest(key))];
                 }
-                if end - begin > 1 {
-                    let index = self.nodes.len() as u32;
-                    let (order_begin, order_end) = (group.order_begin + begin as u32, group.order_begin + end as u32);
-                    let page_end = group.depth + common as u32;
-                    let page_begin = group.depth;
-                    self.nodes.push(Node { parent: group.parent, page_begin, page_end, order_begin, order_end });
-                    for &sequence in &rows[begin..end] {
-                        self.innermost[sequence as usize] = Some(index);
-                    }
-                    self.pending.push(Group { parent: Some(index), depth: page_end, order_begin, order_end });
-                }
-                begin = end;
+                let index = self.nodes.len() as u32;
+                let (order_begin, order_end) = (group.order_begin + begin as u32, group.order_begin + end as u32);
+                let page_begin = group.depth;
+                let page_end = group.depth + common.len() as u32;
+                self.nodes.push(Node { parent: group.parent, page_begin, page_end, order_begin, order_end });
+                self.pending.push(Group { parent: Some(index), depth: page_end, order_begin, order_end });
             }
+            begin = end;
         }
     }
 
