@@ -103,6 +103,7 @@ impl<'a> DeviceCase<'a> {
         let rows = RowStrides::contiguous(self.shape.q_heads(), self.shape.head_dim());
         let pool = KvStrides::nhd(self.batch.page_size, self.shape.kv_heads(), self.shape.head_dim());
         RunArgs {
+            generation: None,
             shape: self.shape,
             page_size: self.batch.page_size,
             num_pages: self.batch.num_pages,

@@ -109,6 +109,7 @@ fn run_host_on<T: Element>(
     let workspace = Workspace::with_capacity(device, Workspace::bytes_for(plan))?;
     let buffers = engine.upload(plan, &stream)?;
     let args = RunArgs {
+        generation: Some(plan.generation()),
         shape: plan.shape(),
         page_size: plan.page_size(),
         num_pages: plan.num_pages(),

@@ -130,6 +130,7 @@ impl OnDevice {
     fn args(&self) -> RunArgs<'_> {
         let rows = RowStrides::contiguous(self.case.shape.q_heads(), self.case.shape.head_dim());
         RunArgs {
+            generation: None,
             shape: self.case.shape,
             page_size: self.case.batch.page_size,
             num_pages: self.case.batch.num_pages,
@@ -211,8 +212,12 @@ fn bad_arguments_are_named_and_nothing_is_launched() {
     let buffers = cuda.upload(&plan, &stream).unwrap();
     let misaligned = RunArgs { q: memory.q.span().skip(2).unwrap(), ..memory.args() };
     let stale = RunArgs { num_pages: memory.case.batch.num_pages + 1, ..memory.args() };
+    let former = RunArgs {
+        generation: Some(self::plan(&memory.case, &engine, PlanOptions::default()).generation()),
+        ..memory.args()
+    };
     let short = RunArgs { out: memory.out.span().skip(memory.out.bytes()).unwrap(), ..memory.args() };
-    for (args, name) in [(misaligned, "q"), (stale, "num_pages"), (short, "out")] {
+    for (args, name) in [(misaligned, "q"), (stale, "num_pages"), (former, "the plan uploaded last"), (short, "out")] {
         let error = cuda.run(&buffers, &args, &workspace, &stream).unwrap_err().to_string();
         assert!(error.contains(name), "{name}: {error}");
     }

@@ -2,6 +2,7 @@
 
 use super::plan_buffers::{PlanBuffers, Uploaded, Workspace};
 use super::tensor_map::TensorMapSpec;
+use crate::plan::PlanGeneration;
 use crate::{AttentionShape, Error, KvStrides, Result, RowStrides};
 use pat_abi::{FastDivisor, ForwardParams, MergeParams, TileVariant};
 use std::marker::PhantomData;
@@ -64,6 +65,9 @@ impl<'a> DeviceSpan<'a> {
 /// positive; the innermost dimension is contiguous.
 #[derive(Clone, Copy, Debug)]
 pub struct RunArgs<'a> {
+    /// The plan that is meant ([`crate::Plan::generation`]): a run is refused where another one is uploaded, so that a
+    /// plan of an earlier step is not taken for this one's. `None`: whatever is uploaded, as a captured graph must.
+    pub generation: Option<PlanGeneration>,
     /// The model's attention shape; must be the plan's.
     pub shape: AttentionShape,
     /// Tokens per page; must be the plan's.
@@ -115,6 +119,9 @@ impl RunArgs<'_> {
 
     fn check(&self, plan: &Uploaded, workspace: DeviceSpan<'_>, plan_address: u64) -> Result<PreparedRun> {
         let shape = self.shape;
+        if let Some(meant) = self.generation {
+            same("the plan uploaded last", plan.generation, meant)?;
+        }
         same("shape", plan.shape, shape)?;
         same("page_size", plan.page_size, self.page_size)?;
         same("num_pages", plan.num_pages, self.num_pages)?;
@@ -287,7 +294,9 @@ mod tests {
         let shape = AttentionShape::new(8, 2, 128, Dtype::F16).unwrap();
         let strides = RowStrides::contiguous(8, 128);
         let pool = KvStrides::nhd(16, 2, 128);
+        let generation = PlanGeneration::next();
         let args = RunArgs {
+            generation: Some(generation),
             shape,
             page_size: 16,
             num_pages: 10,
@@ -306,7 +315,7 @@ mod tests {
         let mut limits = super::super::LaunchGeometry { max_sequences: 3, max_slots: 5, ..Default::default() };
         limits.max_items[TileVariant::Mma16.index()] = 6;
         limits.max_merge_rows = 2;
-        let uploaded = Uploaded { shape, page_size: 16, num_pages: 10, limits };
+        let uploaded = Uploaded { generation, shape, page_size: 16, num_pages: 10, limits };
         (args, uploaded, DeviceSpan::borrowed(0x50_0000, 5 * 8 * 129 * 4))
     }
 
@@ -344,6 +353,7 @@ mod tests {
             ("v_strides.token", with(&|a| a.v_strides.token = 4)),
             ("lse:", with(&|a| a.lse = Some((DeviceSpan::borrowed(0x2, 1 << 20), RowStrides::lse(8))))),
             ("softmax_scale", with(&|a| a.softmax_scale = f32::NAN)),
+            ("the plan uploaded last", with(&|a| a.generation = Some(PlanGeneration::next()))),
             ("rows", with(&|a| a.rows = 2)),
             ("num_pages", with(&|a| a.num_pages = 11)),
             ("page_size", with(&|a| a.page_size = 32)),

@@ -3,6 +3,7 @@
 use super::CudaDevice;
 use super::args::DeviceSpan;
 use super::driver::{DeviceBuffer, StagingRing, Stream};
+use crate::plan::PlanGeneration;
 use crate::{AttentionShape, Error, Plan, Result};
 use pat_abi::MAX_TILE_VARIANTS;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -66,6 +67,7 @@ impl LaunchGeometry {
 /// What the plan in a [`PlanBuffers`] was made for, and what a launch must cover.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Uploaded {
+    pub(super) generation: PlanGeneration,
     pub(super) shape: AttentionShape,
     pub(super) page_size: u32,
     pub(super) num_pages: u32,
@@ -135,6 +137,7 @@ impl PlanBuffers {
             fixed.check_covers(&exact)?;
         }
         let uploaded = Uploaded {
+            generation: plan.generation(),
             shape: plan.shape(),
             page_size: plan.page_size(),
             num_pages: plan.num_pages(),
@@ -143,7 +146,7 @@ impl PlanBuffers {
         let mut state = self.state();
         // A captured graph has the strides' meaning, the page size and the pool's extent baked in.
         if let (Some(_), Some(former)) = (self.fixed, state.uploaded)
-            && former != uploaded
+            && (Uploaded { generation: uploaded.generation, ..former }) != uploaded
         {
             return Err(Error::PlanMismatch {
                 what: "the plans these buffers were captured with".into(),

@@ -1,5 +1,6 @@
 //! The plan buffer: assembly of the records into one contiguous allocation, and read access to them.
 
+use super::PlanGeneration;
 use super::cost::Prediction;
 use crate::{AttentionShape, DecodeBatch, Error, Result};
 use pat_abi::{MAX_TILE_VARIANTS, MergeRow, PLAN_MAGIC, PackQuery, PlanHeader, TileVariant, WorkItem};
@@ -19,9 +20,11 @@ pub struct PlanParts {
     pub slot_count: u32,
 }
 
-/// A plan: one POD buffer (uploaded with one copy) and what it was made for.
-#[derive(Clone, Debug, PartialEq)]
+/// A plan: one POD buffer (uploaded with one copy) and what it was made for. Plans are equal when all of that is; their
+/// generations are not compared.
+#[derive(Clone, Debug)]
 pub struct Plan {
+    generation: PlanGeneration,
     /// 16-byte units, so that the records are aligned.
     words: Vec<[u64; 2]>,
     shape: AttentionShape,
@@ -29,6 +32,18 @@ pub struct Plan {
     logical_tokens: u64,
     unique_kv_bytes: u64,
     prediction: Prediction,
+}
+
+impl PartialEq for Plan {
+    fn eq(&self, other: &Self) -> bool {
+        let Self { generation: _, words, shape, num_pages, logical_tokens, unique_kv_bytes, prediction } = self;
+        *words == other.words
+            && *shape == other.shape
+            && *num_pages == other.num_pages
+            && *logical_tokens == other.logical_tokens
+            && *unique_kv_bytes == other.unique_kv_bytes
+            && *prediction == other.prediction
+    }
 }
 
 /// A count that fits a plan record.
@@ -94,12 +109,26 @@ impl Plan {
         }
         let logical_tokens = (0..batch.sequence_count()).map(|s| u64::from(batch.length(s))).sum();
         let prediction = Prediction::default();
-        Ok(Self { words, shape, num_pages: batch.num_pages(), logical_tokens, unique_kv_bytes: 0, prediction })
+        let generation = PlanGeneration::next();
+        Ok(Self {
+            generation,
+            words,
+            shape,
+            num_pages: batch.num_pages(),
+            logical_tokens,
+            unique_kv_bytes: 0,
+            prediction,
+        })
     }
 
     pub(super) fn set_prediction(&mut self, prediction: Prediction, unique_kv_bytes: u64) {
         self.prediction = prediction;
         self.unique_kv_bytes = unique_kv_bytes;
+    }
+
+    /// Tells this plan from every other one of the process.
+    pub fn generation(&self) -> PlanGeneration {
+        self.generation
     }
 
     /// What the cost model predicts.
