@@ -6,6 +6,52 @@
 //! The operation, for sequence `b` of `L_b` tokens, query head `h` and KV head `g = h / (q_heads / kv_heads)`:
 //! `O[b,h] = sum_t softmax_t(scale * Q[b,h]·K[t,g]) V[t,g]`, `LSE[b,h] = ln sum_t exp(scale * Q[b,h]·K[t,g])`;
 //! `L_b = 0` gives `O = 0`, `LSE = -inf`.
+//!
+//! Two sequences that share their first two pages, on the device if there is one and on the CPU otherwise:
+//!
+//! ```
+//! use half::f16;
+//! use pat_rs::{
+//!     AttentionShape, DecodeBatch, Dtype, Engine, HostTensors, KvStrides, PlanOptions, Planner, RowStrides,
+//! };
+//!
+//! # fn main() -> pat_rs::Result<()> {
+//! let (q_heads, kv_heads, head_dim, page_size, num_pages) = (8, 2, 64, 16, 4);
+//! let shape = AttentionShape::new(q_heads, kv_heads, head_dim, Dtype::F16)?;
+//!
+//! // 40 and 45 tokens; pages 0 and 1 are full and shared, the last page is each sequence's own.
+//! let tables: [&[u32]; 2] = [&[0, 1, 2], &[0, 1, 3]];
+//! let batch = DecodeBatch::from_block_tables(&tables, &[40, 45], page_size, num_pages)?;
+//!
+//! // Once per decode step:
+//! let engine = Engine::auto();
+//! let mut planner = Planner::new(shape, engine.profile()?, PlanOptions::default())?;
+//! let plan = planner.plan(&batch)?;
+//! assert!(plan.summary().sharing_factor > 1.5);
+//!
+//! // Once per layer. Equal values everywhere: the average of V is V.
+//! let pool = vec![f16::from_f32(0.5); (num_pages * page_size * kv_heads * head_dim) as usize];
+//! let q = vec![f16::ONE; (2 * q_heads * head_dim) as usize];
+//! let tensors = HostTensors {
+//!     q: &q,
+//!     k: &pool,
+//!     v: &pool,
+//!     q_strides: RowStrides::contiguous(q_heads, head_dim),
+//!     k_strides: KvStrides::nhd(page_size, kv_heads, head_dim),
+//!     v_strides: KvStrides::nhd(page_size, kv_heads, head_dim),
+//!     out_strides: RowStrides::contiguous(q_heads, head_dim),
+//!     lse_strides: RowStrides::lse(q_heads),
+//!     softmax_scale: 1.0 / (head_dim as f32).sqrt(),
+//! };
+//! let mut out = vec![f16::ZERO; q.len()];
+//! engine.run_host(&plan, &tensors, &mut out, None)?;
+//! assert!(out.iter().all(|x| (x.to_f32() - 0.5).abs() < 1e-3));
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! A serving engine keeps its tensors on the device and calls [`cuda::CudaEngine::run`] with raw addresses and strides;
+//! see [`cuda`]. [`supports`] answers without a device whether a model's attention can be served.
 
 pub mod batch;
 pub mod cpu;
@@ -26,3 +72,8 @@ pub use pat_abi::{Dtype, TileVariant};
 pub use plan::{Plan, PlanOptions, Planner};
 pub use profile::DeviceProfile;
 pub use shape::AttentionShape;
+
+/// Compiles and runs the Rust snippets of the README.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct Readme;
