@@ -18,26 +18,44 @@ pub(crate) struct Source {
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
     /// With --trace, the number of sequences that decode together; alone, a batch file (docs/batch-format.md).
-    #[arg(long, value_name = "N or FILE", conflicts_with = "tree")]
+    #[arg(long, value_name = "N or FILE", conflicts_with = "tree", allow_negative_numbers = true)]
     batch: Option<String>,
     /// With --trace: tokens that each sequence has generated.
-    #[arg(long, default_value_t = 0, value_name = "STEP", requires = "trace")]
+    #[arg(
+        long,
+        default_value_t = 0,
+        value_name = "STEP",
+        requires = "trace",
+        conflicts_with = "tree",
+        allow_negative_numbers = true
+    )]
     at_step: u32,
     /// With --trace: requests to skip.
-    #[arg(long, default_value_t = 0, value_name = "N", requires = "trace")]
+    #[arg(
+        long,
+        default_value_t = 0,
+        value_name = "N",
+        requires = "trace",
+        conflicts_with = "tree",
+        allow_negative_numbers = true
+    )]
     first_request: usize,
-    /// Tokens per page (a batch file brings its own).
-    #[arg(long, default_value_t = 32)]
-    page_size: u32,
+    /// Tokens per page of --tree and --trace (32 unless told); a batch file brings its own.
+    #[arg(long, value_name = "TOKENS", allow_negative_numbers = true)]
+    page_size: Option<u32>,
 }
+
+/// Page size of trees and traces where none is given.
+const DEFAULT_PAGE_SIZE: u32 = 32;
 
 impl Source {
     /// Reads or makes the batch; the name is for reports.
     pub(crate) fn load(&self) -> Result<(String, OwnedBatch)> {
+        let page_size = self.page_size.unwrap_or(DEFAULT_PAGE_SIZE);
         match (&self.tree, &self.trace, &self.batch) {
             (Some(tree), None, None) => {
-                let spec = TreeSpec::from_str(tree)?;
-                Ok((tree.clone(), spec.batch(self.page_size, Some(1))?))
+                let spec = TreeSpec::from_str(tree).context("--tree")?;
+                Ok((tree.clone(), spec.batch(page_size, Some(1)).context("--tree")?))
             }
             (None, Some(file), batch) => {
                 let batch_size = match batch {
@@ -46,18 +64,22 @@ impl Source {
                         format!("--batch: got {text:?}, expected the number of sequences (with --trace)")
                     })?,
                 };
-                let cut = TraceCut {
-                    first_request: self.first_request,
-                    batch_size,
-                    step: self.at_step,
-                    page_size: self.page_size,
-                };
+                let cut = TraceCut { first_request: self.first_request, batch_size, step: self.at_step, page_size };
                 let reader = std::fs::File::open(file).with_context(|| format!("--trace {}", file.display()))?;
                 let batch = cut.batch(BufReader::new(reader)).with_context(|| format!("--trace {}", file.display()))?;
                 Ok((format!("{} batch {batch_size} step {}", file.display(), self.at_step), batch))
             }
             (None, None, Some(file)) => {
-                let batch = read_batch(file.as_ref()).with_context(|| format!("--batch {file}"))?;
+                let batch = read_batch(file.as_ref()).map_err(|error| {
+                    let context = match file.parse::<u64>() {
+                        Ok(_) => "--batch (a number of sequences goes with --trace)",
+                        Err(_) => "--batch",
+                    };
+                    anyhow::Error::new(error).context(context)
+                })?;
+                if let Some(asked) = self.page_size.filter(|&asked| asked != batch.page_size) {
+                    bail!("--page-size: got {asked}, expected the batch file's {} or nothing", batch.page_size);
+                }
                 Ok((file.clone(), batch))
             }
             _ => bail!("no batch: give --tree SPEC, --trace FILE [--batch N], or --batch FILE.json"),
@@ -69,10 +91,10 @@ impl Source {
 #[derive(clap::Args, Clone, Debug)]
 pub(crate) struct Shape {
     /// Query heads / KV heads.
-    #[arg(long, default_value = "32/8", value_name = "Q/KV")]
+    #[arg(long, default_value = "32/8", value_name = "Q/KV", allow_hyphen_values = true)]
     heads: String,
     /// Elements per head: 64 or 128.
-    #[arg(long, default_value_t = 128)]
+    #[arg(long, default_value_t = 128, allow_negative_numbers = true)]
     head_dim: u32,
     /// Element type: f16 or bf16.
     #[arg(long, default_value = "f16")]
@@ -91,7 +113,8 @@ impl Shape {
             "bf16" => Dtype::Bf16,
             other => bail!("--dtype: got {other:?}, expected f16 or bf16"),
         };
-        Ok(AttentionShape::new(q, kv, self.head_dim, dtype)?)
+        AttentionShape::new(q, kv, self.head_dim, dtype)
+            .with_context(|| format!("--heads {} --head-dim {}", self.heads, self.head_dim))
     }
 }
 
@@ -101,9 +124,13 @@ pub(crate) struct Planning {
     /// auto, flat, per-node, or fixed-chunk=TOKENS.
     #[arg(long, default_value = "auto")]
     mode: String,
-    /// Only these tile variants (comma-separated: mma16, mma32, mma64, mma128, wgmma64).
-    #[arg(long, value_delimiter = ',')]
+    #[arg(long, value_delimiter = ',', value_name = "NAME,...", help = format!("Only these tile variants: {}", variant_names()))]
     variants: Vec<String>,
+}
+
+/// All tile variants, for messages.
+fn variant_names() -> String {
+    TileVariant::ALL.map(TileVariant::name).join(", ")
 }
 
 impl Planning {
@@ -123,10 +150,9 @@ impl Planning {
         let mut variants = Vec::new();
         for name in &self.variants {
             let known = TileVariant::ALL.into_iter().find(|variant| variant.name() == name);
-            variants.push(known.with_context(|| {
-                let names: Vec<_> = TileVariant::ALL.iter().map(|v| v.name()).collect();
-                format!("--variants: got {name:?}, expected some of {}", names.join(", "))
-            })?);
+            variants.push(
+                known.with_context(|| format!("--variants: got {name:?}, expected some of {}", variant_names()))?,
+            );
         }
         Ok(PlanOptions { mode, variants: (!variants.is_empty()).then_some(variants) })
     }

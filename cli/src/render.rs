@@ -71,6 +71,11 @@ pub(crate) fn forest(forest: &Forest, packs: &[Pack], page_size: u32) -> String 
     text
 }
 
+/// `1 thing`, `2 things`.
+fn count(n: usize, thing: &str) -> String {
+    format!("{n} {thing}{}", if n == 1 { "" } else { "s" })
+}
+
 /// Siblings drawn below one node before the rest is counted only.
 const SIBLINGS: usize = 12;
 
@@ -107,10 +112,16 @@ fn lines(forest: &Forest, packs: &[Pack], page_size: u32) -> Vec<Line> {
                 .iter()
                 .fold((u32::MAX, 0), |(least, most), pack| (least.min(pack.token_count), most.max(pack.token_count)));
             let tokens = if least == most { format!("{least}") } else { format!("{least} to {most}") };
-            lines.push(Line { depth: below, text: format!("{} private runs of {tokens} tokens", own.len()) });
+            lines.push(Line { depth: below, text: format!("{} of {tokens} tokens", count(own.len(), "private run")) });
         }
         if private > own.len() {
-            lines.push(Line { depth: below, text: format!("{} sequences end here", private - own.len()) });
+            lines.push(Line {
+                depth: below,
+                text: match private - own.len() {
+                    1 => "1 sequence ends here".into(),
+                    several => format!("{several} sequences end here"),
+                },
+            });
         }
         let children = children(parent);
         if children.len() > SIBLINGS {

@@ -25,8 +25,8 @@ pub(crate) struct Args {
     /// auto, cpu, cuda or cuda:N.
     #[arg(long, default_value = "auto")]
     device: String,
-    /// Seed of the tensors (the CPU executor's; on a device it is fixed).
-    #[arg(long, default_value_t = SEED)]
+    /// Seed of the tensors (on a CUDA device only the default).
+    #[arg(long, default_value_t = SEED, allow_negative_numbers = true)]
     seed: u32,
     /// What is verified: auto (all rows, or a named sample of a large batch), sample, or none.
     #[arg(long, default_value = "auto")]
@@ -56,6 +56,9 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     let shape = args.shape.resolve()?;
     let options = args.planning.resolve()?;
     let engine = engine(&args.device)?;
+    if engine.as_cuda().is_some() && args.seed != SEED {
+        bail!("--seed: got {}, expected {SEED} on a CUDA device, whose tensors are drawn there", args.seed);
+    }
     let (name, batch) = args.source.load()?;
     let rows = batch.rows();
     let view = batch.view(&rows)?;

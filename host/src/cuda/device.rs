@@ -78,6 +78,14 @@ impl CudaDevice {
         self.inner.compute_capability
     }
 
+    /// The newest CUDA version the driver supports: (major, minor).
+    ///
+    /// # Errors
+    /// The driver cannot be asked.
+    pub fn driver_cuda_version(&self) -> Result<(i32, i32)> {
+        driver::driver_version().map(|version| (version / 1000, version % 1000 / 10))
+    }
+
     /// The cudarc context.
     pub fn context(&self) -> &Arc<CudaContext> {
         &self.inner.context

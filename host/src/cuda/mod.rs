@@ -21,3 +21,4 @@ pub use device::CudaDevice;
 pub use driver::{DeviceBuffer, Graph, Stream};
 pub use engine::CudaEngine;
 pub use plan_buffers::{LaunchGeometry, PlanBuffers, Workspace};
+pub use ptx::check_embedded_ptx;

@@ -4,7 +4,7 @@
 //! tile variants its plans name.
 
 use crate::{Error, Result};
-use pat_abi::Arch;
+use pat_abi::{Arch, KERNELS};
 
 /// How a kernel begins, at the start of a line. There is nothing but kernels behind the first: `cargo xtask check-ptx`
 /// refuses functions, and module-scope declarations come first.
@@ -48,6 +48,29 @@ pub(super) fn cut(module: &str, entry: &str) -> Result<String> {
     Ok(prelude + &body)
 }
 
+/// Whether the embedded PTX is the manifest's: every kernel is there, for its architecture and with its launch bounds.
+/// Asks no device. Returns the number of kernels.
+///
+/// # Errors
+/// The first kernel that is missing or has other launch bounds, as after a change of the manifest without a new build of
+/// the PTX.
+pub fn check_embedded_ptx() -> Result<usize> {
+    for kernel in KERNELS {
+        let module = cut(text(kernel.arch), kernel.entry)?;
+        let target = format!(".target {}", kernel.arch.name());
+        let bounds = format!(".maxntid {}, 1, 1\n.minnctapersm {}\n", kernel.threads, kernel.min_ctas_per_sm);
+        for expected in [target, bounds] {
+            if !module.contains(&expected) {
+                return Err(Error::Cuda {
+                    call: format!("checking kernel {}", kernel.entry),
+                    reason: format!("the embedded PTX lacks {expected:?}: run `cargo xtask build-ptx`"),
+                });
+            }
+        }
+    }
+    Ok(KERNELS.len())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -78,6 +101,11 @@ mod tests {
             assert_eq!(module.matches(ENTRY).count(), 1, "{}", kernel.entry);
             assert!(module.contains(&format!(".target {}", kernel.arch.name())), "{}", kernel.entry);
         }
+    }
+
+    #[test]
+    fn the_embedded_ptx_is_the_manifests() {
+        assert_eq!(check_embedded_ptx().unwrap(), pat_abi::KERNELS.len());
     }
 
     #[test]

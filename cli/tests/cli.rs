@@ -1,0 +1,355 @@
+//! The tool as its users meet it: arguments in; text, JSON, pictures and exit status out. Everything runs on the CPU.
+
+use serde_json::Value;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use tempfile::TempDir;
+
+/// Runs `pat` without any CUDA device in sight: messages are the same with a driver and without, up to the reason.
+fn pat(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_pat")).args(args).env("CUDA_VISIBLE_DEVICES", "").output().expect("pat starts")
+}
+
+/// Standard output of a call that must succeed.
+fn stdout(args: &[&str]) -> String {
+    let output = pat(args);
+    assert_eq!(output.status.code(), Some(0), "pat {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).expect("UTF-8")
+}
+
+fn json(args: &[&str]) -> Value {
+    serde_json::from_str(&stdout(args)).expect("JSON")
+}
+
+/// Asserts that a call is refused with status 2, prints nothing to standard output, and names `parts` in its message.
+fn refused(args: &[&str], parts: &[&str]) {
+    let output = pat(args);
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "pat {args:?}: {message}");
+    assert!(output.stdout.is_empty(), "pat {args:?} printed {}", String::from_utf8_lossy(&output.stdout));
+    for part in parts {
+        assert!(message.contains(part), "pat {args:?}: {part:?} is not in {message:?}");
+    }
+}
+
+/// A file in a temporary folder.
+fn file(folder: &TempDir, name: &str, text: &str) -> PathBuf {
+    let path = folder.path().join(name);
+    std::fs::write(&path, text).expect("a writable temporary folder");
+    path
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("UTF-8")
+}
+
+/// Three requests; the first two share one block of 512 tokens.
+fn trace() -> String {
+    let mut lines = String::new();
+    for (input, ids) in [(1100, "[0, 1, 2]"), (700, "[0, 7]"), (300, "[9]")] {
+        writeln!(lines, r#"{{"timestamp": 0, "input_length": {input}, "output_length": 8, "hash_ids": {ids}}}"#)
+            .expect("writing to a string");
+    }
+    lines
+}
+
+#[test]
+fn the_readmes_first_command_plans_computes_and_verifies() {
+    let report = stdout(&["run", "--tree", "1,4,256_32,256,32", "--device", "cpu"]);
+    assert!(report.contains("passed: 8192 rows (all rows)"), "{report}");
+    assert!(report.contains("36.1 MiB unique, 320.0 MiB without sharing"), "{report}");
+}
+
+#[test]
+fn a_run_reports_in_json() {
+    for dtype in ["f16", "bf16"] {
+        for heads in ["4/4", "8/2", "5/1"] {
+            let args = ["run", "--tree", "1,6_64,20", "--page-size", "16", "--heads", heads, "--dtype", dtype];
+            let report = json(&[&args[..], &["--head-dim", "64", "--device", "cpu", "--json"]].concat());
+            assert_eq!(report["device"], "CPU");
+            assert_eq!(report["numerics"]["passed"], true, "{report}");
+            assert_eq!(report["plan"]["sequences"], 6);
+            let q_heads: u64 = heads.split('/').next().expect("a number").parse().expect("a number");
+            assert_eq!(report["numerics"]["rows"], 6 * q_heads);
+            assert!(report["execution_us"].as_f64().is_some_and(|us| us > 0.0), "{report}");
+        }
+    }
+}
+
+#[test]
+fn every_planning_mode_and_tile_variant_computes_the_same_attention() {
+    let base = ["run", "--tree", "1,2,8_32,64,40", "--page-size", "16", "--heads", "8/2", "--device", "cpu", "--json"];
+    let modes = ["auto", "flat", "per-node", "fixed-chunk=32"].map(|mode| ["--mode", mode]);
+    let variants =
+        ["mma16", "mma32", "mma64", "mma128", "wgmma64", "leaf16", "mma16,mma64"].map(|names| ["--variants", names]);
+    for extra in modes.iter().chain(&variants) {
+        let report = json(&[&base[..], extra].concat());
+        assert_eq!(report["numerics"]["passed"], true, "{extra:?}: {report}");
+    }
+}
+
+#[test]
+fn a_seed_is_heeded_and_a_check_can_be_left_out() {
+    let run = |extra: &[&str]| json(&[&["run", "--tree", "1,2_32,8", "--device", "cpu", "--json"], extra].concat());
+    let error = |report: &Value| report["numerics"]["relative_l2_error"].as_f64().expect("a number");
+    let (one, other) = (run(&[]), run(&["--seed", "7"]));
+    assert_eq!(error(&one), error(&run(&["--seed", "1"])));
+    assert_ne!(error(&one), error(&other));
+    assert!(run(&["--check", "none"])["numerics"].is_null());
+    assert_eq!(run(&["--check", "sample"])["numerics"]["passed"], true);
+}
+
+#[test]
+fn a_plan_shows_its_forest() {
+    let plan = stdout(&["plan", "--tree", "1,2,6_64,256,40", "--page-size", "16", "--mode", "per-node"]);
+    // The first line names the profile, and what follows the forest depends on the cost model.
+    let forest: Vec<&str> = plan.lines().skip(1).take_while(|line| line.trim_start().starts_with(['[', '3'])).collect();
+    insta::assert_snapshot!(forest.join("\n"), @r"
+    [64 tokens x 6 sequences] packed: read once
+      [256 tokens x 3 sequences] packed: read once
+        3 private runs of 40 tokens
+      [256 tokens x 3 sequences] packed: read once
+        3 private runs of 40 tokens
+    ");
+    let flat = stdout(&["plan", "--tree", "1,2_64,40", "--page-size", "16", "--mode", "flat"]);
+    assert!(flat.contains("[64 tokens x 2 sequences] folded: read by each below"), "{flat}");
+    let single = stdout(&["plan", "--tree", "1_100"]);
+    assert!(single.contains("\n1 private run of 100 tokens\n"), "{single}");
+}
+
+#[test]
+fn a_plan_gives_its_figures_in_json() {
+    let args = ["plan", "--tree", "1,4_64,32", "--page-size", "32", "--heads", "8/2", "--head-dim", "64", "--json"];
+    let plan = json(&[&args[..], &["--mode", "per-node"]].concat());
+    // K and V of 2 heads, 64 elements of 2 bytes: 512 bytes per token.
+    assert_eq!(plan["unique_kv_bytes"], (64 + 4 * 32) * 512);
+    assert_eq!(plan["planned_kv_bytes"], (64 + 4 * 32) * 512);
+    assert_eq!(plan["flat_kv_bytes"], 4 * (64 + 32) * 512);
+    assert_eq!(plan["sharing_factor"], 2.0);
+    let flat = json(&[&args[..], &["--mode", "flat"]].concat());
+    assert_eq!(flat["planned_kv_bytes"], flat["flat_kv_bytes"]);
+}
+
+#[test]
+fn a_plan_draws_its_forest() {
+    let folder = TempDir::new().expect("a temporary folder");
+    let picture = folder.path().join("forest.svg");
+    stdout(&["plan", "--tree", "1,2,6_64,256,40", "--page-size", "16", "--mode", "per-node", "--svg", text(&picture)]);
+    let svg = std::fs::read_to_string(&picture).expect("the picture is there");
+    assert!(svg.starts_with("<svg xmlns=\"http://www.w3.org/2000/svg\""), "{svg}");
+    assert!(svg.trim_end().ends_with("</svg>"), "{svg}");
+    // The background, three shared runs, six private ones.
+    assert_eq!(svg.matches("<rect").count(), 1 + 3 + 6, "{svg}");
+    assert_eq!(svg.matches("#0072b2").count(), 1 + 3, "the legend and three packed runs: {svg}");
+}
+
+#[test]
+fn a_saved_batch_is_planned_like_its_source() {
+    let folder = TempDir::new().expect("a temporary folder");
+    let saved = folder.path().join("batch.json");
+    let tree = ["plan", "--tree", "2,4_48,20", "--page-size", "16", "--json"];
+    let first = json(&[&tree[..], &["--save-batch", text(&saved)]].concat());
+    assert_eq!(json(&["plan", "--batch", text(&saved), "--json"]), first);
+    let report = json(&["run", "--batch", text(&saved), "--device", "cpu", "--json"]);
+    assert_eq!(report["numerics"]["passed"], true, "{report}");
+}
+
+#[test]
+fn the_documented_batch_file_runs() {
+    let documentation = include_str!("../../docs/batch-format.md");
+    let (_, rest) = documentation.split_once("```json\n").expect("an example");
+    let (example, _) = rest.split_once("```").expect("the example's end");
+    let folder = TempDir::new().expect("a temporary folder");
+    let batch = file(&folder, "b.json", example);
+    let report = json(&["run", "--batch", text(&batch), "--device", "cpu", "--json"]);
+    assert_eq!(report["numerics"]["passed"], true, "{report}");
+    assert_eq!(report["plan"]["sequences"], 4);
+    // Every message that the document shows is one that the tool gives.
+    let lines: Vec<&str> = documentation.lines().filter_map(|line| line.strip_prefix("error: --batch: ")).collect();
+    let broken = [("[0, 1, 2]", "[0, 9, 2]"), (r#""lengths": [40"#, r#""lengths": [17"#)];
+    assert_eq!(lines.len(), broken.len());
+    for ((from, to), line) in broken.into_iter().zip(lines) {
+        let text_of_batch = match to {
+            r#""lengths": [17"# => example.replace(from, to).replace("[0, 1, 2]", "[0]"),
+            _ => example.replace(from, to),
+        };
+        let batch = file(&folder, "b.json", &text_of_batch);
+        refused(&["run", "--batch", text(&batch)], &[line.trim_start_matches("batch file b.json: ")]);
+    }
+}
+
+#[test]
+fn batches_without_tokens_are_legal() {
+    let folder = TempDir::new().expect("a temporary folder");
+    for (name, batch) in [
+        ("none", r#"{"page_size": 16, "num_pages": 0, "lengths": [], "block_tables": []}"#),
+        ("empty rows", r#"{"page_size": 16, "num_pages": 0, "lengths": [0, 0], "block_tables": [[], []]}"#),
+    ] {
+        let batch = file(&folder, "batch.json", batch);
+        let report = json(&["run", "--batch", text(&batch), "--device", "cpu", "--json"]);
+        assert_eq!(report["numerics"]["passed"], true, "{name}: {report}");
+        stdout(&["plan", "--batch", text(&batch), "--svg", text(&folder.path().join("empty.svg"))]);
+    }
+}
+
+#[test]
+fn a_trace_is_cut_into_a_batch() {
+    let folder = TempDir::new().expect("a temporary folder");
+    let trace = file(&folder, "trace.jsonl", &trace());
+    let cut = ["--trace", text(&trace), "--batch", "3", "--heads", "8/2", "--head-dim", "64"];
+    let report = json(&[&["run"], &cut[..], &["--at-step", "5", "--device", "cpu", "--json"]].concat());
+    assert_eq!(report["numerics"]["passed"], true, "{report}");
+    // 1105 + 705 + 305 tokens, 512 bytes each; 512 tokens are in there twice.
+    assert_eq!(report["plan"]["flat_kv_bytes"], (1105 + 705 + 305) * 512);
+    assert_eq!(report["plan"]["unique_kv_bytes"], (1105 + 705 + 305 - 512) * 512);
+    // A request of 8 output tokens stays at its end.
+    let late = json(&[&["plan"], &cut[..], &["--at-step", "1000", "--json"]].concat());
+    assert_eq!(late["flat_kv_bytes"], (1108 + 708 + 308) * 512);
+    let second = ["plan", "--trace", text(&trace), "--batch", "1", "--first-request", "1", "--heads", "1/1"];
+    assert_eq!(json(&[&second[..], &["--head-dim", "64", "--json"]].concat())["flat_kv_bytes"], 700 * 256);
+}
+
+#[test]
+fn bad_model_shapes_are_refused() {
+    let tree = ["run", "--tree", "1,2_32,8"];
+    for (extra, parts) in [
+        (["--heads", "32"], &["--heads: got \"32\", expected QUERY/KV heads"][..]),
+        (["--heads", "a/b"], &["--heads: got \"a/b\""]),
+        (["--heads", "-8/8"], &["--heads: got \"-8/8\""]),
+        (["--heads", "0/8"], &["--heads 0/8", "q_heads: got 0, expected a positive multiple"]),
+        (["--heads", "8/0"], &["--heads 8/0", "kv_heads: got 0, expected at least 1"]),
+        (["--heads", "30/8"], &["--heads 30/8", "q_heads: got 30, expected a positive multiple of kv_heads (8)"]),
+        (["--head-dim", "-1"], &["--head-dim"]),
+        (["--head-dim", "96"], &["--head-dim 96", "head_dim: got 96, expected 64 or 128"]),
+        (["--dtype", "f32"], &["--dtype: got \"f32\", expected f16 or bf16"]),
+    ] {
+        refused(&[&tree[..], &extra].concat(), parts);
+    }
+}
+
+#[test]
+fn bad_trees_are_refused() {
+    for (tree, part) in [
+        ("1,4", "no '_'"),
+        ("1,4_32", "2 levels of nodes but 1 levels of tokens"),
+        ("1,x_32,32", "nodes of level 1: got \"x\""),
+        ("0_32", "nodes of level 0: got \"0\""),
+        ("1,4_0,32", "tokens of level 0: got \"0\""),
+        ("2,3_32,32", "nodes of level 1: got 3, expected a multiple of the 2 nodes above"),
+        ("1,2_33,32", "tokens of level 0: got 33, expected a multiple of the page size 32"),
+        ("1_99999999999999999999", "tokens of level 0"),
+        ("", "no '_'"),
+    ] {
+        refused(&["plan", "--tree", tree], &["--tree", part]);
+    }
+    refused(&["plan", "--tree", "1_32", "--page-size", "0"], &["page_size: got 0, expected at least 1"]);
+}
+
+#[test]
+fn bad_batch_files_are_refused() {
+    let folder = TempDir::new().expect("a temporary folder");
+    for (batch, part) in [
+        ("{", "EOF"),
+        ("[]", "\"page_size\", \"num_pages\", \"lengths\", \"block_tables\""),
+        (r#"{"page_size":16,"num_pages":4,"lengths":[1]}"#, "missing field `block_tables`"),
+        (r#"{"page_size":16,"num_pages":4,"lengths":[1],"block_tables":[[0]],"x":1}"#, "unknown field `x`"),
+        (r#"{"page_size":[16,32],"num_pages":4,"lengths":[1],"block_tables":[[0]]}"#, "invalid type: sequence"),
+        (r#"{"page_size":0,"num_pages":4,"lengths":[1],"block_tables":[[0]]}"#, "page_size: got 0"),
+        (r#"{"page_size":16,"num_pages":4,"lengths":[1],"block_tables":[[4]]}"#, "block_tables[0][0]: got 4"),
+        (r#"{"page_size":16,"num_pages":4,"lengths":[1],"block_tables":[[-1]]}"#, "invalid value"),
+        (r#"{"page_size":16,"num_pages":4,"lengths":[17],"block_tables":[[0]]}"#, "at least 2 for lengths[0] = 17"),
+        (r#"{"page_size":16,"num_pages":4,"lengths":[1,1],"block_tables":[[0]]}"#, "got 1 tables, expected one per"),
+    ] {
+        let path = file(&folder, "batch.json", batch);
+        refused(&["run", "--batch", text(&path)], &["--batch", text(&path), part]);
+    }
+    let path = file(&folder, "batch.json", r#"{"page_size":16,"num_pages":1,"lengths":[1],"block_tables":[[0]]}"#);
+    refused(
+        &["plan", "--batch", text(&path), "--page-size", "32"],
+        &["--page-size: got 32, expected the batch file's 16"],
+    );
+    refused(&["plan", "--batch", "no/such.json"], &["--batch", "no/such.json", "No such file"]);
+    refused(&["plan", "--batch", "128"], &["a number of sequences goes with --trace"]);
+}
+
+#[test]
+fn bad_traces_are_refused() {
+    let folder = TempDir::new().expect("a temporary folder");
+    let good = file(&folder, "good.jsonl", &trace());
+    let good = text(&good);
+    for (lines, part) in [
+        ("oops".into(), "trace line 1"),
+        (trace() + "{}\n", "trace line 4: missing field"),
+        (trace().replace("[0, 1, 2]", "[0]"), "trace line 1: hash_ids: got 1 ids, expected 3 for input_length = 1100"),
+        (trace().replace("700", "-700"), "trace line 2"),
+        (String::new(), "the trace has 0 requests"),
+    ] {
+        let path = file(&folder, "trace.jsonl", &lines);
+        refused(&["plan", "--trace", text(&path), "--batch", "4"], &["--trace", text(&path), part]);
+    }
+    refused(&["plan", "--trace", good, "--batch", "4"], &["batch_size: got 4 from request 0 on", "at most 3"]);
+    refused(&["plan", "--trace", good, "--batch", "0"], &["batch_size: got 0, expected at least 1"]);
+    refused(&["plan", "--trace", good, "--batch", "many"], &["--batch: got \"many\""]);
+    refused(&["plan", "--trace", good, "--batch", "1", "--page-size", "48"], &["page_size: got 48", "a divisor of"]);
+    refused(&["plan", "--trace", "no/such.jsonl"], &["--trace no/such.jsonl", "No such file"]);
+}
+
+#[test]
+fn bad_options_are_refused() {
+    let tree = ["run", "--tree", "1,2_32,8"];
+    for (extra, parts) in [
+        (["--device", "tpu"], &["--device: got \"tpu\", expected auto, cpu, cuda or cuda:N"][..]),
+        (["--device", "cuda:x"], &["--device: got \"cuda:x\""]),
+        (["--mode", "best"], &["--mode: got \"best\", expected auto, flat, per-node or fixed-chunk=TOKENS"]),
+        (["--mode", "fixed-chunk="], &["--mode: got \"fixed-chunk=\""]),
+        (["--mode", "fixed-chunk=0"], &["fixed chunk: got 0"]),
+        (["--mode", "fixed-chunk=33"], &["fixed chunk: got 33, expected a multiple of page_size = 32"]),
+        (["--variants", "mma17"], &["--variants: got \"mma17\", expected some of mma16"]),
+        (["--check", "some"], &["--check: got \"some\", expected auto, sample or none"]),
+        (["--seed", "-1"], &["--seed"]),
+        (["--at-step", "3"], &["--at-step", "--tree"]),
+        (["--first-request", "3"], &["--first-request", "--tree"]),
+        (["--trace", "x"], &["--tree", "--trace"]),
+    ] {
+        refused(&[&tree[..], &extra].concat(), parts);
+    }
+    refused(&["run", "--batch", "b.json", "--at-step", "3"], &["--trace"]);
+    refused(&["run"], &["give --tree SPEC, --trace FILE [--batch N], or --batch FILE.json"]);
+    let odd_pages = ["plan", "--tree", "1,2_48,8", "--page-size", "24", "--variants", "wgmma64"];
+    refused(&odd_pages, &["page_size: got 24, expected a page size that wgmma64 can read"]);
+    for option in ["--svg", "--save-batch"] {
+        let args = ["plan", "--tree", "1,2_32,8", option, "no/such/folder/file"];
+        let output = pat(&args);
+        assert_eq!(output.status.code(), Some(2));
+        assert!(String::from_utf8_lossy(&output.stderr).contains(option), "{output:?}");
+    }
+}
+
+#[test]
+fn a_missing_device_is_refused_only_where_it_was_asked_for() {
+    for device in ["cuda", "cuda:0", "cuda:99"] {
+        refused(&["run", "--tree", "1,2_32,8", "--device", device], &["--device cuda", "CUDA"]);
+    }
+    let report = json(&["run", "--tree", "1,2_32,8", "--device", "auto", "--json"]);
+    assert_eq!(report["device"], "CPU");
+    assert!(report["device_reason"].as_str().is_some_and(|reason| reason.contains("CUDA")), "{report}");
+    assert_eq!(pat(&["bench", "kernels"]).status.code(), Some(2));
+}
+
+#[test]
+fn a_batch_larger_than_memory_is_refused_before_anything_is_drawn() {
+    let folder = TempDir::new().expect("a temporary folder");
+    let batch = r#"{"page_size": 16, "num_pages": 2000000000, "lengths": [1], "block_tables": [[0]]}"#;
+    let batch = file(&folder, "batch.json", batch);
+    refused(&["run", "--batch", text(&batch), "--device", "cpu"], &["GB of memory", "--device cuda"]);
+}
+
+#[test]
+fn the_doctor_finds_a_machine_without_a_device_healthy() {
+    let report = stdout(&["doctor"]);
+    for line in ["ok    CPU executor", "ok    embedded PTX", "none  CUDA"] {
+        assert!(report.contains(line), "{report}");
+    }
+    assert!(!report.contains("FAIL"), "{report}");
+}
