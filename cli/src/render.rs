@@ -136,12 +136,15 @@ fn lines(forest: &Forest, packs: &[Pack], page_size: u32) -> Vec<Line> {
 }
 
 /// The forest as a picture: every shared run a bar, as long as its tokens and as high as its sequences; private runs of a
-/// node one bar. Filled bars are packed (read once), hatched ones are folded, pale ones private.
+/// node one bar. Blue bars are packed (read once), orange ones folded, grey ones private.
 pub(crate) fn svg(forest: &Forest, packs: &[Pack], page_size: u32, title: &str) -> String {
     const WIDTH: f64 = 1000.0;
     const HEIGHT: f64 = 560.0;
     const LEFT: f64 = 20.0;
     const TOP: f64 = 70.0;
+    const PACKED: &str = "#0072b2";
+    const FOLDED: &str = "#e69f00";
+    const PRIVATE: &str = "#999999";
     let rows = forest.order().len().max(1) as f64;
     let depth = packs.iter().map(|pack| pack.page_begin * page_size + pack.token_count).max().unwrap_or(1).max(1);
     let (sx, sy) = ((WIDTH - 2.0 * LEFT) / f64::from(depth), (HEIGHT - TOP - 50.0) / rows);
@@ -149,9 +152,9 @@ pub(crate) fn svg(forest: &Forest, packs: &[Pack], page_size: u32, title: &str) 
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {HEIGHT}\" font-family=\"sans-serif\" font-size=\"13\">\n\
          <rect width=\"100%\" height=\"100%\" fill=\"#ffffff\"/>\n\
          <text x=\"{LEFT}\" y=\"24\" font-size=\"16\" fill=\"#222\">{}</text>\n\
-         <text x=\"{LEFT}\" y=\"46\" fill=\"#444\">across: position in the sequence (0 to {depth} tokens); down: {} sequences. \
-         <tspan fill=\"#0072b2\">\u{25a0} shared, read once</tspan> <tspan fill=\"#e69f00\">\u{25a0} shared, folded</tspan> \
-         <tspan fill=\"#999\">\u{25a0} private</tspan></text>\n",
+         <text x=\"{LEFT}\" y=\"46\" fill=\"#444\">across: tokens (0 to {depth}); down: {} sequences; labels: tokens x sequences. \
+         <tspan fill=\"{PACKED}\">\u{25a0} shared, read once</tspan> <tspan fill=\"{FOLDED}\">\u{25a0} shared, folded</tspan> \
+         <tspan fill=\"{PRIVATE}\">\u{25a0} private</tspan></text>\n",
         escape(title),
         forest.order().len()
     );
@@ -174,14 +177,15 @@ pub(crate) fn svg(forest: &Forest, packs: &[Pack], page_size: u32, title: &str) 
             && h > 16.0
         {
             let (x, y) = (x + 5.0, y + h.min(40.0) / 2.0 + 5.0);
-            let _ = writeln!(svg, "<text x=\"{x:.1}\" y=\"{y:.1}\" fill=\"#fff\">{label}</text>");
+            let ink = if fill == FOLDED { "#000" } else { "#fff" };
+            let _ = writeln!(svg, "<text x=\"{x:.1}\" y=\"{y:.1}\" fill=\"{ink}\">{label}</text>");
         }
     };
     for node in forest.nodes() {
         let packed = packs.iter().any(|pack| {
             pack.order_begin == node.order_begin && pack.order_end == node.order_end && pack.page_end == node.page_end
         });
-        let fill = if packed { "#0072b2" } else { "#e69f00" };
+        let fill = if packed { PACKED } else { FOLDED };
         let tokens = node.page_count() * page_size;
         let label = format!("{tokens} x {}", node.sequence_count());
         bar(node.page_begin * page_size, tokens, node.order_begin, node.order_end, fill, Some(label));
@@ -190,7 +194,7 @@ pub(crate) fn svg(forest: &Forest, packs: &[Pack], page_size: u32, title: &str) 
         let shared_end = forest.innermost(pack.sequence).map_or(0, |n| forest.nodes()[n as usize].page_end);
         let begin = shared_end.max(pack.page_begin) * page_size;
         let tokens = (pack.page_begin * page_size + pack.token_count).saturating_sub(begin);
-        bar(begin, tokens, pack.order_begin, pack.order_end, "#b8b8b8", None);
+        bar(begin, tokens, pack.order_begin, pack.order_end, PRIVATE, None);
     }
     svg.push_str("</svg>\n");
     svg
