@@ -39,11 +39,11 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         println!("{}", serde_json::to_string_pretty(&summary)?);
     } else {
         println!("{name}, planned for {}", planner.profile().name);
-        print!("{}", render::forest(planner.forest(), planner.packs(), batch.page_size));
+        print!("{}", render::forest(planner.forest(), planner.tiles(), &view));
         println!("{summary}");
     }
     if let Some(file) = &args.svg {
-        let svg = render::svg(planner.forest(), planner.packs(), batch.page_size, &name);
+        let svg = render::svg(planner.forest(), planner.tiles(), &view, &name);
         std::fs::write(file, svg).with_context(|| format!("--svg {}", file.display()))?;
     }
     if let Some(file) = &args.save_batch {

@@ -2,8 +2,9 @@
 
 use crate::run::Report;
 use comfy_table::{Table, presets};
+use pat_rs::DecodeBatch;
 use pat_rs::plan::forest::{Forest, Node};
-use pat_rs::plan::packs::Pack;
+use pat_rs::plan::tiling::RowTile;
 use std::fmt::Write;
 
 /// A run as a table.
@@ -63,9 +64,9 @@ struct Line {
 }
 
 /// The forest as an indented tree. Private runs are summed up per node; long lists of equal siblings are cut.
-pub(crate) fn forest(forest: &Forest, packs: &[Pack], page_size: u32) -> String {
+pub(crate) fn forest(forest: &Forest, tiles: &[RowTile], batch: &DecodeBatch<'_>) -> String {
     let mut text = String::new();
-    for line in lines(forest, packs, page_size) {
+    for line in lines(forest, tiles, batch) {
         let _ = writeln!(text, "{}{}", "  ".repeat(line.depth), line.text);
     }
     text
@@ -79,7 +80,19 @@ fn count(n: usize, thing: &str) -> String {
 /// Siblings drawn below one node before the rest is counted only.
 const SIBLINGS: usize = 12;
 
-fn lines(forest: &Forest, packs: &[Pack], page_size: u32) -> Vec<Line> {
+/// Tiles that read a node: each reads it once for all of its sequences.
+fn readers(node: &Node, tiles: &[RowTile]) -> usize {
+    tiles.iter().filter(|tile| tile.order_begin < node.order_end && node.order_begin < tile.order_end).count()
+}
+
+/// Tokens of a sequence that no other shares, and where they begin.
+fn private_run(forest: &Forest, batch: &DecodeBatch<'_>, sequence: u32) -> (u32, u32) {
+    let shared_pages = forest.innermost(sequence).map_or(0, |node| forest.nodes()[node as usize].page_end);
+    let begin = shared_pages * batch.page_size();
+    (begin, batch.length(sequence as usize) - begin)
+}
+
+fn lines(forest: &Forest, tiles: &[RowTile], batch: &DecodeBatch<'_>) -> Vec<Line> {
     let mut lines = Vec::new();
     let children = |parent: Option<u32>| {
         let of_parent = move |(_, node): &(usize, &Node)| node.parent == parent;
@@ -89,35 +102,27 @@ fn lines(forest: &Forest, packs: &[Pack], page_size: u32) -> Vec<Line> {
     while let Some((parent, depth)) = stack.pop() {
         if let Some(index) = parent {
             let node = &forest.nodes()[index as usize];
-            let packed = packs.iter().find(|pack| {
-                pack.order_begin == node.order_begin
-                    && pack.order_end == node.order_end
-                    && pack.page_end == node.page_end
-            });
-            let how = match packed {
-                Some(_) => "packed: read once",
-                None => "folded: read by each below",
-            };
-            lines.push(Line {
-                depth,
-                text: format!("[{} tokens x {} sequences] {how}", node.page_count() * page_size, node.sequence_count()),
-            });
+            let (tokens, sequences) = (node.page_count() * batch.page_size(), node.sequence_count());
+            let text = format!("[{tokens} tokens x {sequences} sequences] read {} x", readers(node, tiles));
+            lines.push(Line { depth, text });
         }
         let below = depth + usize::from(parent.is_some());
-        let private = forest.order().iter().filter(|&&sequence| forest.innermost(sequence) == parent).count();
-        let own: Vec<&Pack> =
-            packs.iter().filter(|pack| pack.query_count() == 1 && forest.innermost(pack.sequence) == parent).collect();
-        if !own.is_empty() {
-            let (least, most) = own
-                .iter()
-                .fold((u32::MAX, 0), |(least, most), pack| (least.min(pack.token_count), most.max(pack.token_count)));
-            let tokens = if least == most { format!("{least}") } else { format!("{least} to {most}") };
-            lines.push(Line { depth: below, text: format!("{} of {tokens} tokens", count(own.len(), "private run")) });
+        let ending = forest.order().iter().filter(|&&sequence| forest.innermost(sequence) == parent);
+        let (mut runs, mut without, mut least, mut most) = (0, 0, u32::MAX, 0);
+        for &sequence in ending {
+            match private_run(forest, batch, sequence).1 {
+                0 => without += 1,
+                tokens => (runs, least, most) = (runs + 1, least.min(tokens), most.max(tokens)),
+            }
         }
-        if private > own.len() {
+        if runs > 0 {
+            let tokens = if least == most { format!("{least}") } else { format!("{least} to {most}") };
+            lines.push(Line { depth: below, text: format!("{} of {tokens} tokens", count(runs, "private run")) });
+        }
+        if without > 0 {
             lines.push(Line {
                 depth: below,
-                text: match private - own.len() {
+                text: match without {
                     1 => "1 sequence ends here".into(),
                     several => format!("{several} sequences end here"),
                 },
@@ -136,25 +141,25 @@ fn lines(forest: &Forest, packs: &[Pack], page_size: u32) -> Vec<Line> {
 }
 
 /// The forest as a picture: every shared run a bar, as long as its tokens and as high as its sequences; private runs of a
-/// node one bar. Blue bars are packed (read once), orange ones folded, grey ones private.
-pub(crate) fn svg(forest: &Forest, packs: &[Pack], page_size: u32, title: &str) -> String {
+/// node one bar. Lines separate the sequences that one CTA serves together: within them a run is read once.
+pub(crate) fn svg(forest: &Forest, tiles: &[RowTile], batch: &DecodeBatch<'_>, title: &str) -> String {
     const WIDTH: f64 = 1000.0;
     const HEIGHT: f64 = 560.0;
     const LEFT: f64 = 20.0;
     const TOP: f64 = 70.0;
-    const PACKED: &str = "#0072b2";
-    const FOLDED: &str = "#e69f00";
+    const SHARED: &str = "#0072b2";
+    const BOUNDARY: &str = "#d55e00";
     const PRIVATE: &str = "#999999";
     let rows = forest.order().len().max(1) as f64;
-    let depth = packs.iter().map(|pack| pack.page_begin * page_size + pack.token_count).max().unwrap_or(1).max(1);
+    let depth = forest.order().iter().map(|&sequence| batch.length(sequence as usize)).max().unwrap_or(1).max(1);
     let (sx, sy) = ((WIDTH - 2.0 * LEFT) / f64::from(depth), (HEIGHT - TOP - 50.0) / rows);
     let mut svg = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {HEIGHT}\" font-family=\"sans-serif\" font-size=\"13\">\n\
          <rect width=\"100%\" height=\"100%\" fill=\"#ffffff\"/>\n\
          <text x=\"{LEFT}\" y=\"24\" font-size=\"16\" fill=\"#222\">{}</text>\n\
          <text x=\"{LEFT}\" y=\"46\" fill=\"#444\">across: tokens (0 to {depth}); down: {} sequences; labels: tokens x sequences. \
-         <tspan fill=\"{PACKED}\">\u{25a0} shared, read once</tspan> <tspan fill=\"{FOLDED}\">\u{25a0} shared, folded</tspan> \
-         <tspan fill=\"{PRIVATE}\">\u{25a0} private</tspan></text>\n",
+         <tspan fill=\"{SHARED}\">\u{25a0} shared</tspan> <tspan fill=\"{PRIVATE}\">\u{25a0} private</tspan> \
+         <tspan fill=\"{BOUNDARY}\">\u{2014} between row tiles: each reads a run once</tspan></text>\n",
         escape(title),
         forest.order().len()
     );
@@ -182,19 +187,23 @@ pub(crate) fn svg(forest: &Forest, packs: &[Pack], page_size: u32, title: &str) 
         }
     };
     for node in forest.nodes() {
-        let packed = packs.iter().any(|pack| {
-            pack.order_begin == node.order_begin && pack.order_end == node.order_end && pack.page_end == node.page_end
-        });
-        let fill = if packed { PACKED } else { FOLDED };
-        let tokens = node.page_count() * page_size;
+        let tokens = node.page_count() * batch.page_size();
         let label = format!("{tokens} x {}", node.sequence_count());
-        bar(node.page_begin * page_size, tokens, node.order_begin, node.order_end, fill, Some(label));
+        bar(node.page_begin * batch.page_size(), tokens, node.order_begin, node.order_end, SHARED, Some(label));
     }
-    for pack in packs.iter().filter(|pack| pack.query_count() == 1) {
-        let shared_end = forest.innermost(pack.sequence).map_or(0, |n| forest.nodes()[n as usize].page_end);
-        let begin = shared_end.max(pack.page_begin) * page_size;
-        let tokens = (pack.page_begin * page_size + pack.token_count).saturating_sub(begin);
-        bar(begin, tokens, pack.order_begin, pack.order_end, PRIVATE, None);
+    for (position, &sequence) in (0u32..).zip(forest.order()) {
+        let (begin, tokens) = private_run(forest, batch, sequence);
+        if tokens > 0 {
+            bar(begin, tokens, position, position + 1, PRIVATE, None);
+        }
+    }
+    for tile in tiles.iter().skip(1) {
+        let y = TOP + f64::from(tile.order_begin) * sy;
+        let _ = writeln!(
+            svg,
+            "<line x1=\"{LEFT}\" y1=\"{y:.2}\" x2=\"{:.2}\" y2=\"{y:.2}\" stroke=\"{BOUNDARY}\" stroke-width=\"0.7\"/>",
+            WIDTH - LEFT
+        );
     }
     svg.push_str("</svg>\n");
     svg

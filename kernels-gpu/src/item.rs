@@ -2,7 +2,7 @@
 
 use core::mem::offset_of;
 
-use pat_abi::{DIRECT_SLOT, ForwardParams, PLAN_MAGIC, PackQuery, PlanHeader, TileVariant, WorkItem};
+use pat_abi::{DIRECT_SLOT, ForwardParams, NO_MASKS, PLAN_MAGIC, PackQuery, PlanHeader, TileVariant, WorkItem};
 
 use crate::element::Element;
 use crate::ptx::ldst::{
@@ -17,18 +17,18 @@ pub const LN_2: f32 = core::f32::consts::LN_2;
 pub struct Item {
     /// Address of the page id of the first token.
     pub page_ids: u64,
-    /// KV tokens, at least 1.
+    /// KV tokens of the stream, at least 1.
     pub token_count: u32,
-    /// Packed rows, at least 1.
+    /// Rows, at least 1.
     pub row_count: u32,
     /// KV head.
     pub kv_head: u32,
+    /// Address of the first page's mask; 0 where all rows attend to all tokens.
+    pub masks: u64,
     queries: u64,
-    row_begin: u32,
-    slot_offset: u32,
 }
 
-/// Where one packed row comes from and where its result goes.
+/// Where one row comes from and where its result goes.
 #[derive(Clone, Copy)]
 pub struct Row {
     /// Row of the batch.
@@ -57,50 +57,49 @@ impl Item {
             let count = load_global_u32(params.plan + offset_of!(PlanHeader, variant_count) as u64 + lane_word);
             let queries = load_global_u32(params.plan + offset_of!(PlanHeader, queries_offset_bytes) as u64);
             let pages = load_global_u32(params.plan + offset_of!(PlanHeader, pages_offset_bytes) as u64);
+            let masks = load_global_u32(params.plan + offset_of!(PlanHeader, masks_offset_bytes) as u64);
             if magic != PLAN_MAGIC || index >= count {
                 return None;
             }
             let address = params.plan
                 + PlanHeader::ITEMS_OFFSET_BYTES as u64
                 + (begin + index) as u64 * size_of::<WorkItem>() as u64;
-            let [page_begin, token_count, query_begin, row_begin] = load_global_u32x4(address);
-            let [row_count, slot_offset] = load_global_u32x2(address + 16);
+            let [page_begin, token_count, query_begin, row_count] = load_global_u32x4(address);
+            let mask_begin = load_global_u32(address + 16);
             Some(Self {
                 page_ids: params.plan + pages as u64 + page_begin as u64 * 4,
                 token_count,
                 row_count,
                 kv_head,
+                masks: if mask_begin == NO_MASKS { 0 } else { params.plan + masks as u64 + mask_begin as u64 * 4 },
                 queries: params.plan + queries as u64 + query_begin as u64 * size_of::<PackQuery>() as u64,
-                row_begin,
-                slot_offset,
             })
         }
     }
 
-    /// Locates packed row `row` of the item.
+    /// Locates row `row` of the item.
     ///
     /// # Safety
     /// `row < row_count`.
     #[inline(always)]
     pub unsafe fn row(&self, params: &ForwardParams, row: u32) -> Row {
-        let (query, in_group) = params.group.divide_remainder(self.row_begin + row);
+        let (query, in_group) = params.group.divide_remainder(row);
         let head = self.kv_head * params.group.divisor + in_group;
-        // SAFETY: the plan holds a query record for every packed row.
+        // SAFETY: the plan holds a query record for every row.
         let [sequence, slot] = unsafe { load_global_u32x2(self.queries + query as u64 * 8) };
-        Row::new(params, sequence, head, slot, self.slot_offset)
+        Row::new(params, sequence, head, slot)
     }
 }
 
 impl Row {
-    /// The row of `head` and `sequence`, whose pack writes to `slot` (a [`pat_abi::PackQuery::slot`]) in an item at
-    /// `slot_offset`.
+    /// The row of `head` and `sequence`, written to `slot` (a [`pat_abi::PackQuery::slot`]).
     #[inline(always)]
-    pub fn new(params: &ForwardParams, sequence: u32, head: u32, slot: u32, slot_offset: u32) -> Self {
+    pub fn new(params: &ForwardParams, sequence: u32, head: u32, slot: u32) -> Self {
         let partial = if slot == DIRECT_SLOT {
             None
         } else {
             let q_heads = params.kv_heads * params.group.divisor;
-            Some((slot + slot_offset) as u64 * q_heads as u64 + head as u64)
+            Some(slot as u64 * q_heads as u64 + head as u64)
         };
         Self { sequence, head, partial }
     }

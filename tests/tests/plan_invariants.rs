@@ -1,7 +1,7 @@
 //! The planner's invariants over random ragged forests (2,000; 20,000 with `PAT_LONG` set), and the named cases that
 //! PAT's planner gets wrong.
 
-use pat_abi::{DIRECT_SLOT, TileVariant};
+use pat_abi::{DIRECT_SLOT, PageMask, TileVariant};
 use pat_rs::plan::PlanMode;
 use pat_rs::{AttentionShape, DeviceProfile, Dtype, Plan, PlanOptions, Planner};
 use pat_workloads::OwnedBatch;
@@ -63,11 +63,23 @@ fn check(plan: &Plan, batch: &OwnedBatch, shape: AttentionShape) {
             let pages = item.page_begin as usize..(item.page_begin + item.token_count.div_ceil(page_size)) as usize;
             let pages = plan.pages()[pages].to_vec();
             assert!(pages.iter().all(|&page| page < batch.num_pages));
-            for row in item.row_begin..item.row_begin + item.row_count {
+            let masks = plan.masks(item);
+            if !masks.is_empty() {
+                assert!(item.token_count.is_multiple_of(page_size));
+                assert!(masks.iter().all(|m| m.row_end() <= item.row_count && m.tokens() <= page_size));
+            }
+            for row in 0..item.row_count {
                 let query = plan.queries()[(item.query_begin + row / group) as usize];
-                let slot = if query.slot == DIRECT_SLOT { DIRECT_SLOT } else { query.slot + item.slot_offset };
-                let piece = (slot, pages.clone(), item.token_count);
-                pieces.entry((query.sequence, row % group)).or_default().push(piece);
+                let (mut own, mut tokens) = (pages.clone(), item.token_count);
+                if !masks.is_empty() {
+                    let reads = |m: &PageMask| (m.row_begin()..m.row_end()).contains(&row);
+                    own = pages.iter().zip(masks).filter(|(_, m)| reads(m)).map(|(&page, _)| page).collect();
+                    tokens = masks.iter().filter(|m| reads(m)).map(|m| m.tokens()).sum();
+                    // Only the last page may be partial.
+                    assert_eq!(own.len() as u32, tokens.div_ceil(page_size));
+                }
+                assert!(tokens > 0, "a row without a token");
+                pieces.entry((query.sequence, row % group)).or_default().push((query.slot, own, tokens));
             }
         }
     }
@@ -159,7 +171,8 @@ fn a_permuted_batch_gives_the_same_work() {
         };
         let (a, b) = (plan(&batch, shape, &PlanOptions::default()), plan(&permuted, shape, &PlanOptions::default()));
         let work = |plan: &Plan| {
-            let mut items: Vec<_> = plan.items().iter().map(|i| (i.token_count, i.row_count, i.row_begin)).collect();
+            let mut items: Vec<_> =
+                plan.items().iter().map(|i| (i.token_count, i.row_count, plan.stream_tokens(i))).collect();
             items.sort_unstable();
             items
         };

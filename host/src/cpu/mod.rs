@@ -79,7 +79,7 @@ pub fn run<T: Element>(
                 if query.slot == DIRECT_SLOT {
                     store(query.sequence, head, values, row_lse);
                 } else {
-                    let at = (query.slot + item.slot_offset) as usize * q_heads + head;
+                    let at = query.slot as usize * q_heads + head;
                     partial_out[at * head_dim..][..head_dim].copy_from_slice(values);
                     partial_lse[at] = row_lse;
                 }

@@ -172,7 +172,7 @@ pub(super) fn launch_forward(kernel: &Kernel, run: &PreparedRun, maps: &[TensorM
         return Err(Error::invalid("tensor maps", maps.len(), format!("{}", kernel.spec.tensor_maps)));
     }
     let mut params = parameter_pointers(&run.forward, maps);
-    let grid = run.forward_grids[variant.index()].div_ceil(variant.work_per_cta());
+    let grid = run.forward_grids[variant.index()];
     // SAFETY: the manifest says that this family takes ForwardParams and `tensor_maps` maps. `run` was checked against
     // the memory its addresses name, and the plan it points to was validated against the pool when it was made.
     unsafe { kernel.launch(grid, &mut params.0[..params.1], false, stream) }

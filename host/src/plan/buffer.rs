@@ -3,21 +3,37 @@
 use super::PlanGeneration;
 use super::cost::Prediction;
 use crate::{AttentionShape, DecodeBatch, Error, Result};
-use pat_abi::{MAX_TILE_VARIANTS, MergeRow, PLAN_MAGIC, PackQuery, PlanHeader, TileVariant, WorkItem};
+use pat_abi::{
+    MAX_TILE_VARIANTS, MergeRow, NO_MASKS, PLAN_MAGIC, PackQuery, PageMask, PlanHeader, TileVariant, WorkItem,
+};
 
 /// The records of a plan before assembly.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PlanParts {
     /// Items by tile variant, in launch order.
     pub items: [Vec<WorkItem>; MAX_TILE_VARIANTS],
-    /// Queries of the packs.
+    /// Queries of the items.
     pub queries: Vec<PackQuery>,
-    /// Page ids of the packs.
+    /// Page ids of the items' streams.
     pub pages: Vec<u32>,
     /// Sequences the merge kernel writes.
     pub merges: Vec<MergeRow>,
+    /// Page masks of the items that have any.
+    pub masks: Vec<PageMask>,
     /// Partial slots in all.
     pub slot_count: u32,
+}
+
+impl PlanParts {
+    /// Drops the records, keeps the memory.
+    pub(super) fn clear(&mut self) {
+        self.items.iter_mut().for_each(Vec::clear);
+        self.queries.clear();
+        self.pages.clear();
+        self.merges.clear();
+        self.masks.clear();
+        self.slot_count = 0;
+    }
 }
 
 /// A plan: one POD buffer (uploaded with one copy) and what it was made for. Plans are equal when all of that is; their
@@ -66,7 +82,8 @@ impl Plan {
         let queries_offset = align(size_of::<PlanHeader>() + item_count as usize * size_of::<WorkItem>());
         let pages_offset = align(queries_offset + size_of_val(parts.queries.as_slice()));
         let merges_offset = align(pages_offset + size_of_val(parts.pages.as_slice()));
-        let total_bytes = align(merges_offset + size_of_val(parts.merges.as_slice()));
+        let masks_offset = align(merges_offset + size_of_val(parts.merges.as_slice()));
+        let total_bytes = align(masks_offset + size_of_val(parts.masks.as_slice()));
         count("bytes", total_bytes)?;
         let mut header = PlanHeader {
             magic: PLAN_MAGIC,
@@ -83,7 +100,9 @@ impl Plan {
             page_size: batch.page_size(),
             variant_begin: [0; MAX_TILE_VARIANTS],
             variant_count: [0; MAX_TILE_VARIANTS],
-            reserved: [0; 4],
+            masks_offset_bytes: masks_offset as u32,
+            mask_count: count("masks", parts.masks.len())?,
+            reserved: [0; 2],
         };
         let mut begin = 0;
         for (index, items) in parts.items.iter().enumerate() {
@@ -104,6 +123,7 @@ impl Plan {
             (queries_offset, bytemuck::cast_slice::<_, u8>(&parts.queries)),
             (pages_offset, bytemuck::cast_slice(&parts.pages)),
             (merges_offset, bytemuck::cast_slice(&parts.merges)),
+            (masks_offset, bytemuck::cast_slice(&parts.masks)),
         ] {
             bytes[offset..][..source.len()].copy_from_slice(source);
         }
@@ -168,14 +188,31 @@ impl Plan {
         &self.items()[begin..][..header.variant_count[variant.index()] as usize]
     }
 
-    /// The queries of the packs.
+    /// The queries of the items.
     pub fn queries(&self) -> &[PackQuery] {
         self.records(self.header().queries_offset_bytes, self.header().query_count)
     }
 
-    /// The page ids of the packs.
+    /// The page ids of the items' streams.
     pub fn pages(&self) -> &[u32] {
         self.records(self.header().pages_offset_bytes, self.header().page_count)
+    }
+
+    /// The masks of an item's pages, one per page; empty where every row attends to every token.
+    pub fn masks(&self, item: &WorkItem) -> &[PageMask] {
+        if item.mask_begin == NO_MASKS {
+            return &[];
+        }
+        let all: &[PageMask] = self.records(self.header().masks_offset_bytes, self.header().mask_count);
+        &all[item.mask_begin as usize..][..(item.token_count / self.page_size()) as usize]
+    }
+
+    /// KV tokens that an item reads.
+    pub fn stream_tokens(&self, item: &WorkItem) -> u64 {
+        match self.masks(item) {
+            [] => u64::from(item.token_count),
+            masks => masks.iter().map(|mask| u64::from(mask.tokens())).sum(),
+        }
     }
 
     /// The sequences the merge writes.

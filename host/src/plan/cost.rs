@@ -1,7 +1,7 @@
-//! The cost model: what a packing is predicted to take. Every term has a name and a unit; the rates are the device
+//! The cost model: what a tiling is predicted to take. Every term has a name and a unit; the rates are the device
 //! profile's.
 
-use super::packs::Pack;
+use super::tiling::RowTile;
 use crate::{AttentionShape, DeviceProfile};
 use pat_abi::{Arch, TileVariant};
 use serde::Serialize;
@@ -9,20 +9,22 @@ use serde::Serialize;
 /// Predicted time of a plan by cause. Memory, tensor and latency overlap, so the largest of them counts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Prediction {
-    /// Reading every planned KV byte, first reads from DRAM and repeated ones from L2, and writing and reading partials.
+    /// Reading every planned KV byte, first reads from DRAM and repeated ones from L2, and writing partials.
     pub memory_us: f64,
     /// Multiplying padded tiles.
     pub tensor_us: f64,
     /// The most loaded CTA slot: tile after tile, each at its latency.
     pub latency_us: f64,
-    /// Launches: forward, one more for each further tile variant, and the merge if there is one.
+    /// Launches: forward, and one more for each further tile variant.
     pub launch_us: f64,
+    /// The merge, if there are partials.
+    pub merge_us: f64,
 }
 
 impl Prediction {
     /// All of it.
     pub fn total_us(&self) -> f64 {
-        self.launch_us + self.memory_us.max(self.tensor_us).max(self.latency_us)
+        self.launch_us + self.memory_us.max(self.tensor_us).max(self.latency_us) + self.merge_us
     }
 }
 
@@ -36,37 +38,24 @@ pub(super) struct CostModel<'a> {
     pub(super) unique_kv_bytes: f64,
 }
 
-/// A pack with its tile and its split.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Split {
-    pub(super) variant: TileVariant,
-    /// Row tiles.
-    pub(super) row_tiles: u32,
-    /// Pages per chunk.
-    pub(super) chunk_pages: u32,
-    /// Chunks.
-    pub(super) chunks: u32,
-}
-
 impl CostModel<'_> {
     /// CTAs of a variant that run at a time.
-    pub(super) fn slots(&self, variant: TileVariant) -> u32 {
+    fn slots(&self, variant: TileVariant) -> u32 {
         let kernel =
             pat_abi::manifest::find(pat_abi::Family::Forward(variant), self.shape.dtype(), self.shape.head_dim());
         self.profile.sm_count * kernel.map_or(1, |kernel| kernel.min_ctas_per_sm)
     }
 
-    /// Time of `keys` KV tokens in one CTA: whole tiles, at the latency of a main-loop step where nothing else is the
-    /// bound, or at the CTA's share of the tensor throughput.
-    pub(super) fn cta_us(&self, variant: TileVariant, keys: u32) -> f64 {
-        let tiles = f64::from(keys.div_ceil(variant.keys()));
-        self.profile.item_latency_us + tiles * self.tile_us(variant)
+    /// Least time of a main-loop step when `active` of the variant's CTA slots are busy: the latency of the step, or the
+    /// CTA's share of the tensor throughput.
+    fn step_us(&self, variant: TileVariant, active: u32) -> f64 {
+        let share = self.tensor_rate(variant) / f64::from(active);
+        self.profile.tile_latency_us.max(self.step_flop(variant) / share)
     }
 
-    fn tile_us(&self, variant: TileVariant) -> f64 {
-        let flop = 4.0 * f64::from(variant.rows()) * f64::from(variant.keys()) * f64::from(self.shape.head_dim());
-        let share = self.tensor_rate(variant) / f64::from(self.slots(variant));
-        self.profile.tile_latency_us.max(flop / share)
+    /// Padded FLOP of a main-loop step.
+    fn step_flop(&self, variant: TileVariant) -> f64 {
+        4.0 * f64::from(variant.rows()) * f64::from(variant.keys()) * f64::from(self.shape.head_dim())
     }
 
     fn tensor_rate(&self, variant: TileVariant) -> f64 {
@@ -76,37 +65,77 @@ impl CostModel<'_> {
         }
     }
 
-    /// Predicts a whole plan.
-    pub(super) fn predict(&self, packs: &[Pack], splits: &[Split], partial_rows: u64) -> Prediction {
-        let kv_heads = f64::from(self.shape.kv_heads());
-        let token_bytes = self.shape.kv_bytes_per_token() as f64;
-        let (mut read_bytes, mut tensor_us, mut load_us, mut longest_us) = (0.0f64, 0.0f64, 0.0f64, 0.0f64);
-        let mut used = [false; TileVariant::ALL.len()];
-        for (pack, split) in packs.iter().zip(splits) {
-            let variant = split.variant;
-            used[variant.index()] = true;
-            let row_tiles = f64::from(split.row_tiles);
-            read_bytes += row_tiles * f64::from(pack.token_count) * token_bytes;
-            let chunk_tokens = (split.chunk_pages * self.page_size).min(pack.token_count);
-            let item_us = self.cta_us(variant, chunk_tokens);
-            longest_us = longest_us.max(item_us);
-            load_us += item_us * row_tiles * f64::from(split.chunks) * kv_heads / f64::from(self.slots(variant));
-            let keys = f64::from(chunk_tokens.next_multiple_of(variant.keys())) * f64::from(split.chunks);
-            let flop = 4.0 * row_tiles * f64::from(variant.rows()) * keys * f64::from(self.shape.head_dim()) * kv_heads;
+    /// Pages each CTA slot would get if `page_count` pages (per KV head) could be dealt out evenly.
+    pub(super) fn pages_per_slot(&self, page_count: u64, variant: TileVariant) -> u64 {
+        (page_count * u64::from(self.shape.kv_heads())).div_ceil(u64::from(self.slots(variant)))
+    }
+
+    /// Predicts a whole plan. `work` is scratch.
+    pub(super) fn predict(&self, tiles: &[RowTile], work: &mut Vec<Work>) -> Prediction {
+        work.clear();
+        let (mut page_count, mut partials) = (0u64, 0u64);
+        for tile in tiles {
+            page_count += u64::from(tile.page_count);
+            partials += u64::from(tile.partials());
+            let chunk_tokens = u64::from(tile.page_count.min(tile.chunk_pages)) * u64::from(self.page_size);
+            let steps = chunk_tokens.div_ceil(u64::from(tile.variant.keys())) as u32;
+            work.push(Work { variant: tile.variant, steps: std::cmp::Reverse(steps), items: tile.chunks });
+        }
+        work.sort_unstable();
+        let (mut tensor_us, mut latency_us, mut launches) = (0.0, 0.0, 0u32);
+        for same_variant in work.chunk_by(|a, b| a.variant == b.variant) {
+            let variant = same_variant[0].variant;
+            launches += 1;
+            latency_us += self.slowest_slot_us(variant, same_variant);
+            let steps: f64 = same_variant.iter().map(|w| f64::from(w.steps.0) * f64::from(w.items)).sum();
+            let flop = steps * self.step_flop(variant) * f64::from(self.shape.kv_heads());
             tensor_us += flop / self.tensor_rate(variant);
         }
+        let read_bytes = page_count as f64 * f64::from(self.page_size) * self.shape.kv_bytes_per_token() as f64;
         // Repeated reads are served by L2 as far as what is read fits there.
         let repeated = (read_bytes - self.unique_kv_bytes).max(0.0);
         let resident = (self.profile.l2_bytes as f64 / self.unique_kv_bytes.max(1.0)).min(1.0);
-        let partial_bytes = 2.0 * partial_rows as f64 * (4.0 * f64::from(self.shape.head_dim()) + 4.0);
         let hbm_bytes = self.unique_kv_bytes.min(read_bytes) + repeated * (1.0 - resident);
-        let l2_bytes = repeated * resident + partial_bytes;
-        let launches = used.iter().filter(|&&used| used).count() as f64;
+        let (row_bytes, rows) =
+            (4.0 * f64::from(self.shape.head_dim()) + 4.0, partials * u64::from(self.shape.q_heads()));
+        let partial_us = rows as f64 * row_bytes / self.profile.l2_bytes_per_us;
+        let memory_us =
+            hbm_bytes / self.profile.hbm_bytes_per_us + repeated * resident / self.profile.l2_bytes_per_us + partial_us;
         Prediction {
-            memory_us: hbm_bytes / self.profile.hbm_bytes_per_us + l2_bytes / self.profile.l2_bytes_per_us,
+            memory_us,
             tensor_us,
-            latency_us: longest_us.max(load_us),
-            launch_us: launches * self.profile.launch_us + if partial_rows > 0 { self.profile.merge_us } else { 0.0 },
+            latency_us,
+            launch_us: f64::from(launches) * self.profile.launch_us,
+            merge_us: if partials > 0 { self.profile.merge_us + partial_us } else { 0.0 },
         }
     }
+
+    /// Time of the slot with the most work: items are dealt out longest first, one per slot and wave.
+    fn slowest_slot_us(&self, variant: TileVariant, work: &[Work]) -> f64 {
+        let slots = u64::from(self.slots(variant));
+        let heads = u64::from(self.shape.kv_heads());
+        let mut total_us = 0.0;
+        // Pieces of work (item and KV head) before the current entry, and the first one of the next wave.
+        let (mut before, mut wave) = (0u64, 0u64);
+        let all: u64 = work.iter().map(|w| u64::from(w.items)).sum::<u64>() * heads;
+        for entry in work {
+            before += u64::from(entry.items) * heads;
+            while wave < before {
+                let active = slots.min(all - wave) as u32;
+                total_us += self.profile.item_latency_us + f64::from(entry.steps.0) * self.step_us(variant, active);
+                wave += slots;
+            }
+        }
+        total_us
+    }
+}
+
+/// Items of one length.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Work {
+    variant: TileVariant,
+    /// Main-loop steps per item.
+    steps: std::cmp::Reverse<u32>,
+    /// Items (each once per KV head).
+    items: u32,
 }

@@ -1,85 +1,185 @@
-//! Packs and splits to the records of a plan: launch order, slots, page ids.
+//! Row tiles to the records of a plan: streams, masks, launch order, slots.
 
-use super::cost::Split;
 use super::forest::Forest;
-use super::packs::Pack;
+use super::tiling::{Extent, RowTile, choose_variant};
 use super::{PlanParts, buffer};
 use crate::{AttentionShape, DecodeBatch, Result};
-use pat_abi::{DIRECT_SLOT, MergeRow, PackQuery, WorkItem};
+use pat_abi::{DIRECT_SLOT, MergeRow, NO_MASKS, PackQuery, PageMask, TileVariant, WorkItem};
 
-/// `counts` is scratch, one entry per batch row.
-pub(super) fn emit(
-    shape: AttentionShape,
-    batch: &DecodeBatch<'_>,
-    forest: &Forest,
-    packs: &[Pack],
-    splits: &[Split],
-    counts: &mut [u32],
-) -> Result<PlanParts> {
-    let sequences = |pack: &Pack| &forest.order()[pack.order_begin as usize..pack.order_end as usize];
-    counts.fill(0);
-    for (pack, split) in packs.iter().zip(splits) {
-        for &sequence in sequences(pack) {
-            counts[sequence as usize] += split.chunks;
-        }
-    }
-    let mut parts = PlanParts::default();
-    // From here on `counts` holds each sequence's next free slot.
-    let mut slots = 0u64;
-    for (sequence, count) in counts.iter_mut().enumerate() {
-        let partials = std::mem::replace(count, slots as u32);
-        if partials == 1 {
-            *count = DIRECT_SLOT;
-            continue;
-        }
-        let slot_begin = if partials == 0 { 0 } else { slots as u32 };
-        parts.merges.push(MergeRow { sequence: sequence as u32, slot_begin, slot_count: partials, reserved: 0 });
-        slots += u64::from(partials);
-        buffer::checked_count("slots", slots)?;
-    }
-    parts.slot_count = slots as u32;
+/// A run of pages in a stream and the sequences of the tile that read it.
+#[derive(Clone, Copy, Debug)]
+struct Run {
+    /// A sequence (row of the batch) whose block table holds the pages, and where.
+    sequence: u32,
+    page_begin: u32,
+    page_end: u32,
+    /// Readers, as positions in the tile.
+    reader_begin: u32,
+    reader_end: u32,
+}
 
-    let group = shape.group();
-    for (index, (pack, split)) in packs.iter().zip(splits).enumerate() {
-        let query_begin = parts.queries.len() as u32;
-        for &sequence in sequences(pack) {
-            let next = &mut counts[sequence as usize];
-            parts.queries.push(PackQuery { sequence, slot: *next });
-            if *next != DIRECT_SLOT {
-                *next += split.chunks;
+/// Memory reused between calls.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Scratch {
+    runs: Vec<Run>,
+    depths: Vec<Run>,
+    /// Per batch row: partials, then the next free slot.
+    slots: Vec<u32>,
+}
+
+pub(super) struct Emitter<'a> {
+    pub(super) shape: AttentionShape,
+    pub(super) batch: &'a DecodeBatch<'a>,
+    pub(super) forest: &'a Forest,
+    pub(super) extents: &'a [Extent],
+    pub(super) variants: &'a [TileVariant],
+    /// Whether an item may not hold pages of more than one node.
+    pub(super) per_node: bool,
+}
+
+impl Emitter<'_> {
+    /// Writes the records of all tiles to `parts`, whose former content is dropped.
+    pub(super) fn emit(&self, tiles: &[RowTile], scratch: &mut Scratch, parts: &mut PlanParts) -> Result<()> {
+        parts.clear();
+        scratch.slots.clear();
+        scratch.slots.resize(self.batch.sequence_count(), 0);
+        for tile in tiles {
+            self.tile(tile, scratch, parts)?;
+        }
+        self.assign_slots(scratch, parts)?;
+        for items in &mut parts.items {
+            // Longest first, so that what is left at the end is short. Equal ones stay neighbours of those they share
+            // pages with: the second reads the first's KV from L2.
+            items.sort_by_key(|item| std::cmp::Reverse(item.token_count));
+        }
+        Ok(())
+    }
+
+    /// Walks the stream of a tile in depth-first order: a node, then what lies below it.
+    fn tile(&self, tile: &RowTile, scratch: &mut Scratch, parts: &mut PlanParts) -> Result<()> {
+        let extents = &self.extents[tile.order_begin as usize..tile.order_end as usize];
+        let order = &self.forest.order()[tile.order_begin as usize..tile.order_end as usize];
+        let count = extents.len() as u32;
+        scratch.runs.clear();
+        let mut room = tile.chunk_pages;
+        for (reader, extent) in (0u32..).zip(extents) {
+            // What the sequences before it have not read, from the deepest page up: the further up, the more readers.
+            let top = if reader == 0 { 0 } else { extent.shared };
+            let mut page_end = extent.pages;
+            let mut reader_end = reader + 1;
+            let mut shared = u32::MAX;
+            scratch.depths.clear();
+            while page_end > top {
+                shared = if reader_end < count { shared.min(extents[reader_end as usize].shared) } else { 0 };
+                if shared < page_end {
+                    let page_begin = shared.max(top);
+                    let sequence = order[reader as usize];
+                    scratch.depths.push(Run { sequence, page_begin, page_end, reader_begin: reader, reader_end });
+                    page_end = page_begin;
+                }
+                reader_end += 1;
+            }
+            while let Some(mut run) = scratch.depths.pop() {
+                while run.page_begin < run.page_end {
+                    let split = run.page_end.min(run.page_begin.saturating_add(room));
+                    scratch.runs.push(Run { page_end: split, ..run });
+                    room -= split - run.page_begin;
+                    run.page_begin = split;
+                    if room == 0 || (self.per_node && run.page_begin == run.page_end) {
+                        self.item(order, &mut scratch.runs, &mut scratch.slots, parts)?;
+                        room = tile.chunk_pages;
+                    }
+                }
             }
         }
-        let page_base = parts.pages.len() as u32;
-        let run = pack.page_begin as usize..pack.page_end as usize;
-        parts.pages.extend_from_slice(&batch.pages(pack.sequence as usize)[run]);
-        let rows = pack.query_count() * group;
-        for chunk in 0..split.chunks {
-            let first_page = chunk * split.chunk_pages;
-            let token_begin = first_page * batch.page_size();
-            let token_count = (split.chunk_pages * batch.page_size()).min(pack.token_count - token_begin);
-            for row_begin in (0..rows).step_by(split.variant.rows() as usize) {
-                parts.items[split.variant.index()].push(WorkItem {
-                    page_begin: page_base + first_page,
-                    token_count,
-                    query_begin,
-                    row_begin,
-                    row_count: (rows - row_begin).min(split.variant.rows()),
-                    slot_offset: chunk,
-                    pack: index as u32,
-                    reserved: 0,
-                });
+        if !scratch.runs.is_empty() {
+            self.item(order, &mut scratch.runs, &mut scratch.slots, parts)?;
+        }
+        Ok(())
+    }
+
+    /// Writes one chunk of a stream as an item, and empties `runs`. `order` are the tile's sequences.
+    fn item(&self, order: &[u32], runs: &mut Vec<Run>, partials: &mut [u32], parts: &mut PlanParts) -> Result<()> {
+        let (group, page_size) = (self.shape.group(), self.batch.page_size());
+        // The readers of the chunk; a tile has at most 128.
+        let below = |reader: u32| if reader == 128 { u128::MAX } else { (1u128 << reader) - 1 };
+        let readers = runs.iter().fold(0, |readers, run| readers | (below(run.reader_end) ^ below(run.reader_begin)));
+        let row = |reader: u32| (readers & below(reader)).count_ones() * group;
+        let row_count = row(128);
+        let query_begin = buffer::checked_count("queries", parts.queries.len() as u64)?;
+        for (reader, &sequence) in (0u32..).zip(order) {
+            if readers >> reader & 1 == 1 {
+                parts.queries.push(PackQuery { sequence, slot: DIRECT_SLOT });
+                partials[sequence as usize] += 1;
             }
         }
-        buffer::checked_count("queries", parts.queries.len() as u64)?;
-        buffer::checked_count("pages", parts.pages.len() as u64)?;
-    }
-    for items in &mut parts.items {
-        // Shared nodes first: they are compute-bound and hide behind the leaves' traffic. Then longest first, so that what
-        // is left at the end is short. Row tiles of one chunk stay together: the second reads the first's KV from L2.
-        items.sort_by_key(|item| {
-            let shared = packs[item.pack as usize].query_count() > 1;
-            (!shared, std::cmp::Reverse(item.token_count))
+
+        let page_begin = buffer::checked_count("pages", parts.pages.len() as u64)?;
+        let mut last_page_tokens = page_size;
+        for run in runs.iter() {
+            let pages = &self.batch.pages(run.sequence as usize)[run.page_begin as usize..run.page_end as usize];
+            parts.pages.extend_from_slice(pages);
+            last_page_tokens = self.tokens_of_last_page(run);
+        }
+        let page_count = parts.pages.len() as u32 - page_begin;
+        let mut token_count = u64::from(page_count) * u64::from(page_size);
+        let uniform = runs.iter().all(|run| (row(run.reader_begin), row(run.reader_end)) == (0, row_count));
+        let mut mask_begin = NO_MASKS;
+        if uniform {
+            // Only a sequence's own last page is partial, so only the last one here can be.
+            token_count -= u64::from(page_size - last_page_tokens);
+        } else {
+            mask_begin = buffer::checked_count("masks", parts.masks.len() as u64)?;
+            for run in runs.iter() {
+                let (row_begin, row_end) = (row(run.reader_begin), row(run.reader_end));
+                let full = PageMask::new(row_begin, row_end, page_size);
+                parts.masks.extend((run.page_begin + 1..run.page_end).map(|_| full));
+                parts.masks.push(PageMask::new(row_begin, row_end, self.tokens_of_last_page(run)));
+            }
+        }
+        let token_count = buffer::checked_count("tokens of an item", token_count)?;
+        let variant = choose_variant(self.variants, row_count);
+        let reserved = [0; 3];
+        parts.items[variant.index()].push(WorkItem {
+            page_begin,
+            token_count,
+            query_begin,
+            row_count,
+            mask_begin,
+            reserved,
         });
+        runs.clear();
+        Ok(())
     }
-    Ok(parts)
+
+    fn tokens_of_last_page(&self, run: &Run) -> u32 {
+        let page_size = self.batch.page_size();
+        let end = u64::from(run.page_end) * u64::from(page_size);
+        let missing = end.saturating_sub(u64::from(self.batch.length(run.sequence as usize)));
+        page_size - missing as u32
+    }
+
+    /// Sequences with one partial are written directly; those with none (empty) or several are the merge's.
+    fn assign_slots(&self, scratch: &mut Scratch, parts: &mut PlanParts) -> Result<()> {
+        let mut slots = 0u64;
+        for (sequence, entry) in (0u32..).zip(&mut scratch.slots) {
+            let slot_count = std::mem::replace(entry, DIRECT_SLOT);
+            if slot_count == 1 {
+                continue;
+            }
+            let slot_begin = if slot_count == 0 { 0 } else { buffer::checked_count("slots", slots)? };
+            *entry = slot_begin;
+            parts.merges.push(MergeRow { sequence, slot_begin, slot_count, reserved: 0 });
+            slots += u64::from(slot_count);
+        }
+        parts.slot_count = buffer::checked_count("slots", slots)?;
+        for query in &mut parts.queries {
+            let next = &mut scratch.slots[query.sequence as usize];
+            query.slot = *next;
+            if *next != DIRECT_SLOT {
+                *next += 1;
+            }
+        }
+        Ok(())
+    }
 }

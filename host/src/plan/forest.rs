@@ -118,10 +118,12 @@ impl Forest {
         }));
         // Sequences that end here come first.
         self.keys.sort_unstable();
+        let mut begin = self.keys.partition_point(|key| key.has_ended());
+        // By length: which row of the batch a sequence is decides only between equal ones.
+        self.keys[..begin].sort_unstable_by_key(|key| (batch.length(key.sequence() as usize), *key));
         for (row, key) in rows.iter_mut().zip(&self.keys) {
             *row = key.sequence();
         }
-        let mut begin = self.keys.partition_point(|key| key.has_ended());
         for key in &self.keys[..begin] {
             self.innermost[key.sequence() as usize] = group.parent;
         }

@@ -1,39 +1,39 @@
 //! Planning: a pure function of (batch, shape, device profile, options) to a [`Plan`].
 //!
-//! batch -> [`forest`] (who shares which pages) -> [`packs`] (which nodes are read once) -> split (tile variant, KV
-//! chunks) -> emit (order, slots) -> [`Plan`]. The cost model ([`cost`]) compares candidates: no sharing at all, every
-//! node its own pack, and nodes folded where a partial would cost more than reading again.
+//! batch -> [`forest`] (who shares which pages) -> [`tiling`] (which sequences one CTA serves, how their KV is cut) ->
+//! emit (streams, masks, order, slots) -> [`Plan`]. The cost model ([`cost`]) compares candidate tilings, from no sharing
+//! at all to as many sequences per CTA as its tile has rows.
 
 mod buffer;
 pub mod cost;
 mod emit;
 pub mod forest;
 mod generation;
-pub mod packs;
-mod split;
 mod summary;
+pub mod tiling;
 
 use crate::{AttentionShape, DecodeBatch, DeviceProfile, Error, Result};
 pub use buffer::{Plan, PlanParts};
-use cost::{CostModel, Prediction, Split};
+use cost::{CostModel, Prediction, Work};
+use emit::Emitter;
 use forest::Forest;
 pub use generation::PlanGeneration;
-use packs::Pack;
-use pat_abi::TileVariant;
+use pat_abi::{PageMask, TileVariant};
 use serde::Serialize;
 pub use summary::{PlanSummary, VariantSummary};
+use tiling::{Extent, RowTile, TilingRule, choose_variant};
 
 /// How to plan.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PlanOptions {
-    /// Which packing to use.
+    /// Which tiling to use.
     pub mode: PlanMode,
     /// Only these tile variants (where `None`, all that the device and the page size allow and that are the best of
     /// their kind).
     pub variants: Option<Vec<TileVariant>>,
 }
 
-/// Which packing to use.
+/// Which tiling to use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum PlanMode {
@@ -42,7 +42,7 @@ pub enum PlanMode {
     Auto,
     /// No sharing: every sequence reads its own KV.
     Flat,
-    /// Every node of the forest its own pack (PAT's naive form).
+    /// As many sequences per CTA as its tile has rows, and no item with pages of more than one node (PAT's naive form).
     PerNode,
     /// No sharing, and KV split every `tokens` tokens, so that a sequence's bits do not depend on the rest of the batch.
     FixedChunk {
@@ -63,10 +63,12 @@ pub struct Planner {
 
 #[derive(Clone, Debug, Default)]
 struct Scratch {
-    packs: Vec<Pack>,
-    splits: Vec<Split>,
-    counts: Vec<u32>,
-    folded: Vec<bool>,
+    extents: Vec<Extent>,
+    tiles: Vec<RowTile>,
+    candidate: Vec<RowTile>,
+    work: Vec<Work>,
+    emit: emit::Scratch,
+    parts: PlanParts,
 }
 
 impl Planner {
@@ -96,9 +98,9 @@ impl Planner {
         &self.forest
     }
 
-    /// The packs of the batch planned last; ancestors before descendants.
-    pub fn packs(&self) -> &[Pack] {
-        &self.scratch.packs
+    /// The row tiles of the batch planned last, in forest order.
+    pub fn tiles(&self) -> &[RowTile] {
+        &self.scratch.tiles
     }
 
     /// The profile plans are made for.
@@ -113,63 +115,91 @@ impl Planner {
     /// the plan would exceed what its records can express (2^31 rows, items, slots or bytes).
     pub fn plan(&mut self, batch: &DecodeBatch<'_>) -> Result<Plan> {
         let variants = self.variants(batch.page_size())?;
+        let exact_tokens = match self.options.mode {
+            PlanMode::FixedChunk { tokens } if !tokens.is_multiple_of(batch.page_size()) => {
+                let expected = format!("a multiple of page_size = {}", batch.page_size());
+                return Err(Error::invalid("fixed chunk", tokens, expected));
+            }
+            PlanMode::FixedChunk { tokens } => Some(tokens),
+            _ => None,
+        };
+        if batch.page_size() > PageMask::MAX_TOKENS {
+            let expected = format!("at most {} tokens", PageMask::MAX_TOKENS);
+            return Err(Error::invalid("page_size", batch.page_size(), expected));
+        }
         self.forest.build(batch);
-        self.scratch.counts.resize(batch.sequence_count(), 0);
+        let Scratch { extents, tiles, candidate, work, emit, parts } = &mut self.scratch;
+        tiling::measure(batch, &self.forest, extents);
+        let unique_pages: u64 = extents.iter().map(|extent| u64::from(extent.pages - extent.shared)).sum();
+        let unique_tokens = unique_pages * u64::from(batch.page_size()) - missing_tokens(batch);
         let model = CostModel {
             profile: &self.profile,
             shape: self.shape,
             page_size: batch.page_size(),
-            unique_kv_bytes: unique_tokens(batch, &self.forest) as f64 * self.shape.kv_bytes_per_token() as f64,
+            unique_kv_bytes: unique_tokens as f64 * self.shape.kv_bytes_per_token() as f64,
         };
-        let nodes = self.forest.nodes().len();
-        let Scratch { packs, splits, counts, folded } = &mut self.scratch;
-        let mut candidate = |folded: &[bool], packs: &mut Vec<Pack>, splits: &mut Vec<Split>| {
-            packs::build(batch, &self.forest, folded, packs);
-            split::best(&model, &variants, self.forest.order(), packs, counts, splits)
+        let group = self.shape.group();
+        let most_rows = variants.iter().map(|variant| variant.rows()).max().unwrap_or(0);
+        let cut = |rule: TilingRule, tiles: &mut Vec<RowTile>| {
+            let finish = |tile: &mut RowTile| {
+                tile.variant = choose_variant(&variants, tile.sequence_count() * group);
+                tile.split(rule, batch.page_size());
+            };
+            tiling::cut(extents, rule, finish, tiles);
         };
-        let prediction = match self.options.mode {
-            PlanMode::Flat => {
-                folded.clear();
-                folded.resize(nodes, true);
-                candidate(folded, packs, splits)
-            }
-            PlanMode::PerNode => {
-                folded.clear();
-                folded.resize(nodes, false);
-                candidate(folded, packs, splits)
-            }
-            PlanMode::Auto => {
-                let mut best: Option<(Option<f64>, Prediction)> = None;
-                for keep_above in [None, Some(0.0), Some(1.0), Some(4.0)] {
-                    // Without a shared page all candidates are the same plan.
-                    if nodes == 0 && best.is_some() {
-                        break;
+        let prediction = if let Some(tokens) = exact_tokens {
+            let chunk_pages = tokens / batch.page_size();
+            cut(TilingRule { most_sequences: 1, chunk_pages, exact: true }, tiles);
+            model.predict(tiles, work)
+        } else {
+            let widest = (most_rows / group).max(1);
+            let widths = match self.options.mode {
+                PlanMode::Flat => &[1][..],
+                PlanMode::PerNode => &[widest][..],
+                _ => &[widest, widest.div_ceil(2), widest.div_ceil(4), 1][..],
+            };
+            let mut best: Option<Prediction> = None;
+            for (index, &most_sequences) in widths.iter().enumerate() {
+                if widths[..index].contains(&most_sequences) {
+                    continue;
+                }
+                let mut rule = TilingRule { most_sequences, chunk_pages: u32::MAX, exact: false };
+                let mut even_pages = 0;
+                for waves in 0..=MOST_WAVES {
+                    if waves > 0 {
+                        // So that every slot gets this many items, if all were equal.
+                        let key_tile = (LEAST_CHUNK_TOKENS / batch.page_size()).max(1);
+                        let pages = u32::try_from(u64::div_ceil(even_pages, waves)).unwrap_or(u32::MAX);
+                        let chunk_pages = pages.max(key_tile);
+                        if chunk_pages >= rule.chunk_pages {
+                            continue;
+                        }
+                        rule.chunk_pages = chunk_pages;
                     }
-                    fold(&self.forest, batch.page_size(), self.shape, keep_above, folded);
-                    let prediction = candidate(folded, packs, splits);
-                    if best.is_none_or(|(_, best)| prediction.total_us() < best.total_us()) {
-                        best = Some((keep_above, prediction));
+                    cut(rule, candidate);
+                    let prediction = model.predict(candidate, work);
+                    if waves == 0 {
+                        let pages = candidate.iter().map(|tile| u64::from(tile.page_count)).sum();
+                        even_pages = candidate.first().map_or(0, |tile| model.pages_per_slot(pages, tile.variant));
+                    }
+                    if best.is_none_or(|best| prediction.total_us() < best.total_us()) {
+                        best = Some(prediction);
+                        std::mem::swap(tiles, candidate);
                     }
                 }
-                let (keep_above, _) = best.expect("the flat plan is always a candidate");
-                fold(&self.forest, batch.page_size(), self.shape, keep_above, folded);
-                candidate(folded, packs, splits)
             }
-            PlanMode::FixedChunk { tokens } => {
-                if !tokens.is_multiple_of(batch.page_size()) {
-                    let expected = format!("a multiple of page_size = {}", batch.page_size());
-                    return Err(Error::invalid("fixed chunk", tokens, expected));
-                }
-                folded.clear();
-                folded.resize(nodes, true);
-                packs::build(batch, &self.forest, folded, packs);
-                split::split_all(&model, &variants, packs, tokens, true, splits);
-                let rows = split::partial_rows(self.forest.order(), packs, splits, counts, self.shape.q_heads());
-                model.predict(packs, splits, rows)
-            }
+            best.expect("the first width is always tried")
         };
-        let parts = emit::emit(self.shape, batch, &self.forest, packs, splits, counts)?;
-        let mut plan = Plan::assemble(self.shape, batch, &parts)?;
+        let emitter = Emitter {
+            shape: self.shape,
+            batch,
+            forest: &self.forest,
+            extents,
+            variants: &variants,
+            per_node: self.options.mode == PlanMode::PerNode,
+        };
+        emitter.emit(tiles, emit, parts)?;
+        let mut plan = Plan::assemble(self.shape, batch, parts)?;
         plan.set_prediction(prediction, model.unique_kv_bytes as u64);
         Ok(plan)
     }
@@ -192,36 +222,21 @@ impl Planner {
             let got = format!("compute capability {}", self.profile.compute_capability);
             return Err(Error::invalid("device profile", got, "8.0 or later"));
         }
-        // Leaf16 is for many short leaves, which the choice by rows alone cannot know.
-        Ok(possible.into_iter().filter(|&variant| variant != TileVariant::Leaf16).collect())
+        Ok(possible)
     }
 }
 
-/// Tokens of distinct pages: each node's once, and what lies below once per sequence.
-fn unique_tokens(batch: &DecodeBatch<'_>, forest: &Forest) -> u64 {
-    let shared: u64 = forest.nodes().iter().map(|node| u64::from(node.page_count())).sum();
-    let private: u64 = forest
-        .order()
-        .iter()
-        .map(|&sequence| {
-            let shared_end = forest.innermost(sequence).map_or(0, |node| forest.nodes()[node as usize].page_end);
-            u64::from(batch.length(sequence as usize)) - u64::from(shared_end) * u64::from(batch.page_size())
-        })
-        .sum();
-    shared * u64::from(batch.page_size()) + private
-}
+/// Waves of equal items up to which chunk lengths are tried.
+const MOST_WAVES: u64 = 6;
 
-/// Decides which nodes are folded: those whose pack would not save more than `keep_above` times what it costs. Saved are
-/// the KV bytes that the sequences would otherwise read again; it costs a partial, written and read, per row. `None` folds
-/// everything (no sharing).
-fn fold(forest: &Forest, page_size: u32, shape: AttentionShape, keep_above: Option<f64>, folded: &mut Vec<bool>) {
-    folded.clear();
-    folded.extend(forest.nodes().iter().map(|node| {
-        let Some(factor) = keep_above else { return true };
-        let sequences = f64::from(node.sequence_count());
-        let tokens = f64::from(node.page_count()) * f64::from(page_size);
-        let saved_bytes = (sequences - 1.0) * tokens * shape.kv_bytes_per_token() as f64;
-        let partial_bytes = sequences * f64::from(shape.q_heads()) * 2.0 * (4.0 * f64::from(shape.head_dim()) + 4.0);
-        saved_bytes < factor * partial_bytes
-    }));
+/// Shortest chunk that is tried: a CTA's fixed costs are those of a few key tiles.
+const LEAST_CHUNK_TOKENS: u32 = 128;
+
+/// Tokens that the last pages of all sequences are short of full.
+fn missing_tokens(batch: &DecodeBatch<'_>) -> u64 {
+    let page_size = u64::from(batch.page_size());
+    (0..batch.sequence_count())
+        .map(|sequence| u64::from(batch.length(sequence)))
+        .map(|length| length.next_multiple_of(page_size) - length)
+        .sum()
 }

@@ -15,7 +15,7 @@ pub struct PlanSummary {
     pub sharing_factor: f64,
     /// KV bytes of distinct pages.
     pub unique_kv_bytes: u64,
-    /// KV bytes the plan reads (each row tile reads its chunk).
+    /// KV bytes the plan reads: every item its stream.
     pub planned_kv_bytes: u64,
     /// KV bytes that reading every sequence's own KV would take.
     pub flat_kv_bytes: u64,
@@ -50,7 +50,7 @@ impl Plan {
     /// The plan in numbers.
     pub fn summary(&self) -> PlanSummary {
         let token_bytes = self.shape().kv_bytes_per_token();
-        let tokens = |variant| self.variant_items(variant).iter().map(|item| u64::from(item.token_count)).sum::<u64>();
+        let tokens = |variant| self.variant_items(variant).iter().map(|item| self.stream_tokens(item)).sum::<u64>();
         let variants: Vec<_> = TileVariant::ALL
             .into_iter()
             .filter(|&variant| !self.variant_items(variant).is_empty())
@@ -102,8 +102,8 @@ impl fmt::Display for PlanSummary {
         writeln!(f, "upload           {} bytes", self.upload_bytes)?;
         write!(
             f,
-            "predicted        {:.1} us (launches {:.1} + largest of memory {:.1}, tensor {:.1}, latency {:.1})",
-            self.predicted_us, p.launch_us, p.memory_us, p.tensor_us, p.latency_us
+            "predicted        {:.1} us (launches {:.1} + largest of memory {:.1}, tensor {:.1}, latency {:.1}; merge {:.1})",
+            self.predicted_us, p.launch_us, p.memory_us, p.tensor_us, p.latency_us, p.merge_us
         )
     }
 }

@@ -2,7 +2,8 @@
 //! manifest. `no_std`, builds for every target; every layout is `repr(C)` with its size asserted at compile time.
 //!
 //! A *plan* is one contiguous buffer: a [`PlanHeader`], then [`WorkItem`]s at the fixed offset
-//! [`PlanHeader::ITEMS_OFFSET_BYTES`], then [`PackQuery`]s, page ids (`u32`) and [`MergeRow`]s at the offsets the header names.
+//! [`PlanHeader::ITEMS_OFFSET_BYTES`], then [`PackQuery`]s, page ids (`u32`), [`MergeRow`]s and [`PageMask`]s at the offsets
+//! the header names.
 #![no_std]
 #![forbid(unsafe_code)]
 
@@ -14,4 +15,6 @@ pub mod plan;
 
 pub use manifest::{Arch, Dtype, Family, KERNELS, KernelSpec, TileVariant};
 pub use params::{FastDivisor, FillParams, FlushParams, ForwardParams, MergeParams};
-pub use plan::{DIRECT_SLOT, MAX_TILE_VARIANTS, MergeRow, PLAN_MAGIC, PackQuery, PlanHeader, WorkItem};
+pub use plan::{
+    DIRECT_SLOT, MAX_TILE_VARIANTS, MergeRow, NO_MASKS, PLAN_MAGIC, PackQuery, PageMask, PlanHeader, WorkItem,
+};

@@ -59,14 +59,11 @@ pub enum TileVariant {
     Wgmma64 = 4,
     /// wgmma fed by TMA, 128 rows, two consumer warpgroups. Page sizes that are powers of two from 16 on.
     Wgmma128 = 5,
-    /// mma.sync, 16 rows, one warp per item and KV head: for short leaves. Any page size.
-    Leaf16 = 6,
 }
 
 impl TileVariant {
     /// All variants in order of discriminant.
-    pub const ALL: [Self; 7] =
-        [Self::Mma16, Self::Mma32, Self::Mma64, Self::Mma128, Self::Wgmma64, Self::Wgmma128, Self::Leaf16];
+    pub const ALL: [Self; 6] = [Self::Mma16, Self::Mma32, Self::Mma64, Self::Mma128, Self::Wgmma64, Self::Wgmma128];
 
     /// Index into `PlanHeader::variant_begin` and `variant_count`.
     pub const fn index(self) -> usize {
@@ -76,7 +73,7 @@ impl TileVariant {
     /// M: packed rows of a tile.
     pub const fn rows(self) -> u32 {
         match self {
-            Self::Mma16 | Self::Leaf16 => 16,
+            Self::Mma16 => 16,
             Self::Mma32 => 32,
             Self::Mma64 | Self::Wgmma64 => 64,
             Self::Mma128 | Self::Wgmma128 => 128,
@@ -88,7 +85,6 @@ impl TileVariant {
         match self {
             Self::Mma16 | Self::Wgmma128 => 128,
             Self::Mma32 | Self::Mma64 | Self::Mma128 | Self::Wgmma64 => 64,
-            Self::Leaf16 => 32,
         }
     }
 
@@ -101,14 +97,13 @@ impl TileVariant {
             Self::Mma128 => "mma128",
             Self::Wgmma64 => "wgmma64",
             Self::Wgmma128 => "wgmma128",
-            Self::Leaf16 => "leaf16",
         }
     }
 
     /// The PTX file that holds this variant's kernels.
     pub const fn arch(self) -> Arch {
         match self {
-            Self::Mma16 | Self::Mma32 | Self::Mma64 | Self::Mma128 | Self::Leaf16 => Arch::Sm80,
+            Self::Mma16 | Self::Mma32 | Self::Mma64 | Self::Mma128 => Arch::Sm80,
             Self::Wgmma64 | Self::Wgmma128 => Arch::Sm90a,
         }
     }
@@ -117,14 +112,6 @@ impl TileVariant {
     /// fit the device, however large the plan.
     pub const fn is_persistent(self) -> bool {
         matches!(self, Self::Wgmma64)
-    }
-
-    /// Pieces of work (item and KV head) that one CTA serves side by side.
-    pub const fn work_per_cta(self) -> u32 {
-        match self {
-            Self::Leaf16 => 4,
-            _ => 1,
-        }
     }
 
     /// Whether the variant can read pages of this many tokens. TMA boxes want powers of two; mma.sync tiles take any size.
@@ -238,31 +225,27 @@ macro_rules! support {
 /// ptxas meets only by spilling. Two keep 128 KiB in flight, and an A100 has shared memory for no more.
 #[rustfmt::skip]
 pub const KERNELS: &[KernelSpec] = &[
-    forward!("pat_forward_mma16_d128_f16",     Mma16,  F16,  128, threads 128, ctas 2, smem 65_536, regs 255, bars 1, maps 0),
-    forward!("pat_forward_mma16_d128_bf16",    Mma16,  Bf16, 128, threads 128, ctas 2, smem 65_536, regs 255, bars 1, maps 0),
-    forward!("pat_forward_mma16_d64_f16",      Mma16,  F16,  64,  threads 128, ctas 3, smem 65_536, regs 168, bars 1, maps 0),
-    forward!("pat_forward_mma16_d64_bf16",     Mma16,  Bf16, 64,  threads 128, ctas 3, smem 65_536, regs 168, bars 1, maps 0),
-    forward!("pat_forward_leaf16_d128_f16",  Leaf16, F16, 128, threads 128, ctas 2, smem 65_536, regs 255, bars 0, maps 0),
-    forward!("pat_forward_leaf16_d128_bf16", Leaf16, Bf16, 128, threads 128, ctas 2, smem 65_536, regs 255, bars 0, maps 0),
-    forward!("pat_forward_leaf16_d64_f16",   Leaf16, F16, 64, threads 128, ctas 3, smem 65_536, regs 168, bars 0, maps 0),
-    forward!("pat_forward_leaf16_d64_bf16",  Leaf16, Bf16, 64, threads 128, ctas 3, smem 65_536, regs 168, bars 0, maps 0),
-    forward!("pat_forward_mma32_d128_f16",     Mma32,  F16,  128, threads 128, ctas 2, smem 65_536, regs 255, bars 4, maps 0),
-    forward!("pat_forward_mma32_d128_bf16",    Mma32,  Bf16, 128, threads 128, ctas 2, smem 65_536, regs 255, bars 4, maps 0),
-    forward!("pat_forward_mma32_d64_f16",      Mma32,  F16,  64,  threads 128, ctas 3, smem 32_768, regs 168, bars 4, maps 0),
-    forward!("pat_forward_mma32_d64_bf16",     Mma32,  Bf16, 64,  threads 128, ctas 3, smem 32_768, regs 168, bars 4, maps 0),
-    forward!("pat_forward_mma64_d128_f16",     Mma64,  F16,  128, threads 128, ctas 2, smem 65_536, regs 255, bars 3, maps 0),
-    forward!("pat_forward_mma64_d128_bf16",    Mma64,  Bf16, 128, threads 128, ctas 2, smem 65_536, regs 255, bars 3, maps 0),
-    forward!("pat_forward_mma64_d64_f16",      Mma64,  F16,  64,  threads 128, ctas 2, smem 32_768, regs 255, bars 3, maps 0),
-    forward!("pat_forward_mma64_d64_bf16",     Mma64,  Bf16, 64,  threads 128, ctas 2, smem 32_768, regs 255, bars 3, maps 0),
-    forward!("pat_forward_mma128_d128_f16",    Mma128, F16,  128, threads 256, ctas 1, smem 65_536, regs 255, bars 3, maps 0),
-    forward!("pat_forward_mma128_d128_bf16",   Mma128, Bf16, 128, threads 256, ctas 1, smem 65_536, regs 255, bars 3, maps 0),
-    forward!("pat_forward_mma128_d64_f16",     Mma128, F16,  64,  threads 256, ctas 1, smem 32_768, regs 255, bars 3, maps 0),
-    forward!("pat_forward_mma128_d64_bf16",    Mma128, Bf16, 64,  threads 256, ctas 1, smem 32_768, regs 255, bars 3, maps 0),
+    forward!("pat_forward_mma16_d128_f16",     Mma16,  F16,  128, threads 128, ctas 2, smem 66_048, regs 255, bars 1, maps 0),
+    forward!("pat_forward_mma16_d128_bf16",    Mma16,  Bf16, 128, threads 128, ctas 2, smem 66_048, regs 255, bars 1, maps 0),
+    forward!("pat_forward_mma16_d64_f16",      Mma16,  F16,  64,  threads 128, ctas 3, smem 66_048, regs 168, bars 1, maps 0),
+    forward!("pat_forward_mma16_d64_bf16",     Mma16,  Bf16, 64,  threads 128, ctas 3, smem 66_048, regs 168, bars 1, maps 0),
+    forward!("pat_forward_mma32_d128_f16",     Mma32,  F16,  128, threads 128, ctas 2, smem 66_048, regs 255, bars 4, maps 0),
+    forward!("pat_forward_mma32_d128_bf16",    Mma32,  Bf16, 128, threads 128, ctas 2, smem 66_048, regs 255, bars 4, maps 0),
+    forward!("pat_forward_mma32_d64_f16",      Mma32,  F16,  64,  threads 128, ctas 3, smem 33_280, regs 168, bars 4, maps 0),
+    forward!("pat_forward_mma32_d64_bf16",     Mma32,  Bf16, 64,  threads 128, ctas 3, smem 33_280, regs 168, bars 4, maps 0),
+    forward!("pat_forward_mma64_d128_f16",     Mma64,  F16,  128, threads 128, ctas 2, smem 66_048, regs 255, bars 3, maps 0),
+    forward!("pat_forward_mma64_d128_bf16",    Mma64,  Bf16, 128, threads 128, ctas 2, smem 66_048, regs 255, bars 3, maps 0),
+    forward!("pat_forward_mma64_d64_f16",      Mma64,  F16,  64,  threads 128, ctas 2, smem 33_280, regs 255, bars 3, maps 0),
+    forward!("pat_forward_mma64_d64_bf16",     Mma64,  Bf16, 64,  threads 128, ctas 2, smem 33_280, regs 255, bars 3, maps 0),
+    forward!("pat_forward_mma128_d128_f16",    Mma128, F16,  128, threads 256, ctas 1, smem 66_048, regs 255, bars 3, maps 0),
+    forward!("pat_forward_mma128_d128_bf16",   Mma128, Bf16, 128, threads 256, ctas 1, smem 66_048, regs 255, bars 3, maps 0),
+    forward!("pat_forward_mma128_d64_f16",     Mma128, F16,  64,  threads 256, ctas 1, smem 33_280, regs 255, bars 3, maps 0),
+    forward!("pat_forward_mma128_d64_bf16",    Mma128, Bf16, 64,  threads 256, ctas 1, smem 33_280, regs 255, bars 3, maps 0),
     // Shared memory: 3 stages of K and V, Q, and 160 bytes of barriers.
-    forward!("pat_forward_wgmma64_d128_f16",   Wgmma64, F16,  128, threads 256, ctas 2, smem 114_848, regs 128, bars 2, maps 2),
-    forward!("pat_forward_wgmma64_d128_bf16",  Wgmma64, Bf16, 128, threads 256, ctas 2, smem 114_848, regs 128, bars 2, maps 2),
-    forward!("pat_forward_wgmma64_d64_f16",    Wgmma64, F16,  64,  threads 256, ctas 2, smem 57_504,  regs 128, bars 2, maps 2),
-    forward!("pat_forward_wgmma64_d64_bf16",   Wgmma64, Bf16, 64,  threads 256, ctas 2, smem 57_504,  regs 128, bars 2, maps 2),
+    forward!("pat_forward_wgmma64_d128_f16",   Wgmma64, F16,  128, threads 256, ctas 2, smem 114_896, regs 128, bars 3, maps 2),
+    forward!("pat_forward_wgmma64_d128_bf16",  Wgmma64, Bf16, 128, threads 256, ctas 2, smem 114_896, regs 128, bars 3, maps 2),
+    forward!("pat_forward_wgmma64_d64_f16",    Wgmma64, F16,  64,  threads 256, ctas 2, smem 57_552,  regs 128, bars 3, maps 2),
+    forward!("pat_forward_wgmma64_d64_bf16",   Wgmma64, Bf16, 64,  threads 256, ctas 2, smem 57_552,  regs 128, bars 3, maps 2),
     merge!("pat_merge_d128_f16",      Sm80,  F16,  128),
     merge!("pat_merge_d128_bf16",     Sm80,  Bf16, 128),
     merge!("pat_merge_d64_f16",       Sm80,  F16,  64),

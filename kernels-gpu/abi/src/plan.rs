@@ -43,8 +43,12 @@ pub struct PlanHeader {
     pub variant_begin: [u32; MAX_TILE_VARIANTS],
     /// For each tile variant (by discriminant), number of its items.
     pub variant_count: [u32; MAX_TILE_VARIANTS],
+    /// Offset of the [`PageMask`] array.
+    pub masks_offset_bytes: u32,
+    /// Number of page masks.
+    pub mask_count: u32,
     /// Zero.
-    pub reserved: [u32; 4],
+    pub reserved: [u32; 2],
 }
 
 impl PlanHeader {
@@ -52,38 +56,72 @@ impl PlanHeader {
     pub const ITEMS_OFFSET_BYTES: u32 = size_of::<Self>() as u32;
 }
 
-/// The unit of work: one run of KV tokens against up to M rows of one pack, for every KV head (one CTA per KV head).
+/// [`WorkItem::mask_begin`] of an item without masks: every row attends to every token.
+pub const NO_MASKS: u32 = u32::MAX;
+
+/// The unit of work: a stream of KV pages against up to M rows, for every KV head (one CTA per KV head).
 ///
-/// The rows of a pack are its (query, head in group) pairs: packed row `p` is query `p / group` of the pack and query
-/// head `kv_head * group + p % group`. An item covers packed rows `row_begin .. row_begin + row_count`.
+/// The rows of an item are its (query, head in group) pairs: row `r` is query `r / group` of the item and query head
+/// `kv_head * group + r % group`.
+///
+/// The stream may hold pages that only some of the rows attend to: a node of the prefix forest, then the leaves of its
+/// sequences. Each page of such an item has a [`PageMask`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct WorkItem {
-    /// Index, in the page-id array, of the page that holds the first token. A chunk starts at a page's first token.
+    /// Index, in the page-id array, of the first page.
     pub page_begin: u32,
-    /// KV tokens of the chunk, at least 1. It spans `ceil(token_count / page_size)` pages.
+    /// KV tokens of the stream, at least 1; it spans `ceil(token_count / page_size)` pages. With masks it is a multiple of
+    /// the page size: the masks say how many tokens of each page count.
     pub token_count: u32,
-    /// Index, in the [`PackQuery`] array, of the pack's first query.
+    /// Index, in the [`PackQuery`] array, of the first query.
     pub query_begin: u32,
-    /// First packed row.
-    pub row_begin: u32,
-    /// Packed rows of this item, 1 to the variant's M.
+    /// Rows, a multiple of the group, 1 to the variant's M.
     pub row_count: u32,
-    /// Which chunk of its pack this is: added to [`PackQuery::slot`] (unless that is [`DIRECT_SLOT`]).
-    pub slot_offset: u32,
-    /// The pack this item belongs to (for reports; kernels ignore it).
-    pub pack: u32,
+    /// Index, in the mask array, of the first page's mask, or [`NO_MASKS`].
+    pub mask_begin: u32,
     /// Zero.
-    pub reserved: u32,
+    pub reserved: [u32; 3],
 }
 
-/// One query of a pack.
+/// Which rows of an item attend to a page, and to how many of its tokens: bits 0..8 the first row, 8..16 the end of the
+/// rows, 16..32 the tokens less one.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct PageMask(pub u32);
+
+impl PageMask {
+    /// Most tokens of a page a mask can count.
+    pub const MAX_TOKENS: u32 = 1 << 16;
+
+    /// Rows `row_begin..row_end` (at most 255) attend to the first `tokens` (1 to [`Self::MAX_TOKENS`]) of the page.
+    pub const fn new(row_begin: u32, row_end: u32, tokens: u32) -> Self {
+        Self(row_begin | row_end << 8 | (tokens - 1) << 16)
+    }
+
+    /// First row.
+    pub const fn row_begin(self) -> u32 {
+        self.0 & 0xff
+    }
+
+    /// End of the rows.
+    pub const fn row_end(self) -> u32 {
+        self.0 >> 8 & 0xff
+    }
+
+    /// Tokens that count.
+    pub const fn tokens(self) -> u32 {
+        (self.0 >> 16) + 1
+    }
+}
+
+/// One query of an item.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct PackQuery {
     /// Row of the batch.
     pub sequence: u32,
-    /// Partial slot of the pack's first chunk for this sequence, or [`DIRECT_SLOT`].
+    /// The partial slot the item writes for this sequence, or [`DIRECT_SLOT`].
     pub slot: u32,
 }
 

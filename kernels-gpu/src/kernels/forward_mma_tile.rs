@@ -11,7 +11,7 @@ use crate::element::{Bf16, Element, F16};
 use crate::item::Item;
 use crate::ptx::{barrier, cp_async, math, special};
 use crate::softmax::{RowStates, normaliser};
-use crate::tile::fragment::{Accumulator, accumulate, load_queries, mask, rescale, scores, to_operand};
+use crate::tile::fragment::{Accumulator, accumulate, load_queries, mask, mask_rows, rescale, scores, to_operand};
 use crate::tile::gather::{Pool, Token, gather, row_of_lane};
 use crate::tile::reduce::{combine_and_store, scratch_bytes};
 
@@ -48,6 +48,9 @@ unsafe fn forward<
     let values = Pool::values(params, item.kv_head);
 
     let loaded_first = warp * LOADED;
+    // Behind the stages: which rows attend to each token, if the item has masks.
+    let ranges = ring + STAGES * 2 * tile_bytes;
+    let ranges_of = |k_stage: u32| ranges + if k_stage == ring { 0 } else { 2 * TILE_TOKENS };
     let mut incoming = 0;
     // Lanes whose row is past LOADED locate tokens that other warps gather; their places go unused.
     // SAFETY: the plan's page ids.
@@ -55,12 +58,15 @@ unsafe fn forward<
     for stage in 0..STAGES {
         let k_stage = ring + stage * 2 * tile_bytes;
         if incoming < item.token_count {
-            let valid = item.token_count.saturating_sub(incoming + loaded_first);
-            // SAFETY: the stages are free before their first use.
-            unsafe { gather::<HEAD_STEPS, LOADED>(k_stage, loaded_first, keys, place, valid, lane) };
+            if item.masks != 0 {
+                // SAFETY: the stages are free before their first use.
+                unsafe { place.store_rows(ranges_of(k_stage) + 2 * loaded_first, located, LOADED) };
+            }
+            // SAFETY: as above.
+            unsafe { gather::<HEAD_STEPS, LOADED>(k_stage, loaded_first, keys, place, lane) };
             cp_async::commit_group();
             // SAFETY: as above.
-            unsafe { gather::<HEAD_STEPS, LOADED>(k_stage + tile_bytes, loaded_first, values, place, valid, lane) };
+            unsafe { gather::<HEAD_STEPS, LOADED>(k_stage + tile_bytes, loaded_first, values, place, lane) };
             cp_async::commit_group();
         } else {
             cp_async::commit_group();
@@ -85,7 +91,10 @@ unsafe fn forward<
         barrier::sync_cta();
         // SAFETY: this tile's K has arrived, for all threads.
         let mut s = unsafe { scores::<E, HEAD_STEPS, KEY_STEPS>(&q, k_stage + first_key * row_bytes, lane) };
-        if item.token_count - tile < TILE_TOKENS {
+        if item.masks != 0 {
+            // SAFETY: they were written before the barrier.
+            unsafe { mask_rows(&mut s, ranges_of(k_stage) + 2 * first_key, first_row, lane) };
+        } else if item.token_count - tile < TILE_TOKENS {
             mask(&mut s, (item.token_count - tile).saturating_sub(first_key), lane);
         }
         let factors = states.update(&mut s, params.scale_log2);
@@ -98,12 +107,15 @@ unsafe fn forward<
         unsafe { accumulate::<E, HEAD_STEPS, KEY_STEPS>(&mut output, &p, v_stage + first_key * row_bytes, lane) };
         barrier::sync_cta();
         if incoming < item.token_count {
-            let valid = item.token_count.saturating_sub(incoming + loaded_first);
-            // SAFETY: all threads have read both tiles of the stage.
-            unsafe { gather::<HEAD_STEPS, LOADED>(k_stage, loaded_first, keys, place, valid, lane) };
+            if item.masks != 0 {
+                // SAFETY: all threads have read both tiles of the stage, and its ranges before them.
+                unsafe { place.store_rows(ranges_of(k_stage) + 2 * loaded_first, located, LOADED) };
+            }
+            // SAFETY: as above.
+            unsafe { gather::<HEAD_STEPS, LOADED>(k_stage, loaded_first, keys, place, lane) };
             cp_async::commit_group();
             // SAFETY: as above.
-            unsafe { gather::<HEAD_STEPS, LOADED>(v_stage, loaded_first, values, place, valid, lane) };
+            unsafe { gather::<HEAD_STEPS, LOADED>(v_stage, loaded_first, values, place, lane) };
             cp_async::commit_group();
         } else {
             cp_async::commit_group();

@@ -6,21 +6,28 @@
 //! work the same code is an ordinary, non-persistent kernel.
 //!
 //! Shared memory, with `B = head_dim / 64` blocks of `[64 rows][128 bytes]` (128-byte swizzle) per tile:
-//! `[K0 V0 | K1 V1 | K2 V2 | Q | barriers]`.
+//! `[K0 V0 | K1 V1 | K2 V2 | Q | barriers | masks]`.
+//!
+//! An item's stream may hold pages that only some rows attend to ([`pat_abi::PageMask`]). The producer resolves the masks
+//! to one word per 16 keys of a tile and puts them beside the tile; tiles without exception cost a comparison.
 
 use crate::element::{Bf16, Element, F16};
 use crate::item::{Row, strided};
 use crate::ptx::barrier::{sync_cta, sync_named, sync_warp};
 use crate::ptx::ldst::{
-    load_global_u32, load_global_u32x4, request_global_u32, request_global_u32x2, request_global_u32x4,
-    store_shared_u32x4,
+    load_global_u32, load_global_u32x4, load_shared_u32x4, request_global_u32, request_global_u32x2,
+    request_global_u32x4, store_shared_u32, store_shared_u32x4,
 };
 use crate::ptx::mma::ldmatrix_x4;
 use crate::ptx::shuffle::{from_lane_u32, xor_f32};
 use crate::ptx::special::{cta_count, cta_index, dynamic_smem, thread_index};
 use crate::ptx::wgmma::{self, HeadDim, WgmmaOps};
 use crate::ptx::{cp_async, math, mbarrier, pdl, tma};
-use pat_abi::{ForwardParams, MAX_TILE_VARIANTS, PLAN_MAGIC, PackQuery, PlanHeader, TileVariant, WorkItem};
+use crate::softmax::subtrahend;
+use core::mem::offset_of;
+use pat_abi::{
+    ForwardParams, MAX_TILE_VARIANTS, NO_MASKS, PLAN_MAGIC, PackQuery, PageMask, PlanHeader, TileVariant, WorkItem,
+};
 
 const STAGES: u32 = 3;
 const TILE_KEYS: u32 = 64;
@@ -61,6 +68,10 @@ impl<const HEAD_DIM: u32> Smem<HEAD_DIM> {
     fn v_empty(self, stage: u32) -> u32 {
         self.k_full(stage) + 24
     }
+    /// The [`KeyMask`]s of a stage.
+    fn masks(self, stage: u32) -> u32 {
+        self.base + Self::BARRIER_OFFSET + STAGES * 32 + QSlots::COUNT * 16 + stage * 16
+    }
     fn q_full(self, slot: u32) -> u32 {
         self.base + Self::BARRIER_OFFSET + STAGES * 32 + slot * 16
     }
@@ -92,6 +103,7 @@ struct PlanView {
     items: u64,
     queries: u64,
     pages: u64,
+    masks: u64,
     /// Items of the variant times KV heads.
     work_count: u32,
 }
@@ -103,18 +115,20 @@ impl PlanView {
     unsafe fn load(p: &ForwardParams, variant: TileVariant) -> Self {
         let word = |index: usize| p.plan + 4 * index as u64;
         // SAFETY: all words lie in the header, which every plan buffer has.
-        let ([magic, _, _, _], [queries_offset, pages_offset, _, _], begin, count) = unsafe {
+        let ([magic, _, _, _], [queries_offset, pages_offset, _, _], begin, count, masks_offset) = unsafe {
             (
                 load_global_u32x4(word(0)),
                 load_global_u32x4(word(8)),
                 load_global_u32(word(12 + variant.index())),
                 load_global_u32(word(12 + MAX_TILE_VARIANTS + variant.index())),
+                load_global_u32(p.plan + offset_of!(PlanHeader, masks_offset_bytes) as u64),
             )
         };
         Self {
             items: p.plan + (PlanHeader::ITEMS_OFFSET_BYTES + begin * size_of::<WorkItem>() as u32) as u64,
             queries: p.plan + queries_offset as u64,
             pages: p.plan + pages_offset as u64,
+            masks: p.plan + masks_offset as u64,
             work_count: if magic == PLAN_MAGIC { count * p.kv_heads } else { 0 },
         }
     }
@@ -126,9 +140,8 @@ struct Work {
     page_begin: u32,
     token_count: u32,
     query_begin: u32,
-    row_begin: u32,
     row_count: u32,
-    slot_offset: u32,
+    mask_begin: u32,
     kv_head: u32,
 }
 
@@ -140,16 +153,16 @@ impl Work {
         let (item, kv_head) = p.kv_heads_divisor.divide_remainder(work);
         let address = plan.items + item as u64 * size_of::<WorkItem>() as u64;
         // SAFETY: the item is one of the variant's.
-        let ([page_begin, token_count, query_begin, row_begin], [row_count, slot_offset]) =
-            unsafe { (request_global_u32x4(address), request_global_u32x2(address + 16)) };
-        Self { page_begin, token_count, query_begin, row_begin, row_count, slot_offset, kv_head }
+        let ([page_begin, token_count, query_begin, row_count], mask_begin) =
+            unsafe { (request_global_u32x4(address), request_global_u32(address + 16)) };
+        Self { page_begin, token_count, query_begin, row_count, mask_begin, kv_head }
     }
 
-    /// The pack query of tile row `row` and the row's query head; row 0's for rows the item does not have.
+    /// The query of tile row `row` and the row's query head; row 0's for rows the item does not have.
     #[inline(always)]
     fn query_address(&self, p: &ForwardParams, plan: PlanView, row: u32) -> (u64, u32) {
         let row = if row < self.row_count { row } else { 0 };
-        let (query, head) = p.group.divide_remainder(self.row_begin + row);
+        let (query, head) = p.group.divide_remainder(row);
         let address = plan.queries + (self.query_begin + query) as u64 * size_of::<PackQuery>() as u64;
         (address, self.kv_head * p.group.divisor + head)
     }
@@ -164,15 +177,7 @@ struct Batch {
 impl Batch {
     /// No work.
     const EMPTY: Self = Self {
-        lane_work: Work {
-            page_begin: 0,
-            token_count: 0,
-            query_begin: 0,
-            row_begin: 0,
-            row_count: 0,
-            slot_offset: 0,
-            kv_head: 0,
-        },
+        lane_work: Work { page_begin: 0, token_count: 0, query_begin: 0, row_count: 0, mask_begin: 0, kv_head: 0 },
     };
 
     /// # Safety
@@ -188,15 +193,14 @@ impl Batch {
     /// The record that lane `lane` holds, in all lanes.
     #[inline(always)]
     fn get(&self, lane: u32) -> Work {
-        let Work { page_begin, token_count, query_begin, row_begin, row_count, slot_offset, kv_head } = self.lane_work;
+        let Work { page_begin, token_count, query_begin, row_count, mask_begin, kv_head } = self.lane_work;
         let broadcast = |value| from_lane_u32(value, lane);
         Work {
             page_begin: broadcast(page_begin),
             token_count: broadcast(token_count),
             query_begin: broadcast(query_begin),
-            row_begin: broadcast(row_begin),
             row_count: broadcast(row_count),
-            slot_offset: broadcast(slot_offset),
+            mask_begin: broadcast(mask_begin),
             kv_head: broadcast(kv_head),
         }
     }
@@ -237,28 +241,84 @@ impl QSlots {
     }
 }
 
-/// Page id `index` of the item; an id outside the pool (whose box TMA fills with zeros) past the item's last page.
-///
-/// # Safety
-/// `work` is an item of the plan.
-#[inline(always)]
-unsafe fn page_id(p: &ForwardParams, plan: PlanView, work: &Work, index: u32) -> u32 {
-    let last = p.page_size.divide(work.token_count - 1);
-    if index <= last {
-        // SAFETY: the item has `last + 1` page ids.
-        unsafe { request_global_u32(plan.pages + (work.page_begin + index) as u64 * 4) }
-    } else {
-        p.num_pages
+/// What the rows of a tile attend to among 16 of its keys: bits 0..8 the first row, 8..16 the end of the rows, 16..24 the
+/// keys that count, bit 31 set where no box was loaded (TMA has filled the keys with zeros).
+#[derive(Clone, Copy)]
+struct KeyMask(u32);
+
+impl KeyMask {
+    const KEYS: u32 = 16;
+    /// Every row, all keys.
+    const FULL: u32 = 0xff00 | Self::KEYS << 16;
+    /// No key.
+    const ABSENT: u32 = 1 << 31;
+
+    /// Keys that count for `row`.
+    #[inline(always)]
+    fn limit(self, row: u32) -> u32 {
+        let attends = row >= (self.0 & 0xff) && row < (self.0 >> 8 & 0xff);
+        if attends { self.0 >> 16 & 0xff } else { 0 }
+    }
+
+    /// First key whose values must not be used: the pool may hold NaN there, and 0 * NaN is NaN.
+    #[inline(always)]
+    fn values_end(self) -> u32 {
+        if self.0 & Self::ABSENT != 0 { Self::KEYS } else { self.0 >> 16 & 0xff }
     }
 }
 
-/// Most boxes of a tile: pages of 16 tokens.
-const MAX_BOXES: usize = 4;
+/// Up to 32 consecutive pages of an item, one per lane: their ids and, where the item has masks, these.
+#[derive(Clone, Copy)]
+struct PageWindow {
+    lane_id: u32,
+    lane_mask: PageMask,
+}
 
-/// The KV producer: one warp that issues the tensor copies of all items.
-///
-/// Everything a one-tile item needs is loaded 32 items at a time, one per lane; per item there is nothing left but
-/// shuffles, the waits and the copies.
+impl PageWindow {
+    /// Pages `first .. first + 32` of the item, as far as it has them.
+    ///
+    /// # Safety
+    /// `work` is an item of the plan; all lanes of one warp.
+    #[inline(always)]
+    unsafe fn load(p: &ForwardParams, plan: PlanView, work: &Work, first: u32, lane: u32) -> Self {
+        let last = p.page_size.divide(work.token_count - 1);
+        let index = first + lane;
+        let mut window = Self { lane_id: p.num_pages, lane_mask: PageMask(0) };
+        if index <= last {
+            // SAFETY: the item has `last + 1` page ids, and as many masks if it has any.
+            unsafe {
+                window.lane_id = request_global_u32(plan.pages + (work.page_begin + index) as u64 * 4);
+                if work.mask_begin != NO_MASKS {
+                    window.lane_mask.0 = request_global_u32(plan.masks + (work.mask_begin + index) as u64 * 4);
+                }
+            }
+        }
+        window
+    }
+
+    /// The mask of the 16 keys that begin at `token` of the stream; the window holds their page.
+    #[inline(always)]
+    fn key_mask(&self, p: &ForwardParams, work: &Work, token: u32) -> KeyMask {
+        let (page, in_page) = p.page_size.divide_remainder(token);
+        let mask = PageMask(from_lane_u32(self.lane_mask.0, page & 31));
+        if token >= work.token_count {
+            // A box is absent where it begins past the end; in a box that begins before it, keys are merely invalid.
+            let box_begin = token - in_page;
+            return KeyMask(if box_begin >= work.token_count { KeyMask::ABSENT } else { 0 });
+        }
+        let (rows, end) = if work.mask_begin == NO_MASKS {
+            (0xff00, work.token_count - token)
+        } else {
+            let all = mask.row_begin() == 0 && mask.row_end() >= work.row_count;
+            (if all { 0xff00 } else { mask.0 & 0xffff }, mask.tokens().saturating_sub(in_page))
+        };
+        let keys = if end < KeyMask::KEYS { end } else { KeyMask::KEYS };
+        KeyMask(rows | keys << 16)
+    }
+}
+
+/// The KV producer: one warp that issues the tensor copies of all items. The page ids of an item are loaded while the item
+/// before it is served.
 ///
 /// # Safety
 /// One whole warp; barriers initialised; maps as `abi` describes them.
@@ -275,65 +335,63 @@ unsafe fn produce_kv<const HEAD_DIM: u32>(p: &ForwardParams, plan: PlanView, sme
     let box_offset = block * BLOCK_BYTES + box_row * 128;
     let mut ring = Ring { stage: 0, phase: 1 };
     let mut index = cta_index();
-    let mut in_batch = 32;
-    let mut batch = Batch::EMPTY;
-    let mut first_pages = [0u32; MAX_BOXES];
-    while index < plan.work_count {
-        // SAFETY: over the whole loop, items come from the plan, addresses from the checked launch parameters.
-        unsafe {
-            if in_batch == 32 {
-                in_batch = 0;
-                batch = Batch::load(p, plan, index, lane);
-                for i in 0..MAX_BOXES {
-                    first_pages[i] = page_id(p, plan, &batch.lane_work, i as u32);
+    if index >= plan.work_count {
+        return;
+    }
+    // SAFETY: over the whole function, items come from the plan, addresses from the checked launch parameters.
+    unsafe {
+        let mut batch = Batch::load(p, plan, index, lane);
+        let mut in_batch = 0;
+        let mut next_work = batch.get(0);
+        let mut next_window = PageWindow::load(p, plan, &next_work, 0, lane);
+        while index < plan.work_count {
+            let (work, mut window) = (next_work, next_window);
+            index += cta_count();
+            if index < plan.work_count {
+                in_batch += 1;
+                if in_batch == 32 {
+                    in_batch = 0;
+                    batch = Batch::load(p, plan, index, lane);
                 }
-            }
-            let work = batch.get(in_batch);
-            let mut id = p.num_pages;
-            for i in 0..MAX_BOXES {
-                let candidate = from_lane_u32(first_pages[i], in_batch);
-                id = if i as u32 == box_index && box_row < work.token_count { candidate } else { id };
-            }
-            let mut in_page = 0;
-            let mut ids = 0;
-            if work.token_count > TILE_KEYS {
-                ids = page_id(p, plan, &work, lane);
+                next_work = batch.get(in_batch);
+                next_window = PageWindow::load(p, plan, &next_work, 0, lane);
             }
             let mut token = 0;
-            loop {
-                for tensor in 0..2 {
-                    let (map, empty, full, tile) = if tensor == 0 {
-                        (maps.0, smem.k_empty(ring.stage), smem.k_full(ring.stage), smem.k(ring.stage))
-                    } else {
-                        (maps.1, smem.v_empty(ring.stage), smem.v_full(ring.stage), smem.v(ring.stage))
-                    };
-                    mbarrier::wait(empty, ring.phase);
-                    if lane == 0 {
-                        mbarrier::arrive_expect_bytes(full, Smem::<HEAD_DIM>::TILE_BYTES);
-                    }
-                    sync_warp();
-                    if issues {
-                        tma::load_4d(tile + box_offset, map, [block * 64, in_page, work.kv_head, id], full);
-                    }
+            while token < work.token_count {
+                let tile_page = p.page_size.divide(token);
+                if tile_page & 31 == 0 && token & page_mask == 0 && token > 0 {
+                    window = PageWindow::load(p, plan, &work, tile_page, lane);
+                }
+                let (page, in_page) = p.page_size.divide_remainder(token + box_row);
+                let id = from_lane_u32(window.lane_id, page & 31);
+                let id = if token + box_row < work.token_count { id } else { p.num_pages };
+                let mask = window.key_mask(p, &work, token + (lane & 3) * KeyMask::KEYS);
+
+                mbarrier::wait(smem.k_empty(ring.stage), ring.phase);
+                if lane < TILE_KEYS / KeyMask::KEYS {
+                    store_shared_u32(smem.masks(ring.stage) + lane * 4, mask.0);
+                }
+                sync_warp();
+                let (tile, full) = (smem.k(ring.stage), smem.k_full(ring.stage));
+                if lane == 0 {
+                    mbarrier::arrive_expect_bytes(full, Smem::<HEAD_DIM>::TILE_BYTES);
+                }
+                if issues {
+                    tma::load_4d(tile + box_offset, maps.0, [block * 64, in_page, work.kv_head, id], full);
+                }
+                mbarrier::wait(smem.v_empty(ring.stage), ring.phase);
+                let (tile, full) = (smem.v(ring.stage), smem.v_full(ring.stage));
+                if lane == 0 {
+                    mbarrier::arrive_expect_bytes(full, Smem::<HEAD_DIM>::TILE_BYTES);
+                }
+                sync_warp();
+                if issues {
+                    tma::load_4d(tile + box_offset, maps.1, [block * 64, in_page, work.kv_head, id], full);
                 }
                 ring.advance();
                 token += TILE_KEYS;
-                if token >= work.token_count {
-                    break;
-                }
-                // Later tiles: page ids 32 at a time.
-                let tile_page = p.page_size.divide(token);
-                if tile_page & 31 == 0 && token & page_mask == 0 {
-                    ids = page_id(p, plan, &work, tile_page + lane);
-                }
-                let (page, offset) = p.page_size.divide_remainder(token + box_row);
-                id = from_lane_u32(ids, page & 31);
-                id = if token + box_row < work.token_count { id } else { p.num_pages };
-                in_page = offset;
             }
         }
-        index += cta_count();
-        in_batch += 1;
     }
 }
 
@@ -360,8 +418,7 @@ unsafe fn produce_q<const HEAD_DIM: u32>(p: &ForwardParams, plan: PlanView, smem
             let work = batch.get(in_batch);
             // Rows of one query, a leaf's case, need no further load.
             let first_sequence = from_lane_u32(lane_sequence, in_batch);
-            let (_, first_head) = p.group.divide_remainder(work.row_begin);
-            let one_query = first_head + work.row_count <= p.group.divisor;
+            let one_query = work.row_count <= p.group.divisor;
             let mut sequences = [first_sequence; 2];
             if !one_query {
                 sequences = [lane, lane + 32].map(|row| request_global_u32(work.query_address(p, plan, row).0));
@@ -402,7 +459,7 @@ unsafe fn copy_q<const HEAD_DIM: u32>(
         let (low, high) = (from_lane_u32(sequences[0], row & 31), from_lane_u32(sequences[1], row & 31));
         if row < work.row_count {
             let sequence = if row < 32 { low } else { high };
-            let (_, head) = p.group.divide_remainder(work.row_begin + row);
+            let (_, head) = p.group.divide_remainder(row);
             let head = work.kv_head * p.group.divisor + head;
             let source = strided(p.q, sequence, p.q_sequence_stride, head, p.q_head_stride) + chunk as u64 * 16;
             // SAFETY: the row is one of the item's; Q rows are 16-byte aligned (checked by the host).
@@ -479,10 +536,12 @@ unsafe fn consume<E: Element, const HEAD_DIM: u32, const Q_REGS: usize, const O_
             // Scores of the first tile; in the loop, the scores of a tile are computed while the values of the tile
             // before it are accumulated.
             mbarrier::wait(smem.k_full(ring.stage), ring.phase);
+            let masks = load_masks(smem, ring.stage);
             <(E, HeadDim<HEAD_DIM>)>::scores(&mut s, &q, smem.k(ring.stage));
             wgmma::wait_scores::<0>(&mut s);
             release(smem.k_empty(ring.stage), lane);
-            mask_scores(&mut s, work.token_count, lane);
+            mask_scores(&mut s, masks, rows, lane);
+            let mut ends = values_ends(masks);
             softmax.update(&mut s);
             pack_weights::<E>(&s, &mut weights);
             let mut previous = ring;
@@ -490,12 +549,18 @@ unsafe fn consume<E: Element, const HEAD_DIM: u32, const Q_REGS: usize, const O_
             let mut token = TILE_KEYS;
             while token < work.token_count {
                 mbarrier::wait(smem.k_full(ring.stage), ring.phase);
+                let masks = load_masks(smem, ring.stage);
+                if ends != ALL_VALUES {
+                    mbarrier::wait(smem.v_full(previous.stage), previous.phase);
+                    zero_values::<HEAD_DIM>(smem.v(previous.stage), ends, thread);
+                }
                 <(E, HeadDim<HEAD_DIM>)>::scores(&mut s, &q, smem.k(ring.stage));
                 mbarrier::wait(smem.v_full(previous.stage), previous.phase);
                 <(E, HeadDim<HEAD_DIM>)>::accumulate(&mut o, &weights, smem.v(previous.stage));
                 wgmma::wait_scores::<1>(&mut s);
                 release(smem.k_empty(ring.stage), lane);
-                mask_scores(&mut s, work.token_count - token, lane);
+                mask_scores(&mut s, masks, rows, lane);
+                ends = values_ends(masks);
                 let correction = softmax.update(&mut s);
                 <(E, HeadDim<HEAD_DIM>)>::wait_output(&mut o, &mut weights);
                 release(smem.v_empty(previous.stage), lane);
@@ -508,7 +573,9 @@ unsafe fn consume<E: Element, const HEAD_DIM: u32, const Q_REGS: usize, const O_
                 token += TILE_KEYS;
             }
             mbarrier::wait(smem.v_full(previous.stage), previous.phase);
-            zero_values_past::<HEAD_DIM>(p, smem.v(previous.stage), work.token_count + TILE_KEYS - token, thread);
+            if ends != ALL_VALUES {
+                zero_values::<HEAD_DIM>(smem.v(previous.stage), ends, thread);
+            }
             <(E, HeadDim<HEAD_DIM>)>::accumulate(&mut o, &weights, smem.v(previous.stage));
             <(E, HeadDim<HEAD_DIM>)>::wait_output(&mut o, &mut weights);
             release(smem.v_empty(previous.stage), lane);
@@ -520,7 +587,7 @@ unsafe fn consume<E: Element, const HEAD_DIM: u32, const Q_REGS: usize, const O_
                 }
                 let [sequence, slot] = destinations[half];
                 let (_, head) = work.query_address(p, plan, rows[half]);
-                let row = Row::new(p, sequence, head, slot, work.slot_offset);
+                let row = Row::new(p, sequence, head, slot);
                 let inverse = math::reciprocal(sums[half]);
                 for i in 0..O_REGS / 4 {
                     let pair = [o[4 * i + 2 * half] * inverse, o[4 * i + 2 * half + 1] * inverse];
@@ -546,36 +613,62 @@ unsafe fn release(empty: u32, lane: u32) {
     }
 }
 
-/// Sets the scores of keys from `valid` on to -inf; at least one key is valid.
+/// The masks of a tile.
+///
+/// # Safety
+/// The stage's K has arrived.
 #[inline(always)]
-fn mask_scores(s: &mut [f32; 32], valid: u32, lane: u32) {
-    if valid < TILE_KEYS {
-        for i in 0..32 {
-            if (i >> 2) * 8 + (lane & 3) * 2 + (i & 1) >= valid {
-                s[i as usize] = f32::NEG_INFINITY;
+unsafe fn load_masks<const HEAD_DIM: u32>(smem: Smem<HEAD_DIM>, stage: u32) -> [KeyMask; 4] {
+    // SAFETY: the producer wrote them before its arrival on the K barrier.
+    unsafe { load_shared_u32x4(smem.masks(stage)) }.map(KeyMask)
+}
+
+/// Sets the scores of keys that a row does not attend to to -inf.
+#[inline(always)]
+fn mask_scores(s: &mut [f32; 32], masks: [KeyMask; 4], rows: [u32; 2], lane: u32) {
+    if masks.iter().all(|mask| mask.0 == KeyMask::FULL) {
+        return;
+    }
+    for step in 0..4 {
+        for half in 0..2 {
+            let limit = masks[step].limit(rows[half]);
+            for i in 0..4 {
+                let key = (i as u32 >> 1) * 8 + (lane & 3) * 2 + (i as u32 & 1);
+                if key >= limit {
+                    s[8 * step + (i >> 1) * 4 + 2 * half + (i & 1)] = f32::NEG_INFINITY;
+                }
             }
         }
     }
 }
 
-/// Zeroes the V rows behind the chunk's last token: the pool may hold NaN there, and 0 * NaN is NaN. Rows from the next
-/// page on are zeros already (their boxes lie outside the pool).
+/// [`values_ends`] of a tile all of whose values may be used.
+const ALL_VALUES: u32 = KeyMask::KEYS * 0x0101_0101;
+
+/// [`KeyMask::values_end`] of the four masks, a byte each.
+#[inline(always)]
+fn values_ends(masks: [KeyMask; 4]) -> u32 {
+    let mut ends = 0;
+    for (i, mask) in masks.into_iter().enumerate() {
+        ends |= mask.values_end() << (8 * i);
+    }
+    ends
+}
+
+/// Zeroes the V rows that [`values_ends`] leaves out.
 ///
 /// # Safety
 /// All consumers; the V tile is complete.
 #[inline(always)]
-unsafe fn zero_values_past<const HEAD_DIM: u32>(p: &ForwardParams, tile: u32, valid: u32, thread: u32) {
-    // Page sizes are powers of two here.
-    let last_in_page = p.page_size.divisor - 1;
-    let end = if last_in_page < TILE_KEYS { (valid + last_in_page) & !last_in_page } else { TILE_KEYS };
-    if valid == end {
-        return;
-    }
+unsafe fn zero_values<const HEAD_DIM: u32>(tile: u32, ends: u32, thread: u32) {
     let chunks_per_row = HEAD_DIM / 8;
-    let mut row = valid + thread / chunks_per_row;
-    while row < end {
-        // SAFETY: the row lies in the tile.
-        unsafe { store_shared_u32x4(tile + tile_offset(row, thread % chunks_per_row), [0; 4]) };
+    let mut row = thread / chunks_per_row;
+    while row < TILE_KEYS {
+        let end = ends >> (row / KeyMask::KEYS * 8) & 0xff;
+        if row % KeyMask::KEYS >= end {
+            // SAFETY: the row lies in the tile.
+            unsafe { store_shared_u32x4(tile + tile_offset(row, thread % chunks_per_row), [0; 4]) };
+        }
         row += 128 / chunks_per_row;
     }
     mbarrier::fence_async_proxy();
@@ -607,12 +700,14 @@ impl OnlineSoftmax {
             maximum = math::max(maximum, xor_f32(maximum, 1));
             maximum = math::max(maximum, xor_f32(maximum, 2));
             let maximum = math::max(self.maxima[half], maximum * self.scale_log2);
-            correction[half] = math::exp2(self.maxima[half] - maximum);
+            // A row that attends to nothing so far weighs 0, not NaN.
+            let reference = subtrahend(maximum);
+            correction[half] = math::exp2(self.maxima[half] - reference);
             self.maxima[half] = maximum;
             let mut sum = 0f32;
             for i in 0..8 {
                 for e in 0..2 {
-                    let weight = math::exp2(math::fma(s[4 * i + 2 * half + e], self.scale_log2, -maximum));
+                    let weight = math::exp2(math::fma(s[4 * i + 2 * half + e], self.scale_log2, -reference));
                     s[4 * i + 2 * half + e] = weight;
                     sum += weight;
                 }

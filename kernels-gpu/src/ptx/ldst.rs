@@ -231,3 +231,57 @@ pub unsafe fn store_shared_u32x4(address: u32, values: [u32; 4]) {
             options(nostack, preserves_flags));
     }
 }
+
+/// `st.shared.u16` (sm_20).
+///
+/// # Safety
+/// `address` is a multiple of 2 inside the CTA's shared memory, and no other thread accesses it unsynchronised.
+#[inline(always)]
+pub unsafe fn store_shared_u16(address: u32, value: u16) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("st.shared.u16 [{0}], {1};", in(reg32) address, in(reg16) value, options(nostack, preserves_flags));
+    }
+}
+
+/// `st.shared.u32` (sm_20).
+///
+/// # Safety
+/// `address` is a multiple of 4 inside the CTA's shared memory, and no other thread accesses it unsynchronised.
+#[inline(always)]
+pub unsafe fn store_shared_u32(address: u32, value: u32) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("st.shared.u32 [{0}], {1};", in(reg32) address, in(reg32) value, options(nostack, preserves_flags));
+    }
+}
+
+/// `ld.shared.u32` (sm_20).
+///
+/// # Safety
+/// `address` is a multiple of 4 inside the CTA's shared memory, and its writers are ordered before by a barrier.
+#[inline(always)]
+pub unsafe fn load_shared_u32(address: u32) -> u32 {
+    let value;
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("ld.shared.u32 {0}, [{1}];", out(reg32) value, in(reg32) address, options(nostack, preserves_flags));
+    }
+    value
+}
+
+/// `ld.shared.v4.u32` (sm_20).
+///
+/// # Safety
+/// `address` is a multiple of 16 inside the CTA's shared memory, and its writers are ordered before by a barrier.
+#[inline(always)]
+pub unsafe fn load_shared_u32x4(address: u32) -> [u32; 4] {
+    let (a, b, c, d);
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("ld.shared.v4.u32 {{{0}, {1}, {2}, {3}}}, [{4}];",
+            out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d, in(reg32) address,
+            options(nostack, preserves_flags));
+    }
+    [a, b, c, d]
+}

@@ -5,7 +5,7 @@ use pat_abi::layout::{key_matrix_row, key_matrix_step, swizzled_chunk, value_mat
 
 use crate::element::Element;
 use crate::item::Item;
-use crate::ptx::ldst::load_global_u32;
+use crate::ptx::ldst::{load_global_u32, load_shared_u32};
 use crate::ptx::mma::{ldmatrix_x4, ldmatrix_x4_transposed};
 
 /// f32 tile of 16 rows and `16 * STEPS` columns: `[step][half][e]` of lane l is row `l/4 + 8*(e/2)`, column
@@ -84,6 +84,35 @@ pub fn mask<const KEY_STEPS: usize>(s: &mut Accumulator<KEY_STEPS>, valid: u32, 
             for e in 0..4 {
                 let key = (16 * step + 8 * half + e % 2) as u32 + 2 * (lane % 4);
                 if key >= valid {
+                    s[step][half][e] = f32::NEG_INFINITY;
+                }
+            }
+        }
+    }
+}
+
+/// Sets the scores of keys that a row does not attend to to −inf. `ranges` is the shared-memory address of the first key's
+/// row range, 16 bits per key ([`crate::tile::gather::Token::store_rows`]); the tile's first row is `first_row`.
+///
+/// # Safety
+/// The ranges of `16 * KEY_STEPS` keys are there and ordered before.
+#[inline(always)]
+pub unsafe fn mask_rows<const KEY_STEPS: usize>(
+    s: &mut Accumulator<KEY_STEPS>,
+    ranges: u32,
+    first_row: u32,
+    lane: u32,
+) {
+    for step in 0..KEY_STEPS {
+        for half in 0..2 {
+            let key = (16 * step + 8 * half) as u32 + 2 * (lane % 4);
+            // SAFETY: the caller's contract; `key` is even.
+            let pair = unsafe { load_shared_u32(ranges + 2 * key) };
+            for e in 0..4 {
+                let range = pair >> (16 * (e as u32 % 2)) & 0xffff;
+                let (begin, end) = (range & 0xff, range >> 8);
+                let row = first_row + lane / 4 + 8 * (e as u32 / 2);
+                if row < begin || row >= end {
                     s[step][half][e] = f32::NEG_INFINITY;
                 }
             }

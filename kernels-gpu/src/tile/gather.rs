@@ -1,11 +1,11 @@
 //! Gathering scattered KV rows into a swizzled shared-memory tile.
 
 use pat_abi::layout::swizzled_chunk;
-use pat_abi::{FastDivisor, ForwardParams};
+use pat_abi::{FastDivisor, ForwardParams, PageMask};
 
 use crate::item::Item;
 use crate::ptx::cp_async::copy_16_bytes;
-use crate::ptx::ldst::load_global_u32;
+use crate::ptx::ldst::{load_global_u32, store_shared_u16};
 use crate::ptx::shuffle;
 
 /// Where one KV head of K or V lies in its pool.
@@ -32,15 +32,20 @@ impl Pool {
     }
 }
 
-/// The place of the token that this lane resolves for its warp.
+/// The token that this lane resolves for its warp.
 #[derive(Clone, Copy)]
 pub struct Token {
     page_id: u32,
     in_page: u32,
+    /// Rows that attend to it: the first, and in bits 8..16 the end; 0 (none) where there is no token.
+    rows: u32,
 }
 
 impl Token {
-    /// Looks up token `token` of the item; past its end nothing is read and the place is unspecified.
+    /// All rows.
+    const ALL_ROWS: u32 = 0xff00;
+
+    /// Looks up token `token` of the item's stream; past its end nothing is read, and no row attends.
     /// Issued a step before the copies that need it, the load of the page id is off the critical path.
     ///
     /// # Safety
@@ -48,13 +53,31 @@ impl Token {
     #[inline(always)]
     pub unsafe fn locate(item: &Item, page_size: FastDivisor, token: u32) -> Self {
         let (page, in_page) = page_size.divide_remainder(token);
-        let page_id = if token < item.token_count {
-            // SAFETY: the item spans `ceil(token_count / page_size)` page ids.
-            unsafe { load_global_u32(item.page_ids + page as u64 * 4) }
-        } else {
-            0
-        };
-        Self { page_id, in_page }
+        if token >= item.token_count {
+            return Self { page_id: 0, in_page, rows: 0 };
+        }
+        // SAFETY: the item spans `ceil(token_count / page_size)` page ids, and as many masks where it has any.
+        let page_id = unsafe { load_global_u32(item.page_ids + page as u64 * 4) };
+        let mut rows = Self::ALL_ROWS;
+        if item.masks != 0 {
+            // SAFETY: as above.
+            let mask = PageMask(unsafe { load_global_u32(item.masks + page as u64 * 4) });
+            rows = if in_page < mask.tokens() { mask.0 & 0xffff } else { 0 };
+        }
+        Self { page_id, in_page, rows }
+    }
+
+    /// Writes which rows attend to the token to `ranges`, 16 bits per tile row, for [`crate::tile::fragment::mask_rows`].
+    /// `row` is the tile row, below `end` for the lanes whose token the warp gathers.
+    ///
+    /// # Safety
+    /// The lane's entry is free.
+    #[inline(always)]
+    pub unsafe fn store_rows(self, ranges: u32, row: u32, end: u32) {
+        if row < end {
+            // SAFETY: the caller's contract.
+            unsafe { store_shared_u16(ranges + 2 * row, self.rows as u16) };
+        }
     }
 }
 
@@ -70,18 +93,17 @@ pub const fn row_of_lane<const HEAD_STEPS: usize>(lane: u32) -> u32 {
 
 /// Starts copying `ROWS` (at most 32) tokens into rows `first_row ..` (a multiple of 8) of the tile at `tile`, as rows of
 /// `32 * HEAD_STEPS` bytes with swizzled 16-byte chunks. Every lane has located the token of row [`row_of_lane`]. Tokens
-/// from `valid` on are zero-filled and not read: the pool may hold NaN there, and 0 * NaN would survive in P V.
+/// that no row attends to are zero-filled and not read: the pool may hold NaN there, and 0 * NaN would survive in P V.
 /// Convergent.
 ///
 /// # Safety
-/// The tile is free, and the tokens below `valid` have been located.
+/// The tile is free, and the tokens have been located.
 #[inline(always)]
 pub unsafe fn gather<const HEAD_STEPS: usize, const ROWS: u32>(
     tile: u32,
     first_row: u32,
     pool: Pool,
     token: Token,
-    valid: u32,
     lane: u32,
 ) {
     const { assert!(HEAD_STEPS == 4 || HEAD_STEPS == 8) };
@@ -92,18 +114,20 @@ pub unsafe fn gather<const HEAD_STEPS: usize, const ROWS: u32>(
         .base
         .wrapping_add((token.page_id as i64).wrapping_mul(pool.page_stride) as u64)
         .wrapping_add((token.in_page as i64).wrapping_mul(pool.token_stride) as u64);
+    // Rows are 16-byte aligned: the lowest bit of the address is free to say that the row is wanted.
+    let located = located | (token.rows != 0) as u64;
     let lane_tile = tile + (first_row + segment) * chunks * 16;
-    let valid_in_segment = valid as i32 - segment as i32;
     for i in 0..ROWS / rows_per_copy {
         let row = i * rows_per_copy + segment;
-        let row_address = if HEAD_STEPS == 8 {
+        let tagged_address = if HEAD_STEPS == 8 {
             shuffle::from_segment_u64::<16>(located, i)
         } else {
             shuffle::from_segment_u64::<8>(located, i)
         };
         let destination = lane_tile + swizzled_chunk(row % 8, chunk) * 16 + i * 512;
-        let bytes = if ((i * rows_per_copy) as i32) < valid_in_segment { 16 } else { 0 };
+        let wanted = tagged_address & 1;
+        let row_address = tagged_address - wanted;
         // SAFETY: the caller's contract; pool addresses and strides are multiples of 16 bytes.
-        unsafe { copy_16_bytes(destination, row_address.wrapping_add(chunk as u64 * 16), bytes) };
+        unsafe { copy_16_bytes(destination, row_address.wrapping_add(chunk as u64 * 16), wanted as u32 * 16) };
     }
 }
