@@ -121,7 +121,7 @@ impl Shape {
 /// How to plan.
 #[derive(clap::Args, Clone, Debug)]
 pub(crate) struct Planning {
-    /// auto, flat, per-node, or fixed-chunk=TOKENS.
+    /// auto, flat, per-node, packed, or fixed-chunk=TOKENS.
     #[arg(long, default_value = "auto")]
     mode: String,
     #[arg(long, value_delimiter = ',', value_name = "NAME,...", help = format!("Only these tile variants: {}", variant_names()))]
@@ -139,6 +139,7 @@ impl Planning {
             "auto" => PlanMode::Auto,
             "flat" => PlanMode::Flat,
             "per-node" => PlanMode::PerNode,
+            "packed" => PlanMode::Packed,
             other => {
                 let tokens = other.strip_prefix("fixed-chunk=").and_then(|tokens| tokens.parse().ok());
                 let tokens = tokens.with_context(|| {

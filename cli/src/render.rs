@@ -103,7 +103,11 @@ fn lines(forest: &Forest, tiles: &[RowTile], batch: &DecodeBatch<'_>) -> Vec<Lin
         if let Some(index) = parent {
             let node = &forest.nodes()[index as usize];
             let (tokens, sequences) = (node.page_count() * batch.page_size(), node.sequence_count());
-            let text = format!("[{tokens} tokens x {sequences} sequences] read {} x", readers(node, tiles));
+            let reads = match readers(node, tiles) {
+                1 => "read once".into(),
+                several => format!("read {several} times"),
+            };
+            let text = format!("[{tokens} tokens x {sequences} sequences] {reads}");
             lines.push(Line { depth, text });
         }
         let below = depth + usize::from(parent.is_some());

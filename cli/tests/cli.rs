@@ -80,9 +80,8 @@ fn a_run_reports_in_json() {
 #[test]
 fn every_planning_mode_and_tile_variant_computes_the_same_attention() {
     let base = ["run", "--tree", "1,2,8_32,64,40", "--page-size", "16", "--heads", "8/2", "--device", "cpu", "--json"];
-    let modes = ["auto", "flat", "per-node", "fixed-chunk=32"].map(|mode| ["--mode", mode]);
-    let variants =
-        ["mma16", "mma32", "mma64", "mma128", "wgmma64", "leaf16", "mma16,mma64"].map(|names| ["--variants", names]);
+    let modes = ["auto", "flat", "per-node", "packed", "fixed-chunk=32"].map(|mode| ["--mode", mode]);
+    let variants = ["mma16", "mma32", "mma64", "mma128", "wgmma64", "mma16,mma64"].map(|names| ["--variants", names]);
     for extra in modes.iter().chain(&variants) {
         let report = json(&[&base[..], extra].concat());
         assert_eq!(report["numerics"]["passed"], true, "{extra:?}: {report}");
@@ -106,14 +105,14 @@ fn a_plan_shows_its_forest() {
     // The first line names the profile, and what follows the forest depends on the cost model.
     let forest: Vec<&str> = plan.lines().skip(1).take_while(|line| line.trim_start().starts_with(['[', '3'])).collect();
     insta::assert_snapshot!(forest.join("\n"), @r"
-    [64 tokens x 6 sequences] packed: read once
-      [256 tokens x 3 sequences] packed: read once
+    [64 tokens x 6 sequences] read once
+      [256 tokens x 3 sequences] read once
         3 private runs of 40 tokens
-      [256 tokens x 3 sequences] packed: read once
+      [256 tokens x 3 sequences] read once
         3 private runs of 40 tokens
     ");
     let flat = stdout(&["plan", "--tree", "1,2_64,40", "--page-size", "16", "--mode", "flat"]);
-    assert!(flat.contains("[64 tokens x 2 sequences] folded: read by each below"), "{flat}");
+    assert!(flat.contains("[64 tokens x 2 sequences] read 2 times"), "{flat}");
     let single = stdout(&["plan", "--tree", "1_100"]);
     assert!(single.contains("\n1 private run of 100 tokens\n"), "{single}");
 }

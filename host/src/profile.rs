@@ -130,14 +130,14 @@ impl DeviceProfile {
             compute_capability: H200_DATASHEET.compute_capability,
             sm_count: H200_DATASHEET.sm_count,
             hbm_bytes_per_us: 4.6e6,
-            l2_bytes_per_us: 7.0e6,
+            l2_bytes_per_us: 9.0e6,
             l2_bytes: H200_DATASHEET.l2_bytes,
             mma_flop_per_us: 290e6,
             wgmma_flop_per_us: 540e6,
             launch_us: 4.0,
             merge_us: 3.0,
-            item_latency_us: 2.5,
-            tile_latency_us: 0.5,
+            item_latency_us: 2.0,
+            tile_latency_us: 0.75,
         }
     }
 

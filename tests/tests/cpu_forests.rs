@@ -11,8 +11,14 @@ use rayon::prelude::*;
 
 const FORESTS: u64 = 200;
 
-fn modes(page_size: u32) -> [PlanMode; 4] {
-    [PlanMode::Auto, PlanMode::Flat, PlanMode::PerNode, PlanMode::FixedChunk { tokens: 2 * page_size }]
+fn modes(page_size: u32) -> [PlanMode; 5] {
+    [
+        PlanMode::Auto,
+        PlanMode::Flat,
+        PlanMode::PerNode,
+        PlanMode::Packed,
+        PlanMode::FixedChunk { tokens: 2 * page_size },
+    ]
 }
 
 fn options(mode: PlanMode) -> PlanOptions {

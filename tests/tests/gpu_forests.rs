@@ -25,8 +25,8 @@ fn run_forest<T: Element>(engine: &Engine, case: &Case, index: u64) -> Vec<TileV
     let profile = engine.profile().unwrap();
     let rows = case.batch.rows();
     let view = case.batch.view(&rows).unwrap();
-    let modes =
-        [PlanMode::Auto, PlanMode::PerNode, PlanMode::Flat, PlanMode::FixedChunk { tokens: 2 * case.batch.page_size }];
+    let chunk = PlanMode::FixedChunk { tokens: 2 * case.batch.page_size };
+    let modes = [PlanMode::Auto, PlanMode::Packed, PlanMode::PerNode, PlanMode::Flat, chunk];
     let mode = modes[index as usize % modes.len()];
     let variants = profile.variants(case.batch.page_size);
     for &variant in &variants {

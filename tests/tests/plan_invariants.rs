@@ -53,8 +53,7 @@ type Piece = (u32, Vec<u32>, u32);
 fn check(plan: &Plan, batch: &OwnedBatch, shape: AttentionShape) {
     let group = shape.group();
     let page_size = batch.page_size;
-    // Tokens by (sequence, head in group), as (page, first token in the sequence) pairs cannot be told from the item, the
-    // pages are compared in order: items of a sequence in slot order must spell its block table.
+    // By (sequence, head in group); together the pieces of a row hold the pages of its block table.
     let mut pieces: HashMap<(u32, u32), Vec<Piece>> = HashMap::new();
     for variant in TileVariant::ALL {
         for item in plan.variant_items(variant) {
@@ -112,8 +111,12 @@ fn check(plan: &Plan, batch: &OwnedBatch, shape: AttentionShape) {
             }
             let tokens: u32 = of_row.iter().map(|piece| piece.2).sum();
             assert_eq!(tokens, length, "sequence {sequence}");
-            let pages: Vec<u32> = of_row.iter().flat_map(|piece| piece.1.clone()).collect();
-            assert_eq!(pages, batch.block_tables[sequence][..length.div_ceil(page_size) as usize]);
+            // An item may hold its runs in any order.
+            let mut pages: Vec<u32> = of_row.iter().flat_map(|piece| piece.1.clone()).collect();
+            let mut expected = batch.block_tables[sequence][..length.div_ceil(page_size) as usize].to_vec();
+            pages.sort_unstable();
+            expected.sort_unstable();
+            assert_eq!(pages, expected);
             // Only the last piece may end inside a page.
             for piece in &of_row[..of_row.len() - 1] {
                 assert_eq!(piece.2 % page_size, 0);
@@ -124,8 +127,14 @@ fn check(plan: &Plan, batch: &OwnedBatch, shape: AttentionShape) {
     assert!(slots_seen.iter().all(|&seen| seen));
 }
 
-fn modes(page_size: u32) -> [PlanMode; 4] {
-    [PlanMode::Auto, PlanMode::Flat, PlanMode::PerNode, PlanMode::FixedChunk { tokens: 4 * page_size }]
+fn modes(page_size: u32) -> [PlanMode; 5] {
+    [
+        PlanMode::Auto,
+        PlanMode::Flat,
+        PlanMode::PerNode,
+        PlanMode::Packed,
+        PlanMode::FixedChunk { tokens: 4 * page_size },
+    ]
 }
 
 #[test]

@@ -43,8 +43,10 @@ impl Emitter<'_> {
         parts.clear();
         scratch.slots.clear();
         scratch.slots.resize(self.batch.sequence_count(), 0);
-        for tile in tiles {
-            self.tile(tile, scratch, parts)?;
+        for (index, tile) in tiles.iter().enumerate() {
+            // Shared pages come from L2 and keep the tensor cores busy, private ones come from DRAM: half of the CTAs
+            // begin with these, half with those.
+            self.tile(tile, index % 2 == 1, scratch, parts)?;
         }
         self.assign_slots(scratch, parts)?;
         for items in &mut parts.items {
@@ -55,8 +57,9 @@ impl Emitter<'_> {
         Ok(())
     }
 
-    /// Walks the stream of a tile in depth-first order: a node, then what lies below it.
-    fn tile(&self, tile: &RowTile, scratch: &mut Scratch, parts: &mut PlanParts) -> Result<()> {
+    /// Walks the stream of a tile in depth-first order: a node, then what lies below it. `leaves_first` turns the runs of
+    /// each item around.
+    fn tile(&self, tile: &RowTile, leaves_first: bool, scratch: &mut Scratch, parts: &mut PlanParts) -> Result<()> {
         let extents = &self.extents[tile.order_begin as usize..tile.order_end as usize];
         let order = &self.forest.order()[tile.order_begin as usize..tile.order_end as usize];
         let count = extents.len() as u32;
@@ -86,20 +89,27 @@ impl Emitter<'_> {
                     room -= split - run.page_begin;
                     run.page_begin = split;
                     if room == 0 || (self.per_node && run.page_begin == run.page_end) {
-                        self.item(order, &mut scratch.runs, &mut scratch.slots, parts)?;
+                        self.item(order, leaves_first, &mut scratch.runs, &mut scratch.slots, parts)?;
                         room = tile.chunk_pages;
                     }
                 }
             }
         }
         if !scratch.runs.is_empty() {
-            self.item(order, &mut scratch.runs, &mut scratch.slots, parts)?;
+            self.item(order, leaves_first, &mut scratch.runs, &mut scratch.slots, parts)?;
         }
         Ok(())
     }
 
     /// Writes one chunk of a stream as an item, and empties `runs`. `order` are the tile's sequences.
-    fn item(&self, order: &[u32], runs: &mut Vec<Run>, partials: &mut [u32], parts: &mut PlanParts) -> Result<()> {
+    fn item(
+        &self,
+        order: &[u32],
+        leaves_first: bool,
+        runs: &mut Vec<Run>,
+        partials: &mut [u32],
+        parts: &mut PlanParts,
+    ) -> Result<()> {
         let (group, page_size) = (self.shape.group(), self.batch.page_size());
         // The readers of the chunk; a tile has at most 128.
         let below = |reader: u32| if reader == 128 { u128::MAX } else { (1u128 << reader) - 1 };
@@ -114,6 +124,10 @@ impl Emitter<'_> {
             }
         }
 
+        let uniform = runs.iter().all(|run| (row(run.reader_begin), row(run.reader_end)) == (0, row_count));
+        if leaves_first && !uniform {
+            runs.reverse();
+        }
         let page_begin = buffer::checked_count("pages", parts.pages.len() as u64)?;
         let mut last_page_tokens = page_size;
         for run in runs.iter() {
@@ -123,7 +137,6 @@ impl Emitter<'_> {
         }
         let page_count = parts.pages.len() as u32 - page_begin;
         let mut token_count = u64::from(page_count) * u64::from(page_size);
-        let uniform = runs.iter().all(|run| (row(run.reader_begin), row(run.reader_end)) == (0, row_count));
         let mut mask_begin = NO_MASKS;
         if uniform {
             // Only a sequence's own last page is partial, so only the last one here can be.

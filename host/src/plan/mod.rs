@@ -44,6 +44,8 @@ pub enum PlanMode {
     Flat,
     /// As many sequences per CTA as its tile has rows, and no item with pages of more than one node (PAT's naive form).
     PerNode,
+    /// As many sequences per CTA as its tile has rows, each CTA along the whole path of its sequences.
+    Packed,
     /// No sharing, and KV split every `tokens` tokens, so that a sequence's bits do not depend on the rest of the batch.
     FixedChunk {
         /// Chunk length, a positive multiple of the page size.
@@ -155,8 +157,8 @@ impl Planner {
             let widest = (most_rows / group).max(1);
             let widths = match self.options.mode {
                 PlanMode::Flat => &[1][..],
-                PlanMode::PerNode => &[widest][..],
-                _ => &[widest, widest.div_ceil(2), widest.div_ceil(4), 1][..],
+                PlanMode::PerNode | PlanMode::Packed => &[widest][..],
+                _ => &[1, widest.div_ceil(4), widest.div_ceil(2), widest][..],
             };
             let mut best: Option<Prediction> = None;
             for (index, &most_sequences) in widths.iter().enumerate() {

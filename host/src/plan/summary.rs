@@ -102,8 +102,8 @@ impl fmt::Display for PlanSummary {
         writeln!(f, "upload           {} bytes", self.upload_bytes)?;
         write!(
             f,
-            "predicted        {:.1} us (launches {:.1} + largest of memory {:.1}, tensor {:.1}, latency {:.1}; merge {:.1})",
-            self.predicted_us, p.launch_us, p.memory_us, p.tensor_us, p.latency_us, p.merge_us
+            "predicted        {:.1} us (launches {:.1}, forward {:.1}, merge {:.1}; memory alone {:.1}, tensor alone {:.1})",
+            self.predicted_us, p.launch_us, p.busy_us, p.merge_us, p.memory_us, p.tensor_us
         )
     }
 }

@@ -48,7 +48,8 @@ impl RowTile {
 pub(super) struct TilingRule {
     /// Most sequences per tile.
     pub(super) most_sequences: u32,
-    /// Pages after which a stream is cut. A tile takes in sequences only while what not all of them share fits a chunk.
+    /// Pages after which a stream is cut. While what not all of a tile's sequences share fits a chunk, the tile takes in
+    /// any sequence; then only those that share more than they add.
     pub(super) chunk_pages: u32,
     /// Cut at exactly this many pages instead of into equal chunks of whole key tiles.
     pub(super) exact: bool,
@@ -87,7 +88,7 @@ pub(super) fn cut(extents: &[Extent], rule: TilingRule, finish: impl Fn(&mut Row
             let next = extents[end];
             let page_count = tile.page_count.saturating_add(next.pages - next.shared);
             let common_pages = tile.common_pages.min(next.shared);
-            if page_count - common_pages > rule.chunk_pages {
+            if page_count - common_pages > rule.chunk_pages && next.shared <= next.pages - next.shared {
                 break;
             }
             end += 1;
