@@ -186,8 +186,7 @@ pub(crate) fn svg(forest: &Forest, tiles: &[RowTile], batch: &DecodeBatch<'_>, t
             && h > 16.0
         {
             let (x, y) = (x + 5.0, y + h.min(40.0) / 2.0 + 5.0);
-            let ink = if fill == FOLDED { "#000" } else { "#fff" };
-            let _ = writeln!(svg, "<text x=\"{x:.1}\" y=\"{y:.1}\" fill=\"{ink}\">{label}</text>");
+            let _ = writeln!(svg, "<text x=\"{x:.1}\" y=\"{y:.1}\" fill=\"#fff\">{label}</text>");
         }
     };
     for node in forest.nodes() {

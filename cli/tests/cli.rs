@@ -105,7 +105,7 @@ fn a_plan_shows_its_forest() {
     // The first line names the profile, and what follows the forest depends on the cost model.
     let forest: Vec<&str> = plan.lines().skip(1).take_while(|line| line.trim_start().starts_with(['[', '3'])).collect();
     insta::assert_snapshot!(forest.join("\n"), @r"
-    [64 tokens x 6 sequences] read once
+    [64 tokens x 6 sequences] read 2 times
       [256 tokens x 3 sequences] read once
         3 private runs of 40 tokens
       [256 tokens x 3 sequences] read once
