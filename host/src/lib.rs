@@ -73,7 +73,11 @@ pub use plan::{Plan, PlanOptions, Planner};
 pub use profile::DeviceProfile;
 pub use shape::AttentionShape;
 
-/// Compiles and runs the Rust snippets of the README.
+/// Compiles and runs the Rust snippets of the README and the guide.
 #[cfg(doctest)]
-#[doc = include_str!("../../README.md")]
-struct Readme;
+mod documents {
+    #[doc = include_str!("../../README.md")]
+    struct Readme;
+    #[doc = include_str!("../../docs/guide.md")]
+    struct Guide;
+}
