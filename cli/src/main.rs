@@ -28,7 +28,7 @@ enum Command {
   pat run --trace conversation.jsonl --batch 128 --at-step 100
   pat run --batch batch.json --device cuda")]
     Run(run::Args),
-    /// Show the prefix forest of a batch and what is packed.
+    /// Show the prefix forest of a batch, how often each part of it is read, and the predicted time.
     Plan(plan::Args),
     /// Measure on a CUDA device.
     #[command(subcommand)]

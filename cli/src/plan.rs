@@ -1,4 +1,4 @@
-//! `pat plan`: the forest and the packs, for people, machines and pictures.
+//! `pat plan`: the forest and the row tiles, for people, machines and pictures.
 
 use crate::options::{Planning, Shape, Source};
 use crate::render;

@@ -204,7 +204,7 @@ pub(crate) fn svg(forest: &Forest, tiles: &[RowTile], batch: &DecodeBatch<'_>, t
         let y = TOP + f64::from(tile.order_begin) * sy;
         let _ = writeln!(
             svg,
-            "<line x1=\"{LEFT}\" y1=\"{y:.2}\" x2=\"{:.2}\" y2=\"{y:.2}\" stroke=\"{BOUNDARY}\" stroke-width=\"0.7\"/>",
+            "<line x1=\"{LEFT}\" y1=\"{y:.2}\" x2=\"{:.2}\" y2=\"{y:.2}\" stroke=\"{BOUNDARY}\" stroke-width=\"1.5\"/>",
             WIDTH - LEFT
         );
     }

@@ -1,6 +1,6 @@
 //! Prefix-aware decode attention over a paged KV cache.
 //!
-//! Data flows one way: [`DecodeBatch`] -> prefix forest -> packs -> [`Plan`] -> launch -> merge -> output. The planner
+//! Data flows one way: [`DecodeBatch`] -> prefix forest -> row tiles -> [`Plan`] -> launch -> merge -> output. The planner
 //! ([`plan`]) is a pure function and knows no CUDA type; [`cpu`] and [`cuda`] execute the same plan.
 //!
 //! The operation, for sequence `b` of `L_b` tokens, query head `h` and KV head `g = h / (q_heads / kv_heads)`:
