@@ -35,7 +35,8 @@ section() {
         tests_like 'gpu_smoke'
         ;;
     forests) tests_like 'gpu_forests' ;;
-    grid) tests_like 'gpu_grid' ;;
+    # Verified before they are timed; a run that was cut off goes on where it stopped.
+    grid) step grid ./pat bench kernels --device cuda --output grid.json --resume ;;
     sanitizer)
         if ! command -v compute-sanitizer >/dev/null; then
             echo "== sanitizer: skipped, compute-sanitizer is not on the PATH"
