@@ -159,6 +159,11 @@ impl Forest {
         &self.order
     }
 
+    /// Pages, from its first on, that a sequence shares with others.
+    pub fn shared_pages(&self, sequence: u32) -> u32 {
+        self.innermost(sequence).map_or(0, |node| self.nodes[node as usize].page_end)
+    }
+
     /// The deepest node of a sequence.
     pub fn innermost(&self, sequence: u32) -> Option<u32> {
         self.innermost[sequence as usize]

@@ -9,6 +9,7 @@ pub mod cost;
 mod emit;
 pub mod forest;
 mod generation;
+mod snapshot;
 mod summary;
 pub mod tiling;
 

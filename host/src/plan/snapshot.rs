@@ -1,0 +1,241 @@
+//! What the batch of the former step looked like, and how much of the plan a new step leaves valid.
+
+use super::forest::Forest;
+use crate::{DecodeBatch, Error, Result};
+
+/// What a step has changed, from least to most.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Change {
+    /// Nothing.
+    Nothing,
+    /// Lengths, within the last pages.
+    Lengths,
+    /// Private pages: more, fewer or other ones. Who shares what with whom is as before.
+    Pages,
+    /// Anything else: rows, sharing, the pool.
+    Forest,
+}
+
+/// Block tables and lengths as they were planned last.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Snapshot {
+    page_size: u32,
+    num_pages: u32,
+    rows: Vec<Row>,
+    /// Page ids; each row has room to grow behind its own.
+    ids: Vec<u32>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Row {
+    /// First of its entries in `ids`.
+    begin: usize,
+    /// Entries there.
+    capacity: u32,
+    /// Pages in use.
+    pages: u32,
+    length: u32,
+    /// Pages it shares with other sequences.
+    shared_pages: u32,
+}
+
+impl Row {
+    /// Whether it has no full page of its own: it ends at its innermost node.
+    fn ends_at_node(self, length: u32, page_size: u32) -> bool {
+        u64::from(length) < (u64::from(self.shared_pages) + 1) * u64::from(page_size)
+    }
+
+    /// What becoming `length` tokens in `pages` pages changes if the entries up to `agreeing` stay what they were.
+    fn change(self, length: u32, pages: u32, agreeing: u32, page_size: u32) -> Change {
+        let ends_here = self.ends_at_node(self.length, page_size);
+        // The first private page, if full, is what tells the row from those it shares the pages before with.
+        let deciding = if ends_here { self.shared_pages } else { self.shared_pages + 1 };
+        if (self.length == 0) != (length == 0)
+            || u64::from(length) < u64::from(self.shared_pages) * u64::from(page_size)
+            || ends_here != self.ends_at_node(length, page_size)
+            || agreeing < deciding
+        {
+            Change::Forest
+        } else if pages != self.pages || agreeing < pages {
+            Change::Pages
+        } else if length != self.length {
+            Change::Lengths
+        } else {
+            Change::Nothing
+        }
+    }
+}
+
+impl Snapshot {
+    /// Room for more pages of each row, in entries: rows move when one has outgrown its own.
+    const SLACK: u32 = 8;
+
+    /// Keeps `batch`, whose forest is `forest`.
+    pub(super) fn take(&mut self, batch: &DecodeBatch<'_>, forest: &Forest) {
+        self.page_size = batch.page_size();
+        self.num_pages = batch.num_pages();
+        self.rows.clear();
+        self.ids.clear();
+        for sequence in 0..batch.sequence_count() {
+            let pages = batch.pages(sequence);
+            let begin = self.ids.len();
+            let capacity = pages.len() as u32 + Self::SLACK;
+            self.ids.extend_from_slice(pages);
+            self.ids.resize(begin + capacity as usize, 0);
+            self.rows.push(Row {
+                begin,
+                capacity,
+                pages: pages.len() as u32,
+                length: batch.length(sequence),
+                shared_pages: forest.shared_pages(sequence as u32),
+            });
+        }
+    }
+
+    /// Says what `batch` changes. `changed_rows` are the rows whose entries in use may have changed, `None` for all. Unless
+    /// the answer is [`Change::Forest`], the snapshot is that of `batch` on return; else it must be taken anew.
+    ///
+    /// # Errors
+    /// A changed row is not in the batch; the snapshot is as before.
+    pub(super) fn update(&mut self, batch: &DecodeBatch<'_>, changed_rows: Option<&[u32]>) -> Result<Change> {
+        if let Some(&row) = changed_rows.into_iter().flatten().find(|&&row| row as usize >= batch.sequence_count()) {
+            let expected = format!("rows of the batch, below {}", batch.sequence_count());
+            return Err(Error::invalid("changed_rows", row, expected));
+        }
+        let same_pool = self.page_size == batch.page_size() && self.num_pages == batch.num_pages();
+        if !same_pool || self.rows.len() != batch.sequence_count() {
+            return Ok(Change::Forest);
+        }
+        let mut change = Change::Nothing;
+        match changed_rows {
+            None => (0..self.rows.len()).for_each(|row| change = change.max(self.compare_entries(batch, row))),
+            Some(rows) => rows.iter().for_each(|&row| change = change.max(self.compare_entries(batch, row as usize))),
+        }
+        if change < Change::Forest {
+            change = change.max(self.compare_lengths(batch));
+        }
+        Ok(change)
+    }
+
+    /// Compares the entries that were in use and still are, and takes over those that differ.
+    fn compare_entries(&mut self, batch: &DecodeBatch<'_>, index: usize) -> Change {
+        let row = self.rows[index];
+        let new = batch.pages(index);
+        let common = new.len().min(row.pages as usize);
+        let old = &mut self.ids[row.begin..][..common];
+        if old == &new[..common] {
+            return Change::Nothing;
+        }
+        let agreeing = old.iter().zip(new).take_while(|(old, new)| old == new).count();
+        old.copy_from_slice(&new[..common]);
+        row.change(batch.length(index), new.len() as u32, agreeing as u32, self.page_size)
+    }
+
+    /// Compares lengths, and takes over what rows have grown or shrunk by.
+    fn compare_lengths(&mut self, batch: &DecodeBatch<'_>) -> Change {
+        let page_size = self.page_size;
+        let mut change = Change::Nothing;
+        for (index, row) in self.rows.iter_mut().enumerate() {
+            let length = batch.length(index);
+            if length == row.length {
+                continue;
+            }
+            let new = batch.pages(index);
+            let pages = new.len() as u32;
+            // Entries that were not in use before are other pages, not other contents.
+            change = change.max(row.change(length, pages, row.pages.min(pages), page_size));
+            if pages > row.capacity {
+                // It has outgrown its room: take everything anew.
+                return Change::Forest;
+            }
+            if pages > row.pages {
+                let appended = row.pages as usize..pages as usize;
+                self.ids[row.begin..][appended.clone()].copy_from_slice(&new[appended]);
+            }
+            (row.length, row.pages) = (length, pages);
+        }
+        change
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PAGE: u32 = 16;
+
+    /// What a step from one batch to another changes, without a hint.
+    fn change(before: (&[&[u32]], &[u32]), after: (&[&[u32]], &[u32])) -> Change {
+        let batch = |(tables, lengths)| DecodeBatch::from_block_tables(tables, lengths, PAGE, 100).unwrap();
+        let before = batch(before);
+        let mut forest = Forest::default();
+        forest.build(&before);
+        let mut snapshot = Snapshot::default();
+        snapshot.take(&before, &forest);
+        snapshot.update(&batch(after), None).unwrap()
+    }
+
+    #[test]
+    fn steps_are_told_apart() {
+        // Two rows share pages 1 and 2; the first then has two pages of its own, the second a partial one.
+        let tables: &[&[u32]] = &[&[1, 2, 3, 4], &[1, 2, 5]];
+        let from = |after: (&[&[u32]], &[u32])| change((tables, &[63, 40]), after);
+        assert_eq!(from((tables, &[63, 40])), Change::Nothing);
+        assert_eq!(from((tables, &[63, 41])), Change::Lengths);
+        // The last page fills up; it is not the first private one.
+        assert_eq!(from((tables, &[64, 40])), Change::Lengths);
+        assert_eq!(from((&[&[1, 2, 3, 4, 6], &[1, 2, 5]], &[65, 40])), Change::Pages);
+        assert_eq!(from((tables, &[48, 40])), Change::Pages);
+        assert_eq!(from((&[&[1, 2, 3, 7], &[1, 2, 5]], &[63, 40])), Change::Pages);
+        assert_eq!(from((&[&[1, 2, 3, 4], &[1, 2, 8]], &[63, 40])), Change::Pages);
+        // The first private page becomes full, or another one: it could now be shared.
+        assert_eq!(from((tables, &[63, 48])), Change::Forest);
+        assert_eq!(from((&[&[1, 2, 7, 4], &[1, 2, 5]], &[63, 40])), Change::Forest);
+        // A shared page is replaced, is no longer full, the row ends, is permuted, leaves, joins.
+        assert_eq!(from((&[&[1, 9, 3, 4], &[1, 2, 5]], &[63, 40])), Change::Forest);
+        assert_eq!(from((tables, &[63, 31])), Change::Forest);
+        assert_eq!(from((tables, &[63, 0])), Change::Forest);
+        assert_eq!(from((&[&[1, 2, 5], &[1, 2, 3, 4]], &[40, 63])), Change::Forest);
+        assert_eq!(from((&[&[1, 2, 3, 4]], &[63])), Change::Forest);
+        assert_eq!(from((&[&[1, 2, 3, 4], &[1, 2, 5], &[]], &[63, 40, 0])), Change::Forest);
+    }
+
+    #[test]
+    fn only_hinted_rows_are_compared_but_all_lengths() {
+        let before: &[&[u32]] = &[&[1], &[2]];
+        let before = DecodeBatch::from_block_tables(before, &[3, 3], PAGE, 100).unwrap();
+        let mut forest = Forest::default();
+        forest.build(&before);
+        let mut snapshot = Snapshot::default();
+        snapshot.take(&before, &forest);
+        let after: &[&[u32]] = &[&[1], &[4]];
+        let after = DecodeBatch::from_block_tables(after, &[4, 3], PAGE, 100).unwrap();
+        assert_eq!(snapshot.clone().update(&after, Some(&[])).unwrap(), Change::Lengths);
+        assert_eq!(snapshot.clone().update(&after, Some(&[1])).unwrap(), Change::Pages);
+        let error = snapshot.update(&after, Some(&[0, 2])).unwrap_err().to_string();
+        assert!(error.contains("changed_rows") && error.contains("got 2"), "{error}");
+    }
+
+    #[test]
+    fn rows_grow_beyond_their_room() {
+        let ids: Vec<u32> = (0..90).collect();
+        let lengths: Vec<u32> = (0..90 * PAGE).collect();
+        let tables: &[&[u32]] = &[&ids];
+        let at = |length: usize| DecodeBatch::from_block_tables(tables, &lengths[length..=length], PAGE, 100).unwrap();
+        let (mut forest, mut snapshot) = (Forest::default(), Snapshot::default());
+        forest.build(&at(1));
+        snapshot.take(&at(1), &forest);
+        let mut taken = 0;
+        for length in 2..lengths.len() {
+            let change = snapshot.update(&at(length), None).unwrap();
+            if change == Change::Forest {
+                forest.build(&at(length));
+                snapshot.take(&at(length), &forest);
+                taken += 1;
+            } else {
+                assert_eq!(change == Change::Pages, length as u32 % PAGE == 1, "{length}");
+            }
+        }
+        assert!(taken <= 2 + 90 / Snapshot::SLACK, "{taken}");
+    }
+}
