@@ -1,5 +1,7 @@
 //! Test support: small random ragged forests and a run of the CPU executor.
 
+pub mod pat_schedule;
+
 use pat_rs::{AttentionShape, DeviceProfile, Dtype, Element, PlanOptions, Planner};
 use pat_workloads::{NumericsReport, Oracle, OwnedBatch, PoolLayout, RowSample, Tensors};
 use rand::Rng;
