@@ -7,32 +7,82 @@ use pat_abi::{
     MAX_TILE_VARIANTS, MergeRow, NO_MASKS, PLAN_MAGIC, PackQuery, PageMask, PlanHeader, TileVariant, WorkItem,
 };
 
-/// The records of a plan before assembly.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct PlanParts {
-    /// Items by tile variant, in launch order.
-    pub items: [Vec<WorkItem>; MAX_TILE_VARIANTS],
+/// The records of a plan before assembly. Kept from plan to plan for the memory.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Records {
+    pub(super) items: Vec<PendingItem>,
+    /// Launch order: variant, length, index in `items`.
+    order: Vec<(u64, u32)>,
     /// Queries of the items.
-    pub queries: Vec<PackQuery>,
+    pub(super) queries: Vec<PackQuery>,
     /// Page ids of the items' streams.
-    pub pages: Vec<u32>,
+    pub(super) pages: Vec<u32>,
     /// Sequences the merge kernel writes.
-    pub merges: Vec<MergeRow>,
+    pub(super) merges: Vec<MergeRow>,
     /// Page masks of the items that have any.
-    pub masks: Vec<PageMask>,
+    pub(super) masks: Vec<PageMask>,
     /// Partial slots in all.
-    pub slot_count: u32,
+    pub(super) slot_count: u32,
+    /// By batch row, where the tokens of the sequence's last page are counted.
+    pub(super) tails: Vec<Tail>,
 }
 
-impl PlanParts {
+#[derive(Clone, Copy, Debug)]
+pub(super) struct PendingItem {
+    item: WorkItem,
+    /// The sequence whose last tokens the item counts, if it has no masks.
+    tail_of: Option<u32>,
+}
+
+/// The record that counts the tokens of a sequence's last page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Tail(u32);
+
+impl Tail {
+    /// No record counts them alone: the sequence is empty or shares its last page.
+    pub(super) const NONE: Self = Self(u32::MAX);
+    const ITEM: u32 = 1 << 31;
+
+    /// Mask number `index`.
+    pub(super) fn mask(index: u32) -> Self {
+        Self(index)
+    }
+
+    /// Item number `index` of the plan.
+    fn item(index: u32) -> Self {
+        Self(index | Self::ITEM)
+    }
+}
+
+impl Records {
     /// Drops the records, keeps the memory.
     pub(super) fn clear(&mut self) {
-        self.items.iter_mut().for_each(Vec::clear);
-        self.queries.clear();
-        self.pages.clear();
-        self.merges.clear();
-        self.masks.clear();
-        self.slot_count = 0;
+        let Self { items, order, queries, pages, merges, masks, slot_count, tails } = self;
+        items.clear();
+        order.clear();
+        queries.clear();
+        pages.clear();
+        merges.clear();
+        masks.clear();
+        tails.clear();
+        *slot_count = 0;
+    }
+
+    pub(super) fn push_item(&mut self, variant: TileVariant, page_count: u32, item: WorkItem, tail_of: Option<u32>) {
+        let key = (variant.index() as u64) << 32 | u64::from(u32::MAX - page_count);
+        self.order.push((key, self.items.len() as u32));
+        self.items.push(PendingItem { item, tail_of });
+    }
+
+    /// Settles the launch order: by variant, longest first, so that what is left at the end is short. Equal ones stay
+    /// neighbours of those they share pages with: the second reads the first's KV from L2.
+    pub(super) fn order_items(&mut self) {
+        self.order.sort_unstable();
+        for (position, &(_, index)) in (0u32..).zip(&self.order) {
+            if let Some(sequence) = self.items[index as usize].tail_of {
+                self.tails[sequence as usize] = Tail::item(position);
+            }
+        }
     }
 }
 
@@ -71,29 +121,50 @@ pub(super) fn checked_count(what: &str, n: u64) -> Result<u32> {
 }
 
 impl Plan {
-    /// Lays the parts out in one buffer.
+    /// A plan that nothing has been written to.
+    pub(super) fn empty(shape: AttentionShape) -> Self {
+        Self {
+            generation: PlanGeneration::next(),
+            words: Vec::new(),
+            shape,
+            num_pages: 0,
+            logical_tokens: 0,
+            unique_kv_bytes: 0,
+            prediction: Prediction::default(),
+        }
+    }
+
+    /// Makes this the plan of `records`, of which `unique_pages` are distinct. Allocates only where it grows.
     ///
     /// # Errors
-    /// An offset or count does not fit its record.
-    pub fn assemble(shape: AttentionShape, batch: &DecodeBatch<'_>, parts: &PlanParts) -> Result<Self> {
+    /// An offset or count does not fit its record; the plan is as before.
+    pub(super) fn write(
+        &mut self,
+        shape: AttentionShape,
+        batch: &DecodeBatch<'_>,
+        records: &Records,
+        unique_pages: u64,
+        prediction: Prediction,
+    ) -> Result<()> {
         let count = |what: &str, n: usize| checked_count(what, n as u64);
-        let item_count = count("items", parts.items.iter().map(Vec::len).sum())?;
+        let item_count = count("items", records.items.len())?;
         let align = |bytes: usize| bytes.next_multiple_of(16);
-        let queries_offset = align(size_of::<PlanHeader>() + item_count as usize * size_of::<WorkItem>());
-        let pages_offset = align(queries_offset + size_of_val(parts.queries.as_slice()));
-        let merges_offset = align(pages_offset + size_of_val(parts.pages.as_slice()));
-        let masks_offset = align(merges_offset + size_of_val(parts.merges.as_slice()));
-        let total_bytes = align(masks_offset + size_of_val(parts.masks.as_slice()));
+        let items_end = PlanHeader::ITEMS_OFFSET_BYTES as usize + item_count as usize * size_of::<WorkItem>();
+        let queries_offset = align(items_end);
+        let pages_offset = align(queries_offset + size_of_val(records.queries.as_slice()));
+        let merges_offset = align(pages_offset + size_of_val(records.pages.as_slice()));
+        let masks_offset = align(merges_offset + size_of_val(records.merges.as_slice()));
+        let total_bytes = align(masks_offset + size_of_val(records.masks.as_slice()));
         count("bytes", total_bytes)?;
         let mut header = PlanHeader {
             magic: PLAN_MAGIC,
             total_bytes: total_bytes as u32,
             sequence_count: count("sequences", batch.sequence_count())?,
             item_count,
-            query_count: count("queries", parts.queries.len())?,
-            page_count: count("pages", parts.pages.len())?,
-            merge_count: count("merge rows", parts.merges.len())?,
-            slot_count: parts.slot_count,
+            query_count: count("queries", records.queries.len())?,
+            page_count: count("pages", records.pages.len())?,
+            merge_count: count("merge rows", records.merges.len())?,
+            slot_count: records.slot_count,
             queries_offset_bytes: queries_offset as u32,
             pages_offset_bytes: pages_offset as u32,
             merges_offset_bytes: merges_offset as u32,
@@ -101,49 +172,85 @@ impl Plan {
             variant_begin: [0; MAX_TILE_VARIANTS],
             variant_count: [0; MAX_TILE_VARIANTS],
             masks_offset_bytes: masks_offset as u32,
-            mask_count: count("masks", parts.masks.len())?,
+            mask_count: count("masks", records.masks.len())?,
             reserved: [0; 2],
         };
+        for &(key, _) in &records.order {
+            header.variant_count[(key >> 32) as usize] += 1;
+        }
         let mut begin = 0;
-        for (index, items) in parts.items.iter().enumerate() {
-            header.variant_begin[index] = begin;
-            header.variant_count[index] = items.len() as u32;
-            begin += items.len() as u32;
+        for (first, count) in header.variant_begin.iter_mut().zip(header.variant_count) {
+            *first = begin;
+            begin += count;
         }
-        let mut words = vec![[0u64; 2]; total_bytes / 16];
-        let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut words);
+        if self.words.capacity() == 0 {
+            // Fresh memory is zero already.
+            self.words = vec![[0; 2]; total_bytes / 16];
+        } else {
+            self.words.resize(total_bytes / 16, [0; 2]);
+        }
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut self.words);
         bytes[..size_of::<PlanHeader>()].copy_from_slice(bytemuck::bytes_of(&header));
-        let mut cursor = PlanHeader::ITEMS_OFFSET_BYTES as usize;
-        for items in &parts.items {
-            let source: &[u8] = bytemuck::cast_slice(items);
-            bytes[cursor..][..source.len()].copy_from_slice(source);
-            cursor += source.len();
+        let items: &mut [WorkItem] =
+            bytemuck::cast_slice_mut(&mut bytes[PlanHeader::ITEMS_OFFSET_BYTES as usize..items_end]);
+        for (item, &(_, index)) in items.iter_mut().zip(&records.order) {
+            *item = records.items[index as usize].item;
         }
-        for (offset, source) in [
-            (queries_offset, bytemuck::cast_slice::<_, u8>(&parts.queries)),
-            (pages_offset, bytemuck::cast_slice(&parts.pages)),
-            (merges_offset, bytemuck::cast_slice(&parts.merges)),
-            (masks_offset, bytemuck::cast_slice(&parts.masks)),
+        for (offset, end, source) in [
+            (queries_offset, pages_offset, bytemuck::cast_slice::<_, u8>(&records.queries)),
+            (pages_offset, merges_offset, bytemuck::cast_slice(&records.pages)),
+            (merges_offset, masks_offset, bytemuck::cast_slice(&records.merges)),
+            (masks_offset, total_bytes, bytemuck::cast_slice(&records.masks)),
         ] {
-            bytes[offset..][..source.len()].copy_from_slice(source);
+            let (data, padding) = bytes[offset..end].split_at_mut(source.len());
+            data.copy_from_slice(source);
+            padding.fill(0);
         }
-        let logical_tokens = (0..batch.sequence_count()).map(|s| u64::from(batch.length(s))).sum();
-        let prediction = Prediction::default();
-        let generation = PlanGeneration::next();
-        Ok(Self {
-            generation,
-            words,
-            shape,
-            num_pages: batch.num_pages(),
-            logical_tokens,
-            unique_kv_bytes: 0,
-            prediction,
-        })
+        let page_size = u64::from(batch.page_size());
+        let (mut logical_tokens, mut missing_tokens) = (0, 0);
+        for sequence in 0..batch.sequence_count() {
+            let length = u64::from(batch.length(sequence));
+            logical_tokens += length;
+            missing_tokens += length.next_multiple_of(page_size) - length;
+        }
+        self.generation = PlanGeneration::next();
+        self.shape = shape;
+        self.num_pages = batch.num_pages();
+        self.logical_tokens = logical_tokens;
+        // Only a sequence's own last page can be short of full.
+        self.unique_kv_bytes = (unique_pages * page_size - missing_tokens) * self.shape.kv_bytes_per_token();
+        self.prediction = prediction;
+        Ok(())
     }
 
-    pub(super) fn set_prediction(&mut self, prediction: Prediction, unique_kv_bytes: u64) {
-        self.prediction = prediction;
-        self.unique_kv_bytes = unique_kv_bytes;
+    /// Gives the last pages of sequences other numbers of tokens. `changes` are where they are counted and by how much
+    /// they change.
+    pub(super) fn change_lengths(&mut self, changes: impl Iterator<Item = (Tail, i32)>) {
+        let header = *self.header();
+        let mut grown = 0i64;
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut self.words);
+        let (front, masks) = bytes.split_at_mut(header.masks_offset_bytes as usize);
+        let items_begin = PlanHeader::ITEMS_OFFSET_BYTES as usize;
+        let items_end = items_begin + header.item_count as usize * size_of::<WorkItem>();
+        let items: &mut [WorkItem] = bytemuck::cast_slice_mut(&mut front[items_begin..items_end]);
+        let masks: &mut [PageMask] =
+            bytemuck::cast_slice_mut(&mut masks[..header.mask_count as usize * size_of::<PageMask>()]);
+        for (tail, tokens) in changes {
+            grown += i64::from(tokens);
+            let index = (tail.0 & !Tail::ITEM) as usize;
+            if tail.0 & Tail::ITEM != 0 {
+                let count = &mut items[index].token_count;
+                *count = count.wrapping_add_signed(tokens);
+            } else {
+                let mask = masks[index];
+                let count = mask.tokens().wrapping_add_signed(tokens);
+                masks[index] = PageMask::new(mask.row_begin(), mask.row_end(), count);
+            }
+        }
+        self.generation = PlanGeneration::next();
+        self.logical_tokens = self.logical_tokens.wrapping_add_signed(grown);
+        let grown_bytes = grown * self.shape.kv_bytes_per_token() as i64;
+        self.unique_kv_bytes = self.unique_kv_bytes.wrapping_add_signed(grown_bytes);
     }
 
     /// Tells this plan from every other one of the process.

@@ -1,10 +1,11 @@
 //! The cost model: what a tiling is predicted to take. Every term has a name and a unit; the rates are the device
 //! profile's.
 
-use super::tiling::RowTile;
+use super::tiling::{TileChoice, TileClass, TilingRule};
 use crate::{AttentionShape, DeviceProfile};
-use pat_abi::{Arch, TileVariant};
+use pat_abi::{Arch, Family, TileVariant};
 use serde::Serialize;
+use std::cmp::Reverse;
 
 /// Predicted time of a plan by cause.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
@@ -29,71 +30,95 @@ impl Prediction {
     }
 }
 
-/// The shape-dependent constants of the model.
+/// What the model needs to know of a tile variant.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(super) struct VariantTerms {
+    /// CTAs that run at a time.
+    slots: u32,
+    /// Time in which the device multiplies the padded tiles of one main-loop step of one CTA.
+    tensor_per_step_us: f64,
+}
+
+impl VariantTerms {
+    /// Of every variant, by [`TileVariant::index`].
+    pub(super) fn all(profile: &DeviceProfile, shape: AttentionShape) -> [Self; TileVariant::ALL.len()] {
+        TileVariant::ALL.map(|variant| {
+            let kernel = pat_abi::manifest::find(Family::Forward(variant), shape.dtype(), shape.head_dim());
+            let rate = match variant.arch() {
+                Arch::Sm80 => profile.mma_flop_per_us,
+                Arch::Sm90a => profile.wgmma_flop_per_us,
+            };
+            let flop = 4.0 * f64::from(variant.rows()) * f64::from(variant.keys()) * f64::from(shape.head_dim());
+            Self {
+                slots: profile.sm_count * kernel.map_or(1, |kernel| kernel.min_ctas_per_sm),
+                tensor_per_step_us: flop / rate,
+            }
+        })
+    }
+}
+
+/// The model of one batch. It sees pages, never tokens: predictions, and with them plans, change when a sequence gets
+/// another page.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct CostModel<'a> {
     pub(super) profile: &'a DeviceProfile,
     pub(super) shape: AttentionShape,
     pub(super) page_size: u32,
-    /// KV bytes of the batch's distinct pages.
-    pub(super) unique_kv_bytes: f64,
+    pub(super) variants: &'a [VariantTerms; TileVariant::ALL.len()],
+    /// Distinct pages of the batch.
+    pub(super) unique_pages: u64,
 }
 
 impl CostModel<'_> {
-    /// CTAs of a variant that run at a time.
-    fn slots(&self, variant: TileVariant) -> u32 {
-        let kernel =
-            pat_abi::manifest::find(pat_abi::Family::Forward(variant), self.shape.dtype(), self.shape.head_dim());
-        self.profile.sm_count * kernel.map_or(1, |kernel| kernel.min_ctas_per_sm)
-    }
-
-    /// Padded FLOP of a main-loop step.
-    fn step_flop(&self, variant: TileVariant) -> f64 {
-        4.0 * f64::from(variant.rows()) * f64::from(variant.keys()) * f64::from(self.shape.head_dim())
-    }
-
-    fn tensor_rate(&self, variant: TileVariant) -> f64 {
-        match variant.arch() {
-            Arch::Sm80 => self.profile.mma_flop_per_us,
-            Arch::Sm90a => self.profile.wgmma_flop_per_us,
-        }
-    }
-
     /// Pages each CTA slot would get if `page_count` pages (per KV head) could be dealt out evenly.
     pub(super) fn pages_per_slot(&self, page_count: u64, variant: TileVariant) -> u64 {
-        (page_count * u64::from(self.shape.kv_heads())).div_ceil(u64::from(self.slots(variant)))
+        (page_count * u64::from(self.shape.kv_heads())).div_ceil(u64::from(self.terms(variant).slots))
     }
 
-    /// Predicts a whole plan. `work` is scratch.
-    pub(super) fn predict(&self, tiles: &[RowTile], work: &mut Vec<Work>) -> Prediction {
+    /// What a tiling that reads `page_count` pages takes at least; `merged` says that there is a merge.
+    pub(super) fn floor_us(&self, page_count: u64, merged: bool) -> f64 {
+        let merge_us = if merged { self.profile.merge_us } else { 0.0 };
+        self.profile.launch_us + self.profile.item_latency_us + self.memory_us(page_count, 0.0) + merge_us
+    }
+
+    /// Predicts the tiling of `classes` under `rule`. `work` is scratch.
+    pub(super) fn predict(
+        &self,
+        classes: &[TileClass],
+        rule: TilingRule,
+        choice: &TileChoice,
+        work: &mut Vec<Work>,
+    ) -> Prediction {
         work.clear();
         let (mut page_count, mut partials) = (0u64, 0u64);
-        for tile in tiles {
-            page_count += u64::from(tile.page_count);
-            partials += u64::from(tile.partials());
-            let chunk_tokens = u64::from(tile.page_count.min(tile.chunk_pages)) * u64::from(self.page_size);
-            let steps = chunk_tokens.div_ceil(u64::from(tile.variant.keys())) as u32;
-            work.push(Work { variant: tile.variant, steps: std::cmp::Reverse(steps), items: tile.chunks });
+        for class in classes {
+            let variant = choice.variant(class.sequences);
+            let chunks = rule.chunks(class.page_count, choice.key_tile_pages(variant));
+            page_count += class.stream_pages();
+            partials += u64::from(class.partials(chunks)) * u64::from(class.count);
+            let chunk_tokens = u64::from(class.page_count.min(chunks.pages)) * u64::from(self.page_size);
+            let steps = chunk_tokens.div_ceil(u64::from(variant.keys())) as u32;
+            work.push(Work { variant, steps: Reverse(steps), items: u64::from(chunks.count) * u64::from(class.count) });
         }
-        work.sort_unstable();
-        let read_bytes = page_count as f64 * f64::from(self.page_size) * self.shape.kv_bytes_per_token() as f64;
-        // Repeated reads are served by L2 as far as what is read fits there; DRAM and L2 work side by side.
-        let repeated = (read_bytes - self.unique_kv_bytes).max(0.0);
-        let resident = (self.profile.l2_bytes as f64 / self.unique_kv_bytes.max(1.0)).min(1.0);
-        let hbm_bytes = self.unique_kv_bytes.min(read_bytes) + repeated * (1.0 - resident);
-        let (row_bytes, rows) =
-            (4.0 * f64::from(self.shape.head_dim()) + 4.0, partials * u64::from(self.shape.q_heads()));
-        let partial_bytes = rows as f64 * row_bytes;
-        let hbm_us = hbm_bytes / self.profile.hbm_bytes_per_us;
-        let memory_us = hbm_us.max((read_bytes + partial_bytes) / self.profile.l2_bytes_per_us);
-        let all_steps: f64 = work.iter().map(|w| f64::from(w.steps.0) * f64::from(w.items)).sum();
-        let memory_per_step_us = memory_us / (all_steps * f64::from(self.shape.kv_heads())).max(1.0);
+        // Longest first; equal ones together, so that the sums below do not depend on the order of the tiles.
+        work.sort_unstable_by_key(|work| (work.variant, work.steps));
+        work.dedup_by(|next, kept| {
+            let equal = (next.variant, next.steps) == (kept.variant, kept.steps);
+            kept.items += if equal { next.items } else { 0 };
+            equal
+        });
+        let partial_rows = partials * u64::from(self.shape.q_heads());
+        let partial_bytes = partial_rows as f64 * (4.0 * f64::from(self.shape.head_dim()) + 4.0);
+        let memory_us = self.memory_us(page_count, partial_bytes);
+        let kv_heads = f64::from(self.shape.kv_heads());
+        let all_steps: f64 = work.iter().map(Work::all_steps).sum();
+        let memory_per_step_us = memory_us / (all_steps * kv_heads).max(1.0);
         let (mut tensor_us, mut busy_us, mut launches) = (0.0, 0.0, 0u32);
         for same_variant in work.chunk_by(|a, b| a.variant == b.variant) {
             let variant = same_variant[0].variant;
-            let steps: f64 = same_variant.iter().map(|w| f64::from(w.steps.0) * f64::from(w.items)).sum();
-            let tensor_per_step_us = self.step_flop(variant) / self.tensor_rate(variant);
-            tensor_us += steps * f64::from(self.shape.kv_heads()) * tensor_per_step_us;
+            let steps: f64 = same_variant.iter().map(Work::all_steps).sum();
+            let tensor_per_step_us = self.terms(variant).tensor_per_step_us;
+            tensor_us += steps * kv_heads * tensor_per_step_us;
             busy_us += self.waves_us(variant, same_variant, memory_per_step_us.max(tensor_per_step_us));
             launches += 1;
         }
@@ -110,10 +135,26 @@ impl CostModel<'_> {
         }
     }
 
+    fn terms(&self, variant: TileVariant) -> &VariantTerms {
+        &self.variants[variant.index()]
+    }
+
+    /// Reading `page_count` pages and writing partials. Repeated reads are served by L2 as far as what is read fits there;
+    /// DRAM and L2 work side by side.
+    fn memory_us(&self, page_count: u64, partial_bytes: f64) -> f64 {
+        let page_bytes = f64::from(self.page_size) * self.shape.kv_bytes_per_token() as f64;
+        let (read_bytes, unique_bytes) = (page_count as f64 * page_bytes, self.unique_pages as f64 * page_bytes);
+        let repeated = (read_bytes - unique_bytes).max(0.0);
+        let resident = (self.profile.l2_bytes as f64 / unique_bytes.max(1.0)).min(1.0);
+        let hbm_bytes = unique_bytes.min(read_bytes) + repeated * (1.0 - resident);
+        let l2_us = (read_bytes + partial_bytes) / self.profile.l2_bytes_per_us;
+        l2_us.max(hbm_bytes / self.profile.hbm_bytes_per_us)
+    }
+
     /// Items are dealt out longest first, one per CTA slot and wave. A wave lasts as long as its longest item takes on its
     /// own, or as all of its steps take the device at `step_us` each.
     fn waves_us(&self, variant: TileVariant, work: &[Work], step_us: f64) -> f64 {
-        let slots = u64::from(self.slots(variant));
+        let slots = u64::from(self.terms(variant).slots);
         let heads = u64::from(self.shape.kv_heads());
         // What one CTA waits for while it changes items, its neighbour on the multiprocessor uses: only the first wave
         // has nothing to overlap with.
@@ -126,7 +167,7 @@ impl CostModel<'_> {
         };
         for entry in work {
             let entry_steps = u64::from(entry.steps.0);
-            let mut left = u64::from(entry.items) * heads;
+            let mut left = entry.items * heads;
             if free < slots || left < slots {
                 let taken = left.min(free);
                 longest = longest.max(entry.steps.0);
@@ -151,11 +192,18 @@ impl CostModel<'_> {
 }
 
 /// Items of one length.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug)]
 pub(super) struct Work {
     variant: TileVariant,
     /// Main-loop steps per item.
-    steps: std::cmp::Reverse<u32>,
+    steps: Reverse<u32>,
     /// Items (each once per KV head).
-    items: u32,
+    items: u64,
+}
+
+impl Work {
+    /// Main-loop steps of all items, per KV head.
+    fn all_steps(&self) -> f64 {
+        f64::from(self.steps.0) * self.items as f64
+    }
 }

@@ -1,10 +1,10 @@
 //! Row tiles to the records of a plan: streams, masks, launch order, slots.
 
+use super::buffer::{self, Records, Tail};
 use super::forest::Forest;
-use super::tiling::{Extent, RowTile, choose_variant};
-use super::{PlanParts, buffer};
+use super::tiling::{Extent, RowTile, TileChoice};
 use crate::{AttentionShape, DecodeBatch, Result};
-use pat_abi::{DIRECT_SLOT, MergeRow, NO_MASKS, PackQuery, PageMask, TileVariant, WorkItem};
+use pat_abi::{DIRECT_SLOT, MergeRow, NO_MASKS, PackQuery, PageMask, WorkItem};
 
 /// A run of pages in a stream and the sequences of the tile that read it.
 #[derive(Clone, Copy, Debug)]
@@ -16,6 +16,8 @@ struct Run {
     /// Readers, as positions in the tile.
     reader_begin: u32,
     reader_end: u32,
+    /// Whether it ends with the last page of its only reader.
+    is_tail: bool,
 }
 
 /// Memory reused between calls.
@@ -32,34 +34,40 @@ pub(super) struct Emitter<'a> {
     pub(super) batch: &'a DecodeBatch<'a>,
     pub(super) forest: &'a Forest,
     pub(super) extents: &'a [Extent],
-    pub(super) variants: &'a [TileVariant],
+    pub(super) choice: &'a TileChoice,
     /// Whether an item may not hold pages of more than one node.
     pub(super) per_node: bool,
 }
 
 impl Emitter<'_> {
-    /// Writes the records of all tiles to `parts`, whose former content is dropped.
-    pub(super) fn emit(&self, tiles: &[RowTile], scratch: &mut Scratch, parts: &mut PlanParts) -> Result<()> {
-        parts.clear();
+    /// Writes the records of all tiles to `records`, whose former content is dropped.
+    ///
+    /// # Errors
+    /// The plan would have 2^31 items, page ids, masks, queries, slots or bytes, or more.
+    pub(super) fn emit(&self, tiles: &[RowTile], scratch: &mut Scratch, records: &mut Records) -> Result<()> {
+        // The bulk is known beforehand: a plan that cannot be is not begun.
+        let items: u64 = tiles.iter().map(|tile| u64::from(tile.chunks)).sum();
+        let pages: u64 = tiles.iter().map(|tile| u64::from(tile.page_count)).sum();
+        buffer::checked_count("items", items)?;
+        buffer::checked_count("pages", pages)?;
+        buffer::checked_count("bytes", items * size_of::<WorkItem>() as u64 + pages * size_of::<u32>() as u64)?;
+        records.clear();
         scratch.slots.clear();
         scratch.slots.resize(self.batch.sequence_count(), 0);
+        records.tails.resize(self.batch.sequence_count(), Tail::NONE);
         for (index, tile) in tiles.iter().enumerate() {
             // Shared pages come from L2 and keep the tensor cores busy, private ones come from DRAM: half of the CTAs
             // begin with these, half with those.
-            self.tile(tile, index % 2 == 1, scratch, parts)?;
+            self.tile(tile, index % 2 == 1, scratch, records)?;
         }
-        self.assign_slots(scratch, parts)?;
-        for items in &mut parts.items {
-            // Longest first, so that what is left at the end is short. Equal ones stay neighbours of those they share
-            // pages with: the second reads the first's KV from L2.
-            items.sort_by_key(|item| std::cmp::Reverse(item.token_count));
-        }
+        self.assign_slots(scratch, records)?;
+        records.order_items();
         Ok(())
     }
 
     /// Walks the stream of a tile in depth-first order: a node, then what lies below it. `leaves_first` turns the runs of
     /// each item around.
-    fn tile(&self, tile: &RowTile, leaves_first: bool, scratch: &mut Scratch, parts: &mut PlanParts) -> Result<()> {
+    fn tile(&self, tile: &RowTile, leaves_first: bool, scratch: &mut Scratch, records: &mut Records) -> Result<()> {
         let extents = &self.extents[tile.order_begin as usize..tile.order_end as usize];
         let order = &self.forest.order()[tile.order_begin as usize..tile.order_end as usize];
         let count = extents.len() as u32;
@@ -77,7 +85,15 @@ impl Emitter<'_> {
                 if shared < page_end {
                     let page_begin = shared.max(top);
                     let sequence = order[reader as usize];
-                    scratch.depths.push(Run { sequence, page_begin, page_end, reader_begin: reader, reader_end });
+                    let is_tail = page_end == extent.pages && reader_end == reader + 1;
+                    scratch.depths.push(Run {
+                        sequence,
+                        page_begin,
+                        page_end,
+                        reader_begin: reader,
+                        reader_end,
+                        is_tail,
+                    });
                     page_end = page_begin;
                 }
                 reader_end += 1;
@@ -85,18 +101,19 @@ impl Emitter<'_> {
             while let Some(mut run) = scratch.depths.pop() {
                 while run.page_begin < run.page_end {
                     let split = run.page_end.min(run.page_begin.saturating_add(room));
-                    scratch.runs.push(Run { page_end: split, ..run });
+                    let is_tail = run.is_tail && split == run.page_end;
+                    scratch.runs.push(Run { page_end: split, is_tail, ..run });
                     room -= split - run.page_begin;
                     run.page_begin = split;
                     if room == 0 || (self.per_node && run.page_begin == run.page_end) {
-                        self.item(order, leaves_first, &mut scratch.runs, &mut scratch.slots, parts)?;
+                        self.item(order, leaves_first, &mut scratch.runs, &mut scratch.slots, records)?;
                         room = tile.chunk_pages;
                     }
                 }
             }
         }
         if !scratch.runs.is_empty() {
-            self.item(order, leaves_first, &mut scratch.runs, &mut scratch.slots, parts)?;
+            self.item(order, leaves_first, &mut scratch.runs, &mut scratch.slots, records)?;
         }
         Ok(())
     }
@@ -108,7 +125,7 @@ impl Emitter<'_> {
         leaves_first: bool,
         runs: &mut Vec<Run>,
         partials: &mut [u32],
-        parts: &mut PlanParts,
+        records: &mut Records,
     ) -> Result<()> {
         let (group, page_size) = (self.shape.group(), self.batch.page_size());
         // The readers of the chunk; a tile has at most 128.
@@ -116,10 +133,10 @@ impl Emitter<'_> {
         let readers = runs.iter().fold(0, |readers, run| readers | (below(run.reader_end) ^ below(run.reader_begin)));
         let row = |reader: u32| (readers & below(reader)).count_ones() * group;
         let row_count = row(128);
-        let query_begin = buffer::checked_count("queries", parts.queries.len() as u64)?;
+        let query_begin = buffer::checked_count("queries", records.queries.len() as u64)?;
         for (reader, &sequence) in (0u32..).zip(order) {
             if readers >> reader & 1 == 1 {
-                parts.queries.push(PackQuery { sequence, slot: DIRECT_SLOT });
+                records.queries.push(PackQuery { sequence, slot: DIRECT_SLOT });
                 partials[sequence as usize] += 1;
             }
         }
@@ -128,39 +145,40 @@ impl Emitter<'_> {
         if leaves_first && !uniform {
             runs.reverse();
         }
-        let page_begin = buffer::checked_count("pages", parts.pages.len() as u64)?;
+        let page_begin = buffer::checked_count("pages", records.pages.len() as u64)?;
         let mut last_page_tokens = page_size;
+        let mut tail_of = None;
         for run in runs.iter() {
-            let pages = &self.batch.pages(run.sequence as usize)[run.page_begin as usize..run.page_end as usize];
-            parts.pages.extend_from_slice(pages);
+            let pages =
+                &self.batch.first_pages(run.sequence as usize, run.page_end as usize)[run.page_begin as usize..];
+            records.pages.extend_from_slice(pages);
             last_page_tokens = self.tokens_of_last_page(run);
+            tail_of = run.is_tail.then_some(run.sequence);
         }
-        let page_count = parts.pages.len() as u32 - page_begin;
+        let page_count = records.pages.len() as u32 - page_begin;
         let mut token_count = u64::from(page_count) * u64::from(page_size);
         let mut mask_begin = NO_MASKS;
         if uniform {
             // Only a sequence's own last page is partial, so only the last one here can be.
             token_count -= u64::from(page_size - last_page_tokens);
         } else {
-            mask_begin = buffer::checked_count("masks", parts.masks.len() as u64)?;
+            mask_begin = buffer::checked_count("masks", records.masks.len() as u64)?;
             for run in runs.iter() {
                 let (row_begin, row_end) = (row(run.reader_begin), row(run.reader_end));
                 let full = PageMask::new(row_begin, row_end, page_size);
-                parts.masks.extend((run.page_begin + 1..run.page_end).map(|_| full));
-                parts.masks.push(PageMask::new(row_begin, row_end, self.tokens_of_last_page(run)));
+                records.masks.extend((run.page_begin + 1..run.page_end).map(|_| full));
+                records.masks.push(PageMask::new(row_begin, row_end, self.tokens_of_last_page(run)));
+                if run.is_tail {
+                    records.tails[run.sequence as usize] = Tail::mask(records.masks.len() as u32 - 1);
+                }
             }
+            tail_of = None;
         }
         let token_count = buffer::checked_count("tokens of an item", token_count)?;
-        let variant = choose_variant(self.variants, row_count);
-        let reserved = [0; 3];
-        parts.items[variant.index()].push(WorkItem {
-            page_begin,
-            token_count,
-            query_begin,
-            row_count,
-            mask_begin,
-            reserved,
-        });
+        let variant = self.choice.variant(row_count / group);
+        let item = WorkItem { page_begin, token_count, query_begin, row_count, mask_begin, reserved: [0; 3] };
+        records.push_item(variant, page_count, item, tail_of);
+        buffer::checked_count("items", records.items.len() as u64)?;
         runs.clear();
         Ok(())
     }
@@ -173,7 +191,7 @@ impl Emitter<'_> {
     }
 
     /// Sequences with one partial are written directly; those with none (empty) or several are the merge's.
-    fn assign_slots(&self, scratch: &mut Scratch, parts: &mut PlanParts) -> Result<()> {
+    fn assign_slots(&self, scratch: &mut Scratch, records: &mut Records) -> Result<()> {
         let mut slots = 0u64;
         for (sequence, entry) in (0u32..).zip(&mut scratch.slots) {
             let slot_count = std::mem::replace(entry, DIRECT_SLOT);
@@ -182,11 +200,11 @@ impl Emitter<'_> {
             }
             let slot_begin = if slot_count == 0 { 0 } else { buffer::checked_count("slots", slots)? };
             *entry = slot_begin;
-            parts.merges.push(MergeRow { sequence, slot_begin, slot_count, reserved: 0 });
+            records.merges.push(MergeRow { sequence, slot_begin, slot_count, reserved: 0 });
             slots += u64::from(slot_count);
         }
-        parts.slot_count = buffer::checked_count("slots", slots)?;
-        for query in &mut parts.queries {
+        records.slot_count = buffer::checked_count("slots", slots)?;
+        for query in &mut records.queries {
             let next = &mut scratch.slots[query.sequence as usize];
             query.slot = *next;
             if *next != DIRECT_SLOT {

@@ -9,20 +9,25 @@ pub mod cost;
 mod emit;
 pub mod forest;
 mod generation;
+mod search;
 mod snapshot;
 mod summary;
 pub mod tiling;
 
 use crate::{AttentionShape, DecodeBatch, DeviceProfile, Error, Result};
-pub use buffer::{Plan, PlanParts};
-use cost::{CostModel, Prediction, Work};
+pub use buffer::Plan;
+use buffer::Records;
+use cost::{CostModel, VariantTerms};
 use emit::Emitter;
 use forest::Forest;
 pub use generation::PlanGeneration;
 use pat_abi::{PageMask, TileVariant};
+use search::Search;
 use serde::Serialize;
+pub use snapshot::PlanChange;
+use snapshot::Snapshot;
 pub use summary::{PlanSummary, VariantSummary};
-use tiling::{Extent, RowTile, TilingRule, choose_variant};
+use tiling::{Extent, RowTile, TileChoice, TilingRule};
 
 /// How to plan.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -54,24 +59,30 @@ pub enum PlanMode {
     },
 }
 
-/// Makes plans for one model shape on one device; keeps its scratch memory between calls.
+/// Makes plans for one model shape on one device; keeps its scratch memory between calls, so that a step of a batch that
+/// does not grow allocates nothing ([`Planner::plan_into`], [`Planner::advance`]).
 #[derive(Clone, Debug)]
 pub struct Planner {
     shape: AttentionShape,
     profile: DeviceProfile,
     options: PlanOptions,
+    variants: [VariantTerms; TileVariant::ALL.len()],
+    /// For the page size of the batch planned last.
+    choice: Option<TileChoice>,
     forest: Forest,
+    snapshot: Snapshot,
     scratch: Scratch,
+    /// The plan that the members above are about.
+    newest: Option<PlanGeneration>,
 }
 
 #[derive(Clone, Debug, Default)]
 struct Scratch {
     extents: Vec<Extent>,
     tiles: Vec<RowTile>,
-    candidate: Vec<RowTile>,
-    work: Vec<Work>,
+    search: search::Scratch,
     emit: emit::Scratch,
-    parts: PlanParts,
+    records: Records,
 }
 
 impl Planner {
@@ -93,7 +104,17 @@ impl Planner {
         if options.mode == (PlanMode::FixedChunk { tokens: 0 }) {
             return Err(Error::invalid("fixed chunk", 0, "at least one page of tokens"));
         }
-        Ok(Self { shape, profile, options, forest: Forest::default(), scratch: Scratch::default() })
+        Ok(Self {
+            shape,
+            variants: VariantTerms::all(&profile, shape),
+            profile,
+            options,
+            choice: None,
+            forest: Forest::default(),
+            snapshot: Snapshot::default(),
+            scratch: Scratch::default(),
+            newest: None,
+        })
     }
 
     /// The forest of the batch planned last.
@@ -114,132 +135,139 @@ impl Planner {
     /// Plans a batch from scratch.
     ///
     /// # Errors
-    /// The forced variants cannot read pages of the batch's size, a fixed chunk is not a multiple of the page size, or
-    /// the plan would exceed what its records can express (2^31 rows, items, slots or bytes).
+    /// The forced variants cannot read pages of the batch's size, no variant holds the query heads of one KV head, a fixed
+    /// chunk is not a multiple of the page size, pages have more than 65,536 tokens, or the plan would exceed what its
+    /// records can express (2^31 rows, items, page ids, slots or bytes).
     pub fn plan(&mut self, batch: &DecodeBatch<'_>) -> Result<Plan> {
-        let variants = self.variants(batch.page_size())?;
+        let mut plan = Plan::empty(self.shape);
+        self.plan_into(batch, &mut plan)?;
+        Ok(plan)
+    }
+
+    /// As [`Self::plan`], in the memory of an earlier plan of any batch and shape.
+    ///
+    /// # Errors
+    /// As [`Self::plan`]; `plan` is as before.
+    pub fn plan_into(&mut self, batch: &DecodeBatch<'_>, plan: &mut Plan) -> Result<()> {
+        self.newest = None;
+        self.forest.build(batch);
+        self.snapshot.take(batch, &self.forest);
+        self.plan_forest(batch, plan)
+    }
+
+    /// Makes `plan`, the plan this planner made last, the plan of the next decode step: equal, bit for bit, to planning
+    /// `batch` from scratch. Sequences may have grown or shrunk, got or lost pages, joined, left, or been permuted, and
+    /// pages anywhere may have been replaced by others.
+    ///
+    /// `changed_rows`, where given, names the rows of the batch whose table entries *that were in use before* may differ
+    /// (a row that only grew is not among them); with `None` all entries are compared. Lengths and appended entries are
+    /// looked at in any case. A plan that this planner did not make last is planned from scratch.
+    ///
+    /// # Errors
+    /// As [`Self::plan`]; or a changed row is not in the batch. `plan` is as before.
+    pub fn advance(
+        &mut self,
+        batch: &DecodeBatch<'_>,
+        changed_rows: Option<&[u32]>,
+        plan: &mut Plan,
+    ) -> Result<PlanChange> {
+        if self.newest != Some(plan.generation()) {
+            self.plan_into(batch, plan)?;
+            return Ok(PlanChange::Forest);
+        }
+        let change = self.snapshot.update(batch, changed_rows)?;
+        match change {
+            PlanChange::Nothing => {}
+            PlanChange::Lengths => {
+                let tails = &self.scratch.records.tails;
+                plan.change_lengths(self.snapshot.grown_rows().map(|(row, tokens)| (tails[row as usize], tokens)));
+                self.newest = Some(plan.generation());
+            }
+            PlanChange::Pages => self.plan_forest(batch, plan)?,
+            PlanChange::Forest => self.plan_into(batch, plan)?,
+        }
+        Ok(change)
+    }
+
+    /// Plans a batch whose forest is there.
+    fn plan_forest(&mut self, batch: &DecodeBatch<'_>, plan: &mut Plan) -> Result<()> {
+        self.newest = None;
+        let page_size = batch.page_size();
         let exact_tokens = match self.options.mode {
-            PlanMode::FixedChunk { tokens } if !tokens.is_multiple_of(batch.page_size()) => {
-                let expected = format!("a multiple of page_size = {}", batch.page_size());
+            PlanMode::FixedChunk { tokens } if !tokens.is_multiple_of(page_size) => {
+                let expected = format!("a multiple of page_size = {page_size}");
                 return Err(Error::invalid("fixed chunk", tokens, expected));
             }
             PlanMode::FixedChunk { tokens } => Some(tokens),
             _ => None,
         };
-        if batch.page_size() > PageMask::MAX_TOKENS {
-            let expected = format!("at most {} tokens", PageMask::MAX_TOKENS);
-            return Err(Error::invalid("page_size", batch.page_size(), expected));
-        }
-        self.forest.build(batch);
-        let Scratch { extents, tiles, candidate, work, emit, parts } = &mut self.scratch;
+        let choice = match self.choice.take() {
+            Some(choice) if choice.page_size() == page_size => choice,
+            _ => self.tile_choice(page_size)?,
+        };
+        let choice = &*self.choice.insert(choice);
+        let Scratch { extents, tiles, search: search_scratch, emit: emit_scratch, records } = &mut self.scratch;
         tiling::measure(batch, &self.forest, extents);
-        let unique_pages: u64 = extents.iter().map(|extent| u64::from(extent.pages - extent.shared)).sum();
-        let unique_tokens = unique_pages * u64::from(batch.page_size()) - missing_tokens(batch);
-        let model = CostModel {
-            profile: &self.profile,
-            shape: self.shape,
-            page_size: batch.page_size(),
-            unique_kv_bytes: unique_tokens as f64 * self.shape.kv_bytes_per_token() as f64,
-        };
-        let group = self.shape.group();
-        let most_rows = variants.iter().map(|variant| variant.rows()).max().unwrap_or(0);
-        let cut = |rule: TilingRule, tiles: &mut Vec<RowTile>| {
-            let finish = |tile: &mut RowTile| {
-                tile.variant = choose_variant(&variants, tile.sequence_count() * group);
-                tile.split(rule, batch.page_size());
-            };
-            tiling::cut(extents, rule, finish, tiles);
-        };
-        let prediction = if let Some(tokens) = exact_tokens {
-            let chunk_pages = tokens / batch.page_size();
-            cut(TilingRule { most_sequences: 1, chunk_pages, exact: true }, tiles);
-            model.predict(tiles, work)
-        } else {
-            let widest = (most_rows / group).max(1);
-            let widths = match self.options.mode {
-                PlanMode::Flat => &[1][..],
-                PlanMode::PerNode | PlanMode::Packed => &[widest][..],
-                _ => &[1, widest.div_ceil(4), widest.div_ceil(2), widest][..],
-            };
-            let mut best: Option<Prediction> = None;
-            for (index, &most_sequences) in widths.iter().enumerate() {
-                if widths[..index].contains(&most_sequences) {
-                    continue;
-                }
-                let mut rule = TilingRule { most_sequences, chunk_pages: u32::MAX, exact: false };
-                let mut even_pages = 0;
-                for waves in 0..=MOST_WAVES {
-                    if waves > 0 {
-                        // So that every slot gets this many items, if all were equal.
-                        let key_tile = (LEAST_CHUNK_TOKENS / batch.page_size()).max(1);
-                        let pages = u32::try_from(u64::div_ceil(even_pages, waves)).unwrap_or(u32::MAX);
-                        let chunk_pages = pages.max(key_tile);
-                        if chunk_pages >= rule.chunk_pages {
-                            continue;
-                        }
-                        rule.chunk_pages = chunk_pages;
-                    }
-                    cut(rule, candidate);
-                    let prediction = model.predict(candidate, work);
-                    if waves == 0 {
-                        let pages = candidate.iter().map(|tile| u64::from(tile.page_count)).sum();
-                        even_pages = candidate.first().map_or(0, |tile| model.pages_per_slot(pages, tile.variant));
-                    }
-                    if best.is_none_or(|best| prediction.total_us() < best.total_us()) {
-                        best = Some(prediction);
-                        std::mem::swap(tiles, candidate);
-                    }
-                }
+        let unique_pages = extents.iter().map(|extent| u64::from(extent.pages - extent.shared)).sum();
+        let model =
+            CostModel { profile: &self.profile, shape: self.shape, page_size, variants: &self.variants, unique_pages };
+        let search = Search { model: &model, choice, extents };
+        let widest = choice.widest();
+        let (rule, prediction) = match (self.options.mode, exact_tokens) {
+            (_, Some(tokens)) => {
+                let rule = TilingRule { most_sequences: 1, chunk_pages: tokens / page_size, exact: true };
+                (rule, search.predict(rule, search_scratch))
             }
-            best.expect("the first width is always tried")
+            (PlanMode::Flat, _) => search.best(&[1], search_scratch),
+            (PlanMode::PerNode | PlanMode::Packed, _) => search.best(&[widest], search_scratch),
+            _ => search.best(&[1, widest.div_ceil(4), widest.div_ceil(2), widest], search_scratch),
         };
+        tiles.clear();
+        tiling::cut(extents, rule, |tile| {
+            let key_tile_pages = choice.key_tile_pages(choice.variant(tile.sequence_count()));
+            let chunks = rule.chunks(tile.page_count, key_tile_pages);
+            tiles.push(RowTile { chunk_pages: chunks.pages, chunks: chunks.count, ..tile });
+        });
         let emitter = Emitter {
             shape: self.shape,
             batch,
             forest: &self.forest,
             extents,
-            variants: &variants,
+            choice,
             per_node: self.options.mode == PlanMode::PerNode,
         };
-        emitter.emit(tiles, emit, parts)?;
-        let mut plan = Plan::assemble(self.shape, batch, parts)?;
-        plan.set_prediction(prediction, model.unique_kv_bytes as u64);
-        Ok(plan)
+        emitter.emit(tiles, emit_scratch, records)?;
+        plan.write(self.shape, batch, records, unique_pages, prediction)?;
+        self.newest = Some(plan.generation());
+        Ok(())
     }
 
     /// Tile variants to choose from for this page size.
-    fn variants(&self, page_size: u32) -> Result<Vec<TileVariant>> {
+    ///
+    /// # Errors
+    /// A forced variant cannot read such pages, there is none for the device, or none holds the rows of a KV head.
+    fn tile_choice(&self, page_size: u32) -> Result<TileChoice> {
+        if page_size > PageMask::MAX_TOKENS {
+            let expected = format!("at most {} tokens", PageMask::MAX_TOKENS);
+            return Err(Error::invalid("page_size", page_size, expected));
+        }
         let possible = self.profile.variants(page_size);
+        let group = self.shape.group();
         if let Some(forced) = &self.options.variants {
             if let Some(variant) = forced.iter().find(|variant| !possible.contains(variant)) {
                 let expected = format!("a page size that {} can read", variant.name());
                 return Err(Error::invalid("page_size", page_size, expected));
             }
-            return Ok(forced.clone());
+            return TileChoice::new(forced, group, page_size);
         }
         // The wgmma stream serves leaves as fast as the narrow tiles do, and shared nodes in the same launch.
-        if possible.contains(&TileVariant::Wgmma64) {
-            return Ok(vec![TileVariant::Wgmma64]);
+        if possible.contains(&TileVariant::Wgmma64) && group <= TileVariant::Wgmma64.rows() {
+            return TileChoice::new(&[TileVariant::Wgmma64], group, page_size);
         }
         if possible.is_empty() {
             let got = format!("compute capability {}", self.profile.compute_capability);
             return Err(Error::invalid("device profile", got, "8.0 or later"));
         }
-        Ok(possible)
+        TileChoice::new(&possible, group, page_size)
     }
-}
-
-/// Waves of equal items up to which chunk lengths are tried.
-const MOST_WAVES: u64 = 6;
-
-/// Shortest chunk that is tried: a CTA's fixed costs are those of a few key tiles.
-const LEAST_CHUNK_TOKENS: u32 = 128;
-
-/// Tokens that the last pages of all sequences are short of full.
-fn missing_tokens(batch: &DecodeBatch<'_>) -> u64 {
-    let page_size = u64::from(batch.page_size());
-    (0..batch.sequence_count())
-        .map(|sequence| u64::from(batch.length(sequence)))
-        .map(|length| length.next_multiple_of(page_size) - length)
-        .sum()
 }

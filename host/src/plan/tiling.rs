@@ -3,10 +3,9 @@
 //! In forest order, sequences that share a prefix are neighbours. A row tile is a run of neighbours; its *stream* is every
 //! page that one of them reads, once: a shared node is read once per tile, and each row attends to its own pages only.
 
-use crate::DecodeBatch;
-use pat_abi::TileVariant;
-
 use super::forest::Forest;
+use crate::{DecodeBatch, Error, Result};
+use pat_abi::TileVariant;
 
 /// One sequence, in forest order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,8 +27,6 @@ pub struct RowTile {
     pub page_count: u32,
     /// Pages that all of its sequences share.
     pub common_pages: u32,
-    /// The smallest tile variant that holds its rows.
-    pub variant: TileVariant,
     /// Pages per chunk of the stream.
     pub chunk_pages: u32,
     /// Chunks: work items per KV head.
@@ -41,6 +38,26 @@ impl RowTile {
     pub fn sequence_count(&self) -> u32 {
         self.order_end - self.order_begin
     }
+
+    fn single(extents: &[Extent], position: usize) -> Self {
+        let pages = extents[position].pages;
+        Self {
+            order_begin: position as u32,
+            order_end: position as u32 + 1,
+            page_count: pages,
+            common_pages: pages,
+            chunk_pages: pages,
+            chunks: 1,
+        }
+    }
+}
+
+/// How a stream is cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Chunks {
+    /// Pages of each, the last one excepted.
+    pub(super) pages: u32,
+    pub(super) count: u32,
 }
 
 /// How streams become row tiles and chunks.
@@ -74,12 +91,11 @@ pub(super) fn measure(batch: &DecodeBatch<'_>, forest: &Forest, extents: &mut Ve
 
 /// Cuts the order into tiles. A boundary makes the pages shared across it be read once more, so of the boundaries that
 /// leave a tile at least half full the one with the fewest shared pages is taken.
-pub(super) fn cut(extents: &[Extent], rule: TilingRule, finish: impl Fn(&mut RowTile), tiles: &mut Vec<RowTile>) {
-    tiles.clear();
+pub(super) fn cut(extents: &[Extent], rule: TilingRule, mut sink: impl FnMut(RowTile)) {
     let count = extents.len();
     let mut begin = 0;
     while begin < count {
-        let mut tile = single(extents, begin);
+        let mut tile = RowTile::single(extents, begin);
         let mut chosen = tile;
         // Pages shared across the chosen boundary, behind `chosen`.
         let mut crossing = u32::MAX;
@@ -98,51 +114,107 @@ pub(super) fn cut(extents: &[Extent], rule: TilingRule, finish: impl Fn(&mut Row
                 (chosen, crossing) = (tile, behind);
             }
         }
-        finish(&mut chosen);
         begin = chosen.order_end as usize;
-        tiles.push(chosen);
+        sink(chosen);
     }
 }
 
-fn single(extents: &[Extent], position: usize) -> RowTile {
-    let pages = extents[position].pages;
-    RowTile {
-        order_begin: position as u32,
-        order_end: position as u32 + 1,
-        page_count: pages,
-        common_pages: pages,
-        variant: TileVariant::Mma16,
-        chunk_pages: pages,
-        chunks: 1,
-    }
-}
-
-/// The smallest of the variants that holds the rows, else the largest.
-pub(super) fn choose_variant(variants: &[TileVariant], rows: u32) -> TileVariant {
-    let fitting = variants.iter().copied().filter(|v| v.rows() >= rows).min_by_key(|v| v.rows());
-    fitting.or_else(|| variants.iter().copied().max_by_key(|v| v.rows())).expect("at least one variant is allowed")
-}
-
-impl RowTile {
-    /// Cuts the stream into chunks. Depends on page counts, not on tokens: the cut mostly stays what it is from step to
-    /// step.
-    pub(super) fn split(&mut self, rule: TilingRule, page_size: u32) {
-        self.chunk_pages = rule.chunk_pages.max(1);
-        self.chunks = self.page_count.div_ceil(self.chunk_pages);
-        if !rule.exact {
-            let key_tile_pages = (self.variant.keys() / page_size).max(1);
-            self.chunk_pages = self.page_count.div_ceil(self.chunks).next_multiple_of(key_tile_pages);
-            self.chunks = self.page_count.div_ceil(self.chunk_pages);
+impl TilingRule {
+    /// How a stream of `page_count` pages is cut, where the key tile of its variant is `key_tile_pages` long. Depends on
+    /// page counts, not on tokens: the cut mostly stays what it is from step to step.
+    pub(super) fn chunks(self, page_count: u32, key_tile_pages: u32) -> Chunks {
+        let most_pages = self.chunk_pages.max(1);
+        if self.exact {
+            return Chunks { pages: most_pages, count: page_count.div_ceil(most_pages) };
         }
+        if page_count <= most_pages {
+            return Chunks { pages: page_count.next_multiple_of(key_tile_pages), count: 1 };
+        }
+        // Of equal length, rounded up to whole key tiles.
+        let pages = page_count.div_ceil(page_count.div_ceil(most_pages)).next_multiple_of(key_tile_pages);
+        Chunks { pages, count: page_count.div_ceil(pages) }
+    }
+}
+
+/// Row tiles that the cost model does not tell apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct TileClass {
+    pub(super) sequences: u32,
+    pub(super) page_count: u32,
+    pub(super) common_pages: u32,
+    /// How many there are.
+    pub(super) count: u32,
+}
+
+impl TileClass {
+    /// Pages of all streams.
+    pub(super) fn stream_pages(&self) -> u64 {
+        u64::from(self.page_count) * u64::from(self.count)
     }
 
-    /// About how many partials its sequences have together: those of a tile that is not cut have none.
-    pub(super) fn partials(&self) -> u32 {
-        if self.chunks == 1 {
+    /// Whether the two differ in count at most.
+    pub(super) fn is_like(&self, other: &Self) -> bool {
+        Self { count: other.count, ..*self } == *other
+    }
+
+    /// About how many partials the sequences of one tile have together: those of a tile that is not cut have none.
+    pub(super) fn partials(&self, chunks: Chunks) -> u32 {
+        if chunks.count == 1 {
             return 0;
         }
-        let common_chunks = self.common_pages.div_ceil(self.chunk_pages).min(self.chunks);
-        self.sequence_count() * (common_chunks + u32::from(common_chunks < self.chunks))
-            + (self.chunks - common_chunks).saturating_sub(1)
+        let common_chunks = self.common_pages.div_ceil(chunks.pages).min(chunks.count);
+        self.sequences * (common_chunks + u32::from(common_chunks < chunks.count))
+            + (chunks.count - common_chunks).saturating_sub(1)
+    }
+}
+
+impl From<RowTile> for TileClass {
+    fn from(tile: RowTile) -> Self {
+        let RowTile { page_count, common_pages, .. } = tile;
+        Self { sequences: tile.sequence_count(), page_count, common_pages, count: 1 }
+    }
+}
+
+/// Which tile variant serves how many sequences, for one group size and page size.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct TileChoice {
+    page_size: u32,
+    /// For 1, 2, ... sequences, up to as many as the largest variant holds.
+    by_sequences: Vec<TileVariant>,
+}
+
+impl TileChoice {
+    /// The smallest of `variants` that holds the rows of each number of sequences.
+    ///
+    /// # Errors
+    /// No variant holds the rows of one sequence.
+    pub(super) fn new(variants: &[TileVariant], group: u32, page_size: u32) -> Result<Self> {
+        let most_rows = variants.iter().map(|variant| variant.rows()).max().unwrap_or(0);
+        if group > most_rows {
+            let expected = format!("at most {most_rows}, the rows of the largest tile");
+            return Err(Error::invalid("q_heads / kv_heads", group, expected));
+        }
+        let smallest = |rows| variants.iter().copied().filter(|v| v.rows() >= rows).min_by_key(|v| v.rows());
+        let by_sequences = (1..=most_rows / group).filter_map(|sequences| smallest(sequences * group)).collect();
+        Ok(Self { page_size, by_sequences })
+    }
+
+    pub(super) fn page_size(&self) -> u32 {
+        self.page_size
+    }
+
+    /// Most sequences of a tile.
+    pub(super) fn widest(&self) -> u32 {
+        self.by_sequences.len() as u32
+    }
+
+    /// The variant for `sequences` sequences, 1 to [`Self::widest`].
+    pub(super) fn variant(&self, sequences: u32) -> TileVariant {
+        self.by_sequences[sequences as usize - 1]
+    }
+
+    /// Pages of the variant's key tile.
+    pub(super) fn key_tile_pages(&self, variant: TileVariant) -> u32 {
+        (variant.keys() / self.page_size).max(1)
     }
 }

@@ -1,0 +1,111 @@
+//! The search for a tiling: candidates are compared by prediction, from counts alone; only the winner is made.
+
+use super::cost::{CostModel, Prediction, Work};
+use super::tiling::{self, Extent, TileChoice, TileClass, TilingRule};
+
+/// Waves of equal items up to which chunk lengths are tried.
+const MOST_WAVES: u64 = 6;
+
+/// Shortest chunk that is tried: a CTA's fixed costs are those of a few key tiles.
+const LEAST_CHUNK_TOKENS: u32 = 128;
+
+/// Memory reused between calls.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Scratch {
+    uncut: Vec<TileClass>,
+    narrowed: Vec<TileClass>,
+    page_counts: Vec<u32>,
+    work: Vec<Work>,
+}
+
+/// What is searched.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Search<'a> {
+    pub(super) model: &'a CostModel<'a>,
+    pub(super) choice: &'a TileChoice,
+    pub(super) extents: &'a [Extent],
+}
+
+impl Search<'_> {
+    /// The rule with the best prediction among tiles of at most each of `widths` sequences and a range of chunk lengths.
+    /// Of equally good ones the first counts.
+    pub(super) fn best(self, widths: &[u32], scratch: &mut Scratch) -> (TilingRule, Prediction) {
+        let mut best: Option<(TilingRule, Prediction)> = None;
+        for (index, width) in widths.iter().enumerate() {
+            if !widths[..index].contains(width) {
+                self.try_width(*width, scratch, &mut best);
+            }
+        }
+        best.expect("there is a width, and its uncut tiling is always tried")
+    }
+
+    /// The prediction of one rule.
+    pub(super) fn predict(self, rule: TilingRule, scratch: &mut Scratch) -> Prediction {
+        let Scratch { uncut, page_counts, work, .. } = scratch;
+        self.classes(rule, page_counts, uncut);
+        self.model.predict(uncut, rule, self.choice, work)
+    }
+
+    fn try_width(self, width: u32, scratch: &mut Scratch, best: &mut Option<(TilingRule, Prediction)>) {
+        let Scratch { uncut, narrowed, page_counts, work } = scratch;
+        let page_size = self.choice.page_size();
+        let mut rule = TilingRule { most_sequences: width, chunk_pages: u32::MAX, exact: false };
+        self.classes(rule, page_counts, uncut);
+        let pages = uncut.iter().map(TileClass::stream_pages).sum();
+        let even_pages =
+            uncut.first().map_or(0, |tile| self.model.pages_per_slot(pages, self.choice.variant(tile.sequences)));
+        // What keeps a tile from being as wide in a tiling with shorter chunks.
+        let unshared = uncut.iter().map(|tile| tile.page_count - tile.common_pages).max().unwrap_or(0);
+        let longest = self.extents.iter().map(|extent| extent.pages).max().unwrap_or(0);
+        let key_tile_pages = (LEAST_CHUNK_TOKENS / page_size).max(1);
+        for waves in 0..=MOST_WAVES {
+            if waves > 0 {
+                // So that every slot gets this many items, if all were equal.
+                let even = u32::try_from(u64::div_ceil(even_pages, waves)).unwrap_or(u32::MAX).max(key_tile_pages);
+                if even >= rule.chunk_pages {
+                    continue;
+                }
+                rule.chunk_pages = even;
+            }
+            // Narrower tiles read no less, and where even one sequence is cut there is a merge.
+            let floor_us = self.model.floor_us(pages, rule.chunk_pages < longest);
+            if best.is_some_and(|(_, best)| best.total_us() <= floor_us) {
+                continue;
+            }
+            let classes = if unshared > rule.chunk_pages {
+                self.classes(rule, page_counts, narrowed);
+                &*narrowed
+            } else {
+                &*uncut
+            };
+            let prediction = self.model.predict(classes, rule, self.choice, work);
+            if best.is_none_or(|(_, best)| prediction.total_us() < best.total_us()) {
+                *best = Some((rule, prediction));
+            }
+        }
+    }
+
+    /// The tiles of a rule, equal ones together as far as that is cheap.
+    fn classes(self, rule: TilingRule, page_counts: &mut Vec<u32>, classes: &mut Vec<TileClass>) {
+        classes.clear();
+        if rule.most_sequences == 1 {
+            page_counts.clear();
+            page_counts.extend(self.extents.iter().map(|extent| extent.pages));
+            page_counts.sort_unstable();
+            classes.extend(page_counts.chunk_by(|a, b| a == b).map(|equal| TileClass {
+                sequences: 1,
+                page_count: equal[0],
+                common_pages: equal[0],
+                count: equal.len() as u32,
+            }));
+            return;
+        }
+        tiling::cut(self.extents, rule, |tile| {
+            let class = TileClass::from(tile);
+            match classes.last_mut() {
+                Some(last) if last.is_like(&class) => last.count += 1,
+                _ => classes.push(class),
+            }
+        });
+    }
+}
