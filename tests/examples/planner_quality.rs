@@ -1,0 +1,64 @@
+//! Prints docs/planner-quality.md's tables: PAT's 80 configurations, and batches cut from traces.
+//!
+//! `cargo run --release -p pat-tests --example planner_quality [-- TRACE.jsonl]`
+
+use pat_rs::plan::{PlanMode, PlanSummary};
+use pat_rs::{AttentionShape, DeviceProfile, Dtype, PlanOptions, Planner};
+use pat_tests::pat_schedule::{BLOCK_TOKENS, PatSchedule};
+use pat_workloads::{FIGURE_10_HEADS, FIGURE_10_TREES, OwnedBatch, TraceCut, TreeSpec};
+use std::error::Error;
+use std::fs::File;
+use std::io::BufReader;
+
+fn summary(batch: &OwnedBatch, shape: AttentionShape, mode: PlanMode) -> pat_rs::Result<PlanSummary> {
+    let rows = batch.rows();
+    let mut planner = Planner::new(shape, DeviceProfile::h200(), PlanOptions { mode, variants: None })?;
+    Ok(planner.plan(&batch.view(&rows)?)?.summary())
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    println!("| # | heads | KV tokens: unique | PAT | pat-rs | partials: PAT | pat-rs | predicted us: flat | pat-rs |");
+    println!("|---|---|---|---|---|---|---|---|---|");
+    for (index, tree) in FIGURE_10_TREES.iter().enumerate() {
+        let spec: TreeSpec = tree.parse()?;
+        let batch = spec.batch(BLOCK_TOKENS, Some(1))?;
+        for (q_heads, kv_heads) in FIGURE_10_HEADS {
+            let shape = AttentionShape::new(q_heads, kv_heads, 128, Dtype::F16)?;
+            let (auto, flat) = (summary(&batch, shape, PlanMode::Auto)?, summary(&batch, shape, PlanMode::Flat)?);
+            let pat = PatSchedule::new(&spec, q_heads, kv_heads);
+            let tokens = |bytes: u64| bytes / shape.kv_bytes_per_token();
+            println!(
+                "| {} | {q_heads}/{kv_heads} | {} | {} | {} | {} | {} | {:.1} | {:.1} |",
+                index + 1,
+                tokens(auto.unique_kv_bytes),
+                pat.kv_tokens(),
+                tokens(auto.planned_kv_bytes),
+                pat.partials(),
+                auto.partial_bytes / (u64::from(q_heads) * (128 + 1) * 4),
+                flat.predicted_us,
+                auto.predicted_us,
+            );
+        }
+    }
+    let Some(trace) = std::env::args().nth(1) else { return Ok(()) };
+    println!("\n| batch | step | sharing factor | KV MiB: flat | unique | pat-rs | predicted us: flat | pat-rs |");
+    println!("|---|---|---|---|---|---|---|---|");
+    let shape = AttentionShape::new(32, 8, 128, Dtype::F16)?;
+    for batch_size in [32, 64, 128, 256] {
+        for (first_request, step) in [(0, 0), (1000, 200)] {
+            let cut = TraceCut { first_request, batch_size, step, page_size: 16 };
+            let batch = cut.batch(BufReader::new(File::open(&trace)?))?;
+            let (auto, flat) = (summary(&batch, shape, PlanMode::Auto)?, summary(&batch, shape, PlanMode::Flat)?);
+            println!(
+                "| {batch_size} from {first_request} | {step} | {:.2} | {} | {} | {} | {:.1} | {:.1} |",
+                auto.sharing_factor,
+                auto.flat_kv_bytes >> 20,
+                auto.unique_kv_bytes >> 20,
+                auto.planned_kv_bytes >> 20,
+                flat.predicted_us,
+                auto.predicted_us,
+            );
+        }
+    }
+    Ok(())
+}
