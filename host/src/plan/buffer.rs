@@ -6,6 +6,7 @@ use crate::{AttentionShape, DecodeBatch, Error, Result};
 use pat_abi::{
     MAX_TILE_VARIANTS, MergeRow, NO_MASKS, PLAN_MAGIC, PackQuery, PageMask, PlanHeader, TileVariant, WorkItem,
 };
+use std::fmt;
 
 /// The records of a plan before assembly. Kept from plan to plan for the memory.
 #[derive(Clone, Debug, Default)]
@@ -88,7 +89,7 @@ impl Records {
 
 /// A plan: one POD buffer (uploaded with one copy) and what it was made for. Plans are equal when all of that is; their
 /// generations are not compared.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Plan {
     generation: PlanGeneration,
     /// 16-byte units, so that the records are aligned.
@@ -98,6 +99,20 @@ pub struct Plan {
     logical_tokens: u64,
     unique_kv_bytes: u64,
     prediction: Prediction,
+}
+
+impl fmt::Debug for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // The records are many; the header counts them.
+        f.debug_struct("Plan")
+            .field("generation", &self.generation)
+            .field("shape", &self.shape)
+            .field("num_pages", &self.num_pages)
+            .field("logical_tokens", &self.logical_tokens)
+            .field("header", &(!self.words.is_empty()).then(|| self.header()))
+            .field("prediction", &self.prediction)
+            .finish_non_exhaustive()
+    }
 }
 
 impl PartialEq for Plan {
