@@ -15,6 +15,8 @@ pub(crate) struct Args {
     shape: Shape,
     #[command(flatten)]
     planning: Planning,
+    #[arg(long, value_name = "NAME", help = format!("GPU to plan for, instead of the one that is here (h200 where there is none): {}", profile_names()))]
+    profile: Option<String>,
     /// Machine-readable output.
     #[arg(long)]
     json: bool,
@@ -26,10 +28,17 @@ pub(crate) struct Args {
     save_batch: Option<PathBuf>,
 }
 
+fn profile_names() -> String {
+    DeviceProfile::known_names().collect::<Vec<_>>().join(", ")
+}
+
 pub(crate) fn run(args: &Args) -> Result<bool> {
     let shape = args.shape.resolve()?;
     let (name, batch) = args.source.load()?;
-    let profile = Engine::auto().profile().unwrap_or_else(|_| DeviceProfile::h200());
+    let profile = match &args.profile {
+        Some(name) => DeviceProfile::by_name(name).context("--profile")?,
+        None => Engine::auto().profile().unwrap_or_else(|_| DeviceProfile::h200()),
+    };
     let rows = batch.rows();
     let view = batch.view(&rows)?;
     let mut planner = Planner::new(shape, profile, args.planning.resolve()?)?;

@@ -131,6 +131,18 @@ fn a_plan_gives_its_figures_in_json() {
 }
 
 #[test]
+fn a_plan_is_made_for_the_named_gpu() {
+    let variant = |profile: &str| {
+        let plan = json(&["plan", "--tree", "1,8_64,32", "--profile", profile, "--json"]);
+        plan["variants"][0]["variant"].as_str().expect("a variant").to_owned()
+    };
+    assert!(variant("a100-80").starts_with("mma"), "no wgmma on an A100");
+    assert!(variant("h200").starts_with("wgmma"));
+    assert!(stdout(&["plan", "--tree", "1,8_64,32", "--profile", "h200"]).contains("planned for NVIDIA H200"));
+    refused(&["plan", "--tree", "1,8_64,32", "--profile", "v100"], &["--profile", "got v100", "h200"]);
+}
+
+#[test]
 fn a_plan_draws_its_forest() {
     let folder = TempDir::new().expect("a temporary folder");
     let picture = folder.path().join("forest.svg");
