@@ -4,6 +4,7 @@
 
 mod bench;
 mod doctor;
+mod explain;
 mod options;
 mod plan;
 mod render;

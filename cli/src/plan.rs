@@ -1,5 +1,6 @@
 //! `pat plan`: the forest and the row tiles, for people, machines and pictures.
 
+use crate::explain::explain;
 use crate::options::{Planning, Shape, Source};
 use crate::render;
 use anyhow::{Context, Result};
@@ -17,6 +18,9 @@ pub(crate) struct Args {
     planning: Planning,
     #[arg(long, value_name = "NAME", help = format!("GPU to plan for, instead of the one that is here (h200 where there is none): {}", profile_names()))]
     profile: Option<String>,
+    /// Say why: the plan beside no sharing and beside the widest tiles, what bounds it, the largest shared runs.
+    #[arg(long, conflicts_with = "json")]
+    explain: bool,
     /// Machine-readable output.
     #[arg(long)]
     json: bool,
@@ -41,7 +45,8 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     };
     let rows = batch.rows();
     let view = batch.view(&rows)?;
-    let mut planner = Planner::new(shape, profile, args.planning.resolve()?)?;
+    let options = args.planning.resolve()?;
+    let mut planner = Planner::new(shape, profile.clone(), options.clone())?;
     let plan = planner.plan(&view)?;
     let summary = plan.summary();
     if args.json {
@@ -50,6 +55,9 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         println!("{name}, planned for {}", planner.profile().name);
         print!("{}", render::forest(planner.forest(), planner.tiles(), &view));
         println!("{summary}");
+        if args.explain {
+            print!("{}", explain(shape, &profile, &options, &view)?);
+        }
     }
     if let Some(file) = &args.svg {
         let svg = render::svg(planner.forest(), planner.tiles(), &view, &name);

@@ -143,6 +143,19 @@ fn a_plan_is_made_for_the_named_gpu() {
 }
 
 #[test]
+fn a_plan_is_explained() {
+    let explain = |extra: &[&str]| stdout(&[&["plan", "--explain", "--profile", "h200"], extra].concat());
+    let shared = explain(&["--tree", "1,4,256_32,256,32"]);
+    for part in ["this plan", "no sharing", "widest tiles", "Bound by ", "Sharing saves ", "4 x [256 tokens x 64 seq"] {
+        assert!(shared.contains(part), "{part}: {shared}");
+    }
+    assert!(explain(&["--tree", "256_1024"]).contains("Sharing is not predicted to save time."));
+    let flat = explain(&["--tree", "1,4,256_32,256,32", "--mode", "flat"]);
+    assert!(flat.contains("Sharing would save ") && flat.contains("read 64 times, by each for itself"), "{flat}");
+    refused(&["plan", "--tree", "1_32", "--explain", "--json"], &["--explain", "--json"]);
+}
+
+#[test]
 fn a_plan_draws_its_forest() {
     let folder = TempDir::new().expect("a temporary folder");
     let picture = folder.path().join("forest.svg");

@@ -1,0 +1,148 @@
+//! `pat plan --explain`: why a batch is planned as it is.
+
+use crate::render::readers;
+use anyhow::Result;
+use comfy_table::{CellAlignment, Table, presets};
+use pat_rs::plan::cost::Prediction;
+use pat_rs::plan::{PlanMode, PlanSummary};
+use pat_rs::{AttentionShape, DecodeBatch, DeviceProfile, PlanOptions, Planner};
+use std::fmt::Write;
+
+/// Kinds of nodes that get a line: those that save most.
+const LINES: usize = 5;
+
+/// How far the forward pass may be above its traffic and its multiplications and still be called bound by them.
+const BOUND: f64 = 1.15;
+
+/// A plan of the batch and how it is cut.
+struct Candidate {
+    planner: Planner,
+    summary: PlanSummary,
+}
+
+impl Candidate {
+    fn new(
+        shape: AttentionShape,
+        profile: &DeviceProfile,
+        options: PlanOptions,
+        batch: &DecodeBatch<'_>,
+    ) -> Result<Self> {
+        let mut planner = Planner::new(shape, profile.clone(), options)?;
+        let summary = planner.plan(batch)?.summary();
+        Ok(Self { planner, summary })
+    }
+
+    /// Most sequences of a row tile.
+    fn widest(&self) -> u32 {
+        self.planner.tiles().iter().map(|tile| tile.sequence_count()).max().unwrap_or(0)
+    }
+}
+
+/// The plan that `options` give, beside the two ends of what the planner chooses from: no sharing, and tiles as wide as they
+/// can be.
+pub(crate) fn explain(
+    shape: AttentionShape,
+    profile: &DeviceProfile,
+    options: &PlanOptions,
+    batch: &DecodeBatch<'_>,
+) -> Result<String> {
+    let candidate = |mode| Candidate::new(shape, profile, PlanOptions { mode, ..options.clone() }, batch);
+    let chosen = candidate(options.mode)?;
+    let (flat, packed) = (candidate(PlanMode::Flat)?, candidate(PlanMode::Packed)?);
+
+    let mut table = Table::new();
+    table.load_preset(presets::UTF8_BORDERS_ONLY);
+    table.set_header([
+        "us predicted for",
+        "row tiles",
+        "sequences",
+        "CTAs",
+        "KV MiB",
+        "memory",
+        "tensor",
+        "forward",
+        "launch",
+        "merge",
+        "all",
+    ]);
+    for (name, candidate) in [("this plan", &chosen), ("no sharing", &flat), ("widest tiles", &packed)] {
+        let summary = &candidate.summary;
+        let Prediction { memory_us, tensor_us, busy_us, launch_us, merge_us } = summary.prediction;
+        let ctas: u64 = summary.variants.iter().map(|v| u64::from(v.items) * u64::from(shape.kv_heads())).sum();
+        let mut row = vec![
+            name.to_owned(),
+            candidate.planner.tiles().len().to_string(),
+            format!("<= {}", candidate.widest()),
+            ctas.to_string(),
+            format!("{:.1}", summary.planned_kv_bytes as f64 / f64::from(1 << 20)),
+        ];
+        row.extend(
+            [memory_us, tensor_us, busy_us, launch_us, merge_us, summary.predicted_us].map(|us| format!("{us:.1}")),
+        );
+        table.add_row(row);
+    }
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    let mut text = format!("{table}\n{}\n", bound(chosen.summary.prediction));
+    let (own_us, flat_us) = (chosen.summary.predicted_us, flat.summary.predicted_us);
+    if own_us < flat_us {
+        let saved = flat_us - own_us;
+        writeln!(text, "Sharing saves {saved:.1} of {flat_us:.1} us.")?;
+    } else if packed.summary.predicted_us < own_us {
+        writeln!(
+            text,
+            "Sharing would save {:.1} of {own_us:.1} us (--mode auto).",
+            own_us - packed.summary.predicted_us
+        )?;
+    } else {
+        writeln!(text, "Sharing is not predicted to save time.")?;
+    }
+    text.push_str(&nodes(&chosen, &packed, batch));
+    Ok(text)
+}
+
+/// What the forward pass is predicted to be bound by.
+fn bound(prediction: Prediction) -> String {
+    let Prediction { memory_us, tensor_us, busy_us, .. } = prediction;
+    let (what, us) = if memory_us >= tensor_us { ("memory", memory_us) } else { ("the tensor cores", tensor_us) };
+    if busy_us <= BOUND * us {
+        format!("Bound by {what}.")
+    } else {
+        format!("Bound by latency and by the balance of the items: {what} alone would take {us:.1} us.")
+    }
+}
+
+/// A line for each of the kinds of nodes that save most.
+fn nodes(chosen: &Candidate, packed: &Candidate, batch: &DecodeBatch<'_>) -> String {
+    let mut nodes: Vec<_> = chosen.planner.forest().nodes().iter().collect();
+    nodes.sort_by_key(|node| std::cmp::Reverse(u64::from(node.page_count()) * u64::from(node.sequence_count() - 1)));
+    let mut lines: Vec<(String, usize)> = Vec::new();
+    for node in nodes {
+        let (tokens, sequences) = (node.page_count() * batch.page_size(), node.sequence_count());
+        let reads = readers(node, chosen.planner.tiles());
+        let fewest = readers(node, packed.planner.tiles());
+        let how = if reads == 1 {
+            "read once".to_owned()
+        } else if chosen.widest() == 1 {
+            format!("read {reads} times, by each for itself; in the widest tiles {fewest} times")
+        } else if reads > fewest {
+            format!("read {reads} times, in narrower tiles that make more CTAs; in the widest {fewest} times")
+        } else {
+            format!("read {reads} times; in the widest tiles no fewer")
+        };
+        let line = format!("[{tokens} tokens x {sequences} sequences] {how}");
+        match lines.last_mut() {
+            Some((last, count)) if *last == line => *count += 1,
+            _ if lines.len() == LINES => break,
+            _ => lines.push((line, 1)),
+        }
+    }
+    lines.into_iter().fold(String::new(), |mut text, (line, count)| {
+        let _ = match count {
+            1 => writeln!(text, "{line}"),
+            _ => writeln!(text, "{count} x {line}"),
+        };
+        text
+    })
+}
