@@ -132,10 +132,12 @@ fn nodes(chosen: &Candidate, packed: &Candidate, batch: &DecodeBatch<'_>) -> Str
             format!("read {reads} times; in the widest tiles no fewer")
         };
         let line = format!("[{tokens} tokens x {sequences} sequences] {how}");
-        match lines.last_mut() {
-            Some((last, count)) if *last == line => *count += 1,
-            _ if lines.len() == LINES => break,
-            _ => lines.push((line, 1)),
+        if let Some((_, count)) = lines.last_mut().filter(|(last, _)| *last == line) {
+            *count += 1;
+        } else if lines.len() < LINES {
+            lines.push((line, 1));
+        } else {
+            break;
         }
     }
     lines.into_iter().fold(String::new(), |mut text, (line, count)| {
