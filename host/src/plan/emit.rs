@@ -52,6 +52,11 @@ impl Emitter<'_> {
         buffer::checked_count("pages", pages)?;
         buffer::checked_count("bytes", items * size_of::<WorkItem>() as u64 + pages * size_of::<u32>() as u64)?;
         records.clear();
+        // A sequence adds its private run, and at most one more per sequence that it parts from.
+        scratch.runs.clear();
+        scratch.runs.reserve(2 * self.choice.widest() as usize);
+        scratch.depths.clear();
+        scratch.depths.reserve(self.choice.widest() as usize);
         scratch.slots.clear();
         scratch.slots.resize(self.batch.sequence_count(), 0);
         records.tails.resize(self.batch.sequence_count(), Tail::NONE);

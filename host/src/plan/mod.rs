@@ -223,6 +223,7 @@ impl Planner {
             _ => search.best(&[1, widest.div_ceil(4), widest.div_ceil(2), widest], search_scratch),
         };
         tiles.clear();
+        tiles.reserve(extents.len());
         tiling::cut(extents, rule, |tile| {
             let key_tile_pages = choice.key_tile_pages(choice.variant(tile.sequence_count()));
             let chunks = rule.chunks(tile.page_count, key_tile_pages);

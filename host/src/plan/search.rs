@@ -30,6 +30,13 @@ impl Search<'_> {
     /// The rule with the best prediction among tiles of at most each of `widths` sequences and a range of chunk lengths.
     /// Of equally good ones the first counts.
     pub(super) fn best(self, widths: &[u32], scratch: &mut Scratch) -> (TilingRule, Prediction) {
+        // Whatever is tried, there are no more classes than sequences: no candidate grows the memory.
+        scratch.uncut.clear();
+        scratch.uncut.reserve(self.extents.len());
+        scratch.narrowed.clear();
+        scratch.narrowed.reserve(self.extents.len());
+        scratch.work.clear();
+        scratch.work.reserve(self.extents.len());
         let mut best: Option<(TilingRule, Prediction)> = None;
         for (index, width) in widths.iter().enumerate() {
             if !widths[..index].contains(width) {

@@ -83,6 +83,8 @@ impl Snapshot {
         self.num_pages = batch.num_pages();
         self.rows.clear();
         self.ids.clear();
+        self.grown.clear();
+        self.grown.reserve(batch.sequence_count());
         for sequence in 0..batch.sequence_count() {
             let pages = batch.pages(sequence);
             let begin = self.ids.len();

@@ -1,0 +1,47 @@
+//! Planning a batch that does not grow allocates nothing. A test of its own: the counting allocator is the program's.
+
+use pat_rs::plan::{PlanChange, PlanMode};
+use pat_rs::{AttentionShape, DeviceProfile, Dtype, PlanOptions, Planner};
+use pat_workloads::{OwnedBatch, RaggedGroups};
+
+fn batch(private_pages: u32, seed: u64) -> OwnedBatch {
+    RaggedGroups { sequences: 256, groups: 8, shared_pages: 16, private_pages, page_size: 16, seed }.batch()
+}
+
+#[test]
+fn steps_allocate_nothing() {
+    let shape = AttentionShape::new(32, 8, 128, Dtype::F16).expect("a valid shape");
+    for mode in [PlanMode::Auto, PlanMode::Flat, PlanMode::PerNode, PlanMode::FixedChunk { tokens: 64 }] {
+        let options = PlanOptions { mode, variants: None };
+        let mut planner = Planner::new(shape, DeviceProfile::h200(), options).expect("a planner");
+        // The larger batch first: the memory is there then. Room for a few more pages per row as the steps append some.
+        let (large, small) = (batch(40, 1), batch(24, 2));
+        let (large_rows, mut stepping) = (large.rows(), small.clone());
+        let large_view = large.view(&large_rows).expect("valid");
+        let small_rows = small.rows();
+        let small_view = small.view(&small_rows).expect("valid");
+        let mut plan = planner.plan(&large_view).expect("a plan");
+        let scratch = allocation_counter::measure(|| planner.plan_into(&small_view, &mut plan).expect("a plan"));
+        assert_eq!(scratch.count_total, 0, "{mode:?} from scratch: {scratch:?}");
+
+        let mut seen = Vec::new();
+        for step in 0..40 {
+            for (table, length) in stepping.block_tables.iter_mut().zip(&mut stepping.lengths) {
+                *length += 1;
+                if *length > table.len() as u32 * 16 {
+                    table.push(step);
+                }
+            }
+            let rows = stepping.rows();
+            let view = stepping.view(&rows).expect("valid");
+            let hint = (step % 2 == 0).then_some(&[][..]);
+            let mut change = None;
+            let advancing = allocation_counter::measure(|| {
+                change = Some(planner.advance(&view, hint, &mut plan).expect("a plan"));
+            });
+            assert_eq!(advancing.count_total, 0, "{mode:?} step {step}, {change:?}: {advancing:?}");
+            seen.extend(change);
+        }
+        assert!(seen.contains(&PlanChange::Pages) || seen.contains(&PlanChange::Forest), "{seen:?}");
+    }
+}
