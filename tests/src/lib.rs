@@ -1,5 +1,6 @@
 //! Test support: small random ragged forests and a run of the CPU executor.
 
+pub mod invariants;
 pub mod pat_schedule;
 
 use pat_rs::{AttentionShape, DeviceProfile, Dtype, Element, PlanOptions, Planner};

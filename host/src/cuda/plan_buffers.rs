@@ -3,9 +3,9 @@
 use super::CudaDevice;
 use super::args::DeviceSpan;
 use super::driver::{DeviceBuffer, StagingRing, Stream};
-use crate::plan::PlanGeneration;
+use crate::plan::{PlanCapacity, PlanGeneration};
 use crate::{AttentionShape, Error, Plan, Result};
-use pat_abi::MAX_TILE_VARIANTS;
+use pat_abi::{MAX_TILE_VARIANTS, TileVariant};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Upper bounds of what a launch covers. CUDA graphs need one that does not change from plan to plan: kernels exit where
@@ -31,6 +31,18 @@ impl LaunchGeometry {
             max_merge_rows: header.merge_count,
             max_slots: header.slot_count,
             max_sequences: header.sequence_count,
+        }
+    }
+
+    /// What every plan within `capacity` needs that uses `variants` alone ([`crate::Planner::tile_variants`]).
+    pub fn for_capacity(capacity: &PlanCapacity, variants: &[TileVariant]) -> Self {
+        let mut max_items = [0; MAX_TILE_VARIANTS];
+        variants.iter().for_each(|variant| max_items[variant.index()] = capacity.max_items);
+        Self {
+            max_items,
+            max_merge_rows: capacity.max_sequences,
+            max_slots: capacity.max_slots,
+            max_sequences: capacity.max_sequences,
         }
     }
 
@@ -112,6 +124,15 @@ impl PlanBuffers {
     /// The driver cannot allocate.
     pub fn with_fixed_geometry(device: &CudaDevice, bytes: usize, geometry: LaunchGeometry) -> Result<Self> {
         Ok(Self { fixed: Some(geometry), ..Self::with_capacity(device, bytes)? })
+    }
+
+    /// As [`Self::with_fixed_geometry`], for every plan of a planner with this capacity
+    /// ([`crate::Planner::with_capacity`]); `variants` are the planner's for the page size.
+    ///
+    /// # Errors
+    /// The driver cannot allocate.
+    pub fn for_capacity(device: &CudaDevice, capacity: &PlanCapacity, variants: &[TileVariant]) -> Result<Self> {
+        Self::with_fixed_geometry(device, capacity.plan_bytes(), LaunchGeometry::for_capacity(capacity, variants))
     }
 
     /// Bytes of the largest plan that fits.
@@ -268,5 +289,10 @@ mod tests {
         both.check_covers(&a).unwrap();
         both.check_covers(&b).unwrap();
         assert!(a.check_covers(&b).unwrap_err().to_string().contains("merge rows"));
+
+        let capacity = PlanCapacity { max_sequences: 5, max_pages: 9, max_items: 7, max_slots: 9 };
+        let geometry = LaunchGeometry::for_capacity(&capacity, &[TileVariant::Mma16]);
+        geometry.check_covers(&both).unwrap();
+        assert!(geometry.check_covers(&LaunchGeometry { max_sequences: 6, ..a }).is_err());
     }
 }

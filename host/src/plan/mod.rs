@@ -5,6 +5,7 @@
 //! at all to as many sequences per CTA as its tile has rows.
 
 mod buffer;
+mod capacity;
 pub mod cost;
 mod emit;
 pub mod forest;
@@ -17,6 +18,7 @@ pub mod tiling;
 use crate::{AttentionShape, DecodeBatch, DeviceProfile, Error, Result};
 pub use buffer::Plan;
 use buffer::Records;
+pub use capacity::PlanCapacity;
 use cost::{CostModel, VariantTerms};
 use emit::Emitter;
 use forest::Forest;
@@ -66,6 +68,7 @@ pub struct Planner {
     shape: AttentionShape,
     profile: DeviceProfile,
     options: PlanOptions,
+    capacity: Option<PlanCapacity>,
     variants: [VariantTerms; TileVariant::ALL.len()],
     /// For the page size of the batch planned last.
     choice: Option<TileChoice>,
@@ -109,12 +112,34 @@ impl Planner {
             variants: VariantTerms::all(&profile, shape),
             profile,
             options,
+            capacity: None,
             choice: None,
             forest: Forest::default(),
             snapshot: Snapshot::default(),
             scratch: Scratch::default(),
             newest: None,
         })
+    }
+
+    /// Plans within `capacity` only: larger batches are refused, and among the tilings of a batch that fits those are
+    /// chosen from that fit. At least the uncut ones do.
+    ///
+    /// # Errors
+    /// `max_items` is below `max_sequences`.
+    pub fn with_capacity(self, capacity: PlanCapacity) -> Result<Self> {
+        Ok(Self { capacity: Some(capacity.validated()?), newest: None, ..self })
+    }
+
+    /// The tile variants that plans for pages of `page_size` tokens use.
+    ///
+    /// # Errors
+    /// As [`Self::plan`], of the page size.
+    pub fn tile_variants(&self, page_size: u32) -> Result<Vec<TileVariant>> {
+        let choice = self.tile_choice(page_size)?;
+        let mut variants: Vec<_> = (1..=choice.widest()).map(|sequences| choice.variant(sequences)).collect();
+        variants.sort_unstable();
+        variants.dedup();
+        Ok(variants)
     }
 
     /// The forest of the batch planned last.
@@ -136,8 +161,9 @@ impl Planner {
     ///
     /// # Errors
     /// The forced variants cannot read pages of the batch's size, no variant holds the query heads of one KV head, a fixed
-    /// chunk is not a multiple of the page size, pages have more than 65,536 tokens, or the plan would exceed what its
-    /// records can express (2^31 rows, items, page ids, slots or bytes).
+    /// chunk is not a multiple of the page size, pages have more than 65,536 tokens, the batch or (in the modes that leave
+    /// no choice) the plan exceeds the capacity, or the plan would exceed what its records can express (2^31 rows, items,
+    /// page ids, slots or bytes).
     pub fn plan(&mut self, batch: &DecodeBatch<'_>) -> Result<Plan> {
         let mut plan = Plan::empty(self.shape);
         self.plan_into(batch, &mut plan)?;
@@ -193,6 +219,9 @@ impl Planner {
     fn plan_forest(&mut self, batch: &DecodeBatch<'_>, plan: &mut Plan) -> Result<()> {
         self.newest = None;
         let page_size = batch.page_size();
+        if let Some(capacity) = &self.capacity {
+            capacity.check_batch(batch)?;
+        }
         let exact_tokens = match self.options.mode {
             PlanMode::FixedChunk { tokens } if !tokens.is_multiple_of(page_size) => {
                 let expected = format!("a multiple of page_size = {page_size}");
@@ -211,7 +240,7 @@ impl Planner {
         let unique_pages = extents.iter().map(|extent| u64::from(extent.pages - extent.shared)).sum();
         let model =
             CostModel { profile: &self.profile, shape: self.shape, page_size, variants: &self.variants, unique_pages };
-        let search = Search { model: &model, choice, extents };
+        let search = Search { model: &model, choice, extents, capacity: self.capacity.as_ref() };
         let widest = choice.widest();
         let (rule, prediction) = match (self.options.mode, exact_tokens) {
             (_, Some(tokens)) => {
@@ -238,6 +267,9 @@ impl Planner {
             per_node: self.options.mode == PlanMode::PerNode,
         };
         emitter.emit(tiles, emit_scratch, records)?;
+        if let Some(capacity) = &self.capacity {
+            capacity.check_records(records)?;
+        }
         plan.write(self.shape, batch, records, unique_pages, prediction)?;
         self.newest = Some(plan.generation());
         Ok(())

@@ -1,5 +1,6 @@
 //! The search for a tiling: candidates are compared by prediction, from counts alone; only the winner is made.
 
+use super::capacity::PlanCapacity;
 use super::cost::{CostModel, Prediction, Work};
 use super::tiling::{self, Extent, TileChoice, TileClass, TilingRule};
 
@@ -24,6 +25,7 @@ pub(super) struct Search<'a> {
     pub(super) model: &'a CostModel<'a>,
     pub(super) choice: &'a TileChoice,
     pub(super) extents: &'a [Extent],
+    pub(super) capacity: Option<&'a PlanCapacity>,
 }
 
 impl Search<'_> {
@@ -85,11 +87,28 @@ impl Search<'_> {
             } else {
                 &*uncut
             };
+            if !self.fits(classes, rule) {
+                continue;
+            }
             let prediction = self.model.predict(classes, rule, self.choice, work);
             if best.is_none_or(|(_, best)| prediction.total_us() < best.total_us()) {
                 *best = Some((rule, prediction));
             }
         }
+    }
+
+    /// Whether the plan is within the capacity. Every sequence of a tile is counted as a reader of each of its chunks.
+    fn fits(self, classes: &[TileClass], rule: TilingRule) -> bool {
+        let Some(capacity) = self.capacity else { return true };
+        let (mut items, mut slots) = (0u64, 0u64);
+        for class in classes {
+            let chunks =
+                rule.chunks(class.page_count, self.choice.key_tile_pages(self.choice.variant(class.sequences)));
+            let of_class = u64::from(chunks.count) * u64::from(class.count);
+            items += of_class;
+            slots += if chunks.count > 1 { of_class * u64::from(class.sequences) } else { 0 };
+        }
+        items <= u64::from(capacity.max_items) && slots <= u64::from(capacity.max_slots)
     }
 
     /// The tiles of a rule, equal ones together as far as that is cheap.

@@ -1,0 +1,78 @@
+//! Bounds of the plans that one set of buffers, and one captured graph, serves.
+
+use super::buffer::Records;
+use crate::{AttentionShape, DecodeBatch, DeviceProfile, Error, Result};
+use pat_abi::{MergeRow, PackQuery, PageMask, PlanHeader, WorkItem};
+
+/// What the plans of a planner may need at most, so that device memory and launches can be sized once
+/// ([`crate::Planner::with_capacity`], [`crate::cuda::PlanBuffers::for_capacity`]). Batches may have fewer rows, or empty
+/// ones.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PlanCapacity {
+    /// Rows of a batch.
+    pub max_sequences: u32,
+    /// Pages of all rows together, shared ones counted for each.
+    pub max_pages: u32,
+    /// Work items; at least `max_sequences`.
+    pub max_items: u32,
+    /// Partial slots; with 0 no stream is cut.
+    pub max_slots: u32,
+}
+
+impl PlanCapacity {
+    /// For batches of up to `max_sequences` rows with `max_pages` pages in all: as many items and slots as it takes to keep
+    /// every CTA slot of the device busy for several waves.
+    pub fn for_batches(max_sequences: u32, max_pages: u32, profile: &DeviceProfile) -> Self {
+        let busy = 16 * profile.sm_count;
+        let max_items = max_sequences.saturating_add(busy);
+        Self { max_sequences, max_pages, max_items, max_slots: max_sequences.saturating_mul(2).saturating_add(busy) }
+    }
+
+    /// Bytes of the largest plan.
+    pub fn plan_bytes(&self) -> usize {
+        // A row is a query of one item that is not cut, and of as many others as it has slots.
+        let queries = self.max_sequences as usize + self.max_slots as usize;
+        let padding = 4 * 16;
+        size_of::<PlanHeader>()
+            + self.max_items as usize * size_of::<WorkItem>()
+            + queries * size_of::<PackQuery>()
+            + self.max_pages as usize * (size_of::<u32>() + size_of::<PageMask>())
+            + self.max_sequences as usize * size_of::<MergeRow>()
+            + padding
+    }
+
+    /// Bytes of partial outputs and log-sum-exps of the largest plan.
+    pub fn partial_bytes(&self, shape: AttentionShape) -> u64 {
+        u64::from(self.max_slots) * u64::from(shape.q_heads()) * (u64::from(shape.head_dim()) + 1) * 4
+    }
+
+    pub(super) fn validated(self) -> Result<Self> {
+        if self.max_items < self.max_sequences {
+            let expected = format!("at least max_sequences = {}", self.max_sequences);
+            return Err(Error::invalid("capacity.max_items", self.max_items, expected));
+        }
+        Ok(self)
+    }
+
+    /// Refuses a batch that is too large.
+    pub(super) fn check_batch(&self, batch: &DecodeBatch<'_>) -> Result<()> {
+        let sequences = batch.sequence_count();
+        let pages: u64 =
+            (0..sequences).map(|sequence| u64::from(batch.length(sequence).div_ceil(batch.page_size()))).sum();
+        check("batch rows", sequences as u64, "max_sequences", self.max_sequences)?;
+        check("pages of the batch", pages, "max_pages", self.max_pages)
+    }
+
+    /// Refuses a plan that is too large: one of a mode that leaves no choice.
+    pub(super) fn check_records(&self, records: &Records) -> Result<()> {
+        check("plan items", records.items.len() as u64, "max_items", self.max_items)?;
+        check("plan slots", u64::from(records.slot_count), "max_slots", self.max_slots)
+    }
+}
+
+fn check(what: &str, n: u64, field: &str, limit: u32) -> Result<()> {
+    if n <= u64::from(limit) {
+        return Ok(());
+    }
+    Err(Error::invalid(what, n, format!("at most capacity.{field} = {limit}")))
+}

@@ -1,0 +1,136 @@
+//! What every plan must be, and random forests to hold plans to it.
+
+use pat_abi::{DIRECT_SLOT, PageMask, TileVariant};
+use pat_rs::plan::PlanMode;
+use pat_rs::{AttentionShape, Plan};
+use pat_workloads::OwnedBatch;
+use rand::Rng;
+use rand::seq::{IndexedRandom, SliceRandom};
+use std::collections::HashMap;
+
+/// Up to 64 sequences of up to 64 pages: continuations, copies and cuts of earlier ones, of uneven depth; lengths around
+/// page borders, and 0.
+///
+/// # Panics
+/// Never.
+pub fn random_forest(rng: &mut impl Rng) -> OwnedBatch {
+    let page_size = *[1u32, 16, 32, 64].choose(rng).expect("not empty");
+    let mut next_page = 0;
+    let mut tables: Vec<Vec<u32>> = Vec::new();
+    let mut lengths = Vec::new();
+    for _ in 0..rng.random_range(1..=64) {
+        let parent = tables.choose(rng).cloned().unwrap_or_default();
+        let mut table = if rng.random_bool(0.8) { parent } else { Vec::new() };
+        table.truncate(rng.random_range(0..=table.len()));
+        let own = if rng.random_bool(0.2) { 0 } else { rng.random_range(0..=64 - table.len()) };
+        table.extend((0..own as u32).map(|i| next_page + i));
+        next_page += own as u32;
+        let full = table.len() as u32 * page_size;
+        let missing = *[0, 1, page_size - 1, page_size / 2].choose(rng).expect("not empty");
+        lengths.push(if missing < page_size { full.saturating_sub(missing) } else { full });
+        tables.push(table);
+    }
+    let mut ids: Vec<u32> = (0..next_page + 2).collect();
+    ids.shuffle(rng);
+    for table in &mut tables {
+        table.iter_mut().for_each(|page| *page = ids[*page as usize]);
+        table.push(u32::MAX);
+    }
+    OwnedBatch { page_size, num_pages: next_page + 2, lengths, block_tables: tables }
+}
+
+/// A partial of one row: its slot, its pages, its tokens.
+type Piece = (u32, Vec<u32>, u32);
+
+/// Invariants 1 to 3: every (sequence, token, head of the group) is covered once; every slot is written once; items fit
+/// their tile, their run and the pool.
+///
+/// # Panics
+/// One does not hold.
+pub fn check(plan: &Plan, batch: &OwnedBatch, shape: AttentionShape) {
+    let group = shape.group();
+    let page_size = batch.page_size;
+    // By (sequence, head in group); together the pieces of a row hold the pages of its block table.
+    let mut pieces: HashMap<(u32, u32), Vec<Piece>> = HashMap::new();
+    for variant in TileVariant::ALL {
+        for item in plan.variant_items(variant) {
+            assert!(item.token_count >= 1);
+            assert!((1..=variant.rows()).contains(&item.row_count));
+            let pages = item.page_begin as usize..(item.page_begin + item.token_count.div_ceil(page_size)) as usize;
+            let pages = plan.pages()[pages].to_vec();
+            assert!(pages.iter().all(|&page| page < batch.num_pages));
+            let masks = plan.masks(item);
+            if !masks.is_empty() {
+                assert!(item.token_count.is_multiple_of(page_size));
+                assert!(masks.iter().all(|m| m.row_end() <= item.row_count && m.tokens() <= page_size));
+            }
+            for row in 0..item.row_count {
+                let query = plan.queries()[(item.query_begin + row / group) as usize];
+                let (mut own, mut tokens) = (pages.clone(), item.token_count);
+                if !masks.is_empty() {
+                    let reads = |m: &PageMask| (m.row_begin()..m.row_end()).contains(&row);
+                    own = pages.iter().zip(masks).filter(|(_, m)| reads(m)).map(|(&page, _)| page).collect();
+                    tokens = masks.iter().filter(|m| reads(m)).map(|m| m.tokens()).sum();
+                    // Only the last page may be partial.
+                    assert_eq!(own.len() as u32, tokens.div_ceil(page_size));
+                }
+                assert!(tokens > 0, "a row without a token");
+                pieces.entry((query.sequence, row % group)).or_default().push((query.slot, own, tokens));
+            }
+        }
+    }
+    let merges: HashMap<u32, _> = plan.merges().iter().map(|merge| (merge.sequence, *merge)).collect();
+    assert_eq!(merges.len(), plan.merges().len());
+    let mut slots_seen = vec![false; plan.header().slot_count as usize];
+    for (sequence, &length) in batch.lengths.iter().enumerate() {
+        let merge = merges.get(&(sequence as u32));
+        if length == 0 {
+            assert_eq!(merge.expect("a merge row").slot_count, 0);
+            assert!(!pieces.contains_key(&(sequence as u32, 0)));
+            continue;
+        }
+        for head in 0..group {
+            let mut of_row = pieces.remove(&(sequence as u32, head)).expect("a row nobody computes");
+            of_row.sort();
+            match merge {
+                None => assert_eq!(of_row.iter().map(|p| p.0).collect::<Vec<_>>(), [DIRECT_SLOT]),
+                Some(merge) => {
+                    let slots: Vec<_> = of_row.iter().map(|p| p.0).collect();
+                    let expected: Vec<_> = (merge.slot_begin..merge.slot_begin + merge.slot_count).collect();
+                    assert_eq!(slots, expected);
+                    assert!(slots.len() >= 2);
+                    if head == 0 {
+                        for slot in slots {
+                            assert!(!std::mem::replace(&mut slots_seen[slot as usize], true), "slot {slot} twice");
+                        }
+                    }
+                }
+            }
+            let tokens: u32 = of_row.iter().map(|piece| piece.2).sum();
+            assert_eq!(tokens, length, "sequence {sequence}");
+            // An item may hold its runs in any order.
+            let mut pages: Vec<u32> = of_row.iter().flat_map(|piece| piece.1.clone()).collect();
+            let mut expected = batch.block_tables[sequence][..length.div_ceil(page_size) as usize].to_vec();
+            pages.sort_unstable();
+            expected.sort_unstable();
+            assert_eq!(pages, expected);
+            // Only the last piece may end inside a page.
+            for piece in &of_row[..of_row.len() - 1] {
+                assert_eq!(piece.2 % page_size, 0);
+            }
+        }
+    }
+    assert!(pieces.is_empty());
+    assert!(slots_seen.iter().all(|&seen| seen));
+}
+
+/// Every mode, with a fixed chunk of four pages.
+pub fn modes(page_size: u32) -> [PlanMode; 5] {
+    [
+        PlanMode::Auto,
+        PlanMode::Flat,
+        PlanMode::PerNode,
+        PlanMode::Packed,
+        PlanMode::FixedChunk { tokens: 4 * page_size },
+    ]
+}

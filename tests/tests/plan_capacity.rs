@@ -1,0 +1,117 @@
+//! Plans within a fixed capacity, for buffers and graphs that are made once.
+
+use pat_rs::cuda::LaunchGeometry;
+use pat_rs::plan::{PlanCapacity, PlanMode};
+use pat_rs::{AttentionShape, DeviceProfile, Dtype, PlanOptions, Planner, TileVariant};
+use pat_tests::invariants::{check, random_forest};
+use pat_workloads::OwnedBatch;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+fn shape() -> AttentionShape {
+    AttentionShape::new(16, 2, 128, Dtype::F16).expect("a valid shape")
+}
+
+fn planner(mode: PlanMode) -> Planner {
+    let options = PlanOptions { mode, variants: None };
+    Planner::new(shape(), DeviceProfile::h200(), options).expect("a planner")
+}
+
+fn pages(batch: &OwnedBatch) -> u32 {
+    batch.lengths.iter().map(|length| length.div_ceil(batch.page_size)).sum()
+}
+
+#[test]
+fn plans_stay_within_the_capacity() {
+    let mut rng = ChaCha8Rng::seed_from_u64(11);
+    for _ in 0..500 {
+        let batch = random_forest(&mut rng);
+        let sequences = batch.lengths.len() as u32;
+        let capacity = PlanCapacity {
+            max_sequences: sequences + rng.random_range(0..2),
+            max_pages: pages(&batch) + rng.random_range(0..2),
+            max_items: sequences + rng.random_range(1..40),
+            max_slots: rng.random_range(0..80),
+        };
+        for mode in [PlanMode::Auto, PlanMode::Flat, PlanMode::Packed] {
+            let mut planner = planner(mode).with_capacity(capacity).expect("a valid capacity");
+            let rows = batch.rows();
+            let plan = planner.plan(&batch.view(&rows).expect("a valid batch")).expect("an uncut plan at least");
+            check(&plan, &batch, shape());
+            let variants = planner.tile_variants(batch.page_size).expect("variants");
+            let (bounds, needed) = (LaunchGeometry::for_capacity(&capacity, &variants), LaunchGeometry::of(&plan));
+            assert_eq!(bounds.union(needed), bounds, "{capacity:?}");
+            assert!(plan.bytes().len() <= capacity.plan_bytes(), "{} bytes, {capacity:?}", plan.bytes().len());
+            assert!(plan.partial_bytes() <= capacity.partial_bytes(shape()));
+        }
+    }
+}
+
+#[test]
+fn a_capacity_that_is_large_enough_changes_nothing() {
+    let mut rng = ChaCha8Rng::seed_from_u64(12);
+    for _ in 0..100 {
+        let batch = random_forest(&mut rng);
+        let capacity = PlanCapacity::for_batches(64, 64 * 64, &DeviceProfile::h200());
+        let rows = batch.rows();
+        let view = batch.view(&rows).expect("a valid batch");
+        let bounded = planner(PlanMode::Auto).with_capacity(capacity).expect("a valid capacity").plan(&view);
+        assert_eq!(bounded.expect("a plan"), planner(PlanMode::Auto).plan(&view).expect("a plan"));
+    }
+}
+
+#[test]
+fn what_exceeds_the_capacity_is_refused() {
+    let batch = OwnedBatch {
+        page_size: 16,
+        num_pages: 100,
+        lengths: vec![160, 160, 0],
+        block_tables: vec![(0..10).collect(), (10..20).collect(), vec![]],
+    };
+    let fits = PlanCapacity { max_sequences: 3, max_pages: 20, max_items: 3, max_slots: 0 };
+    let rows = batch.rows();
+    let view = batch.view(&rows).expect("a valid batch");
+    let refusal = |mode, capacity: PlanCapacity| {
+        let planner = planner(mode).with_capacity(capacity);
+        planner.and_then(|mut planner| planner.plan(&view)).expect_err("refused").to_string()
+    };
+    let mut planner = planner(PlanMode::Auto).with_capacity(fits).expect("a valid capacity");
+    let mut plan = planner.plan(&view).expect("a plan that fits");
+    assert_eq!(plan.header().slot_count, 0);
+    let before = plan.clone();
+    for (capacity, parts) in [
+        (PlanCapacity { max_sequences: 2, ..fits }, ["batch rows: got 3", "max_sequences = 2"]),
+        (PlanCapacity { max_pages: 19, ..fits }, ["pages of the batch: got 20", "max_pages = 19"]),
+        (PlanCapacity { max_items: 2, ..fits }, ["capacity.max_items: got 2", "at least max_sequences = 3"]),
+    ] {
+        let message = refusal(PlanMode::Auto, capacity);
+        assert!(parts.iter().all(|part| message.contains(part)), "{message}");
+    }
+    // A fixed chunk leaves no choice.
+    let message = refusal(PlanMode::FixedChunk { tokens: 80 }, fits);
+    assert!(message.contains("max_items = 3") || message.contains("max_slots = 0"), "{message}");
+
+    // A step that no longer fits leaves the plan as it was, and the next one that fits is planned.
+    let more = OwnedBatch {
+        lengths: vec![176, 160, 0],
+        block_tables: vec![(0..11).collect(), (11..21).collect(), vec![]],
+        ..batch.clone()
+    };
+    let more_rows = more.rows();
+    planner.advance(&more.view(&more_rows).expect("valid"), None, &mut plan).expect_err("21 pages");
+    assert_eq!(plan, before);
+    planner.advance(&view, None, &mut plan).expect("a plan that fits");
+    assert_eq!(plan, before);
+}
+
+#[test]
+fn groups_that_no_tile_holds_are_refused() {
+    let wide = AttentionShape::new(129, 1, 128, Dtype::F16).expect("a valid shape");
+    let planner = Planner::new(wide, DeviceProfile::h200(), PlanOptions::default()).expect("a planner");
+    let message = planner.tile_variants(16).expect_err("refused").to_string();
+    assert!(message.contains("got 129") && message.contains("at most 128"), "{message}");
+    // More than a wgmma tile has rows for: mma.sync serves them.
+    let falcon = AttentionShape::new(71, 1, 64, Dtype::F16).expect("a valid shape");
+    let planner = Planner::new(falcon, DeviceProfile::h200(), PlanOptions::default()).expect("a planner");
+    assert_eq!(planner.tile_variants(16).expect("variants"), [TileVariant::Mma128]);
+}
