@@ -7,6 +7,7 @@ use pat_abi::{DIRECT_SLOT, ForwardParams, NO_MASKS, PLAN_MAGIC, PackQuery, PlanH
 use crate::element::Element;
 use crate::ptx::ldst::{
     load_global_u32, load_global_u32x2, load_global_u32x4, store_global_f32, store_global_f32x2, store_global_u32,
+    store_global_u32x4,
 };
 
 /// Natural logarithm of 2: internal log-sum-exps are base 2, public ones natural.
@@ -110,6 +111,12 @@ impl Row {
         strided(params.q, self.sequence, params.q_sequence_stride, self.head, params.q_head_stride)
     }
 
+    /// Whether the row goes to a partial slot.
+    #[inline(always)]
+    pub fn is_partial(&self) -> bool {
+        self.partial.is_some()
+    }
+
     /// Writes columns `column` and `column + 1` of the normalised output.
     ///
     /// # Safety
@@ -119,18 +126,39 @@ impl Row {
     pub unsafe fn store_pair<E: Element>(&self, params: &ForwardParams, head_dim: u32, column: u32, pair: [f32; 2]) {
         // SAFETY: the caller's contract; base addresses and strides are multiples of 16 bytes.
         unsafe {
-            match self.partial {
-                None => {
-                    let (s, h) = (params.out_sequence_stride, params.out_head_stride);
-                    let row = strided(params.out, self.sequence, s, self.head, h);
-                    store_global_u32(row + column as u64 * 2, E::pack(pair[0], pair[1]));
-                }
-                Some(index) => {
-                    let row = params.partial_out + index * (head_dim as u64 * 4);
-                    store_global_f32x2(row + column as u64 * 4, pair);
-                }
+            if self.is_partial() {
+                self.store_partial_pair(params, head_dim, column, pair);
+            } else {
+                store_global_u32(self.output_address(params) + column as u64 * 2, E::pack(pair[0], pair[1]));
             }
         }
+    }
+
+    /// Writes columns `column` and `column + 1` of a partial.
+    ///
+    /// # Safety
+    /// As [`Self::store_pair`]; the row is a partial.
+    #[inline(always)]
+    pub unsafe fn store_partial_pair(&self, params: &ForwardParams, head_dim: u32, column: u32, pair: [f32; 2]) {
+        let index = self.partial.unwrap_or(0);
+        let row = params.partial_out + index * (head_dim as u64 * 4);
+        // SAFETY: the caller's contract.
+        unsafe { store_global_f32x2(row + column as u64 * 4, pair) };
+    }
+
+    /// Writes the eight packed columns `column ..` of the final output.
+    ///
+    /// # Safety
+    /// `column` is a multiple of 8; the rest as [`Self::store_pair`]; the row is no partial.
+    #[inline(always)]
+    pub unsafe fn store_octet(&self, params: &ForwardParams, column: u32, octet: [u32; 4]) {
+        // SAFETY: the caller's contract; base addresses and strides are multiples of 16 bytes.
+        unsafe { store_global_u32x4(self.output_address(params) + column as u64 * 2, octet) };
+    }
+
+    #[inline(always)]
+    fn output_address(&self, params: &ForwardParams) -> u64 {
+        strided(params.out, self.sequence, params.out_sequence_stride, self.head, params.out_head_stride)
     }
 
     /// Writes the log-sum-exp (given base 2), where one is wanted.

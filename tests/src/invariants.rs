@@ -62,7 +62,8 @@ pub fn check(plan: &Plan, batch: &OwnedBatch, shape: AttentionShape) {
             let masks = plan.masks(item);
             if !masks.is_empty() {
                 assert!(item.token_count.is_multiple_of(page_size));
-                assert!(masks.iter().all(|m| m.row_end() <= item.row_count && m.tokens() <= page_size));
+                assert!(masks.iter().all(|m| m.row_end() <= item.row_count || m.row_end() == PageMask::ALL_ROWS));
+                assert!(masks.iter().all(|m| m.tokens() <= page_size));
             }
             for row in 0..item.row_count {
                 let query = plan.queries()[(item.query_begin + row / group) as usize];

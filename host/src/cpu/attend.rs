@@ -107,7 +107,8 @@ fn segments(plan: &Plan, item: &WorkItem) -> Vec<Segment> {
     let page_size = plan.page_size() as usize;
     let mut segments: Vec<Segment> = Vec::new();
     for (page, mask) in masks.iter().enumerate() {
-        let (token_begin, rows) = (page * page_size, (mask.row_begin() as usize, mask.row_end() as usize));
+        let (token_begin, rows) =
+            (page * page_size, (mask.row_begin() as usize, mask.row_end().min(item.row_count) as usize));
         let token_end = token_begin + mask.tokens() as usize;
         match segments.last_mut() {
             Some(last) if last.token_end == token_begin && (last.row_begin, last.row_end) == rows => {

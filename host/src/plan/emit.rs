@@ -169,7 +169,10 @@ impl Emitter<'_> {
         } else {
             mask_begin = buffer::checked_count("masks", records.masks.len() as u64)?;
             for run in runs.iter() {
-                let (row_begin, row_end) = (row(run.reader_begin), row(run.reader_end));
+                let (row_begin, row_end) = match (row(run.reader_begin), row(run.reader_end)) {
+                    (0, end) if end == row_count => (0, PageMask::ALL_ROWS),
+                    part => part,
+                };
                 let full = PageMask::new(row_begin, row_end, page_size);
                 records.masks.extend((run.page_begin + 1..run.page_end).map(|_| full));
                 records.masks.push(PageMask::new(row_begin, row_end, self.tokens_of_last_page(run)));

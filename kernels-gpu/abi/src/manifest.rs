@@ -83,8 +83,8 @@ impl TileVariant {
     /// N: KV tokens a CTA processes per main-loop step.
     pub const fn keys(self) -> u32 {
         match self {
-            Self::Mma16 | Self::Wgmma128 => 128,
-            Self::Mma32 | Self::Mma64 | Self::Mma128 | Self::Wgmma64 => 64,
+            Self::Mma16 => 128,
+            Self::Mma32 | Self::Mma64 | Self::Mma128 | Self::Wgmma64 | Self::Wgmma128 => 64,
         }
     }
 
@@ -111,7 +111,7 @@ impl TileVariant {
     /// Whether a CTA steps through work `c, c + grid, ...` instead of serving one piece: launched with as many CTAs as
     /// fit the device, however large the plan.
     pub const fn is_persistent(self) -> bool {
-        matches!(self, Self::Wgmma64)
+        matches!(self, Self::Wgmma64 | Self::Wgmma128)
     }
 
     /// Whether the variant can read pages of this many tokens. TMA boxes want powers of two; mma.sync tiles take any size.
@@ -246,6 +246,10 @@ pub const KERNELS: &[KernelSpec] = &[
     forward!("pat_forward_wgmma64_d128_bf16",  Wgmma64, Bf16, 128, threads 256, ctas 2, smem 114_896, regs 128, bars 3, maps 2),
     forward!("pat_forward_wgmma64_d64_f16",    Wgmma64, F16,  64,  threads 256, ctas 2, smem 57_552,  regs 128, bars 3, maps 2),
     forward!("pat_forward_wgmma64_d64_bf16",   Wgmma64, Bf16, 64,  threads 256, ctas 2, smem 57_552,  regs 128, bars 3, maps 2),
+    forward!("pat_forward_wgmma128_d128_f16", Wgmma128, F16, 128, threads 384, ctas 1, smem 229_792, regs 168, bars 3, maps 2),
+    forward!("pat_forward_wgmma128_d128_bf16", Wgmma128, Bf16, 128, threads 384, ctas 1, smem 229_792, regs 168, bars 3, maps 2),
+    forward!("pat_forward_wgmma128_d64_f16", Wgmma128, F16, 64, threads 384, ctas 1, smem 115_104, regs 168, bars 3, maps 2),
+    forward!("pat_forward_wgmma128_d64_bf16", Wgmma128, Bf16, 64, threads 384, ctas 1, smem 115_104, regs 168, bars 3, maps 2),
     merge!("pat_merge_d128_f16",      Sm80,  F16,  128),
     merge!("pat_merge_d128_bf16",     Sm80,  Bf16, 128),
     merge!("pat_merge_d64_f16",       Sm80,  F16,  64),

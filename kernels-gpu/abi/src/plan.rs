@@ -85,16 +85,18 @@ pub struct WorkItem {
 }
 
 /// Which rows of an item attend to a page, and to how many of its tokens: bits 0..8 the first row, 8..16 the end of the
-/// rows, 16..32 the tokens less one.
+/// rows ([`PageMask::ALL_ROWS`] where it is all of them), 16..32 the tokens less one.
 #[repr(transparent)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct PageMask(pub u32);
 
 impl PageMask {
+    /// The end of the rows where all of an item's rows attend.
+    pub const ALL_ROWS: u32 = 255;
     /// Most tokens of a page a mask can count.
     pub const MAX_TOKENS: u32 = 1 << 16;
 
-    /// Rows `row_begin..row_end` (at most 255) attend to the first `tokens` (1 to [`Self::MAX_TOKENS`]) of the page.
+    /// Rows `row_begin..row_end` (0 to [`Self::ALL_ROWS`] for all of them) attend to the first `tokens` (1 to [`Self::MAX_TOKENS`]) of the page.
     pub const fn new(row_begin: u32, row_end: u32, tokens: u32) -> Self {
         Self(row_begin | row_end << 8 | (tokens - 1) << 16)
     }
@@ -104,7 +106,7 @@ impl PageMask {
         self.0 & 0xff
     }
 
-    /// End of the rows.
+    /// End of the rows, or [`Self::ALL_ROWS`].
     pub const fn row_end(self) -> u32 {
         self.0 >> 8 & 0xff
     }

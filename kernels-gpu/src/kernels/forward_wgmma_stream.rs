@@ -5,8 +5,12 @@
 //! already on their way. A short leaf therefore costs its bytes, not a latency chain. Launched with one CTA per piece of
 //! work the same code is an ordinary, non-persistent kernel.
 //!
-//! Shared memory, with `B = head_dim / 64` blocks of `[64 rows][128 bytes]` (128-byte swizzle) per tile:
-//! `[K0 V0 | K1 V1 | K2 V2 | Q | barriers | masks]`.
+//! Shared memory, every tile `head_dim / 64` blocks of `[64 rows][128 bytes]` (128-byte swizzle):
+//! `[K0 V0 | K1 V1 | ... | Q | barriers | masks]`.
+//!
+//! `wgmma64` has one consumer warpgroup and two CTAs per multiprocessor. `wgmma128` has two consumers, which multiply the
+//! same K and V tiles with 64 rows each: a node shared by many sequences is read from L2 half as often, and that is what
+//! bounds it.
 //!
 //! An item's stream may hold pages that only some rows attend to ([`pat_abi::PageMask`]). The producer resolves the masks
 //! to one word per 16 keys of a tile and puts them beside the tile; tiles without exception cost a comparison.
@@ -19,7 +23,7 @@ use crate::ptx::ldst::{
     request_global_u32x4, store_shared_u32, store_shared_u32x4,
 };
 use crate::ptx::mma::ldmatrix_x4;
-use crate::ptx::shuffle::{from_lane_u32, xor_f32};
+use crate::ptx::shuffle::{any, from_lane_u32, xor_f32, xor_u32};
 use crate::ptx::special::{cta_count, cta_index, dynamic_smem, thread_index};
 use crate::ptx::wgmma::{self, HeadDim, WgmmaOps};
 use crate::ptx::{cp_async, math, mbarrier, pdl, tma};
@@ -29,23 +33,27 @@ use pat_abi::{
     ForwardParams, MAX_TILE_VARIANTS, NO_MASKS, PLAN_MAGIC, PackQuery, PageMask, PlanHeader, TileVariant, WorkItem,
 };
 
-const STAGES: u32 = 3;
 const TILE_KEYS: u32 = 64;
-const TILE_ROWS: u32 = 64;
+/// Rows of a consumer warpgroup.
+const GROUP_ROWS: u32 = 64;
 const BLOCK_BYTES: u32 = 64 * 128;
-const CONSUMER_WARPS: u32 = 4;
 
-/// Shared-memory addresses of one CTA.
+/// Shared-memory addresses of one CTA with `GROUPS` consumer warpgroups.
 #[derive(Clone, Copy)]
-struct Smem<const HEAD_DIM: u32> {
+struct Smem<const HEAD_DIM: u32, const GROUPS: u32> {
     base: u32,
 }
 
-impl<const HEAD_DIM: u32> Smem<HEAD_DIM> {
+impl<const HEAD_DIM: u32, const GROUPS: u32> Smem<HEAD_DIM, GROUPS> {
+    /// Two CTAs share a multiprocessor where each has one consumer, else one has all of it.
+    const STAGES: u32 = if GROUPS == 1 { 3 } else { 6 };
+    const CONSUMER_WARPS: u32 = 4 * GROUPS;
+    const Q_SLOTS: u32 = 4 * GROUPS;
+    const Q_GROUP_BYTES: u32 = GROUP_ROWS * HEAD_DIM * 2;
     const TILE_BYTES: u32 = TILE_KEYS * HEAD_DIM * 2;
     const STAGE_BYTES: u32 = 2 * Self::TILE_BYTES;
-    const Q_OFFSET: u32 = STAGES * Self::STAGE_BYTES;
-    const BARRIER_OFFSET: u32 = Self::Q_OFFSET + TILE_ROWS * HEAD_DIM * 2;
+    const Q_OFFSET: u32 = Self::STAGES * Self::STAGE_BYTES;
+    const BARRIER_OFFSET: u32 = Self::Q_OFFSET + GROUPS * Self::Q_GROUP_BYTES;
 
     fn k(self, stage: u32) -> u32 {
         self.base + stage * Self::STAGE_BYTES
@@ -53,8 +61,9 @@ impl<const HEAD_DIM: u32> Smem<HEAD_DIM> {
     fn v(self, stage: u32) -> u32 {
         self.k(stage) + Self::TILE_BYTES
     }
-    fn q(self) -> u32 {
-        self.base + Self::Q_OFFSET
+    /// The Q rows of a consumer warpgroup.
+    fn q(self, group: u32) -> u32 {
+        self.base + Self::Q_OFFSET + group * Self::Q_GROUP_BYTES
     }
     fn k_full(self, stage: u32) -> u32 {
         self.base + Self::BARRIER_OFFSET + stage * 32
@@ -70,10 +79,10 @@ impl<const HEAD_DIM: u32> Smem<HEAD_DIM> {
     }
     /// The [`KeyMask`]s of a stage.
     fn masks(self, stage: u32) -> u32 {
-        self.base + Self::BARRIER_OFFSET + STAGES * 32 + QSlots::COUNT * 16 + stage * 16
+        self.base + Self::BARRIER_OFFSET + Self::STAGES * 32 + Self::Q_SLOTS * 16 + stage * 16
     }
     fn q_full(self, slot: u32) -> u32 {
-        self.base + Self::BARRIER_OFFSET + STAGES * 32 + slot * 16
+        self.base + Self::BARRIER_OFFSET + Self::STAGES * 32 + slot * 16
     }
     fn q_empty(self, slot: u32) -> u32 {
         self.q_full(slot) + 8
@@ -82,15 +91,16 @@ impl<const HEAD_DIM: u32> Smem<HEAD_DIM> {
 
 /// Position in the ring of stages: the stage and the parity of its current phase.
 #[derive(Clone, Copy)]
-struct Ring {
+struct Ring<const GROUPS: u32> {
     stage: u32,
     phase: u32,
 }
 
-impl Ring {
+impl<const GROUPS: u32> Ring<GROUPS> {
+    #[inline(always)]
     fn advance(&mut self) {
         self.stage += 1;
-        if self.stage == STAGES {
+        if self.stage == Smem::<64, GROUPS>::STAGES {
             self.stage = 0;
             self.phase ^= 1;
         }
@@ -206,17 +216,18 @@ impl Batch {
     }
 }
 
-/// The Q tile is four slots of 16 rows. An item of at most 16 rows takes the next slot, a larger one all four: up to four
-/// short items are on their way at a time. Producer and consumer step through the same sequence of slots.
+/// The Q tile is slots of 16 rows. An item of at most 16 rows takes the next slot, a larger one all: several short items
+/// are on their way at a time. Producer and consumer step through the same sequence of slots.
 #[derive(Clone, Copy)]
-struct QSlots {
+struct QSlots<const GROUPS: u32> {
     next: u32,
     /// Bit `s`: parity of slot `s`'s current phase.
     phases: u32,
 }
 
-impl QSlots {
-    const COUNT: u32 = 4;
+impl<const GROUPS: u32> QSlots<GROUPS> {
+    const COUNT: u32 = Smem::<64, GROUPS>::Q_SLOTS;
+    const PER_GROUP: u32 = 4;
     const ROWS: u32 = 16;
 
     /// First slot and number of slots of an item.
@@ -309,8 +320,7 @@ impl PageWindow {
         let (rows, end) = if work.mask_begin == NO_MASKS {
             (0xff00, work.token_count - token)
         } else {
-            let all = mask.row_begin() == 0 && mask.row_end() >= work.row_count;
-            (if all { 0xff00 } else { mask.0 & 0xffff }, mask.tokens().saturating_sub(in_page))
+            (mask.0 & 0xffff, mask.tokens().saturating_sub(in_page))
         };
         let keys = if end < KeyMask::KEYS { end } else { KeyMask::KEYS };
         KeyMask(rows | keys << 16)
@@ -323,7 +333,12 @@ impl PageWindow {
 /// # Safety
 /// One whole warp; barriers initialised; maps as `abi` describes them.
 #[inline(always)]
-unsafe fn produce_kv<const HEAD_DIM: u32>(p: &ForwardParams, plan: PlanView, smem: Smem<HEAD_DIM>, maps: (u64, u64)) {
+unsafe fn produce_kv<const HEAD_DIM: u32, const GROUPS: u32>(
+    p: &ForwardParams,
+    plan: PlanView,
+    smem: Smem<HEAD_DIM, GROUPS>,
+    maps: (u64, u64),
+) {
     let lane = thread_index() & 31;
     let box_keys = if p.page_size.divisor < TILE_KEYS { p.page_size.divisor } else { TILE_KEYS };
     let page_mask = p.page_size.divisor - 1;
@@ -333,7 +348,7 @@ unsafe fn produce_kv<const HEAD_DIM: u32>(p: &ForwardParams, plan: PlanView, sme
     let box_row = box_index * box_keys;
     let issues = box_row < TILE_KEYS;
     let box_offset = block * BLOCK_BYTES + box_row * 128;
-    let mut ring = Ring { stage: 0, phase: 1 };
+    let mut ring = Ring::<GROUPS> { stage: 0, phase: 1 };
     let mut index = cta_index();
     if index >= plan.work_count {
         return;
@@ -374,7 +389,7 @@ unsafe fn produce_kv<const HEAD_DIM: u32>(p: &ForwardParams, plan: PlanView, sme
                 sync_warp();
                 let (tile, full) = (smem.k(ring.stage), smem.k_full(ring.stage));
                 if lane == 0 {
-                    mbarrier::arrive_expect_bytes(full, Smem::<HEAD_DIM>::TILE_BYTES);
+                    mbarrier::arrive_expect_bytes(full, Smem::<HEAD_DIM, GROUPS>::TILE_BYTES);
                 }
                 if issues {
                     tma::load_4d(tile + box_offset, maps.0, [block * 64, in_page, work.kv_head, id], full);
@@ -382,7 +397,7 @@ unsafe fn produce_kv<const HEAD_DIM: u32>(p: &ForwardParams, plan: PlanView, sme
                 mbarrier::wait(smem.v_empty(ring.stage), ring.phase);
                 let (tile, full) = (smem.v(ring.stage), smem.v_full(ring.stage));
                 if lane == 0 {
-                    mbarrier::arrive_expect_bytes(full, Smem::<HEAD_DIM>::TILE_BYTES);
+                    mbarrier::arrive_expect_bytes(full, Smem::<HEAD_DIM, GROUPS>::TILE_BYTES);
                 }
                 sync_warp();
                 if issues {
@@ -400,9 +415,13 @@ unsafe fn produce_kv<const HEAD_DIM: u32>(p: &ForwardParams, plan: PlanView, sme
 /// # Safety
 /// One whole warp; barriers initialised.
 #[inline(always)]
-unsafe fn produce_q<const HEAD_DIM: u32>(p: &ForwardParams, plan: PlanView, smem: Smem<HEAD_DIM>) {
+unsafe fn produce_q<const HEAD_DIM: u32, const GROUPS: u32>(
+    p: &ForwardParams,
+    plan: PlanView,
+    smem: Smem<HEAD_DIM, GROUPS>,
+) {
     let lane = thread_index() & 31;
-    let mut slots = QSlots { next: 0, phases: u32::MAX };
+    let mut slots = QSlots::<GROUPS> { next: 0, phases: u32::MAX };
     let mut index = cta_index();
     let mut in_batch = 32;
     let mut batch = Batch::EMPTY;
@@ -419,15 +438,18 @@ unsafe fn produce_q<const HEAD_DIM: u32>(p: &ForwardParams, plan: PlanView, smem
             // Rows of one query, a leaf's case, need no further load.
             let first_sequence = from_lane_u32(lane_sequence, in_batch);
             let one_query = work.row_count <= p.group.divisor;
-            let mut sequences = [first_sequence; 2];
+            // Lane `l` looks up rows `l`, `l + 32`, ...
+            let mut sequences = [first_sequence; 4];
             if !one_query {
-                sequences = [lane, lane + 32].map(|row| request_global_u32(work.query_address(p, plan, row).0));
+                for i in 0..2 * GROUPS {
+                    sequences[i as usize] = request_global_u32(work.query_address(p, plan, lane + 32 * i).0);
+                }
             }
             let (slot, slot_count) = slots.take(work.row_count);
             for i in 0..slot_count {
                 mbarrier::wait(smem.q_empty(slot + i), slots.parity(slot + i));
             }
-            copy_q::<HEAD_DIM>(p, smem, &work, sequences, slot * QSlots::ROWS, lane);
+            copy_q::<HEAD_DIM, GROUPS>(p, smem, &work, sequences, slot * QSlots::<GROUPS>::ROWS, lane);
             for i in 0..slot_count {
                 mbarrier::arrive_on_copies(smem.q_full(slot + i));
             }
@@ -443,11 +465,11 @@ unsafe fn produce_q<const HEAD_DIM: u32>(p: &ForwardParams, plan: PlanView, smem
 /// # Safety
 /// One whole warp; the Q slots are free.
 #[inline(always)]
-unsafe fn copy_q<const HEAD_DIM: u32>(
+unsafe fn copy_q<const HEAD_DIM: u32, const GROUPS: u32>(
     p: &ForwardParams,
-    smem: Smem<HEAD_DIM>,
+    smem: Smem<HEAD_DIM, GROUPS>,
     work: &Work,
-    sequences: [u32; 2],
+    sequences: [u32; 4],
     first_row: u32,
     lane: u32,
 ) {
@@ -456,14 +478,24 @@ unsafe fn copy_q<const HEAD_DIM: u32>(
     let mut first = 0;
     while first < work.row_count {
         let row = first + step_row;
-        let (low, high) = (from_lane_u32(sequences[0], row & 31), from_lane_u32(sequences[1], row & 31));
+        let mut sequence = from_lane_u32(sequences[0], row & 31);
+        for i in 1..2 * GROUPS {
+            let candidate = from_lane_u32(sequences[i as usize], row & 31);
+            sequence = if row / 32 == i { candidate } else { sequence };
+        }
         if row < work.row_count {
-            let sequence = if row < 32 { low } else { high };
             let (_, head) = p.group.divide_remainder(row);
             let head = work.kv_head * p.group.divisor + head;
+            let tile_row = first_row + row;
             let source = strided(p.q, sequence, p.q_sequence_stride, head, p.q_head_stride) + chunk as u64 * 16;
             // SAFETY: the row is one of the item's; Q rows are 16-byte aligned (checked by the host).
-            unsafe { cp_async::copy_16_bytes(smem.q() + tile_offset(first_row + row, chunk), source, 16) };
+            unsafe {
+                cp_async::copy_16_bytes(
+                    smem.q(tile_row / GROUP_ROWS) + tile_offset(tile_row % GROUP_ROWS, chunk),
+                    source,
+                    16,
+                )
+            };
         }
         first += 32 / chunks_per_row;
     }
@@ -475,22 +507,23 @@ fn tile_offset(row: u32, chunk: u32) -> u32 {
     (chunk >> 3) * BLOCK_BYTES + row * 128 + (((chunk ^ row) & 7) << 4)
 }
 
-/// The consumer warpgroup.
+/// Consumer warpgroup `group`.
 ///
 /// # Safety
 /// One whole, aligned warpgroup; barriers initialised.
 #[inline(always)]
-unsafe fn consume<E: Element, const HEAD_DIM: u32, const Q_REGS: usize, const O_REGS: usize>(
+unsafe fn consume<E: Element, const HEAD_DIM: u32, const GROUPS: u32, const Q_REGS: usize, const O_REGS: usize>(
     p: &ForwardParams,
     plan: PlanView,
-    smem: Smem<HEAD_DIM>,
+    smem: Smem<HEAD_DIM, GROUPS>,
+    group: u32,
 ) where
     (E, HeadDim<HEAD_DIM>): WgmmaOps<Q_REGS, O_REGS>,
 {
     let thread = thread_index() & 127;
     let (warp, lane) = (thread >> 5, thread & 31);
-    let mut ring = Ring { stage: 0, phase: 0 };
-    let mut q_slots = QSlots { next: 0, phases: 0 };
+    let mut ring = Ring::<GROUPS> { stage: 0, phase: 0 };
+    let mut q_slots = QSlots::<GROUPS> { next: 0, phases: 0 };
     let mut index = cta_index();
     if index >= plan.work_count {
         return;
@@ -508,7 +541,8 @@ unsafe fn consume<E: Element, const HEAD_DIM: u32, const Q_REGS: usize, const O_
             let work = batch.get(in_batch);
             in_batch += 1;
             index += cta_count();
-            let rows = [warp * 16 + (lane >> 2), warp * 16 + (lane >> 2) + 8];
+            let first_row = group * GROUP_ROWS + warp * 16 + (lane >> 2);
+            let rows = [first_row, first_row + 8];
             let destinations = rows.map(|row| request_global_u32x2(work.query_address(p, plan, row).0));
 
             let mut q = [0u32; Q_REGS];
@@ -517,9 +551,11 @@ unsafe fn consume<E: Element, const HEAD_DIM: u32, const Q_REGS: usize, const O_
                 mbarrier::wait(smem.q_full(slot + i), q_slots.parity(slot + i));
             }
             // With 16 rows or fewer, all warps compute the rows of the first: only it has something to store.
-            let q_row = if slot_count == 1 { slot } else { warp } * QSlots::ROWS + (lane & 15);
+            let q_slot = if slot_count == 1 { slot } else { group * QSlots::<GROUPS>::PER_GROUP + warp };
+            let q_row = q_slot % QSlots::<GROUPS>::PER_GROUP * QSlots::<GROUPS>::ROWS + (lane & 15);
+            let q_tile = smem.q(q_slot / QSlots::<GROUPS>::PER_GROUP);
             for k in 0..Q_REGS / 4 {
-                let fragment = ldmatrix_x4(smem.q() + tile_offset(q_row, 2 * k as u32 + (lane >> 4)));
+                let fragment = ldmatrix_x4(q_tile + tile_offset(q_row, 2 * k as u32 + (lane >> 4)));
                 for i in 0..4 {
                     q[4 * k + i] = fragment[i];
                 }
@@ -552,7 +588,7 @@ unsafe fn consume<E: Element, const HEAD_DIM: u32, const Q_REGS: usize, const O_
                 let masks = load_masks(smem, ring.stage);
                 if ends != ALL_VALUES {
                     mbarrier::wait(smem.v_full(previous.stage), previous.phase);
-                    zero_values::<HEAD_DIM>(smem.v(previous.stage), ends, thread);
+                    zero_values::<HEAD_DIM, GROUPS>(smem.v(previous.stage), ends, group * 128 + thread);
                 }
                 <(E, HeadDim<HEAD_DIM>)>::scores(&mut s, &q, smem.k(ring.stage));
                 mbarrier::wait(smem.v_full(previous.stage), previous.phase);
@@ -564,8 +600,10 @@ unsafe fn consume<E: Element, const HEAD_DIM: u32, const Q_REGS: usize, const O_
                 let correction = softmax.update(&mut s);
                 <(E, HeadDim<HEAD_DIM>)>::wait_output(&mut o, &mut weights);
                 release(smem.v_empty(previous.stage), lane);
-                for i in 0..O_REGS {
-                    o[i] *= correction[(i >> 1) & 1];
+                if let Some(correction) = correction {
+                    for i in 0..O_REGS {
+                        o[i] *= correction[(i >> 1) & 1];
+                    }
                 }
                 pack_weights::<E>(&s, &mut weights);
                 previous = ring;
@@ -574,31 +612,71 @@ unsafe fn consume<E: Element, const HEAD_DIM: u32, const Q_REGS: usize, const O_
             }
             mbarrier::wait(smem.v_full(previous.stage), previous.phase);
             if ends != ALL_VALUES {
-                zero_values::<HEAD_DIM>(smem.v(previous.stage), ends, thread);
+                zero_values::<HEAD_DIM, GROUPS>(smem.v(previous.stage), ends, group * 128 + thread);
             }
             <(E, HeadDim<HEAD_DIM>)>::accumulate(&mut o, &weights, smem.v(previous.stage));
             <(E, HeadDim<HEAD_DIM>)>::wait_output(&mut o, &mut weights);
             release(smem.v_empty(previous.stage), lane);
 
-            let (sums, maxima) = softmax.finish();
+            let (sums, references) = softmax.finish();
             for half in 0..2 {
+                let inverse = math::reciprocal(sums[half]);
+                // Four lanes hold a row, two columns of every eight each; after the exchange each holds eight neighbours of
+                // every 32.
+                let mut octets = [[0u32; 4]; 4];
+                for i in 0..O_REGS / 16 {
+                    let pair = |block: usize| {
+                        let first = 16 * i + 4 * block + 2 * half;
+                        E::pack(o[first] * inverse, o[first + 1] * inverse)
+                    };
+                    octets[i] = transpose_quad([pair(0), pair(1), pair(2), pair(3)], lane);
+                }
                 if rows[half] >= work.row_count {
                     continue;
                 }
                 let [sequence, slot] = destinations[half];
                 let (_, head) = work.query_address(p, plan, rows[half]);
                 let row = Row::new(p, sequence, head, slot);
-                let inverse = math::reciprocal(sums[half]);
-                for i in 0..O_REGS / 4 {
-                    let pair = [o[4 * i + 2 * half] * inverse, o[4 * i + 2 * half + 1] * inverse];
-                    row.store_pair::<E>(p, HEAD_DIM, 8 * i as u32 + 2 * (lane & 3), pair);
+                if row.is_partial() {
+                    for i in 0..O_REGS / 4 {
+                        let pair = [o[4 * i + 2 * half] * inverse, o[4 * i + 2 * half + 1] * inverse];
+                        row.store_partial_pair(p, HEAD_DIM, 8 * i as u32 + 2 * (lane & 3), pair);
+                    }
+                } else {
+                    for i in 0..O_REGS / 16 {
+                        row.store_octet(p, 32 * i as u32 + 8 * (lane & 3), octets[i]);
+                    }
                 }
                 if lane & 3 == 0 {
-                    row.store_lse(p, maxima[half] + math::log2(sums[half]));
+                    row.store_lse(p, references[half] + math::log2(sums[half]));
                 }
             }
         }
     }
+}
+
+/// Transposes a 4 x 4 matrix whose row `l` lane `l` of a quad holds. All lanes of a warp.
+#[inline(always)]
+fn transpose_quad(row: [u32; 4], lane: u32) -> [u32; 4] {
+    let [a, b, c, d] = row;
+    // Exchange 2 x 2 blocks across lane bit 1, then elements across lane bit 0.
+    let high = lane & 2 != 0;
+    let (keep, send) = if high { ([c, d], [a, b]) } else { ([a, b], [c, d]) };
+    let received = send.map(|word| xor_u32(word, 2));
+    let [e, f] = keep;
+    let [g, h] = received;
+    // Columns `2 * (lane / 2) ..` of rows `lane` and `lane ^ 2`.
+    let odd = lane & 1 != 0;
+    let (kept, sent) = if odd { ([f, h], [e, g]) } else { ([e, g], [f, h]) };
+    let [i, j] = sent.map(|word| xor_u32(word, 1));
+    // Column `lane` of rows lane, lane ^ 2, and of lane ^ 1, lane ^ 3.
+    let own = [kept[0], kept[1], i, j];
+    let at = |source: u32| {
+        let difference = source ^ lane & 3;
+        let low = if difference & 2 == 0 { [own[0], own[2]] } else { [own[1], own[3]] };
+        if difference & 1 == 0 { low[0] } else { low[1] }
+    };
+    [at(0), at(1), at(2), at(3)]
 }
 
 /// One arrival per consumer warp: the warp has finished with the stage.
@@ -618,7 +696,7 @@ unsafe fn release(empty: u32, lane: u32) {
 /// # Safety
 /// The stage's K has arrived.
 #[inline(always)]
-unsafe fn load_masks<const HEAD_DIM: u32>(smem: Smem<HEAD_DIM>, stage: u32) -> [KeyMask; 4] {
+unsafe fn load_masks<const HEAD_DIM: u32, const GROUPS: u32>(smem: Smem<HEAD_DIM, GROUPS>, stage: u32) -> [KeyMask; 4] {
     // SAFETY: the producer wrote them before its arrival on the K barrier.
     unsafe { load_shared_u32x4(smem.masks(stage)) }.map(KeyMask)
 }
@@ -660,7 +738,7 @@ fn values_ends(masks: [KeyMask; 4]) -> u32 {
 /// # Safety
 /// All consumers; the V tile is complete.
 #[inline(always)]
-unsafe fn zero_values<const HEAD_DIM: u32>(tile: u32, ends: u32, thread: u32) {
+unsafe fn zero_values<const HEAD_DIM: u32, const GROUPS: u32>(tile: u32, ends: u32, thread: u32) {
     let chunks_per_row = HEAD_DIM / 8;
     let mut row = thread / chunks_per_row;
     while row < TILE_KEYS {
@@ -669,41 +747,62 @@ unsafe fn zero_values<const HEAD_DIM: u32>(tile: u32, ends: u32, thread: u32) {
             // SAFETY: the row lies in the tile.
             unsafe { store_shared_u32x4(tile + tile_offset(row, thread % chunks_per_row), [0; 4]) };
         }
-        row += 128 / chunks_per_row;
+        row += 128 * GROUPS / chunks_per_row;
     }
     mbarrier::fence_async_proxy();
-    sync_named::<1, 128>();
+    if GROUPS == 1 {
+        sync_named::<1, 128>();
+    } else {
+        sync_named::<1, 256>();
+    }
 }
 
-/// Running maximum (times the scale) and sum of the two rows of a thread.
+/// Running sum of the two rows of a thread, and the exponent it is relative to.
+///
+/// The reference follows the row maximum (times the scale) only when that has grown by more than [`Self::SLACK`]: after
+/// the first tiles, outputs need no correction any more. Weights stay below 2^SLACK, far from overflow in 16 bits.
 struct OnlineSoftmax {
     scale_log2: f32,
-    maxima: [f32; 2],
+    references: [f32; 2],
     sums: [f32; 2],
 }
 
 impl OnlineSoftmax {
+    const SLACK: f32 = 8.0;
+
     #[inline(always)]
     fn new(scale_log2: f32) -> Self {
-        Self { scale_log2, maxima: [f32::NEG_INFINITY; 2], sums: [0.0; 2] }
+        Self { scale_log2, references: [f32::NEG_INFINITY; 2], sums: [0.0; 2] }
     }
 
-    /// Turns scores into weights `2^(scale * s - max)`; returns what the output so far must be multiplied by.
+    /// Turns scores into weights `2^(scale * s - reference)`; returns what the output so far must be multiplied by, if by
+    /// anything (the same answer in all lanes of a warp).
     #[inline(always)]
-    fn update(&mut self, s: &mut [f32; 32]) -> [f32; 2] {
-        let mut correction = [0f32; 2];
+    fn update(&mut self, s: &mut [f32; 32]) -> Option<[f32; 2]> {
+        let mut maxima = [0f32; 2];
         for half in 0..2 {
             let mut maximum = math::max(s[2 * half], s[2 * half + 1]);
             for i in 1..8 {
                 maximum = math::max(maximum, math::max(s[4 * i + 2 * half], s[4 * i + 2 * half + 1]));
             }
             maximum = math::max(maximum, xor_f32(maximum, 1));
-            maximum = math::max(maximum, xor_f32(maximum, 2));
-            let maximum = math::max(self.maxima[half], maximum * self.scale_log2);
-            // A row that attends to nothing so far weighs 0, not NaN.
-            let reference = subtrahend(maximum);
-            correction[half] = math::exp2(self.maxima[half] - reference);
-            self.maxima[half] = maximum;
+            maxima[half] = math::max(maximum, xor_f32(maximum, 2)) * self.scale_log2;
+        }
+        let grown = [0, 1].map(|half| maxima[half] > self.references[half] + Self::SLACK);
+        let mut correction = None;
+        if any(grown[0] || grown[1]) {
+            let mut factors = [1f32; 2];
+            for half in 0..2 {
+                let reference = math::max(self.references[half], maxima[half]);
+                // A row that attends to nothing so far weighs 0, not NaN.
+                factors[half] = math::exp2(self.references[half] - subtrahend(reference));
+                self.sums[half] *= factors[half];
+                self.references[half] = reference;
+            }
+            correction = Some(factors);
+        }
+        for half in 0..2 {
+            let reference = subtrahend(self.references[half]);
             let mut sum = 0f32;
             for i in 0..8 {
                 for e in 0..2 {
@@ -712,19 +811,19 @@ impl OnlineSoftmax {
                     sum += weight;
                 }
             }
-            self.sums[half] = math::fma(self.sums[half], correction[half], sum);
+            self.sums[half] += sum;
         }
         correction
     }
 
-    /// Sums over the row's four lanes, and the maxima.
+    /// Sums over the row's four lanes, and the references.
     #[inline(always)]
-    fn finish(self) -> ([f32; 2], [f32; 2]) {
+    fn finish(&self) -> ([f32; 2], [f32; 2]) {
         let sums = self.sums.map(|sum| {
             let sum = sum + xor_f32(sum, 1);
             sum + xor_f32(sum, 2)
         });
-        (sums, self.maxima)
+        (sums, self.references)
     }
 }
 
@@ -741,44 +840,49 @@ fn pack_weights<E: Element>(s: &[f32; 32], weights: &mut [u32; 16]) {
 /// # Safety
 /// Launched as the manifest says, with parameters the host has checked.
 #[inline(always)]
-unsafe fn forward<E: Element, const HEAD_DIM: u32, const Q_REGS: usize, const O_REGS: usize>(
+unsafe fn forward<E: Element, const HEAD_DIM: u32, const GROUPS: u32, const Q_REGS: usize, const O_REGS: usize>(
     p: &ForwardParams,
+    variant: TileVariant,
     maps: (u64, u64),
 ) where
     (E, HeadDim<HEAD_DIM>): WgmmaOps<Q_REGS, O_REGS>,
 {
-    let smem = Smem::<HEAD_DIM> { base: dynamic_smem() };
+    let smem = Smem::<HEAD_DIM, GROUPS> { base: dynamic_smem() };
     let thread = thread_index();
     // SAFETY: the barriers lie in this CTA's shared memory; the roles are whole warpgroups.
     unsafe {
         if thread == 0 {
-            for stage in 0..STAGES {
+            for stage in 0..Smem::<HEAD_DIM, GROUPS>::STAGES {
                 mbarrier::init(smem.k_full(stage), 1);
                 mbarrier::init(smem.v_full(stage), 1);
-                mbarrier::init(smem.k_empty(stage), CONSUMER_WARPS);
-                mbarrier::init(smem.v_empty(stage), CONSUMER_WARPS);
+                mbarrier::init(smem.k_empty(stage), Smem::<HEAD_DIM, GROUPS>::CONSUMER_WARPS);
+                mbarrier::init(smem.v_empty(stage), Smem::<HEAD_DIM, GROUPS>::CONSUMER_WARPS);
             }
-            for slot in 0..QSlots::COUNT {
+            for slot in 0..QSlots::<GROUPS>::COUNT {
                 mbarrier::init(smem.q_full(slot), 32);
-                mbarrier::init(smem.q_empty(slot), CONSUMER_WARPS);
+                mbarrier::init(smem.q_empty(slot), Smem::<HEAD_DIM, GROUPS>::CONSUMER_WARPS);
             }
             mbarrier::fence_init();
             tma::prefetch_map(maps.0);
             tma::prefetch_map(maps.1);
         }
-        let plan = PlanView::load(p, TileVariant::Wgmma64);
+        let plan = PlanView::load(p, variant);
         sync_cta();
         pdl::launch_dependents();
         if thread < 128 {
             wgmma::shrink_registers::<56>();
             if thread < 32 {
-                produce_kv::<HEAD_DIM>(p, plan, smem, maps);
+                produce_kv::<HEAD_DIM, GROUPS>(p, plan, smem, maps);
             } else if thread < 64 {
-                produce_q::<HEAD_DIM>(p, plan, smem);
+                produce_q::<HEAD_DIM, GROUPS>(p, plan, smem);
             }
         } else {
-            wgmma::grow_registers::<200>();
-            consume::<E, HEAD_DIM, Q_REGS, O_REGS>(p, plan, smem);
+            if GROUPS == 1 {
+                wgmma::grow_registers::<200>();
+            } else {
+                wgmma::grow_registers::<224>();
+            }
+            consume::<E, HEAD_DIM, GROUPS, Q_REGS, O_REGS>(p, plan, smem, thread / 128 - 1);
         }
     }
 }
@@ -790,7 +894,7 @@ unsafe fn forward<E: Element, const HEAD_DIM: u32, const Q_REGS: usize, const O_
 pub struct TensorMap([u64; 16]);
 
 macro_rules! entry {
-    ($name:ident, $element:ty, $head_dim:literal) => {
+    ($name:ident, $variant:ident, $groups:literal, $element:ty, $head_dim:literal) => {
         /// # Safety
         /// Launched by the host with checked parameters.
         #[unsafe(no_mangle)]
@@ -804,13 +908,18 @@ macro_rules! entry {
                 core::arch::asm!(
                     concat!("{{ .reg .b64 t; mov.b64 t, ", stringify!($name), "_param_2; cvta.param.u64 {0}, t; }}"),
                     out(reg64) map_v, options(pure, nomem, nostack, preserves_flags));
-                forward::<$element, $head_dim, { $head_dim / 4 }, { $head_dim / 2 }>(&p, (map_k, map_v));
+                forward::<$element, $head_dim, $groups, { $head_dim / 4 }, { $head_dim / 2 }>(
+                    &p, TileVariant::$variant, (map_k, map_v));
             }
         }
     };
 }
 
-entry!(pat_forward_wgmma64_d128_f16, F16, 128);
-entry!(pat_forward_wgmma64_d128_bf16, Bf16, 128);
-entry!(pat_forward_wgmma64_d64_f16, F16, 64);
-entry!(pat_forward_wgmma64_d64_bf16, Bf16, 64);
+entry!(pat_forward_wgmma64_d128_f16, Wgmma64, 1, F16, 128);
+entry!(pat_forward_wgmma64_d128_bf16, Wgmma64, 1, Bf16, 128);
+entry!(pat_forward_wgmma64_d64_f16, Wgmma64, 1, F16, 64);
+entry!(pat_forward_wgmma64_d64_bf16, Wgmma64, 1, Bf16, 64);
+entry!(pat_forward_wgmma128_d128_f16, Wgmma128, 2, F16, 128);
+entry!(pat_forward_wgmma128_d128_bf16, Wgmma128, 2, Bf16, 128);
+entry!(pat_forward_wgmma128_d64_f16, Wgmma128, 2, F16, 64);
+entry!(pat_forward_wgmma128_d64_bf16, Wgmma128, 2, Bf16, 64);

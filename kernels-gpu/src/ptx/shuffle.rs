@@ -7,6 +7,8 @@ unsafe extern "C" {
     fn llvm_shfl_bfly_i32(mask: u32, value: u32, lane_mask: u32, clamp: u32) -> u32;
     #[link_name = "llvm.nvvm.shfl.sync.idx.i32"]
     fn llvm_shfl_idx_i32(mask: u32, value: u32, lane: u32, clamp: u32) -> u32;
+    #[link_name = "llvm.nvvm.vote.any.sync"]
+    fn llvm_vote_any(mask: u32, predicate: bool) -> bool;
 }
 
 const ALL_LANES: u32 = u32::MAX;
@@ -52,4 +54,11 @@ pub fn from_segment_u64<const WIDTH: u32>(value: u64, lane: u32) -> u64 {
 #[inline(always)]
 pub fn from_lane_f32(value: f32, lane: u32) -> f32 {
     f32::from_bits(from_lane_u32(value.to_bits(), lane))
+}
+
+/// `vote.sync.any.pred` (sm_30): whether the predicate holds in any lane. Convergent.
+#[inline(always)]
+pub fn any(predicate: bool) -> bool {
+    // SAFETY: all lanes take part; the callers are warp-uniform.
+    unsafe { llvm_vote_any(ALL_LANES, predicate) }
 }
