@@ -159,3 +159,18 @@ fn csr_that_contradicts_itself() {
     let long = DecodeBatch::from_csr(&[0, 4097], &[0; 4097], &[1], 1 << 20, 4);
     refusal(long, &["indptr[1]", "got 4296015872 tokens", "2147483647"]);
 }
+
+#[test]
+fn offsets_that_do_not_fit_the_plan() {
+    // All rows are one slice, so that the batch is large but its tables are not: 2^27 work items of 32 bytes.
+    let ids = vec![0; 1 << 13];
+    let rows: Vec<&[u32]> = vec![&ids; 1 << 14];
+    let lengths = vec![1 << 13; 1 << 14];
+    let batch = DecodeBatch::from_block_tables(&rows, &lengths, 1, 1).expect("valid");
+    let fixed = PlanOptions { mode: PlanMode::FixedChunk { tokens: 1 }, variants: None };
+    let mut planner = Planner::new(shape(), DeviceProfile::h200(), fixed).expect("a planner");
+    refusal(planner.plan(&batch), &["plan bytes", "fewer than 2^31"]);
+    // The planner is as good as new.
+    let small: &[&[u32]] = &[&[0]];
+    planner.plan(&DecodeBatch::from_block_tables(small, &[1], 1, 1).expect("valid")).expect("a plan");
+}
