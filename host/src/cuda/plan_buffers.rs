@@ -92,7 +92,9 @@ pub(super) struct Uploaded {
 /// shared reference, because a captured graph goes on borrowing the buffers.
 #[derive(Debug)]
 pub struct PlanBuffers {
+    /// At least [`pat_abi::PlanHeader::LEAST_BUFFER_BYTES`], whatever the capacity.
     device: DeviceBuffer,
+    capacity_bytes: usize,
     fixed: Option<LaunchGeometry>,
     state: Mutex<State>,
 }
@@ -111,7 +113,8 @@ impl PlanBuffers {
     pub fn with_capacity(device: &CudaDevice, bytes: usize) -> Result<Self> {
         let bytes = bytes.max(size_of::<pat_abi::PlanHeader>()).next_multiple_of(16);
         Ok(Self {
-            device: DeviceBuffer::zeroed(device, bytes)?,
+            device: DeviceBuffer::zeroed(device, bytes.max(pat_abi::PlanHeader::LEAST_BUFFER_BYTES as usize))?,
+            capacity_bytes: bytes,
             fixed: None,
             state: Mutex::new(State { staging: StagingRing::new(device, bytes)?, uploaded: None }),
         })
@@ -137,7 +140,7 @@ impl PlanBuffers {
 
     /// Bytes of the largest plan that fits.
     pub fn capacity_bytes(&self) -> usize {
-        self.device.bytes() as usize
+        self.capacity_bytes
     }
 
     /// Enqueues one asynchronous copy. Waits only where both staging buffers are still being read by earlier copies.

@@ -54,6 +54,9 @@ pub struct PlanHeader {
 impl PlanHeader {
     /// The items start right behind the header, so that a kernel can load its item without waiting for the header.
     pub const ITEMS_OFFSET_BYTES: u32 = size_of::<Self>() as u32;
+
+    /// Least size of a plan buffer on a device, however small the plan: kernels fetch as much to L2 before they know.
+    pub const LEAST_BUFFER_BYTES: u32 = 16 * 1024;
 }
 
 /// [`WorkItem::mask_begin`] of an item without masks: every row attends to every token.

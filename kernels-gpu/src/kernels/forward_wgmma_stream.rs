@@ -19,8 +19,8 @@ use crate::element::{Bf16, Element, F16};
 use crate::item::{Row, strided};
 use crate::ptx::barrier::{sync_cta, sync_named, sync_warp};
 use crate::ptx::ldst::{
-    load_global_u32, load_global_u32x4, load_shared_u32x4, request_global_u32, request_global_u32x2,
-    request_global_u32x4, store_shared_u32, store_shared_u32x4,
+    load_global_u32, load_global_u32x4, load_shared_u32x4, prefetch_l2, request_global_u32, request_global_u32x2,
+    request_global_u32x4, store_shared_u32x4,
 };
 use crate::ptx::mma::ldmatrix_x4;
 use crate::ptx::shuffle::{any, from_lane_u32, xor_f32, xor_u32};
@@ -381,16 +381,16 @@ unsafe fn produce_kv<const HEAD_DIM: u32, const GROUPS: u32>(
                 let id = from_lane_u32(window.lane_id, page & 31);
                 let id = if token + box_row < work.token_count { id } else { p.num_pages };
                 let mask = window.key_mask(p, &work, token + (lane & 3) * KeyMask::KEYS);
+                let masks = [0, 1, 2, 3].map(|step| from_lane_u32(mask.0, step));
 
                 mbarrier::wait(smem.k_empty(ring.stage), ring.phase);
-                if lane < TILE_KEYS / KeyMask::KEYS {
-                    store_shared_u32(smem.masks(ring.stage) + lane * 4, mask.0);
-                }
-                sync_warp();
                 let (tile, full) = (smem.k(ring.stage), smem.k_full(ring.stage));
                 if lane == 0 {
+                    // Written by the lane that arrives: its arrival publishes them.
+                    store_shared_u32x4(smem.masks(ring.stage), masks);
                     mbarrier::arrive_expect_bytes(full, Smem::<HEAD_DIM, GROUPS>::TILE_BYTES);
                 }
+                sync_warp();
                 if issues {
                     tma::load_4d(tile + box_offset, maps.0, [block * 64, in_page, work.kv_head, id], full);
                 }
@@ -849,8 +849,15 @@ unsafe fn forward<E: Element, const HEAD_DIM: u32, const GROUPS: u32, const Q_RE
 {
     let smem = Smem::<HEAD_DIM, GROUPS> { base: dynamic_smem() };
     let thread = thread_index();
-    // SAFETY: the barriers lie in this CTA's shared memory; the roles are whole warpgroups.
+    // SAFETY: the barriers lie in this CTA's shared memory; the roles are whole warpgroups; a plan buffer has at least
+    // `LEAST_BUFFER_BYTES`.
     unsafe {
+        if (96..128).contains(&thread) {
+            // Header, item, page ids: each load waits for the one before. A small plan is in L2 by the second.
+            const LINES: u32 = PlanHeader::LEAST_BUFFER_BYTES / 128;
+            let line = (cta_index() * 32 + thread - 96) % LINES;
+            prefetch_l2(p.plan + line as u64 * 128);
+        }
         if thread == 0 {
             for stage in 0..Smem::<HEAD_DIM, GROUPS>::STAGES {
                 mbarrier::init(smem.k_full(stage), 1);

@@ -244,18 +244,6 @@ pub unsafe fn store_shared_u16(address: u32, value: u16) {
     }
 }
 
-/// `st.shared.u32` (sm_20).
-///
-/// # Safety
-/// `address` is a multiple of 4 inside the CTA's shared memory, and no other thread accesses it unsynchronised.
-#[inline(always)]
-pub unsafe fn store_shared_u32(address: u32, value: u32) {
-    // SAFETY: the caller's contract.
-    unsafe {
-        asm!("st.shared.u32 [{0}], {1};", in(reg32) address, in(reg32) value, options(nostack, preserves_flags));
-    }
-}
-
 /// `ld.shared.u32` (sm_20).
 ///
 /// # Safety
@@ -284,4 +272,14 @@ pub unsafe fn load_shared_u32x4(address: u32) -> [u32; 4] {
             options(nostack, preserves_flags));
     }
     [a, b, c, d]
+}
+
+/// `prefetch.global.L2` (sm_20): brings the line of `address` to L2.
+///
+/// # Safety
+/// `address` is readable.
+#[inline(always)]
+pub unsafe fn prefetch_l2(address: u64) {
+    // SAFETY: the caller's contract.
+    unsafe { asm!("prefetch.global.L2 [{0}];", in(reg64) address, options(nostack, preserves_flags)) };
 }
