@@ -134,8 +134,8 @@ impl DeviceProfile {
             l2_bytes: H200_DATASHEET.l2_bytes,
             mma_flop_per_us: 290e6,
             wgmma_flop_per_us: 540e6,
-            launch_us: 4.0,
-            merge_us: 3.0,
+            launch_us: 7.0,
+            merge_us: 5.0,
             item_latency_us: 2.0,
             tile_latency_us: 0.75,
         }
