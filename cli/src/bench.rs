@@ -1,4 +1,4 @@
-//! `pat bench`: measurements on a CUDA device.
+//! `pat bench`: measurements on a CUDA device, and their comparison.
 
 use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -19,6 +19,8 @@ use crate::options::Planning;
 pub(crate) enum Command {
     /// PAT's Figure 10: 20 trees, 4 head configurations; every answer is verified before it is timed.
     Kernels(Kernels),
+    /// Compare result files; status 1 where a configuration has become slower by more than the noise.
+    Compare(crate::compare::Args),
 }
 
 #[derive(clap::Args)]
@@ -57,6 +59,7 @@ pub(crate) struct Kernels {
 pub(crate) fn run(command: &Command) -> Result<bool> {
     match command {
         Command::Kernels(args) => kernels(args),
+        Command::Compare(args) => crate::compare::run(args),
     }
 }
 

@@ -377,3 +377,25 @@ fn the_doctor_finds_a_machine_without_a_device_healthy() {
     }
     assert!(!report.contains("FAIL"), "{report}");
 }
+
+#[test]
+fn result_files_are_compared() {
+    let results = concat!(env!("CARGO_MANIFEST_DIR"), "/../bench/results");
+    let (old, new) =
+        (format!("{results}/2026-11-23-h200-aee90a9.json"), format!("{results}/2026-11-24-h200-eb98a1f.json"));
+    let better =
+        Command::new(env!("CARGO_BIN_EXE_pat")).args(["bench", "compare", &old, "--new", &new]).output().unwrap();
+    let text = String::from_utf8(better.stdout).unwrap();
+    assert!(text.contains("80 configurations, geometric mean 0.6"), "{text}");
+    let worse =
+        Command::new(env!("CARGO_BIN_EXE_pat")).args(["bench", "compare", &new, "--new", &old]).output().unwrap();
+    assert_eq!(worse.status.code(), Some(1));
+    let missing =
+        Command::new(env!("CARGO_BIN_EXE_pat")).args(["bench", "compare", "none.json", "--new", &old]).output();
+    let missing = missing.unwrap();
+    assert_eq!(missing.status.code(), Some(2));
+    assert!(String::from_utf8(missing.stderr).unwrap().contains("none.json"));
+    let foreign = concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
+    let foreign = Command::new(env!("CARGO_BIN_EXE_pat")).args(["bench", "compare", foreign, "--new", &old]).output();
+    assert_eq!(foreign.unwrap().status.code(), Some(2));
+}
