@@ -114,6 +114,11 @@ impl PageMask {
         self.0 >> 8 & 0xff
     }
 
+    /// Whether all of the item's rows attend.
+    pub const fn is_for_all_rows(self) -> bool {
+        self.0 & 0xffff == Self::ALL_ROWS << 8
+    }
+
     /// Tokens that count.
     pub const fn tokens(self) -> u32 {
         (self.0 >> 16) + 1

@@ -17,14 +17,14 @@
 
 use crate::element::{Bf16, Element, F16};
 use crate::item::{Row, strided};
-use crate::ptx::barrier::{sync_cta, sync_named, sync_warp};
+use crate::ptx::barrier::{sync_cta, sync_named};
 use crate::ptx::ldst::{
     load_global_u32, load_global_u32x4, load_shared_u32x4, prefetch_l2, request_global_u32, request_global_u32x2,
     request_global_u32x4, store_shared_u32x4,
 };
 use crate::ptx::mma::ldmatrix_x4;
-use crate::ptx::shuffle::{any, from_lane_u32, xor_f32, xor_u32};
-use crate::ptx::special::{cta_count, cta_index, dynamic_smem, thread_index};
+use crate::ptx::shuffle::{any, from_lane_u32, from_segment_u64, xor_f32, xor_u32};
+use crate::ptx::special::{cta_count, cta_index, dynamic_smem, thread_index, thread_index_here};
 use crate::ptx::wgmma::{self, HeadDim, WgmmaOps};
 use crate::ptx::{cp_async, math, mbarrier, pdl, tma};
 use crate::softmax::subtrahend;
@@ -37,6 +37,8 @@ const TILE_KEYS: u32 = 64;
 /// Rows of a consumer warpgroup.
 const GROUP_ROWS: u32 = 64;
 const BLOCK_BYTES: u32 = 64 * 128;
+/// Warps of the producer warpgroup, which comes first.
+const PRODUCER_WARPS: u32 = 4;
 
 /// Shared-memory addresses of one CTA with `GROUPS` consumer warpgroups.
 #[derive(Clone, Copy)]
@@ -341,14 +343,9 @@ unsafe fn produce_kv<const HEAD_DIM: u32, const GROUPS: u32>(
 ) {
     let lane = thread_index() & 31;
     let box_keys = if p.page_size.divisor < TILE_KEYS { p.page_size.divisor } else { TILE_KEYS };
-    let page_mask = p.page_size.divisor - 1;
-    // Lane `l` issues box `l / blocks` of a tile, block `l % blocks`.
-    let blocks = HEAD_DIM / 64;
-    let (box_index, block) = (lane / blocks, lane % blocks);
-    let box_row = box_index * box_keys;
-    let issues = box_row < TILE_KEYS;
-    let box_offset = block * BLOCK_BYTES + box_row * 128;
+    let in_page_bits = p.page_size.divisor - 1;
     let mut ring = Ring::<GROUPS> { stage: 0, phase: 1 };
+    let mut first = true;
     let mut index = cta_index();
     if index >= plan.work_count {
         return;
@@ -357,10 +354,9 @@ unsafe fn produce_kv<const HEAD_DIM: u32, const GROUPS: u32>(
     unsafe {
         let mut batch = Batch::load(p, plan, index, lane);
         let mut in_batch = 0;
-        let mut next_work = batch.get(0);
-        let mut next_window = PageWindow::load(p, plan, &next_work, 0, lane);
+        let mut next_window = PageWindow::load(p, plan, &batch.get(0), 0, lane);
         while index < plan.work_count {
-            let (work, mut window) = (next_work, next_window);
+            let (work, mut window) = (batch.get(in_batch), next_window);
             index += cta_count();
             if index < plan.work_count {
                 in_batch += 1;
@@ -368,40 +364,52 @@ unsafe fn produce_kv<const HEAD_DIM: u32, const GROUPS: u32>(
                     in_batch = 0;
                     batch = Batch::load(p, plan, index, lane);
                 }
-                next_work = batch.get(in_batch);
-                next_window = PageWindow::load(p, plan, &next_work, 0, lane);
+                next_window = PageWindow::load(p, plan, &batch.get(in_batch), 0, lane);
             }
             let mut token = 0;
             while token < work.token_count {
                 let tile_page = p.page_size.divide(token);
-                if tile_page & 31 == 0 && token & page_mask == 0 && token > 0 {
+                if tile_page & 31 == 0 && token & in_page_bits == 0 && token > 0 {
                     window = PageWindow::load(p, plan, &work, tile_page, lane);
                 }
+                // Lane `l` issues box `l / blocks` of the tile, block `l % blocks`. Registers are short: not kept.
+                let (blocks, place) = (HEAD_DIM / 64, thread_index_here() & 31);
+                let (box_row, block) = (place / blocks * box_keys, place % blocks);
+                let issues = box_row < TILE_KEYS;
+                let box_offset = block * BLOCK_BYTES + box_row * 128;
                 let (page, in_page) = p.page_size.divide_remainder(token + box_row);
                 let id = from_lane_u32(window.lane_id, page & 31);
                 let id = if token + box_row < work.token_count { id } else { p.num_pages };
+                let page_mask = PageMask(from_lane_u32(window.lane_mask.0, page & 31));
+                // Pages of some rows only are read once; the others should still be in L2 when the next tile reads them.
+                let read_once = work.mask_begin != NO_MASKS && !page_mask.is_for_all_rows();
+
+                let coordinates = [block * 64, in_page, work.kv_head, id];
+                let (tile, full) = (smem.k(ring.stage), smem.k_full(ring.stage));
+                mbarrier::wait(smem.k_empty(ring.stage), ring.phase);
+                if issues {
+                    load_box(tile + box_offset, maps.0, coordinates, full, read_once);
+                }
+                // The copies are under way; the phase ends when they have landed and lane 0 has arrived.
                 let mask = window.key_mask(p, &work, token + (lane & 3) * KeyMask::KEYS);
                 let masks = [0, 1, 2, 3].map(|step| from_lane_u32(mask.0, step));
-
-                mbarrier::wait(smem.k_empty(ring.stage), ring.phase);
-                let (tile, full) = (smem.k(ring.stage), smem.k_full(ring.stage));
                 if lane == 0 {
                     // Written by the lane that arrives: its arrival publishes them.
                     store_shared_u32x4(smem.masks(ring.stage), masks);
                     mbarrier::arrive_expect_bytes(full, Smem::<HEAD_DIM, GROUPS>::TILE_BYTES);
                 }
-                sync_warp();
-                if issues {
-                    tma::load_4d(tile + box_offset, maps.0, [block * 64, in_page, work.kv_head, id], full);
+                if first {
+                    // Queries before the rest: requests are served in about the order in which they are made.
+                    sync_named::<2, { 32 * (Q_WARPS + 1) }>();
+                    first = false;
                 }
-                mbarrier::wait(smem.v_empty(ring.stage), ring.phase);
                 let (tile, full) = (smem.v(ring.stage), smem.v_full(ring.stage));
+                mbarrier::wait(smem.v_empty(ring.stage), ring.phase);
+                if issues {
+                    load_box(tile + box_offset, maps.1, coordinates, full, read_once);
+                }
                 if lane == 0 {
                     mbarrier::arrive_expect_bytes(full, Smem::<HEAD_DIM, GROUPS>::TILE_BYTES);
-                }
-                sync_warp();
-                if issues {
-                    tma::load_4d(tile + box_offset, maps.1, [block * 64, in_page, work.kv_head, id], full);
                 }
                 ring.advance();
                 token += TILE_KEYS;
@@ -410,15 +418,34 @@ unsafe fn produce_kv<const HEAD_DIM: u32, const GROUPS: u32>(
     }
 }
 
-/// The Q producer: one warp that copies the items' Q rows to the Q slots.
+/// # Safety
+/// As [`tma::load_4d`].
+#[inline(always)]
+unsafe fn load_box(destination: u32, map: u64, coordinates: [u32; 4], barrier: u32, read_once: bool) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        if read_once {
+            tma::load_4d_once(destination, map, coordinates, barrier);
+        } else {
+            tma::load_4d(destination, map, coordinates, barrier);
+        }
+    }
+}
+
+/// Warps that copy Q rows.
+const Q_WARPS: u32 = 3;
+
+/// The Q producers: warps that copy the items' Q rows to the Q slots. The first item of a CTA has nothing to hide behind:
+/// one warp would take longer for 64 rows than the first keys take to arrive.
 ///
 /// # Safety
-/// One whole warp; barriers initialised.
+/// Warp `warp` of [`Q_WARPS`], whole; barriers initialised.
 #[inline(always)]
 unsafe fn produce_q<const HEAD_DIM: u32, const GROUPS: u32>(
     p: &ForwardParams,
     plan: PlanView,
     smem: Smem<HEAD_DIM, GROUPS>,
+    warp: u32,
 ) {
     let lane = thread_index() & 31;
     let mut slots = QSlots::<GROUPS> { next: 0, phases: u32::MAX };
@@ -438,18 +465,27 @@ unsafe fn produce_q<const HEAD_DIM: u32, const GROUPS: u32>(
             // Rows of one query, a leaf's case, need no further load.
             let first_sequence = from_lane_u32(lane_sequence, in_batch);
             let one_query = work.row_count <= p.group.divisor;
-            // Lane `l` looks up rows `l`, `l + 32`, ...
+            // Lane `l` locates rows `l`, `l + 32`, ...
             let mut sequences = [first_sequence; 4];
             if !one_query {
                 for i in 0..2 * GROUPS {
                     sequences[i as usize] = request_global_u32(work.query_address(p, plan, lane + 32 * i).0);
                 }
             }
+            let mut sources = [0u64; 4];
+            for i in 0..2 * GROUPS {
+                let (_, head) = work.query_address(p, plan, lane + 32 * i);
+                sources[i as usize] =
+                    strided(p.q, sequences[i as usize], p.q_sequence_stride, head, p.q_head_stride);
+            }
             let (slot, slot_count) = slots.take(work.row_count);
             for i in 0..slot_count {
                 mbarrier::wait(smem.q_empty(slot + i), slots.parity(slot + i));
             }
-            copy_q::<HEAD_DIM, GROUPS>(p, smem, &work, sequences, slot * QSlots::<GROUPS>::ROWS, lane);
+            copy_q::<HEAD_DIM, GROUPS>(smem, work.row_count, sources, slot * QSlots::<GROUPS>::ROWS, warp, lane);
+            if index == cta_index() {
+                sync_named::<2, { 32 * (Q_WARPS + 1) }>();
+            }
             for i in 0..slot_count {
                 mbarrier::arrive_on_copies(smem.q_full(slot + i));
             }
@@ -459,45 +495,37 @@ unsafe fn produce_q<const HEAD_DIM: u32, const GROUPS: u32>(
     }
 }
 
-/// Copies the item's Q rows to shared memory from tile row `first_row` on, 16 bytes per lane, 128-byte swizzled. Rows the
-/// item does not have stay what they are: tile rows never mix, and theirs are not stored.
+/// This warp's share of copying `row_count` Q rows to shared memory from tile row `first_row` on, 16 bytes per lane,
+/// 128-byte swizzled. Lane `l` holds the addresses of rows `l`, `l + 32`, ... Rows the item does not have stay what they
+/// are: tile rows never mix, and theirs are not stored.
 ///
 /// # Safety
-/// One whole warp; the Q slots are free.
+/// One whole warp; the addresses are Q rows; the Q slots are free.
 #[inline(always)]
 unsafe fn copy_q<const HEAD_DIM: u32, const GROUPS: u32>(
-    p: &ForwardParams,
     smem: Smem<HEAD_DIM, GROUPS>,
-    work: &Work,
-    sequences: [u32; 4],
+    row_count: u32,
+    sources: [u64; 4],
     first_row: u32,
+    warp: u32,
     lane: u32,
 ) {
     let chunks_per_row = HEAD_DIM / 8;
+    let rows_per_step = 32 / chunks_per_row;
     let (step_row, chunk) = (lane / chunks_per_row, lane % chunks_per_row);
-    let mut first = 0;
-    while first < work.row_count {
-        let row = first + step_row;
-        let mut sequence = from_lane_u32(sequences[0], row & 31);
-        for i in 1..2 * GROUPS {
-            let candidate = from_lane_u32(sequences[i as usize], row & 31);
-            sequence = if row / 32 == i { candidate } else { sequence };
+    for i in 0..2 * GROUPS {
+        let mut begin = warp * rows_per_step;
+        while begin < 32 && 32 * i + begin < row_count {
+            let source = from_segment_u64::<32>(sources[i as usize], begin + step_row) + chunk as u64 * 16;
+            let row = 32 * i + begin + step_row;
+            if row < row_count {
+                let tile_row = first_row + row;
+                let target = smem.q(tile_row / GROUP_ROWS) + tile_offset(tile_row % GROUP_ROWS, chunk);
+                // SAFETY: the row is one of the item's; Q rows are 16-byte aligned (checked by the host).
+                unsafe { cp_async::copy_16_bytes(target, source, 16) };
+            }
+            begin += Q_WARPS * rows_per_step;
         }
-        if row < work.row_count {
-            let (_, head) = p.group.divide_remainder(row);
-            let head = work.kv_head * p.group.divisor + head;
-            let tile_row = first_row + row;
-            let source = strided(p.q, sequence, p.q_sequence_stride, head, p.q_head_stride) + chunk as u64 * 16;
-            // SAFETY: the row is one of the item's; Q rows are 16-byte aligned (checked by the host).
-            unsafe {
-                cp_async::copy_16_bytes(
-                    smem.q(tile_row / GROUP_ROWS) + tile_offset(tile_row % GROUP_ROWS, chunk),
-                    source,
-                    16,
-                )
-            };
-        }
-        first += 32 / chunks_per_row;
     }
 }
 
@@ -520,8 +548,8 @@ unsafe fn consume<E: Element, const HEAD_DIM: u32, const GROUPS: u32, const Q_RE
 ) where
     (E, HeadDim<HEAD_DIM>): WgmmaOps<Q_REGS, O_REGS>,
 {
-    let thread = thread_index() & 127;
-    let (warp, lane) = (thread >> 5, thread & 31);
+    let warp = (thread_index() & 127) >> 5;
+    let (lane, rows) = consumer_rows(thread_index());
     let mut ring = Ring::<GROUPS> { stage: 0, phase: 0 };
     let mut q_slots = QSlots::<GROUPS> { next: 0, phases: 0 };
     let mut index = cta_index();
@@ -541,8 +569,6 @@ unsafe fn consume<E: Element, const HEAD_DIM: u32, const GROUPS: u32, const Q_RE
             let work = batch.get(in_batch);
             in_batch += 1;
             index += cta_count();
-            let first_row = group * GROUP_ROWS + warp * 16 + (lane >> 2);
-            let rows = [first_row, first_row + 8];
             let destinations = rows.map(|row| request_global_u32x2(work.query_address(p, plan, row).0));
 
             let mut q = [0u32; Q_REGS];
@@ -572,12 +598,12 @@ unsafe fn consume<E: Element, const HEAD_DIM: u32, const GROUPS: u32, const Q_RE
             // Scores of the first tile; in the loop, the scores of a tile are computed while the values of the tile
             // before it are accumulated.
             mbarrier::wait(smem.k_full(ring.stage), ring.phase);
-            let masks = load_masks(smem, ring.stage);
             <(E, HeadDim<HEAD_DIM>)>::scores(&mut s, &q, smem.k(ring.stage));
+            let masks = load_masks(smem, ring.stage);
             wgmma::wait_scores::<0>(&mut s);
             release(smem.k_empty(ring.stage), lane);
-            mask_scores(&mut s, masks, rows, lane);
             let mut ends = values_ends(masks);
+            mask_scores(&mut s, masks);
             softmax.update(&mut s);
             pack_weights::<E>(&s, &mut weights);
             let mut previous = ring;
@@ -585,18 +611,19 @@ unsafe fn consume<E: Element, const HEAD_DIM: u32, const GROUPS: u32, const Q_RE
             let mut token = TILE_KEYS;
             while token < work.token_count {
                 mbarrier::wait(smem.k_full(ring.stage), ring.phase);
-                let masks = load_masks(smem, ring.stage);
                 if ends != ALL_VALUES {
                     mbarrier::wait(smem.v_full(previous.stage), previous.phase);
-                    zero_values::<HEAD_DIM, GROUPS>(smem.v(previous.stage), ends, group * 128 + thread);
+                    zero_values::<HEAD_DIM, GROUPS>(smem.v(previous.stage), ends);
                 }
                 <(E, HeadDim<HEAD_DIM>)>::scores(&mut s, &q, smem.k(ring.stage));
                 mbarrier::wait(smem.v_full(previous.stage), previous.phase);
                 <(E, HeadDim<HEAD_DIM>)>::accumulate(&mut o, &weights, smem.v(previous.stage));
+                let masks = load_masks(smem, ring.stage);
                 wgmma::wait_scores::<1>(&mut s);
                 release(smem.k_empty(ring.stage), lane);
-                mask_scores(&mut s, masks, rows, lane);
                 ends = values_ends(masks);
+                // Most rows have nothing to do with a private page: their warps leave the units to those that have.
+                mask_scores(&mut s, masks);
                 let correction = softmax.update(&mut s);
                 <(E, HeadDim<HEAD_DIM>)>::wait_output(&mut o, &mut weights);
                 release(smem.v_empty(previous.stage), lane);
@@ -612,7 +639,7 @@ unsafe fn consume<E: Element, const HEAD_DIM: u32, const GROUPS: u32, const Q_RE
             }
             mbarrier::wait(smem.v_full(previous.stage), previous.phase);
             if ends != ALL_VALUES {
-                zero_values::<HEAD_DIM, GROUPS>(smem.v(previous.stage), ends, group * 128 + thread);
+                zero_values::<HEAD_DIM, GROUPS>(smem.v(previous.stage), ends);
             }
             <(E, HeadDim<HEAD_DIM>)>::accumulate(&mut o, &weights, smem.v(previous.stage));
             <(E, HeadDim<HEAD_DIM>)>::wait_output(&mut o, &mut weights);
@@ -701,12 +728,27 @@ unsafe fn load_masks<const HEAD_DIM: u32, const GROUPS: u32>(smem: Smem<HEAD_DIM
     unsafe { load_shared_u32x4(smem.masks(stage)) }.map(KeyMask)
 }
 
+/// Whether every row attends to every key of the tile.
+#[inline(always)]
+fn all_full(masks: [KeyMask; 4]) -> bool {
+    masks.iter().all(|mask| mask.0 == KeyMask::FULL)
+}
+
+/// The lane of a consumer thread, and the two tile rows it holds scores of.
+#[inline(always)]
+fn consumer_rows(thread: u32) -> (u32, [u32; 2]) {
+    let (warp, lane) = (thread / 32 - PRODUCER_WARPS, thread % 32);
+    let row = warp * 16 + lane / 4;
+    (lane, [row, row + 8])
+}
+
 /// Sets the scores of keys that a row does not attend to to -inf.
 #[inline(always)]
-fn mask_scores(s: &mut [f32; 32], masks: [KeyMask; 4], rows: [u32; 2], lane: u32) {
-    if masks.iter().all(|mask| mask.0 == KeyMask::FULL) {
+fn mask_scores(s: &mut [f32; 32], masks: [KeyMask; 4]) {
+    if all_full(masks) {
         return;
     }
+    let (lane, rows) = consumer_rows(thread_index_here());
     for step in 0..4 {
         for half in 0..2 {
             let limit = masks[step].limit(rows[half]);
@@ -738,7 +780,8 @@ fn values_ends(masks: [KeyMask; 4]) -> u32 {
 /// # Safety
 /// All consumers; the V tile is complete.
 #[inline(always)]
-unsafe fn zero_values<const HEAD_DIM: u32, const GROUPS: u32>(tile: u32, ends: u32, thread: u32) {
+unsafe fn zero_values<const HEAD_DIM: u32, const GROUPS: u32>(tile: u32, ends: u32) {
+    let thread = thread_index_here() - 32 * PRODUCER_WARPS;
     let chunks_per_row = HEAD_DIM / 8;
     let mut row = thread / chunks_per_row;
     while row < TILE_KEYS {
@@ -779,15 +822,25 @@ impl OnlineSoftmax {
     /// anything (the same answer in all lanes of a warp).
     #[inline(always)]
     fn update(&mut self, s: &mut [f32; 32]) -> Option<[f32; 2]> {
-        let mut maxima = [0f32; 2];
-        for half in 0..2 {
-            let mut maximum = math::max(s[2 * half], s[2 * half + 1]);
-            for i in 1..8 {
-                maximum = math::max(maximum, math::max(s[4 * i + 2 * half], s[4 * i + 2 * half + 1]));
+        // Two rows side by side, as trees: the latencies of the exchanges and of the maxima overlap.
+        let mut maxima = [0, 1].map(|half| {
+            let mut tree = [0f32; 16];
+            for i in 0..8 {
+                tree[2 * i] = s[4 * i + 2 * half];
+                tree[2 * i + 1] = s[4 * i + 2 * half + 1];
             }
-            maximum = math::max(maximum, xor_f32(maximum, 1));
-            maxima[half] = math::max(maximum, xor_f32(maximum, 2)) * self.scale_log2;
+            for width in [8, 4, 2, 1] {
+                for i in 0..width {
+                    tree[i] = math::max(tree[i], tree[i + width]);
+                }
+            }
+            tree[0]
+        });
+        for lane_bit in [1, 2] {
+            let others = maxima.map(|maximum| xor_f32(maximum, lane_bit));
+            maxima = [0, 1].map(|half| math::max(maxima[half], others[half]));
         }
+        maxima = maxima.map(|maximum| maximum * self.scale_log2);
         let grown = [0, 1].map(|half| maxima[half] > self.references[half] + Self::SLACK);
         let mut correction = None;
         if any(grown[0] || grown[1]) {
@@ -866,7 +919,7 @@ unsafe fn forward<E: Element, const HEAD_DIM: u32, const GROUPS: u32, const Q_RE
                 mbarrier::init(smem.v_empty(stage), Smem::<HEAD_DIM, GROUPS>::CONSUMER_WARPS);
             }
             for slot in 0..QSlots::<GROUPS>::COUNT {
-                mbarrier::init(smem.q_full(slot), 32);
+                mbarrier::init(smem.q_full(slot), 32 * Q_WARPS);
                 mbarrier::init(smem.q_empty(slot), Smem::<HEAD_DIM, GROUPS>::CONSUMER_WARPS);
             }
             mbarrier::fence_init();
@@ -877,17 +930,21 @@ unsafe fn forward<E: Element, const HEAD_DIM: u32, const GROUPS: u32, const Q_RE
         sync_cta();
         pdl::launch_dependents();
         if thread < 128 {
-            wgmma::shrink_registers::<56>();
+            if GROUPS == 1 {
+                wgmma::shrink_registers::<56>();
+            } else {
+                wgmma::shrink_registers::<80>();
+            }
             if thread < 32 {
                 produce_kv::<HEAD_DIM, GROUPS>(p, plan, smem, maps);
-            } else if thread < 64 {
-                produce_q::<HEAD_DIM, GROUPS>(p, plan, smem);
+            } else {
+                produce_q::<HEAD_DIM, GROUPS>(p, plan, smem, thread / 32 - 1);
             }
         } else {
             if GROUPS == 1 {
                 wgmma::grow_registers::<200>();
             } else {
-                wgmma::grow_registers::<224>();
+                wgmma::grow_registers::<208>();
             }
             consume::<E, HEAD_DIM, GROUPS, Q_REGS, O_REGS>(p, plan, smem, thread / 128 - 1);
         }

@@ -15,6 +15,16 @@ pub fn thread_index() -> u32 {
     value
 }
 
+/// As [`thread_index`], read where it stands: what is computed from it on a rare path takes no register elsewhere, as it
+/// would if the compiler moved it out of the loop.
+#[inline(always)]
+pub fn thread_index_here() -> u32 {
+    let value: u32;
+    // SAFETY: reads a special register.
+    unsafe { asm!("mov.u32 {0}, %tid.x;", out(reg32) value, options(nomem, nostack, preserves_flags)) };
+    value
+}
+
 /// `mov.u32 %ctaid.x` (sm_20): index of the CTA in its one-dimensional grid.
 #[inline(always)]
 pub fn cta_index() -> u32 {
