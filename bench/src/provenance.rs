@@ -11,7 +11,10 @@ pub fn date() -> String {
 /// The commit this was built of, `-dirty` behind it where files have been changed: `PAT_COMMIT` at build time, or what git
 /// says of the source folder if that is still there.
 pub fn commit() -> Option<String> {
-    option_env!("PAT_COMMIT").map(str::to_owned).or_else(|| commit_of(Path::new(env!("CARGO_MANIFEST_DIR"))))
+    option_env!("PAT_COMMIT")
+        .filter(|commit| !commit.is_empty())
+        .map(str::to_owned)
+        .or_else(|| commit_of(Path::new(env!("CARGO_MANIFEST_DIR"))))
 }
 
 /// What git says of a folder; nothing without git, or where the folder is in no repository.
