@@ -2,6 +2,8 @@
 
 mod compare;
 mod kernels;
+mod list;
+mod output;
 mod select;
 mod table;
 
