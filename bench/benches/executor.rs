@@ -3,8 +3,9 @@
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use half::f16;
 use pat_bench::cpu::CpuCase;
-use pat_bench::device::{SEED, sample, softmax_scale};
+use pat_bench::device::{SEED, softmax_scale};
 use pat_bench::measure::batch_flop;
+use pat_bench::sample::sample;
 use pat_bench::suites::{figure10, realistic};
 use pat_rs::plan::PlanMode;
 use pat_rs::{AttentionShape, DeviceProfile, Dtype, PlanOptions, Planner};

@@ -3,7 +3,8 @@
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use half::f16;
-use pat_bench::device::{DeviceCase, SEED, sample, softmax_scale};
+use pat_bench::device::{DeviceCase, SEED, softmax_scale};
+use pat_bench::sample::sample;
 use pat_bench::suites::{figure10, realistic};
 use pat_rs::cuda::CudaEngine;
 use pat_rs::cuda::bench_support::L2Flush;

@@ -7,5 +7,6 @@ pub mod measure;
 pub mod memory;
 pub mod provenance;
 pub mod result;
+pub mod sample;
 pub mod statistics;
 pub mod suites;

@@ -261,6 +261,7 @@ fn bad_specifications_are_refused_by_entry() {
         (entry.into(), &["{\"entries\": [...]}"]),
         (format!("{{\"entries\": [{entry}, {{}}]}}"), &["entry 1: missing field `name`"]),
         (format!("{{\"entries\": [{entry}, {entry}]}}"), &["entry 1 (\"a\"): name: got \"a\" again"]),
+        ("{\"entries\": []}".into(), &["entries: got none"]),
         (entry.replace("8/2", "8"), &["entry 0 (\"a\"): heads: got \"8\", expected QUERY/KV heads"]),
         (entry.replace("8/2", "7/2"), &["entry 0 (\"a\"): heads: q_heads: got 7"]),
         (entry.replace("16", "0"), &["entry 0 (\"a\"): page_size: got 0"]),
