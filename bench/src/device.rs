@@ -4,10 +4,11 @@
 //! write-back is then measured too); CUDA events stand around the run alone; medians. Planning and upload are measured by
 //! themselves.
 
+use crate::statistics::{median, quartiles};
 use pat_rs::cuda::bench_support::{FillSpec, L2Flush, TimingEvent, fill};
-use pat_rs::cuda::{CudaEngine, DeviceBuffer, RunArgs, Stream, Workspace};
+use pat_rs::cuda::{CudaEngine, DeviceBuffer, PlanBuffers, RunArgs, Stream, Workspace};
 use pat_rs::{AttentionShape, Element, KvStrides, Plan, Result, RowStrides};
-use pat_workloads::{NumericsReport, Oracle, OwnedBatch, RowSample, check};
+use pat_workloads::{NumericsReport, Oracle, OwnedBatch, check};
 use std::time::Instant;
 
 use pat_abi::generator::Tensor;
@@ -29,6 +30,8 @@ pub struct Repeats {
 pub struct Times {
     /// Median with a cold L2.
     pub cold_us: f64,
+    /// First and third quartile of the same calls.
+    pub cold_us_quartiles: [f64; 2],
     /// Median of calls behind each other, each synchronised.
     pub warm_us: f64,
     /// One call of a graph of [`Times::GRAPH_RUNS`] runs.
@@ -140,59 +143,56 @@ impl<'a> DeviceCase<'a> {
         Ok(check(oracle, self.shape.q_heads(), &out, Some(&lse)))
     }
 
+    /// Uploads the plan and allocates what its runs need.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn prepare(&self, plan: &Plan) -> Result<PreparedCase<'_>> {
+        let device = self.engine.device();
+        Ok(PreparedCase {
+            case: self,
+            workspace: Workspace::with_capacity(device, Workspace::bytes_for(plan))?,
+            buffers: self.engine.upload(plan, &self.stream)?,
+            start: TimingEvent::new(device)?,
+            end: TimingEvent::new(device)?,
+        })
+    }
+
     /// Times the plan. `flush` makes the L2 cold.
     ///
     /// # Errors
     /// The driver's, or those of the run.
     pub fn time(&self, plan: &Plan, flush: &L2Flush, repeats: Repeats) -> Result<Times> {
-        let (engine, stream) = (self.engine, &self.stream);
-        let workspace = Workspace::with_capacity(engine.device(), Workspace::bytes_for(plan))?;
-        let buffers = engine.upload(plan, stream)?;
-        let args = self.args();
-        let (start, end) = (TimingEvent::new(engine.device())?, TimingEvent::new(engine.device())?);
+        let prepared = self.prepare(plan)?;
+        let stream = &self.stream;
         stream.synchronize()?;
         let first = Instant::now();
-        engine.run(&buffers, &args, &workspace, stream)?;
+        prepared.enqueue()?;
         stream.synchronize()?;
         let first_run_us = first.elapsed().as_secs_f64() * 1e6;
 
-        let timed = |cold: bool| -> Result<f64> {
-            let mut times = Vec::new();
-            for call in 0..repeats.warm_ups + repeats.timed {
-                if cold {
-                    flush.enqueue(stream)?;
-                }
-                start.record(stream)?;
-                engine.run(&buffers, &args, &workspace, stream)?;
-                end.record(stream)?;
-                stream.synchronize()?;
-                if call >= repeats.warm_ups {
-                    times.push(end.elapsed_us_since(&start)?);
-                }
-            }
-            Ok(median(&mut times))
+        let timed = |flush: Option<&L2Flush>| -> Result<Vec<f64>> {
+            (0..repeats.warm_ups).try_for_each(|_| prepared.run_us(flush).map(drop))?;
+            (0..repeats.timed).map(|_| prepared.run_us(flush)).collect()
         };
-        let cold_us = timed(true)?;
-        let warm_us = timed(false)?;
-        let graph = stream
-            .capture(|| (0..Times::GRAPH_RUNS).try_for_each(|_| engine.run(&buffers, &args, &workspace, stream)))?;
+        let mut cold_times = timed(Some(flush))?;
+        let warm_us = median(&mut timed(None)?);
+        let graph = stream.capture(|| (0..Times::GRAPH_RUNS).try_for_each(|_| prepared.enqueue()))?;
         let mut graph_times = Vec::new();
         for _ in 0..5 {
-            start.record(stream)?;
-            graph.replay()?;
-            end.record(stream)?;
-            stream.synchronize()?;
-            graph_times.push(end.elapsed_us_since(&start)? / f64::from(Times::GRAPH_RUNS));
+            let graph_us = prepared.elapsed_us(|| graph.replay())?;
+            graph_times.push(graph_us / f64::from(Times::GRAPH_RUNS));
         }
         let mut upload_times = Vec::new();
         for _ in 0..9 {
             let begin = Instant::now();
-            buffers.upload(plan, stream)?;
+            prepared.buffers.upload(plan, stream)?;
             stream.synchronize()?;
             upload_times.push(begin.elapsed().as_secs_f64() * 1e6);
         }
         Ok(Times {
-            cold_us,
+            cold_us: median(&mut cold_times),
+            cold_us_quartiles: quartiles(&mut cold_times),
             warm_us,
             graph_us: median(&mut graph_times),
             upload_us: median(&mut upload_times),
@@ -201,24 +201,43 @@ impl<'a> DeviceCase<'a> {
     }
 }
 
+/// An uploaded plan, ready to be run and timed.
+#[derive(Debug)]
+pub struct PreparedCase<'a> {
+    case: &'a DeviceCase<'a>,
+    workspace: Workspace<'a>,
+    buffers: PlanBuffers,
+    start: TimingEvent,
+    end: TimingEvent,
+}
+
+impl PreparedCase<'_> {
+    fn enqueue(&self) -> Result<()> {
+        let case = self.case;
+        case.engine.run(&self.buffers, &case.args(), &self.workspace, &case.stream)
+    }
+
+    /// GPU time of one run in microseconds, after evicting the L2 if `flush` is given.
+    ///
+    /// # Errors
+    /// The driver's, or those of the run.
+    pub fn run_us(&self, flush: Option<&L2Flush>) -> Result<f64> {
+        flush.map_or(Ok(()), |flush| flush.enqueue(&self.case.stream))?;
+        self.elapsed_us(|| self.enqueue())
+    }
+
+    /// GPU time of what `enqueue` puts into the stream.
+    fn elapsed_us(&self, enqueue: impl FnOnce() -> Result<()>) -> Result<f64> {
+        let stream = &self.case.stream;
+        self.start.record(stream)?;
+        enqueue()?;
+        self.end.record(stream)?;
+        stream.synchronize()?;
+        self.end.elapsed_us_since(&self.start)
+    }
+}
+
 /// `1/sqrt(head_dim)`.
 pub fn softmax_scale(shape: AttentionShape) -> f32 {
     1.0 / (shape.head_dim() as f32).sqrt()
-}
-
-/// The rows a measurement checks: at most 16 (sequence, KV head) pairs, evenly spread.
-pub fn sample(batch: &OwnedBatch, shape: AttentionShape) -> RowSample {
-    const PAIRS: usize = 16;
-    let all = RowSample::for_batch(batch, shape);
-    if all.pairs.len() <= PAIRS {
-        return all;
-    }
-    let pairs: Vec<_> = (0..PAIRS).map(|i| all.pairs[i * (all.pairs.len() - 1) / (PAIRS - 1)]).collect();
-    RowSample { name: format!("{PAIRS} (sequence, KV head) pairs, evenly spread"), pairs }
-}
-
-/// Sorts; 0 for nothing.
-pub fn median(values: &mut [f64]) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(0.0)
 }

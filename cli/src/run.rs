@@ -6,6 +6,7 @@ use anyhow::{Context, Result, bail};
 use half::{bf16, f16};
 use indicatif::{ProgressBar, ProgressStyle};
 use pat_bench::device::{DeviceCase, Repeats, SEED, softmax_scale};
+use pat_bench::memory;
 use pat_rs::cuda::CudaEngine;
 use pat_rs::cuda::bench_support::L2Flush;
 use pat_rs::plan::PlanSummary;
@@ -71,7 +72,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     let sample = match args.check.as_str() {
         "none" => None,
         "auto" => Some(RowSample::for_batch(&batch, shape)),
-        "sample" => Some(pat_bench::device::sample(&batch, shape)),
+        "sample" => Some(pat_bench::sample::sample(&batch, shape)),
         other => bail!("--check: got {other:?}, expected auto, sample or none"),
     };
     let job = Job { batch: &batch, shape, plan: &plan, sample, seed: args.seed };
@@ -132,22 +133,7 @@ impl Job<'_> {
     }
 
     fn on_cpu<T: Element>(&self) -> Result<(f64, Option<NumericsReport>)> {
-        let pool_elements = 2.0
-            * f64::from(self.batch.num_pages)
-            * f64::from(self.batch.page_size)
-            * f64::from(self.shape.kv_heads())
-            * f64::from(self.shape.head_dim());
-        let needed = 2.0 * pool_elements + self.plan.partial_bytes() as f64;
-        if let Some(available) = available_bytes()
-            && needed > 0.9 * available
-        {
-            bail!(
-                "the batch needs {:.1} GB of memory for its KV pool and partials, this machine has {:.1} GB left: \
-                 use fewer sequences, or --device cuda",
-                needed / 1e9,
-                available / 1e9
-            );
-        }
+        memory::check_fits(self.batch, self.shape, self.plan)?;
         let drawing = spinner("drawing Q, K and V");
         let tensors = Tensors::<T>::draw(self.batch, self.shape, PoolLayout::Nhd, self.seed)?;
         drop(drawing);
@@ -180,11 +166,4 @@ fn spinner(what: &'static str) -> ProgressBar {
     bar.set_style(ProgressStyle::with_template("{spinner} {msg} {elapsed}").expect("a valid template"));
     bar.enable_steady_tick(Duration::from_millis(100));
     bar
-}
-
-/// What Linux says can still be allocated.
-fn available_bytes() -> Option<f64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    line.split_whitespace().next()?.parse::<f64>().ok().map(|kib| kib * 1024.0)
 }

@@ -1,0 +1,222 @@
+//! `pat bench kernels`: suites of batches, measured one after the other.
+
+use super::list::list;
+use super::output::{Output, begun_file, former_results};
+use super::select::Selection;
+use super::table::{Columns, duration};
+use crate::options::Planning;
+use crate::run::engine;
+use anyhow::{Context, Result, bail};
+use indicatif::{ProgressBar, ProgressStyle};
+use pat_bench::device::Repeats;
+use pat_bench::measure::{Target, batch_flop, dtype_name};
+use pat_bench::memory::pool_bytes;
+use pat_bench::result::{Method, RecordKey};
+use pat_bench::suites::Configuration;
+use pat_rs::{AttentionShape, Dtype, PlanOptions};
+use pat_workloads::OwnedBatch;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    selection: Selection,
+    /// Show the suites, or with --suite, --filter and so on the configurations, and measure nothing.
+    #[arg(long)]
+    list: bool,
+    /// cuda, cuda:N, cpu, or auto.
+    #[arg(long, default_value = "cuda")]
+    device: String,
+    /// Result file (docs/result-format.md), rewritten after each configuration.
+    #[arg(long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// Continue the result file: configurations it holds are not run again.
+    #[arg(long, conflicts_with = "force", requires = "output")]
+    resume: bool,
+    /// Overwrite the result file.
+    #[arg(long)]
+    force: bool,
+    /// Fewer repetitions, and without the largest batches; on the CPU only small ones.
+    #[arg(long)]
+    quick: bool,
+    /// Stop before this many seconds have passed.
+    #[arg(long, value_name = "SECONDS")]
+    time_limit: Option<u64>,
+    /// Element type: f16 or bf16.
+    #[arg(long, default_value = "f16")]
+    dtype: String,
+    /// Elements per head.
+    #[arg(long, default_value_t = 128)]
+    head_dim: u32,
+    #[command(flatten)]
+    planning: Planning,
+}
+
+/// Whether every answer was verified.
+pub(crate) fn run(args: &Args) -> Result<bool> {
+    let dtype = match args.dtype.as_str() {
+        "f16" => Dtype::F16,
+        "bf16" => Dtype::Bf16,
+        other => bail!("--dtype: got {other:?}, expected f16 or bf16"),
+    };
+    let model = Model { head_dim: args.head_dim, dtype };
+    if args.list {
+        println!("{}", list(&args.selection, model)?);
+        return Ok(true);
+    }
+    let options = args.planning.resolve()?;
+    let configurations = args.selection.configurations()?;
+    let former = former_results(args.output.as_deref(), args.resume, args.force)?;
+    let engine = engine(&args.device)?;
+    let profile = engine.profile()?;
+    let target = Target::new(engine, profile)?;
+    let repeats = match (target.is_cuda(), args.quick) {
+        (true, false) => Repeats { warm_ups: 5, timed: 21 },
+        (true, true) => Repeats { warm_ups: 2, timed: 7 },
+        (false, false) => Repeats { warm_ups: 0, timed: 7 },
+        (false, true) => Repeats { warm_ups: 0, timed: 3 },
+    };
+    let method = Method {
+        version: env!("CARGO_PKG_VERSION").into(),
+        note: format!("{}; {}; median of {} calls", args.planning.label(), target.protocol(), repeats.timed),
+    };
+    let output = Output { path: args.output.as_deref(), file: begun_file(former, &target, method)? };
+    // Before anything is measured: a place that cannot be written to costs nothing then.
+    output.write()?;
+
+    let begin = Instant::now();
+    let end = args.time_limit.map(|seconds| begin + Duration::from_secs(seconds));
+    let mut run = Run { target, options, repeats, output, end, selected: BTreeSet::new() };
+    let (planned, left_out) = run.choose(&configurations, model, args.quick)?;
+    let failures = run.measure(&planned)?;
+    let passed = run.summarise();
+    if left_out > 0 {
+        println!("--quick leaves out {left_out} larger ones");
+    }
+    println!("{} in {}", run.target.name(), duration(begin.elapsed()));
+    if failures > 0 {
+        bail!("{failures} of {} configurations could not be measured (see above)", planned.len());
+    }
+    Ok(passed)
+}
+
+/// What the configurations do not say of the model.
+#[derive(Clone, Copy)]
+pub(super) struct Model {
+    head_dim: u32,
+    dtype: Dtype,
+}
+
+impl Model {
+    /// The shape of a configuration's attention.
+    pub(super) fn shape(self, configuration: &Configuration) -> Result<AttentionShape> {
+        let (q_heads, kv_heads) = (configuration.q_heads, configuration.kv_heads);
+        AttentionShape::new(q_heads, kv_heads, self.head_dim, self.dtype)
+            .with_context(|| format!("{} with --head-dim {}", configuration.label(), self.head_dim))
+    }
+}
+
+struct Run<'a> {
+    target: Target,
+    options: PlanOptions,
+    repeats: Repeats,
+    output: Output<'a>,
+    end: Option<Instant>,
+    /// What the summary is of: measured now, or earlier.
+    selected: BTreeSet<RecordKey>,
+}
+
+type Planned<'a> = Vec<(&'a Configuration, AttentionShape)>;
+
+impl Run<'_> {
+    /// What is still to be measured, and the number of configurations that are too large for --quick.
+    fn choose<'a>(&mut self, all: &'a [Configuration], model: Model, quick: bool) -> Result<(Planned<'a>, usize)> {
+        let (mut planned, mut left_out) = (Vec::new(), 0);
+        for configuration in all {
+            let shape = model.shape(configuration)?;
+            let key = key(configuration, shape);
+            if !self.output.file.records.iter().any(|record| record.key() == key) {
+                if quick && !is_quick(&configuration.batch()?, shape, self.target.is_cuda()) {
+                    left_out += 1;
+                    continue;
+                }
+                planned.push((configuration, shape));
+            }
+            self.selected.insert(key);
+        }
+        Ok((planned, left_out))
+    }
+
+    /// Measures into the output, and counts what could not be measured.
+    fn measure(&mut self, planned: &Planned<'_>) -> Result<usize> {
+        let columns = self.columns();
+        let bar = ProgressBar::new(planned.len() as u64);
+        let style = ProgressStyle::with_template("{pos}/{len} {msg} {elapsed} (left {eta})");
+        bar.set_style(style.expect("a valid template"));
+        println!("{}", columns.header());
+        let mut failures = 0;
+        for (number, &(configuration, shape)) in (1..).zip(planned) {
+            if self.end.is_some_and(|end| Instant::now() > end) {
+                bar.suspend(|| println!("time limit reached: --resume continues"));
+                break;
+            }
+            bar.set_message(configuration.label());
+            let batch = configuration.batch()?;
+            let name = (configuration.suite, configuration.name.as_str());
+            match self.target.measure(name, &batch, shape, &self.options, self.repeats) {
+                Ok(record) => {
+                    bar.suspend(|| println!("{}", columns.row((number, planned.len()), &record)));
+                    self.output.file.records.push(record);
+                    self.output.write()?;
+                }
+                // A batch that is too large for this machine does not keep the others from being measured.
+                Err(error) => {
+                    bar.suspend(|| eprintln!("{}: not measured: {error}", configuration.label()));
+                    failures += 1;
+                }
+            }
+            bar.inc(1);
+        }
+        bar.finish_and_clear();
+        Ok(failures)
+    }
+
+    /// Prints what the selected records come to, by suite; whether all are verified.
+    fn summarise(&self) -> bool {
+        let mut by_suite: BTreeMap<&str, Vec<_>> = BTreeMap::new();
+        for record in self.output.file.records.iter().filter(|record| self.selected.contains(&record.key())) {
+            by_suite.entry(&record.suite).or_default().push(record);
+        }
+        for (suite, records) in &by_suite {
+            println!("{}", self.columns().summary(suite, records));
+        }
+        by_suite.values().flatten().all(|record| record.is_verified())
+    }
+
+    fn columns(&self) -> Columns {
+        if self.target.is_cuda() { Columns::Cuda } else { Columns::Cpu }
+    }
+}
+
+fn key(configuration: &Configuration, shape: AttentionShape) -> RecordKey {
+    RecordKey {
+        suite: configuration.suite.into(),
+        tree: configuration.name.clone(),
+        nheads_q: shape.q_heads(),
+        nheads_kv: shape.kv_heads(),
+        head_dim: shape.head_dim(),
+        dtype: dtype_name(shape.dtype()).into(),
+    }
+}
+
+/// Whether a batch is measured by --quick: on a device all but the largest tree of Figure 10 and its like, on the CPU what takes a
+/// second or two on two cores.
+fn is_quick(batch: &OwnedBatch, shape: AttentionShape, is_cuda: bool) -> bool {
+    if is_cuda {
+        u64::from(batch.num_pages) * u64::from(batch.page_size) <= 1 << 19
+    } else {
+        batch_flop(batch, shape) <= 2e9 && pool_bytes(batch, shape) <= 256 << 20
+    }
+}
