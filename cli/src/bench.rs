@@ -21,6 +21,8 @@ pub(crate) enum Command {
     Kernels(Kernels),
     /// Compare result files; status 1 where a configuration has become slower by more than the noise.
     Compare(crate::compare::Args),
+    /// Write the batches that `kernels` measures, for bench/peers and other programs.
+    Export(crate::export::Args),
 }
 
 #[derive(clap::Args)]
@@ -60,6 +62,7 @@ pub(crate) fn run(command: &Command) -> Result<bool> {
     match command {
         Command::Kernels(args) => kernels(args),
         Command::Compare(args) => crate::compare::run(args),
+        Command::Export(args) => crate::export::run(args),
     }
 }
 

@@ -6,6 +6,7 @@ mod bench;
 mod compare;
 mod doctor;
 mod explain;
+mod export;
 mod options;
 mod plan;
 mod render;
