@@ -1,6 +1,7 @@
 //! Two measurements of the same configurations, side by side: what has become slower by more than the noise?
 
-use crate::result::{Record, ResultFile};
+use crate::result::{Record, RecordKey, ResultFile};
+use crate::statistics::{geometric_mean, median};
 use std::collections::BTreeMap;
 
 /// Spread between repeated runs that is assumed where there is only one: what two machines of one kind differ by.
@@ -9,7 +10,8 @@ const ASSUMED_NOISE: f64 = 0.02;
 /// A configuration in both measurements. Times are cold-L2 medians over the runs, in microseconds.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Change {
-    /// `tree Q/KV`, with element type and head dimension where they are not f16 and 128.
+    /// `tree Q/KV`; before it the suite where that is not Figure 10, behind it element type and head dimension where they are
+    /// not f16 and 128.
     pub name: String,
     /// Before.
     pub old_us: f64,
@@ -43,20 +45,19 @@ pub struct Comparison {
 impl Comparison {
     /// Geometric mean of the ratios; 1 without any.
     pub fn geometric_mean(&self) -> f64 {
-        let sum: f64 = self.changes.iter().map(|change| change.ratio().ln()).sum();
-        (sum / self.changes.len().max(1) as f64).exp()
+        geometric_mean(self.changes.iter().map(Change::ratio))
     }
 }
 
 /// Compares repeated runs of two states of the code. Noise is what repeated runs of a side differ by, and 2% where neither
 /// side was repeated.
 pub fn compare(old: &[ResultFile], new: &[ResultFile]) -> Comparison {
-    let (old_runs, new_runs) = (by_configuration(old), by_configuration(new));
+    let (mut old_runs, mut new_runs) = (by_configuration(old), by_configuration(new));
     let order = old.first().map_or(&[][..], |file| &file.records);
     let changes: Vec<Change> = order
         .iter()
         .filter_map(|record| {
-            let (old, new) = (old_runs.get(&record.key())?, new_runs.get(&record.key())?);
+            let (old, new) = (old_runs.get_mut(&record.key())?, new_runs.get_mut(&record.key())?);
             let noise = if old.len() + new.len() > 2 { spread(old).max(spread(new)) } else { ASSUMED_NOISE };
             Some(Change { name: name(record), old_us: median(old), new_us: median(new), noise })
         })
@@ -65,19 +66,21 @@ pub fn compare(old: &[ResultFile], new: &[ResultFile]) -> Comparison {
     Comparison { changes, unmatched }
 }
 
-type Runs = BTreeMap<(String, u32, u32, u32, String), Vec<f64>>;
+type Runs = BTreeMap<RecordKey, Vec<f64>>;
 
 fn by_configuration(files: &[ResultFile]) -> Runs {
     let mut runs = Runs::new();
     for record in files.iter().flat_map(|file| &file.records) {
         runs.entry(record.key()).or_default().push(record.cold_us);
     }
-    runs.values_mut().for_each(|times| times.sort_by(f64::total_cmp));
     runs
 }
 
 fn name(record: &Record) -> String {
     let mut name = format!("{} {}/{}", record.tree, record.nheads_q, record.nheads_kv);
+    if record.suite != "figure10" {
+        name = format!("{}: {name}", record.suite);
+    }
     if record.dtype != "f16" {
         name += &format!(" {}", record.dtype);
     }
@@ -87,51 +90,26 @@ fn name(record: &Record) -> String {
     name
 }
 
-/// Of sorted times.
-fn median(times: &[f64]) -> f64 {
-    let middle = times.len() / 2;
-    if times.len() % 2 == 1 { times[middle] } else { (times[middle - 1] + times[middle]) / 2.0 }
-}
-
-/// Of sorted times.
+/// Largest over smallest, less 1.
 fn spread(times: &[f64]) -> f64 {
-    times[times.len() - 1] / times[0] - 1.0
+    let (least, most) = times.iter().fold((f64::INFINITY, 0f64), |(least, most), &us| (least.min(us), most.max(us)));
+    most / least - 1.0
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::result::SCHEMA_VERSION;
+    use crate::result::{SCHEMA_VERSION, test_record};
 
     fn file(times: &[(&str, f64)]) -> ResultFile {
-        let records = times
-            .iter()
-            .map(|&(tree, cold_us)| Record {
-                tree: tree.into(),
-                nheads_q: 32,
-                nheads_kv: 8,
-                head_dim: 128,
-                block_size: 32,
-                dtype: "f16".into(),
-                latencies: BTreeMap::new(),
-                correctness: BTreeMap::new(),
-                cold_us,
-                warm_us: 0.0,
-                graph_us: 0.0,
-                plan_us: 0.0,
-                upload_us: 0.0,
-                predicted_us: 0.0,
-                bytes: 0,
-                flop: 0.0,
-                floor_us: 0.0,
-                ceiling_us: 0.0,
-                sharing_factor: 1.0,
-                planned_kv_bytes: 0,
-                partial_bytes: 0,
-                items: BTreeMap::new(),
-            })
-            .collect();
-        ResultFile { schema_version: SCHEMA_VERSION, device: "test".into(), records }
+        ResultFile {
+            schema_version: SCHEMA_VERSION,
+            device: "test".into(),
+            date: None,
+            commit: None,
+            methods: BTreeMap::new(),
+            records: times.iter().map(|&(tree, cold_us)| test_record(tree, cold_us)).collect(),
+        }
     }
 
     #[test]
@@ -142,6 +120,15 @@ mod tests {
         assert_eq!(comparison.changes.iter().map(Change::is_regression).collect::<Vec<_>>(), [false, true]);
         assert_eq!(comparison.unmatched, 2);
         assert!((comparison.geometric_mean() - (1.019f64 * 1.021).sqrt()).abs() < 1e-12);
+    }
+
+    #[test]
+    fn suites_are_told_apart() {
+        let old = [file(&[("a", 100.0)])];
+        let mut new = file(&[("a", 200.0), ("a", 100.0)]);
+        new.records[0].suite = "sweeps".into();
+        let comparison = compare(&[new], &old);
+        assert_eq!((comparison.changes.len(), comparison.changes[0].ratio(), comparison.unmatched), (1, 1.0, 1));
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! write-back is then measured too); CUDA events stand around the run alone; medians. Planning and upload are measured by
 //! themselves.
 
+use crate::statistics::median;
 use pat_rs::cuda::bench_support::{FillSpec, L2Flush, TimingEvent, fill};
 use pat_rs::cuda::{CudaEngine, DeviceBuffer, RunArgs, Stream, Workspace};
 use pat_rs::{AttentionShape, Element, KvStrides, Plan, Result, RowStrides};
@@ -25,10 +26,10 @@ pub struct Repeats {
 }
 
 /// Times of one plan, in microseconds.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Times {
-    /// Median with a cold L2.
-    pub cold_us: f64,
+    /// Every timed call with a cold L2.
+    pub cold_us: Vec<f64>,
     /// Median of calls behind each other, each synchronised.
     pub warm_us: f64,
     /// One call of a graph of [`Times::GRAPH_RUNS`] runs.
@@ -156,7 +157,7 @@ impl<'a> DeviceCase<'a> {
         stream.synchronize()?;
         let first_run_us = first.elapsed().as_secs_f64() * 1e6;
 
-        let timed = |cold: bool| -> Result<f64> {
+        let timed = |cold: bool| -> Result<Vec<f64>> {
             let mut times = Vec::new();
             for call in 0..repeats.warm_ups + repeats.timed {
                 if cold {
@@ -170,10 +171,10 @@ impl<'a> DeviceCase<'a> {
                     times.push(end.elapsed_us_since(&start)?);
                 }
             }
-            Ok(median(&mut times))
+            Ok(times)
         };
         let cold_us = timed(true)?;
-        let warm_us = timed(false)?;
+        let warm_us = median(&mut timed(false)?);
         let graph = stream
             .capture(|| (0..Times::GRAPH_RUNS).try_for_each(|_| engine.run(&buffers, &args, &workspace, stream)))?;
         let mut graph_times = Vec::new();
@@ -206,19 +207,60 @@ pub fn softmax_scale(shape: AttentionShape) -> f32 {
     1.0 / (shape.head_dim() as f32).sqrt()
 }
 
-/// The rows a measurement checks: at most 16 (sequence, KV head) pairs, evenly spread.
+/// Most work the oracle does for one configuration, as FLOP of the exact result: about a second on two cores.
+const ORACLE_FLOP: f64 = 2e9;
+
+/// The rows a measurement checks: 16 (sequence, KV head) pairs, evenly spread; fewer, but no less than two, where the oracle
+/// would take longer than [`ORACLE_FLOP`].
 pub fn sample(batch: &OwnedBatch, shape: AttentionShape) -> RowSample {
-    const PAIRS: usize = 16;
     let all = RowSample::for_batch(batch, shape);
-    if all.pairs.len() <= PAIRS {
-        return all;
+    let total = batch.lengths.len() * shape.kv_heads() as usize;
+    let mut pairs = all.pairs.clone();
+    for count in [16, 8, 4, 2] {
+        pairs = evenly_spread(&all.pairs, count);
+        let tokens: f64 = pairs.iter().map(|&(sequence, _)| f64::from(batch.lengths[sequence as usize])).sum();
+        if 4.0 * tokens * f64::from(shape.group()) * f64::from(shape.head_dim()) <= ORACLE_FLOP {
+            break;
+        }
     }
-    let pairs: Vec<_> = (0..PAIRS).map(|i| all.pairs[i * (all.pairs.len() - 1) / (PAIRS - 1)]).collect();
-    RowSample { name: format!("{PAIRS} (sequence, KV head) pairs, evenly spread"), pairs }
+    let name = match pairs.len() {
+        count if count == total => all.name,
+        count => format!("{count} of {total} (sequence, KV head) pairs, evenly spread"),
+    };
+    RowSample { name, pairs }
 }
 
-/// Sorts; 0 for nothing.
-pub fn median(values: &mut [f64]) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(0.0)
+fn evenly_spread(pairs: &[(u32, u32)], count: usize) -> Vec<(u32, u32)> {
+    if pairs.len() <= count {
+        return pairs.to_vec();
+    }
+    (0..count).map(|i| pairs[i * (pairs.len() - 1) / (count - 1)]).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pat_rs::Dtype;
+
+    fn sampled(sequences: u32, tokens: u32, q_heads: u32) -> RowSample {
+        let batch = OwnedBatch {
+            page_size: 1 << 17,
+            num_pages: sequences,
+            lengths: vec![tokens; sequences as usize],
+            block_tables: (0..sequences).map(|page| vec![page]).collect(),
+        };
+        sample(&batch, AttentionShape::new(q_heads, 8, 128, Dtype::F16).expect("a valid shape"))
+    }
+
+    #[test]
+    fn samples_are_spread_and_bounded_by_the_oracles_work() {
+        let small = sampled(1, 100, 32);
+        assert_eq!((small.name.as_str(), small.pairs.len()), ("all rows", 8));
+        let usual = sampled(256, 1024, 32);
+        assert_eq!(usual.name, "16 of 2048 (sequence, KV head) pairs, evenly spread");
+        assert_eq!((usual.pairs[0], usual.pairs[15]), ((0, 0), (255, 7)));
+        let long = sampled(16, 131_072, 64);
+        assert_eq!((long.pairs.len(), long.pairs[0], long.pairs[1]), (2, (0, 0), (15, 7)));
+        assert_eq!(sampled(0, 0, 32).pairs, []);
+    }
 }

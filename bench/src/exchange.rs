@@ -3,28 +3,15 @@
 //! for each distinct batch. Tensors are not in it: they come from the generator of `pat_abi::generator`.
 
 use crate::device::{SEED, sample, softmax_scale};
-use crate::grid::dtype_name;
+use crate::measure::dtype_name;
+use crate::suites::{Configuration, SuiteError};
 use pat_rs::AttentionShape;
-use pat_workloads::OwnedBatch;
 use serde::Serialize;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 /// Version of the format.
 pub const EXCHANGE_VERSION: u32 = 1;
-
-/// What is to be measured.
-#[derive(Clone, Debug)]
-pub struct Configuration {
-    /// Suite, as in result files.
-    pub suite: String,
-    /// Tree in PAT's notation, or the batch's name: the `tree` of result files.
-    pub name: String,
-    /// Block tables and lengths.
-    pub batch: OwnedBatch,
-    /// Heads, head dimension, element type.
-    pub shape: AttentionShape,
-}
 
 #[derive(Serialize)]
 struct Manifest {
@@ -36,7 +23,7 @@ struct Manifest {
 #[derive(Serialize)]
 struct Entry {
     name: String,
-    suite: String,
+    suite: &'static str,
     /// File in the same folder.
     batch: String,
     nheads_q: u32,
@@ -60,6 +47,9 @@ pub enum ExchangeError {
         /// The system's message.
         source: std::io::Error,
     },
+    /// A batch cannot be made.
+    #[error(transparent)]
+    Batch(#[from] SuiteError),
     /// The folder has something in it.
     #[error("{0} is not empty: --force overwrites what has the same names")]
     NotEmpty(PathBuf),
@@ -76,14 +66,14 @@ pub struct Written {
     pub bytes: u64,
 }
 
-/// Writes the configurations into a folder, which is made if it is not there; the manifest last, so that a folder with one is
+/// Writes configurations into a folder, which is made if it is not there; the manifest last, so that a folder with one is
 /// complete.
 ///
 /// # Errors
 /// See [`ExchangeError`].
-pub fn write(
+pub fn write<'a>(
     folder: &Path,
-    configurations: impl IntoIterator<Item = Configuration>,
+    configurations: impl IntoIterator<Item = (&'a Configuration, AttentionShape)>,
     force: bool,
 ) -> Result<Written, ExchangeError> {
     let io = |path: &Path| {
@@ -103,7 +93,8 @@ pub fn write(
     let json = |value: Result<Vec<u8>, serde_json::Error>| value.map_err(|error| io(folder)(error.into()));
     let mut files: HashMap<Vec<u8>, String> = HashMap::new();
     let mut entries = Vec::new();
-    for Configuration { suite, name, batch, shape } in configurations {
+    for (configuration, shape) in configurations {
+        let batch = configuration.batch()?;
         let sample = sample(&batch, shape).pairs;
         let text = json(serde_json::to_vec(&batch))?;
         let file = match files.get(&text) {
@@ -116,8 +107,8 @@ pub fn write(
             }
         };
         entries.push(Entry {
-            name,
-            suite,
+            name: configuration.name.clone(),
+            suite: configuration.suite,
             batch: file,
             nheads_q: shape.q_heads(),
             nheads_kv: shape.kv_heads(),

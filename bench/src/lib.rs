@@ -1,7 +1,12 @@
-//! Measuring attention on a CUDA device: the protocol, the Figure-10 grid, the result file, the exchange with peers.
+//! Measuring attention: batches to measure, the protocol on a CUDA device and on the CPU, the result file, the exchange with peers.
 
 pub mod compare;
+pub mod cpu;
 pub mod device;
 pub mod exchange;
-pub mod grid;
+pub mod measure;
+pub mod memory;
+pub mod provenance;
 pub mod result;
+pub mod statistics;
+pub mod suites;

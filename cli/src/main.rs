@@ -3,10 +3,8 @@
 //! Exit status: 0 when all went well, 1 when a result failed verification, 2 on bad input or a missing device.
 
 mod bench;
-mod compare;
 mod doctor;
 mod explain;
-mod export;
 mod options;
 mod plan;
 mod render;
@@ -33,7 +31,7 @@ enum Command {
     Run(run::Args),
     /// Show the prefix forest of a batch, how often each part of it is read, and the predicted time.
     Plan(plan::Args),
-    /// Measure on a CUDA device; compare measurements.
+    /// Measure suites of batches; compare measurements.
     #[command(subcommand)]
     Bench(bench::Command),
     /// Say what this machine can run, and what repairs what it cannot.

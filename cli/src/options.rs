@@ -103,11 +103,7 @@ pub(crate) struct Shape {
 
 impl Shape {
     pub(crate) fn resolve(&self) -> Result<AttentionShape> {
-        let (q, kv) = self
-            .heads
-            .split_once('/')
-            .and_then(|(q, kv)| Some((q.parse().ok()?, kv.parse().ok()?)))
-            .with_context(|| format!("--heads: got {:?}, expected QUERY/KV heads such as 32/8", self.heads))?;
+        let (q, kv) = parse_heads(&self.heads)?;
         let dtype = match self.dtype.as_str() {
             "f16" | "fp16" | "half" => Dtype::F16,
             "bf16" => Dtype::Bf16,
@@ -116,6 +112,14 @@ impl Shape {
         AttentionShape::new(q, kv, self.head_dim, dtype)
             .with_context(|| format!("--heads {} --head-dim {}", self.heads, self.head_dim))
     }
+}
+
+/// `Q/KV`.
+pub(crate) fn parse_heads(heads: &str) -> Result<(u32, u32)> {
+    heads
+        .split_once('/')
+        .and_then(|(q, kv)| Some((q.parse().ok()?, kv.parse().ok()?)))
+        .with_context(|| format!("--heads: got {heads:?}, expected QUERY/KV heads such as 32/8"))
 }
 
 /// How to plan.
@@ -134,6 +138,14 @@ fn variant_names() -> String {
 }
 
 impl Planning {
+    /// In words, for result files.
+    pub(crate) fn label(&self) -> String {
+        match self.variants.as_slice() {
+            [] => format!("mode {}", self.mode),
+            variants => format!("mode {}, variants {}", self.mode, variants.join(", ")),
+        }
+    }
+
     pub(crate) fn resolve(&self) -> Result<PlanOptions> {
         let mode = match self.mode.as_str() {
             "auto" => PlanMode::Auto,

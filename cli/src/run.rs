@@ -6,6 +6,8 @@ use anyhow::{Context, Result, bail};
 use half::{bf16, f16};
 use indicatif::{ProgressBar, ProgressStyle};
 use pat_bench::device::{DeviceCase, Repeats, SEED, softmax_scale};
+use pat_bench::memory;
+use pat_bench::statistics::median;
 use pat_rs::cuda::CudaEngine;
 use pat_rs::cuda::bench_support::L2Flush;
 use pat_rs::plan::PlanSummary;
@@ -132,22 +134,7 @@ impl Job<'_> {
     }
 
     fn on_cpu<T: Element>(&self) -> Result<(f64, Option<NumericsReport>)> {
-        let pool_elements = 2.0
-            * f64::from(self.batch.num_pages)
-            * f64::from(self.batch.page_size)
-            * f64::from(self.shape.kv_heads())
-            * f64::from(self.shape.head_dim());
-        let needed = 2.0 * pool_elements + self.plan.partial_bytes() as f64;
-        if let Some(available) = available_bytes()
-            && needed > 0.9 * available
-        {
-            bail!(
-                "the batch needs {:.1} GB of memory for its KV pool and partials, this machine has {:.1} GB left: \
-                 use fewer sequences, or --device cuda",
-                needed / 1e9,
-                available / 1e9
-            );
-        }
+        memory::check_fits(self.batch, self.shape, self.plan)?;
         let drawing = spinner("drawing Q, K and V");
         let tensors = Tensors::<T>::draw(self.batch, self.shape, PoolLayout::Nhd, self.seed)?;
         drop(drawing);
@@ -169,8 +156,8 @@ impl Job<'_> {
         let _spinner = spinner("running on the device");
         let mut case = DeviceCase::new(engine, self.batch, self.shape)?;
         let numerics = oracle.map(|oracle| case.verify::<T>(self.plan, &oracle)).transpose()?;
-        let times = case.time(self.plan, &L2Flush::new(engine.device())?, Repeats { warm_ups: 3, timed: 10 })?;
-        Ok((times.cold_us, numerics))
+        let mut times = case.time(self.plan, &L2Flush::new(engine.device())?, Repeats { warm_ups: 3, timed: 10 })?;
+        Ok((median(&mut times.cold_us), numerics))
     }
 }
 
@@ -180,11 +167,4 @@ fn spinner(what: &'static str) -> ProgressBar {
     bar.set_style(ProgressStyle::with_template("{spinner} {msg} {elapsed}").expect("a valid template"));
     bar.enable_steady_tick(Duration::from_millis(100));
     bar
-}
-
-/// What Linux says can still be allocated.
-fn available_bytes() -> Option<f64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    line.split_whitespace().next()?.parse::<f64>().ok().map(|kib| kib * 1024.0)
 }

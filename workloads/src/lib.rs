@@ -1,7 +1,8 @@
-//! What to run pat-rs on, and how to judge the result: batches from trees, traces and files, deterministic tensors, an
+//! What to run pat-rs on, and how to judge the result: batches from trees, rules, traces and files, deterministic tensors, an
 //! f64 oracle, and the numerics rule.
 
 pub mod batch_file;
+pub mod nodes;
 pub mod numerics;
 pub mod oracle;
 pub mod owned;
@@ -11,6 +12,7 @@ pub mod trace;
 pub mod tree;
 
 pub use batch_file::{BatchFileError, read_batch, write_batch};
+pub use nodes::{NodeError, NodeSpec, lay_out};
 pub use numerics::{NumericsReport, check};
 pub use oracle::{Oracle, RowSample};
 pub use owned::OwnedBatch;

@@ -22,12 +22,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         fs::remove_dir_all(&folder)?;
     }
     fs::create_dir_all(folder.join("tests"))?;
+    let commit = commit();
     let build = ["build", "--release", "--package", "pat-cli", "--bin", "pat"];
-    for (name, file) in executables(&build)? {
+    for (name, file) in executables(&build, &commit)? {
         install(&file, &folder.join(name))?;
     }
     let tests = ["test", "--release", "--no-run", "--package", "pat-tests", "--package", "pat-rs"];
-    for (name, file) in executables(&tests)? {
+    for (name, file) in executables(&tests, &commit)? {
         install(&file, &folder.join("tests").join(name))?;
     }
     let ptx = folder.join("ptx");
@@ -45,12 +46,20 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
+/// What is bundled: result files name it, on a machine where git cannot be asked. Empty where git does not say.
+fn commit() -> String {
+    let arguments = ["describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"];
+    let output = Command::new("git").args(arguments).current_dir(workspace::root()).output();
+    output.map_or_else(|_| String::new(), |output| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
+
 /// Runs cargo and returns the executables it made, by target name.
-fn executables(arguments: &[&str]) -> Result<Vec<(String, PathBuf)>> {
+fn executables(arguments: &[&str], commit: &str) -> Result<Vec<(String, PathBuf)>> {
     let output = Command::new("cargo")
         .args(arguments)
         .args(["--message-format=json-render-diagnostics"])
         .env("CARGO_PROFILE_RELEASE_STRIP", "symbols")
+        .env("PAT_COMMIT", commit)
         .current_dir(workspace::root())
         .stderr(Stdio::inherit())
         .output()

@@ -1,0 +1,187 @@
+//! Measuring one configuration into a record.
+
+use crate::cpu::CpuCase;
+use crate::device::{DeviceCase, Repeats, SEED, sample, softmax_scale};
+use crate::memory::{self, TooLarge};
+use crate::provenance::cpu_name;
+use crate::result::{Correctness, METHOD, Record};
+use crate::statistics::{median, quartiles};
+use half::{bf16, f16};
+use pat_rs::cuda::bench_support::L2Flush;
+use pat_rs::{AttentionShape, Dtype, Element, Engine, Plan, PlanOptions, Planner};
+use pat_workloads::{NumericsReport, Oracle, OwnedBatch};
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+/// Name of a type in records.
+pub fn dtype_name(dtype: Dtype) -> &'static str {
+    match dtype {
+        Dtype::F16 => "f16",
+        Dtype::Bf16 => "bf16",
+    }
+}
+
+/// Why a configuration could not be measured.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum MeasureError {
+    /// The planner's, the executor's or the driver's.
+    #[error(transparent)]
+    Library(#[from] pat_rs::Error),
+    /// Too large for the CPU executor here.
+    #[error(transparent)]
+    Memory(#[from] TooLarge),
+}
+
+/// What is measured on.
+#[derive(Debug)]
+pub struct Target {
+    engine: Engine,
+    /// On a CUDA device only.
+    flush: Option<L2Flush>,
+}
+
+impl Target {
+    /// Allocates what the protocol needs.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn new(engine: Engine) -> pat_rs::Result<Self> {
+        let flush = engine.as_cuda().map(|cuda| L2Flush::new(cuda.device())).transpose()?;
+        Ok(Self { engine, flush })
+    }
+
+    /// The device's name for result files.
+    pub fn name(&self) -> String {
+        self.engine.as_cuda().map_or_else(cpu_name, |cuda| cuda.device().name().to_owned())
+    }
+
+    /// Whether it is a CUDA device.
+    pub fn is_cuda(&self) -> bool {
+        self.flush.is_some()
+    }
+
+    /// How times are taken, for result files.
+    pub fn protocol(&self) -> &'static str {
+        if self.is_cuda() {
+            "cold L2: a buffer of four times its size is read before each call; CUDA events around the call alone"
+        } else {
+            "CPU executor, wall time"
+        }
+    }
+
+    /// Plans, verifies and times a batch. `suite` and `name` are what the record is called.
+    ///
+    /// # Errors
+    /// See [`MeasureError`].
+    pub fn measure(
+        &self,
+        (suite, name): (&str, &str),
+        batch: &OwnedBatch,
+        shape: AttentionShape,
+        options: &PlanOptions,
+        repeats: Repeats,
+    ) -> Result<Record, MeasureError> {
+        let rows = batch.rows();
+        let view = batch.view(&rows)?;
+        let mut planner = Planner::new(shape, self.engine.profile()?, options.clone())?;
+        let plan = planner.plan(&view)?;
+        let mut plan_times = Vec::new();
+        for _ in 0..9 {
+            let begin = Instant::now();
+            planner.plan(&view)?;
+            plan_times.push(begin.elapsed().as_secs_f64() * 1e6);
+        }
+        let plan_us = median(&mut plan_times);
+        let (report, mut times) = match shape.dtype() {
+            Dtype::F16 => self.verify_and_time::<f16>(batch, &plan, repeats)?,
+            Dtype::Bf16 => self.verify_and_time::<bf16>(batch, &plan, repeats)?,
+        };
+        let summary = plan.summary();
+        let rows_bytes = 2 * 2 * batch.lengths.len() as u64 * u64::from(shape.q_heads()) * u64::from(shape.head_dim());
+        let bytes = summary.unique_kv_bytes + rows_bytes;
+        let flop = batch_flop(batch, shape);
+        let ceiling_us = (bytes as f64 / 4.6e6).max(flop / 650e6);
+        let cold_us = median(&mut times.cold_us);
+        let by_method = |us: f64| BTreeMap::from([(METHOD.to_owned(), us / 1e3)]);
+        let correctness = Correctness {
+            status: if report.passed { "PASSED" } else { "FAILED" }.into(),
+            max_diff: report.max_abs_error,
+            relative_l2: report.relative_l2_error,
+            sample: Some(report.sample),
+        };
+        Ok(Record {
+            suite: suite.into(),
+            tree: name.into(),
+            nheads_q: shape.q_heads(),
+            nheads_kv: shape.kv_heads(),
+            head_dim: shape.head_dim(),
+            block_size: batch.page_size,
+            dtype: dtype_name(shape.dtype()).into(),
+            sequences: summary.sequences,
+            latencies: by_method(cold_us),
+            warm_latencies: times.warm_us.map(by_method).unwrap_or_default(),
+            plan_latencies: by_method(plan_us),
+            correctness: BTreeMap::from([(METHOD.to_owned(), correctness)]),
+            cold_us,
+            cold_us_quartiles: Some(quartiles(&mut times.cold_us)),
+            warm_us: times.warm_us,
+            graph_us: times.graph_us,
+            plan_us,
+            upload_us: times.upload_us,
+            predicted_us: summary.predicted_us,
+            bytes,
+            flop,
+            floor_us: (bytes as f64 / 4.8e6).max(flop / 989e6),
+            ceiling_us,
+            ceiling_fraction: self.is_cuda().then_some(ceiling_us / cold_us),
+            sharing_factor: summary.sharing_factor,
+            planned_kv_bytes: summary.planned_kv_bytes,
+            partial_bytes: summary.partial_bytes,
+            items: Record::items_of(&summary),
+        })
+    }
+
+    fn verify_and_time<T: Element>(
+        &self,
+        batch: &OwnedBatch,
+        plan: &Plan,
+        repeats: Repeats,
+    ) -> Result<(NumericsReport, Times), MeasureError> {
+        let shape = plan.shape();
+        let oracle = || Oracle::compute::<T>(batch, shape, SEED, softmax_scale(shape), sample(batch, shape));
+        if let (Some(cuda), Some(flush)) = (self.engine.as_cuda(), &self.flush) {
+            let mut case = DeviceCase::new(cuda, batch, shape)?;
+            let report = case.verify::<T>(plan, &oracle()?)?;
+            let times = case.time(plan, flush, repeats)?;
+            return Ok((
+                report,
+                Times {
+                    cold_us: times.cold_us,
+                    warm_us: Some(times.warm_us),
+                    graph_us: Some(times.graph_us),
+                    upload_us: Some(times.upload_us),
+                },
+            ));
+        }
+        memory::check_fits(batch, shape, plan)?;
+        let mut case = CpuCase::<T>::new(batch, shape)?;
+        let report = case.verify(plan, &oracle()?)?;
+        let cold_us = (0..repeats.timed).map(|_| case.run_us(plan)).collect::<pat_rs::Result<_>>()?;
+        Ok((report, Times { cold_us, warm_us: None, graph_us: None, upload_us: None }))
+    }
+}
+
+/// In microseconds: every call that `cold_us` is of, and what only a GPU gives.
+struct Times {
+    cold_us: Vec<f64>,
+    warm_us: Option<f64>,
+    graph_us: Option<f64>,
+    upload_us: Option<f64>,
+}
+
+/// Multiplications and additions of Q·K and P·V, over all sequences.
+pub fn batch_flop(batch: &OwnedBatch, shape: AttentionShape) -> f64 {
+    let tokens: f64 = batch.lengths.iter().map(|&length| f64::from(length)).sum();
+    4.0 * tokens * f64::from(shape.q_heads()) * f64::from(shape.head_dim())
+}
