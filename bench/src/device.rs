@@ -6,9 +6,9 @@
 
 use crate::statistics::median;
 use pat_rs::cuda::bench_support::{FillSpec, L2Flush, TimingEvent, fill};
-use pat_rs::cuda::{CudaEngine, DeviceBuffer, RunArgs, Stream, Workspace};
+use pat_rs::cuda::{CudaEngine, DeviceBuffer, PlanBuffers, RunArgs, Stream, Workspace};
 use pat_rs::{AttentionShape, Element, KvStrides, Plan, Result, RowStrides};
-use pat_workloads::{NumericsReport, Oracle, OwnedBatch, RowSample, check};
+use pat_workloads::{NumericsReport, Oracle, OwnedBatch, check};
 use std::time::Instant;
 
 use pat_abi::generator::Tensor;
@@ -141,54 +141,50 @@ impl<'a> DeviceCase<'a> {
         Ok(check(oracle, self.shape.q_heads(), &out, Some(&lse)))
     }
 
+    /// Uploads the plan and allocates what its runs need.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn prepare(&self, plan: &Plan) -> Result<PreparedCase<'_>> {
+        let device = self.engine.device();
+        Ok(PreparedCase {
+            case: self,
+            workspace: Workspace::with_capacity(device, Workspace::bytes_for(plan))?,
+            buffers: self.engine.upload(plan, &self.stream)?,
+            start: TimingEvent::new(device)?,
+            end: TimingEvent::new(device)?,
+        })
+    }
+
     /// Times the plan. `flush` makes the L2 cold.
     ///
     /// # Errors
     /// The driver's, or those of the run.
     pub fn time(&self, plan: &Plan, flush: &L2Flush, repeats: Repeats) -> Result<Times> {
-        let (engine, stream) = (self.engine, &self.stream);
-        let workspace = Workspace::with_capacity(engine.device(), Workspace::bytes_for(plan))?;
-        let buffers = engine.upload(plan, stream)?;
-        let args = self.args();
-        let (start, end) = (TimingEvent::new(engine.device())?, TimingEvent::new(engine.device())?);
+        let prepared = self.prepare(plan)?;
+        let stream = &self.stream;
         stream.synchronize()?;
         let first = Instant::now();
-        engine.run(&buffers, &args, &workspace, stream)?;
+        prepared.enqueue()?;
         stream.synchronize()?;
         let first_run_us = first.elapsed().as_secs_f64() * 1e6;
 
-        let timed = |cold: bool| -> Result<Vec<f64>> {
-            let mut times = Vec::new();
-            for call in 0..repeats.warm_ups + repeats.timed {
-                if cold {
-                    flush.enqueue(stream)?;
-                }
-                start.record(stream)?;
-                engine.run(&buffers, &args, &workspace, stream)?;
-                end.record(stream)?;
-                stream.synchronize()?;
-                if call >= repeats.warm_ups {
-                    times.push(end.elapsed_us_since(&start)?);
-                }
-            }
-            Ok(times)
+        let timed = |flush: Option<&L2Flush>| -> Result<Vec<f64>> {
+            (0..repeats.warm_ups).try_for_each(|_| prepared.run_us(flush).map(drop))?;
+            (0..repeats.timed).map(|_| prepared.run_us(flush)).collect()
         };
-        let cold_us = timed(true)?;
-        let warm_us = median(&mut timed(false)?);
-        let graph = stream
-            .capture(|| (0..Times::GRAPH_RUNS).try_for_each(|_| engine.run(&buffers, &args, &workspace, stream)))?;
+        let cold_us = timed(Some(flush))?;
+        let warm_us = median(&mut timed(None)?);
+        let graph = stream.capture(|| (0..Times::GRAPH_RUNS).try_for_each(|_| prepared.enqueue()))?;
         let mut graph_times = Vec::new();
         for _ in 0..5 {
-            start.record(stream)?;
-            graph.replay()?;
-            end.record(stream)?;
-            stream.synchronize()?;
-            graph_times.push(end.elapsed_us_since(&start)? / f64::from(Times::GRAPH_RUNS));
+            let graph_us = prepared.elapsed_us(|| graph.replay())?;
+            graph_times.push(graph_us / f64::from(Times::GRAPH_RUNS));
         }
         let mut upload_times = Vec::new();
         for _ in 0..9 {
             let begin = Instant::now();
-            buffers.upload(plan, stream)?;
+            prepared.buffers.upload(plan, stream)?;
             stream.synchronize()?;
             upload_times.push(begin.elapsed().as_secs_f64() * 1e6);
         }
@@ -202,65 +198,43 @@ impl<'a> DeviceCase<'a> {
     }
 }
 
+/// An uploaded plan, ready to be run and timed.
+#[derive(Debug)]
+pub struct PreparedCase<'a> {
+    case: &'a DeviceCase<'a>,
+    workspace: Workspace<'a>,
+    buffers: PlanBuffers,
+    start: TimingEvent,
+    end: TimingEvent,
+}
+
+impl PreparedCase<'_> {
+    fn enqueue(&self) -> Result<()> {
+        let case = self.case;
+        case.engine.run(&self.buffers, &case.args(), &self.workspace, &case.stream)
+    }
+
+    /// GPU time of one run in microseconds, after evicting the L2 if `flush` is given.
+    ///
+    /// # Errors
+    /// The driver's, or those of the run.
+    pub fn run_us(&self, flush: Option<&L2Flush>) -> Result<f64> {
+        flush.map_or(Ok(()), |flush| flush.enqueue(&self.case.stream))?;
+        self.elapsed_us(|| self.enqueue())
+    }
+
+    /// GPU time of what `enqueue` puts into the stream.
+    fn elapsed_us(&self, enqueue: impl FnOnce() -> Result<()>) -> Result<f64> {
+        let stream = &self.case.stream;
+        self.start.record(stream)?;
+        enqueue()?;
+        self.end.record(stream)?;
+        stream.synchronize()?;
+        self.end.elapsed_us_since(&self.start)
+    }
+}
+
 /// `1/sqrt(head_dim)`.
 pub fn softmax_scale(shape: AttentionShape) -> f32 {
     1.0 / (shape.head_dim() as f32).sqrt()
-}
-
-/// Most work the oracle does for one configuration, as FLOP of the exact result: about a second on two cores.
-const ORACLE_FLOP: f64 = 2e9;
-
-/// The rows a measurement checks: 16 (sequence, KV head) pairs, evenly spread; fewer, but no less than two, where the oracle
-/// would take longer than [`ORACLE_FLOP`].
-pub fn sample(batch: &OwnedBatch, shape: AttentionShape) -> RowSample {
-    let all = RowSample::for_batch(batch, shape);
-    let total = batch.lengths.len() * shape.kv_heads() as usize;
-    let mut pairs = all.pairs.clone();
-    for count in [16, 8, 4, 2] {
-        pairs = evenly_spread(&all.pairs, count);
-        let tokens: f64 = pairs.iter().map(|&(sequence, _)| f64::from(batch.lengths[sequence as usize])).sum();
-        if 4.0 * tokens * f64::from(shape.group()) * f64::from(shape.head_dim()) <= ORACLE_FLOP {
-            break;
-        }
-    }
-    let name = match pairs.len() {
-        count if count == total => all.name,
-        count => format!("{count} of {total} (sequence, KV head) pairs, evenly spread"),
-    };
-    RowSample { name, pairs }
-}
-
-fn evenly_spread(pairs: &[(u32, u32)], count: usize) -> Vec<(u32, u32)> {
-    if pairs.len() <= count {
-        return pairs.to_vec();
-    }
-    (0..count).map(|i| pairs[i * (pairs.len() - 1) / (count - 1)]).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use pat_rs::Dtype;
-
-    fn sampled(sequences: u32, tokens: u32, q_heads: u32) -> RowSample {
-        let batch = OwnedBatch {
-            page_size: 1 << 17,
-            num_pages: sequences,
-            lengths: vec![tokens; sequences as usize],
-            block_tables: (0..sequences).map(|page| vec![page]).collect(),
-        };
-        sample(&batch, AttentionShape::new(q_heads, 8, 128, Dtype::F16).expect("a valid shape"))
-    }
-
-    #[test]
-    fn samples_are_spread_and_bounded_by_the_oracles_work() {
-        let small = sampled(1, 100, 32);
-        assert_eq!((small.name.as_str(), small.pairs.len()), ("all rows", 8));
-        let usual = sampled(256, 1024, 32);
-        assert_eq!(usual.name, "16 of 2048 (sequence, KV head) pairs, evenly spread");
-        assert_eq!((usual.pairs[0], usual.pairs[15]), ((0, 0), (255, 7)));
-        let long = sampled(16, 131_072, 64);
-        assert_eq!((long.pairs.len(), long.pairs[0], long.pairs[1]), (2, (0, 0), (15, 7)));
-        assert_eq!(sampled(0, 0, 32).pairs, []);
-    }
 }

@@ -9,5 +9,6 @@ pub mod memory;
 pub mod plot;
 pub mod provenance;
 pub mod result;
+pub mod sample;
 pub mod statistics;
 pub mod suites;

@@ -1,10 +1,11 @@
 //! Measuring one configuration into a record.
 
 use crate::cpu::CpuCase;
-use crate::device::{DeviceCase, Repeats, SEED, sample, softmax_scale};
+use crate::device::{DeviceCase, Repeats, SEED, softmax_scale};
 use crate::memory::{self, TooLarge};
 use crate::provenance::cpu_name;
 use crate::result::{Correctness, METHOD, Record};
+use crate::sample::sample;
 use crate::statistics::{median, quartiles};
 use half::{bf16, f16};
 use pat_rs::cuda::bench_support::L2Flush;

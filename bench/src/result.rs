@@ -161,9 +161,9 @@ impl Record {
         }
     }
 
-    /// Whether every method's answer agreed with the oracle, and there is one.
+    /// Whether the answer of this library agreed with the oracle.
     pub fn is_verified(&self) -> bool {
-        !self.correctness.is_empty() && self.correctness.values().all(|entry| entry.status == "PASSED")
+        self.correctness.get(METHOD).is_some_and(|entry| entry.status == "PASSED")
     }
 
     /// Items of a summary, by variant.

@@ -3,6 +3,8 @@
 mod compare;
 mod export;
 mod kernels;
+mod list;
+mod output;
 mod select;
 mod table;
 

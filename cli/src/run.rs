@@ -73,7 +73,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     let sample = match args.check.as_str() {
         "none" => None,
         "auto" => Some(RowSample::for_batch(&batch, shape)),
-        "sample" => Some(pat_bench::device::sample(&batch, shape)),
+        "sample" => Some(pat_bench::sample::sample(&batch, shape)),
         other => bail!("--check: got {other:?}, expected auto, sample or none"),
     };
     let job = Job { batch: &batch, shape, plan: &plan, sample, seed: args.seed };

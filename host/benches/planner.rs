@@ -1,4 +1,5 @@
-//! Time of planning on one thread: from scratch, over batches of PAT's benchmark and over sizes.
+//! Time of planning on one thread: from scratch, over batches of PAT's benchmark and over sizes. Before it is timed, each way
+//! of planning is held against planning from scratch, whose plans the tests check.
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use pat_rs::plan::forest::Forest;
@@ -45,6 +46,9 @@ fn from_scratch(criterion: &mut Criterion) {
             bencher.iter(|| planner.plan(&view).expect("a plan"));
         });
         let mut plan = planner.plan(&view).expect("a plan");
+        let again = plan.clone();
+        planner.plan_into(&view, &mut plan).expect("a plan");
+        assert_eq!(plan, again, "{name}");
         group.bench_function(BenchmarkId::from_parameter("plan_into"), |bencher| {
             bencher.iter(|| planner.plan_into(&view, &mut plan).expect("a plan"));
         });
@@ -76,6 +80,10 @@ fn advance(criterion: &mut Criterion) {
             let views = [after.view(&after_rows).expect("valid"), before.view(&before_rows).expect("valid")];
             let mut planner = planner();
             let mut plan = planner.plan(&views[1]).expect("a plan");
+            for view in &views {
+                planner.advance(view, hint, &mut plan).expect("a plan");
+                assert_eq!(plan, planner.plan(view).expect("a plan"), "{sequences} {name}");
+            }
             let mut step = 0;
             group.bench_function(BenchmarkId::from_parameter(name), |bencher| {
                 bencher.iter(|| {

@@ -50,6 +50,12 @@ pub enum SpecError {
         /// What and where.
         source: serde_json::Error,
     },
+    /// It has nothing to measure.
+    #[error("specification {}: entries: got none, expected at least one", path.display())]
+    Empty {
+        /// The file.
+        path: PathBuf,
+    },
     /// An entry lacks a field, or has one too many, or one of another type.
     #[error("specification {}: entry {entry}: {source}", path.display())]
     Entry {
@@ -89,6 +95,9 @@ pub fn spec_file(path: &Path) -> Result<Vec<Configuration>, SpecError> {
 fn parse(suite: &'static str, text: &str, path: &Path) -> Result<Vec<Configuration>, SpecError> {
     let SpecFile { entries } =
         serde_json::from_str(text).map_err(|source| SpecError::Format { path: path.into(), source })?;
+    if entries.is_empty() {
+        return Err(SpecError::Empty { path: path.into() });
+    }
     let mut configurations: Vec<Configuration> = Vec::with_capacity(entries.len());
     for (index, value) in entries.into_iter().enumerate() {
         let entry = match value.get("name") {

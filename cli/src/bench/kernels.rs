@@ -1,22 +1,22 @@
 //! `pat bench kernels`: suites of batches, measured one after the other.
 
+use super::list::list;
+use super::output::{Output, begun_file, former_results};
 use super::select::Selection;
 use super::table::{Columns, duration};
 use crate::options::Planning;
 use crate::run::engine;
 use anyhow::{Context, Result, bail};
-use comfy_table::{Table, presets};
 use indicatif::{ProgressBar, ProgressStyle};
 use pat_bench::device::Repeats;
 use pat_bench::measure::{Target, batch_flop, dtype_name};
 use pat_bench::memory::pool_bytes;
-use pat_bench::provenance;
-use pat_bench::result::{self, METHOD, Method, RecordKey, ResultFile, SCHEMA_VERSION};
-use pat_bench::suites::{Configuration, SUITES};
-use pat_rs::{AttentionShape, Dtype};
+use pat_bench::result::{Method, RecordKey};
+use pat_bench::suites::Configuration;
+use pat_rs::{AttentionShape, Dtype, PlanOptions};
 use pat_workloads::OwnedBatch;
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 #[derive(clap::Args)]
@@ -56,19 +56,19 @@ pub(crate) struct Args {
 
 /// Whether every answer was verified.
 pub(crate) fn run(args: &Args) -> Result<bool> {
-    let begin = Instant::now();
     let dtype = match args.dtype.as_str() {
         "f16" => Dtype::F16,
         "bf16" => Dtype::Bf16,
         other => bail!("--dtype: got {other:?}, expected f16 or bf16"),
     };
+    let model = Model { head_dim: args.head_dim, dtype };
     if args.list {
-        println!("{}", list(args, dtype)?);
+        println!("{}", list(&args.selection, model)?);
         return Ok(true);
     }
     let options = args.planning.resolve()?;
     let configurations = args.selection.configurations()?;
-    let former = former_results(args)?;
+    let former = former_results(args.output.as_deref(), args.resume, args.force)?;
     let target = Target::new(engine(&args.device)?)?;
     let repeats = match (target.is_cuda(), args.quick) {
         (true, false) => Repeats { warm_ups: 5, timed: 21 },
@@ -80,68 +80,122 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         version: env!("CARGO_PKG_VERSION").into(),
         note: format!("{}; {}; median of {} calls", args.planning.label(), target.protocol(), repeats.timed),
     };
-    let mut file = begun_file(former, &target, method)?;
+    let output = Output { path: args.output.as_deref(), file: begun_file(former, &target, method)? };
+    // Before anything is measured: a place that cannot be written to costs nothing then.
+    output.write()?;
 
-    let mut planned = Vec::new();
-    for configuration in &configurations {
-        let shape = AttentionShape::new(configuration.q_heads, configuration.kv_heads, args.head_dim, dtype)?;
-        let is_done = file.records.iter().any(|record| record.key() == key(configuration, shape));
-        if !is_done && (!args.quick || is_quick(&configuration.batch()?, shape, target.is_cuda())) {
-            planned.push((configuration, shape));
-        }
+    let begin = Instant::now();
+    let end = args.time_limit.map(|seconds| begin + Duration::from_secs(seconds));
+    let mut run = Run { target, options, repeats, output, end, selected: BTreeSet::new() };
+    let (planned, left_out) = run.choose(&configurations, model, args.quick)?;
+    let failures = run.measure(&planned)?;
+    let passed = run.summarise();
+    if left_out > 0 {
+        println!("--quick leaves out {left_out} larger ones");
     }
-    let columns = if target.is_cuda() { Columns::Cuda } else { Columns::Cpu };
-    let bar = ProgressBar::new(planned.len() as u64);
-    bar.set_style(ProgressStyle::with_template("{pos}/{len} {msg} {elapsed} (left {eta})").expect("a valid template"));
-    println!("{}", columns.header());
-    let mut failures = 0;
-    for (number, &(configuration, shape)) in (1..).zip(&planned) {
-        if args.time_limit.is_some_and(|limit| begin.elapsed() > Duration::from_secs(limit)) {
-            bar.suspend(|| println!("time limit reached: --resume continues"));
-            break;
-        }
-        bar.set_message(configuration.label());
-        let batch = configuration.batch()?;
-        let name = (configuration.suite, configuration.name.as_str());
-        match target.measure(name, &batch, shape, &options, repeats) {
-            Ok(record) => {
-                bar.suspend(|| println!("{}", columns.row((number, planned.len()), &record)));
-                file.records.push(record);
-                if let Some(path) = &args.output {
-                    result::write(path, &file)?;
-                }
-            }
-            // A batch that is too large for this machine does not keep the others from being measured.
-            Err(error) => {
-                bar.suspend(|| eprintln!("{}: not measured: {error}", configuration.label()));
-                failures += 1;
-            }
-        }
-        bar.inc(1);
-    }
-    bar.finish_and_clear();
-
-    let mut passed = true;
-    let keys: Vec<RecordKey> = configurations
-        .iter()
-        .map(|configuration| {
-            let (q, kv) = (configuration.q_heads, configuration.kv_heads);
-            Ok(key(configuration, AttentionShape::new(q, kv, args.head_dim, dtype)?))
-        })
-        .collect::<Result<_>>()?;
-    let mut by_suite: BTreeMap<&str, Vec<_>> = BTreeMap::new();
-    for record in file.records.iter().filter(|record| keys.contains(&record.key())) {
-        passed &= record.is_verified();
-        by_suite.entry(&record.suite).or_default().push(record);
-    }
-    for (suite, records) in by_suite {
-        println!("{}", columns.summary(suite, &records));
-    }
-    println!("{} in {}", target.name(), duration(begin.elapsed()));
+    println!("{} in {}", run.target.name(), duration(begin.elapsed()));
     if failures > 0 {
         bail!("{failures} of {} configurations could not be measured (see above)", planned.len());
     }
     Ok(passed)
+}
+
+/// What the configurations do not say of the model.
+#[derive(Clone, Copy)]
+pub(super) struct Model {
+    head_dim: u32,
+    dtype: Dtype,
+}
+
+impl Model {
+    /// The shape of a configuration's attention.
+    pub(super) fn shape(self, configuration: &Configuration) -> Result<AttentionShape> {
+        let (q_heads, kv_heads) = (configuration.q_heads, configuration.kv_heads);
+        AttentionShape::new(q_heads, kv_heads, self.head_dim, self.dtype)
+            .with_context(|| format!("{} with --head-dim {}", configuration.label(), self.head_dim))
+    }
+}
+
+struct Run<'a> {
+    target: Target,
+    options: PlanOptions,
+    repeats: Repeats,
+    output: Output<'a>,
+    end: Option<Instant>,
+    /// What the summary is of: measured now, or earlier.
+    selected: BTreeSet<RecordKey>,
+}
+
+type Planned<'a> = Vec<(&'a Configuration, AttentionShape)>;
+
+impl Run<'_> {
+    /// What is still to be measured, and the number of configurations that are too large for --quick.
+    fn choose<'a>(&mut self, all: &'a [Configuration], model: Model, quick: bool) -> Result<(Planned<'a>, usize)> {
+        let (mut planned, mut left_out) = (Vec::new(), 0);
+        for configuration in all {
+            let shape = model.shape(configuration)?;
+            let key = key(configuration, shape);
+            if !self.output.file.records.iter().any(|record| record.key() == key) {
+                if quick && !is_quick(&configuration.batch()?, shape, self.target.is_cuda()) {
+                    left_out += 1;
+                    continue;
+                }
+                planned.push((configuration, shape));
+            }
+            self.selected.insert(key);
+        }
+        Ok((planned, left_out))
+    }
+
+    /// Measures into the output, and counts what could not be measured.
+    fn measure(&mut self, planned: &Planned<'_>) -> Result<usize> {
+        let columns = self.columns();
+        let bar = ProgressBar::new(planned.len() as u64);
+        let style = ProgressStyle::with_template("{pos}/{len} {msg} {elapsed} (left {eta})");
+        bar.set_style(style.expect("a valid template"));
+        println!("{}", columns.header());
+        let mut failures = 0;
+        for (number, &(configuration, shape)) in (1..).zip(planned) {
+            if self.end.is_some_and(|end| Instant::now() > end) {
+                bar.suspend(|| println!("time limit reached: --resume continues"));
+                break;
+            }
+            bar.set_message(configuration.label());
+            let batch = configuration.batch()?;
+            let name = (configuration.suite, configuration.name.as_str());
+            match self.target.measure(name, &batch, shape, &self.options, self.repeats) {
+                Ok(record) => {
+                    bar.suspend(|| println!("{}", columns.row((number, planned.len()), &record)));
+                    self.output.file.records.push(record);
+                    self.output.write()?;
+                }
+                // A batch that is too large for this machine does not keep the others from being measured.
+                Err(error) => {
+                    bar.suspend(|| eprintln!("{}: not measured: {error}", configuration.label()));
+                    failures += 1;
+                }
+            }
+            bar.inc(1);
+        }
+        bar.finish_and_clear();
+        Ok(failures)
+    }
+
+    /// Prints what the selected records come to, by suite; whether all are verified.
+    fn summarise(&self) -> bool {
+        let mut by_suite: BTreeMap<&str, Vec<_>> = BTreeMap::new();
+        for record in self.output.file.records.iter().filter(|record| self.selected.contains(&record.key())) {
+            by_suite.entry(&record.suite).or_default().push(record);
+        }
+        for (suite, records) in &by_suite {
+            println!("{}", self.columns().summary(suite, records));
+        }
+        by_suite.values().flatten().all(|record| record.is_verified())
+    }
+
+    fn columns(&self) -> Columns {
+        if self.target.is_cuda() { Columns::Cuda } else { Columns::Cpu }
+    }
 }
 
 fn key(configuration: &Configuration, shape: AttentionShape) -> RecordKey {
@@ -155,53 +209,6 @@ fn key(configuration: &Configuration, shape: AttentionShape) -> RecordKey {
     }
 }
 
-/// What the output file holds already, if it is to be continued.
-fn former_results(args: &Args) -> Result<Option<(&Path, ResultFile)>> {
-    match &args.output {
-        Some(path) if path.exists() && args.resume => Ok(Some((path, result::read(path)?))),
-        Some(path) if path.exists() && !args.force => {
-            bail!("{} exists: --resume continues it, --force overwrites it", path.display())
-        }
-        _ => Ok(None),
-    }
-}
-
-/// The file to go on with. Refuses to mix figures that were not taken alike.
-fn begun_file(former: Option<(&Path, ResultFile)>, target: &Target, method: Method) -> Result<ResultFile> {
-    let (device, commit) = (target.name(), provenance::commit());
-    let Some((path, mut file)) = former else {
-        return Ok(ResultFile {
-            schema_version: SCHEMA_VERSION,
-            device,
-            date: Some(provenance::date()),
-            commit,
-            methods: BTreeMap::from([(METHOD.into(), method)]),
-            records: Vec::new(),
-        });
-    };
-    let differs = |what: &str, before: &str, now: &str| {
-        anyhow::anyhow!(
-            "--resume: {} was measured with {what} {before}, this is {now}: --force begins it anew, another --output keeps both",
-            path.display()
-        )
-    };
-    if file.device != device {
-        return Err(differs("device", &file.device, &device));
-    }
-    if let (Some(before), Some(now)) = (&file.commit, &commit)
-        && before != now
-    {
-        return Err(differs("commit", before, now));
-    }
-    let before = file.methods.entry(METHOD.into()).or_insert_with(|| method.clone());
-    if *before != method {
-        let text = |method: &Method| format!("version {} ({})", method.version, method.note);
-        return Err(differs("", &text(before), &text(&method)));
-    }
-    file.commit = file.commit.or(commit);
-    Ok(file)
-}
-
 /// Whether a batch is measured by --quick: on a device all but the largest tree of Figure 10 and its like, on the CPU what takes a
 /// second or two on two cores.
 fn is_quick(batch: &OwnedBatch, shape: AttentionShape, is_cuda: bool) -> bool {
@@ -210,36 +217,4 @@ fn is_quick(batch: &OwnedBatch, shape: AttentionShape, is_cuda: bool) -> bool {
     } else {
         batch_flop(batch, shape) <= 2e9 && pool_bytes(batch, shape) <= 256 << 20
     }
-}
-
-/// The suites with their counts, or the configurations selected.
-fn list(args: &Args, dtype: Dtype) -> Result<Table> {
-    let mut table = Table::new();
-    table.load_preset(presets::NOTHING);
-    if !args.selection.is_explicit() {
-        table.set_header(["suite", "configurations", ""]);
-        for (name, about) in SUITES {
-            let count = args.selection.suite(name)?.len();
-            table.add_row([name, &count.to_string(), about]);
-        }
-        return Ok(table);
-    }
-    table.set_header(["suite", "tree", "heads", "page size", "sequences", "tokens", "pool MB", "sharing"]);
-    for configuration in args.selection.configurations()? {
-        let shape = AttentionShape::new(configuration.q_heads, configuration.kv_heads, args.head_dim, dtype)?;
-        let batch = configuration.batch().with_context(|| configuration.label())?;
-        let tokens: u64 = batch.lengths.iter().map(|&length| u64::from(length)).sum();
-        let unique: u64 = pat_workloads::tensors::owned_tokens(&batch).into_iter().map(u64::from).sum();
-        table.add_row([
-            configuration.suite.into(),
-            configuration.name.clone(),
-            format!("{}/{}", configuration.q_heads, configuration.kv_heads),
-            batch.page_size.to_string(),
-            batch.lengths.len().to_string(),
-            tokens.to_string(),
-            format!("{:.0}", pool_bytes(&batch, shape) as f64 / 1e6),
-            format!("{:.2}", tokens as f64 / unique.max(1) as f64),
-        ]);
-    }
-    Ok(table)
 }

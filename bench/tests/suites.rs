@@ -1,0 +1,110 @@
+//! The suites' batches: always the same, each with a name of its own, none too large for one GPU.
+
+use fnv::FnvHasher;
+use pat_bench::memory::pool_bytes;
+use pat_bench::suites::{Configuration, figure10, realistic, sweeps, trace, unshared};
+use pat_rs::{AttentionShape, Dtype};
+use pat_workloads::OwnedBatch;
+use std::collections::BTreeSet;
+use std::fmt::Write;
+use std::hash::Hasher;
+
+/// Every suite that needs no file.
+fn committed() -> Vec<Configuration> {
+    [figure10(), realistic(), unshared(), sweeps()].concat()
+}
+
+fn shape(configuration: &Configuration) -> AttentionShape {
+    AttentionShape::new(configuration.q_heads, configuration.kv_heads, 128, Dtype::F16).expect("a valid shape")
+}
+
+/// Of everything in the batch, the same on every machine.
+fn hash(batch: &OwnedBatch) -> u64 {
+    let mut hasher = FnvHasher::default();
+    let values = [batch.page_size, batch.num_pages].into_iter().chain(batch.lengths.iter().copied());
+    for value in values.chain(batch.block_tables.iter().flatten().copied()) {
+        hasher.write(&value.to_le_bytes());
+    }
+    hasher.finish()
+}
+
+#[test]
+fn batches_are_what_they_were() {
+    let mut lines = String::new();
+    let mut seen = BTreeSet::new();
+    for configuration in committed() {
+        let batch = configuration.batch().expect("a batch");
+        batch.view(&batch.rows()).expect("a valid batch");
+        if seen.insert((configuration.suite, configuration.name.clone())) {
+            let Configuration { suite, name, .. } = &configuration;
+            let (sequences, pages, page_size) = (batch.lengths.len(), batch.num_pages, batch.page_size);
+            writeln!(
+                lines,
+                "{suite} {name}: {sequences} sequences, {pages} pages of {page_size}, {:016x}",
+                hash(&batch)
+            )
+            .expect("writing to a string");
+        }
+    }
+    insta::assert_snapshot!(lines);
+}
+
+#[test]
+fn every_configuration_has_a_name_of_its_own() {
+    let configurations = [committed(), trace("trace.jsonl".as_ref())].concat();
+    let names: BTreeSet<_> = configurations.iter().map(|c| (c.suite, c.label())).collect();
+    assert_eq!(names.len(), configurations.len());
+    assert_eq!(configurations.len(), 80 + 20 + 20 + 15 + 12);
+}
+
+#[test]
+fn pools_fit_one_gpu() {
+    for configuration in committed() {
+        let batch = configuration.batch().expect("a batch");
+        let bytes = pool_bytes(&batch, shape(&configuration));
+        let most = if configuration.suite == "unshared" { 24_000_000_000 } else { 40_000_000_000 };
+        assert!(bytes <= most, "{}: {bytes}", configuration.label());
+        assert_eq!(batch.unique_pages() as u32, batch.num_pages, "{}: every page is read", configuration.label());
+    }
+}
+
+#[test]
+fn realistic_batches_cover_heads_pages_and_sharing() {
+    let realistic = realistic();
+    for heads in [(32, 8), (64, 8), (32, 32), (16, 8)] {
+        assert!(realistic.iter().any(|c| (c.q_heads, c.kv_heads) == heads), "{heads:?}");
+    }
+    let batches: Vec<_> = realistic.iter().map(|c| c.batch().expect("a batch")).collect();
+    for page_size in [16, 32] {
+        assert!(batches.iter().any(|batch| batch.page_size == page_size), "{page_size}");
+    }
+    let chain = &batches[realistic.iter().position(|c| c.name == "chain_64").expect("the chain")];
+    let mut lengths = chain.lengths.clone();
+    lengths.sort_unstable();
+    lengths.dedup();
+    assert_eq!(lengths.len(), 64, "each sequence has a depth of its own");
+}
+
+#[test]
+fn trace_batches_are_the_same_every_time() {
+    let file = tempfile::NamedTempFile::new().expect("a temporary file");
+    let mut text = String::new();
+    for i in 0..256u32 {
+        let (input, output) = (600 + 37 * i, 5 * i);
+        let ids: Vec<u32> =
+            (0..input.div_ceil(512)).map(|block| if block == 0 { 0 } else { 1000 * i + block }).collect();
+        writeln!(
+            text,
+            r#"{{"timestamp": {i}, "input_length": {input}, "output_length": {output}, "hash_ids": {ids:?}}}"#
+        )
+        .expect("writing to a string");
+    }
+    std::fs::write(file.path(), text).expect("writable");
+    let mut hashes = BTreeSet::new();
+    for configuration in trace(file.path()) {
+        let batch = configuration.batch().expect("a batch");
+        assert_eq!(batch, configuration.batch().expect("a batch"));
+        hashes.insert(hash(&batch));
+    }
+    assert_eq!(hashes.len(), 12, "no two cuts are alike");
+}
