@@ -2,8 +2,9 @@
 //! them (`bench/peers/`). `manifest.json` has the configurations; the batches are batch files (`docs/batch-format.md`), one
 //! for each distinct batch. Tensors are not in it: they come from the generator of `pat_abi::generator`.
 
-use crate::device::{SEED, sample, softmax_scale};
+use crate::device::{SEED, softmax_scale};
 use crate::measure::dtype_name;
+use crate::sample::sample;
 use crate::suites::{Configuration, SuiteError};
 use pat_rs::AttentionShape;
 use serde::Serialize;

@@ -6,6 +6,7 @@ pub mod device;
 pub mod exchange;
 pub mod measure;
 pub mod memory;
+pub mod peers;
 pub mod plot;
 pub mod provenance;
 pub mod result;

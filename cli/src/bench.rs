@@ -5,6 +5,7 @@ mod export;
 mod kernels;
 mod list;
 mod output;
+mod peers;
 mod select;
 mod table;
 
@@ -18,6 +19,8 @@ pub(crate) enum Command {
     Compare(compare::Args),
     /// Write the batches that `kernels` measures, for bench/peers and other programs.
     Export(export::Args),
+    /// Set pat-rs against the other methods of a result file.
+    Peers(peers::Args),
 }
 
 pub(crate) fn run(command: &Command) -> Result<bool> {
@@ -25,5 +28,6 @@ pub(crate) fn run(command: &Command) -> Result<bool> {
         Command::Kernels(args) => kernels::run(args),
         Command::Compare(args) => compare::run(args),
         Command::Export(args) => export::run(args),
+        Command::Peers(args) => peers::run(args),
     }
 }

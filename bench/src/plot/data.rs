@@ -173,7 +173,7 @@ impl Point {
     }
 
     /// The fastest of the methods beside ours.
-    pub(super) fn best_peer_us(&self) -> Option<f64> {
+    pub(crate) fn best_peer_us(&self) -> Option<f64> {
         self.cold_us.iter().filter(|(method, _)| *method != METHOD).map(|(_, &us)| us).min_by(f64::total_cmp)
     }
 }
