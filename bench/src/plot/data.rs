@@ -57,6 +57,11 @@ impl Figures {
     pub fn read(file: &Path, others: &[PathBuf]) -> Result<Self, PlotError> {
         let base = result::read(file)?;
         let mut source = stem(file);
+        for (name, value) in [("", &base.date), ("commit ", &base.commit)] {
+            if let Some(value) = value.as_ref().filter(|value| !source.contains(value.as_str())) {
+                source += &format!(", {name}{value}");
+            }
+        }
         let mut points: Vec<Point> = base.records.iter().map(Point::of).collect();
         for other in others {
             let extra = Extra::read(other)?;
