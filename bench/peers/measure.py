@@ -88,11 +88,13 @@ class Measuring:
             }
             for job in concurrent.futures.as_completed(jobs):
                 name = jobs[job]
-                if (error := job.exception()) is not None:
-                    # The method fails again below, where the reason is kept.
-                    print(f"{name}: {_first_line(error)}", flush=True)
-                else:
+                if (error := job.exception()) is None:
                     print(f"{name}: built after {time.monotonic() - begin:.0f} s", flush=True)
+                elif self._methods.pop(name, None):
+                    # What a compiler says stands at the end of much else.
+                    print(f"{name}: left out: it cannot be built:\n{str(error)[-2000:]}", flush=True)
+        if not self._methods:
+            raise Refused("no method can be built here")
 
     def _measure(self, configuration, record, names):
         for name in names:

@@ -253,6 +253,17 @@ class OnTheCpu(Folder):
         with self.assertRaisesRegex(exchange.Refused, "got 'vllm'"):
             self.measure(methods="vllm")
 
+    def test_a_method_that_cannot_be_built_is_left_out(self):
+        broken = mock.Mock(side_effect=RuntimeError("ninja:\nnvcc fatal"))
+        with mock.patch.object(flashinfer_methods.CudaCoreDecode, "compile", broken):
+            passed, printed, content = self.measure()
+            self.assertTrue(passed)
+            self.assertIn("flashinfer_cudacore: left out: it cannot be built:\nninja:\nnvcc fatal", printed)
+            self.assertNotIn("flashinfer_cudacore", content["records"][0]["latencies"])
+            self.assertIn("flashinfer_fa2", content["records"][0]["latencies"])
+            with self.assertRaisesRegex(exchange.Refused, "no method can be built"):
+                self.measure(methods="flashinfer_cudacore")
+
     def test_the_time_limit(self):
         _, printed, content = self.measure(time_limit=0.0)
         self.assertIn("time limit reached", printed)
