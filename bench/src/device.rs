@@ -4,7 +4,7 @@
 //! write-back is then measured too); CUDA events stand around the run alone; medians. Planning and upload are measured by
 //! themselves.
 
-use crate::statistics::median;
+use crate::statistics::{median, quartiles};
 use pat_rs::cuda::bench_support::{FillSpec, L2Flush, TimingEvent, fill};
 use pat_rs::cuda::{CudaEngine, DeviceBuffer, PlanBuffers, RunArgs, Stream, Workspace};
 use pat_rs::{AttentionShape, Element, KvStrides, Plan, Result, RowStrides};
@@ -26,10 +26,12 @@ pub struct Repeats {
 }
 
 /// Times of one plan, in microseconds.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Times {
-    /// Every timed call with a cold L2.
-    pub cold_us: Vec<f64>,
+    /// Median with a cold L2.
+    pub cold_us: f64,
+    /// First and third quartile of the same calls.
+    pub cold_us_quartiles: [f64; 2],
     /// Median of calls behind each other, each synchronised.
     pub warm_us: f64,
     /// One call of a graph of [`Times::GRAPH_RUNS`] runs.
@@ -173,7 +175,7 @@ impl<'a> DeviceCase<'a> {
             (0..repeats.warm_ups).try_for_each(|_| prepared.run_us(flush).map(drop))?;
             (0..repeats.timed).map(|_| prepared.run_us(flush)).collect()
         };
-        let cold_us = timed(Some(flush))?;
+        let mut cold_times = timed(Some(flush))?;
         let warm_us = median(&mut timed(None)?);
         let graph = stream.capture(|| (0..Times::GRAPH_RUNS).try_for_each(|_| prepared.enqueue()))?;
         let mut graph_times = Vec::new();
@@ -189,7 +191,8 @@ impl<'a> DeviceCase<'a> {
             upload_times.push(begin.elapsed().as_secs_f64() * 1e6);
         }
         Ok(Times {
-            cold_us,
+            cold_us: median(&mut cold_times),
+            cold_us_quartiles: quartiles(&mut cold_times),
             warm_us,
             graph_us: median(&mut graph_times),
             upload_us: median(&mut upload_times),

@@ -9,7 +9,7 @@ use crate::sample::sample;
 use crate::statistics::{median, quartiles};
 use half::{bf16, f16};
 use pat_rs::cuda::bench_support::L2Flush;
-use pat_rs::{AttentionShape, Dtype, Element, Engine, Plan, PlanOptions, Planner};
+use pat_rs::{AttentionShape, DeviceProfile, Dtype, Element, Engine, Plan, PlanOptions, Planner};
 use pat_workloads::{NumericsReport, Oracle, OwnedBatch};
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -38,18 +38,19 @@ pub enum MeasureError {
 #[derive(Debug)]
 pub struct Target {
     engine: Engine,
+    profile: DeviceProfile,
     /// On a CUDA device only.
     flush: Option<L2Flush>,
 }
 
 impl Target {
-    /// Allocates what the protocol needs.
+    /// Allocates what the protocol needs. `profile` is what is planned for.
     ///
     /// # Errors
     /// The driver's.
-    pub fn new(engine: Engine) -> pat_rs::Result<Self> {
+    pub fn new(engine: Engine, profile: DeviceProfile) -> pat_rs::Result<Self> {
         let flush = engine.as_cuda().map(|cuda| L2Flush::new(cuda.device())).transpose()?;
-        Ok(Self { engine, flush })
+        Ok(Self { engine, profile, flush })
     }
 
     /// The device's name for result files.
@@ -85,7 +86,7 @@ impl Target {
     ) -> Result<Record, MeasureError> {
         let rows = batch.rows();
         let view = batch.view(&rows)?;
-        let mut planner = Planner::new(shape, self.engine.profile()?, options.clone())?;
+        let mut planner = Planner::new(shape, self.profile.clone(), options.clone())?;
         let plan = planner.plan(&view)?;
         let mut plan_times = Vec::new();
         for _ in 0..9 {
@@ -94,7 +95,7 @@ impl Target {
             plan_times.push(begin.elapsed().as_secs_f64() * 1e6);
         }
         let plan_us = median(&mut plan_times);
-        let (report, mut times) = match shape.dtype() {
+        let (report, times) = match shape.dtype() {
             Dtype::F16 => self.verify_and_time::<f16>(batch, &plan, repeats)?,
             Dtype::Bf16 => self.verify_and_time::<bf16>(batch, &plan, repeats)?,
         };
@@ -103,7 +104,7 @@ impl Target {
         let bytes = summary.unique_kv_bytes + rows_bytes;
         let flop = batch_flop(batch, shape);
         let ceiling_us = (bytes as f64 / 4.6e6).max(flop / 650e6);
-        let cold_us = median(&mut times.cold_us);
+        let cold_us = times.cold_us;
         let by_method = |us: f64| BTreeMap::from([(METHOD.to_owned(), us / 1e3)]);
         let correctness = Correctness {
             status: if report.passed { "PASSED" } else { "FAILED" }.into(),
@@ -125,7 +126,7 @@ impl Target {
             plan_latencies: by_method(plan_us),
             correctness: BTreeMap::from([(METHOD.to_owned(), correctness)]),
             cold_us,
-            cold_us_quartiles: Some(quartiles(&mut times.cold_us)),
+            cold_us_quartiles: Some(times.cold_us_quartiles),
             warm_us: times.warm_us,
             graph_us: times.graph_us,
             plan_us,
@@ -159,6 +160,7 @@ impl Target {
                 report,
                 Times {
                     cold_us: times.cold_us,
+                    cold_us_quartiles: times.cold_us_quartiles,
                     warm_us: Some(times.warm_us),
                     graph_us: Some(times.graph_us),
                     upload_us: Some(times.upload_us),
@@ -168,14 +170,22 @@ impl Target {
         memory::check_fits(batch, shape, plan)?;
         let mut case = CpuCase::<T>::new(batch, shape)?;
         let report = case.verify(plan, &oracle()?)?;
-        let cold_us = (0..repeats.timed).map(|_| case.run_us(plan)).collect::<pat_rs::Result<_>>()?;
-        Ok((report, Times { cold_us, warm_us: None, graph_us: None, upload_us: None }))
+        let mut wall_times = (0..repeats.timed).map(|_| case.run_us(plan)).collect::<pat_rs::Result<Vec<_>>>()?;
+        let times = Times {
+            cold_us: median(&mut wall_times),
+            cold_us_quartiles: quartiles(&mut wall_times),
+            warm_us: None,
+            graph_us: None,
+            upload_us: None,
+        };
+        Ok((report, times))
     }
 }
 
-/// In microseconds: every call that `cold_us` is of, and what only a GPU gives.
+/// In microseconds; options are what only a GPU gives.
 struct Times {
-    cold_us: Vec<f64>,
+    cold_us: f64,
+    cold_us_quartiles: [f64; 2],
     warm_us: Option<f64>,
     graph_us: Option<f64>,
     upload_us: Option<f64>,

@@ -7,7 +7,6 @@ use half::{bf16, f16};
 use indicatif::{ProgressBar, ProgressStyle};
 use pat_bench::device::{DeviceCase, Repeats, SEED, softmax_scale};
 use pat_bench::memory;
-use pat_bench::statistics::median;
 use pat_rs::cuda::CudaEngine;
 use pat_rs::cuda::bench_support::L2Flush;
 use pat_rs::plan::PlanSummary;
@@ -156,8 +155,8 @@ impl Job<'_> {
         let _spinner = spinner("running on the device");
         let mut case = DeviceCase::new(engine, self.batch, self.shape)?;
         let numerics = oracle.map(|oracle| case.verify::<T>(self.plan, &oracle)).transpose()?;
-        let mut times = case.time(self.plan, &L2Flush::new(engine.device())?, Repeats { warm_ups: 3, timed: 10 })?;
-        Ok((median(&mut times.cold_us), numerics))
+        let times = case.time(self.plan, &L2Flush::new(engine.device())?, Repeats { warm_ups: 3, timed: 10 })?;
+        Ok((times.cold_us, numerics))
     }
 }
 

@@ -253,6 +253,21 @@ fn bad_selections_are_refused() {
 }
 
 #[test]
+fn a_batch_that_does_not_fit_keeps_no_other_from_being_measured() {
+    let folder = TempDir::new().expect("a temporary folder");
+    let batch = |name: &str, pages: u32| {
+        let text = format!(r#"{{"page_size":16,"num_pages":{pages},"lengths":[1],"block_tables":[[0]]}}"#);
+        file(&folder, name, &text)
+    };
+    let (huge, small) = (batch("huge.json", 2_000_000_000), batch("small.json", 1));
+    let batches = format!("{},{}", text(&huge), text(&small));
+    let path = folder.path().join("result.json");
+    let args = ["--device", "cpu", "--batch", &batches, "--output", text(&path)];
+    refused(&args, &["huge.json 32/8: not measured", "GB of memory", "1 of 2 configurations could not be measured"]);
+    assert_eq!(json(&path)["records"][0]["tree"], text(&small));
+}
+
+#[test]
 fn bad_specifications_are_refused_by_entry() {
     let folder = TempDir::new().expect("a temporary folder");
     let entry = r#"{"name": "a", "heads": "8/2", "page_size": 16, "seed": 1, "nodes": [{"tokens": 9}]}"#;

@@ -69,7 +69,9 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     let options = args.planning.resolve()?;
     let configurations = args.selection.configurations()?;
     let former = former_results(args.output.as_deref(), args.resume, args.force)?;
-    let target = Target::new(engine(&args.device)?)?;
+    let engine = engine(&args.device)?;
+    let profile = engine.profile()?;
+    let target = Target::new(engine, profile)?;
     let repeats = match (target.is_cuda(), args.quick) {
         (true, false) => Repeats { warm_ups: 5, timed: 21 },
         (true, true) => Repeats { warm_ups: 2, timed: 7 },
