@@ -1,10 +1,13 @@
-//! Measuring attention: batches to measure, the protocol on a CUDA device and on the CPU, the result file.
+//! Measuring attention: batches to measure, the protocol on a CUDA device and on the CPU, the result file, the exchange with peers.
 
 pub mod compare;
 pub mod cpu;
 pub mod device;
+pub mod exchange;
 pub mod measure;
 pub mod memory;
+pub mod peers;
+pub mod plot;
 pub mod provenance;
 pub mod result;
 pub mod sample;

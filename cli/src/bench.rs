@@ -1,9 +1,11 @@
 //! `pat bench`: measurements, and their comparison.
 
 mod compare;
+mod export;
 mod kernels;
 mod list;
 mod output;
+mod peers;
 mod select;
 mod table;
 
@@ -15,11 +17,17 @@ pub(crate) enum Command {
     Kernels(Box<kernels::Args>),
     /// Compare result files; status 1 where a configuration has become slower by more than the noise.
     Compare(compare::Args),
+    /// Write the batches that `kernels` measures, for bench/peers and other programs.
+    Export(export::Args),
+    /// Set pat-rs against the other methods of a result file.
+    Peers(peers::Args),
 }
 
 pub(crate) fn run(command: &Command) -> Result<bool> {
     match command {
         Command::Kernels(args) => kernels::run(args),
         Command::Compare(args) => compare::run(args),
+        Command::Export(args) => export::run(args),
+        Command::Peers(args) => peers::run(args),
     }
 }

@@ -7,6 +7,7 @@ mod doctor;
 mod explain;
 mod options;
 mod plan;
+mod plot;
 mod render;
 mod run;
 
@@ -34,6 +35,9 @@ enum Command {
     /// Measure suites of batches; compare measurements.
     #[command(subcommand)]
     Bench(bench::Command),
+    /// Draw pictures of measurements.
+    #[command(subcommand)]
+    Plot(plot::Command),
     /// Say what this machine can run, and what repairs what it cannot.
     Doctor,
 }
@@ -47,6 +51,7 @@ fn main() -> ExitCode {
         Command::Run(args) => run::run(&args),
         Command::Plan(args) => plan::run(&args),
         Command::Bench(command) => bench::run(&command),
+        Command::Plot(command) => plot::run(&command),
         Command::Doctor => doctor::run(),
     };
     match result {
