@@ -4,8 +4,10 @@ use crate::explain::explain;
 use crate::options::{Planning, Shape, Source};
 use crate::render;
 use anyhow::{Context, Result};
+use pat_rs::plan::{PlanSummary, SharedNodes};
 use pat_rs::{DeviceProfile, Engine, Planner};
 use pat_workloads::write_batch;
+use serde::Serialize;
 use std::path::PathBuf;
 
 #[derive(clap::Args)]
@@ -36,6 +38,20 @@ fn profile_names() -> String {
     DeviceProfile::known_names().collect::<Vec<_>>().join(", ")
 }
 
+/// Kinds of shared nodes in the machine-readable output.
+const SHARED_NODES: usize = 32;
+
+/// The machine-readable output.
+#[derive(Serialize)]
+struct Report {
+    /// The profile's name.
+    profile: String,
+    #[serde(flatten)]
+    summary: PlanSummary,
+    /// Largest first.
+    shared_nodes: Vec<SharedNodes>,
+}
+
 pub(crate) fn run(args: &Args) -> Result<bool> {
     let shape = args.shape.resolve()?;
     let (name, batch) = args.source.load()?;
@@ -50,7 +66,9 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     let plan = planner.plan(&view)?;
     let summary = plan.summary();
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&summary)?);
+        let shared_nodes = planner.shared_nodes(&plan, SHARED_NODES)?;
+        let report = Report { profile: profile.name, summary, shared_nodes };
+        println!("{}", serde_json::to_string_pretty(&report)?);
     } else {
         println!("{name}, planned for {}", planner.profile().name);
         print!("{}", render::forest(planner.forest(), planner.tiles(), &view));

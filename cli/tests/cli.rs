@@ -128,6 +128,13 @@ fn a_plan_gives_its_figures_in_json() {
     assert_eq!(plan["sharing_factor"], 2.0);
     let flat = json(&[&args[..], &["--mode", "flat"]].concat());
     assert_eq!(flat["planned_kv_bytes"], flat["flat_kv_bytes"]);
+    let launch = &plan["variants"][0];
+    assert_eq!(launch["predicted_us"], plan["prediction"]["busy_us"]);
+    assert_eq!(launch["predicted_share"], 1.0);
+    assert!(plan["imbalance"].as_f64().is_some_and(|imbalance| imbalance >= 1.0), "{plan}");
+    let node = &flat["shared_nodes"][0];
+    assert_eq!((&node["sequences"], &node["tokens"], &node["reads"]), (&4.into(), &64.into(), &4.into()));
+    assert_eq!((&node["saved_kv_bytes"], &node["reason"]), (&0.into(), &"mode".into()));
 }
 
 #[test]

@@ -142,6 +142,23 @@ impl CostModel<'_> {
         }
     }
 
+    /// Time of a launch of items of `steps` main-loop steps each, longest first; of every step the memory takes
+    /// `memory_per_step_us`.
+    pub(super) fn launch_time_us(
+        &self,
+        variant: TileVariant,
+        steps: impl Iterator<Item = u32>,
+        memory_per_step_us: f64,
+    ) -> f64 {
+        let work: Vec<_> = steps.map(|steps| Work { variant, steps: Reverse(steps), items: 1 }).collect();
+        self.waves_us(variant, &work, memory_per_step_us.max(self.terms(variant).tensor_per_step_us))
+    }
+
+    /// CTAs of a variant that run at a time.
+    pub(super) fn places(&self, variant: TileVariant) -> u32 {
+        self.terms(variant).slots
+    }
+
     fn terms(&self, variant: TileVariant) -> &VariantTerms {
         &self.variants[variant.index()]
     }

@@ -4,6 +4,7 @@
 //! emit (streams, masks, order, slots) -> [`Plan`]. The cost model ([`cost`]) compares candidate tilings, from no sharing
 //! at all to as many sequences per CTA as its tile has rows.
 
+mod balance;
 mod buffer;
 mod capacity;
 pub mod cost;
@@ -11,6 +12,7 @@ mod emit;
 pub mod forest;
 mod generation;
 mod search;
+mod sharing;
 mod snapshot;
 mod summary;
 pub mod tiling;
@@ -26,8 +28,10 @@ pub use generation::PlanGeneration;
 use pat_abi::{PageMask, TileVariant};
 use search::Search;
 use serde::Serialize;
+pub use sharing::{ReadReason, SharedNodes};
 pub use snapshot::PlanChange;
 use snapshot::Snapshot;
+use std::sync::Arc;
 pub use summary::{PlanSummary, VariantSummary};
 use tiling::{Extent, RowTile, TileChoice, TilingRule};
 
@@ -66,7 +70,8 @@ pub enum PlanMode {
 #[derive(Clone, Debug)]
 pub struct Planner {
     shape: AttentionShape,
-    profile: DeviceProfile,
+    /// Plans share it.
+    profile: Arc<DeviceProfile>,
     options: PlanOptions,
     capacity: Option<PlanCapacity>,
     variants: [VariantTerms; TileVariant::ALL.len()],
@@ -77,6 +82,8 @@ pub struct Planner {
     scratch: Scratch,
     /// The plan that the members above are about.
     newest: Option<PlanGeneration>,
+    /// How that plan's tiles were cut.
+    rule: TilingRule,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -110,7 +117,7 @@ impl Planner {
         Ok(Self {
             shape,
             variants: VariantTerms::all(&profile, shape),
-            profile,
+            profile: Arc::new(profile),
             options,
             capacity: None,
             choice: None,
@@ -118,6 +125,7 @@ impl Planner {
             snapshot: Snapshot::default(),
             scratch: Scratch::default(),
             newest: None,
+            rule: TilingRule::default(),
         })
     }
 
@@ -152,6 +160,33 @@ impl Planner {
         &self.scratch.tiles
     }
 
+    /// The at most `most` largest kinds of shared nodes of the batch that `plan` is about, those first that save most where
+    /// they are read once: how often they are read, and why.
+    ///
+    /// # Errors
+    /// `plan` is not the one that this planner made last.
+    pub fn shared_nodes(&self, plan: &Plan, most: usize) -> Result<Vec<SharedNodes>> {
+        let choice = self.choice.as_ref().filter(|_| self.newest == Some(plan.generation()));
+        let choice = choice.ok_or_else(|| Error::PlanMismatch {
+            what: "the planner's last plan".into(),
+            plan: format!("generation {}", plan.generation()),
+            call: self.newest.map_or("none".into(), |newest| format!("generation {newest}")),
+        })?;
+        let Scratch { extents, tiles, .. } = &self.scratch;
+        let page_bytes = u64::from(plan.page_size()) * self.shape.kv_bytes_per_token();
+        let sharing = sharing::Sharing {
+            forest: &self.forest,
+            extents,
+            tiles,
+            rule: self.rule,
+            widest: choice.widest(),
+            mode: self.options.mode,
+            page_size: plan.page_size(),
+            page_bytes,
+        };
+        Ok(sharing.largest(most))
+    }
+
     /// The profile plans are made for.
     pub fn profile(&self) -> &DeviceProfile {
         &self.profile
@@ -165,7 +200,7 @@ impl Planner {
     /// no choice) the plan exceeds the capacity, or the plan would exceed what its records can express (2^31 rows, items,
     /// page ids, slots or bytes).
     pub fn plan(&mut self, batch: &DecodeBatch<'_>) -> Result<Plan> {
-        let mut plan = Plan::empty(self.shape);
+        let mut plan = Plan::empty(self.shape, self.profile.clone());
         self.plan_into(batch, &mut plan)?;
         Ok(plan)
     }
@@ -270,8 +305,9 @@ impl Planner {
         if let Some(capacity) = &self.capacity {
             capacity.check_records(records)?;
         }
-        plan.write(self.shape, batch, records, unique_pages, prediction)?;
+        plan.write(self.shape, &self.profile, batch, records, unique_pages, prediction)?;
         self.newest = Some(plan.generation());
+        self.rule = rule;
         Ok(())
     }
 

@@ -61,7 +61,7 @@ pub(super) struct Chunks {
 }
 
 /// How streams become row tiles and chunks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct TilingRule {
     /// Most sequences per tile.
     pub(super) most_sequences: u32,
