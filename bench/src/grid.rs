@@ -5,7 +5,7 @@ use crate::result::{Correctness, Record};
 use half::{bf16, f16};
 use pat_rs::cuda::CudaEngine;
 use pat_rs::cuda::bench_support::L2Flush;
-use pat_rs::{AttentionShape, Dtype, PlanOptions, Planner, Result};
+use pat_rs::{AttentionShape, DeviceProfile, Dtype, PlanOptions, Planner, Result};
 use pat_workloads::{Oracle, OwnedBatch};
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -18,7 +18,7 @@ pub fn dtype_name(dtype: Dtype) -> &'static str {
     }
 }
 
-/// Plans, verifies and times a batch.
+/// Plans, verifies and times a batch; `(profile, options)` say how it is planned.
 ///
 /// # Errors
 /// The planner's, the engine's, or the driver's.
@@ -28,12 +28,12 @@ pub fn measure(
     name: &str,
     batch: &OwnedBatch,
     shape: AttentionShape,
-    options: &PlanOptions,
+    (profile, options): (&DeviceProfile, &PlanOptions),
     repeats: Repeats,
 ) -> Result<Record> {
     let rows = batch.rows();
     let view = batch.view(&rows)?;
-    let mut planner = Planner::new(shape, engine.device().profile()?, options.clone())?;
+    let mut planner = Planner::new(shape, profile.clone(), options.clone())?;
     let plan = planner.plan(&view)?;
     let mut plan_times = Vec::new();
     for _ in 0..9 {

@@ -1,5 +1,6 @@
-//! Measuring attention on a CUDA device: the protocol, the Figure-10 grid, the result file.
+//! Measuring attention on a CUDA device: the protocol, the Figure-10 grid, the result file, the calibration of the cost model.
 
+pub mod calibrate;
 pub mod compare;
 pub mod device;
 pub mod grid;

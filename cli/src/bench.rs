@@ -95,6 +95,7 @@ fn kernels(args: &Kernels) -> Result<bool> {
     if file.device != device {
         bail!("the result file was measured on {}, this is {device}", file.device);
     }
+    let profile = args.planning.profile()?.map_or_else(|| engine.device().profile(), Ok)?;
     let flush = L2Flush::new(engine.device())?;
     let repeats = if args.quick { Repeats { warm_ups: 2, timed: 7 } } else { Repeats { warm_ups: 5, timed: 21 } };
     let mut configurations = Vec::new();
@@ -126,7 +127,7 @@ fn kernels(args: &Kernels) -> Result<bool> {
         }
         let shape = AttentionShape::new(q_heads, kv_heads, args.head_dim, dtype)?;
         let batch = TreeSpec::from_str(tree)?.batch(32, Some(1))?;
-        let record = measure(&engine, &flush, tree, &batch, shape, &options, repeats)?;
+        let record = measure(&engine, &flush, tree, &batch, shape, (&profile, &options), repeats)?;
         let ok = record.correctness.values().all(|c| c.status == "PASSED");
         passed &= ok;
         println!(

@@ -3,6 +3,7 @@
 //! Exit status: 0 when all went well, 1 when a result failed verification, 2 on bad input or a missing device.
 
 mod bench;
+mod calibrate;
 mod compare;
 mod doctor;
 mod explain;
@@ -35,6 +36,8 @@ enum Command {
     /// Measure on a CUDA device; compare measurements.
     #[command(subcommand)]
     Bench(bench::Command),
+    /// Measure what the planner's cost model wants to know of a CUDA device, and write it as a profile for --profile.
+    Calibrate(calibrate::Args),
     /// Say what this machine can run, and what repairs what it cannot.
     Doctor,
 }
@@ -48,6 +51,7 @@ fn main() -> ExitCode {
         Command::Run(args) => run::run(&args),
         Command::Plan(args) => plan::run(&args),
         Command::Bench(command) => bench::run(&command),
+        Command::Calibrate(args) => calibrate::run(&args),
         Command::Doctor => doctor::run(),
     };
     match result {

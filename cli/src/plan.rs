@@ -18,8 +18,6 @@ pub(crate) struct Args {
     shape: Shape,
     #[command(flatten)]
     planning: Planning,
-    #[arg(long, value_name = "NAME", help = format!("GPU to plan for, instead of the one that is here (h200 where there is none): {}", profile_names()))]
-    profile: Option<String>,
     /// Say why: the plan beside no sharing and beside the widest tiles, what bounds it, the largest shared runs.
     #[arg(long, conflicts_with = "json")]
     explain: bool,
@@ -32,10 +30,6 @@ pub(crate) struct Args {
     /// Write the batch in the format of docs/batch-format.md.
     #[arg(long, value_name = "FILE")]
     save_batch: Option<PathBuf>,
-}
-
-fn profile_names() -> String {
-    DeviceProfile::known_names().collect::<Vec<_>>().join(", ")
 }
 
 /// Kinds of shared nodes in the machine-readable output.
@@ -55,8 +49,8 @@ struct Report {
 pub(crate) fn run(args: &Args) -> Result<bool> {
     let shape = args.shape.resolve()?;
     let (name, batch) = args.source.load()?;
-    let profile = match &args.profile {
-        Some(name) => DeviceProfile::by_name(name).context("--profile")?,
+    let profile = match args.planning.profile()? {
+        Some(profile) => profile,
         None => Engine::auto().profile().unwrap_or_else(|_| DeviceProfile::h200()),
     };
     let rows = batch.rows();

@@ -97,8 +97,10 @@ struct Scratch {
 
 impl Planner {
     /// # Errors
-    /// The options name no variant, one that the device cannot run, or a chunk of 0 tokens.
+    /// The options name no variant, one that the device cannot run, or a chunk of 0 tokens; or the profile is not plausible
+    /// ([`DeviceProfile::validate`]).
     pub fn new(shape: AttentionShape, profile: DeviceProfile, options: PlanOptions) -> Result<Self> {
+        profile.validate()?;
         if let Some(variants) = &options.variants {
             // A page size every variant supports, to ask for the device alone.
             let possible = profile.variants(16);
@@ -314,7 +316,7 @@ impl Planner {
     /// Tile variants to choose from for this page size.
     ///
     /// # Errors
-    /// A forced variant cannot read such pages, there is none for the device, or none holds the rows of a KV head.
+    /// A forced variant cannot read such pages, or none holds the rows of a KV head.
     fn tile_choice(&self, page_size: u32) -> Result<TileChoice> {
         if page_size > PageMask::MAX_TOKENS {
             let expected = format!("at most {} tokens", PageMask::MAX_TOKENS);
@@ -332,10 +334,6 @@ impl Planner {
         // The wgmma stream serves leaves as fast as the narrow tiles do, and shared nodes in the same launch.
         if possible.contains(&TileVariant::Wgmma64) && group <= TileVariant::Wgmma64.rows() {
             return TileChoice::new(&[TileVariant::Wgmma64], group, page_size);
-        }
-        if possible.is_empty() {
-            let got = format!("compute capability {}", self.profile.compute_capability);
-            return Err(Error::invalid("device profile", got, "8.0 or later"));
         }
         TileChoice::new(&possible, group, page_size)
     }
