@@ -78,10 +78,16 @@ impl CostModel<'_> {
         (page_count * u64::from(self.shape.kv_heads())).div_ceil(u64::from(self.terms(variant).slots))
     }
 
-    /// What a tiling that reads `page_count` pages takes at least; `merged` says that there is a merge.
-    pub(super) fn floor_us(&self, page_count: u64, merged: bool) -> f64 {
+    /// What a tiling that reads `page_count` pages in tiles of `choice` takes at least; `merged` says that there is a merge.
+    pub(super) fn floor_us(&self, page_count: u64, choice: &TileChoice, merged: bool) -> f64 {
         let merge_us = if merged { self.profile.merge_us } else { 0.0 };
-        self.profile.launch_us + self.profile.item_latency_us + self.memory_us(page_count, 0.0) + merge_us
+        let tokens = page_count as f64 * f64::from(self.page_size) * f64::from(self.shape.kv_heads());
+        let tensor_us =
+            |variant: TileVariant| tokens / f64::from(variant.keys()) * self.terms(variant).tensor_per_step_us;
+        let tensor_us = choice.variants().map(tensor_us).fold(f64::INFINITY, f64::min);
+        let forward_us = self.memory_us(page_count, 0.0).max(tensor_us);
+        // Rounding must not put the floor above the sum it is the floor of.
+        (1.0 - 1e-12) * (self.profile.launch_us + self.profile.item_latency_us + forward_us + merge_us)
     }
 
     /// Predicts the tiling of `classes` under `rule`. `work` is scratch.

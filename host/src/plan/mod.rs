@@ -146,9 +146,8 @@ impl Planner {
     /// As [`Self::plan`], of the page size.
     pub fn tile_variants(&self, page_size: u32) -> Result<Vec<TileVariant>> {
         let choice = self.tile_choice(page_size)?;
-        let mut variants: Vec<_> = (1..=choice.widest()).map(|sequences| choice.variant(sequences)).collect();
+        let mut variants: Vec<_> = choice.variants().collect();
         variants.sort_unstable();
-        variants.dedup();
         Ok(variants)
     }
 
@@ -284,9 +283,13 @@ impl Planner {
                 let rule = TilingRule { most_sequences: 1, chunk_pages: tokens / page_size, exact: true };
                 (rule, search.predict(rule, search_scratch))
             }
-            (PlanMode::Flat, _) => search.best(&[1], search_scratch),
-            (PlanMode::PerNode | PlanMode::Packed, _) => search.best(&[widest], search_scratch),
-            _ => search.best(&[1, widest.div_ceil(4), widest.div_ceil(2), widest], search_scratch),
+            (PlanMode::Flat, _) => search.best([1], search_scratch),
+            (PlanMode::PerNode | PlanMode::Packed, _) => search.best([widest], search_scratch),
+            _ => {
+                // Wide ones first: what they take spares looking at narrower ones that read more than that.
+                let halves = std::iter::successors(Some(widest), |width| Some(width.div_ceil(2)));
+                search.best(std::iter::once(1).chain(halves.take_while(|width| *width > 1)), search_scratch)
+            }
         };
         tiles.clear();
         tiles.reserve(extents.len());

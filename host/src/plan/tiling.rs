@@ -213,6 +213,11 @@ impl TileChoice {
         self.by_sequences[sequences as usize - 1]
     }
 
+    /// The variants in use, narrowest first.
+    pub(super) fn variants(&self) -> impl Iterator<Item = TileVariant> {
+        self.by_sequences.chunk_by(|a, b| a == b).map(|equal| equal[0])
+    }
+
     /// Pages of the variant's key tile.
     pub(super) fn key_tile_pages(&self, variant: TileVariant) -> u32 {
         (variant.keys() / self.page_size).max(1)
