@@ -128,7 +128,7 @@ impl TilingRule {
             return Chunks { pages: most_pages, count: page_count.div_ceil(most_pages) };
         }
         if page_count <= most_pages {
-            return Chunks { pages: page_count.next_multiple_of(key_tile_pages), count: 1 };
+            return Chunks { pages: page_count, count: 1 };
         }
         // Of equal length, rounded up to whole key tiles.
         let pages = page_count.div_ceil(page_count.div_ceil(most_pages)).next_multiple_of(key_tile_pages);
@@ -181,6 +181,8 @@ pub(super) struct TileChoice {
     page_size: u32,
     /// For 1, 2, ... sequences, up to as many as the largest variant holds.
     by_sequences: Vec<TileVariant>,
+    /// Pages of the key tile, by [`TileVariant::index`].
+    key_tile_pages: [u32; TileVariant::ALL.len()],
 }
 
 impl TileChoice {
@@ -196,7 +198,8 @@ impl TileChoice {
         }
         let smallest = |rows| variants.iter().copied().filter(|v| v.rows() >= rows).min_by_key(|v| v.rows());
         let by_sequences = (1..=most_rows / group).filter_map(|sequences| smallest(sequences * group)).collect();
-        Ok(Self { page_size, by_sequences })
+        let key_tile_pages = TileVariant::ALL.map(|variant| (variant.keys() / page_size).max(1));
+        Ok(Self { page_size, by_sequences, key_tile_pages })
     }
 
     pub(super) fn page_size(&self) -> u32 {
@@ -220,6 +223,6 @@ impl TileChoice {
 
     /// Pages of the variant's key tile.
     pub(super) fn key_tile_pages(&self, variant: TileVariant) -> u32 {
-        (variant.keys() / self.page_size).max(1)
+        self.key_tile_pages[variant.index()]
     }
 }
