@@ -30,7 +30,7 @@ pub(super) struct Search<'a> {
 
 impl Search<'_> {
     /// The rule with the best prediction among tiles of at most each of `widths` sequences (one at least) and a range of
-    /// chunk lengths. Of equally good ones the first counts.
+    /// chunk lengths. Of equally good ones the first counts; from the second on, widths descend.
     pub(super) fn best(self, widths: impl IntoIterator<Item = u32>, scratch: &mut Scratch) -> (TilingRule, Prediction) {
         // Whatever is tried, there are no more classes than sequences: no candidate grows the memory.
         scratch.uncut.clear();
@@ -41,7 +41,9 @@ impl Search<'_> {
         scratch.work.reserve(self.extents.len());
         let mut best: Option<(TilingRule, Prediction)> = None;
         for width in widths {
-            self.try_width(width, scratch, &mut best);
+            if !self.try_width(width, scratch, &mut best) {
+                break;
+            }
         }
         best.expect("there is a width, and its uncut tiling is always tried")
     }
@@ -53,7 +55,8 @@ impl Search<'_> {
         self.model.predict(uncut, rule, self.choice, work)
     }
 
-    fn try_width(self, width: u32, scratch: &mut Scratch, best: &mut Option<(TilingRule, Prediction)>) {
+    /// Tries one width; returns whether narrower ones, which read no less, could still be better.
+    fn try_width(self, width: u32, scratch: &mut Scratch, best: &mut Option<(TilingRule, Prediction)>) -> bool {
         let Scratch { uncut, narrowed, page_counts, work } = scratch;
         let page_size = self.choice.page_size();
         let mut rule = TilingRule { most_sequences: width, chunk_pages: u32::MAX, exact: false };
@@ -82,6 +85,9 @@ impl Search<'_> {
                 best.is_some_and(|(_, best)| best.total_us() <= floor_us)
             };
             if is_hopeless(pages) {
+                if waves == 0 {
+                    return false;
+                }
                 continue;
             }
             let classes = if unshared > rule.chunk_pages {
@@ -101,6 +107,7 @@ impl Search<'_> {
                 *best = Some((rule, prediction));
             }
         }
+        true
     }
 
     /// Whether the plan is within the capacity. Every sequence of a tile is counted as a reader of each of its chunks.
