@@ -29,6 +29,15 @@ impl Prediction {
     }
 }
 
+/// Sequences that are served together, as another planner packs them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pack {
+    /// Sequences, all of which attend to all of the pages.
+    pub sequences: u32,
+    /// Pages it reads.
+    pub pages: u32,
+}
+
 /// What the model needs to know of a tile variant.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(super) struct VariantTerms {
@@ -110,6 +119,22 @@ impl CostModel<'_> {
             masked_steps += if class.sequences > 1 { of_class.all_steps() } else { 0.0 };
             work.push(of_class);
         }
+        self.predict_work(work, page_count, partials, masked_steps)
+    }
+
+    /// Predicts packs without masks, each one item per KV head of the variant that holds it.
+    pub(super) fn predict_packs(&self, packs: &[Pack], partials: u64, choice: &TileChoice) -> Prediction {
+        let item = |pack: &Pack| {
+            let variant = choice.variant(pack.sequences);
+            let tokens = u64::from(pack.pages) * u64::from(self.page_size);
+            Work { variant, steps: tokens.div_ceil(u64::from(variant.keys())) as u32, items: 1 }
+        };
+        let page_count = packs.iter().map(|pack| u64::from(pack.pages)).sum();
+        self.predict_work(&mut packs.iter().map(item).collect(), page_count, partials, 0.0)
+    }
+
+    /// Predicts `work` in any order, which reads `page_count` pages; `masked_steps` of its steps have masks.
+    fn predict_work(&self, work: &mut Vec<Work>, page_count: u64, partials: u64, masked_steps: f64) -> Prediction {
         // Longest first; equal ones together, so that the sums below do not depend on the order of the tiles.
         work.sort_unstable_by_key(Work::order);
         work.dedup_by(|next, kept| {

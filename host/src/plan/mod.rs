@@ -193,6 +193,28 @@ impl Planner {
         &self.profile
     }
 
+    /// What the cost model makes of a plan that was made elsewhere, to compare with: `packs`, each one work item per KV head,
+    /// with `partials` partials in all, of a batch with `unique_pages` distinct pages of `page_size` tokens.
+    ///
+    /// # Errors
+    /// As [`Self::plan`], of the page size; or no tile holds a pack.
+    pub fn predict_packs(
+        &self,
+        page_size: u32,
+        unique_pages: u64,
+        packs: &[cost::Pack],
+        partials: u64,
+    ) -> Result<cost::Prediction> {
+        let choice = self.tile_choice(page_size)?;
+        if let Some(pack) = packs.iter().find(|pack| !(1..=choice.widest()).contains(&pack.sequences)) {
+            let expected = format!("1 to {}, what the largest tile has rows for", choice.widest());
+            return Err(Error::invalid("sequences of a pack", pack.sequences, expected));
+        }
+        let (profile, shape, variants) = (&*self.profile, self.shape, &self.variants);
+        let model = CostModel { profile, shape, page_size, variants, unique_pages };
+        Ok(model.predict_packs(packs, partials, &choice))
+    }
+
     /// Plans a batch from scratch.
     ///
     /// # Errors
