@@ -1,5 +1,7 @@
-//! Measuring attention: batches to measure, the protocol on a CUDA device and on the CPU, the result file, the exchange with peers.
+//! Measuring attention: batches to measure, the protocol on a CUDA device and on the CPU, the result file, the exchange with
+//! peers, the calibration of the cost model.
 
+pub mod calibrate;
 pub mod compare;
 pub mod cpu;
 pub mod device;

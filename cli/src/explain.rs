@@ -1,11 +1,10 @@
 //! `pat plan --explain`: why a batch is planned as it is.
 
-use crate::render::readers;
 use anyhow::Result;
 use comfy_table::{CellAlignment, Table, presets};
 use pat_rs::plan::cost::Prediction;
-use pat_rs::plan::{PlanMode, PlanSummary};
-use pat_rs::{AttentionShape, DecodeBatch, DeviceProfile, PlanOptions, Planner};
+use pat_rs::plan::{PlanMode, PlanSummary, ReadReason, SharedNodes};
+use pat_rs::{AttentionShape, DecodeBatch, DeviceProfile, Plan, PlanOptions, Planner};
 use std::fmt::Write;
 
 /// Kinds of nodes that get a line: those that save most.
@@ -17,6 +16,7 @@ const BOUND: f64 = 1.15;
 /// A plan of the batch and how it is cut.
 struct Candidate {
     planner: Planner,
+    plan: Plan,
     summary: PlanSummary,
 }
 
@@ -28,8 +28,8 @@ impl Candidate {
         batch: &DecodeBatch<'_>,
     ) -> Result<Self> {
         let mut planner = Planner::new(shape, profile.clone(), options)?;
-        let summary = planner.plan(batch)?.summary();
-        Ok(Self { planner, summary })
+        let plan = planner.plan(batch)?;
+        Ok(Self { planner, summary: plan.summary(), plan })
     }
 
     /// Most sequences of a row tile.
@@ -98,7 +98,7 @@ pub(crate) fn explain(
     } else {
         writeln!(text, "Sharing is not predicted to save time.")?;
     }
-    text.push_str(&nodes(&chosen, &packed, batch));
+    text.push_str(&nodes(&chosen)?);
     Ok(text)
 }
 
@@ -114,37 +114,33 @@ fn bound(prediction: Prediction) -> String {
 }
 
 /// A line for each of the kinds of nodes that save most.
-fn nodes(chosen: &Candidate, packed: &Candidate, batch: &DecodeBatch<'_>) -> String {
-    let mut nodes: Vec<_> = chosen.planner.forest().nodes().iter().collect();
-    nodes.sort_by_key(|node| std::cmp::Reverse(u64::from(node.page_count()) * u64::from(node.sequence_count() - 1)));
-    let mut lines: Vec<(String, usize)> = Vec::new();
-    for node in nodes {
-        let (tokens, sequences) = (node.page_count() * batch.page_size(), node.sequence_count());
-        let reads = readers(node, chosen.planner.tiles());
-        let fewest = readers(node, packed.planner.tiles());
-        let how = if reads == 1 {
-            "read once".to_owned()
-        } else if chosen.widest() == 1 {
-            format!("read {reads} times, by each for itself; in the widest tiles {fewest} times")
-        } else if reads > fewest {
-            format!("read {reads} times, in narrower tiles that make more CTAs; in the widest {fewest} times")
-        } else {
-            format!("read {reads} times; in the widest tiles no fewer")
-        };
-        let line = format!("[{tokens} tokens x {sequences} sequences] {how}");
-        if let Some((_, count)) = lines.last_mut().filter(|(last, _)| *last == line) {
-            *count += 1;
-        } else if lines.len() < LINES {
-            lines.push((line, 1));
-        } else {
-            break;
+fn nodes(chosen: &Candidate) -> Result<String> {
+    let mut text = String::new();
+    for node in chosen.planner.shared_nodes(&chosen.plan, LINES)? {
+        let SharedNodes { nodes, sequences, tokens, reads, fewest_reads, saved_kv_bytes, reason } = node;
+        if nodes > 1 {
+            write!(text, "{nodes} x ")?;
         }
+        write!(text, "[{tokens} tokens x {sequences} sequences] ")?;
+        match reason {
+            ReadReason::OneTile => write!(text, "read once")?,
+            ReadReason::TileRows => write!(text, "read {reads} times; in the widest tiles no fewer")?,
+            ReadReason::NarrowTiles => write!(
+                text,
+                "read {reads} times, in narrower tiles that make more CTAs; in the widest {fewest_reads} times"
+            )?,
+            ReadReason::LongPrivateRuns => write!(
+                text,
+                "read {reads} times: tiles end where a sequence would add more than it shares; in the widest \
+                 {fewest_reads} times"
+            )?,
+            ReadReason::SharingCosts | ReadReason::Mode => write!(
+                text,
+                "read {reads} times, by each for itself{}; in the widest tiles {fewest_reads} times",
+                if reason == ReadReason::Mode { ", as the mode asks" } else { ": sharing is predicted to be slower" }
+            )?,
+        }
+        writeln!(text, "; saves {:.1} MiB", (u64::from(nodes) * saved_kv_bytes) as f64 / f64::from(1 << 20))?;
     }
-    lines.into_iter().fold(String::new(), |mut text, (line, count)| {
-        let _ = match count {
-            1 => writeln!(text, "{line}"),
-            _ => writeln!(text, "{count} x {line}"),
-        };
-        text
-    })
+    Ok(text)
 }

@@ -3,6 +3,7 @@
 //! Exit status: 0 when all went well, 1 when a result failed verification, 2 on bad input or a missing device.
 
 mod bench;
+mod calibrate;
 mod doctor;
 mod explain;
 mod options;
@@ -38,6 +39,8 @@ enum Command {
     /// Draw pictures of measurements.
     #[command(subcommand)]
     Plot(plot::Command),
+    /// Measure what the planner's cost model wants to know of a CUDA device, and write it as a profile for --profile.
+    Calibrate(calibrate::Args),
     /// Say what this machine can run, and what repairs what it cannot.
     Doctor,
 }
@@ -52,6 +55,7 @@ fn main() -> ExitCode {
         Command::Plan(args) => plan::run(&args),
         Command::Bench(command) => bench::run(&command),
         Command::Plot(command) => plot::run(&command),
+        Command::Calibrate(args) => calibrate::run(&args),
         Command::Doctor => doctor::run(),
     };
     match result {

@@ -2,10 +2,10 @@
 
 use anyhow::{Context, Result, bail};
 use pat_rs::plan::PlanMode;
-use pat_rs::{AttentionShape, Dtype, PlanOptions, TileVariant};
+use pat_rs::{AttentionShape, DeviceProfile, Dtype, PlanOptions, TileVariant};
 use pat_workloads::{OwnedBatch, TraceCut, TreeSpec, read_batch};
 use std::io::BufReader;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 /// Where the batch comes from.
@@ -130,6 +130,13 @@ pub(crate) struct Planning {
     mode: String,
     #[arg(long, value_delimiter = ',', value_name = "NAME,...", help = format!("Only these tile variants: {}", variant_names()))]
     variants: Vec<String>,
+    #[arg(long, value_name = "NAME or FILE", help = format!("GPU to plan for, instead of the one that is here (h200 where there is none): {}, or a file that `pat calibrate` wrote", profile_names()))]
+    profile: Option<String>,
+}
+
+/// Names of known devices, for messages.
+fn profile_names() -> String {
+    DeviceProfile::known_names().collect::<Vec<_>>().join(", ")
 }
 
 /// All tile variants, for messages.
@@ -140,10 +147,14 @@ fn variant_names() -> String {
 impl Planning {
     /// In words, for result files.
     pub(crate) fn label(&self) -> String {
-        match self.variants.as_slice() {
-            [] => format!("mode {}", self.mode),
-            variants => format!("mode {}, variants {}", self.mode, variants.join(", ")),
+        let mut label = format!("mode {}", self.mode);
+        if !self.variants.is_empty() {
+            label += &format!(", variants {}", self.variants.join(", "));
         }
+        if let Some(profile) = &self.profile {
+            label += &format!(", profile {profile}");
+        }
+        label
     }
 
     pub(crate) fn resolve(&self) -> Result<PlanOptions> {
@@ -168,5 +179,22 @@ impl Planning {
             );
         }
         Ok(PlanOptions { mode, variants: (!variants.is_empty()).then_some(variants) })
+    }
+
+    /// The profile that was asked for: a known device's, or that of a file.
+    pub(crate) fn profile(&self) -> Result<Option<DeviceProfile>> {
+        let Some(name) = &self.profile else { return Ok(None) };
+        if let Ok(known) = DeviceProfile::by_name(name) {
+            return Ok(Some(known));
+        }
+        let file = Path::new(name);
+        if file.extension().is_none_or(|extension| extension != "json") && !file.exists() {
+            bail!("--profile: got {name}, expected one of {}, or a file that `pat calibrate` wrote", profile_names());
+        }
+        let text = std::fs::read_to_string(file).with_context(|| format!("--profile {name}"))?;
+        let profile: DeviceProfile =
+            serde_json::from_str(&text).with_context(|| format!("--profile {name}: not a device profile"))?;
+        profile.validate().with_context(|| format!("--profile {name}"))?;
+        Ok(Some(profile))
     }
 }

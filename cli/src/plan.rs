@@ -4,8 +4,10 @@ use crate::explain::explain;
 use crate::options::{Planning, Shape, Source};
 use crate::render;
 use anyhow::{Context, Result};
+use pat_rs::plan::{PlanSummary, SharedNodes};
 use pat_rs::{DeviceProfile, Engine, Planner};
 use pat_workloads::write_batch;
+use serde::Serialize;
 use std::path::PathBuf;
 
 #[derive(clap::Args)]
@@ -16,8 +18,6 @@ pub(crate) struct Args {
     shape: Shape,
     #[command(flatten)]
     planning: Planning,
-    #[arg(long, value_name = "NAME", help = format!("GPU to plan for, instead of the one that is here (h200 where there is none): {}", profile_names()))]
-    profile: Option<String>,
     /// Say why: the plan beside no sharing and beside the widest tiles, what bounds it, the largest shared runs.
     #[arg(long, conflicts_with = "json")]
     explain: bool,
@@ -32,15 +32,25 @@ pub(crate) struct Args {
     save_batch: Option<PathBuf>,
 }
 
-fn profile_names() -> String {
-    DeviceProfile::known_names().collect::<Vec<_>>().join(", ")
+/// Kinds of shared nodes in the machine-readable output.
+const SHARED_NODES: usize = 32;
+
+/// The machine-readable output.
+#[derive(Serialize)]
+struct Report {
+    /// The profile's name.
+    profile: String,
+    #[serde(flatten)]
+    summary: PlanSummary,
+    /// Largest first.
+    shared_nodes: Vec<SharedNodes>,
 }
 
 pub(crate) fn run(args: &Args) -> Result<bool> {
     let shape = args.shape.resolve()?;
     let (name, batch) = args.source.load()?;
-    let profile = match &args.profile {
-        Some(name) => DeviceProfile::by_name(name).context("--profile")?,
+    let profile = match args.planning.profile()? {
+        Some(profile) => profile,
         None => Engine::auto().profile().unwrap_or_else(|_| DeviceProfile::h200()),
     };
     let rows = batch.rows();
@@ -50,7 +60,9 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     let plan = planner.plan(&view)?;
     let summary = plan.summary();
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&summary)?);
+        let shared_nodes = planner.shared_nodes(&plan, SHARED_NODES)?;
+        let report = Report { profile: profile.name, summary, shared_nodes };
+        println!("{}", serde_json::to_string_pretty(&report)?);
     } else {
         println!("{name}, planned for {}", planner.profile().name);
         print!("{}", render::forest(planner.forest(), planner.tiles(), &view));

@@ -81,7 +81,7 @@ fn count(n: usize, thing: &str) -> String {
 const SIBLINGS: usize = 12;
 
 /// Tiles that read a node: each reads it once for all of its sequences.
-pub(crate) fn readers(node: &Node, tiles: &[RowTile]) -> usize {
+fn readers(node: &Node, tiles: &[RowTile]) -> usize {
     tiles.iter().filter(|tile| tile.order_begin < node.order_end && node.order_begin < tile.order_end).count()
 }
 

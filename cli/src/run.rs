@@ -63,7 +63,8 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     let (name, batch) = args.source.load()?;
     let rows = batch.rows();
     let view = batch.view(&rows)?;
-    let mut planner = Planner::new(shape, engine.profile()?, options)?;
+    let profile = args.planning.profile()?.map_or_else(|| engine.profile(), Ok)?;
+    let mut planner = Planner::new(shape, profile, options)?;
     planner.plan(&view)?;
     let begin = Instant::now();
     let plan = planner.plan(&view)?;

@@ -1,5 +1,6 @@
 //! The tool as its users meet it: arguments in; text, JSON, pictures and exit status out. Everything runs on the CPU.
 
+use pat_rs::DeviceProfile;
 use serde_json::Value;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -128,6 +129,13 @@ fn a_plan_gives_its_figures_in_json() {
     assert_eq!(plan["sharing_factor"], 2.0);
     let flat = json(&[&args[..], &["--mode", "flat"]].concat());
     assert_eq!(flat["planned_kv_bytes"], flat["flat_kv_bytes"]);
+    let launch = &plan["variants"][0];
+    assert_eq!(launch["predicted_us"], plan["prediction"]["busy_us"]);
+    assert_eq!(launch["predicted_share"], 1.0);
+    assert!(plan["imbalance"].as_f64().is_some_and(|imbalance| imbalance >= 1.0), "{plan}");
+    let node = &flat["shared_nodes"][0];
+    assert_eq!((&node["sequences"], &node["tokens"], &node["reads"]), (&4.into(), &64.into(), &4.into()));
+    assert_eq!((&node["saved_kv_bytes"], &node["reason"]), (&0.into(), &"mode".into()));
 }
 
 #[test]
@@ -140,6 +148,51 @@ fn a_plan_is_made_for_the_named_gpu() {
     assert!(variant("h200").starts_with("wgmma"));
     assert!(stdout(&["plan", "--tree", "1,8_64,32", "--profile", "h200"]).contains("planned for NVIDIA H200"));
     refused(&["plan", "--tree", "1,8_64,32", "--profile", "v100"], &["--profile", "got v100", "h200"]);
+}
+
+#[test]
+fn a_profile_from_a_file_is_planned_with() {
+    let folder = TempDir::new().expect("a temporary folder");
+    let mut profile = serde_json::to_value(DeviceProfile::h200()).expect("JSON");
+    profile["name"] = "mine".into();
+    profile["launch_us"] = 70.0.into();
+    let mine = file(&folder, "mine.json", &profile.to_string());
+    let plan = |profile: &str| json(&["plan", "--tree", "1,8_64,32", "--profile", profile, "--json"]);
+    let (of_file, built_in) = (plan(text(&mine)), plan("h200"));
+    assert_eq!((&of_file["profile"], &built_in["profile"]), (&"mine".into(), &"NVIDIA H200".into()));
+    assert_eq!(of_file["prediction"]["launch_us"], 70.0);
+    let args = ["run", "--tree", "1,8_64,32", "--device", "cpu", "--json", "--profile", text(&mine)];
+    assert_eq!(json(&args)["plan"]["prediction"]["launch_us"], 70.0);
+
+    for (field, value, part) in [
+        ("launch_us", 0.into(), "launch_us: got 0, expected"),
+        ("hbm_bytes_per_us", (-1).into(), "hbm_bytes_per_us: got -1"),
+        ("l2_bytes_per_us", 4600.into(), "l2_bytes_per_us: got 4600, expected 1e4 to 1e9"),
+        ("merge_us", Value::Null, "not a device profile"),
+        ("sm_count", (-132).into(), "not a device profile"),
+        ("compute_capability", 75.into(), "compute_capability: got 75"),
+        ("warp_size", 32.into(), "unknown field `warp_size`"),
+    ] {
+        let mut broken = profile.clone();
+        broken[field] = value;
+        let broken = file(&folder, "broken.json", &broken.to_string());
+        for command in ["plan", "run"] {
+            refused(&[command, "--tree", "1,8_64,32", "--profile", text(&broken)], &["--profile", text(&broken), part]);
+        }
+    }
+    profile.as_object_mut().expect("an object").remove("merge_us");
+    let missing = file(&folder, "missing.json", &profile.to_string());
+    refused(&["plan", "--tree", "1_32", "--profile", text(&missing)], &["--profile", "missing field `merge_us`"]);
+    refused(&["plan", "--tree", "1_32", "--profile", "no/such.json"], &["--profile no/such.json", "No such file"]);
+    let nan = file(&folder, "nan.json", "{\"merge_us\": NaN}");
+    refused(&["plan", "--tree", "1_32", "--profile", text(&nan)], &["--profile", "not a device profile"]);
+}
+
+#[test]
+fn only_a_device_is_calibrated() {
+    refused(&["calibrate"], &["--device cuda", "CUDA is not usable"]);
+    refused(&["calibrate", "--device", "cpu"], &["--device: got \"cpu\", expected a usable cuda or cuda:N"]);
+    refused(&["calibrate", "--device", "tpu"], &["--device: got \"tpu\""]);
 }
 
 #[test]

@@ -5,7 +5,11 @@ use pat_abi::TileVariant;
 use serde::{Deserialize, Serialize};
 
 /// Rates and sizes the cost model works with. Times in microseconds, rates in bytes or FLOP per microsecond.
+///
+/// Profiles of known devices have names ([`Self::by_name`]); `pat calibrate` measures one and writes it as JSON, which serde
+/// reads. [`crate::Planner::new`] refuses one that is not plausible ([`Self::validate`]).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct DeviceProfile {
     /// Name, for reports.
     pub name: String,
@@ -113,7 +117,8 @@ const KNOWN: [(&str, &[&str], Datasheet); 5] = [
     ("h200", &["NVIDIA H200"], H200_DATASHEET),
 ];
 
-const H200_DATASHEET: Datasheet = Datasheet {
+/// What unknown devices are scaled from.
+pub(crate) const H200_DATASHEET: Datasheet = Datasheet {
     compute_capability: 90,
     sm_count: 132,
     sm_clock_mhz: 1980.0,
@@ -185,6 +190,45 @@ impl DeviceProfile {
         }
     }
 
+    /// Whether the numbers can be those of a device: a profile may come from a file.
+    ///
+    /// # Errors
+    /// Names the first field that is not a number within its bounds. They are wide (from a tenth of the smallest device of
+    /// compute capability 8.0 on) and there to catch zeros, NaN, and other units.
+    pub fn validate(&self) -> Result<()> {
+        let whole = [
+            ("compute_capability", u64::from(self.compute_capability), 80, 999),
+            ("sm_count", u64::from(self.sm_count), 1, 10_000),
+            ("l2_bytes", self.l2_bytes, 1 << 16, 1 << 40),
+        ];
+        for (field, value, least, most) in whole {
+            if !(least..=most).contains(&value) {
+                return Err(Error::invalid(format!("device profile: {field}"), value, format!("{least} to {most}")));
+            }
+        }
+        const BYTES_PER_US: [f64; 2] = [1e4, 1e9];
+        const FLOP_PER_US: [f64; 2] = [1e5, 1e11];
+        const LATENCY_US: [f64; 2] = [1e-3, 1e4];
+        let has_wgmma = self.compute_capability == 90;
+        let terms = [
+            ("hbm_bytes_per_us", self.hbm_bytes_per_us, BYTES_PER_US),
+            ("l2_bytes_per_us", self.l2_bytes_per_us, BYTES_PER_US),
+            ("mma_flop_per_us", self.mma_flop_per_us, FLOP_PER_US),
+            ("wgmma_flop_per_us", self.wgmma_flop_per_us, if has_wgmma { FLOP_PER_US } else { [0.0, FLOP_PER_US[1]] }),
+            ("launch_us", self.launch_us, LATENCY_US),
+            ("merge_us", self.merge_us, LATENCY_US),
+            ("item_latency_us", self.item_latency_us, LATENCY_US),
+            ("tile_latency_us", self.tile_latency_us, LATENCY_US),
+        ];
+        for (field, value, [least, most]) in terms {
+            if !(least..=most).contains(&value) {
+                let expected = format!("{least:e} to {most:e}");
+                return Err(Error::invalid(format!("device profile: {field}"), value, expected));
+            }
+        }
+        Ok(())
+    }
+
     /// Tile variants that run on the device and can read pages of `page_size` tokens, smallest M first.
     pub fn variants(&self, page_size: u32) -> Vec<TileVariant> {
         TileVariant::ALL
@@ -213,6 +257,7 @@ mod tests {
         for short in DeviceProfile::known_names() {
             let profile = DeviceProfile::by_name(short).unwrap();
             assert_eq!(DeviceProfile::by_name(&profile.name).unwrap(), profile);
+            profile.validate().unwrap();
             assert!(!profile.variants(16).is_empty(), "{short}");
             let measured = profile.kernel_terms == KernelTerms::Measured;
             assert_eq!(measured, short == "h200", "only the H200's terms are measured");
@@ -224,6 +269,43 @@ mod tests {
         assert!(bandwidths.is_sorted(), "{bandwidths:?}");
         assert_eq!((a80.sm_count, pcie.sm_count, sxm.sm_count), (108, 114, 132));
         assert_eq!(a40.wgmma_flop_per_us, 0.0);
+    }
+
+    #[test]
+    fn a_profile_is_read_back_as_it_was_written() {
+        for short in DeviceProfile::known_names() {
+            let profile = DeviceProfile::by_name(short).unwrap();
+            let text = serde_json::to_string(&profile).unwrap();
+            assert_eq!(serde_json::from_str::<DeviceProfile>(&text).unwrap(), profile);
+            let foreign = text.replacen('{', r#"{"hbm_gb_s":4600,"#, 1);
+            let error = serde_json::from_str::<DeviceProfile>(&foreign).unwrap_err().to_string();
+            assert!(error.contains("unknown field `hbm_gb_s`"), "{error}");
+        }
+    }
+
+    #[test]
+    fn implausible_numbers_are_named() {
+        type Change = fn(&mut DeviceProfile);
+        let cases: [(&str, Change); 12] = [
+            ("compute_capability: got 75", |p| p.compute_capability = 75),
+            ("sm_count: got 0", |p| p.sm_count = 0),
+            ("l2_bytes: got 0", |p| p.l2_bytes = 0),
+            ("hbm_bytes_per_us: got 4600,", |p| p.hbm_bytes_per_us = 4600.0), // GB/s
+            ("l2_bytes_per_us: got inf", |p| p.l2_bytes_per_us = f64::INFINITY),
+            ("mma_flop_per_us: got -1", |p| p.mma_flop_per_us = -1.0),
+            ("wgmma_flop_per_us: got 0", |p| p.wgmma_flop_per_us = 0.0),
+            ("launch_us: got NaN", |p| p.launch_us = f64::NAN),
+            ("merge_us: got 0", |p| p.merge_us = 0.0),
+            ("item_latency_us: got -2", |p| p.item_latency_us = -2.0),
+            ("tile_latency_us: got 0", |p| p.tile_latency_us = 0.0),
+            ("wgmma_flop_per_us: got NaN", |p| (p.compute_capability, p.wgmma_flop_per_us) = (80, f64::NAN)),
+        ];
+        for (expected, change) in cases {
+            let mut profile = DeviceProfile::h200();
+            change(&mut profile);
+            let error = profile.validate().unwrap_err().to_string();
+            assert!(error.starts_with(&format!("device profile: {expected}")), "{expected}: {error}");
+        }
     }
 
     #[test]

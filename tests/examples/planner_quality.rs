@@ -17,8 +17,11 @@ fn summary(batch: &OwnedBatch, shape: AttentionShape, mode: PlanMode) -> pat_rs:
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
-    println!("| # | heads | KV tokens: unique | PAT | pat-rs | partials: PAT | pat-rs | predicted us: flat | pat-rs |");
-    println!("|---|---|---|---|---|---|---|---|---|");
+    println!(
+        "| # | heads | KV tokens: unique | PAT | pat-rs | partials: PAT | pat-rs | predicted us: flat | PAT | pat-rs |"
+    );
+    println!("|---|---|---|---|---|---|---|---|---|---|");
+    let mut more = Vec::new();
     for (index, tree) in FIGURE_10_TREES.iter().enumerate() {
         let spec: TreeSpec = tree.parse()?;
         let batch = spec.batch(BLOCK_TOKENS, Some(1))?;
@@ -27,8 +30,11 @@ fn main() -> Result<(), Box<dyn Error>> {
             let (auto, flat) = (summary(&batch, shape, PlanMode::Auto)?, summary(&batch, shape, PlanMode::Flat)?);
             let pat = PatSchedule::new(&spec, q_heads, kv_heads);
             let tokens = |bytes: u64| bytes / shape.kv_bytes_per_token();
+            let planner = Planner::new(shape, DeviceProfile::h200(), PlanOptions::default())?;
+            let unique_pages = batch.unique_pages() as u64;
+            let of_pat = planner.predict_packs(BLOCK_TOKENS, unique_pages, &pat.cost_packs(), pat.partials())?;
             println!(
-                "| {} | {q_heads}/{kv_heads} | {} | {} | {} | {} | {} | {:.1} | {:.1} |",
+                "| {} | {q_heads}/{kv_heads} | {} | {} | {} | {} | {} | {:.1} | {:.1} | {:.1} |",
                 index + 1,
                 tokens(auto.unique_kv_bytes),
                 pat.kv_tokens(),
@@ -36,10 +42,27 @@ fn main() -> Result<(), Box<dyn Error>> {
                 pat.partials(),
                 auto.partial_bytes / (u64::from(q_heads) * (128 + 1) * 4),
                 flat.predicted_us,
+                of_pat.total_us(),
                 auto.predicted_us,
             );
+            if tokens(auto.planned_kv_bytes) > pat.kv_tokens() {
+                let packed = summary(&batch, shape, PlanMode::Packed)?;
+                more.push(format!(
+                    "| {} | {q_heads}/{kv_heads} | {} | {} | {} | {:.2} | {:.2} | {:.2} |",
+                    index + 1,
+                    pat.kv_tokens(),
+                    tokens(auto.planned_kv_bytes),
+                    tokens(packed.planned_kv_bytes),
+                    of_pat.total_us(),
+                    auto.predicted_us,
+                    packed.predicted_us
+                ));
+            }
         }
     }
+    println!("\n| # | heads | KV tokens: PAT | pat-rs | widest tiles | predicted us: PAT | pat-rs | widest tiles |");
+    println!("|---|---|---|---|---|---|---|---|");
+    more.iter().for_each(|line| println!("{line}"));
     let Some(trace) = std::env::args().nth(1) else { return Ok(()) };
     println!("\n| batch | step | sharing factor | KV MiB: flat | unique | pat-rs | predicted us: flat | pat-rs |");
     println!("|---|---|---|---|---|---|---|---|");

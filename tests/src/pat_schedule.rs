@@ -1,6 +1,7 @@
 //! The plans of PAT's scheduler for its own benchmark, as something to compare with: which packs it makes of a regular tree,
 //! after "PAT: Prefix-Aware Attention" and the behaviour of its released Python scheduler.
 
+use pat_rs::plan::cost::Pack;
 use pat_workloads::{FIGURE_10_HEADS, FIGURE_10_TREES, TreeSpec};
 
 /// Tokens per block in PAT's benchmark.
@@ -68,6 +69,12 @@ impl PatSchedule {
     /// Partials of all sequences; 0 where no sequence has two (then PAT writes the output at once).
     pub fn partials(&self) -> u64 {
         if self.max_splits() < 2 { 0 } else { self.splits.iter().map(|&splits| u64::from(splits)).sum() }
+    }
+
+    /// The packs as the cost model takes them.
+    pub fn cost_packs(&self) -> Vec<Pack> {
+        let pack = |pack: &PatPack| Pack { sequences: pack.sequences.len() as u32, pages: pack.blocks() };
+        self.packs.iter().map(pack).collect()
     }
 
     fn pack(&mut self, node: &Node, inherited_tokens: u32, queries_per_pack: usize) {

@@ -9,7 +9,9 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
-const FORESTS: u64 = 200;
+fn forests() -> u64 {
+    if std::env::var_os("PAT_LONG").is_some() { 20_000 } else { 200 }
+}
 
 fn modes(page_size: u32) -> [PlanMode; 5] {
     [
@@ -44,11 +46,12 @@ fn verify<T: Element>(seed: u64) -> f64 {
 
 #[test]
 fn forests_agree_with_the_oracle() {
-    let worst = (0..FORESTS)
+    let forests = forests();
+    let worst = (0..forests)
         .into_par_iter()
         .map(|seed| if seed % 2 == 0 { verify::<f16>(seed) } else { verify::<bf16>(seed) })
         .reduce(|| 0.0, f64::max);
-    println!("cpu forests: {FORESTS} forests x 4 plan modes passed; worst row at {worst:.2} of its allowance");
+    println!("cpu forests: {forests} forests x 5 plan modes passed; worst row at {worst:.2} of its allowance");
 }
 
 #[test]
@@ -61,6 +64,25 @@ fn bits_do_not_depend_on_threads_or_runs() {
         };
         assert_eq!(run(1), run(3), "forest {seed}");
         assert_eq!(run(3), run(3), "forest {seed}");
+    }
+}
+
+/// What mode `fixed-chunk` is for.
+#[test]
+fn fixed_chunks_give_a_sequence_the_same_bits_in_any_batch() {
+    for seed in 0..64 {
+        let all = case(seed, Dtype::F16);
+        let mode = PlanMode::FixedChunk { tokens: 2 * all.batch.page_size };
+        let run = |case: &Case| run_cpu::<f16>(case, options(mode), 5).expect("a valid case");
+        let expected = run(&all);
+        for rows in 1..all.batch.lengths.len() {
+            let mut fewer = all.clone();
+            fewer.batch.lengths.truncate(rows);
+            fewer.batch.block_tables.truncate(rows);
+            let output = run(&fewer);
+            assert_eq!(output.out, expected.out[..output.out.len()], "forest {seed}, {rows} rows");
+            assert_eq!(output.lse, expected.lse[..output.lse.len()], "forest {seed}, {rows} rows");
+        }
     }
 }
 

@@ -191,6 +191,27 @@ fn a_plain_decode_step_changes_lengths_only() {
     assert_eq!(plan, from_scratch(&mut self::planner(PlanMode::Auto), &batch));
 }
 
+/// Engines de-duplicate after the fact: the entry changes, the length does not.
+#[test]
+fn pages_replaced_in_the_middle_are_noticed() {
+    let spec = RaggedGroups { sequences: 8, groups: 1, shared_pages: 4, private_pages: 20, page_size: 16, seed: 9 };
+    let before = OwnedBatch { num_pages: POOL, ..spec.batch() };
+    let row = (0..8).max_by_key(|&row| before.lengths[row]).expect("a row");
+    let replacement = before.block_tables.iter().flatten().max().expect("a page") + 1;
+    // A private page, a shared one, the one that tells the row from the others.
+    for (at, expected) in [(12, PlanChange::Pages), (2, PlanChange::Forest), (4, PlanChange::Forest)] {
+        for hint in [None, Some(&[row as u32][..])] {
+            let mut batch = before.clone();
+            let mut planner = planner(PlanMode::Auto);
+            let mut plan = from_scratch(&mut planner, &batch);
+            batch.block_tables[row][at] = replacement;
+            assert_eq!(advance(&mut planner, &batch, hint, &mut plan), expected, "entry {at}, hint {hint:?}");
+            assert!(plan.pages().contains(&replacement));
+            assert_eq!(plan, from_scratch(&mut self::planner(PlanMode::Auto), &batch));
+        }
+    }
+}
+
 #[test]
 fn a_plan_of_another_step_is_planned_from_scratch() {
     let spec = RaggedGroups { sequences: 8, groups: 2, shared_pages: 2, private_pages: 3, page_size: 16, seed: 1 };

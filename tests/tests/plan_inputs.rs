@@ -2,7 +2,7 @@
 //! are refused before anything is planned.
 
 use half::f16;
-use pat_rs::plan::PlanMode;
+use pat_rs::plan::{PlanCapacity, PlanMode};
 use pat_rs::{AttentionShape, DecodeBatch, DeviceProfile, Dtype, Plan, PlanOptions, Planner};
 use pat_tests::{Case, judge, random_case, run_cpu};
 use pat_workloads::{OwnedBatch, PoolLayout};
@@ -173,4 +173,22 @@ fn offsets_that_do_not_fit_the_plan() {
     // The planner is as good as new.
     let small: &[&[u32]] = &[&[0]];
     planner.plan(&DecodeBatch::from_block_tables(small, &[1], 1, 1).expect("valid")).expect("a plan");
+}
+
+#[test]
+fn more_tokens_than_an_item_counts() {
+    // Four sequences of 2^30 tokens in one tile, which nothing may be cut of, are 2^32.
+    let page_size = 1 << 16;
+    let pages = (1 << 30) / page_size;
+    let tables: Vec<Vec<u32>> = (0..4).map(|row| (row * pages..(row + 1) * pages).collect()).collect();
+    let rows: Vec<&[u32]> = tables.iter().map(Vec::as_slice).collect();
+    let batch = DecodeBatch::from_block_tables(&rows, &[1 << 30; 4], page_size, 4 * pages).expect("valid");
+    let capacity = PlanCapacity { max_sequences: 4, max_pages: 4 * pages, max_items: 4, max_slots: 0 };
+    let plan = |mode| {
+        let options = PlanOptions { mode, variants: None };
+        let planner = Planner::new(shape(), DeviceProfile::h200(), options).expect("a planner");
+        planner.with_capacity(capacity).expect("a valid capacity").plan(&batch)
+    };
+    refusal(plan(PlanMode::Packed), &["plan tokens of an item: got 4294967296", "fewer than 2^31"]);
+    assert_eq!(plan(PlanMode::Auto).expect("one sequence per item").items().len(), 4);
 }

@@ -1,5 +1,6 @@
 //! Plans of PAT's 80 configurations beside those of its scheduler and beside no sharing (docs/planner-quality.md).
 
+use pat_rs::plan::cost::Pack;
 use pat_rs::plan::{PlanMode, PlanSummary};
 use pat_rs::{AttentionShape, DeviceProfile, Dtype, PlanOptions, Planner};
 use pat_tests::pat_schedule::{BLOCK_TOKENS, PatSchedule};
@@ -33,6 +34,45 @@ fn the_widest_tiles_read_about_what_pat_reads_and_the_plan_is_no_slower() {
             assert!(auto.predicted_us <= packed.predicted_us.min(flat.predicted_us), "{case}");
         }
     }
+}
+
+#[test]
+fn no_plan_is_predicted_to_be_slower_than_pat_s_by_more_than_masks_cost() {
+    for tree in FIGURE_10_TREES {
+        let spec: TreeSpec = tree.parse().expect("a tree");
+        let batch = spec.batch(BLOCK_TOKENS, Some(1)).expect("a batch");
+        for (q_heads, kv_heads) in FIGURE_10_HEADS {
+            let shape = AttentionShape::new(q_heads, kv_heads, 128, Dtype::F16).expect("a valid shape");
+            let pat = PatSchedule::new(&spec, q_heads, kv_heads);
+            for profile in DeviceProfile::known_names() {
+                let own_us = summary(&batch, shape, profile, PlanMode::Auto).predicted_us;
+                let known = DeviceProfile::by_name(profile).expect("a known device");
+                let planner = Planner::new(shape, known, PlanOptions::default()).expect("a planner");
+                let unique_pages = batch.unique_pages() as u64;
+                let pat_us = planner
+                    .predict_packs(BLOCK_TOKENS, unique_pages, &pat.cost_packs(), pat.partials())
+                    .expect("packs that fit")
+                    .total_us();
+                // PAT's packs have no masks, which the model charges streams of several sequences for: 3%.
+                assert!(
+                    own_us <= 1.03 * pat_us,
+                    "{tree}, {q_heads}/{kv_heads}, {profile}: {own_us} us, PAT {pat_us} us"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn packs_that_no_tile_holds_are_refused() {
+    let shape = AttentionShape::new(32, 8, 128, Dtype::F16).expect("a valid shape");
+    let planner = Planner::new(shape, DeviceProfile::h200(), PlanOptions::default()).expect("a planner");
+    for sequences in [0, 17] {
+        let packs = [Pack { sequences: 1, pages: 3 }, Pack { sequences, pages: 3 }];
+        let message = planner.predict_packs(16, 6, &packs, 0).expect_err("refused").to_string();
+        assert!(message.contains(&format!("got {sequences}, expected 1 to 16")), "{message}");
+    }
+    assert!(planner.predict_packs(1 << 17, 6, &[], 0).is_err());
 }
 
 #[test]

@@ -33,6 +33,7 @@ section() {
     unit)
         tests_like 'pat_rs'
         tests_like 'gpu_smoke'
+        tests_like 'gpu_graphs'
         ;;
     forests) tests_like 'gpu_forests' ;;
     # Verified before they are timed; a run that was cut off goes on where it stopped.

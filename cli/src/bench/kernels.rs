@@ -70,7 +70,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     let configurations = args.selection.configurations()?;
     let former = former_results(args.output.as_deref(), args.resume, args.force)?;
     let engine = engine(&args.device)?;
-    let profile = engine.profile()?;
+    let profile = args.planning.profile()?.map_or_else(|| engine.profile(), Ok)?;
     let target = Target::new(engine, profile)?;
     let repeats = match (target.is_cuda(), args.quick) {
         (true, false) => Repeats { warm_ups: 5, timed: 21 },

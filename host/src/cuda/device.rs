@@ -2,7 +2,7 @@
 
 use super::driver::{self, Kernel, Stream, failed};
 use super::ptx;
-use crate::profile::Datasheet;
+use crate::profile::{Datasheet, H200_DATASHEET};
 use crate::{DeviceProfile, Error, Result};
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
 use cudarc::driver::{CudaContext, CudaStream};
@@ -210,12 +210,17 @@ impl Facts {
         // Two transfers per clock and pin.
         let dram_bytes_per_us = 2.0 * f64::from(self.memory_clock_khz) * 1e-3 * f64::from(self.memory_bus_bits) / 8.0;
         let h200 = DeviceProfile::h200();
+        // Some virtual devices report no clocks.
+        let sm_clock_mhz = match self.sm_clock_khz {
+            0 => H200_DATASHEET.sm_clock_mhz,
+            khz => f64::from(khz) * 1e-3,
+        };
         let scaled = DeviceProfile::scaled(
             &self.name,
             Datasheet {
                 compute_capability: self.compute_capability,
                 sm_count: self.sm_count,
-                sm_clock_mhz: f64::from(self.sm_clock_khz) * 1e-3,
+                sm_clock_mhz,
                 dram_bytes_per_us,
                 l2_bytes: self.l2_bytes,
             },
@@ -223,7 +228,7 @@ impl Facts {
         if dram_bytes_per_us > 0.0 {
             return scaled;
         }
-        // Some virtual devices report no memory clock: then DRAM is scaled like the rest.
+        // Without a memory clock DRAM is scaled like the rest.
         let cores = scaled.l2_bytes_per_us / h200.l2_bytes_per_us;
         DeviceProfile { hbm_bytes_per_us: h200.hbm_bytes_per_us * cores, ..scaled }
     }
@@ -257,7 +262,10 @@ mod tests {
         assert!((1.8e6..2.04e6).contains(&a100.hbm_bytes_per_us), "{a100:?}");
         assert_eq!(a100.wgmma_flop_per_us, 0.0);
         assert_eq!(a100.sm_count, 108);
-        let silent = Facts { memory_clock_khz: 0, ..facts("some vGPU", 80) }.profile();
-        assert!(silent.hbm_bytes_per_us > 1e6, "{silent:?}");
+        for sm_clock_khz in [1_410_000, 0] {
+            let silent = Facts { sm_clock_khz, memory_clock_khz: 0, ..facts("some vGPU", 80) }.profile();
+            assert!(silent.hbm_bytes_per_us > 1e6, "{silent:?}");
+            silent.validate().unwrap();
+        }
     }
 }

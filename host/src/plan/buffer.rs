@@ -2,11 +2,12 @@
 
 use super::PlanGeneration;
 use super::cost::Prediction;
-use crate::{AttentionShape, DecodeBatch, Error, Result};
+use crate::{AttentionShape, DecodeBatch, DeviceProfile, Error, Result};
 use pat_abi::{
     MAX_TILE_VARIANTS, MergeRow, NO_MASKS, PLAN_MAGIC, PackQuery, PageMask, PlanHeader, TileVariant, WorkItem,
 };
 use std::fmt;
+use std::sync::Arc;
 
 /// The records of a plan before assembly. Kept from plan to plan for the memory.
 #[derive(Clone, Debug, Default)]
@@ -95,6 +96,7 @@ pub struct Plan {
     /// 16-byte units, so that the records are aligned.
     words: Vec<[u64; 2]>,
     shape: AttentionShape,
+    profile: Arc<DeviceProfile>,
     num_pages: u32,
     logical_tokens: u64,
     unique_kv_bytes: u64,
@@ -107,6 +109,7 @@ impl fmt::Debug for Plan {
         f.debug_struct("Plan")
             .field("generation", &self.generation)
             .field("shape", &self.shape)
+            .field("profile", &self.profile.name)
             .field("num_pages", &self.num_pages)
             .field("logical_tokens", &self.logical_tokens)
             .field("header", &(!self.words.is_empty()).then(|| self.header()))
@@ -117,9 +120,11 @@ impl fmt::Debug for Plan {
 
 impl PartialEq for Plan {
     fn eq(&self, other: &Self) -> bool {
-        let Self { generation: _, words, shape, num_pages, logical_tokens, unique_kv_bytes, prediction } = self;
+        let Self { generation: _, words, shape, profile, num_pages, logical_tokens, unique_kv_bytes, prediction } =
+            self;
         *words == other.words
             && *shape == other.shape
+            && *profile == other.profile
             && *num_pages == other.num_pages
             && *logical_tokens == other.logical_tokens
             && *unique_kv_bytes == other.unique_kv_bytes
@@ -137,11 +142,12 @@ pub(super) fn checked_count(what: &str, n: u64) -> Result<u32> {
 
 impl Plan {
     /// A plan that nothing has been written to.
-    pub(super) fn empty(shape: AttentionShape) -> Self {
+    pub(super) fn empty(shape: AttentionShape, profile: Arc<DeviceProfile>) -> Self {
         Self {
             generation: PlanGeneration::next(),
             words: Vec::new(),
             shape,
+            profile,
             num_pages: 0,
             logical_tokens: 0,
             unique_kv_bytes: 0,
@@ -156,6 +162,7 @@ impl Plan {
     pub(super) fn write(
         &mut self,
         shape: AttentionShape,
+        profile: &Arc<DeviceProfile>,
         batch: &DecodeBatch<'_>,
         records: &Records,
         unique_pages: u64,
@@ -230,6 +237,7 @@ impl Plan {
         }
         self.generation = PlanGeneration::next();
         self.shape = shape;
+        self.profile.clone_from(profile);
         self.num_pages = batch.num_pages();
         self.logical_tokens = logical_tokens;
         // Only a sequence's own last page can be short of full.
@@ -345,6 +353,11 @@ impl Plan {
     /// The shape the plan was made for.
     pub fn shape(&self) -> AttentionShape {
         self.shape
+    }
+
+    /// The device the plan was made for, as its cost model saw it.
+    pub fn profile(&self) -> &DeviceProfile {
+        &self.profile
     }
 
     /// Pages of the pool the plan was made for.

@@ -5,7 +5,6 @@ use super::tiling::{TileChoice, TileClass, TilingRule};
 use crate::{AttentionShape, DeviceProfile};
 use pat_abi::{Arch, Family, TileVariant};
 use serde::Serialize;
-use std::cmp::Reverse;
 
 /// Predicted time of a plan by cause.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
@@ -28,6 +27,15 @@ impl Prediction {
     pub fn total_us(&self) -> f64 {
         self.launch_us + self.busy_us + self.merge_us
     }
+}
+
+/// Sequences that are served together, as another planner packs them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pack {
+    /// Sequences, all of which attend to all of the pages.
+    pub sequences: u32,
+    /// Pages it reads.
+    pub pages: u32,
 }
 
 /// What the model needs to know of a tile variant.
@@ -78,10 +86,16 @@ impl CostModel<'_> {
         (page_count * u64::from(self.shape.kv_heads())).div_ceil(u64::from(self.terms(variant).slots))
     }
 
-    /// What a tiling that reads `page_count` pages takes at least; `merged` says that there is a merge.
-    pub(super) fn floor_us(&self, page_count: u64, merged: bool) -> f64 {
+    /// What a tiling that reads `page_count` pages in tiles of `choice` takes at least; `merged` says that there is a merge.
+    pub(super) fn floor_us(&self, page_count: u64, choice: &TileChoice, merged: bool) -> f64 {
         let merge_us = if merged { self.profile.merge_us } else { 0.0 };
-        self.profile.launch_us + self.profile.item_latency_us + self.memory_us(page_count, 0.0) + merge_us
+        let tokens = page_count as f64 * f64::from(self.page_size) * f64::from(self.shape.kv_heads());
+        let tensor_us =
+            |variant: TileVariant| tokens / f64::from(variant.keys()) * self.terms(variant).tensor_per_step_us;
+        let tensor_us = choice.variants().map(tensor_us).fold(f64::INFINITY, f64::min);
+        let forward_us = self.memory_us(page_count, 0.0).max(tensor_us);
+        // Rounding must not put the floor above the sum it is the floor of.
+        (1.0 - 1e-12) * (self.profile.launch_us + self.profile.item_latency_us + forward_us + merge_us)
     }
 
     /// Predicts the tiling of `classes` under `rule`. `work` is scratch.
@@ -101,15 +115,30 @@ impl CostModel<'_> {
             partials += u64::from(class.partials(chunks)) * u64::from(class.count);
             let chunk_tokens = u64::from(class.page_count.min(chunks.pages)) * u64::from(self.page_size);
             let steps = chunk_tokens.div_ceil(u64::from(variant.keys())) as u32;
-            let of_class =
-                Work { variant, steps: Reverse(steps), items: u64::from(chunks.count) * u64::from(class.count) };
+            let of_class = Work { variant, steps, items: u64::from(chunks.count) * u64::from(class.count) };
             masked_steps += if class.sequences > 1 { of_class.all_steps() } else { 0.0 };
             work.push(of_class);
         }
+        self.predict_work(work, page_count, partials, masked_steps)
+    }
+
+    /// Predicts packs without masks, each one item per KV head of the variant that holds it.
+    pub(super) fn predict_packs(&self, packs: &[Pack], partials: u64, choice: &TileChoice) -> Prediction {
+        let item = |pack: &Pack| {
+            let variant = choice.variant(pack.sequences);
+            let tokens = u64::from(pack.pages) * u64::from(self.page_size);
+            Work { variant, steps: tokens.div_ceil(u64::from(variant.keys())) as u32, items: 1 }
+        };
+        let page_count = packs.iter().map(|pack| u64::from(pack.pages)).sum();
+        self.predict_work(&mut packs.iter().map(item).collect(), page_count, partials, 0.0)
+    }
+
+    /// Predicts `work` in any order, which reads `page_count` pages; `masked_steps` of its steps have masks.
+    fn predict_work(&self, work: &mut Vec<Work>, page_count: u64, partials: u64, masked_steps: f64) -> Prediction {
         // Longest first; equal ones together, so that the sums below do not depend on the order of the tiles.
-        work.sort_unstable_by_key(|work| (work.variant, work.steps));
+        work.sort_unstable_by_key(Work::order);
         work.dedup_by(|next, kept| {
-            let equal = (next.variant, next.steps) == (kept.variant, kept.steps);
+            let equal = next.order() == kept.order();
             kept.items += if equal { next.items } else { 0 };
             equal
         });
@@ -140,6 +169,23 @@ impl CostModel<'_> {
                 0.0
             },
         }
+    }
+
+    /// Time of a launch of items of `steps` main-loop steps each, longest first; of every step the memory takes
+    /// `memory_per_step_us`.
+    pub(super) fn launch_time_us(
+        &self,
+        variant: TileVariant,
+        steps: impl Iterator<Item = u32>,
+        memory_per_step_us: f64,
+    ) -> f64 {
+        let work: Vec<_> = steps.map(|steps| Work { variant, steps, items: 1 }).collect();
+        self.waves_us(variant, &work, memory_per_step_us.max(self.terms(variant).tensor_per_step_us))
+    }
+
+    /// CTAs of a variant that run at a time.
+    pub(super) fn places(&self, variant: TileVariant) -> u32 {
+        self.terms(variant).slots
     }
 
     fn terms(&self, variant: TileVariant) -> &VariantTerms {
@@ -173,11 +219,11 @@ impl CostModel<'_> {
             alone_us.max(steps as f64 * step_us)
         };
         for entry in work {
-            let entry_steps = u64::from(entry.steps.0);
+            let entry_steps = u64::from(entry.steps);
             let mut left = entry.items * heads;
             if free < slots || left < slots {
                 let taken = left.min(free);
-                longest = longest.max(entry.steps.0);
+                longest = longest.max(entry.steps);
                 steps += taken * entry_steps;
                 (free, left) = (free - taken, left - taken);
                 if free == 0 {
@@ -185,10 +231,10 @@ impl CostModel<'_> {
                     (free, longest, steps) = (slots, 0, 0);
                 }
             }
-            total_us += (left / slots) as f64 * wave_us(entry.steps.0, slots * entry_steps);
+            total_us += (left / slots) as f64 * wave_us(entry.steps, slots * entry_steps);
             left %= slots;
             if left > 0 {
-                (free, longest, steps) = (slots - left, entry.steps.0, left * entry_steps);
+                (free, longest, steps) = (slots - left, entry.steps, left * entry_steps);
             }
         }
         if free < slots {
@@ -203,14 +249,19 @@ impl CostModel<'_> {
 pub(super) struct Work {
     variant: TileVariant,
     /// Main-loop steps per item.
-    steps: Reverse<u32>,
+    steps: u32,
     /// Items (each once per KV head).
     items: u64,
 }
 
 impl Work {
+    /// By variant, longest first: one integer, which sorts faster than a pair.
+    fn order(&self) -> u64 {
+        (self.variant.index() as u64) << 32 | u64::from(u32::MAX - self.steps)
+    }
+
     /// Main-loop steps of all items, per KV head.
     fn all_steps(&self) -> f64 {
-        f64::from(self.steps.0) * self.items as f64
+        f64::from(self.steps) * self.items as f64
     }
 }

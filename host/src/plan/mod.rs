@@ -4,6 +4,7 @@
 //! emit (streams, masks, order, slots) -> [`Plan`]. The cost model ([`cost`]) compares candidate tilings, from no sharing
 //! at all to as many sequences per CTA as its tile has rows.
 
+mod balance;
 mod buffer;
 mod capacity;
 pub mod cost;
@@ -11,6 +12,7 @@ mod emit;
 pub mod forest;
 mod generation;
 mod search;
+mod sharing;
 mod snapshot;
 mod summary;
 pub mod tiling;
@@ -26,8 +28,10 @@ pub use generation::PlanGeneration;
 use pat_abi::{PageMask, TileVariant};
 use search::Search;
 use serde::Serialize;
+pub use sharing::{ReadReason, SharedNodes};
 pub use snapshot::PlanChange;
 use snapshot::Snapshot;
+use std::sync::Arc;
 pub use summary::{PlanSummary, VariantSummary};
 use tiling::{Extent, RowTile, TileChoice, TilingRule};
 
@@ -66,7 +70,8 @@ pub enum PlanMode {
 #[derive(Clone, Debug)]
 pub struct Planner {
     shape: AttentionShape,
-    profile: DeviceProfile,
+    /// Plans share it.
+    profile: Arc<DeviceProfile>,
     options: PlanOptions,
     capacity: Option<PlanCapacity>,
     variants: [VariantTerms; TileVariant::ALL.len()],
@@ -77,6 +82,8 @@ pub struct Planner {
     scratch: Scratch,
     /// The plan that the members above are about.
     newest: Option<PlanGeneration>,
+    /// How that plan's tiles were cut.
+    rule: TilingRule,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -90,8 +97,10 @@ struct Scratch {
 
 impl Planner {
     /// # Errors
-    /// The options name no variant, one that the device cannot run, or a chunk of 0 tokens.
+    /// The options name no variant, one that the device cannot run, or a chunk of 0 tokens; or the profile is not plausible
+    /// ([`DeviceProfile::validate`]).
     pub fn new(shape: AttentionShape, profile: DeviceProfile, options: PlanOptions) -> Result<Self> {
+        profile.validate()?;
         if let Some(variants) = &options.variants {
             // A page size every variant supports, to ask for the device alone.
             let possible = profile.variants(16);
@@ -110,7 +119,7 @@ impl Planner {
         Ok(Self {
             shape,
             variants: VariantTerms::all(&profile, shape),
-            profile,
+            profile: Arc::new(profile),
             options,
             capacity: None,
             choice: None,
@@ -118,6 +127,7 @@ impl Planner {
             snapshot: Snapshot::default(),
             scratch: Scratch::default(),
             newest: None,
+            rule: TilingRule::default(),
         })
     }
 
@@ -136,9 +146,8 @@ impl Planner {
     /// As [`Self::plan`], of the page size.
     pub fn tile_variants(&self, page_size: u32) -> Result<Vec<TileVariant>> {
         let choice = self.tile_choice(page_size)?;
-        let mut variants: Vec<_> = (1..=choice.widest()).map(|sequences| choice.variant(sequences)).collect();
+        let mut variants: Vec<_> = choice.variants().collect();
         variants.sort_unstable();
-        variants.dedup();
         Ok(variants)
     }
 
@@ -152,9 +161,58 @@ impl Planner {
         &self.scratch.tiles
     }
 
+    /// The at most `most` largest kinds of shared nodes of the batch that `plan` is about, those first that save most where
+    /// they are read once: how often they are read, and why.
+    ///
+    /// # Errors
+    /// `plan` is not the one that this planner made last.
+    pub fn shared_nodes(&self, plan: &Plan, most: usize) -> Result<Vec<SharedNodes>> {
+        let choice = self.choice.as_ref().filter(|_| self.newest == Some(plan.generation()));
+        let choice = choice.ok_or_else(|| Error::PlanMismatch {
+            what: "the planner's last plan".into(),
+            plan: format!("generation {}", plan.generation()),
+            call: self.newest.map_or("none".into(), |newest| format!("generation {newest}")),
+        })?;
+        let Scratch { extents, tiles, .. } = &self.scratch;
+        let page_bytes = u64::from(plan.page_size()) * self.shape.kv_bytes_per_token();
+        let sharing = sharing::Sharing {
+            forest: &self.forest,
+            extents,
+            tiles,
+            rule: self.rule,
+            widest: choice.widest(),
+            mode: self.options.mode,
+            page_size: plan.page_size(),
+            page_bytes,
+        };
+        Ok(sharing.largest(most))
+    }
+
     /// The profile plans are made for.
     pub fn profile(&self) -> &DeviceProfile {
         &self.profile
+    }
+
+    /// What the cost model makes of a plan that was made elsewhere, to compare with: `packs`, each one work item per KV head,
+    /// with `partials` partials in all, of a batch with `unique_pages` distinct pages of `page_size` tokens.
+    ///
+    /// # Errors
+    /// As [`Self::plan`], of the page size; or no tile holds a pack.
+    pub fn predict_packs(
+        &self,
+        page_size: u32,
+        unique_pages: u64,
+        packs: &[cost::Pack],
+        partials: u64,
+    ) -> Result<cost::Prediction> {
+        let choice = self.tile_choice(page_size)?;
+        if let Some(pack) = packs.iter().find(|pack| !(1..=choice.widest()).contains(&pack.sequences)) {
+            let expected = format!("1 to {}, what the largest tile has rows for", choice.widest());
+            return Err(Error::invalid("sequences of a pack", pack.sequences, expected));
+        }
+        let (profile, shape, variants) = (&*self.profile, self.shape, &self.variants);
+        let model = CostModel { profile, shape, page_size, variants, unique_pages };
+        Ok(model.predict_packs(packs, partials, &choice))
     }
 
     /// Plans a batch from scratch.
@@ -165,7 +223,7 @@ impl Planner {
     /// no choice) the plan exceeds the capacity, or the plan would exceed what its records can express (2^31 rows, items,
     /// page ids, slots or bytes).
     pub fn plan(&mut self, batch: &DecodeBatch<'_>) -> Result<Plan> {
-        let mut plan = Plan::empty(self.shape);
+        let mut plan = Plan::empty(self.shape, self.profile.clone());
         self.plan_into(batch, &mut plan)?;
         Ok(plan)
     }
@@ -247,9 +305,13 @@ impl Planner {
                 let rule = TilingRule { most_sequences: 1, chunk_pages: tokens / page_size, exact: true };
                 (rule, search.predict(rule, search_scratch))
             }
-            (PlanMode::Flat, _) => search.best(&[1], search_scratch),
-            (PlanMode::PerNode | PlanMode::Packed, _) => search.best(&[widest], search_scratch),
-            _ => search.best(&[1, widest.div_ceil(4), widest.div_ceil(2), widest], search_scratch),
+            (PlanMode::Flat, _) => search.best([1], search_scratch),
+            (PlanMode::PerNode | PlanMode::Packed, _) => search.best([widest], search_scratch),
+            _ => {
+                // Wide ones first: what they take spares looking at narrower ones that read more than that.
+                let halves = std::iter::successors(Some(widest), |width| Some(width.div_ceil(2)));
+                search.best(std::iter::once(1).chain(halves.take_while(|width| *width > 1)), search_scratch)
+            }
         };
         tiles.clear();
         tiles.reserve(extents.len());
@@ -270,15 +332,16 @@ impl Planner {
         if let Some(capacity) = &self.capacity {
             capacity.check_records(records)?;
         }
-        plan.write(self.shape, batch, records, unique_pages, prediction)?;
+        plan.write(self.shape, &self.profile, batch, records, unique_pages, prediction)?;
         self.newest = Some(plan.generation());
+        self.rule = rule;
         Ok(())
     }
 
     /// Tile variants to choose from for this page size.
     ///
     /// # Errors
-    /// A forced variant cannot read such pages, there is none for the device, or none holds the rows of a KV head.
+    /// A forced variant cannot read such pages, or none holds the rows of a KV head.
     fn tile_choice(&self, page_size: u32) -> Result<TileChoice> {
         if page_size > PageMask::MAX_TOKENS {
             let expected = format!("at most {} tokens", PageMask::MAX_TOKENS);
@@ -296,10 +359,6 @@ impl Planner {
         // The wgmma stream serves leaves as fast as the narrow tiles do, and shared nodes in the same launch.
         if possible.contains(&TileVariant::Wgmma64) && group <= TileVariant::Wgmma64.rows() {
             return TileChoice::new(&[TileVariant::Wgmma64], group, page_size);
-        }
-        if possible.is_empty() {
-            let got = format!("compute capability {}", self.profile.compute_capability);
-            return Err(Error::invalid("device profile", got, "8.0 or later"));
         }
         TileChoice::new(&possible, group, page_size)
     }

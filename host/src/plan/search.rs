@@ -29,9 +29,9 @@ pub(super) struct Search<'a> {
 }
 
 impl Search<'_> {
-    /// The rule with the best prediction among tiles of at most each of `widths` sequences and a range of chunk lengths.
-    /// Of equally good ones the first counts.
-    pub(super) fn best(self, widths: &[u32], scratch: &mut Scratch) -> (TilingRule, Prediction) {
+    /// The rule with the best prediction among tiles of at most each of `widths` sequences (one at least) and a range of
+    /// chunk lengths. Of equally good ones the first counts; from the second on, widths descend.
+    pub(super) fn best(self, widths: impl IntoIterator<Item = u32>, scratch: &mut Scratch) -> (TilingRule, Prediction) {
         // Whatever is tried, there are no more classes than sequences: no candidate grows the memory.
         scratch.uncut.clear();
         scratch.uncut.reserve(self.extents.len());
@@ -40,9 +40,9 @@ impl Search<'_> {
         scratch.work.clear();
         scratch.work.reserve(self.extents.len());
         let mut best: Option<(TilingRule, Prediction)> = None;
-        for (index, width) in widths.iter().enumerate() {
-            if !widths[..index].contains(width) {
-                self.try_width(*width, scratch, &mut best);
+        for width in widths {
+            if !self.try_width(width, scratch, &mut best) {
+                break;
             }
         }
         best.expect("there is a width, and its uncut tiling is always tried")
@@ -55,7 +55,8 @@ impl Search<'_> {
         self.model.predict(uncut, rule, self.choice, work)
     }
 
-    fn try_width(self, width: u32, scratch: &mut Scratch, best: &mut Option<(TilingRule, Prediction)>) {
+    /// Tries one width; returns whether narrower ones, which read no less, could still be better.
+    fn try_width(self, width: u32, scratch: &mut Scratch, best: &mut Option<(TilingRule, Prediction)>) -> bool {
         let Scratch { uncut, narrowed, page_counts, work } = scratch;
         let page_size = self.choice.page_size();
         let mut rule = TilingRule { most_sequences: width, chunk_pages: u32::MAX, exact: false };
@@ -66,23 +67,34 @@ impl Search<'_> {
         // What keeps a tile from being as wide in a tiling with shorter chunks.
         let unshared = uncut.iter().map(|tile| tile.page_count - tile.common_pages).max().unwrap_or(0);
         let longest = self.extents.iter().map(|extent| extent.pages).max().unwrap_or(0);
+        let longest_stream = uncut.iter().map(|tile| tile.page_count).max().unwrap_or(0);
         let key_tile_pages = (LEAST_CHUNK_TOKENS / page_size).max(1);
         for waves in 0..=MOST_WAVES {
             if waves > 0 {
                 // So that every slot gets this many items, if all were equal.
                 let even = u32::try_from(u64::div_ceil(even_pages, waves)).unwrap_or(u32::MAX).max(key_tile_pages);
-                if even >= rule.chunk_pages {
+                // Chunks that cut nothing were tried first.
+                if even >= rule.chunk_pages || even >= longest_stream {
                     continue;
                 }
                 rule.chunk_pages = even;
             }
             // Narrower tiles read no less, and where even one sequence is cut there is a merge.
-            let floor_us = self.model.floor_us(pages, rule.chunk_pages < longest);
-            if best.is_some_and(|(_, best)| best.total_us() <= floor_us) {
+            let is_hopeless = |pages| {
+                let floor_us = self.model.floor_us(pages, self.choice, rule.chunk_pages < longest);
+                best.is_some_and(|(_, best)| best.total_us() <= floor_us)
+            };
+            if is_hopeless(pages) {
+                if waves == 0 {
+                    return false;
+                }
                 continue;
             }
             let classes = if unshared > rule.chunk_pages {
                 self.classes(rule, page_counts, narrowed);
+                if is_hopeless(narrowed.iter().map(TileClass::stream_pages).sum()) {
+                    continue;
+                }
                 &*narrowed
             } else {
                 &*uncut
@@ -95,6 +107,7 @@ impl Search<'_> {
                 *best = Some((rule, prediction));
             }
         }
+        true
     }
 
     /// Whether the plan is within the capacity. Every sequence of a tile is counted as a reader of each of its chunks.

@@ -1,8 +1,9 @@
 //! What a plan is, in numbers.
 
 use super::Plan;
-use super::cost::Prediction;
-use pat_abi::TileVariant;
+use super::balance::Balance;
+use super::cost::{CostModel, Prediction, VariantTerms};
+use pat_abi::{TileVariant, WorkItem};
 use serde::Serialize;
 use std::fmt;
 
@@ -29,6 +30,10 @@ pub struct PlanSummary {
     pub max_splits: u32,
     /// Work items by tile variant, of the variants used.
     pub variants: Vec<VariantSummary>,
+    /// How uneven the work lies on the device: the largest load of a place for a CTA over the mean load, in main-loop steps,
+    /// when the items are dealt out in launch order, and one launch runs behind the other. 1 is even; places without work
+    /// count, so a plan of fewer CTAs than the device has places for is above 1.
+    pub imbalance: f64,
     /// Predicted time by cause.
     pub prediction: Prediction,
     /// Predicted time.
@@ -36,7 +41,7 @@ pub struct PlanSummary {
 }
 
 /// The share of one tile variant.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct VariantSummary {
     /// Name of the variant.
     pub variant: &'static str,
@@ -44,22 +49,43 @@ pub struct VariantSummary {
     pub items: u32,
     /// KV tokens its items read, per KV head.
     pub kv_tokens: u64,
+    /// Its part of the predicted forward time ([`Prediction::busy_us`]).
+    pub predicted_us: f64,
+    /// The same as a fraction, 0 to 1.
+    pub predicted_share: f64,
+    /// [`PlanSummary::imbalance`] of its launch alone.
+    pub imbalance: f64,
+}
+
+/// One launch, as predicted.
+struct Launch {
+    variant: TileVariant,
+    forward_us: f64,
+    balance: Balance,
 }
 
 impl Plan {
-    /// The plan in numbers.
+    /// The plan in numbers. Predictions by variant are made here, not when planning.
     pub fn summary(&self) -> PlanSummary {
         let token_bytes = self.shape().kv_bytes_per_token();
-        let tokens = |variant| self.variant_items(variant).iter().map(|item| self.stream_tokens(item)).sum::<u64>();
-        let variants: Vec<_> = TileVariant::ALL
-            .into_iter()
-            .filter(|&variant| !self.variant_items(variant).is_empty())
-            .map(|variant| VariantSummary {
-                variant: variant.name(),
-                items: self.variant_items(variant).len() as u32,
-                kv_tokens: tokens(variant),
+        let launches = self.launches();
+        let forward_us: f64 = launches.iter().map(|launch| launch.forward_us).sum();
+        let variants: Vec<_> = launches
+            .iter()
+            .map(|launch| {
+                let items = self.variant_items(launch.variant);
+                let predicted_share = launch.forward_us / forward_us;
+                VariantSummary {
+                    variant: launch.variant.name(),
+                    items: items.len() as u32,
+                    kv_tokens: items.iter().map(|item| self.stream_tokens(item)).sum(),
+                    predicted_us: predicted_share * self.prediction().busy_us,
+                    predicted_share,
+                    imbalance: launch.balance.imbalance(),
+                }
             })
             .collect();
+        let none = Balance { longest_steps: 0, mean_steps: 0.0 };
         let flat_kv_bytes = self.logical_tokens() * token_bytes;
         PlanSummary {
             sequences: self.sequence_count(),
@@ -72,9 +98,43 @@ impl Plan {
             merge_rows: self.header().merge_count,
             max_splits: self.merges().iter().map(|merge| merge.slot_count).max().unwrap_or(0),
             variants,
+            imbalance: launches.iter().fold(none, |all, launch| all.then(launch.balance)).imbalance(),
             prediction: self.prediction(),
             predicted_us: self.prediction().total_us(),
         }
+    }
+
+    /// The launches of the tile variants in use.
+    fn launches(&self) -> Vec<Launch> {
+        let terms = VariantTerms::all(self.profile(), self.shape());
+        // Whole pages, as the cost model counts them.
+        let steps = |variant: TileVariant, item: &WorkItem| {
+            item.token_count.next_multiple_of(self.page_size()).div_ceil(variant.keys())
+        };
+        let used = || TileVariant::ALL.into_iter().map(|variant| (variant, self.variant_items(variant)));
+        let kv_heads = self.shape().kv_heads();
+        let all_steps: u64 =
+            used().flat_map(|(variant, items)| items.iter().map(move |item| u64::from(steps(variant, item)))).sum();
+        let memory_per_step_us = self.prediction().memory_us / (all_steps as f64 * f64::from(kv_heads)).max(1.0);
+        let model = CostModel {
+            profile: self.profile(),
+            shape: self.shape(),
+            page_size: self.page_size(),
+            variants: &terms,
+            unique_pages: 0,
+        };
+        used()
+            .filter(|(_, items)| !items.is_empty())
+            .map(|(variant, items)| {
+                let item_steps = || items.iter().map(|item| steps(variant, item));
+                let cta_steps = item_steps().flat_map(|steps| std::iter::repeat_n(steps, kv_heads as usize));
+                Launch {
+                    variant,
+                    forward_us: model.launch_time_us(variant, item_steps(), memory_per_step_us),
+                    balance: Balance::of(cta_steps, model.places(variant), variant.is_persistent()),
+                }
+            })
+            .collect()
     }
 }
 
@@ -96,8 +156,17 @@ impl fmt::Display for PlanSummary {
         )?;
         writeln!(f, "partials         {:.1} MiB", mib(self.partial_bytes))?;
         for variant in &self.variants {
-            writeln!(f, "items {:<10} {} ({} KV tokens)", variant.variant, variant.items, variant.kv_tokens)?;
+            writeln!(
+                f,
+                "items {:<10} {} ({} KV tokens, {:.1} us, {:.0}% of the forward pass)",
+                variant.variant,
+                variant.items,
+                variant.kv_tokens,
+                variant.predicted_us,
+                variant.predicted_share * 100.0
+            )?;
         }
+        writeln!(f, "imbalance        {:.2} (largest over mean load of the places for CTAs)", self.imbalance)?;
         let p = &self.prediction;
         writeln!(f, "upload           {} bytes", self.upload_bytes)?;
         write!(

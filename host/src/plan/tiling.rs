@@ -61,7 +61,7 @@ pub(super) struct Chunks {
 }
 
 /// How streams become row tiles and chunks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct TilingRule {
     /// Most sequences per tile.
     pub(super) most_sequences: u32,
@@ -128,7 +128,7 @@ impl TilingRule {
             return Chunks { pages: most_pages, count: page_count.div_ceil(most_pages) };
         }
         if page_count <= most_pages {
-            return Chunks { pages: page_count.next_multiple_of(key_tile_pages), count: 1 };
+            return Chunks { pages: page_count, count: 1 };
         }
         // Of equal length, rounded up to whole key tiles.
         let pages = page_count.div_ceil(page_count.div_ceil(most_pages)).next_multiple_of(key_tile_pages);
@@ -181,6 +181,8 @@ pub(super) struct TileChoice {
     page_size: u32,
     /// For 1, 2, ... sequences, up to as many as the largest variant holds.
     by_sequences: Vec<TileVariant>,
+    /// Pages of the key tile, by [`TileVariant::index`].
+    key_tile_pages: [u32; TileVariant::ALL.len()],
 }
 
 impl TileChoice {
@@ -196,7 +198,8 @@ impl TileChoice {
         }
         let smallest = |rows| variants.iter().copied().filter(|v| v.rows() >= rows).min_by_key(|v| v.rows());
         let by_sequences = (1..=most_rows / group).filter_map(|sequences| smallest(sequences * group)).collect();
-        Ok(Self { page_size, by_sequences })
+        let key_tile_pages = TileVariant::ALL.map(|variant| (variant.keys() / page_size).max(1));
+        Ok(Self { page_size, by_sequences, key_tile_pages })
     }
 
     pub(super) fn page_size(&self) -> u32 {
@@ -213,8 +216,13 @@ impl TileChoice {
         self.by_sequences[sequences as usize - 1]
     }
 
+    /// The variants in use, narrowest first.
+    pub(super) fn variants(&self) -> impl Iterator<Item = TileVariant> {
+        self.by_sequences.chunk_by(|a, b| a == b).map(|equal| equal[0])
+    }
+
     /// Pages of the variant's key tile.
     pub(super) fn key_tile_pages(&self, variant: TileVariant) -> u32 {
-        (variant.keys() / self.page_size).max(1)
+        self.key_tile_pages[variant.index()]
     }
 }

@@ -1,0 +1,119 @@
+//! How often the shared nodes of a batch are read, and why.
+
+use super::PlanMode;
+use super::forest::{Forest, Node};
+use super::tiling::{self, Extent, RowTile, TilingRule};
+use serde::Serialize;
+use std::cmp::Reverse;
+
+/// Shared nodes that a plan treats alike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct SharedNodes {
+    /// How many there are: the figures below are those of one.
+    pub nodes: u32,
+    /// Sequences that share the node.
+    pub sequences: u32,
+    /// Its tokens, whole pages.
+    pub tokens: u32,
+    /// How often it is read: once per row tile with one of its sequences.
+    pub reads: u32,
+    /// How often it would be read by the widest tiles.
+    pub fewest_reads: u32,
+    /// KV bytes (K and V, all KV heads) that are not read, which every sequence would read for itself without sharing.
+    pub saved_kv_bytes: u64,
+    /// Why it is read that often.
+    pub reason: ReadReason,
+}
+
+/// Why a shared node is read as often as it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ReadReason {
+    /// Read once: one row tile serves all of its sequences.
+    OneTile,
+    /// Read as often as its rows fill tiles: the widest ones would read it no less.
+    TileRows,
+    /// Narrower tiles are predicted to be faster: they make more CTAs of the same sequences.
+    NarrowTiles,
+    /// Tiles end where the next sequence would add more pages of its own than it shares, and the stream is long enough to
+    /// be cut.
+    LongPrivateRuns,
+    /// Not packed: reading every sequence by itself is predicted to be faster.
+    SharingCosts,
+    /// Not packed: the mode asks for no sharing.
+    Mode,
+}
+
+/// What is known of a plan's tiles.
+pub(super) struct Sharing<'a> {
+    pub(super) forest: &'a Forest,
+    pub(super) extents: &'a [Extent],
+    /// In forest order.
+    pub(super) tiles: &'a [RowTile],
+    /// The rule they were cut by.
+    pub(super) rule: TilingRule,
+    /// Most sequences that a tile can have.
+    pub(super) widest: u32,
+    pub(super) mode: PlanMode,
+    pub(super) page_size: u32,
+    /// KV bytes of a page.
+    pub(super) page_bytes: u64,
+}
+
+impl Sharing<'_> {
+    /// The at most `most` kinds of nodes that would save most if each were read once.
+    pub(super) fn largest(&self, most: usize) -> Vec<SharedNodes> {
+        let uncut = TilingRule { chunk_pages: u32::MAX, ..self.rule };
+        let [uncut, widest] =
+            [uncut, TilingRule { most_sequences: self.widest, ..uncut }].map(|rule| self.tiles_by(rule));
+        let of_node = |node: &Node| {
+            let [reads, uncut_reads, fewest_reads] = [self.tiles, &uncut, &widest].map(|tiles| readers(node, tiles));
+            let saved_pages = u64::from(node.page_count()) * u64::from(node.sequence_count() - reads);
+            SharedNodes {
+                nodes: 1,
+                sequences: node.sequence_count(),
+                tokens: node.page_count() * self.page_size,
+                reads,
+                fewest_reads,
+                saved_kv_bytes: saved_pages * self.page_bytes,
+                reason: self.reason(reads, uncut_reads, fewest_reads),
+            }
+        };
+        let mut kinds: Vec<SharedNodes> = self.forest.nodes().iter().map(of_node).collect();
+        kinds.sort_by_key(|node| {
+            let at_stake = u64::from(node.tokens) * u64::from(node.sequences - 1);
+            (Reverse(at_stake), node.sequences, node.reads, node.fewest_reads, node.reason)
+        });
+        kinds.dedup_by(|next, kept| {
+            let alike = SharedNodes { nodes: kept.nodes, ..*next } == *kept;
+            kept.nodes += u32::from(alike);
+            alike
+        });
+        kinds.truncate(most);
+        kinds
+    }
+
+    fn reason(&self, reads: u32, uncut_reads: u32, fewest_reads: u32) -> ReadReason {
+        match self.mode {
+            _ if reads == 1 => ReadReason::OneTile,
+            PlanMode::Flat | PlanMode::FixedChunk { .. } => ReadReason::Mode,
+            _ if reads <= fewest_reads => ReadReason::TileRows,
+            _ if self.rule.most_sequences == 1 => ReadReason::SharingCosts,
+            _ if reads > uncut_reads => ReadReason::LongPrivateRuns,
+            _ => ReadReason::NarrowTiles,
+        }
+    }
+
+    fn tiles_by(&self, rule: TilingRule) -> Vec<RowTile> {
+        let mut tiles = Vec::new();
+        tiling::cut(self.extents, rule, |tile| tiles.push(tile));
+        tiles
+    }
+}
+
+/// Tiles with a sequence of the node: each reads it once. `tiles` are in forest order.
+fn readers(node: &Node, tiles: &[RowTile]) -> u32 {
+    let begin = tiles.partition_point(|tile| tile.order_end <= node.order_begin);
+    let end = tiles.partition_point(|tile| tile.order_begin < node.order_end);
+    (end - begin) as u32
+}
