@@ -180,7 +180,15 @@ impl Work {
     }
 }
 
-/// The records of 32 consecutive pieces of work of this CTA, one per lane: work `first + lane * grid`.
+/// The piece of work this CTA serves in round `round`. Work is sorted by length: dealt out to and fro, whoever has the longest
+/// of one round has the shortest of the next.
+#[inline(always)]
+fn work_index(round: u32) -> u32 {
+    let (place, count) = (cta_index(), cta_count());
+    round * count + if round & 1 == 0 { place } else { count - 1 - place }
+}
+
+/// The records of 32 consecutive pieces of work of this CTA, one per lane: rounds `first`, `first + 1`, ...
 #[derive(Clone, Copy)]
 struct Batch {
     lane_work: Work,
@@ -196,7 +204,7 @@ impl Batch {
     /// All lanes of one warp.
     #[inline(always)]
     unsafe fn load(p: &ForwardParams, plan: PlanView, first: u32, lane: u32) -> Self {
-        let index = first + lane * cta_count();
+        let index = work_index(first + lane);
         let index = if index < plan.work_count { index } else { 0 };
         // SAFETY: the index is in range (the callers have at least one piece of work).
         Self { lane_work: unsafe { Work::load(p, plan, index) } }
@@ -329,8 +337,8 @@ impl PageWindow {
     }
 }
 
-/// The KV producer: one warp that issues the tensor copies of all items. The page ids of an item are loaded while the item
-/// before it is served.
+/// A KV producer: a warp that issues the tensor copies of all items, of K, of V or of both. The page ids of an item are loaded
+/// while the item before it is served.
 ///
 /// # Safety
 /// One whole warp; barriers initialised; maps as `abi` describes them.
@@ -340,29 +348,32 @@ unsafe fn produce_kv<const HEAD_DIM: u32, const GROUPS: u32>(
     plan: PlanView,
     smem: Smem<HEAD_DIM, GROUPS>,
     maps: (u64, u64),
+    (keys, values): (bool, bool),
 ) {
     let lane = thread_index() & 31;
     let box_keys = if p.page_size.divisor < TILE_KEYS { p.page_size.divisor } else { TILE_KEYS };
     let in_page_bits = p.page_size.divisor - 1;
     let mut ring = Ring::<GROUPS> { stage: 0, phase: 1 };
     let mut first = true;
-    let mut index = cta_index();
+    let mut round = 0;
+    let mut index = work_index(round);
     if index >= plan.work_count {
         return;
     }
     // SAFETY: over the whole function, items come from the plan, addresses from the checked launch parameters.
     unsafe {
-        let mut batch = Batch::load(p, plan, index, lane);
+        let mut batch = Batch::load(p, plan, round, lane);
         let mut in_batch = 0;
         let mut next_window = PageWindow::load(p, plan, &batch.get(0), 0, lane);
         while index < plan.work_count {
             let (work, mut window) = (batch.get(in_batch), next_window);
-            index += cta_count();
+            round += 1;
+            index = work_index(round);
             if index < plan.work_count {
                 in_batch += 1;
                 if in_batch == 32 {
                     in_batch = 0;
-                    batch = Batch::load(p, plan, index, lane);
+                    batch = Batch::load(p, plan, round, lane);
                 }
                 next_window = PageWindow::load(p, plan, &batch.get(in_batch), 0, lane);
             }
@@ -385,31 +396,34 @@ unsafe fn produce_kv<const HEAD_DIM: u32, const GROUPS: u32>(
                 let read_once = work.mask_begin != NO_MASKS && !page_mask.is_for_all_rows();
 
                 let coordinates = [block * 64, in_page, work.kv_head, id];
-                let (tile, full) = (smem.k(ring.stage), smem.k_full(ring.stage));
-                mbarrier::wait(smem.k_empty(ring.stage), ring.phase);
-                if issues {
-                    load_box(tile + box_offset, maps.0, coordinates, full, read_once);
-                }
-                // The copies are under way; the phase ends when they have landed and lane 0 has arrived.
-                let mask = window.key_mask(p, &work, token + (lane & 3) * KeyMask::KEYS);
-                let masks = [0, 1, 2, 3].map(|step| from_lane_u32(mask.0, step));
-                if lane == 0 {
-                    // Written by the lane that arrives: its arrival publishes them.
-                    store_shared_u32x4(smem.masks(ring.stage), masks);
-                    mbarrier::arrive_expect_bytes(full, Smem::<HEAD_DIM, GROUPS>::TILE_BYTES);
+                if keys {
+                    let (tile, full) = (smem.k(ring.stage), smem.k_full(ring.stage));
+                    mbarrier::wait(smem.k_empty(ring.stage), ring.phase);
+                    if issues {
+                        load_box(tile + box_offset, maps.0, coordinates, full, read_once);
+                    }
+                    // The copies are under way; the phase ends when they have landed and lane 0 has arrived.
+                    let mask = window.key_mask(p, &work, token + (lane & 3) * KeyMask::KEYS);
+                    let masks = [0, 1, 2, 3].map(|step| from_lane_u32(mask.0, step));
+                    if lane == 0 {
+                        // Written by the lane that arrives: its arrival publishes them.
+                        store_shared_u32x4(smem.masks(ring.stage), masks);
+                        mbarrier::arrive_expect_bytes(full, Smem::<HEAD_DIM, GROUPS>::TILE_BYTES);
+                    }
                 }
                 if first {
-                    // Queries before the rest: requests are served in about the order in which they are made.
-                    sync_named::<2, { 32 * (Q_WARPS + 1) }>();
+                    queries_requested();
                     first = false;
                 }
-                let (tile, full) = (smem.v(ring.stage), smem.v_full(ring.stage));
-                mbarrier::wait(smem.v_empty(ring.stage), ring.phase);
-                if issues {
-                    load_box(tile + box_offset, maps.1, coordinates, full, read_once);
-                }
-                if lane == 0 {
-                    mbarrier::arrive_expect_bytes(full, Smem::<HEAD_DIM, GROUPS>::TILE_BYTES);
+                if values {
+                    let (tile, full) = (smem.v(ring.stage), smem.v_full(ring.stage));
+                    mbarrier::wait(smem.v_empty(ring.stage), ring.phase);
+                    if issues {
+                        load_box(tile + box_offset, maps.1, coordinates, full, read_once);
+                    }
+                    if lane == 0 {
+                        mbarrier::arrive_expect_bytes(full, Smem::<HEAD_DIM, GROUPS>::TILE_BYTES);
+                    }
                 }
                 ring.advance();
                 token += TILE_KEYS;
@@ -432,14 +446,25 @@ unsafe fn load_box(destination: u32, map: u64, coordinates: [u32; 4], barrier: u
     }
 }
 
-/// Warps that copy Q rows.
-const Q_WARPS: u32 = 3;
+/// Where the producer warps meet once: the queries of a CTA's first item are requested right behind the first keys, the rest
+/// after them. Memory serves requests in about the order in which they are made, and nothing begins without the queries.
+#[inline(always)]
+fn queries_requested() {
+    sync_named::<2, { 32 * PRODUCER_WARPS }>();
+}
+
+/// Producer warps that copy K and V, and those that copy Q. A page of 16 tokens is a box of its own: then the boxes of a tile
+/// are so many that one warp issues those of K and another those of V.
+#[inline(always)]
+fn producer_warps(p: &ForwardParams) -> (u32, u32) {
+    if p.page_size.divisor < 32 { (2, PRODUCER_WARPS - 2) } else { (1, PRODUCER_WARPS - 1) }
+}
 
 /// The Q producers: warps that copy the items' Q rows to the Q slots. The first item of a CTA has nothing to hide behind:
 /// one warp would take longer for 64 rows than the first keys take to arrive.
 ///
 /// # Safety
-/// Warp `warp` of [`Q_WARPS`], whole; barriers initialised.
+/// Warp `warp` of the Q producers ([`producer_warps`]), whole; barriers initialised.
 #[inline(always)]
 unsafe fn produce_q<const HEAD_DIM: u32, const GROUPS: u32>(
     p: &ForwardParams,
@@ -447,9 +472,11 @@ unsafe fn produce_q<const HEAD_DIM: u32, const GROUPS: u32>(
     smem: Smem<HEAD_DIM, GROUPS>,
     warp: u32,
 ) {
+    let (_, warps) = producer_warps(p);
     let lane = thread_index() & 31;
     let mut slots = QSlots::<GROUPS> { next: 0, phases: u32::MAX };
-    let mut index = cta_index();
+    let mut round = 0;
+    let mut index = work_index(round);
     let mut in_batch = 32;
     let mut batch = Batch::EMPTY;
     let mut lane_sequence = 0;
@@ -458,7 +485,7 @@ unsafe fn produce_q<const HEAD_DIM: u32, const GROUPS: u32>(
         unsafe {
             if in_batch == 32 {
                 in_batch = 0;
-                batch = Batch::load(p, plan, index, lane);
+                batch = Batch::load(p, plan, round, lane);
                 lane_sequence = request_global_u32(batch.lane_work.query_address(p, plan, 0).0);
             }
             let work = batch.get(in_batch);
@@ -482,15 +509,16 @@ unsafe fn produce_q<const HEAD_DIM: u32, const GROUPS: u32>(
             for i in 0..slot_count {
                 mbarrier::wait(smem.q_empty(slot + i), slots.parity(slot + i));
             }
-            copy_q::<HEAD_DIM, GROUPS>(smem, work.row_count, sources, slot * QSlots::<GROUPS>::ROWS, warp, lane);
-            if index == cta_index() {
-                sync_named::<2, { 32 * (Q_WARPS + 1) }>();
+            copy_q::<HEAD_DIM, GROUPS>(smem, work.row_count, sources, slot * QSlots::<GROUPS>::ROWS, (warp, warps));
+            if round == 0 {
+                queries_requested();
             }
             for i in 0..slot_count {
                 mbarrier::arrive_on_copies(smem.q_full(slot + i));
             }
         }
-        index += cta_count();
+        round += 1;
+        index = work_index(round);
         in_batch += 1;
     }
 }
@@ -507,9 +535,9 @@ unsafe fn copy_q<const HEAD_DIM: u32, const GROUPS: u32>(
     row_count: u32,
     sources: [u64; 4],
     first_row: u32,
-    warp: u32,
-    lane: u32,
+    (warp, warps): (u32, u32),
 ) {
+    let lane = thread_index() & 31;
     let chunks_per_row = HEAD_DIM / 8;
     let rows_per_step = 32 / chunks_per_row;
     let (step_row, chunk) = (lane / chunks_per_row, lane % chunks_per_row);
@@ -524,7 +552,7 @@ unsafe fn copy_q<const HEAD_DIM: u32, const GROUPS: u32>(
                 // SAFETY: the row is one of the item's; Q rows are 16-byte aligned (checked by the host).
                 unsafe { cp_async::copy_16_bytes(target, source, 16) };
             }
-            begin += Q_WARPS * rows_per_step;
+            begin += warps * rows_per_step;
         }
     }
 }
@@ -552,23 +580,25 @@ unsafe fn consume<E: Element, const HEAD_DIM: u32, const GROUPS: u32, const Q_RE
     let (lane, rows) = consumer_rows(thread_index());
     let mut ring = Ring::<GROUPS> { stage: 0, phase: 0 };
     let mut q_slots = QSlots::<GROUPS> { next: 0, phases: 0 };
-    let mut index = cta_index();
+    let mut round = 0;
+    let mut index = work_index(round);
     if index >= plan.work_count {
         return;
     }
     // SAFETY: over the whole function, items come from the plan, addresses from the checked launch parameters; every branch on
     // item fields is uniform over the warpgroup.
     unsafe {
-        let mut batch = Batch::load(p, plan, index, lane);
+        let mut batch = Batch::load(p, plan, round, lane);
         let mut in_batch = 0;
         while index < plan.work_count {
             if in_batch == 32 {
                 in_batch = 0;
-                batch = Batch::load(p, plan, index, lane);
+                batch = Batch::load(p, plan, round, lane);
             }
             let work = batch.get(in_batch);
             in_batch += 1;
-            index += cta_count();
+            round += 1;
+            index = work_index(round);
             let destinations = rows.map(|row| request_global_u32x2(work.query_address(p, plan, row).0));
 
             let mut q = [0u32; Q_REGS];
@@ -918,8 +948,9 @@ unsafe fn forward<E: Element, const HEAD_DIM: u32, const GROUPS: u32, const Q_RE
                 mbarrier::init(smem.k_empty(stage), Smem::<HEAD_DIM, GROUPS>::CONSUMER_WARPS);
                 mbarrier::init(smem.v_empty(stage), Smem::<HEAD_DIM, GROUPS>::CONSUMER_WARPS);
             }
+            let (_, q_warps) = producer_warps(p);
             for slot in 0..QSlots::<GROUPS>::COUNT {
-                mbarrier::init(smem.q_full(slot), 32 * Q_WARPS);
+                mbarrier::init(smem.q_full(slot), 32 * q_warps);
                 mbarrier::init(smem.q_empty(slot), Smem::<HEAD_DIM, GROUPS>::CONSUMER_WARPS);
             }
             mbarrier::fence_init();
@@ -935,10 +966,11 @@ unsafe fn forward<E: Element, const HEAD_DIM: u32, const GROUPS: u32, const Q_RE
             } else {
                 wgmma::shrink_registers::<80>();
             }
-            if thread < 32 {
-                produce_kv::<HEAD_DIM, GROUPS>(p, plan, smem, maps);
+            let (warp, (kv_warps, _)) = (thread / 32, producer_warps(p));
+            if warp < kv_warps {
+                produce_kv::<HEAD_DIM, GROUPS>(p, plan, smem, maps, (warp == 0, warp + 1 == kv_warps));
             } else {
-                produce_q::<HEAD_DIM, GROUPS>(p, plan, smem, thread / 32 - 1);
+                produce_q::<HEAD_DIM, GROUPS>(p, plan, smem, warp - kv_warps);
             }
         } else {
             if GROUPS == 1 {
