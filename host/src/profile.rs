@@ -127,22 +127,22 @@ pub(crate) const H200_DATASHEET: Datasheet = Datasheet {
 };
 
 impl DeviceProfile {
-    /// NVIDIA H200 SXM: measured.
+    /// NVIDIA H200 SXM: two runs of `pat calibrate`, rounded.
     pub fn h200() -> Self {
         Self {
             name: "NVIDIA H200".into(),
             kernel_terms: KernelTerms::Measured,
             compute_capability: H200_DATASHEET.compute_capability,
             sm_count: H200_DATASHEET.sm_count,
-            hbm_bytes_per_us: 4.6e6,
-            l2_bytes_per_us: 9.0e6,
+            hbm_bytes_per_us: 4.55e6,
+            l2_bytes_per_us: 8.7e6,
             l2_bytes: H200_DATASHEET.l2_bytes,
-            mma_flop_per_us: 290e6,
-            wgmma_flop_per_us: 540e6,
-            launch_us: 7.0,
-            merge_us: 5.0,
-            item_latency_us: 2.0,
-            tile_latency_us: 0.75,
+            mma_flop_per_us: 280e6,
+            wgmma_flop_per_us: 520e6,
+            launch_us: 2.8,
+            merge_us: 1.6,
+            item_latency_us: 1.6,
+            tile_latency_us: 0.7,
         }
     }
 

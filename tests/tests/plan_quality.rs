@@ -53,9 +53,9 @@ fn no_plan_is_predicted_to_be_slower_than_pat_s_by_more_than_masks_cost() {
                     .predict_packs(BLOCK_TOKENS, unique_pages, &pat.cost_packs(), pat.partials())
                     .expect("packs that fit")
                     .total_us();
-                // PAT's packs have no masks, which the model charges streams of several sequences for: 3%.
+                // PAT's packs have no masks, which the model charges streams of several sequences for: 10%.
                 assert!(
-                    own_us <= 1.03 * pat_us,
+                    own_us <= 1.10 * pat_us,
                     "{tree}, {q_heads}/{kv_heads}, {profile}: {own_us} us, PAT {pat_us} us"
                 );
             }

@@ -81,9 +81,9 @@ fn reasons() {
         nodes[0]
     };
     let five = tree("1,4,256_32,256,32");
-    let node = kind(PlanMode::Auto, (32, 8), &five);
-    assert_eq!((node.nodes, node.sequences, node.tokens, node.fewest_reads), (4, 64, 256, 4));
-    assert!(node.reads > 4 && node.reason == ReadReason::NarrowTiles, "{node:?}");
+    let node = kind(PlanMode::Auto, (16, 8), &five);
+    assert_eq!((node.nodes, node.sequences, node.tokens, node.fewest_reads), (4, 64, 256, 2));
+    assert!(node.reads > 2 && node.reason == ReadReason::NarrowTiles, "{node:?}");
     let packed = kind(PlanMode::Packed, (32, 8), &five);
     assert_eq!((packed.reads, packed.reason), (4, ReadReason::TileRows));
     // 60 of 64 reads of 256 tokens, 4,096 bytes each.

@@ -157,9 +157,12 @@ mod tests {
         ]
     }
 
-    fn assert_close(fitted: &DeviceProfile, truth: &DeviceProfile, tolerance: f64) {
+    /// Within `tolerance` of the truth; terms in us also within `latency_tolerance_us`.
+    fn assert_close(fitted: &DeviceProfile, truth: &DeviceProfile, tolerance: f64, latency_tolerance_us: f64) {
         for ((name, fitted), (_, truth)) in terms(fitted).into_iter().zip(terms(truth)) {
-            assert!((fitted - truth).abs() <= tolerance * truth, "{name}: {fitted}, in truth {truth}");
+            let is_rate = truth > 1e3;
+            let allowed = tolerance * truth + if is_rate { 0.0 } else { latency_tolerance_us };
+            assert!((fitted - truth).abs() <= allowed, "{name}: {fitted}, in truth {truth}");
         }
     }
 
@@ -174,7 +177,7 @@ mod tests {
         for name in DeviceProfile::known_names() {
             let truth = device(name);
             let fitted = fit(&unknown(&truth), &predicted(&truth, |_| 1.0)).expect("a profile");
-            assert_close(&fitted, &truth, 1e-6);
+            assert_close(&fitted, &truth, 1e-6, 0.0);
             assert_eq!(fitted.kernel_terms, KernelTerms::Measured);
             assert_eq!((fitted.name, fitted.sm_count, fitted.l2_bytes), (truth.name, truth.sm_count, truth.l2_bytes));
         }
@@ -193,7 +196,7 @@ mod tests {
             tile_latency_us: 0.55,
             ..device("h100-sxm")
         };
-        assert_close(&fit(&unknown(&truth), &predicted(&truth, |_| 1.0)).expect("a profile"), &truth, 1e-6);
+        assert_close(&fit(&unknown(&truth), &predicted(&truth, |_| 1.0)).expect("a profile"), &truth, 1e-6, 0.0);
     }
 
     #[test]
@@ -206,7 +209,8 @@ mod tests {
                 1.0 + 0.01 * (2.0 * f64::from(hash) / f64::from(u32::MAX) - 1.0)
             };
             let fitted = fit(&unknown(&truth), &predicted(&truth, noise)).expect("a profile");
-            assert_close(&fitted, &truth, 0.05);
+            // Latencies are differences of times of about 10 us, each of which 1% of noise moves by 0.1 us.
+            assert_close(&fitted, &truth, 0.05, 0.2);
         }
     }
 

@@ -1,4 +1,4 @@
-//! Measures the terms of a [`DeviceProfile`] on a device: [`probes`] are batches whose time one term decides, [`fit`] solves the
+//! Measures the terms of a [`DeviceProfile`] on a device: [`probes`] are batches whose time one term decides, [`fit()`] solves the
 //! cost model for the terms.
 //!
 //! Every probe is planned in mode `fixed-chunk`, with its tile variant forced: the plan does not depend on the terms that are
@@ -8,6 +8,7 @@ pub mod fit;
 pub mod probe;
 
 use crate::device::{DeviceCase, Repeats};
+use crate::statistics::median;
 pub use fit::fit;
 use pat_rs::cuda::CudaEngine;
 use pat_rs::cuda::bench_support::L2Flush;
@@ -41,7 +42,10 @@ impl Probe {
     /// The driver's, or the device is too small.
     pub fn measure(&self, engine: &CudaEngine, flush: &L2Flush, repeats: Repeats) -> Result<Sample> {
         let plan = self.plan(&engine.device().profile()?)?;
-        let times = DeviceCase::new(engine, &self.batch, self.shape)?.time(&plan, flush, repeats)?;
-        Ok(Sample { name: self.name.clone(), quantity: self.quantity, measured_us: times.cold_us })
+        let case = DeviceCase::new(engine, &self.batch, self.shape)?;
+        let prepared = case.prepare(&plan)?;
+        (0..repeats.warm_ups).try_for_each(|_| prepared.run_us(Some(flush)).map(drop))?;
+        let mut times = (0..repeats.timed).map(|_| prepared.run_us(Some(flush))).collect::<Result<Vec<_>>>()?;
+        Ok(Sample { name: self.name.clone(), quantity: self.quantity, measured_us: median(&mut times) })
     }
 }

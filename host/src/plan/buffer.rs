@@ -13,8 +13,8 @@ use std::sync::Arc;
 #[derive(Clone, Debug, Default)]
 pub(super) struct Records {
     pub(super) items: Vec<PendingItem>,
-    /// Launch order: variant, length, index in `items`.
-    order: Vec<(u64, u32)>,
+    /// Launch order: key, index in `items`.
+    order: Vec<(LaunchKey, u32)>,
     /// Queries of the items.
     pub(super) queries: Vec<PackQuery>,
     /// Page ids of the items' streams.
@@ -27,6 +27,28 @@ pub(super) struct Records {
     pub(super) slot_count: u32,
     /// By batch row, where the tokens of the sequence's last page are counted.
     pub(super) tails: Vec<Tail>,
+}
+
+/// Where an item stands in the launch order: by variant, longest first, so that what is left at the end is short. Of equally
+/// long ones, the same chunks of different tiles stand together, which are served at the same time: they hold the same shared
+/// pages, and a node larger than L2 is read from DRAM once, not once per tile.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct LaunchKey(u64);
+
+impl LaunchKey {
+    const CHUNK_BITS: u32 = 29;
+
+    /// `page_count` is below 2^31; from the 2^29-th on, chunks are not told apart.
+    fn new(variant: TileVariant, page_count: u32, chunk: u32) -> Self {
+        const { assert!(TileVariant::ALL.len() <= MAX_TILE_VARIANTS && MAX_TILE_VARIANTS <= 8) };
+        let shortness = u64::from(u32::MAX - page_count);
+        let chunk = u64::from(chunk.min((1 << Self::CHUNK_BITS) - 1));
+        Self((variant.index() as u64) << 61 | shortness << Self::CHUNK_BITS | chunk)
+    }
+
+    fn variant_index(self) -> usize {
+        (self.0 >> 61) as usize
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -70,14 +92,18 @@ impl Records {
         *slot_count = 0;
     }
 
-    pub(super) fn push_item(&mut self, variant: TileVariant, page_count: u32, item: WorkItem, tail_of: Option<u32>) {
-        let key = (variant.index() as u64) << 32 | u64::from(u32::MAX - page_count);
-        self.order.push((key, self.items.len() as u32));
+    /// `chunk` is which of its tile's chunks the item is.
+    pub(super) fn push_item(
+        &mut self,
+        (variant, page_count, chunk): (TileVariant, u32, u32),
+        item: WorkItem,
+        tail_of: Option<u32>,
+    ) {
+        self.order.push((LaunchKey::new(variant, page_count, chunk), self.items.len() as u32));
         self.items.push(PendingItem { item, tail_of });
     }
 
-    /// Settles the launch order: by variant, longest first, so that what is left at the end is short. Equal ones stay
-    /// neighbours of those they share pages with: the second reads the first's KV from L2.
+    /// Settles the launch order.
     pub(super) fn order_items(&mut self) {
         self.order.sort_unstable();
         for (position, &(_, index)) in (0u32..).zip(&self.order) {
@@ -198,7 +224,7 @@ impl Plan {
             reserved: [0; 2],
         };
         for &(key, _) in &records.order {
-            header.variant_count[(key >> 32) as usize] += 1;
+            header.variant_count[key.variant_index()] += 1;
         }
         let mut begin = 0;
         for (first, count) in header.variant_begin.iter_mut().zip(header.variant_count) {

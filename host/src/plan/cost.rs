@@ -43,12 +43,15 @@ pub struct Pack {
 pub(super) struct VariantTerms {
     /// CTAs that run at a time.
     slots: u32,
+    /// CTAs that share a multiprocessor.
+    ctas_per_sm: u32,
     /// Time in which the device multiplies the padded tiles of one main-loop step of one CTA.
     tensor_per_step_us: f64,
 }
 
-/// What masks add to a main-loop step: measured on batches that share nothing, where they gain nothing.
-const MASK_COST: f64 = 0.03;
+/// What masks add to a main-loop step: with it, predictions are the measured times in the geometric mean over the batches of
+/// all suites (docs/performance-log.md).
+const MASK_COST: f64 = 0.10;
 
 impl VariantTerms {
     /// Of every variant, by [`TileVariant::index`].
@@ -60,10 +63,8 @@ impl VariantTerms {
                 Arch::Sm90a => profile.wgmma_flop_per_us,
             };
             let flop = 4.0 * f64::from(variant.rows()) * f64::from(variant.keys()) * f64::from(shape.head_dim());
-            Self {
-                slots: profile.sm_count * kernel.map_or(1, |kernel| kernel.min_ctas_per_sm),
-                tensor_per_step_us: flop / rate,
-            }
+            let ctas_per_sm = kernel.map_or(1, |kernel| kernel.min_ctas_per_sm);
+            Self { slots: profile.sm_count * ctas_per_sm, ctas_per_sm, tensor_per_step_us: flop / rate }
         })
     }
 }
@@ -78,6 +79,8 @@ pub(super) struct CostModel<'a> {
     pub(super) variants: &'a [VariantTerms; TileVariant::ALL.len()],
     /// Distinct pages of the batch.
     pub(super) unique_pages: u64,
+    /// Those of them that several sequences read.
+    pub(super) shared_pages: u64,
 }
 
 impl CostModel<'_> {
@@ -93,7 +96,7 @@ impl CostModel<'_> {
         let tensor_us =
             |variant: TileVariant| tokens / f64::from(variant.keys()) * self.terms(variant).tensor_per_step_us;
         let tensor_us = choice.variants().map(tensor_us).fold(f64::INFINITY, f64::min);
-        let forward_us = self.memory_us(page_count, 0.0).max(tensor_us);
+        let forward_us = self.memory_us(page_count, 0.0, true).max(tensor_us);
         // Rounding must not put the floor above the sum it is the floor of.
         (1.0 - 1e-12) * (self.profile.launch_us + self.profile.item_latency_us + forward_us + merge_us)
     }
@@ -144,7 +147,7 @@ impl CostModel<'_> {
         });
         let partial_rows = partials * u64::from(self.shape.q_heads());
         let partial_bytes = partial_rows as f64 * (4.0 * f64::from(self.shape.head_dim()) + 4.0);
-        let memory_us = self.memory_us(page_count, partial_bytes);
+        let memory_us = self.memory_us(page_count, partial_bytes, masked_steps > 0.0);
         let kv_heads = f64::from(self.shape.kv_heads());
         let all_steps: f64 = work.iter().map(Work::all_steps).sum();
         let memory_per_step_us = memory_us / (all_steps * kv_heads).max(1.0);
@@ -192,55 +195,54 @@ impl CostModel<'_> {
         &self.variants[variant.index()]
     }
 
-    /// Reading `page_count` pages and writing partials. Repeated reads are served by L2 as far as what is read fits there;
-    /// DRAM and L2 work side by side.
-    fn memory_us(&self, page_count: u64, partial_bytes: f64) -> f64 {
+    /// Reading `page_count` pages and writing partials. Repeated reads are served by L2 as far as what it should keep fits
+    /// there: the shared pages, where tiles of several sequences let private ones make room first (`are_packed`), else all. DRAM
+    /// and L2 work side by side.
+    fn memory_us(&self, page_count: u64, partial_bytes: f64, are_packed: bool) -> f64 {
         let page_bytes = f64::from(self.page_size) * self.shape.kv_bytes_per_token() as f64;
         let (read_bytes, unique_bytes) = (page_count as f64 * page_bytes, self.unique_pages as f64 * page_bytes);
         let repeated = (read_bytes - unique_bytes).max(0.0);
-        let resident = (self.profile.l2_bytes as f64 / unique_bytes.max(1.0)).min(1.0);
+        let kept_bytes = if are_packed { self.shared_pages as f64 * page_bytes } else { unique_bytes };
+        let resident = (self.profile.l2_bytes as f64 / kept_bytes.max(1.0)).min(1.0);
         let hbm_bytes = unique_bytes.min(read_bytes) + repeated * (1.0 - resident);
         let l2_us = (read_bytes + partial_bytes) / self.profile.l2_bytes_per_us;
         l2_us.max(hbm_bytes / self.profile.hbm_bytes_per_us)
     }
 
-    /// Items are dealt out longest first, one per CTA slot and wave. A wave lasts as long as its longest item takes on its
-    /// own, or as all of its steps take the device at `step_us` each.
+    /// Items are dealt out longest first. While all CTA slots have work, steps pass at the rate of the memory or the tensor
+    /// cores, or at what the slots can do at a latency per step and item each. At the end, the items of the last round run out one
+    /// after the other: the fewer are left, the more of the device stands idle.
     fn waves_us(&self, variant: TileVariant, work: &[Work], step_us: f64) -> f64 {
-        let slots = u64::from(self.terms(variant).slots);
-        let heads = u64::from(self.shape.kv_heads());
-        // What one CTA waits for while it changes items, its neighbour on the multiprocessor uses: only the first wave
-        // has nothing to overlap with.
-        let mut total_us = self.profile.item_latency_us;
-        // Free slots of the wave under way, its longest item, its steps.
-        let (mut free, mut longest, mut steps) = (slots, 0, 0u64);
-        let wave_us = |longest: u32, steps: u64| {
-            let alone_us = self.profile.item_latency_us + f64::from(longest) * self.profile.tile_latency_us;
-            alone_us.max(steps as f64 * step_us)
-        };
-        for entry in work {
-            let entry_steps = u64::from(entry.steps);
-            let mut left = entry.items * heads;
-            if free < slots || left < slots {
-                let taken = left.min(free);
-                longest = longest.max(entry.steps);
-                steps += taken * entry_steps;
-                (free, left) = (free - taken, left - taken);
-                if free == 0 {
-                    total_us += wave_us(longest, steps);
-                    (free, longest, steps) = (slots, 0, 0);
-                }
-            }
-            total_us += (left / slots) as f64 * wave_us(entry.steps, slots * entry_steps);
-            left %= slots;
-            if left > 0 {
-                (free, longest, steps) = (slots - left, entry.steps, left * entry_steps);
-            }
+        let VariantTerms { slots, ctas_per_sm, .. } = *self.terms(variant);
+        let (slots, heads) = (u64::from(slots), u64::from(self.shape.kv_heads()));
+        let rate_us = |active: u64| self.profile.tile_latency_us.max(active as f64 * step_us);
+        let ctas: u64 = work.iter().map(|entry| entry.items * heads).sum();
+        if ctas == 0 {
+            return 0.0;
         }
-        if free < slots {
-            total_us += wave_us(longest, steps);
+        // From the shortest item up: the last round.
+        let last = if ctas.is_multiple_of(slots) { slots } else { ctas % slots };
+        let (mut active, mut level, mut ending_us) = (last, 0, 0.0);
+        let (mut steady_steps, mut steady_items) = (0.0, 0.0);
+        for entry in work.iter().rev() {
+            let of_entry = entry.items * heads;
+            if active > 0 {
+                ending_us += f64::from(entry.steps - level) * rate_us(active);
+                level = entry.steps;
+            }
+            let ending = of_entry.min(active);
+            active -= ending;
+            steady_steps += (of_entry - ending) as f64 * f64::from(entry.steps);
+            steady_items += (of_entry - ending) as f64;
         }
-        total_us
+        let longest = work.first().map_or(0, |entry| entry.steps);
+        let chain_us = steady_steps * self.profile.tile_latency_us + steady_items * self.profile.item_latency_us;
+        let steady_us = (steady_steps * step_us).max(chain_us / slots as f64);
+        let forward_us = (steady_us + ending_us).max(f64::from(longest) * self.profile.tile_latency_us);
+        // CTAs that share a multiprocessor wait for each other's first loads. What is behind the last step has nothing to overlap
+        // with either.
+        let sharing = ctas.div_ceil(u64::from(self.profile.sm_count)).min(u64::from(ctas_per_sm));
+        forward_us + (sharing + 1) as f64 * self.profile.item_latency_us
     }
 }
 

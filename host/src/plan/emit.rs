@@ -77,7 +77,7 @@ impl Emitter<'_> {
         let order = &self.forest.order()[tile.order_begin as usize..tile.order_end as usize];
         let count = extents.len() as u32;
         scratch.runs.clear();
-        let mut room = tile.chunk_pages;
+        let (mut room, mut chunk) = (tile.chunk_pages, 0);
         for (reader, extent) in (0u32..).zip(extents) {
             // What the sequences before it have not read, from the deepest page up: the further up, the more readers.
             let top = if reader == 0 { 0 } else { extent.shared };
@@ -111,23 +111,25 @@ impl Emitter<'_> {
                     room -= split - run.page_begin;
                     run.page_begin = split;
                     if room == 0 || (self.per_node && run.page_begin == run.page_end) {
-                        self.item(order, leaves_first, &mut scratch.runs, &mut scratch.slots, records)?;
+                        self.item(order, leaves_first, chunk, &mut scratch.runs, &mut scratch.slots, records)?;
                         room = tile.chunk_pages;
+                        chunk += 1;
                     }
                 }
             }
         }
         if !scratch.runs.is_empty() {
-            self.item(order, leaves_first, &mut scratch.runs, &mut scratch.slots, records)?;
+            self.item(order, leaves_first, chunk, &mut scratch.runs, &mut scratch.slots, records)?;
         }
         Ok(())
     }
 
-    /// Writes one chunk of a stream as an item, and empties `runs`. `order` are the tile's sequences.
+    /// Writes chunk `chunk` of a stream as an item, and empties `runs`. `order` are the tile's sequences.
     fn item(
         &self,
         order: &[u32],
         leaves_first: bool,
+        chunk: u32,
         runs: &mut Vec<Run>,
         partials: &mut [u32],
         records: &mut Records,
@@ -185,7 +187,7 @@ impl Emitter<'_> {
         let token_count = buffer::checked_count("tokens of an item", token_count)?;
         let variant = self.choice.variant(row_count / group);
         let item = WorkItem { page_begin, token_count, query_begin, row_count, mask_begin, reserved: [0; 3] };
-        records.push_item(variant, page_count, item, tail_of);
+        records.push_item((variant, page_count, chunk), item, tail_of);
         buffer::checked_count("items", records.items.len() as u64)?;
         runs.clear();
         Ok(())

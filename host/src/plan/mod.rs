@@ -211,7 +211,8 @@ impl Planner {
             return Err(Error::invalid("sequences of a pack", pack.sequences, expected));
         }
         let (profile, shape, variants) = (&*self.profile, self.shape, &self.variants);
-        let model = CostModel { profile, shape, page_size, variants, unique_pages };
+        // Which pages are read again is not known: as if all were.
+        let model = CostModel { profile, shape, page_size, variants, unique_pages, shared_pages: unique_pages };
         Ok(model.predict_packs(packs, partials, &choice))
     }
 
@@ -296,8 +297,15 @@ impl Planner {
         let Scratch { extents, tiles, search: search_scratch, emit: emit_scratch, records } = &mut self.scratch;
         tiling::measure(batch, &self.forest, extents);
         let unique_pages = extents.iter().map(|extent| u64::from(extent.pages - extent.shared)).sum();
-        let model =
-            CostModel { profile: &self.profile, shape: self.shape, page_size, variants: &self.variants, unique_pages };
+        let shared_pages = self.forest.nodes().iter().map(|node| u64::from(node.page_count())).sum();
+        let model = CostModel {
+            profile: &self.profile,
+            shape: self.shape,
+            page_size,
+            variants: &self.variants,
+            unique_pages,
+            shared_pages,
+        };
         let search = Search { model: &model, choice, extents, capacity: self.capacity.as_ref() };
         let widest = choice.widest();
         let (rule, prediction) = match (self.options.mode, exact_tokens) {

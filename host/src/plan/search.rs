@@ -67,17 +67,21 @@ impl Search<'_> {
         // What keeps a tile from being as wide in a tiling with shorter chunks.
         let unshared = uncut.iter().map(|tile| tile.page_count - tile.common_pages).max().unwrap_or(0);
         let longest = self.extents.iter().map(|extent| extent.pages).max().unwrap_or(0);
-        let longest_stream = uncut.iter().map(|tile| tile.page_count).max().unwrap_or(0);
-        let key_tile_pages = (LEAST_CHUNK_TOKENS / page_size).max(1);
-        for waves in 0..=MOST_WAVES {
-            if waves > 0 {
-                // So that every slot gets this many items, if all were equal.
-                let even = u32::try_from(u64::div_ceil(even_pages, waves)).unwrap_or(u32::MAX).max(key_tile_pages);
+        let longest_stream = uncut.iter().map(|tile| u64::from(tile.page_count)).max().unwrap_or(0);
+        let key_tile_pages = u64::from((LEAST_CHUNK_TOKENS / page_size).max(1));
+        for candidate in 0..=2 * MOST_WAVES {
+            if candidate > 0 {
+                // So that every slot gets this many items, if all were equal ...
+                let even = even_pages.div_ceil(candidate.div_ceil(2)).max(key_tile_pages);
+                // ... or, before, one item less of the longest stream, where that is cut into more pieces than there are slots.
+                let chunk_pages =
+                    if candidate % 2 == 1 { longest_stream.div_ceil((longest_stream / even).max(1)) } else { even };
                 // Chunks that cut nothing were tried first.
-                if even >= rule.chunk_pages || even >= longest_stream {
+                let chunk_pages = u32::try_from(chunk_pages).unwrap_or(u32::MAX);
+                if chunk_pages >= rule.chunk_pages || u64::from(chunk_pages) >= longest_stream {
                     continue;
                 }
-                rule.chunk_pages = even;
+                rule.chunk_pages = chunk_pages;
             }
             // Narrower tiles read no less, and where even one sequence is cut there is a merge.
             let is_hopeless = |pages| {
@@ -85,7 +89,7 @@ impl Search<'_> {
                 best.is_some_and(|(_, best)| best.total_us() <= floor_us)
             };
             if is_hopeless(pages) {
-                if waves == 0 {
+                if candidate == 0 {
                     return false;
                 }
                 continue;

@@ -122,6 +122,7 @@ impl Plan {
             page_size: self.page_size(),
             variants: &terms,
             unique_pages: 0,
+            shared_pages: 0,
         };
         used()
             .filter(|(_, items)| !items.is_empty())
