@@ -337,8 +337,8 @@ impl PageWindow {
     }
 }
 
-/// A KV producer: a warp that issues the tensor copies of all items, of K, of V or of both. The page ids of an item are loaded
-/// while the item before it is served.
+/// The KV producer: one warp that issues the tensor copies of all items. The page ids of an item are loaded while the item
+/// before it is served.
 ///
 /// # Safety
 /// One whole warp; barriers initialised; maps as `abi` describes them.
@@ -348,7 +348,6 @@ unsafe fn produce_kv<const HEAD_DIM: u32, const GROUPS: u32>(
     plan: PlanView,
     smem: Smem<HEAD_DIM, GROUPS>,
     maps: (u64, u64),
-    (keys, values): (bool, bool),
 ) {
     let lane = thread_index() & 31;
     let box_keys = if p.page_size.divisor < TILE_KEYS { p.page_size.divisor } else { TILE_KEYS };
@@ -396,34 +395,30 @@ unsafe fn produce_kv<const HEAD_DIM: u32, const GROUPS: u32>(
                 let read_once = work.mask_begin != NO_MASKS && !page_mask.is_for_all_rows();
 
                 let coordinates = [block * 64, in_page, work.kv_head, id];
-                if keys {
-                    let (tile, full) = (smem.k(ring.stage), smem.k_full(ring.stage));
-                    mbarrier::wait(smem.k_empty(ring.stage), ring.phase);
-                    if issues {
-                        load_box(tile + box_offset, maps.0, coordinates, full, read_once);
-                    }
-                    // The copies are under way; the phase ends when they have landed and lane 0 has arrived.
-                    let mask = window.key_mask(p, &work, token + (lane & 3) * KeyMask::KEYS);
-                    let masks = [0, 1, 2, 3].map(|step| from_lane_u32(mask.0, step));
-                    if lane == 0 {
-                        // Written by the lane that arrives: its arrival publishes them.
-                        store_shared_u32x4(smem.masks(ring.stage), masks);
-                        mbarrier::arrive_expect_bytes(full, Smem::<HEAD_DIM, GROUPS>::TILE_BYTES);
-                    }
+                let (tile, full) = (smem.k(ring.stage), smem.k_full(ring.stage));
+                mbarrier::wait(smem.k_empty(ring.stage), ring.phase);
+                if issues {
+                    load_box(tile + box_offset, maps.0, coordinates, full, read_once);
+                }
+                // The copies are under way; the phase ends when they have landed and lane 0 has arrived.
+                let mask = window.key_mask(p, &work, token + (lane & 3) * KeyMask::KEYS);
+                let masks = [0, 1, 2, 3].map(|step| from_lane_u32(mask.0, step));
+                if lane == 0 {
+                    // Written by the lane that arrives: its arrival publishes them.
+                    store_shared_u32x4(smem.masks(ring.stage), masks);
+                    mbarrier::arrive_expect_bytes(full, Smem::<HEAD_DIM, GROUPS>::TILE_BYTES);
                 }
                 if first {
                     queries_requested();
                     first = false;
                 }
-                if values {
-                    let (tile, full) = (smem.v(ring.stage), smem.v_full(ring.stage));
-                    mbarrier::wait(smem.v_empty(ring.stage), ring.phase);
-                    if issues {
-                        load_box(tile + box_offset, maps.1, coordinates, full, read_once);
-                    }
-                    if lane == 0 {
-                        mbarrier::arrive_expect_bytes(full, Smem::<HEAD_DIM, GROUPS>::TILE_BYTES);
-                    }
+                let (tile, full) = (smem.v(ring.stage), smem.v_full(ring.stage));
+                mbarrier::wait(smem.v_empty(ring.stage), ring.phase);
+                if issues {
+                    load_box(tile + box_offset, maps.1, coordinates, full, read_once);
+                }
+                if lane == 0 {
+                    mbarrier::arrive_expect_bytes(full, Smem::<HEAD_DIM, GROUPS>::TILE_BYTES);
                 }
                 ring.advance();
                 token += TILE_KEYS;
@@ -446,6 +441,9 @@ unsafe fn load_box(destination: u32, map: u64, coordinates: [u32; 4], barrier: u
     }
 }
 
+/// Producer warps that copy Q rows: all but the one that copies K and V.
+const Q_WARPS: u32 = PRODUCER_WARPS - 1;
+
 /// Where the producer warps meet once: the queries of a CTA's first item are requested right behind the first keys, the rest
 /// after them. Memory serves requests in about the order in which they are made, and nothing begins without the queries.
 #[inline(always)]
@@ -453,18 +451,11 @@ fn queries_requested() {
     sync_named::<2, { 32 * PRODUCER_WARPS }>();
 }
 
-/// Producer warps that copy K and V, and those that copy Q. A page of 16 tokens is a box of its own: then the boxes of a tile
-/// are so many that one warp issues those of K and another those of V.
-#[inline(always)]
-fn producer_warps(p: &ForwardParams) -> (u32, u32) {
-    if p.page_size.divisor < 32 { (2, PRODUCER_WARPS - 2) } else { (1, PRODUCER_WARPS - 1) }
-}
-
 /// The Q producers: warps that copy the items' Q rows to the Q slots. The first item of a CTA has nothing to hide behind:
 /// one warp would take longer for 64 rows than the first keys take to arrive.
 ///
 /// # Safety
-/// Warp `warp` of the Q producers ([`producer_warps`]), whole; barriers initialised.
+/// Warp `warp` of [`Q_WARPS`], whole; barriers initialised.
 #[inline(always)]
 unsafe fn produce_q<const HEAD_DIM: u32, const GROUPS: u32>(
     p: &ForwardParams,
@@ -472,7 +463,6 @@ unsafe fn produce_q<const HEAD_DIM: u32, const GROUPS: u32>(
     smem: Smem<HEAD_DIM, GROUPS>,
     warp: u32,
 ) {
-    let (_, warps) = producer_warps(p);
     let lane = thread_index() & 31;
     let mut slots = QSlots::<GROUPS> { next: 0, phases: u32::MAX };
     let mut round = 0;
@@ -502,14 +492,13 @@ unsafe fn produce_q<const HEAD_DIM: u32, const GROUPS: u32>(
             let mut sources = [0u64; 4];
             for i in 0..2 * GROUPS {
                 let (_, head) = work.query_address(p, plan, lane + 32 * i);
-                sources[i as usize] =
-                    strided(p.q, sequences[i as usize], p.q_sequence_stride, head, p.q_head_stride);
+                sources[i as usize] = strided(p.q, sequences[i as usize], p.q_sequence_stride, head, p.q_head_stride);
             }
             let (slot, slot_count) = slots.take(work.row_count);
             for i in 0..slot_count {
                 mbarrier::wait(smem.q_empty(slot + i), slots.parity(slot + i));
             }
-            copy_q::<HEAD_DIM, GROUPS>(smem, work.row_count, sources, slot * QSlots::<GROUPS>::ROWS, (warp, warps));
+            copy_q::<HEAD_DIM, GROUPS>(smem, work.row_count, sources, slot * QSlots::<GROUPS>::ROWS, warp, lane);
             if round == 0 {
                 queries_requested();
             }
@@ -535,9 +524,9 @@ unsafe fn copy_q<const HEAD_DIM: u32, const GROUPS: u32>(
     row_count: u32,
     sources: [u64; 4],
     first_row: u32,
-    (warp, warps): (u32, u32),
+    warp: u32,
+    lane: u32,
 ) {
-    let lane = thread_index() & 31;
     let chunks_per_row = HEAD_DIM / 8;
     let rows_per_step = 32 / chunks_per_row;
     let (step_row, chunk) = (lane / chunks_per_row, lane % chunks_per_row);
@@ -552,7 +541,7 @@ unsafe fn copy_q<const HEAD_DIM: u32, const GROUPS: u32>(
                 // SAFETY: the row is one of the item's; Q rows are 16-byte aligned (checked by the host).
                 unsafe { cp_async::copy_16_bytes(target, source, 16) };
             }
-            begin += warps * rows_per_step;
+            begin += Q_WARPS * rows_per_step;
         }
     }
 }
@@ -948,9 +937,8 @@ unsafe fn forward<E: Element, const HEAD_DIM: u32, const GROUPS: u32, const Q_RE
                 mbarrier::init(smem.k_empty(stage), Smem::<HEAD_DIM, GROUPS>::CONSUMER_WARPS);
                 mbarrier::init(smem.v_empty(stage), Smem::<HEAD_DIM, GROUPS>::CONSUMER_WARPS);
             }
-            let (_, q_warps) = producer_warps(p);
             for slot in 0..QSlots::<GROUPS>::COUNT {
-                mbarrier::init(smem.q_full(slot), 32 * q_warps);
+                mbarrier::init(smem.q_full(slot), 32 * Q_WARPS);
                 mbarrier::init(smem.q_empty(slot), Smem::<HEAD_DIM, GROUPS>::CONSUMER_WARPS);
             }
             mbarrier::fence_init();
@@ -966,11 +954,10 @@ unsafe fn forward<E: Element, const HEAD_DIM: u32, const GROUPS: u32, const Q_RE
             } else {
                 wgmma::shrink_registers::<80>();
             }
-            let (warp, (kv_warps, _)) = (thread / 32, producer_warps(p));
-            if warp < kv_warps {
-                produce_kv::<HEAD_DIM, GROUPS>(p, plan, smem, maps, (warp == 0, warp + 1 == kv_warps));
+            if thread < 32 {
+                produce_kv::<HEAD_DIM, GROUPS>(p, plan, smem, maps);
             } else {
-                produce_q::<HEAD_DIM, GROUPS>(p, plan, smem, warp - kv_warps);
+                produce_q::<HEAD_DIM, GROUPS>(p, plan, smem, thread / 32 - 1);
             }
         } else {
             if GROUPS == 1 {
