@@ -167,6 +167,8 @@ pub(crate) fn svg(forest: &Forest, tiles: &[RowTile], batch: &DecodeBatch<'_>, t
         escape(title),
         forest.order().len()
     );
+    // Written last, on a ground of their own: boundaries may run through them.
+    let mut labels = String::new();
     let mut bar = |begin_token: u32,
                    tokens: u32,
                    order_begin: u32,
@@ -186,7 +188,14 @@ pub(crate) fn svg(forest: &Forest, tiles: &[RowTile], batch: &DecodeBatch<'_>, t
             && h > 16.0
         {
             let (x, y) = (x + 5.0, y + h.min(40.0) / 2.0 + 5.0);
-            let _ = writeln!(svg, "<text x=\"{x:.1}\" y=\"{y:.1}\" fill=\"#fff\">{label}</text>");
+            let _ = writeln!(
+                labels,
+                "<rect x=\"{:.1}\" y=\"{:.1}\" width=\"{:.1}\" height=\"15\" fill=\"{fill}\"/>\n\
+                 <text x=\"{x:.1}\" y=\"{y:.1}\" fill=\"#fff\">{label}</text>",
+                x - 2.0,
+                y - 11.5,
+                label.len() as f64 * 7.5 + 4.0
+            );
         }
     };
     for node in forest.nodes() {
@@ -208,6 +217,7 @@ pub(crate) fn svg(forest: &Forest, tiles: &[RowTile], batch: &DecodeBatch<'_>, t
             WIDTH - LEFT
         );
     }
+    svg.push_str(&labels);
     svg.push_str("</svg>\n");
     svg
 }

@@ -216,9 +216,9 @@ fn a_plan_draws_its_forest() {
     let svg = std::fs::read_to_string(&picture).expect("the picture is there");
     assert!(svg.starts_with("<svg xmlns=\"http://www.w3.org/2000/svg\""), "{svg}");
     assert!(svg.trim_end().ends_with("</svg>"), "{svg}");
-    // The background, three shared runs, six private ones.
-    assert_eq!(svg.matches("<rect").count(), 1 + 3 + 6, "{svg}");
-    assert_eq!(svg.matches("#0072b2").count(), 1 + 3, "the legend and three packed runs: {svg}");
+    // The background, three shared runs and their labels' grounds, six private ones.
+    assert_eq!(svg.matches("<rect").count(), 1 + 3 + 3 + 6, "{svg}");
+    assert_eq!(svg.matches("#0072b2").count(), 1 + 3 + 3, "the legend, three packed runs, their labels: {svg}");
 }
 
 #[test]

@@ -33,21 +33,66 @@ fn relative_links_lead_to_files() {
     }
 }
 
+/// The arguments of the commands in `text` that begin with `prompt`, continued lines joined.
+fn commands(text: &str, prompt: &str) -> Vec<Vec<String>> {
+    let joined = text.replace("\\\n", " ");
+    let arguments = joined.lines().filter_map(|line| line.strip_prefix(prompt));
+    arguments.map(|line| line.split_whitespace().map(str::to_owned).collect()).collect()
+}
+
+/// Runs `pat` as a reader would: in the repository's root, here without a GPU.
+fn pat(arguments: &[String]) -> std::process::Output {
+    Command::new(env!("CARGO_BIN_EXE_pat"))
+        .args(arguments)
+        .current_dir(root())
+        .env("CUDA_VISIBLE_DEVICES", "")
+        .output()
+        .expect("pat starts")
+}
+
 #[test]
-fn the_commands_shown_run() {
+fn the_commands_shown_run_and_draw_the_pictures_shown() {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let (mut shown, mut pictures) = (0, 0);
+    for (file, text) in documents() {
+        for shown_arguments in commands(&text, "$ cargo run --release -- ") {
+            let command = format!("{}: pat {}", file.display(), shown_arguments.join(" "));
+            // A picture goes elsewhere, to be compared with the one of the repository.
+            let mut arguments = shown_arguments.clone();
+            let picture = arguments.iter().position(|argument| argument == "--svg").map(|option| option + 1);
+            if let Some(index) = picture {
+                arguments[index] = folder.join(format!("{pictures}.svg")).display().to_string();
+            }
+            let output = pat(&arguments);
+            assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
+            shown += 1;
+            if let Some(index) = picture {
+                let drawn = std::fs::read(&arguments[index]).expect("the picture just drawn");
+                let kept = std::fs::read(root().join(&shown_arguments[index])).expect("a picture of the repository");
+                assert!(
+                    drawn == kept,
+                    "another plan than the picture's, run it and read what is written of it: {command}"
+                );
+                pictures += 1;
+            }
+        }
+    }
+    assert!(shown >= 8 && pictures >= 3, "the documents show {shown} commands, {pictures} of which draw");
+}
+
+/// Those that need a GPU, many minutes or the reader's files: their options are known.
+#[test]
+fn the_commands_for_a_gpu_are_understood() {
     let mut shown = 0;
     for (file, text) in documents() {
-        for line in text.lines() {
-            let Some(arguments) = line.strip_prefix("$ cargo run --release -- ") else { continue };
-            let status = Command::new(env!("CARGO_BIN_EXE_pat"))
-                .args(arguments.split_whitespace())
-                .env("CUDA_VISIBLE_DEVICES", "")
-                .output()
-                .expect("pat starts")
-                .status;
-            assert!(status.success(), "{}: {line}: {status}", file.display());
+        for mut arguments in commands(&text, "$ target/release/pat ") {
+            let command = format!("{}: pat {}", file.display(), arguments.join(" "));
+            // Help is given once everything before it has been understood.
+            arguments.push("--help".into());
+            let output = pat(&arguments);
+            assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
             shown += 1;
         }
     }
-    assert!(shown >= 2, "the README shows commands");
+    assert!(shown >= 8, "the guide shows commands");
 }
