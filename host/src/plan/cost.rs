@@ -49,8 +49,8 @@ pub(super) struct VariantTerms {
     tensor_per_step_us: f64,
 }
 
-/// What masks add to a main-loop step: with it, predictions are the measured times in the geometric mean over the batches of
-/// all suites (docs/performance-log.md).
+/// What masks add to a main-loop step: of 3, 6, 10 and 15%, the one with which predictions were nearest to 144 measured times
+/// (docs/performance-log.md).
 const MASK_COST: f64 = 0.10;
 
 impl VariantTerms {
@@ -101,14 +101,15 @@ impl CostModel<'_> {
         (1.0 - 1e-12) * (self.profile.launch_us + self.profile.item_latency_us + forward_us + merge_us)
     }
 
-    /// Predicts the tiling of `classes` under `rule`. `work` is scratch.
-    pub(super) fn predict(
+    /// Predicts the tiling of `classes` under `rule`, if it takes less than `limit_us`. `work` is scratch.
+    pub(super) fn predict_below(
         &self,
+        limit_us: f64,
         classes: &[TileClass],
         rule: TilingRule,
         choice: &TileChoice,
         work: &mut Vec<Work>,
-    ) -> Prediction {
+    ) -> Option<Prediction> {
         work.clear();
         let (mut page_count, mut partials, mut masked_steps) = (0u64, 0u64, 0.0);
         for class in classes {
@@ -122,7 +123,12 @@ impl CostModel<'_> {
             masked_steps += if class.sequences > 1 { of_class.all_steps() } else { 0.0 };
             work.push(of_class);
         }
-        self.predict_work(work, page_count, partials, masked_steps)
+        let totals = Totals { page_count, partials, masked_steps };
+        // What costs most is to sort the work: not for what its sums alone rule out.
+        if self.least_us(work, totals) >= limit_us {
+            return None;
+        }
+        Some(self.predict_work(work, totals)).filter(|prediction| prediction.total_us() < limit_us)
     }
 
     /// Predicts packs without masks, each one item per KV head of the variant that holds it.
@@ -133,11 +139,37 @@ impl CostModel<'_> {
             Work { variant, steps: tokens.div_ceil(u64::from(variant.keys())) as u32, items: 1 }
         };
         let page_count = packs.iter().map(|pack| u64::from(pack.pages)).sum();
-        self.predict_work(&mut packs.iter().map(item).collect(), page_count, partials, 0.0)
+        let totals = Totals { page_count, partials, masked_steps: 0.0 };
+        self.predict_work(&mut packs.iter().map(item).collect(), totals)
     }
 
-    /// Predicts `work` in any order, which reads `page_count` pages; `masked_steps` of its steps have masks.
-    fn predict_work(&self, work: &mut Vec<Work>, page_count: u64, partials: u64, masked_steps: f64) -> Prediction {
+    /// What `work`, in any order, takes at least: as if no slot ever waited.
+    fn least_us(&self, work: &[Work], totals: Totals) -> f64 {
+        let all_steps: f64 = work.iter().map(Work::all_steps).sum();
+        let tensor_us = |work: &Work| work.all_steps() * self.terms(work.variant).tensor_per_step_us;
+        let tensor_us = work.iter().map(tensor_us).sum::<f64>() * f64::from(self.shape.kv_heads());
+        let longest = work.iter().map(|work| work.steps).max().unwrap_or(0);
+        let memory_us = self.memory_us(totals.page_count, self.partial_bytes(totals), totals.masked_steps > 0.0);
+        let forward_us = memory_us.max(tensor_us).max(f64::from(longest) * self.profile.tile_latency_us);
+        let busy_us = (forward_us + 2.0 * self.profile.item_latency_us) * totals.mask_factor(all_steps);
+        // Rounding must not put it above what it is the least of.
+        (1.0 - 1e-12) * (self.profile.launch_us + busy_us + self.merge_us(totals))
+    }
+
+    fn partial_bytes(&self, totals: Totals) -> f64 {
+        let partial_rows = totals.partials * u64::from(self.shape.q_heads());
+        partial_rows as f64 * (4.0 * f64::from(self.shape.head_dim()) + 4.0)
+    }
+
+    fn merge_us(&self, totals: Totals) -> f64 {
+        if totals.partials == 0 {
+            return 0.0;
+        }
+        self.profile.merge_us + self.partial_bytes(totals) / self.profile.l2_bytes_per_us
+    }
+
+    /// Predicts `work` in any order.
+    fn predict_work(&self, work: &mut Vec<Work>, totals: Totals) -> Prediction {
         // Longest first; equal ones together, so that the sums below do not depend on the order of the tiles.
         work.sort_unstable_by_key(Work::order);
         work.dedup_by(|next, kept| {
@@ -145,9 +177,7 @@ impl CostModel<'_> {
             kept.items += if equal { next.items } else { 0 };
             equal
         });
-        let partial_rows = partials * u64::from(self.shape.q_heads());
-        let partial_bytes = partial_rows as f64 * (4.0 * f64::from(self.shape.head_dim()) + 4.0);
-        let memory_us = self.memory_us(page_count, partial_bytes, masked_steps > 0.0);
+        let memory_us = self.memory_us(totals.page_count, self.partial_bytes(totals), totals.masked_steps > 0.0);
         let kv_heads = f64::from(self.shape.kv_heads());
         let all_steps: f64 = work.iter().map(Work::all_steps).sum();
         let memory_per_step_us = memory_us / (all_steps * kv_heads).max(1.0);
@@ -160,17 +190,13 @@ impl CostModel<'_> {
             busy_us += self.waves_us(variant, same_variant, memory_per_step_us.max(tensor_per_step_us));
             launches += 1;
         }
-        busy_us *= 1.0 + MASK_COST * masked_steps / all_steps.max(1.0);
+        busy_us *= totals.mask_factor(all_steps);
         Prediction {
             memory_us,
             tensor_us,
             busy_us,
             launch_us: f64::from(launches) * self.profile.launch_us,
-            merge_us: if partials > 0 {
-                self.profile.merge_us + partial_bytes / self.profile.l2_bytes_per_us
-            } else {
-                0.0
-            },
+            merge_us: self.merge_us(totals),
         }
     }
 
@@ -243,6 +269,24 @@ impl CostModel<'_> {
         // with either.
         let sharing = ctas.div_ceil(u64::from(self.profile.sm_count)).min(u64::from(ctas_per_sm));
         forward_us + (sharing + 1) as f64 * self.profile.item_latency_us
+    }
+}
+
+/// What a tiling adds up to.
+#[derive(Clone, Copy, Debug)]
+struct Totals {
+    /// Pages it reads.
+    page_count: u64,
+    /// Partials of all sequences.
+    partials: u64,
+    /// Main-loop steps, per KV head, of items with masks.
+    masked_steps: f64,
+}
+
+impl Totals {
+    /// What masks make of the time of `all_steps` steps.
+    fn mask_factor(self, all_steps: f64) -> f64 {
+        1.0 + MASK_COST * self.masked_steps / all_steps.max(1.0)
     }
 }
 

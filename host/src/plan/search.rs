@@ -4,8 +4,8 @@ use super::capacity::PlanCapacity;
 use super::cost::{CostModel, Prediction, Work};
 use super::tiling::{self, Extent, TileChoice, TileClass, TilingRule};
 
-/// Waves of equal items up to which chunk lengths are tried.
-const MOST_WAVES: u64 = 6;
+/// Chunk lengths that are tried: each slot would get so many items, if all were equal.
+const ROUNDS: [u64; 3] = [1, 2, 6];
 
 /// Shortest chunk that is tried: a CTA's fixed costs are those of a few key tiles.
 const LEAST_CHUNK_TOKENS: u32 = 128;
@@ -52,7 +52,8 @@ impl Search<'_> {
     pub(super) fn predict(self, rule: TilingRule, scratch: &mut Scratch) -> Prediction {
         let Scratch { uncut, page_counts, work, .. } = scratch;
         self.classes(rule, page_counts, uncut);
-        self.model.predict(uncut, rule, self.choice, work)
+        let prediction = self.model.predict_below(f64::INFINITY, uncut, rule, self.choice, work);
+        prediction.expect("every time is below infinity")
     }
 
     /// Tries one width; returns whether narrower ones, which read no less, could still be better.
@@ -69,13 +70,11 @@ impl Search<'_> {
         let longest = self.extents.iter().map(|extent| extent.pages).max().unwrap_or(0);
         let longest_stream = uncut.iter().map(|tile| u64::from(tile.page_count)).max().unwrap_or(0);
         let key_tile_pages = u64::from((LEAST_CHUNK_TOKENS / page_size).max(1));
-        for candidate in 0..=2 * MOST_WAVES {
-            if candidate > 0 {
-                // So that every slot gets this many items, if all were equal ...
-                let even = even_pages.div_ceil(candidate.div_ceil(2)).max(key_tile_pages);
-                // ... or, before, one item less of the longest stream, where that is cut into more pieces than there are slots.
-                let chunk_pages =
-                    if candidate % 2 == 1 { longest_stream.div_ceil((longest_stream / even).max(1)) } else { even };
+        for rounds in std::iter::once(None).chain(ROUNDS.map(Some)) {
+            if let Some(rounds) = rounds {
+                let even = even_pages.div_ceil(rounds).max(key_tile_pages);
+                // In one piece less rather than one more: the last round would be nearly empty.
+                let chunk_pages = longest_stream.div_ceil((longest_stream / even).max(1));
                 // Chunks that cut nothing were tried first.
                 let chunk_pages = u32::try_from(chunk_pages).unwrap_or(u32::MAX);
                 if chunk_pages >= rule.chunk_pages || u64::from(chunk_pages) >= longest_stream {
@@ -89,7 +88,7 @@ impl Search<'_> {
                 best.is_some_and(|(_, best)| best.total_us() <= floor_us)
             };
             if is_hopeless(pages) {
-                if candidate == 0 {
+                if rounds.is_none() {
                     return false;
                 }
                 continue;
@@ -106,8 +105,8 @@ impl Search<'_> {
             if !self.fits(classes, rule) {
                 continue;
             }
-            let prediction = self.model.predict(classes, rule, self.choice, work);
-            if best.is_none_or(|(_, best)| prediction.total_us() < best.total_us()) {
+            let limit_us = best.map_or(f64::INFINITY, |(_, best)| best.total_us());
+            if let Some(prediction) = self.model.predict_below(limit_us, classes, rule, self.choice, work) {
                 *best = Some((rule, prediction));
             }
         }
