@@ -3,13 +3,11 @@
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use half::f16;
 use pat_bench::cpu::CpuCase;
-use pat_bench::device::{SEED, softmax_scale};
 use pat_bench::measure::batch_flop;
-use pat_bench::sample::sample;
+use pat_bench::sample::oracle;
 use pat_bench::suites::{figure10, realistic};
 use pat_rs::plan::PlanMode;
-use pat_rs::{AttentionShape, DeviceProfile, Dtype, PlanOptions, Planner};
-use pat_workloads::Oracle;
+use pat_rs::{DeviceProfile, Dtype, PlanOptions, Planner};
 use std::time::Duration;
 
 /// Small: one call takes milliseconds.
@@ -20,13 +18,11 @@ fn executor(criterion: &mut Criterion) {
     let configurations = [figure10(), realistic()].concat();
     for label in CASES {
         let configuration = configurations.iter().find(|c| c.label() == label).expect("a configuration of the suites");
-        let shape =
-            AttentionShape::new(configuration.q_heads, configuration.kv_heads, 128, Dtype::F16).expect("a valid shape");
+        let shape = configuration.shape(128, Dtype::F16).expect("a valid shape");
         let batch = configuration.batch().expect("a batch");
         let rows = batch.rows();
         let view = batch.view(&rows).expect("a valid batch");
-        let oracle = Oracle::compute::<f16>(&batch, shape, SEED, softmax_scale(shape), sample(&batch, shape));
-        let oracle = oracle.expect("a valid batch");
+        let oracle = oracle::<f16>(&batch, shape).expect("a valid batch");
         let mut case = CpuCase::<f16>::new(&batch, shape).expect("a valid batch");
         let mut group = criterion.benchmark_group(format!("executor/{label}"));
         group.throughput(Throughput::Elements(batch_flop(&batch, shape) as u64));

@@ -3,13 +3,12 @@
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use half::f16;
-use pat_bench::device::{DeviceCase, SEED, softmax_scale};
-use pat_bench::sample::sample;
+use pat_bench::device::DeviceCase;
+use pat_bench::sample::oracle;
 use pat_bench::suites::{figure10, realistic};
 use pat_rs::cuda::CudaEngine;
 use pat_rs::cuda::bench_support::L2Flush;
-use pat_rs::{AttentionShape, Dtype, PlanOptions, Planner};
-use pat_workloads::Oracle;
+use pat_rs::{Dtype, PlanOptions, Planner};
 use std::time::Duration;
 
 const CASES: [&str; 7] = [
@@ -34,16 +33,15 @@ fn gpu(criterion: &mut Criterion) {
     let configurations = [figure10(), realistic()].concat();
     for label in CASES {
         let configuration = configurations.iter().find(|c| c.label() == label).expect("a configuration of the suites");
-        let shape =
-            AttentionShape::new(configuration.q_heads, configuration.kv_heads, 128, Dtype::F16).expect("a valid shape");
+        let shape = configuration.shape(128, Dtype::F16).expect("a valid shape");
         let batch = configuration.batch().expect("a batch");
         let rows = batch.rows();
         let profile = engine.device().profile().expect("a profile");
         let mut planner = Planner::new(shape, profile, PlanOptions::default()).expect("a valid planner");
         let plan = planner.plan(&batch.view(&rows).expect("a valid batch")).expect("a plan");
-        let oracle = Oracle::compute::<f16>(&batch, shape, SEED, softmax_scale(shape), sample(&batch, shape));
+        let oracle = oracle::<f16>(&batch, shape).expect("a valid batch");
         let mut case = DeviceCase::new(&engine, &batch, shape).expect("device memory");
-        let report = case.verify::<f16>(&plan, &oracle.expect("a valid batch")).expect("a run");
+        let report = case.verify::<f16>(&plan, &oracle).expect("a run");
         assert!(report.passed, "{label}: {report:?}");
         let prepared = case.prepare(&plan).expect("device memory");
         let mut group = criterion.benchmark_group(format!("gpu/{label}"));

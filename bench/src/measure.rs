@@ -1,16 +1,16 @@
 //! Measuring one configuration into a record.
 
 use crate::cpu::CpuCase;
-use crate::device::{DeviceCase, Repeats, SEED, softmax_scale};
+use crate::device::{DeviceCase, Repeats};
 use crate::memory::{self, TooLarge};
 use crate::provenance::cpu_name;
 use crate::result::{Correctness, METHOD, Record};
-use crate::sample::sample;
+use crate::sample::oracle;
 use crate::statistics::{median, quartiles};
 use half::{bf16, f16};
 use pat_rs::cuda::bench_support::L2Flush;
 use pat_rs::{AttentionShape, DeviceProfile, Dtype, Element, Engine, Plan, PlanOptions, Planner};
-use pat_workloads::{NumericsReport, Oracle, OwnedBatch};
+use pat_workloads::{NumericsReport, OwnedBatch};
 use std::collections::BTreeMap;
 use std::time::Instant;
 
@@ -151,10 +151,9 @@ impl Target {
         repeats: Repeats,
     ) -> Result<(NumericsReport, Times), MeasureError> {
         let shape = plan.shape();
-        let oracle = || Oracle::compute::<T>(batch, shape, SEED, softmax_scale(shape), sample(batch, shape));
         if let (Some(cuda), Some(flush)) = (self.engine.as_cuda(), &self.flush) {
             let mut case = DeviceCase::new(cuda, batch, shape)?;
-            let report = case.verify::<T>(plan, &oracle()?)?;
+            let report = case.verify::<T>(plan, &oracle::<T>(batch, shape)?)?;
             let times = case.time(plan, flush, repeats)?;
             return Ok((
                 report,
@@ -169,7 +168,7 @@ impl Target {
         }
         memory::check_fits(batch, shape, plan)?;
         let mut case = CpuCase::<T>::new(batch, shape)?;
-        let report = case.verify(plan, &oracle()?)?;
+        let report = case.verify(plan, &oracle::<T>(batch, shape)?)?;
         let mut wall_times = (0..repeats.timed).map(|_| case.run_us(plan)).collect::<pat_rs::Result<Vec<_>>>()?;
         let times = Times {
             cold_us: median(&mut wall_times),

@@ -1,7 +1,8 @@
 //! Which rows a measurement checks: a run on a GPU must not wait for the oracle.
 
-use pat_rs::AttentionShape;
-use pat_workloads::{OwnedBatch, RowSample};
+use crate::device::{SEED, softmax_scale};
+use pat_rs::{AttentionShape, Element};
+use pat_workloads::{Oracle, OwnedBatch, RowSample};
 
 /// Most work the oracle does for one configuration, as FLOP of the exact result.
 const ORACLE_FLOP: f64 = 2e9;
@@ -24,6 +25,14 @@ pub fn sample(batch: &OwnedBatch, shape: AttentionShape) -> RowSample {
         count => format!("{count} of {total} (sequence, KV head) pairs, evenly spread"),
     };
     RowSample { name, pairs }
+}
+
+/// The exact rows that a measurement of `batch` is checked against.
+///
+/// # Errors
+/// The batch's, where it is not valid.
+pub fn oracle<T: Element>(batch: &OwnedBatch, shape: AttentionShape) -> pat_rs::Result<Oracle> {
+    Oracle::compute::<T>(batch, shape, SEED, softmax_scale(shape), sample(batch, shape))
 }
 
 fn evenly_spread(pairs: &[(u32, u32)], count: usize) -> Vec<(u32, u32)> {

@@ -15,7 +15,7 @@ fn committed() -> Vec<Configuration> {
 }
 
 fn shape(configuration: &Configuration) -> AttentionShape {
-    AttentionShape::new(configuration.q_heads, configuration.kv_heads, 128, Dtype::F16).expect("a valid shape")
+    configuration.shape(128, Dtype::F16).expect("a valid shape")
 }
 
 /// Of everything in the batch, the same on every machine.

@@ -87,30 +87,41 @@ impl Source {
     }
 }
 
+/// What heads alone do not say of a model.
+#[derive(clap::Args, Clone, Copy, Debug)]
+pub(crate) struct Model {
+    /// Elements per head: 64 or 128.
+    #[arg(long, default_value_t = 128, allow_negative_numbers = true)]
+    pub(crate) head_dim: u32,
+    /// Element type: f16 or bf16.
+    #[arg(long, default_value = "f16", value_parser = parse_dtype)]
+    pub(crate) dtype: Dtype,
+}
+
+fn parse_dtype(name: &str) -> std::result::Result<Dtype, &'static str> {
+    match name {
+        "f16" | "fp16" | "half" => Ok(Dtype::F16),
+        "bf16" => Ok(Dtype::Bf16),
+        _ => Err("expected f16 or bf16"),
+    }
+}
+
 /// The model's shape.
 #[derive(clap::Args, Clone, Debug)]
 pub(crate) struct Shape {
     /// Query heads / KV heads.
     #[arg(long, default_value = "32/8", value_name = "Q/KV", allow_hyphen_values = true)]
     heads: String,
-    /// Elements per head: 64 or 128.
-    #[arg(long, default_value_t = 128, allow_negative_numbers = true)]
-    head_dim: u32,
-    /// Element type: f16 or bf16.
-    #[arg(long, default_value = "f16")]
-    dtype: String,
+    #[command(flatten)]
+    model: Model,
 }
 
 impl Shape {
     pub(crate) fn resolve(&self) -> Result<AttentionShape> {
         let (q, kv) = parse_heads(&self.heads)?;
-        let dtype = match self.dtype.as_str() {
-            "f16" | "fp16" | "half" => Dtype::F16,
-            "bf16" => Dtype::Bf16,
-            other => bail!("--dtype: got {other:?}, expected f16 or bf16"),
-        };
-        AttentionShape::new(q, kv, self.head_dim, dtype)
-            .with_context(|| format!("--heads {} --head-dim {}", self.heads, self.head_dim))
+        let Model { head_dim, dtype } = self.model;
+        AttentionShape::new(q, kv, head_dim, dtype)
+            .with_context(|| format!("--heads {} --head-dim {head_dim}", self.heads))
     }
 }
 

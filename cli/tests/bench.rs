@@ -242,7 +242,7 @@ fn bad_selections_are_refused() {
         (&["--heads", "8/8"], &["--batch"]),
         (&["--batch", "no/such.json"], &["--batch", "no/such.json", "No such file"]),
         (&["--spec", "no/such.json"], &["--spec", "no/such.json", "No such file"]),
-        (&["--dtype", "f32"], &["--dtype: got \"f32\""]),
+        (&["--dtype", "f32"], &["'f32' for '--dtype <DTYPE>': expected f16 or bf16"]),
         (&["--head-dim", "96", "--device", "cpu"], &["--head-dim 96", "expected 64 or 128"]),
         (&["--device", "tpu"], &["--device: got \"tpu\""]),
         (&["--device", "cuda"], &["--device cuda", "CUDA"]),

@@ -62,7 +62,7 @@ fn folders_with_something_in_them_are_kept() {
 fn bad_options_are_refused() {
     let folder = TempDir::new().expect("a temporary folder");
     for (args, part) in [
-        (["--dtype", "f32"], "--dtype: got \"f32\""),
+        (["--dtype", "f32"], "'f32' for '--dtype <DTYPE>': expected f16 or bf16"),
         (["--head-dim", "96"], "head_dim: got 96"),
         (["--filter", "nothing"], "which no configuration"),
     ] {

@@ -2,19 +2,11 @@
 
 use super::PlotError;
 use super::data::Figures;
-use super::layout::{Reference, Scatter, Series};
+use super::layout::{Reference, Scatter};
 
 pub(super) fn scatter(figures: &Figures) -> Result<Scatter, PlotError> {
-    let series: Vec<Series> = figures
-        .methods
-        .iter()
-        .enumerate()
-        .map(|(index, method)| {
-            let point = |point: &super::Point| Some((point.ceiling_us, *point.cold_us.get(method)?));
-            Series { label: method.clone(), index, points: figures.points.iter().filter_map(point).collect() }
-        })
-        .collect();
-    if series.iter().all(|series| series.points.is_empty()) {
+    let series = figures.series(|point, method| Some((point.ceiling_us, *point.cold_us.get(method)?)));
+    if series.is_empty() {
         return Err(PlotError::Empty("the files have no times"));
     }
     Ok(Scatter {

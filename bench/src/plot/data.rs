@@ -1,6 +1,7 @@
 //! What the pictures show: the records of a result file, with the methods of others beside them.
 
 use super::PlotError;
+use super::layout::Series;
 use crate::result::{self, METHOD, Record, ResultError, SCHEMA_VERSION};
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet};
@@ -126,6 +127,16 @@ impl Figures {
             return Ok(());
         }
         Err(PlotError::Method { name: name.into(), known: self.methods.join(", ") })
+    }
+
+    /// What `point_of` makes of each configuration, by method; without the methods that have nothing.
+    pub(super) fn series(&self, point_of: impl Fn(&Point, &str) -> Option<(f64, f64)>) -> Vec<Series> {
+        let series = self.methods.iter().enumerate().map(|(index, method)| Series {
+            label: method.clone(),
+            index,
+            points: self.points.iter().filter_map(|point| point_of(point, method)).collect(),
+        });
+        series.filter(|series| !series.points.is_empty()).collect()
     }
 
     /// The methods beside ours.

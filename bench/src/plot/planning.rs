@@ -1,22 +1,15 @@
 //! Time of planning against the number of sequences.
 
 use super::PlotError;
-use super::data::{Figures, Point};
-use super::layout::{Scatter, Series};
+use super::data::Figures;
+use super::layout::Scatter;
 
 pub(super) fn scatter(figures: &Figures) -> Result<Scatter, PlotError> {
-    let series: Vec<Series> = figures
-        .methods
-        .iter()
-        .enumerate()
-        .map(|(index, method)| {
-            let point = |point: &Point| Some((point.sequences, *point.plan_us.get(method)?));
-            // Nothing that takes no time or has no rows has a place on a logarithmic axis.
-            let points = figures.points.iter().filter_map(point).filter(|point| point.0 > 0.0 && point.1 > 0.0);
-            Series { label: method.clone(), index, points: points.collect() }
-        })
-        .filter(|series| !series.points.is_empty())
-        .collect();
+    // Nothing that takes no time or has no rows has a place on a logarithmic axis.
+    let series = figures.series(|point, method| {
+        let plan_us = *point.plan_us.get(method)?;
+        (point.sequences > 0.0 && plan_us > 0.0).then_some((point.sequences, plan_us))
+    });
     if series.is_empty() {
         return Err(PlotError::Empty("the files have no times of planning"));
     }

@@ -8,6 +8,7 @@ pub use spec::{SpecError, realistic, spec_file};
 pub use trace::trace;
 pub use trees::{figure10, sweeps, unshared};
 
+use pat_rs::{AttentionShape, Dtype};
 use pat_workloads::{BatchFileError, NodeError, NodeSpec, OwnedBatch, TraceCut, TraceError, TreeError, TreeSpec};
 use std::fs::File;
 use std::io::BufReader;
@@ -97,6 +98,14 @@ impl Configuration {
             }
             Source::Batch(batch) => Ok(batch.clone()),
         }
+    }
+
+    /// The shape of its attention in a model with such heads.
+    ///
+    /// # Errors
+    /// As [`AttentionShape::new`].
+    pub fn shape(&self, head_dim: u32, dtype: Dtype) -> pat_rs::Result<AttentionShape> {
+        AttentionShape::new(self.q_heads, self.kv_heads, head_dim, dtype)
     }
 
     /// `name Q/KV`: what filters and messages use.

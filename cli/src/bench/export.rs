@@ -1,9 +1,9 @@
 //! `pat bench export`: the measured batches for programs that measure other libraries on them.
 
-use super::select::Selection;
-use anyhow::{Context, Result, bail};
+use super::select::{Selection, shape};
+use crate::options::Model;
+use anyhow::{Context, Result};
 use pat_bench::exchange;
-use pat_rs::{AttentionShape, Dtype};
 use std::path::PathBuf;
 
 #[derive(clap::Args)]
@@ -16,28 +16,14 @@ pub(crate) struct Args {
     /// Write into a folder that has something in it.
     #[arg(long)]
     force: bool,
-    /// Element type: f16 or bf16.
-    #[arg(long, default_value = "f16")]
-    dtype: String,
-    /// Elements per head.
-    #[arg(long, default_value_t = 128)]
-    head_dim: u32,
+    #[command(flatten)]
+    model: Model,
 }
 
 pub(crate) fn run(args: &Args) -> Result<bool> {
-    let dtype = match args.dtype.as_str() {
-        "f16" => Dtype::F16,
-        "bf16" => Dtype::Bf16,
-        other => bail!("--dtype: got {other:?}, expected f16 or bf16"),
-    };
     let configurations = args.selection.configurations()?;
-    let shapes = configurations
-        .iter()
-        .map(|configuration| {
-            AttentionShape::new(configuration.q_heads, configuration.kv_heads, args.head_dim, dtype)
-                .with_context(|| configuration.label())
-        })
-        .collect::<Result<Vec<_>>>()?;
+    let shapes =
+        configurations.iter().map(|configuration| shape(configuration, args.model)).collect::<Result<Vec<_>>>()?;
     let written = exchange::write(&args.output, configurations.iter().zip(shapes), args.force).context("--output")?;
     println!(
         "{}: {} configurations, {} batches, {:.1} MB",

@@ -2,18 +2,18 @@
 
 use super::list::list;
 use super::output::{Output, begun_file, former_results};
-use super::select::Selection;
+use super::select::{Selection, shape};
 use super::table::{Columns, duration};
-use crate::options::Planning;
+use crate::options::{Model, Planning};
 use crate::run::engine;
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use pat_bench::device::Repeats;
 use pat_bench::measure::{Target, batch_flop, dtype_name};
 use pat_bench::memory::pool_bytes;
 use pat_bench::result::{Method, RecordKey};
 use pat_bench::suites::Configuration;
-use pat_rs::{AttentionShape, Dtype, PlanOptions};
+use pat_rs::{AttentionShape, PlanOptions};
 use pat_workloads::OwnedBatch;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -44,26 +44,16 @@ pub(crate) struct Args {
     /// Stop before this many seconds have passed.
     #[arg(long, value_name = "SECONDS")]
     time_limit: Option<u64>,
-    /// Element type: f16 or bf16.
-    #[arg(long, default_value = "f16")]
-    dtype: String,
-    /// Elements per head.
-    #[arg(long, default_value_t = 128)]
-    head_dim: u32,
+    #[command(flatten)]
+    model: Model,
     #[command(flatten)]
     planning: Planning,
 }
 
 /// Whether every answer was verified.
 pub(crate) fn run(args: &Args) -> Result<bool> {
-    let dtype = match args.dtype.as_str() {
-        "f16" => Dtype::F16,
-        "bf16" => Dtype::Bf16,
-        other => bail!("--dtype: got {other:?}, expected f16 or bf16"),
-    };
-    let model = Model { head_dim: args.head_dim, dtype };
     if args.list {
-        println!("{}", list(&args.selection, model)?);
+        println!("{}", list(&args.selection, args.model)?);
         return Ok(true);
     }
     let options = args.planning.resolve()?;
@@ -89,7 +79,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     let begin = Instant::now();
     let end = args.time_limit.map(|seconds| begin + Duration::from_secs(seconds));
     let mut run = Run { target, options, repeats, output, end, selected: BTreeSet::new() };
-    let (planned, left_out) = run.choose(&configurations, model, args.quick)?;
+    let (planned, left_out) = run.choose(&configurations, args.model, args.quick)?;
     let failures = run.measure(&planned)?;
     let passed = run.summarise();
     if left_out > 0 {
@@ -100,22 +90,6 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         bail!("{failures} of {} configurations could not be measured (see above)", planned.len());
     }
     Ok(passed)
-}
-
-/// What the configurations do not say of the model.
-#[derive(Clone, Copy)]
-pub(super) struct Model {
-    head_dim: u32,
-    dtype: Dtype,
-}
-
-impl Model {
-    /// The shape of a configuration's attention.
-    pub(super) fn shape(self, configuration: &Configuration) -> Result<AttentionShape> {
-        let (q_heads, kv_heads) = (configuration.q_heads, configuration.kv_heads);
-        AttentionShape::new(q_heads, kv_heads, self.head_dim, self.dtype)
-            .with_context(|| format!("{} with --head-dim {}", configuration.label(), self.head_dim))
-    }
 }
 
 struct Run<'a> {
@@ -135,7 +109,7 @@ impl Run<'_> {
     fn choose<'a>(&mut self, all: &'a [Configuration], model: Model, quick: bool) -> Result<(Planned<'a>, usize)> {
         let (mut planned, mut left_out) = (Vec::new(), 0);
         for configuration in all {
-            let shape = model.shape(configuration)?;
+            let shape = shape(configuration, model)?;
             let key = key(configuration, shape);
             if !self.output.file.records.iter().any(|record| record.key() == key) {
                 if quick && !is_quick(&configuration.batch()?, shape, self.target.is_cuda()) {

@@ -1,7 +1,7 @@
 //! `pat bench kernels --list`.
 
-use super::kernels::Model;
-use super::select::Selection;
+use super::select::{Selection, shape};
+use crate::options::Model;
 use anyhow::{Context, Result};
 use comfy_table::{Table, presets};
 use pat_bench::memory::pool_bytes;
@@ -32,7 +32,7 @@ pub(super) fn list(selection: &Selection, model: Model) -> Result<Table> {
             batch.page_size.to_string(),
             batch.lengths.len().to_string(),
             tokens.to_string(),
-            format!("{:.0}", pool_bytes(&batch, model.shape(&configuration)?) as f64 / 1e6),
+            format!("{:.0}", pool_bytes(&batch, shape(&configuration, model)?) as f64 / 1e6),
             format!("{:.2}", tokens as f64 / unique.max(1) as f64),
         ]);
     }

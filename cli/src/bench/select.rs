@@ -1,8 +1,9 @@
 //! Which configurations to measure.
 
-use crate::options::parse_heads;
+use crate::options::{Model, parse_heads};
 use anyhow::{Context, Result, bail};
 use pat_bench::suites::{self, Configuration, SUITES};
+use pat_rs::AttentionShape;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
@@ -25,6 +26,14 @@ pub(crate) struct Selection {
     /// Only configurations whose `name Q/KV` contains this text.
     #[arg(long, default_value = "")]
     filter: String,
+}
+
+/// The shape of a configuration's attention.
+pub(super) fn shape(configuration: &Configuration, model: Model) -> Result<AttentionShape> {
+    let Model { head_dim, dtype } = model;
+    configuration
+        .shape(head_dim, dtype)
+        .with_context(|| format!("{} with --head-dim {head_dim}", configuration.label()))
 }
 
 fn suite_names() -> String {

@@ -98,7 +98,7 @@ impl CostModel<'_> {
         let tensor_us = choice.variants().map(tensor_us).fold(f64::INFINITY, f64::min);
         let forward_us = self.memory_us(page_count, 0.0, true).max(tensor_us);
         // Rounding must not put the floor above the sum it is the floor of.
-        (1.0 - 1e-12) * (self.profile.launch_us + self.profile.item_latency_us + forward_us + merge_us)
+        (1.0 - 1e-12) * (self.profile.launch_us + 2.0 * self.profile.item_latency_us + forward_us + merge_us)
     }
 
     /// Predicts the tiling of `classes` under `rule`, if it takes less than `limit_us`. `work` is scratch.

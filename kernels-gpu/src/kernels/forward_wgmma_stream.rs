@@ -641,7 +641,6 @@ unsafe fn consume<E: Element, const HEAD_DIM: u32, const GROUPS: u32, const Q_RE
                 wgmma::wait_scores::<1>(&mut s);
                 release(smem.k_empty(ring.stage), lane);
                 ends = values_ends(masks);
-                // Most rows have nothing to do with a private page: their warps leave the units to those that have.
                 mask_scores(&mut s, masks);
                 let correction = softmax.update(&mut s);
                 <(E, HeadDim<HEAD_DIM>)>::wait_output(&mut o, &mut weights);
