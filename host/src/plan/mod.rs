@@ -307,7 +307,8 @@ impl Planner {
             unique_pages,
             shared_pages,
         };
-        let search = Search { model: &model, choice, extents, capacity: self.capacity.as_ref() };
+        let longest = extents.iter().map(|extent| extent.pages).max().unwrap_or(0);
+        let search = Search { model: &model, choice, extents, longest, capacity: self.capacity.as_ref() };
         let widest = choice.widest();
         let (rule, prediction) = match (self.options.mode, exact_tokens) {
             (_, Some(tokens)) => {
