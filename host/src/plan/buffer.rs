@@ -181,7 +181,8 @@ impl Plan {
         }
     }
 
-    /// Makes this the plan of `records`, of which `unique_pages` are distinct. Allocates only where it grows.
+    /// Makes this the plan of `records`. `repeated_pages` are the pages of the batch's sequences beyond the distinct ones.
+    /// Allocates only where it grows.
     ///
     /// # Errors
     /// An offset or count does not fit its record; the plan is as before.
@@ -191,7 +192,7 @@ impl Plan {
         profile: &Arc<DeviceProfile>,
         batch: &DecodeBatch<'_>,
         records: &Records,
-        unique_pages: u64,
+        repeated_pages: u64,
         prediction: Prediction,
     ) -> Result<()> {
         let count = |what: &str, n: usize| checked_count(what, n as u64);
@@ -254,20 +255,15 @@ impl Plan {
             data.copy_from_slice(source);
             padding.fill(0);
         }
-        let page_size = u64::from(batch.page_size());
-        let (mut logical_tokens, mut missing_tokens) = (0, 0);
-        for sequence in 0..batch.sequence_count() {
-            let length = u64::from(batch.length(sequence));
-            logical_tokens += length;
-            missing_tokens += length.next_multiple_of(page_size) - length;
-        }
+        let logical_tokens = (0..batch.sequence_count()).map(|sequence| u64::from(batch.length(sequence))).sum();
         self.generation = PlanGeneration::next();
         self.shape = shape;
         self.profile.clone_from(profile);
         self.num_pages = batch.num_pages();
         self.logical_tokens = logical_tokens;
-        // Only a sequence's own last page can be short of full.
-        self.unique_kv_bytes = (unique_pages * page_size - missing_tokens) * self.shape.kv_bytes_per_token();
+        // Only full pages are shared.
+        let repeated_tokens = repeated_pages * u64::from(batch.page_size());
+        self.unique_kv_bytes = (logical_tokens - repeated_tokens) * self.shape.kv_bytes_per_token();
         self.prediction = prediction;
         Ok(())
     }

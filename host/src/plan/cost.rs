@@ -145,15 +145,30 @@ impl CostModel<'_> {
 
     /// What `work`, in any order, takes at least: as if no slot ever waited.
     fn least_us(&self, work: &[Work], totals: Totals) -> f64 {
-        let all_steps: f64 = work.iter().map(Work::all_steps).sum();
-        let tensor_us = |work: &Work| work.all_steps() * self.terms(work.variant).tensor_per_step_us;
-        let tensor_us = work.iter().map(tensor_us).sum::<f64>() * f64::from(self.shape.kv_heads());
-        let longest = work.iter().map(|work| work.steps).max().unwrap_or(0);
+        let (mut all_steps, mut tensor_us, mut items) = (0.0, 0.0, 0);
+        let (mut longest, mut ctas_per_sm) = (0, u32::MAX);
+        for entry in work {
+            let terms = self.terms(entry.variant);
+            all_steps += entry.all_steps();
+            tensor_us += entry.all_steps() * terms.tensor_per_step_us;
+            items += entry.items;
+            longest = longest.max(entry.steps);
+            ctas_per_sm = ctas_per_sm.min(terms.ctas_per_sm);
+        }
+        let heads = u64::from(self.shape.kv_heads());
         let memory_us = self.memory_us(totals.page_count, self.partial_bytes(totals), totals.masked_steps > 0.0);
-        let forward_us = memory_us.max(tensor_us).max(f64::from(longest) * self.profile.tile_latency_us);
-        let busy_us = (forward_us + 2.0 * self.profile.item_latency_us) * totals.mask_factor(all_steps);
+        let forward_us = memory_us.max(tensor_us * heads as f64).max(f64::from(longest) * self.profile.tile_latency_us);
+        // Several launches wait no less often than one of all their items.
+        let busy_us = (forward_us + self.waiting_us(items * heads, ctas_per_sm)) * totals.mask_factor(all_steps);
         // Rounding must not put it above what it is the least of.
         (1.0 - 1e-12) * (self.profile.launch_us + busy_us + self.merge_us(totals))
+    }
+
+    /// What nothing overlaps with in a launch of `ctas`, of which `ctas_per_sm` share a multiprocessor if there are enough: these
+    /// wait for each other's first loads, and for what is behind the last step.
+    fn waiting_us(&self, ctas: u64, ctas_per_sm: u32) -> f64 {
+        let sharing = ctas.div_ceil(u64::from(self.profile.sm_count)).min(u64::from(ctas_per_sm));
+        (sharing + 1) as f64 * self.profile.item_latency_us
     }
 
     fn partial_bytes(&self, totals: Totals) -> f64 {
@@ -265,10 +280,7 @@ impl CostModel<'_> {
         let chain_us = steady_steps * self.profile.tile_latency_us + steady_items * self.profile.item_latency_us;
         let steady_us = (steady_steps * step_us).max(chain_us / slots as f64);
         let forward_us = (steady_us + ending_us).max(f64::from(longest) * self.profile.tile_latency_us);
-        // CTAs that share a multiprocessor wait for each other's first loads. What is behind the last step has nothing to overlap
-        // with either.
-        let sharing = ctas.div_ceil(u64::from(self.profile.sm_count)).min(u64::from(ctas_per_sm));
-        forward_us + (sharing + 1) as f64 * self.profile.item_latency_us
+        forward_us + self.waiting_us(ctas, ctas_per_sm)
     }
 }
 

@@ -24,7 +24,8 @@ struct Run {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Scratch {
     runs: Vec<Run>,
-    depths: Vec<Run>,
+    /// Of the runs of a sequence from its deepest page up, the first page and the end of the readers.
+    depths: Vec<(u32, u32)>,
     /// Per batch row: partials, then the next free slot.
     slots: Vec<u32>,
 }
@@ -88,22 +89,16 @@ impl Emitter<'_> {
             while page_end > top {
                 shared = if reader_end < count { shared.min(extents[reader_end as usize].shared) } else { 0 };
                 if shared < page_end {
-                    let page_begin = shared.max(top);
-                    let sequence = order[reader as usize];
-                    let is_tail = page_end == extent.pages && reader_end == reader + 1;
-                    scratch.depths.push(Run {
-                        sequence,
-                        page_begin,
-                        page_end,
-                        reader_begin: reader,
-                        reader_end,
-                        is_tail,
-                    });
-                    page_end = page_begin;
+                    page_end = shared.max(top);
+                    scratch.depths.push((page_end, reader_end));
                 }
                 reader_end += 1;
             }
-            while let Some(mut run) = scratch.depths.pop() {
+            while let Some((page_begin, reader_end)) = scratch.depths.pop() {
+                let page_end = scratch.depths.last().map_or(extent.pages, |&(deeper, _)| deeper);
+                let is_tail = scratch.depths.is_empty() && reader_end == reader + 1;
+                let sequence = order[reader as usize];
+                let mut run = Run { sequence, page_begin, page_end, reader_begin: reader, reader_end, is_tail };
                 while run.page_begin < run.page_end {
                     let split = run.page_end.min(run.page_begin.saturating_add(room));
                     let is_tail = run.is_tail && split == run.page_end;
@@ -135,43 +130,53 @@ impl Emitter<'_> {
         records: &mut Records,
     ) -> Result<()> {
         let (group, page_size) = (self.shape.group(), self.batch.page_size());
-        // The readers of the chunk; a tile has at most 128.
-        let below = |reader: u32| if reader == 128 { u128::MAX } else { (1u128 << reader) - 1 };
-        let readers = runs.iter().fold(0, |readers, run| readers | (below(run.reader_end) ^ below(run.reader_begin)));
-        let row = |reader: u32| (readers & below(reader)).count_ones() * group;
-        let row_count = row(128);
         let query_begin = buffer::checked_count("queries", records.queries.len() as u64)?;
-        for (reader, &sequence) in (0u32..).zip(order) {
-            if readers >> reader & 1 == 1 {
+        // By position in the tile, of at most 128 sequences: how many runs more a sequence reads than the one before it.
+        let mut change = [0i16; 129];
+        for run in runs.iter() {
+            change[run.reader_begin as usize] += 1;
+            change[run.reader_end as usize] -= 1;
+        }
+        // Likewise, the rows before it: those that read none have no row.
+        let mut first_row = [0u8; 129];
+        let (mut read, mut row_count) = (0, 0);
+        for (position, &sequence) in order.iter().enumerate() {
+            first_row[position] = row_count as u8;
+            read += change[position];
+            if read > 0 {
                 records.queries.push(PackQuery { sequence, slot: DIRECT_SLOT });
                 partials[sequence as usize] += 1;
+                row_count += group;
             }
         }
+        first_row[order.len()] = row_count as u8;
+        let first_row = |reader: u32| u32::from(first_row[reader as usize]);
+        let rows = |run: &Run| (first_row(run.reader_begin), first_row(run.reader_end));
 
-        let uniform = runs.iter().all(|run| (row(run.reader_begin), row(run.reader_end)) == (0, row_count));
+        let uniform = runs.iter().all(|run| rows(run) == (0, row_count));
         if leaves_first && !uniform {
             runs.reverse();
         }
         let page_begin = buffer::checked_count("pages", records.pages.len() as u64)?;
-        let mut last_page_tokens = page_size;
-        let mut tail_of = None;
         for run in runs.iter() {
             let pages =
                 &self.batch.first_pages(run.sequence as usize, run.page_end as usize)[run.page_begin as usize..];
             records.pages.extend_from_slice(pages);
-            last_page_tokens = self.tokens_of_last_page(run);
-            tail_of = run.is_tail.then_some(run.sequence);
         }
         let page_count = records.pages.len() as u32 - page_begin;
         let mut token_count = u64::from(page_count) * u64::from(page_size);
         let mut mask_begin = NO_MASKS;
+        let mut tail_of = None;
         if uniform {
             // Only a sequence's own last page is partial, so only the last one here can be.
-            token_count -= u64::from(page_size - last_page_tokens);
+            if let Some(last) = runs.last() {
+                token_count -= u64::from(page_size - self.tokens_of_last_page(last));
+                tail_of = last.is_tail.then_some(last.sequence);
+            }
         } else {
             mask_begin = buffer::checked_count("masks", records.masks.len() as u64)?;
             for run in runs.iter() {
-                let (row_begin, row_end) = match (row(run.reader_begin), row(run.reader_end)) {
+                let (row_begin, row_end) = match rows(run) {
                     (0, end) if end == row_count => (0, PageMask::ALL_ROWS),
                     part => part,
                 };
@@ -182,7 +187,6 @@ impl Emitter<'_> {
                     records.tails[run.sequence as usize] = Tail::mask(records.masks.len() as u32 - 1);
                 }
             }
-            tail_of = None;
         }
         let token_count = buffer::checked_count("tokens of an item", token_count)?;
         let variant = self.choice.variant(row_count / group);

@@ -136,7 +136,11 @@ impl Forest {
             } else {
                 let mut common = rest(first_key);
                 for &key in &self.keys[begin + 1..end] {
-                    common = &common[..common_prefix(common, rest(key))];
+                    let rest = rest(key);
+                    // Mostly all of them agree on what the first ones do.
+                    if !rest.starts_with(common) {
+                        common = &common[..common_prefix(common, rest)];
+                    }
                 }
                 let index = self.nodes.len() as u32;
                 let (order_begin, order_end) = (group.order_begin + begin as u32, group.order_begin + end as u32);

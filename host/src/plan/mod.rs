@@ -297,6 +297,7 @@ impl Planner {
         let Scratch { extents, tiles, search: search_scratch, emit: emit_scratch, records } = &mut self.scratch;
         tiling::measure(batch, &self.forest, extents);
         let unique_pages = extents.iter().map(|extent| u64::from(extent.pages - extent.shared)).sum();
+        let repeated_pages = extents.iter().map(|extent| u64::from(extent.shared)).sum();
         let shared_pages = self.forest.nodes().iter().map(|node| u64::from(node.page_count())).sum();
         let model = CostModel {
             profile: &self.profile,
@@ -306,7 +307,8 @@ impl Planner {
             unique_pages,
             shared_pages,
         };
-        let search = Search { model: &model, choice, extents, capacity: self.capacity.as_ref() };
+        let longest = extents.iter().map(|extent| extent.pages).max().unwrap_or(0);
+        let search = Search { model: &model, choice, extents, longest, capacity: self.capacity.as_ref() };
         let widest = choice.widest();
         let (rule, prediction) = match (self.options.mode, exact_tokens) {
             (_, Some(tokens)) => {
@@ -340,7 +342,7 @@ impl Planner {
         if let Some(capacity) = &self.capacity {
             capacity.check_records(records)?;
         }
-        plan.write(self.shape, &self.profile, batch, records, unique_pages, prediction)?;
+        plan.write(self.shape, &self.profile, batch, records, repeated_pages, prediction)?;
         self.newest = Some(plan.generation());
         self.rule = rule;
         Ok(())

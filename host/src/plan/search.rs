@@ -15,7 +15,6 @@ const LEAST_CHUNK_TOKENS: u32 = 128;
 pub(super) struct Scratch {
     uncut: Vec<TileClass>,
     narrowed: Vec<TileClass>,
-    page_counts: Vec<u32>,
     work: Vec<Work>,
 }
 
@@ -25,6 +24,8 @@ pub(super) struct Search<'a> {
     pub(super) model: &'a CostModel<'a>,
     pub(super) choice: &'a TileChoice,
     pub(super) extents: &'a [Extent],
+    /// Pages of the longest sequence.
+    pub(super) longest: u32,
     pub(super) capacity: Option<&'a PlanCapacity>,
 }
 
@@ -32,13 +33,7 @@ impl Search<'_> {
     /// The rule with the best prediction among tiles of at most each of `widths` sequences (one at least) and a range of
     /// chunk lengths. Of equally good ones the first counts; from the second on, widths descend.
     pub(super) fn best(self, widths: impl IntoIterator<Item = u32>, scratch: &mut Scratch) -> (TilingRule, Prediction) {
-        // Whatever is tried, there are no more classes than sequences: no candidate grows the memory.
-        scratch.uncut.clear();
-        scratch.uncut.reserve(self.extents.len());
-        scratch.narrowed.clear();
-        scratch.narrowed.reserve(self.extents.len());
-        scratch.work.clear();
-        scratch.work.reserve(self.extents.len());
+        self.reserve(scratch);
         let mut best: Option<(TilingRule, Prediction)> = None;
         for width in widths {
             if !self.try_width(width, scratch, &mut best) {
@@ -50,24 +45,35 @@ impl Search<'_> {
 
     /// The prediction of one rule.
     pub(super) fn predict(self, rule: TilingRule, scratch: &mut Scratch) -> Prediction {
-        let Scratch { uncut, page_counts, work, .. } = scratch;
-        self.classes(rule, page_counts, uncut);
+        self.reserve(scratch);
+        let Scratch { uncut, work, .. } = scratch;
+        self.classes(rule, uncut);
         let prediction = self.model.predict_below(f64::INFINITY, uncut, rule, self.choice, work);
         prediction.expect("every time is below infinity")
     }
 
+    /// Whatever is tried, there are no more classes than sequences: no candidate grows the memory.
+    fn reserve(self, scratch: &mut Scratch) {
+        let Scratch { uncut, narrowed, work } = scratch;
+        uncut.clear();
+        uncut.reserve(self.extents.len());
+        narrowed.clear();
+        narrowed.reserve(self.extents.len());
+        work.clear();
+        work.reserve(self.extents.len());
+    }
+
     /// Tries one width; returns whether narrower ones, which read no less, could still be better.
     fn try_width(self, width: u32, scratch: &mut Scratch, best: &mut Option<(TilingRule, Prediction)>) -> bool {
-        let Scratch { uncut, narrowed, page_counts, work } = scratch;
+        let Scratch { uncut, narrowed, work } = scratch;
         let page_size = self.choice.page_size();
         let mut rule = TilingRule { most_sequences: width, chunk_pages: u32::MAX, exact: false };
-        self.classes(rule, page_counts, uncut);
+        self.classes(rule, uncut);
         let pages = uncut.iter().map(TileClass::stream_pages).sum();
         let even_pages =
             uncut.first().map_or(0, |tile| self.model.pages_per_slot(pages, self.choice.variant(tile.sequences)));
         // What keeps a tile from being as wide in a tiling with shorter chunks.
         let unshared = uncut.iter().map(|tile| tile.page_count - tile.common_pages).max().unwrap_or(0);
-        let longest = self.extents.iter().map(|extent| extent.pages).max().unwrap_or(0);
         let longest_stream = uncut.iter().map(|tile| u64::from(tile.page_count)).max().unwrap_or(0);
         let key_tile_pages = u64::from((LEAST_CHUNK_TOKENS / page_size).max(1));
         for rounds in std::iter::once(None).chain(ROUNDS.map(Some)) {
@@ -84,7 +90,7 @@ impl Search<'_> {
             }
             // Narrower tiles read no less, and where even one sequence is cut there is a merge.
             let is_hopeless = |pages| {
-                let floor_us = self.model.floor_us(pages, self.choice, rule.chunk_pages < longest);
+                let floor_us = self.model.floor_us(pages, self.choice, rule.chunk_pages < self.longest);
                 best.is_some_and(|(_, best)| best.total_us() <= floor_us)
             };
             if is_hopeless(pages) {
@@ -94,7 +100,7 @@ impl Search<'_> {
                 continue;
             }
             let classes = if unshared > rule.chunk_pages {
-                self.classes(rule, page_counts, narrowed);
+                self.classes(rule, narrowed);
                 if is_hopeless(narrowed.iter().map(TileClass::stream_pages).sum()) {
                     continue;
                 }
@@ -128,25 +134,19 @@ impl Search<'_> {
     }
 
     /// The tiles of a rule, equal ones together as far as that is cheap.
-    fn classes(self, rule: TilingRule, page_counts: &mut Vec<u32>, classes: &mut Vec<TileClass>) {
+    fn classes(self, rule: TilingRule, classes: &mut Vec<TileClass>) {
         classes.clear();
-        if rule.most_sequences == 1 {
-            page_counts.clear();
-            page_counts.extend(self.extents.iter().map(|extent| extent.pages));
-            page_counts.sort_unstable();
-            classes.extend(page_counts.chunk_by(|a, b| a == b).map(|equal| TileClass {
-                sequences: 1,
-                page_count: equal[0],
-                common_pages: equal[0],
-                count: equal.len() as u32,
-            }));
-            return;
-        }
+        // By its page count, where the class of the last such tile stands.
+        let mut last = [0u32; 256];
         tiling::cut(self.extents, rule, |tile| {
             let class = TileClass::from(tile);
-            match classes.last_mut() {
-                Some(last) if last.is_like(&class) => last.count += 1,
-                _ => classes.push(class),
+            let last = &mut last[class.page_count as usize % 256];
+            match classes.get_mut(*last as usize) {
+                Some(known) if known.is_like(&class) => known.count += 1,
+                _ => {
+                    *last = classes.len() as u32;
+                    classes.push(class);
+                }
             }
         });
     }

@@ -82,22 +82,22 @@ impl Snapshot {
         self.page_size = batch.page_size();
         self.num_pages = batch.num_pages();
         self.rows.clear();
-        self.ids.clear();
         self.grown.clear();
         self.grown.reserve(batch.sequence_count());
+        let mut end = 0;
         for sequence in 0..batch.sequence_count() {
-            let pages = batch.pages(sequence);
-            let begin = self.ids.len();
-            let capacity = pages.len() as u32 + Self::SLACK;
-            self.ids.extend_from_slice(pages);
-            self.ids.resize(begin + capacity as usize, 0);
-            self.rows.push(Row {
-                begin,
-                capacity,
-                pages: pages.len() as u32,
-                length: batch.length(sequence),
-                shared_pages: forest.shared_pages(sequence as u32),
-            });
+            let length = batch.length(sequence);
+            let pages = length.div_ceil(batch.page_size());
+            let capacity = pages + Self::SLACK;
+            let shared_pages = forest.shared_pages(sequence as u32);
+            self.rows.push(Row { begin: end, capacity, pages, length, shared_pages });
+            end += capacity as usize;
+        }
+        // What stands behind a row's own entries is never read.
+        self.ids.resize(end, 0);
+        for (sequence, row) in self.rows.iter().enumerate() {
+            let pages = row.pages as usize;
+            self.ids[row.begin..][..pages].copy_from_slice(batch.first_pages(sequence, pages));
         }
     }
 

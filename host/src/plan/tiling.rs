@@ -38,18 +38,6 @@ impl RowTile {
     pub fn sequence_count(&self) -> u32 {
         self.order_end - self.order_begin
     }
-
-    fn single(extents: &[Extent], position: usize) -> Self {
-        let pages = extents[position].pages;
-        Self {
-            order_begin: position as u32,
-            order_end: position as u32 + 1,
-            page_count: pages,
-            common_pages: pages,
-            chunk_pages: pages,
-            chunks: 1,
-        }
-    }
 }
 
 /// How a stream is cut.
@@ -92,30 +80,36 @@ pub(super) fn measure(batch: &DecodeBatch<'_>, forest: &Forest, extents: &mut Ve
 /// Cuts the order into tiles. A boundary makes the pages shared across it be read once more, so of the boundaries that
 /// leave a tile at least half full the one with the fewest shared pages is taken.
 pub(super) fn cut(extents: &[Extent], rule: TilingRule, mut sink: impl FnMut(RowTile)) {
-    let count = extents.len();
-    let mut begin = 0;
-    while begin < count {
-        let mut tile = RowTile::single(extents, begin);
-        let mut chosen = tile;
-        // Pages shared across the chosen boundary, behind `chosen`.
+    let mut rest = extents;
+    while let [first, others @ ..] = rest {
+        let (mut page_count, mut common_pages) = (first.pages, first.pages);
+        // Up to the chosen boundary.
+        let (mut sequences, mut chosen_pages, mut chosen_common) = (1, page_count, common_pages);
+        // Pages shared across it.
         let mut crossing = u32::MAX;
-        let mut end = begin + 1;
-        while end < count && end - begin < rule.most_sequences as usize {
-            let next = extents[end];
-            let page_count = tile.page_count.saturating_add(next.pages - next.shared);
-            let common_pages = tile.common_pages.min(next.shared);
-            if page_count - common_pages > rule.chunk_pages && next.shared <= next.pages - next.shared {
+        let most_others = others.len().min(rule.most_sequences as usize - 1);
+        for (taken, next) in (2..).zip(&others[..most_others]) {
+            let added_pages = next.pages - next.shared;
+            page_count = page_count.saturating_add(added_pages);
+            common_pages = common_pages.min(next.shared);
+            if page_count - common_pages > rule.chunk_pages && next.shared <= added_pages {
                 break;
             }
-            end += 1;
-            tile = RowTile { order_end: end as u32, page_count, common_pages, ..tile };
-            let behind = extents.get(end).map_or(0, |extent| extent.shared);
-            if behind <= crossing || 2 * (chosen.sequence_count() as usize) < end - begin {
-                (chosen, crossing) = (tile, behind);
+            let behind = rest.get(taken).map_or(0, |extent| extent.shared);
+            if behind <= crossing || 2 * sequences < taken {
+                (sequences, chosen_pages, chosen_common, crossing) = (taken, page_count, common_pages, behind);
             }
         }
-        begin = chosen.order_end as usize;
-        sink(chosen);
+        let order_begin = (extents.len() - rest.len()) as u32;
+        sink(RowTile {
+            order_begin,
+            order_end: order_begin + sequences as u32,
+            page_count: chosen_pages,
+            common_pages: chosen_common,
+            chunk_pages: chosen_pages,
+            chunks: 1,
+        });
+        rest = &rest[sequences..];
     }
 }
 
@@ -181,6 +175,8 @@ pub(super) struct TileChoice {
     page_size: u32,
     /// For 1, 2, ... sequences, up to as many as the largest variant holds.
     by_sequences: Vec<TileVariant>,
+    /// The variants in use, narrowest first.
+    distinct: Vec<TileVariant>,
     /// Pages of the key tile, by [`TileVariant::index`].
     key_tile_pages: [u32; TileVariant::ALL.len()],
 }
@@ -197,9 +193,11 @@ impl TileChoice {
             return Err(Error::invalid("q_heads / kv_heads", group, expected));
         }
         let smallest = |rows| variants.iter().copied().filter(|v| v.rows() >= rows).min_by_key(|v| v.rows());
-        let by_sequences = (1..=most_rows / group).filter_map(|sequences| smallest(sequences * group)).collect();
+        let by_sequences: Vec<_> =
+            (1..=most_rows / group).filter_map(|sequences| smallest(sequences * group)).collect();
+        let distinct = by_sequences.chunk_by(|a, b| a == b).map(|equal| equal[0]).collect();
         let key_tile_pages = TileVariant::ALL.map(|variant| (variant.keys() / page_size).max(1));
-        Ok(Self { page_size, by_sequences, key_tile_pages })
+        Ok(Self { page_size, by_sequences, distinct, key_tile_pages })
     }
 
     pub(super) fn page_size(&self) -> u32 {
@@ -218,7 +216,7 @@ impl TileChoice {
 
     /// The variants in use, narrowest first.
     pub(super) fn variants(&self) -> impl Iterator<Item = TileVariant> {
-        self.by_sequences.chunk_by(|a, b| a == b).map(|equal| equal[0])
+        self.distinct.iter().copied()
     }
 
     /// Pages of the variant's key tile.
