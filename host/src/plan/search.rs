@@ -10,6 +10,26 @@ const ROUNDS: [u64; 3] = [1, 2, 6];
 /// Shortest chunk that is tried: a CTA's fixed costs are those of a few key tiles.
 const LEAST_CHUNK_TOKENS: u32 = 128;
 
+/// A plan that reads more must be predicted to be faster by as much, up to this part of the time: the model's error is about 8%, and
+/// where it did not tell plans apart, those that read less were measured faster (docs/planner-quality.md).
+const MOST_DOUBT: f64 = 0.05;
+
+/// The best rule so far.
+#[derive(Clone, Copy, Debug)]
+struct Best {
+    rule: TilingRule,
+    prediction: Prediction,
+    /// Pages it reads.
+    pages: u64,
+}
+
+impl Best {
+    /// What a plan that reads `pages` pages must be faster than to be better.
+    fn limit_us(&self, pages: u64) -> f64 {
+        self.prediction.total_us() * (self.pages as f64 / pages.max(1) as f64).clamp(1.0 - MOST_DOUBT, 1.0)
+    }
+}
+
 /// Memory reused between calls.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Scratch {
@@ -31,16 +51,18 @@ pub(super) struct Search<'a> {
 
 impl Search<'_> {
     /// The rule with the best prediction among tiles of at most each of `widths` sequences (one at least) and a range of
-    /// chunk lengths. Of equally good ones the first counts; from the second on, widths descend.
+    /// chunk lengths: never worse than the first width, uncut. One that reads more pages than another must be faster accordingly
+    /// ([`MOST_DOUBT`]); of equally good ones the first counts. From the second on, widths descend.
     pub(super) fn best(self, widths: impl IntoIterator<Item = u32>, scratch: &mut Scratch) -> (TilingRule, Prediction) {
         self.reserve(scratch);
-        let mut best: Option<(TilingRule, Prediction)> = None;
+        let mut best: Option<Best> = None;
         for width in widths {
             if !self.try_width(width, scratch, &mut best) {
                 break;
             }
         }
-        best.expect("there is a width, and its uncut tiling is always tried")
+        let Best { rule, prediction, .. } = best.expect("there is a width, and its uncut tiling is always tried");
+        (rule, prediction)
     }
 
     /// The prediction of one rule.
@@ -64,7 +86,7 @@ impl Search<'_> {
     }
 
     /// Tries one width; returns whether narrower ones, which read no less, could still be better.
-    fn try_width(self, width: u32, scratch: &mut Scratch, best: &mut Option<(TilingRule, Prediction)>) -> bool {
+    fn try_width(self, width: u32, scratch: &mut Scratch, best: &mut Option<Best>) -> bool {
         let Scratch { uncut, narrowed, work } = scratch;
         let page_size = self.choice.page_size();
         let mut rule = TilingRule { most_sequences: width, chunk_pages: u32::MAX, exact: false };
@@ -91,7 +113,7 @@ impl Search<'_> {
             // Narrower tiles read no less, and where even one sequence is cut there is a merge.
             let is_hopeless = |pages| {
                 let floor_us = self.model.floor_us(pages, self.choice, rule.chunk_pages < self.longest);
-                best.is_some_and(|(_, best)| best.total_us() <= floor_us)
+                best.is_some_and(|best| best.limit_us(pages) <= floor_us)
             };
             if is_hopeless(pages) {
                 if rounds.is_none() {
@@ -99,21 +121,22 @@ impl Search<'_> {
                 }
                 continue;
             }
-            let classes = if unshared > rule.chunk_pages {
+            let (classes, pages) = if unshared > rule.chunk_pages {
                 self.classes(rule, narrowed);
-                if is_hopeless(narrowed.iter().map(TileClass::stream_pages).sum()) {
+                let pages = narrowed.iter().map(TileClass::stream_pages).sum();
+                if is_hopeless(pages) {
                     continue;
                 }
-                &*narrowed
+                (&*narrowed, pages)
             } else {
-                &*uncut
+                (&*uncut, pages)
             };
             if !self.fits(classes, rule) {
                 continue;
             }
-            let limit_us = best.map_or(f64::INFINITY, |(_, best)| best.total_us());
+            let limit_us = best.map_or(f64::INFINITY, |best| best.limit_us(pages));
             if let Some(prediction) = self.model.predict_below(limit_us, classes, rule, self.choice, work) {
-                *best = Some((rule, prediction));
+                *best = Some(Best { rule, prediction, pages });
             }
         }
         true
