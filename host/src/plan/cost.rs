@@ -101,15 +101,22 @@ impl CostModel<'_> {
         (1.0 - 1e-12) * (self.profile.launch_us + 2.0 * self.profile.item_latency_us + forward_us + merge_us)
     }
 
-    /// Predicts the tiling of `classes` under `rule`, if it takes less than `limit_us`. `work` is scratch.
+    /// What reading `page_count` pages moves, and writing and reading `partials` partials.
+    pub(super) fn moved_bytes(&self, page_count: u64, partials: u64) -> f64 {
+        let page_bytes = f64::from(self.page_size) * self.shape.kv_bytes_per_token() as f64;
+        page_count as f64 * page_bytes + 2.0 * self.partial_bytes(partials)
+    }
+
+    /// Predicts the tiling of `classes` under `rule`, if it takes less than what `limit_us` makes of its [`Self::moved_bytes`]; and
+    /// these. `work` is scratch.
     pub(super) fn predict_below(
         &self,
-        limit_us: f64,
+        limit_us: impl Fn(f64) -> f64,
         classes: &[TileClass],
         rule: TilingRule,
         choice: &TileChoice,
         work: &mut Vec<Work>,
-    ) -> Option<Prediction> {
+    ) -> Option<(Prediction, f64)> {
         work.clear();
         let (mut page_count, mut partials, mut masked_steps) = (0u64, 0u64, 0.0);
         for class in classes {
@@ -125,10 +132,13 @@ impl CostModel<'_> {
         }
         let totals = Totals { page_count, partials, masked_steps };
         // What costs most is to sort the work: not for what its sums alone rule out.
+        let moved_bytes = self.moved_bytes(page_count, partials);
+        let limit_us = limit_us(moved_bytes);
         if self.least_us(work, totals) >= limit_us {
             return None;
         }
-        Some(self.predict_work(work, totals)).filter(|prediction| prediction.total_us() < limit_us)
+        let prediction = self.predict_work(work, totals);
+        (prediction.total_us() < limit_us).then_some((prediction, moved_bytes))
     }
 
     /// Predicts packs without masks, each one item per KV head of the variant that holds it.
@@ -156,7 +166,8 @@ impl CostModel<'_> {
             ctas_per_sm = ctas_per_sm.min(terms.ctas_per_sm);
         }
         let heads = u64::from(self.shape.kv_heads());
-        let memory_us = self.memory_us(totals.page_count, self.partial_bytes(totals), totals.masked_steps > 0.0);
+        let memory_us =
+            self.memory_us(totals.page_count, self.partial_bytes(totals.partials), totals.masked_steps > 0.0);
         let forward_us = memory_us.max(tensor_us * heads as f64).max(f64::from(longest) * self.profile.tile_latency_us);
         // Several launches wait no less often than one of all their items.
         let busy_us = (forward_us + self.waiting_us(items * heads, ctas_per_sm)) * totals.mask_factor(all_steps);
@@ -171,8 +182,8 @@ impl CostModel<'_> {
         (sharing + 1) as f64 * self.profile.item_latency_us
     }
 
-    fn partial_bytes(&self, totals: Totals) -> f64 {
-        let partial_rows = totals.partials * u64::from(self.shape.q_heads());
+    fn partial_bytes(&self, partials: u64) -> f64 {
+        let partial_rows = partials * u64::from(self.shape.q_heads());
         partial_rows as f64 * (4.0 * f64::from(self.shape.head_dim()) + 4.0)
     }
 
@@ -180,7 +191,7 @@ impl CostModel<'_> {
         if totals.partials == 0 {
             return 0.0;
         }
-        self.profile.merge_us + self.partial_bytes(totals) / self.profile.l2_bytes_per_us
+        self.profile.merge_us + self.partial_bytes(totals.partials) / self.profile.l2_bytes_per_us
     }
 
     /// Predicts `work` in any order.
@@ -192,7 +203,8 @@ impl CostModel<'_> {
             kept.items += if equal { next.items } else { 0 };
             equal
         });
-        let memory_us = self.memory_us(totals.page_count, self.partial_bytes(totals), totals.masked_steps > 0.0);
+        let memory_us =
+            self.memory_us(totals.page_count, self.partial_bytes(totals.partials), totals.masked_steps > 0.0);
         let kv_heads = f64::from(self.shape.kv_heads());
         let all_steps: f64 = work.iter().map(Work::all_steps).sum();
         let memory_per_step_us = memory_us / (all_steps * kv_heads).max(1.0);

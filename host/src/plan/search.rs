@@ -10,8 +10,8 @@ const ROUNDS: [u64; 3] = [1, 2, 6];
 /// Shortest chunk that is tried: a CTA's fixed costs are those of a few key tiles.
 const LEAST_CHUNK_TOKENS: u32 = 128;
 
-/// A plan that reads more must be predicted to be faster by as much, up to this part of the time: the model's error is about 8%, and
-/// where it did not tell plans apart, those that read less were measured faster (docs/planner-quality.md).
+/// A plan that moves more bytes must be predicted to be faster by as much, up to this part of the time: the model's error is about
+/// 8%, and where it did not tell plans apart, those that move less were measured faster (docs/planner-quality.md).
 const MOST_DOUBT: f64 = 0.05;
 
 /// The best rule so far.
@@ -19,14 +19,14 @@ const MOST_DOUBT: f64 = 0.05;
 struct Best {
     rule: TilingRule,
     prediction: Prediction,
-    /// Pages it reads.
-    pages: u64,
+    /// [`CostModel::moved_bytes`].
+    moved_bytes: f64,
 }
 
 impl Best {
-    /// What a plan that reads `pages` pages must be faster than to be better.
-    fn limit_us(&self, pages: u64) -> f64 {
-        self.prediction.total_us() * (self.pages as f64 / pages.max(1) as f64).clamp(1.0 - MOST_DOUBT, 1.0)
+    /// What a plan that moves so many bytes must be faster than to be better.
+    fn limit_us(&self, moved_bytes: f64) -> f64 {
+        self.prediction.total_us() * (self.moved_bytes / moved_bytes.max(1.0)).clamp(1.0 - MOST_DOUBT, 1.0)
     }
 }
 
@@ -51,7 +51,7 @@ pub(super) struct Search<'a> {
 
 impl Search<'_> {
     /// The rule with the best prediction among tiles of at most each of `widths` sequences (one at least) and a range of
-    /// chunk lengths: never worse than the first width, uncut. One that reads more pages than another must be faster accordingly
+    /// chunk lengths: never worse than the first width, uncut. One that moves more bytes than another must be faster accordingly
     /// ([`MOST_DOUBT`]); of equally good ones the first counts. From the second on, widths descend.
     pub(super) fn best(self, widths: impl IntoIterator<Item = u32>, scratch: &mut Scratch) -> (TilingRule, Prediction) {
         self.reserve(scratch);
@@ -70,8 +70,8 @@ impl Search<'_> {
         self.reserve(scratch);
         let Scratch { uncut, work, .. } = scratch;
         self.classes(rule, uncut);
-        let prediction = self.model.predict_below(f64::INFINITY, uncut, rule, self.choice, work);
-        prediction.expect("every time is below infinity")
+        let prediction = self.model.predict_below(|_| f64::INFINITY, uncut, rule, self.choice, work);
+        prediction.expect("every time is below infinity").0
     }
 
     /// Whatever is tried, there are no more classes than sequences: no candidate grows the memory.
@@ -113,7 +113,7 @@ impl Search<'_> {
             // Narrower tiles read no less, and where even one sequence is cut there is a merge.
             let is_hopeless = |pages| {
                 let floor_us = self.model.floor_us(pages, self.choice, rule.chunk_pages < self.longest);
-                best.is_some_and(|best| best.limit_us(pages) <= floor_us)
+                best.is_some_and(|best| best.limit_us(self.model.moved_bytes(pages, 0)) <= floor_us)
             };
             if is_hopeless(pages) {
                 if rounds.is_none() {
@@ -121,22 +121,22 @@ impl Search<'_> {
                 }
                 continue;
             }
-            let (classes, pages) = if unshared > rule.chunk_pages {
+            let classes = if unshared > rule.chunk_pages {
                 self.classes(rule, narrowed);
-                let pages = narrowed.iter().map(TileClass::stream_pages).sum();
-                if is_hopeless(pages) {
+                if is_hopeless(narrowed.iter().map(TileClass::stream_pages).sum()) {
                     continue;
                 }
-                (&*narrowed, pages)
+                &*narrowed
             } else {
-                (&*uncut, pages)
+                &*uncut
             };
             if !self.fits(classes, rule) {
                 continue;
             }
-            let limit_us = best.map_or(f64::INFINITY, |best| best.limit_us(pages));
-            if let Some(prediction) = self.model.predict_below(limit_us, classes, rule, self.choice, work) {
-                *best = Some(Best { rule, prediction, pages });
+            let limit_us = |moved_bytes| best.map_or(f64::INFINITY, |best| best.limit_us(moved_bytes));
+            let prediction = self.model.predict_below(limit_us, classes, rule, self.choice, work);
+            if let Some((prediction, moved_bytes)) = prediction {
+                *best = Some(Best { rule, prediction, moved_bytes });
             }
         }
         true
