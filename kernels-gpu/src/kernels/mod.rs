@@ -1,4 +1,4 @@
-//! Entry points and main loops, one file per kernel family.
+//! Entry points and main loops, one module per kernel family.
 
 #[cfg(not(pat_sm90a))]
 mod forward_mma16;

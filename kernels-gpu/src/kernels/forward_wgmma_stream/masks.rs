@@ -1,0 +1,114 @@
+//! Which rows attend to which keys of a tile, and the pages that hold them.
+
+use super::smem::Smem;
+use super::work::{PlanView, Work};
+use crate::ptx::ldst::{load_shared_u32x4, request_global_u32};
+use crate::ptx::shuffle::from_lane_u32;
+use pat_abi::{ForwardParams, NO_MASKS, PageMask};
+
+/// What the rows of a tile attend to among 16 of its keys: bits 0..8 the first row, 8..16 the end of the rows, 16..24 the
+/// keys that count, bit 31 set where no box was loaded (TMA has filled the keys with zeros).
+#[derive(Clone, Copy)]
+pub(super) struct KeyMask(pub(super) u32);
+
+impl KeyMask {
+    pub(super) const KEYS: u32 = 16;
+    /// Every row, all keys.
+    pub(super) const FULL: u32 = 0xff00 | Self::KEYS << 16;
+    /// No key.
+    pub(super) const ABSENT: u32 = 1 << 31;
+
+    /// Keys that count for `row`.
+    #[inline(always)]
+    pub(super) fn limit(self, row: u32) -> u32 {
+        let attends = row >= (self.0 & 0xff) && row < (self.0 >> 8 & 0xff);
+        if attends { self.0 >> 16 & 0xff } else { 0 }
+    }
+
+    /// First key whose values must not be used: the pool may hold NaN there, and 0 * NaN is NaN.
+    #[inline(always)]
+    pub(super) fn values_end(self) -> u32 {
+        if self.0 & Self::ABSENT != 0 { Self::KEYS } else { self.0 >> 16 & 0xff }
+    }
+}
+
+/// Up to 32 consecutive pages of an item, one per lane: their ids and, where the item has masks, these.
+#[derive(Clone, Copy)]
+pub(super) struct PageWindow {
+    pub(super) lane_id: u32,
+    pub(super) lane_mask: PageMask,
+}
+
+impl PageWindow {
+    /// Pages `first .. first + 32` of the item, as far as it has them.
+    ///
+    /// # Safety
+    /// `work` is an item of the plan; all lanes of one warp.
+    #[inline(always)]
+    pub(super) unsafe fn load(p: &ForwardParams, plan: PlanView, work: &Work, first: u32, lane: u32) -> Self {
+        let last = p.page_size.divide(work.token_count - 1);
+        let index = first + lane;
+        let mut window = Self { lane_id: p.num_pages, lane_mask: PageMask(0) };
+        if index <= last {
+            // SAFETY: the item has `last + 1` page ids, and as many masks if it has any.
+            unsafe {
+                window.lane_id = request_global_u32(plan.pages + (work.page_begin + index) as u64 * 4);
+                if work.mask_begin != NO_MASKS {
+                    window.lane_mask.0 = request_global_u32(plan.masks + (work.mask_begin + index) as u64 * 4);
+                }
+            }
+        }
+        window
+    }
+
+    /// The mask of the 16 keys that begin at `token` of the stream; the window holds their page.
+    #[inline(always)]
+    pub(super) fn key_mask(&self, p: &ForwardParams, work: &Work, token: u32) -> KeyMask {
+        let (page, in_page) = p.page_size.divide_remainder(token);
+        let mask = PageMask(from_lane_u32(self.lane_mask.0, page & 31));
+        if token >= work.token_count {
+            // A box is absent where it begins past the end; in a box that begins before it, keys are merely invalid.
+            let box_begin = token - in_page;
+            return KeyMask(if box_begin >= work.token_count { KeyMask::ABSENT } else { 0 });
+        }
+        let (rows, end) = if work.mask_begin == NO_MASKS {
+            (0xff00, work.token_count - token)
+        } else {
+            (mask.0 & 0xffff, mask.tokens().saturating_sub(in_page))
+        };
+        let keys = if end < KeyMask::KEYS { end } else { KeyMask::KEYS };
+        KeyMask(rows | keys << 16)
+    }
+}
+
+/// The masks of a tile.
+///
+/// # Safety
+/// The stage's K has arrived.
+#[inline(always)]
+pub(super) unsafe fn load_masks<const HEAD_DIM: u32, const GROUPS: u32>(
+    smem: Smem<HEAD_DIM, GROUPS>,
+    stage: u32,
+) -> [KeyMask; 4] {
+    // SAFETY: the producer wrote them before its arrival on the K barrier.
+    unsafe { load_shared_u32x4(smem.masks(stage)) }.map(KeyMask)
+}
+
+/// Whether every row attends to every key of the tile.
+#[inline(always)]
+pub(super) fn all_full(masks: [KeyMask; 4]) -> bool {
+    masks.iter().all(|mask| mask.0 == KeyMask::FULL)
+}
+
+/// [`values_ends`] of a tile all of whose values may be used.
+pub(super) const ALL_VALUES: u32 = KeyMask::KEYS * 0x0101_0101;
+
+/// [`KeyMask::values_end`] of the four masks, a byte each.
+#[inline(always)]
+pub(super) fn values_ends(masks: [KeyMask; 4]) -> u32 {
+    let mut ends = 0;
+    for (i, mask) in masks.into_iter().enumerate() {
+        ends |= mask.values_end() << (8 * i);
+    }
+    ends
+}

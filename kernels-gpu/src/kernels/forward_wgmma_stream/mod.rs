@@ -1,0 +1,140 @@
+//! Forward attention with wgmma fed by TMA, as one persistent stream of tiles.
+//!
+//! A CTA serves a piece of work of every round, to and fro (work = item x KV head; [`work`]). Its producer warps run ahead of its consumer
+//! warpgroup *across* items: while the last tile of one item is multiplied, queries, keys and values of the next are
+//! already on their way. A short leaf therefore costs its bytes, not a latency chain. Launched with one CTA per piece of
+//! work the same code is an ordinary, non-persistent kernel.
+//!
+//! Shared memory, every tile `head_dim / 64` blocks of `[64 rows][128 bytes]` (128-byte swizzle):
+//! `[K0 V0 | K1 V1 | ... | Q | barriers | masks]`.
+//!
+//! `wgmma64` has one consumer warpgroup and two CTAs per multiprocessor. `wgmma128` has two consumers, which multiply the
+//! same K and V tiles with 64 rows each: a node shared by many sequences is read from L2 half as often.
+//!
+//! An item's stream may hold pages that only some rows attend to ([`pat_abi::PageMask`]). The producer resolves the masks
+//! to one word per 16 keys of a tile and puts them beside the tile; tiles without exception cost a comparison.
+
+mod consume;
+mod masks;
+mod online_softmax;
+mod produce;
+mod smem;
+mod work;
+
+use crate::element::{Bf16, Element, F16};
+use crate::ptx::barrier::sync_cta;
+use crate::ptx::ldst::prefetch_l2;
+use crate::ptx::special::{cta_index, dynamic_smem, thread_index};
+use crate::ptx::wgmma::{self, HeadDim, WgmmaOps};
+use crate::ptx::{mbarrier, pdl, tma};
+use consume::consume;
+use pat_abi::{ForwardParams, PlanHeader, TileVariant};
+use produce::{Q_WARPS, produce_kv, produce_q};
+use smem::{QSlots, Smem};
+use work::PlanView;
+
+const TILE_KEYS: u32 = 64;
+/// Rows of a consumer warpgroup.
+const GROUP_ROWS: u32 = 64;
+/// Warps of the producer warpgroup, which comes first.
+const PRODUCER_WARPS: u32 = 4;
+
+/// The whole kernel. `maps` are the generic addresses of the K and V tensor maps.
+///
+/// # Safety
+/// Launched as the manifest says, with parameters the host has checked.
+#[inline(always)]
+unsafe fn forward<E: Element, const HEAD_DIM: u32, const GROUPS: u32, const Q_REGS: usize, const O_REGS: usize>(
+    p: &ForwardParams,
+    variant: TileVariant,
+    maps: (u64, u64),
+) where
+    (E, HeadDim<HEAD_DIM>): WgmmaOps<Q_REGS, O_REGS>,
+{
+    let smem = Smem::<HEAD_DIM, GROUPS> { base: dynamic_smem() };
+    let thread = thread_index();
+    // SAFETY: the barriers lie in this CTA's shared memory; the roles are whole warpgroups; a plan buffer has at least
+    // `LEAST_BUFFER_BYTES`.
+    unsafe {
+        if (96..128).contains(&thread) {
+            // Header, item, page ids: each load waits for the one before. A small plan is in L2 by the second.
+            const LINES: u32 = PlanHeader::LEAST_BUFFER_BYTES / 128;
+            let line = (cta_index() * 32 + thread - 96) % LINES;
+            prefetch_l2(p.plan + line as u64 * 128);
+        }
+        if thread == 0 {
+            for stage in 0..Smem::<HEAD_DIM, GROUPS>::STAGES {
+                mbarrier::init(smem.k_full(stage), 1);
+                mbarrier::init(smem.v_full(stage), 1);
+                mbarrier::init(smem.k_empty(stage), Smem::<HEAD_DIM, GROUPS>::CONSUMER_WARPS);
+                mbarrier::init(smem.v_empty(stage), Smem::<HEAD_DIM, GROUPS>::CONSUMER_WARPS);
+            }
+            for slot in 0..QSlots::<GROUPS>::COUNT {
+                mbarrier::init(smem.q_full(slot), 32 * Q_WARPS);
+                mbarrier::init(smem.q_empty(slot), Smem::<HEAD_DIM, GROUPS>::CONSUMER_WARPS);
+            }
+            mbarrier::fence_init();
+            tma::prefetch_map(maps.0);
+            tma::prefetch_map(maps.1);
+        }
+        let plan = PlanView::load(p, variant);
+        sync_cta();
+        pdl::launch_dependents();
+        if thread < 128 {
+            if GROUPS == 1 {
+                wgmma::shrink_registers::<56>();
+            } else {
+                wgmma::shrink_registers::<80>();
+            }
+            if thread < 32 {
+                produce_kv::<HEAD_DIM, GROUPS>(p, plan, smem, maps);
+            } else {
+                produce_q::<HEAD_DIM, GROUPS>(p, plan, smem, thread / 32 - 1);
+            }
+        } else {
+            if GROUPS == 1 {
+                wgmma::grow_registers::<200>();
+            } else {
+                wgmma::grow_registers::<208>();
+            }
+            consume::<E, HEAD_DIM, GROUPS, Q_REGS, O_REGS>(p, plan, smem, thread / 128 - 1);
+        }
+    }
+}
+
+/// A tensor map (`CUtensorMap`), passed by value. rustc cannot pass a type aligned to 64 bytes: the xtask raises the
+/// alignment of the parameter in the PTX.
+#[repr(C, align(16))]
+#[derive(Clone, Copy)]
+pub struct TensorMap([u64; 16]);
+
+macro_rules! entry {
+    ($name:ident, $variant:ident, $groups:literal, $element:ty, $head_dim:literal) => {
+        /// # Safety
+        /// Launched by the host with checked parameters.
+        #[unsafe(no_mangle)]
+        pub unsafe extern "ptx-kernel" fn $name(p: ForwardParams, _map_k: TensorMap, _map_v: TensorMap) {
+            let (map_k, map_v): (u64, u64);
+            // SAFETY: takes the addresses of the parameters, which live as long as the kernel runs.
+            unsafe {
+                core::arch::asm!(
+                    concat!("{{ .reg .b64 t; mov.b64 t, ", stringify!($name), "_param_1; cvta.param.u64 {0}, t; }}"),
+                    out(reg64) map_k, options(pure, nomem, nostack, preserves_flags));
+                core::arch::asm!(
+                    concat!("{{ .reg .b64 t; mov.b64 t, ", stringify!($name), "_param_2; cvta.param.u64 {0}, t; }}"),
+                    out(reg64) map_v, options(pure, nomem, nostack, preserves_flags));
+                forward::<$element, $head_dim, $groups, { $head_dim / 4 }, { $head_dim / 2 }>(
+                    &p, TileVariant::$variant, (map_k, map_v));
+            }
+        }
+    };
+}
+
+entry!(pat_forward_wgmma64_d128_f16, Wgmma64, 1, F16, 128);
+entry!(pat_forward_wgmma64_d128_bf16, Wgmma64, 1, Bf16, 128);
+entry!(pat_forward_wgmma64_d64_f16, Wgmma64, 1, F16, 64);
+entry!(pat_forward_wgmma64_d64_bf16, Wgmma64, 1, Bf16, 64);
+entry!(pat_forward_wgmma128_d128_f16, Wgmma128, 2, F16, 128);
+entry!(pat_forward_wgmma128_d128_bf16, Wgmma128, 2, Bf16, 128);
+entry!(pat_forward_wgmma128_d64_f16, Wgmma128, 2, F16, 64);
+entry!(pat_forward_wgmma128_d64_bf16, Wgmma128, 2, Bf16, 64);

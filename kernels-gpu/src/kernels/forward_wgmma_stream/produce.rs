@@ -1,0 +1,222 @@
+//! The producer warps: one copies K and V, the others queries.
+
+use super::masks::{KeyMask, PageWindow};
+use super::smem::{BLOCK_BYTES, QSlots, Ring, Smem, tile_offset};
+use super::work::{Batch, PlanView, work_index};
+use super::{GROUP_ROWS, PRODUCER_WARPS, TILE_KEYS};
+use crate::item::strided;
+use crate::ptx::barrier::sync_named;
+use crate::ptx::ldst::{request_global_u32, store_shared_u32x4};
+use crate::ptx::shuffle::{from_lane_u32, from_segment_u64};
+use crate::ptx::special::{thread_index, thread_index_here};
+use crate::ptx::{cp_async, mbarrier, tma};
+use pat_abi::{ForwardParams, NO_MASKS, PageMask};
+
+/// The KV producer: one warp that issues the tensor copies of all items. The page ids of an item are loaded while the item
+/// before it is served.
+///
+/// # Safety
+/// One whole warp; barriers initialised; maps as `abi` describes them.
+#[inline(always)]
+pub(super) unsafe fn produce_kv<const HEAD_DIM: u32, const GROUPS: u32>(
+    p: &ForwardParams,
+    plan: PlanView,
+    smem: Smem<HEAD_DIM, GROUPS>,
+    maps: (u64, u64),
+) {
+    let lane = thread_index() & 31;
+    let box_keys = if p.page_size.divisor < TILE_KEYS { p.page_size.divisor } else { TILE_KEYS };
+    let in_page_bits = p.page_size.divisor - 1;
+    let mut ring = Ring::<GROUPS> { stage: 0, phase: 1 };
+    let mut first = true;
+    let mut round = 0;
+    let mut index = work_index(round);
+    if index >= plan.work_count {
+        return;
+    }
+    // SAFETY: over the whole function, items come from the plan, addresses from the checked launch parameters.
+    unsafe {
+        let mut batch = Batch::load(p, plan, round, lane);
+        let mut in_batch = 0;
+        let mut next_window = PageWindow::load(p, plan, &batch.get(0), 0, lane);
+        while index < plan.work_count {
+            let (work, mut window) = (batch.get(in_batch), next_window);
+            round += 1;
+            index = work_index(round);
+            if index < plan.work_count {
+                in_batch += 1;
+                if in_batch == 32 {
+                    in_batch = 0;
+                    batch = Batch::load(p, plan, round, lane);
+                }
+                next_window = PageWindow::load(p, plan, &batch.get(in_batch), 0, lane);
+            }
+            let mut token = 0;
+            while token < work.token_count {
+                let tile_page = p.page_size.divide(token);
+                if tile_page & 31 == 0 && token & in_page_bits == 0 && token > 0 {
+                    window = PageWindow::load(p, plan, &work, tile_page, lane);
+                }
+                // Lane `l` issues box `l / blocks` of the tile, block `l % blocks`. Registers are short: not kept.
+                let (blocks, place) = (HEAD_DIM / 64, thread_index_here() & 31);
+                let (box_row, block) = (place / blocks * box_keys, place % blocks);
+                let issues = box_row < TILE_KEYS;
+                let box_offset = block * BLOCK_BYTES + box_row * 128;
+                let (page, in_page) = p.page_size.divide_remainder(token + box_row);
+                let id = from_lane_u32(window.lane_id, page & 31);
+                let id = if token + box_row < work.token_count { id } else { p.num_pages };
+                let page_mask = PageMask(from_lane_u32(window.lane_mask.0, page & 31));
+                // Pages of some rows only are read once; the others should still be in L2 when the next tile reads them.
+                let read_once = work.mask_begin != NO_MASKS && !page_mask.is_for_all_rows();
+
+                let coordinates = [block * 64, in_page, work.kv_head, id];
+                let (tile, full) = (smem.k(ring.stage), smem.k_full(ring.stage));
+                mbarrier::wait(smem.k_empty(ring.stage), ring.phase);
+                if issues {
+                    load_box(tile + box_offset, maps.0, coordinates, full, read_once);
+                }
+                // The copies are under way; the phase ends when they have landed and lane 0 has arrived.
+                let mask = window.key_mask(p, &work, token + (lane & 3) * KeyMask::KEYS);
+                let masks = [0, 1, 2, 3].map(|step| from_lane_u32(mask.0, step));
+                if lane == 0 {
+                    // Written by the lane that arrives: its arrival publishes them.
+                    store_shared_u32x4(smem.masks(ring.stage), masks);
+                    mbarrier::arrive_expect_bytes(full, Smem::<HEAD_DIM, GROUPS>::TILE_BYTES);
+                }
+                if first {
+                    queries_requested();
+                    first = false;
+                }
+                let (tile, full) = (smem.v(ring.stage), smem.v_full(ring.stage));
+                mbarrier::wait(smem.v_empty(ring.stage), ring.phase);
+                if issues {
+                    load_box(tile + box_offset, maps.1, coordinates, full, read_once);
+                }
+                if lane == 0 {
+                    mbarrier::arrive_expect_bytes(full, Smem::<HEAD_DIM, GROUPS>::TILE_BYTES);
+                }
+                ring.advance();
+                token += TILE_KEYS;
+            }
+        }
+    }
+}
+
+/// # Safety
+/// As [`tma::load_4d`].
+#[inline(always)]
+pub(super) unsafe fn load_box(destination: u32, map: u64, coordinates: [u32; 4], barrier: u32, read_once: bool) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        if read_once {
+            tma::load_4d_once(destination, map, coordinates, barrier);
+        } else {
+            tma::load_4d(destination, map, coordinates, barrier);
+        }
+    }
+}
+
+/// Producer warps that copy Q rows: all but the one that copies K and V.
+pub(super) const Q_WARPS: u32 = PRODUCER_WARPS - 1;
+
+/// Where the producer warps meet once: the queries of a CTA's first item are requested right behind the first keys, the rest
+/// after them. Memory serves requests in about the order in which they are made, and nothing begins without the queries.
+#[inline(always)]
+pub(super) fn queries_requested() {
+    sync_named::<2, { 32 * PRODUCER_WARPS }>();
+}
+
+/// The Q producers: warps that copy the items' Q rows to the Q slots. The first item of a CTA has nothing to hide behind:
+/// one warp would take longer for 64 rows than the first keys take to arrive.
+///
+/// # Safety
+/// Warp `warp` of [`Q_WARPS`], whole; barriers initialised.
+#[inline(always)]
+pub(super) unsafe fn produce_q<const HEAD_DIM: u32, const GROUPS: u32>(
+    p: &ForwardParams,
+    plan: PlanView,
+    smem: Smem<HEAD_DIM, GROUPS>,
+    warp: u32,
+) {
+    let lane = thread_index() & 31;
+    let mut slots = QSlots::<GROUPS> { next: 0, phases: u32::MAX };
+    let mut round = 0;
+    let mut index = work_index(round);
+    let mut in_batch = 32;
+    let mut batch = Batch::EMPTY;
+    let mut lane_sequence = 0;
+    while index < plan.work_count {
+        // SAFETY: over the whole loop, items come from the plan, addresses from the checked launch parameters.
+        unsafe {
+            if in_batch == 32 {
+                in_batch = 0;
+                batch = Batch::load(p, plan, round, lane);
+                lane_sequence = request_global_u32(batch.lane_work.query_address(p, plan, 0).0);
+            }
+            let work = batch.get(in_batch);
+            // Rows of one query, a leaf's case, need no further load.
+            let first_sequence = from_lane_u32(lane_sequence, in_batch);
+            let one_query = work.row_count <= p.group.divisor;
+            // Lane `l` locates rows `l`, `l + 32`, ...
+            let mut sequences = [first_sequence; 4];
+            if !one_query {
+                for i in 0..2 * GROUPS {
+                    sequences[i as usize] = request_global_u32(work.query_address(p, plan, lane + 32 * i).0);
+                }
+            }
+            let mut sources = [0u64; 4];
+            for i in 0..2 * GROUPS {
+                let (_, head) = work.query_address(p, plan, lane + 32 * i);
+                sources[i as usize] = strided(p.q, sequences[i as usize], p.q_sequence_stride, head, p.q_head_stride);
+            }
+            let (slot, slot_count) = slots.take(work.row_count);
+            for i in 0..slot_count {
+                mbarrier::wait(smem.q_empty(slot + i), slots.parity(slot + i));
+            }
+            copy_q::<HEAD_DIM, GROUPS>(smem, work.row_count, sources, slot * QSlots::<GROUPS>::ROWS, warp, lane);
+            if round == 0 {
+                queries_requested();
+            }
+            for i in 0..slot_count {
+                mbarrier::arrive_on_copies(smem.q_full(slot + i));
+            }
+        }
+        round += 1;
+        index = work_index(round);
+        in_batch += 1;
+    }
+}
+
+/// This warp's share of copying `row_count` Q rows to shared memory from tile row `first_row` on, 16 bytes per lane,
+/// 128-byte swizzled. Lane `l` holds the addresses of rows `l`, `l + 32`, ... Rows the item does not have stay what they
+/// are: tile rows never mix, and theirs are not stored.
+///
+/// # Safety
+/// One whole warp; the addresses are Q rows; the Q slots are free.
+#[inline(always)]
+pub(super) unsafe fn copy_q<const HEAD_DIM: u32, const GROUPS: u32>(
+    smem: Smem<HEAD_DIM, GROUPS>,
+    row_count: u32,
+    sources: [u64; 4],
+    first_row: u32,
+    warp: u32,
+    lane: u32,
+) {
+    let chunks_per_row = HEAD_DIM / 8;
+    let rows_per_step = 32 / chunks_per_row;
+    let (step_row, chunk) = (lane / chunks_per_row, lane % chunks_per_row);
+    for i in 0..2 * GROUPS {
+        let mut begin = warp * rows_per_step;
+        while begin < 32 && 32 * i + begin < row_count {
+            let source = from_segment_u64::<32>(sources[i as usize], begin + step_row) + chunk as u64 * 16;
+            let row = 32 * i + begin + step_row;
+            if row < row_count {
+                let tile_row = first_row + row;
+                let target = smem.q(tile_row / GROUP_ROWS) + tile_offset(tile_row % GROUP_ROWS, chunk);
+                // SAFETY: the row is one of the item's; Q rows are 16-byte aligned (checked by the host).
+                unsafe { cp_async::copy_16_bytes(target, source, 16) };
+            }
+            begin += Q_WARPS * rows_per_step;
+        }
+    }
+}

@@ -1,0 +1,117 @@
+//! Shared memory of a CTA: addresses of tiles and barriers, and the order in which stages and query slots are used.
+
+use super::{GROUP_ROWS, TILE_KEYS};
+
+/// 64 elements of every row of a tile: what one swizzle row spans.
+pub(super) const BLOCK_BYTES: u32 = 64 * 128;
+
+/// Shared-memory addresses of one CTA with `GROUPS` consumer warpgroups.
+#[derive(Clone, Copy)]
+pub(super) struct Smem<const HEAD_DIM: u32, const GROUPS: u32> {
+    pub(super) base: u32,
+}
+
+impl<const HEAD_DIM: u32, const GROUPS: u32> Smem<HEAD_DIM, GROUPS> {
+    /// Two CTAs share a multiprocessor where each has one consumer, else one has all of it.
+    pub(super) const STAGES: u32 = if GROUPS == 1 { 3 } else { 6 };
+    pub(super) const CONSUMER_WARPS: u32 = 4 * GROUPS;
+    pub(super) const Q_SLOTS: u32 = 4 * GROUPS;
+    pub(super) const Q_GROUP_BYTES: u32 = GROUP_ROWS * HEAD_DIM * 2;
+    pub(super) const TILE_BYTES: u32 = TILE_KEYS * HEAD_DIM * 2;
+    pub(super) const STAGE_BYTES: u32 = 2 * Self::TILE_BYTES;
+    pub(super) const Q_OFFSET: u32 = Self::STAGES * Self::STAGE_BYTES;
+    pub(super) const BARRIER_OFFSET: u32 = Self::Q_OFFSET + GROUPS * Self::Q_GROUP_BYTES;
+
+    pub(super) fn k(self, stage: u32) -> u32 {
+        self.base + stage * Self::STAGE_BYTES
+    }
+    pub(super) fn v(self, stage: u32) -> u32 {
+        self.k(stage) + Self::TILE_BYTES
+    }
+    /// The Q rows of a consumer warpgroup.
+    pub(super) fn q(self, group: u32) -> u32 {
+        self.base + Self::Q_OFFSET + group * Self::Q_GROUP_BYTES
+    }
+    pub(super) fn k_full(self, stage: u32) -> u32 {
+        self.base + Self::BARRIER_OFFSET + stage * 32
+    }
+    pub(super) fn v_full(self, stage: u32) -> u32 {
+        self.k_full(stage) + 8
+    }
+    pub(super) fn k_empty(self, stage: u32) -> u32 {
+        self.k_full(stage) + 16
+    }
+    pub(super) fn v_empty(self, stage: u32) -> u32 {
+        self.k_full(stage) + 24
+    }
+    /// The [`KeyMask`]s of a stage.
+    pub(super) fn masks(self, stage: u32) -> u32 {
+        self.base + Self::BARRIER_OFFSET + Self::STAGES * 32 + Self::Q_SLOTS * 16 + stage * 16
+    }
+    pub(super) fn q_full(self, slot: u32) -> u32 {
+        self.base + Self::BARRIER_OFFSET + Self::STAGES * 32 + slot * 16
+    }
+    pub(super) fn q_empty(self, slot: u32) -> u32 {
+        self.q_full(slot) + 8
+    }
+}
+
+/// Position in the ring of stages: the stage and the parity of its current phase.
+#[derive(Clone, Copy)]
+pub(super) struct Ring<const GROUPS: u32> {
+    pub(super) stage: u32,
+    pub(super) phase: u32,
+}
+
+impl<const GROUPS: u32> Ring<GROUPS> {
+    #[inline(always)]
+    pub(super) fn advance(&mut self) {
+        self.stage += 1;
+        if self.stage == Smem::<64, GROUPS>::STAGES {
+            self.stage = 0;
+            self.phase ^= 1;
+        }
+    }
+}
+
+/// The Q tile is slots of 16 rows. An item of at most 16 rows takes the next slot, a larger one all: several short items
+/// are on their way at a time. Producer and consumer step through the same sequence of slots.
+#[derive(Clone, Copy)]
+pub(super) struct QSlots<const GROUPS: u32> {
+    pub(super) next: u32,
+    /// Bit `s`: parity of slot `s`'s current phase.
+    pub(super) phases: u32,
+}
+
+impl<const GROUPS: u32> QSlots<GROUPS> {
+    pub(super) const COUNT: u32 = Smem::<64, GROUPS>::Q_SLOTS;
+    pub(super) const PER_GROUP: u32 = 4;
+    pub(super) const ROWS: u32 = 16;
+
+    /// First slot and number of slots of an item.
+    #[inline(always)]
+    pub(super) fn take(&mut self, row_count: u32) -> (u32, u32) {
+        if row_count <= Self::ROWS {
+            let slot = self.next;
+            self.next = (slot + 1) % Self::COUNT;
+            (slot, 1)
+        } else {
+            self.next = 0;
+            (0, Self::COUNT)
+        }
+    }
+
+    /// The parity to wait for on `slot`; flips it.
+    #[inline(always)]
+    pub(super) fn parity(&mut self, slot: u32) -> u32 {
+        let parity = (self.phases >> slot) & 1;
+        self.phases ^= 1 << slot;
+        parity
+    }
+}
+
+/// Byte offset of 16-byte chunk `chunk` of row `row` in a 64-row tile: blocks of 64 elements, 128-byte swizzle.
+#[inline(always)]
+pub(super) fn tile_offset(row: u32, chunk: u32) -> u32 {
+    (chunk >> 3) * BLOCK_BYTES + row * 128 + (((chunk ^ row) & 7) << 4)
+}
