@@ -13,46 +13,61 @@ fn summary(batch: &OwnedBatch, shape: AttentionShape, profile: &str, mode: PlanM
     planner.plan(&batch.view(&rows).expect("a valid batch")).expect("a plan").summary()
 }
 
+/// One of PAT's 80 configurations, and what its scheduler makes of it.
+struct Figure10 {
+    name: String,
+    batch: OwnedBatch,
+    shape: AttentionShape,
+    pat: PatSchedule,
+}
+
+impl Figure10 {
+    fn all() -> impl Iterator<Item = Self> {
+        let of = |tree: &str, (q_heads, kv_heads)| {
+            let spec: TreeSpec = tree.parse().expect("a tree");
+            Self {
+                name: format!("{tree} with {q_heads}/{kv_heads} heads"),
+                batch: spec.batch(BLOCK_TOKENS, Some(1)).expect("a batch"),
+                shape: AttentionShape::new(q_heads, kv_heads, 128, Dtype::F16).expect("a valid shape"),
+                pat: PatSchedule::new(&spec, q_heads, kv_heads),
+            }
+        };
+        FIGURE_10_TREES.into_iter().flat_map(move |tree| FIGURE_10_HEADS.map(|heads| of(tree, heads)))
+    }
+
+    fn summary(&self, profile: &str, mode: PlanMode) -> PlanSummary {
+        summary(&self.batch, self.shape, profile, mode)
+    }
+
+    /// KV tokens that a plan reads per KV head.
+    fn kv_tokens(&self, plan: &PlanSummary) -> u64 {
+        plan.planned_kv_bytes / self.shape.kv_bytes_per_token()
+    }
+}
+
 #[test]
 fn the_widest_tiles_read_about_what_pat_reads_and_the_plan_is_no_slower() {
-    for tree in FIGURE_10_TREES {
-        let spec: TreeSpec = tree.parse().expect("a tree");
-        let batch = spec.batch(BLOCK_TOKENS, Some(1)).expect("a batch");
-        for (q_heads, kv_heads) in FIGURE_10_HEADS {
-            let shape = AttentionShape::new(q_heads, kv_heads, 128, Dtype::F16).expect("a valid shape");
-            let pat = PatSchedule::new(&spec, q_heads, kv_heads);
-            let (auto, flat, packed) = (
-                summary(&batch, shape, "h200", PlanMode::Auto),
-                summary(&batch, shape, "h200", PlanMode::Flat),
-                summary(&batch, shape, "h200", PlanMode::Packed),
-            );
-            let case = format!("{tree} with {q_heads}/{kv_heads} heads");
-            let packed_tokens = packed.planned_kv_bytes / shape.kv_bytes_per_token();
-            // Both have tiles of 64 rows, but PAT packs each node by itself, at the price of a partial per level: where a
-            // node has fewer rows than a tile, tiles that follow whole paths read the levels above it more often.
-            assert!(packed_tokens <= pat.kv_tokens() * 5 / 4, "{case}: {packed_tokens}, PAT {}", pat.kv_tokens());
-            assert!(auto.predicted_us <= packed.predicted_us.min(flat.predicted_us), "{case}");
-        }
+    for case in Figure10::all() {
+        let [auto, flat, packed] =
+            [PlanMode::Auto, PlanMode::Flat, PlanMode::Packed].map(|mode| case.summary("h200", mode));
+        let (packed_tokens, pat_tokens) = (case.kv_tokens(&packed), case.pat.kv_tokens());
+        // Both have tiles of 64 rows, but PAT packs each node by itself, at the price of a partial per level: where a
+        // node has fewer rows than a tile, tiles that follow whole paths read the levels above it more often.
+        assert!(packed_tokens <= pat_tokens * 5 / 4, "{}: {packed_tokens}, PAT {pat_tokens}", case.name);
+        assert!(auto.predicted_us <= packed.predicted_us.min(flat.predicted_us), "{}", case.name);
     }
 }
 
 #[test]
 fn few_plans_read_more_than_pat_s() {
     let mut more = Vec::new();
-    for tree in FIGURE_10_TREES {
-        let spec: TreeSpec = tree.parse().expect("a tree");
-        let batch = spec.batch(BLOCK_TOKENS, Some(1)).expect("a batch");
-        for (q_heads, kv_heads) in FIGURE_10_HEADS {
-            let shape = AttentionShape::new(q_heads, kv_heads, 128, Dtype::F16).expect("a valid shape");
-            let auto = summary(&batch, shape, "h200", PlanMode::Auto);
-            let packed = summary(&batch, shape, "h200", PlanMode::Packed);
-            let pat_tokens = PatSchedule::new(&spec, q_heads, kv_heads).kv_tokens();
-            if auto.planned_kv_bytes / shape.kv_bytes_per_token() > pat_tokens {
-                // What reads less is predicted to take longer by more than doubt explains.
-                let reads_less = packed.planned_kv_bytes < auto.planned_kv_bytes;
-                assert!(!reads_less || auto.predicted_us < 0.95 * packed.predicted_us, "{tree}, {q_heads}/{kv_heads}");
-                more.push((tree, q_heads, kv_heads));
-            }
+    for case in Figure10::all() {
+        let [auto, packed] = [PlanMode::Auto, PlanMode::Packed].map(|mode| case.summary("h200", mode));
+        if case.kv_tokens(&auto) > case.pat.kv_tokens() {
+            // What reads less is predicted to take longer by more than doubt explains.
+            let reads_less = packed.planned_kv_bytes < auto.planned_kv_bytes;
+            assert!(!reads_less || auto.predicted_us < 0.95 * packed.predicted_us, "{}", case.name);
+            more.push(case.name);
         }
     }
     assert!(more.len() <= 5, "{more:?}");
@@ -60,27 +75,16 @@ fn few_plans_read_more_than_pat_s() {
 
 #[test]
 fn no_plan_is_predicted_to_be_slower_than_pat_s_by_more_than_masks_cost() {
-    for tree in FIGURE_10_TREES {
-        let spec: TreeSpec = tree.parse().expect("a tree");
-        let batch = spec.batch(BLOCK_TOKENS, Some(1)).expect("a batch");
-        for (q_heads, kv_heads) in FIGURE_10_HEADS {
-            let shape = AttentionShape::new(q_heads, kv_heads, 128, Dtype::F16).expect("a valid shape");
-            let pat = PatSchedule::new(&spec, q_heads, kv_heads);
-            for profile in DeviceProfile::known_names() {
-                let own_us = summary(&batch, shape, profile, PlanMode::Auto).predicted_us;
-                let known = DeviceProfile::by_name(profile).expect("a known device");
-                let planner = Planner::new(shape, known, PlanOptions::default()).expect("a planner");
-                let unique_pages = batch.unique_pages() as u64;
-                let pat_us = planner
-                    .predict_packs(BLOCK_TOKENS, unique_pages, &pat.cost_packs(), pat.partials())
-                    .expect("packs that fit")
-                    .total_us();
-                // PAT's packs have no masks, which the model charges streams of several sequences for: 10%.
-                assert!(
-                    own_us <= 1.10 * pat_us,
-                    "{tree}, {q_heads}/{kv_heads}, {profile}: {own_us} us, PAT {pat_us} us"
-                );
-            }
+    for case in Figure10::all() {
+        let (packs, unique_pages) = (case.pat.cost_packs(), case.batch.unique_pages() as u64);
+        for profile in DeviceProfile::known_names() {
+            let own_us = case.summary(profile, PlanMode::Auto).predicted_us;
+            let known = DeviceProfile::by_name(profile).expect("a known device");
+            let planner = Planner::new(case.shape, known, PlanOptions::default()).expect("a planner");
+            let pat = planner.predict_packs(BLOCK_TOKENS, unique_pages, &packs, case.pat.partials());
+            let pat_us = pat.expect("packs that fit").total_us();
+            // PAT's packs have no masks, which the model charges streams of several sequences for: 10%.
+            assert!(own_us <= 1.10 * pat_us, "{}, {profile}: {own_us} us, PAT {pat_us} us", case.name);
         }
     }
 }

@@ -13,18 +13,20 @@ pub(super) struct Balance {
 }
 
 impl Balance {
-    /// Deals CTAs of `steps` main-loop steps each, in launch order, out over `places`: in turn where the kernel is persistent
-    /// (its CTAs step through the work at a fixed stride), else each to the place that is free first.
+    /// Deals CTAs of `steps` main-loop steps each, in launch order, out over `places`: round by round where the kernel is
+    /// persistent, first place to last and back, else each to the place that is free first.
     pub(super) fn of(steps: impl Iterator<Item = u32>, places: u32, is_persistent: bool) -> Self {
         let places = places.max(1) as usize;
-        let mut in_turn = vec![0u64; places];
+        let mut by_place = vec![0u64; places];
         let mut by_load: BinaryHeap<Reverse<u64>> = vec![Reverse(0); places].into();
         let (mut longest_steps, mut all_steps) = (0, 0u64);
         for (index, steps) in steps.enumerate() {
             let steps = u64::from(steps);
             let load = if is_persistent {
-                in_turn[index % places] += steps;
-                in_turn[index % places]
+                let (round, place) = (index / places, index % places);
+                let load = &mut by_place[if round % 2 == 0 { place } else { places - 1 - place }];
+                *load += steps;
+                *load
             } else {
                 let mut least = by_load.peek_mut().expect("there is a place");
                 least.0 += steps;
@@ -67,10 +69,12 @@ mod tests {
     }
 
     #[test]
-    fn only_a_persistent_kernel_deals_in_turn() {
-        // Longest first: 4 3 3 2 in turn gives 7 and 5; to whoever is free first, 4 + 2 and 3 + 3.
-        assert_eq!(imbalance(&[4, 3, 3, 2], 2, true), 7.0 / 6.0);
-        assert_eq!(imbalance(&[4, 3, 3, 2], 2, false), 1.0);
+    fn a_persistent_kernel_is_dealt_to_to_and_fro() {
+        // In turn, these would be 7 and 5.
+        assert_eq!(imbalance(&[4, 3, 3, 2], 2, true), 1.0);
+        // 9 + 1 and 2 + 2; to whoever is free first, 9 and 2 + 2 + 1.
+        assert_eq!(imbalance(&[9, 2, 2, 1], 2, true), 10.0 / 7.0);
+        assert_eq!(imbalance(&[9, 2, 2, 1], 2, false), 9.0 / 7.0);
     }
 
     #[test]
