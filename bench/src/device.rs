@@ -171,12 +171,8 @@ impl<'a> DeviceCase<'a> {
         stream.synchronize()?;
         let first_run_us = first.elapsed().as_secs_f64() * 1e6;
 
-        let timed = |flush: Option<&L2Flush>| -> Result<Vec<f64>> {
-            (0..repeats.warm_ups).try_for_each(|_| prepared.run_us(flush).map(drop))?;
-            (0..repeats.timed).map(|_| prepared.run_us(flush)).collect()
-        };
-        let mut cold_times = timed(Some(flush))?;
-        let warm_us = median(&mut timed(None)?);
+        let mut cold_times = prepared.times_us(Some(flush), repeats)?;
+        let warm_us = median(&mut prepared.times_us(None, repeats)?);
         let graph = stream.capture(|| (0..Times::GRAPH_RUNS).try_for_each(|_| prepared.enqueue()))?;
         let mut graph_times = Vec::new();
         for _ in 0..5 {
@@ -224,6 +220,15 @@ impl PreparedCase<'_> {
     pub fn run_us(&self, flush: Option<&L2Flush>) -> Result<f64> {
         flush.map_or(Ok(()), |flush| flush.enqueue(&self.case.stream))?;
         self.elapsed_us(|| self.enqueue())
+    }
+
+    /// [`Self::run_us`] of each timed run, after those that warm up.
+    ///
+    /// # Errors
+    /// As [`Self::run_us`].
+    pub fn times_us(&self, flush: Option<&L2Flush>, repeats: Repeats) -> Result<Vec<f64>> {
+        (0..repeats.warm_ups).try_for_each(|_| self.run_us(flush).map(drop))?;
+        (0..repeats.timed).map(|_| self.run_us(flush)).collect()
     }
 
     /// GPU time of what `enqueue` puts into the stream.

@@ -4,7 +4,7 @@ use crate::cpu::CpuCase;
 use crate::device::{DeviceCase, Repeats};
 use crate::memory::{self, TooLarge};
 use crate::provenance::cpu_name;
-use crate::result::{Correctness, METHOD, Record};
+use crate::result::{Correctness, METHOD, Record, ceiling_us};
 use crate::sample::oracle;
 use crate::statistics::{median, quartiles};
 use half::{bf16, f16};
@@ -103,7 +103,7 @@ impl Target {
         let rows_bytes = 2 * 2 * batch.lengths.len() as u64 * u64::from(shape.q_heads()) * u64::from(shape.head_dim());
         let bytes = summary.unique_kv_bytes + rows_bytes;
         let flop = batch_flop(batch, shape);
-        let ceiling_us = (bytes as f64 / 4.6e6).max(flop / 650e6);
+        let ceiling_us = ceiling_us(bytes as f64, flop);
         let cold_us = times.cold_us;
         let by_method = |us: f64| BTreeMap::from([(METHOD.to_owned(), us / 1e3)]);
         let correctness = Correctness {

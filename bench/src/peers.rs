@@ -24,8 +24,8 @@ pub const BEST_PEER: &str = "best peer of each configuration";
 
 /// One entry for each peer, in the order of the figures, and one for the best of them; empty where there is none.
 pub fn versus(figures: &Figures) -> Vec<Versus> {
-    let peers = figures.methods.iter().filter(|method| *method != METHOD);
-    let mut entries: Vec<Versus> = peers
+    let mut entries: Vec<Versus> = figures
+        .peers()
         .filter_map(|method| against(figures, method, |point| point.cold_us.get(method.as_str()).copied()))
         .collect();
     if !entries.is_empty() {

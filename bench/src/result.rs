@@ -2,6 +2,7 @@
 //! `docs/result-format.md` describes it for other programs.
 
 use pat_rs::plan::PlanSummary;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -112,8 +113,13 @@ pub struct Record {
     pub items: BTreeMap<String, u32>,
 }
 
+/// [`Record::ceiling_us`] of what moves `bytes` bytes and multiplies `flop` times.
+pub(crate) fn ceiling_us(bytes: f64, flop: f64) -> f64 {
+    (bytes / 4.6e6).max(flop / 650e6)
+}
+
 /// The only suite there was before records named theirs.
-fn first_suite() -> String {
+pub(crate) fn first_suite() -> String {
     "figure10".into()
 }
 
@@ -208,6 +214,16 @@ pub enum ResultError {
 /// # Errors
 /// See [`ResultError`].
 pub fn read(path: &Path) -> Result<ResultFile, ResultError> {
+    let mut result: ResultFile = read_as(path)?;
+    result.schema_version = SCHEMA_VERSION;
+    Ok(result)
+}
+
+/// As [`read`], those fields that `T` has.
+///
+/// # Errors
+/// See [`ResultError`].
+pub(crate) fn read_as<T: DeserializeOwned>(path: &Path) -> Result<T, ResultError> {
     /// Asked before anything else: a newer file need not have the other fields.
     #[derive(Deserialize)]
     struct Version {
@@ -220,9 +236,7 @@ pub fn read(path: &Path) -> Result<ResultFile, ResultError> {
     if !(1..=SCHEMA_VERSION).contains(&schema_version) {
         return Err(ResultError::Version { file, found: schema_version });
     }
-    let mut result: ResultFile = serde_json::from_str(&text).map_err(foreign)?;
-    result.schema_version = SCHEMA_VERSION;
-    Ok(result)
+    serde_json::from_str(&text).map_err(foreign)
 }
 
 /// Writes a result file; the old one stays whole until the new one is.

@@ -44,7 +44,7 @@ pub(crate) fn run() -> Result<bool> {
             State::Absent,
             "CUDA",
             error.to_string(),
-            Some("without it, everything but `pat bench kernels` works on the CPU"),
+            Some("without it, everything but `pat calibrate` works on the CPU"),
         ),
         Ok(engine) => {
             let device = engine.device();

@@ -14,14 +14,14 @@ const LINES: usize = 5;
 const BOUND: f64 = 1.15;
 
 /// A plan of the batch and how it is cut.
-struct Candidate {
-    planner: Planner,
-    plan: Plan,
-    summary: PlanSummary,
+pub(crate) struct Candidate {
+    pub(crate) planner: Planner,
+    pub(crate) plan: Plan,
+    pub(crate) summary: PlanSummary,
 }
 
 impl Candidate {
-    fn new(
+    pub(crate) fn new(
         shape: AttentionShape,
         profile: &DeviceProfile,
         options: PlanOptions,
@@ -38,16 +38,12 @@ impl Candidate {
     }
 }
 
-/// The plan that `options` give, beside the two ends of what the planner chooses from: no sharing, and tiles as wide as they
-/// can be.
-pub(crate) fn explain(
-    shape: AttentionShape,
-    profile: &DeviceProfile,
-    options: &PlanOptions,
-    batch: &DecodeBatch<'_>,
-) -> Result<String> {
-    let candidate = |mode| Candidate::new(shape, profile, PlanOptions { mode, ..options.clone() }, batch);
-    let chosen = candidate(options.mode)?;
+/// `chosen`, the plan that `options` give, beside the two ends of what the planner chooses from: no sharing, and tiles as
+/// wide as they can be.
+pub(crate) fn explain(chosen: &Candidate, options: &PlanOptions, batch: &DecodeBatch<'_>) -> Result<String> {
+    let shape = chosen.plan.shape();
+    let candidate =
+        |mode| Candidate::new(shape, chosen.planner.profile(), PlanOptions { mode, ..options.clone() }, batch);
     let (flat, packed) = (candidate(PlanMode::Flat)?, candidate(PlanMode::Packed)?);
 
     let mut table = Table::new();
@@ -65,7 +61,7 @@ pub(crate) fn explain(
         "merge",
         "all",
     ]);
-    for (name, candidate) in [("this plan", &chosen), ("no sharing", &flat), ("widest tiles", &packed)] {
+    for (name, candidate) in [("this plan", chosen), ("no sharing", &flat), ("widest tiles", &packed)] {
         let summary = &candidate.summary;
         let Prediction { memory_us, tensor_us, busy_us, launch_us, merge_us } = summary.prediction;
         let ctas: u64 = summary.variants.iter().map(|v| u64::from(v.items) * u64::from(shape.kv_heads())).sum();
@@ -98,7 +94,7 @@ pub(crate) fn explain(
     } else {
         writeln!(text, "Sharing is not predicted to save time.")?;
     }
-    text.push_str(&nodes(&chosen)?);
+    text.push_str(&nodes(chosen)?);
     Ok(text)
 }
 

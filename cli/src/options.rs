@@ -177,7 +177,7 @@ impl Planning {
             other => {
                 let tokens = other.strip_prefix("fixed-chunk=").and_then(|tokens| tokens.parse().ok());
                 let tokens = tokens.with_context(|| {
-                    format!("--mode: got {other:?}, expected auto, flat, per-node or fixed-chunk=TOKENS")
+                    format!("--mode: got {other:?}, expected auto, flat, per-node, packed or fixed-chunk=TOKENS")
                 })?;
                 PlanMode::FixedChunk { tokens }
             }

@@ -1,11 +1,11 @@
 //! `pat plan`: the forest and the row tiles, for people, machines and pictures.
 
-use crate::explain::explain;
+use crate::explain::{Candidate, explain};
 use crate::options::{Planning, Shape, Source};
 use crate::render;
 use anyhow::{Context, Result};
 use pat_rs::plan::{PlanSummary, SharedNodes};
-use pat_rs::{DeviceProfile, Engine, Planner};
+use pat_rs::{DeviceProfile, Engine};
 use pat_workloads::write_batch;
 use serde::Serialize;
 use std::path::PathBuf;
@@ -37,11 +37,11 @@ const SHARED_NODES: usize = 32;
 
 /// The machine-readable output.
 #[derive(Serialize)]
-struct Report {
+struct Report<'a> {
     /// The profile's name.
-    profile: String,
+    profile: &'a str,
     #[serde(flatten)]
-    summary: PlanSummary,
+    summary: &'a PlanSummary,
     /// Largest first.
     shared_nodes: Vec<SharedNodes>,
 }
@@ -56,19 +56,18 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     let rows = batch.rows();
     let view = batch.view(&rows)?;
     let options = args.planning.resolve()?;
-    let mut planner = Planner::new(shape, profile.clone(), options.clone())?;
-    let plan = planner.plan(&view)?;
-    let summary = plan.summary();
+    let chosen = Candidate::new(shape, &profile, options.clone(), &view)?;
+    let Candidate { planner, plan, summary } = &chosen;
     if args.json {
-        let shared_nodes = planner.shared_nodes(&plan, SHARED_NODES)?;
-        let report = Report { profile: profile.name, summary, shared_nodes };
+        let shared_nodes = planner.shared_nodes(plan, SHARED_NODES)?;
+        let report = Report { profile: &profile.name, summary, shared_nodes };
         println!("{}", serde_json::to_string_pretty(&report)?);
     } else {
         println!("{name}, planned for {}", planner.profile().name);
         print!("{}", render::forest(planner.forest(), planner.tiles(), &view));
         println!("{summary}");
         if args.explain {
-            print!("{}", explain(shape, &profile, &options, &view)?);
+            print!("{}", explain(&chosen, &options, &view)?);
         }
     }
     if let Some(file) = &args.svg {

@@ -1,7 +1,7 @@
 //! `pat plot`: pictures of result files.
 
 use anyhow::{Context, Result, bail};
-use clap::ValueEnum;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use pat_bench::plot::{self, Figures, Format, Options, Picture, PlotError, Theme};
 use std::path::PathBuf;
 
@@ -26,14 +26,16 @@ pub(crate) struct Kernels {
     #[arg(long, default_value = ".", value_name = "DIR")]
     output: PathBuf,
     /// File formats.
-    #[arg(long, value_delimiter = ',', default_value = "svg", value_name = "FORMAT,...")]
-    format: Vec<FormatName>,
+    #[arg(long, value_delimiter = ',', default_value = "svg", value_name = "FORMAT,...",
+        value_parser = named(&Format::ALL, Format::name))]
+    format: Vec<Format>,
     /// What the page is like that the pictures stand on.
-    #[arg(long, value_delimiter = ',', default_value = "light,dark", value_name = "THEME,...")]
-    theme: Vec<ThemeName>,
+    #[arg(long, value_delimiter = ',', default_value = "light,dark", value_name = "THEME,...",
+        value_parser = named(&Theme::ALL, Theme::name))]
+    theme: Vec<Theme>,
     /// Only these pictures [default: all that the files allow].
-    #[arg(long, value_delimiter = ',', value_name = "PICTURE,...")]
-    picture: Vec<PictureName>,
+    #[arg(long, value_delimiter = ',', value_name = "PICTURE,...", value_parser = named(&Picture::ALL, Picture::name))]
+    picture: Vec<Picture>,
     /// What the bars are relative to: a method, or `ceiling`, the reachable time [default: pat, else the slowest peer, else
     /// ceiling].
     #[arg(long, value_name = "METHOD")]
@@ -46,24 +48,13 @@ pub(crate) struct Kernels {
     force: bool,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum FormatName {
-    Svg,
-    Png,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum ThemeName {
-    Light,
-    Dark,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum PictureName {
-    Bars,
-    Ceiling,
-    Sharing,
-    Planning,
+/// A value that is given by its name.
+fn named<T: Copy + Send + Sync + 'static>(
+    all: &'static [T],
+    name: fn(T) -> &'static str,
+) -> impl TypedValueParser<Value = T> {
+    PossibleValuesParser::new(all.iter().map(|&value| name(value)))
+        .map(move |given| *all.iter().find(|&&value| name(value) == given).expect("one of the names"))
 }
 
 pub(crate) fn run(command: &Command) -> Result<bool> {
@@ -72,13 +63,12 @@ pub(crate) fn run(command: &Command) -> Result<bool> {
     if !args.methods.is_empty() {
         figures.keep_methods(&args.methods).context("--methods")?;
     }
-    let asked: Vec<Picture> = args.picture.iter().map(|picture| picture.picture()).collect();
-    let pictures = if asked.is_empty() { &Picture::ALL[..] } else { &asked };
+    let asked = &args.picture;
+    let pictures = if asked.is_empty() { &Picture::ALL[..] } else { asked };
     let mut files = Vec::new();
     for &picture in pictures {
-        for theme in &args.theme {
-            for format in &args.format {
-                let (theme, format) = (theme.theme(), format.format());
+        for &theme in &args.theme {
+            for &format in &args.format {
                 let name = format!("kernels-{}-{}.{}", picture.name(), theme.name(), format.name());
                 files.push((picture, theme, format, args.output.join(name)));
             }
@@ -107,33 +97,4 @@ pub(crate) fn run(command: &Command) -> Result<bool> {
         bail!("{} has nothing to draw", args.result.display());
     }
     Ok(true)
-}
-
-impl FormatName {
-    fn format(self) -> Format {
-        match self {
-            Self::Svg => Format::Svg,
-            Self::Png => Format::Png,
-        }
-    }
-}
-
-impl ThemeName {
-    fn theme(self) -> Theme {
-        match self {
-            Self::Light => Theme::Light,
-            Self::Dark => Theme::Dark,
-        }
-    }
-}
-
-impl PictureName {
-    fn picture(self) -> Picture {
-        match self {
-            Self::Bars => Picture::Bars,
-            Self::Ceiling => Picture::Ceiling,
-            Self::Sharing => Picture::Sharing,
-            Self::Planning => Picture::Planning,
-        }
-    }
 }

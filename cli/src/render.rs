@@ -4,6 +4,7 @@ use crate::run::Report;
 use comfy_table::{Table, presets};
 use pat_rs::DecodeBatch;
 use pat_rs::plan::forest::{Forest, Node};
+use pat_rs::plan::readers;
 use pat_rs::plan::tiling::RowTile;
 use std::fmt::Write;
 
@@ -79,11 +80,6 @@ fn count(n: usize, thing: &str) -> String {
 
 /// Siblings drawn below one node before the rest is counted only.
 const SIBLINGS: usize = 12;
-
-/// Tiles that read a node: each reads it once for all of its sequences.
-fn readers(node: &Node, tiles: &[RowTile]) -> usize {
-    tiles.iter().filter(|tile| tile.order_begin < node.order_end && node.order_begin < tile.order_end).count()
-}
 
 /// Tokens of a sequence that no other shares, and where they begin.
 fn private_run(forest: &Forest, batch: &DecodeBatch<'_>, sequence: u32) -> (u32, u32) {

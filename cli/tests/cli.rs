@@ -378,7 +378,7 @@ fn bad_options_are_refused() {
     for (extra, parts) in [
         (["--device", "tpu"], &["--device: got \"tpu\", expected auto, cpu, cuda or cuda:N"][..]),
         (["--device", "cuda:x"], &["--device: got \"cuda:x\""]),
-        (["--mode", "best"], &["--mode: got \"best\", expected auto, flat, per-node or fixed-chunk=TOKENS"]),
+        (["--mode", "best"], &["--mode: got \"best\", expected auto, flat, per-node, packed or fixed-chunk=TOKENS"]),
         (["--mode", "fixed-chunk="], &["--mode: got \"fixed-chunk=\""]),
         (["--mode", "fixed-chunk=0"], &["fixed chunk: got 0"]),
         (["--mode", "fixed-chunk=33"], &["fixed chunk: got 33, expected a multiple of page_size = 32"]),

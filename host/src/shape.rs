@@ -64,4 +64,9 @@ impl AttentionShape {
     pub fn kv_bytes_per_token(self) -> u64 {
         2 * 2 * u64::from(self.kv_heads) * u64::from(self.head_dim)
     }
+
+    /// Bytes of one sequence's partials of one chunk: an f32 output and a log-sum-exp for each query head.
+    pub fn partial_bytes(self) -> u64 {
+        u64::from(self.q_heads) * (u64::from(self.head_dim) + 1) * 4
+    }
 }

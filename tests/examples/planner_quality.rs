@@ -42,7 +42,7 @@ fn main() -> Result<(), Box<dyn Error>> {
                 pat.kv_tokens(),
                 tokens(auto.planned_kv_bytes),
                 pat.partials(),
-                auto.partial_bytes / (u64::from(q_heads) * (128 + 1) * 4),
+                auto.partial_bytes / shape.partial_bytes(),
                 flat.predicted_us,
                 of_pat.total_us(),
                 auto.predicted_us,

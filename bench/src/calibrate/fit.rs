@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `tile_latency_us` | slope of the time of one sequence over its main-loop steps |
 //! | `item_latency_us` | slope of the time over waves of one-step items, less a tile latency |
-//! | `launch_us` | intercept of the former line, less two item latencies |
+//! | `launch_us` | intercept of the line over steps, less two item latencies |
 //! | `hbm_bytes_per_us` | slope over the bytes of distinct pages |
 //! | `l2_bytes_per_us` | the highest rate at which a kernel reads resident pages, by the slope over bytes |
 //! | `mma_flop_per_us`, `wgmma_flop_per_us` | the highest rate of the family in the same probes, by the slope over FLOP |

@@ -43,9 +43,7 @@ impl Probe {
     pub fn measure(&self, engine: &CudaEngine, flush: &L2Flush, repeats: Repeats) -> Result<Sample> {
         let plan = self.plan(&engine.device().profile()?)?;
         let case = DeviceCase::new(engine, &self.batch, self.shape)?;
-        let prepared = case.prepare(&plan)?;
-        (0..repeats.warm_ups).try_for_each(|_| prepared.run_us(Some(flush)).map(drop))?;
-        let mut times = (0..repeats.timed).map(|_| prepared.run_us(Some(flush))).collect::<Result<Vec<_>>>()?;
+        let mut times = case.prepare(&plan)?.times_us(Some(flush), repeats)?;
         Ok(Sample { name: self.name.clone(), quantity: self.quantity, measured_us: median(&mut times) })
     }
 }

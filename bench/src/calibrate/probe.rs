@@ -39,7 +39,7 @@ pub enum Quantity {
         /// Main-loop steps.
         steps: f64,
     },
-    /// `waves` waves of CTAs of one step: `launch + item latency + waves * (item latency + tile latency)`.
+    /// `waves` waves of CTAs of one step: a constant, and `waves * (item latency + tile latency)`.
     Waves {
         /// Waves.
         waves: f64,

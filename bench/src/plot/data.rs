@@ -2,7 +2,7 @@
 
 use super::PlotError;
 use super::layout::Series;
-use crate::result::{self, METHOD, Record, ResultError, SCHEMA_VERSION};
+use crate::result::{self, METHOD, Record, RecordKey, ceiling_us};
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -65,7 +65,7 @@ impl Figures {
         }
         let mut points: Vec<Point> = base.records.iter().map(Point::of).collect();
         for other in others {
-            let extra = Extra::read(other)?;
+            let extra: Extra = result::read_as(other)?;
             if extra.device != base.device {
                 return Err(PlotError::Device {
                     file: other.clone(),
@@ -75,15 +75,7 @@ impl Figures {
             }
             let records: BTreeMap<_, _> = extra.records.iter().map(|record| (record.key(), record)).collect();
             for (point, record) in points.iter_mut().zip(&base.records) {
-                let key = (
-                    record.suite.as_str(),
-                    record.tree.as_str(),
-                    record.nheads_q,
-                    record.nheads_kv,
-                    record.head_dim,
-                    record.dtype.as_str(),
-                );
-                let Some(extra) = records.get(&key) else { continue };
+                let Some(extra) = records.get(&record.key()) else { continue };
                 for (method, ms) in &extra.latencies {
                     // What was measured beside ours is better than what was measured elsewhere, all of it.
                     if !record.latencies.contains_key(method) {
@@ -140,7 +132,7 @@ impl Figures {
     }
 
     /// The methods beside ours.
-    pub(super) fn peers(&self) -> impl Iterator<Item = &String> {
+    pub(crate) fn peers(&self) -> impl Iterator<Item = &String> {
         self.methods.iter().filter(|method| *method != METHOD)
     }
 
@@ -182,7 +174,7 @@ impl Point {
             sequences,
             sharing_factor: record.sharing_factor,
             ceiling_us: record.ceiling_us,
-            unshared_ceiling_us: ((logical_kv_bytes + rows_bytes) / 4.6e6).max(record.flop / 650e6),
+            unshared_ceiling_us: ceiling_us(logical_kv_bytes + rows_bytes, record.flop),
             cold_us: microseconds(&record.latencies),
             plan_us,
         }
@@ -203,7 +195,8 @@ struct Extra {
 
 #[derive(Deserialize)]
 struct ExtraRecord {
-    suite: Option<String>,
+    #[serde(default = "result::first_suite")]
+    suite: String,
     tree: String,
     nheads_q: u32,
     nheads_kv: u32,
@@ -214,24 +207,16 @@ struct ExtraRecord {
     plan_latencies: BTreeMap<String, f64>,
 }
 
-impl Extra {
-    fn read(path: &Path) -> Result<Self, ResultError> {
-        let file = path.display().to_string();
-        let text = std::fs::read_to_string(path).map_err(|source| ResultError::Io { file: file.clone(), source })?;
-        let foreign = |source| ResultError::Json { file: file.clone(), source };
-        let value: serde_json::Value = serde_json::from_str(&text).map_err(foreign)?;
-        let version = value["schema_version"].as_u64().and_then(|version| u32::try_from(version).ok());
-        match version {
-            Some(found) if found > SCHEMA_VERSION => Err(ResultError::Version { file: file.clone(), found }),
-            _ => serde_json::from_value(value).map_err(foreign),
-        }
-    }
-}
-
 impl ExtraRecord {
-    fn key(&self) -> (&str, &str, u32, u32, u32, &str) {
-        let suite = self.suite.as_deref().unwrap_or(FIGURE_10);
-        (suite, &self.tree, self.nheads_q, self.nheads_kv, self.head_dim, &self.dtype)
+    fn key(&self) -> RecordKey {
+        RecordKey {
+            suite: self.suite.clone(),
+            tree: self.tree.clone(),
+            nheads_q: self.nheads_q,
+            nheads_kv: self.nheads_kv,
+            head_dim: self.head_dim,
+            dtype: self.dtype.clone(),
+        }
     }
 }
 

@@ -9,7 +9,8 @@ mod sharing;
 mod theme;
 
 pub use data::{Figures, Point};
-pub use theme::{MAX_SERIES, Theme};
+use theme::MAX_SERIES;
+pub use theme::Theme;
 
 use crate::result::ResultError;
 use plotters::coord::Shift;
@@ -54,6 +55,9 @@ pub enum Format {
 }
 
 impl Format {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::Svg, Self::Png];
+
     /// As in file names.
     pub fn name(self) -> &'static str {
         match self {

@@ -6,7 +6,7 @@ use plotters::style::{FontStyle, register_font};
 use std::sync::OnceLock;
 
 /// Series a picture can have: each has a colour and a marker of its own.
-pub const MAX_SERIES: usize = 8;
+pub(super) const MAX_SERIES: usize = 8;
 
 /// What the page behind a picture is like.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,6 +18,9 @@ pub enum Theme {
 }
 
 impl Theme {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::Light, Self::Dark];
+
     /// As in file names.
     pub fn name(self) -> &'static str {
         match self {

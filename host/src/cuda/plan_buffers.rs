@@ -225,7 +225,7 @@ impl<'a> Workspace<'a> {
 
     /// Bytes for `slots` partial slots (see [`LaunchGeometry::max_slots`]).
     pub fn bytes_for_slots(shape: AttentionShape, slots: u32) -> u64 {
-        u64::from(slots) * Self::bytes_per_slot(shape)
+        u64::from(slots) * shape.partial_bytes()
     }
 
     /// Allocates `bytes` bytes on the device.
@@ -250,10 +250,6 @@ impl<'a> Workspace<'a> {
         }
     }
 
-    fn bytes_per_slot(shape: AttentionShape) -> u64 {
-        u64::from(shape.q_heads()) * (u64::from(shape.head_dim()) + 1) * 4
-    }
-
     /// Addresses of (partial outputs, partial LSEs). They depend on the workspace and the shape alone, not on the plan,
     /// so that a captured graph stays valid when the plan changes.
     pub(super) fn layout(span: DeviceSpan<'_>, shape: AttentionShape, slots: u32) -> Result<(u64, u64)> {
@@ -272,7 +268,7 @@ impl<'a> Workspace<'a> {
                 format!("at least {needed} bytes for {slots} partial slots"),
             ));
         }
-        let capacity_slots = span.bytes() / Self::bytes_per_slot(shape);
+        let capacity_slots = span.bytes() / shape.partial_bytes();
         let out_bytes = capacity_slots * u64::from(shape.q_heads()) * u64::from(shape.head_dim()) * 4;
         Ok((span.address(), span.address() + out_bytes))
     }

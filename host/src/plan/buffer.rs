@@ -399,8 +399,7 @@ impl Plan {
 
     /// Bytes of partial outputs and partial LSEs that executing the plan needs.
     pub fn partial_bytes(&self) -> u64 {
-        let rows = u64::from(self.header().slot_count) * u64::from(self.shape.q_heads());
-        rows * u64::from(self.shape.head_dim()) * 4 + rows * 4
+        u64::from(self.header().slot_count) * self.shape.partial_bytes()
     }
 
     fn records<T: bytemuck::Pod>(&self, offset_bytes: u32, count: u32) -> &[T] {

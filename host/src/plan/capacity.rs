@@ -43,7 +43,7 @@ impl PlanCapacity {
 
     /// Bytes of partial outputs and log-sum-exps of the largest plan.
     pub fn partial_bytes(&self, shape: AttentionShape) -> u64 {
-        u64::from(self.max_slots) * u64::from(shape.q_heads()) * (u64::from(shape.head_dim()) + 1) * 4
+        u64::from(self.max_slots) * shape.partial_bytes()
     }
 
     pub(super) fn validated(self) -> Result<Self> {

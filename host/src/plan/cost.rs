@@ -9,11 +9,12 @@ use serde::Serialize;
 /// Predicted time of a plan by cause.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Prediction {
-    /// Reading every planned KV byte, first reads from DRAM and repeated ones from L2, and writing partials.
+    /// Reading every planned KV byte, first reads from DRAM and repeated ones from L2 as far as they stay there, and writing
+    /// partials.
     pub memory_us: f64,
     /// Multiplying padded tiles.
     pub tensor_us: f64,
-    /// The forward pass as waves of items over the CTA slots: at least the memory and the tensor time, and more where items
+    /// The forward pass, its items dealt out over the CTA slots: at least the memory and the tensor time, and more where items
     /// are few, short or uneven.
     pub busy_us: f64,
     /// Launches: forward, and one more for each further tile variant.
@@ -183,8 +184,7 @@ impl CostModel<'_> {
     }
 
     fn partial_bytes(&self, partials: u64) -> f64 {
-        let partial_rows = partials * u64::from(self.shape.q_heads());
-        partial_rows as f64 * (4.0 * f64::from(self.shape.head_dim()) + 4.0)
+        (partials * self.shape.partial_bytes()) as f64
     }
 
     fn merge_us(&self, totals: Totals) -> f64 {
@@ -214,7 +214,7 @@ impl CostModel<'_> {
             let steps: f64 = same_variant.iter().map(Work::all_steps).sum();
             let tensor_per_step_us = self.terms(variant).tensor_per_step_us;
             tensor_us += steps * kv_heads * tensor_per_step_us;
-            busy_us += self.waves_us(variant, same_variant, memory_per_step_us.max(tensor_per_step_us));
+            busy_us += self.forward_us(variant, same_variant, memory_per_step_us.max(tensor_per_step_us));
             launches += 1;
         }
         busy_us *= totals.mask_factor(all_steps);
@@ -236,7 +236,7 @@ impl CostModel<'_> {
         memory_per_step_us: f64,
     ) -> f64 {
         let work: Vec<_> = steps.map(|steps| Work { variant, steps, items: 1 }).collect();
-        self.waves_us(variant, &work, memory_per_step_us.max(self.terms(variant).tensor_per_step_us))
+        self.forward_us(variant, &work, memory_per_step_us.max(self.terms(variant).tensor_per_step_us))
     }
 
     /// CTAs of a variant that run at a time.
@@ -265,7 +265,7 @@ impl CostModel<'_> {
     /// Items are dealt out longest first. While all CTA slots have work, steps pass at the rate of the memory or the tensor
     /// cores, or at what the slots can do at a latency per step and item each. At the end, the items of the last round run out one
     /// after the other: the fewer are left, the more of the device stands idle.
-    fn waves_us(&self, variant: TileVariant, work: &[Work], step_us: f64) -> f64 {
+    fn forward_us(&self, variant: TileVariant, work: &[Work], step_us: f64) -> f64 {
         let VariantTerms { slots, ctas_per_sm, .. } = *self.terms(variant);
         let (slots, heads) = (u64::from(slots), u64::from(self.shape.kv_heads()));
         let rate_us = |active: u64| self.profile.tile_latency_us.max(active as f64 * step_us);

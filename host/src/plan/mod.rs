@@ -28,7 +28,7 @@ pub use generation::PlanGeneration;
 use pat_abi::{PageMask, TileVariant};
 use search::Search;
 use serde::Serialize;
-pub use sharing::{ReadReason, SharedNodes};
+pub use sharing::{ReadReason, SharedNodes, readers};
 pub use snapshot::PlanChange;
 use snapshot::Snapshot;
 use std::sync::Arc;

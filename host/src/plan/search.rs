@@ -10,8 +10,9 @@ const ROUNDS: [u64; 3] = [1, 2, 6];
 /// Shortest chunk that is tried: a CTA's fixed costs are those of a few key tiles.
 const LEAST_CHUNK_TOKENS: u32 = 128;
 
-/// A plan that moves more bytes must be predicted to be faster by as much, up to this part of the time: the model's error is about
-/// 8%, and where it did not tell plans apart, those that move less were measured faster (docs/planner-quality.md).
+/// A plan that moves more bytes than one tried before it must be predicted to be faster by as much, up to this part of the time:
+/// the model's error is about 8%, and where it did not tell plans apart, those that move less were measured faster
+/// (docs/planner-quality.md). No sharing is tried first: no plan is predicted to be slower than that.
 const MOST_DOUBT: f64 = 0.05;
 
 /// The best rule so far.
@@ -51,8 +52,8 @@ pub(super) struct Search<'a> {
 
 impl Search<'_> {
     /// The rule with the best prediction among tiles of at most each of `widths` sequences (one at least) and a range of
-    /// chunk lengths: never worse than the first width, uncut. One that moves more bytes than another must be faster accordingly
-    /// ([`MOST_DOUBT`]); of equally good ones the first counts. From the second on, widths descend.
+    /// chunk lengths: never worse than the first width, uncut. One that moves more bytes than one before it must be faster
+    /// accordingly ([`MOST_DOUBT`]); of equally good ones the first counts. From the second on, widths descend.
     pub(super) fn best(self, widths: impl IntoIterator<Item = u32>, scratch: &mut Scratch) -> (TilingRule, Prediction) {
         self.reserve(scratch);
         let mut best: Option<Best> = None;
@@ -97,10 +98,10 @@ impl Search<'_> {
         // What keeps a tile from being as wide in a tiling with shorter chunks.
         let unshared = uncut.iter().map(|tile| tile.page_count - tile.common_pages).max().unwrap_or(0);
         let longest_stream = uncut.iter().map(|tile| u64::from(tile.page_count)).max().unwrap_or(0);
-        let key_tile_pages = u64::from((LEAST_CHUNK_TOKENS / page_size).max(1));
+        let least_chunk_pages = u64::from((LEAST_CHUNK_TOKENS / page_size).max(1));
         for rounds in std::iter::once(None).chain(ROUNDS.map(Some)) {
             if let Some(rounds) = rounds {
-                let even = even_pages.div_ceil(rounds).max(key_tile_pages);
+                let even = even_pages.div_ceil(rounds).max(least_chunk_pages);
                 // In one piece less rather than one more: the last round would be nearly empty.
                 let chunk_pages = longest_stream.div_ceil((longest_stream / even).max(1));
                 // Chunks that cut nothing were tried first.

@@ -111,8 +111,8 @@ impl Sharing<'_> {
     }
 }
 
-/// Tiles with a sequence of the node: each reads it once. `tiles` are in forest order.
-fn readers(node: &Node, tiles: &[RowTile]) -> u32 {
+/// Row tiles with a sequence of the node: each reads it once. `tiles` are in forest order ([`crate::Planner::tiles`]).
+pub fn readers(node: &Node, tiles: &[RowTile]) -> u32 {
     let begin = tiles.partition_point(|tile| tile.order_end <= node.order_begin);
     let end = tiles.partition_point(|tile| tile.order_begin < node.order_end);
     (end - begin) as u32
