@@ -35,7 +35,8 @@ fn sequence(page_size: u32) -> impl Strategy<Value = Sequence> {
 }
 
 /// Up to 64 sequences of up to 64 pages: continuations, copies and cuts of earlier ones, of uneven depth; lengths around
-/// page borders, and 0. Behind the last needed entry stands garbage.
+/// page borders, and 0. Behind the last needed entry stands garbage. As `pat_tests::invariants::random_forest`, but failures
+/// shrink.
 fn forests() -> impl Strategy<Value = OwnedBatch> {
     let of_page_size = |page_size| {
         let sequences = prop::collection::vec(sequence(page_size), 1..=64);
