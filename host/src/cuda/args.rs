@@ -105,8 +105,8 @@ pub(super) struct PreparedRun {
     pub(super) merge: MergeParams,
     /// CTAs per tile variant.
     pub(super) forward_grids: [u32; TileVariant::ALL.len()],
-    /// (merge row, query head) pairs: one warp each.
-    pub(super) merge_warps: u64,
+    /// (merge row, query head) pairs; the kernel deals them to the CTAs there are.
+    pub(super) merge_rows: u64,
     pub(super) shape: AttentionShape,
 }
 
@@ -213,12 +213,12 @@ impl RunArgs<'_> {
             lse_head_stride: forward.lse_head_stride,
             q_heads: FastDivisor::new(shape.q_heads()),
         };
-        let merge_warps = u64::from(plan.limits.max_merge_rows) * u64::from(shape.q_heads());
+        let merge_rows = u64::from(plan.limits.max_merge_rows) * u64::from(shape.q_heads());
         // The merge kernels divide a warp index with `FastDivisor`, which takes dividends below 2^31.
-        if merge_warps >= 1 << 31 {
-            return Err(Error::invalid("plan merge rows * q_heads", merge_warps, "fewer than 2^31"));
+        if merge_rows >= 1 << 31 {
+            return Err(Error::invalid("plan merge rows * q_heads", merge_rows, "fewer than 2^31"));
         }
-        Ok(PreparedRun { forward, merge, forward_grids, merge_warps, shape })
+        Ok(PreparedRun { forward, merge, forward_grids, merge_rows, shape })
     }
 
     /// The tensor maps of K and V, in the order the kernels take them.
@@ -327,7 +327,7 @@ mod tests {
         assert_eq!(run.forward.lse_sequence_stride, 32);
         assert_eq!(run.forward.group.divisor, 4);
         assert_eq!(run.forward_grids[TileVariant::Mma16.index()], 12);
-        assert_eq!(run.merge_warps, 16);
+        assert_eq!(run.merge_rows, 16);
         assert_eq!(run.forward.partial_lse - run.forward.partial_out, 5 * 8 * 128 * 4);
     }
 

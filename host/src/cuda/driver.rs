@@ -98,6 +98,8 @@ impl Kernel {
         // From here on dropping `kernel` unloads the module.
         let max_grid = match spec.family {
             Family::Forward(variant) if variant.is_persistent() => sm_count * spec.min_ctas_per_sm,
+            // Its warps step through the rows, too.
+            Family::Merge => sm_count * spec.min_ctas_per_sm,
             _ => u32::MAX,
         };
         let mut kernel = Self { context: context.clone(), module, function: std::ptr::null_mut(), spec, max_grid };
@@ -185,11 +187,10 @@ pub(super) fn launch_merge(kernel: &Kernel, run: &PreparedRun, stream: &Stream) 
         return Err(Error::invalid("kernel", kernel.spec.entry, "a merge kernel"));
     }
     let programmatic = kernel.spec.arch == Arch::Sm90a;
-    let warps_per_cta = u64::from(kernel.spec.threads / 32);
-    let grid = run.merge_warps.div_ceil(warps_per_cta) as u32;
+    let grid = run.merge_rows as u32;
     let mut params = [(&raw const run.merge).cast_mut().cast::<c_void>()];
     // SAFETY: merge kernels take MergeParams alone; the driver reads, never writes, parameters. Addresses as in
-    // `launch_forward`. The grid fits: `RunArgs::prepare` keeps `merge_warps` below 2^31.
+    // `launch_forward`. The grid fits: `RunArgs::prepare` keeps `merge_rows` below 2^31.
     unsafe { kernel.launch(grid, &mut params, programmatic, stream) }
 }
 

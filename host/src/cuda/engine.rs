@@ -92,7 +92,7 @@ impl CudaEngine {
                 driver::launch_forward(&*self.device.kernel(spec)?, &run, maps, stream)?;
             }
         }
-        if run.merge_warps > 0 {
+        if run.merge_rows > 0 {
             let kernel = self.device.kernel(self.merge_kernel(run.shape)?)?;
             driver::launch_merge(&kernel, &run, stream)?;
         }

@@ -5,6 +5,7 @@ use super::forest::Forest;
 use super::tiling::{Extent, RowTile, TileChoice};
 use crate::{AttentionShape, DecodeBatch, Result};
 use pat_abi::{DIRECT_SLOT, MergeRow, NO_MASKS, PackQuery, PageMask, WorkItem};
+use std::cmp::Reverse;
 
 /// A run of pages in a stream and the sequences of the tile that read it.
 #[derive(Clone, Copy, Debug)]
@@ -218,6 +219,8 @@ impl Emitter<'_> {
             slots += u64::from(slot_count);
         }
         records.slot_count = buffer::checked_count("slots", slots)?;
+        // Rows are dealt out in turn: what takes longest begins first.
+        records.merges.sort_unstable_by_key(|row| (Reverse(row.slot_count), row.sequence));
         for query in &mut records.queries {
             let next = &mut scratch.slots[query.sequence as usize];
             query.slot = *next;

@@ -108,8 +108,8 @@ impl TileVariant {
         }
     }
 
-    /// Whether a CTA serves a piece of work of every round, dealt first CTA to last and back, instead of one piece alone:
-    /// launched with as many CTAs as fit the device, however large the plan.
+    /// Whether a CTA steps through work `c, c + grid, ...` instead of serving one piece: launched with as many CTAs as
+    /// fit the device, however large the plan.
     pub const fn is_persistent(self) -> bool {
         matches!(self, Self::Wgmma64 | Self::Wgmma128)
     }
@@ -191,11 +191,12 @@ macro_rules! merge {
             dtype: Dtype::$dtype,
             head_dim: $head_dim,
             threads: 128,
-            // Eight float4 loads in flight with 64-bit addresses want 72 registers; eight CTAs would allow 64 and spill.
-            min_ctas_per_sm: 6,
-            smem_bytes: 0,
-            max_registers: 80,
-            barriers: 0,
+            // Eight float4 loads in flight with 64-bit addresses, and the outputs of four rows.
+            min_ctas_per_sm: 4,
+            // Four warps' sums of a row, where a CTA has one row.
+            smem_bytes: 4 * 4 * $head_dim,
+            max_registers: 128,
+            barriers: 1,
             tensor_maps: 0,
         }
     };

@@ -1,7 +1,13 @@
-//! Merge kernel: combines the partials of a (sequence, query head) row by their log-sum-exps. One warp per row.
+//! Merge kernel: combines the partials of a (sequence, query head) row by their log-sum-exps.
 //!
-//! Lanes share the log-sum-exps of 32 partials; then every lane sums its columns over the partials, eight loads in
-//! flight. The order is the slot order, so results do not depend on timing.
+//! What it waits for is on its way together: log-sum-exps with the first partials. How rows are dealt depends on how many there are:
+//!
+//! - as many CTAs as rows: a CTA takes a row, its four warps eight partials each of every 32;
+//! - as many warps as rows: a warp takes a row, eight partials at a time;
+//! - more rows: a warp takes four at a time, if they have up to eight partials, as nearly all have, eight lanes to the
+//!   log-sum-exps of each; else one after the other.
+//!
+//! Sums are made in the same order whenever the same plan runs: results do not depend on timing.
 
 use core::mem::offset_of;
 
@@ -9,15 +15,49 @@ use pat_abi::{MergeParams, MergeRow, PLAN_MAGIC, PlanHeader};
 
 use crate::element::{Bf16, Element, F16};
 use crate::item::{LN_2, strided};
+use crate::ptx::barrier::sync_cta;
 use crate::ptx::ldst::{
     load_global_l2_f32, load_global_l2_f32x2, load_global_l2_f32x4, load_global_u32, load_global_u32x4,
-    store_global_f32, store_global_u32, store_global_u32x2,
+    load_shared_f32x2, store_global_f32, store_global_u32, store_global_u32x2, store_shared_f32x2,
 };
 use crate::ptx::{math, shuffle, special};
 use crate::softmax::{normaliser, subtrahend};
 
 const WARPS: u32 = 4;
 const LOADS_IN_FLIGHT: u32 = 8;
+
+/// Rows a warp takes at a time, and lanes for the log-sum-exps of each.
+const ROWS: usize = 4;
+const ROW_LANES: u32 = 32 / ROWS as u32;
+
+/// A row to merge.
+#[derive(Clone, Copy)]
+struct Row {
+    sequence: u32,
+    head: u32,
+    slot_begin: u32,
+    slot_count: u32,
+}
+
+impl Row {
+    /// What lane `lane` holds, in all lanes.
+    #[inline(always)]
+    fn broadcast(self, lane: u32) -> Self {
+        let of_lane = |value| shuffle::from_lane_u32(value, lane);
+        Self {
+            sequence: of_lane(self.sequence),
+            head: of_lane(self.head),
+            slot_begin: of_lane(self.slot_begin),
+            slot_count: of_lane(self.slot_count),
+        }
+    }
+
+    /// Index of its partial `slot`, which need not exist.
+    #[inline(always)]
+    fn partial(self, params: &MergeParams, slot: u32) -> u64 {
+        (self.slot_begin + slot) as u64 * params.q_heads.divisor as u64 + self.head as u64
+    }
+}
 
 /// `COLUMNS` per lane: head_dim / 32.
 ///
@@ -27,66 +67,192 @@ const LOADS_IN_FLIGHT: u32 = 8;
 unsafe fn merge<E: Element, const COLUMNS: usize>(params: &MergeParams, wait_for_partials: impl Fn()) {
     let thread = special::thread_index();
     let lane = thread % 32;
-    let (index, head) = params.q_heads.divide_remainder(special::cta_index() * WARPS + thread / 32);
-    let q_heads = params.q_heads.divisor;
-    // SAFETY: header fields; the row exists once its index is below the count.
-    let row = unsafe {
-        let magic = load_global_u32(params.plan + offset_of!(PlanHeader, magic) as u64);
-        let count = load_global_u32(params.plan + offset_of!(PlanHeader, merge_count) as u64);
-        let offset = load_global_u32(params.plan + offset_of!(PlanHeader, merges_offset_bytes) as u64);
-        if magic != PLAN_MAGIC || index >= count {
-            None
-        } else {
-            Some(load_global_u32x4(params.plan + offset as u64 + index as u64 * size_of::<MergeRow>() as u64))
-        }
+    let ctas = special::cta_count();
+    // SAFETY: header fields.
+    let (magic, count, offset) = unsafe {
+        (
+            load_global_u32(params.plan + offset_of!(PlanHeader, magic) as u64),
+            load_global_u32(params.plan + offset_of!(PlanHeader, merge_count) as u64),
+            load_global_u32(params.plan + offset_of!(PlanHeader, merges_offset_bytes) as u64),
+        )
     };
-    wait_for_partials();
-    let Some([sequence, slot_begin, slot_count, _]) = row else { return };
+    let row_count = if magic == PLAN_MAGIC { count * params.q_heads.divisor } else { 0 };
+    let together = row_count <= ctas;
+    let (warp, warps) = if together {
+        (special::cta_index(), ctas)
+    } else {
+        (special::cta_index() * WARPS + thread / 32, ctas * WARPS)
+    };
+    let mut first = warp;
+    let mut waited = false;
+    while first < row_count {
+        // Lanes `8 r` to `8 r + 7` hold row `first + r * warps`.
+        let row_index = first + lane / ROW_LANES * warps;
+        let exists = row_index < row_count;
+        let (index, head) = params.q_heads.divide_remainder(if exists { row_index } else { first });
+        // SAFETY: `index` is below the count.
+        let [sequence, slot_begin, slot_count, _] =
+            unsafe { load_global_u32x4(params.plan + offset as u64 + index as u64 * size_of::<MergeRow>() as u64) };
+        let row = Row { sequence, head, slot_begin, slot_count: if exists { slot_count } else { 0 } };
+        if !waited {
+            wait_for_partials();
+            waited = true;
+        }
+        // SAFETY: the rows exist as far as `exists` says; all lanes of a warp, and all warps of the CTA where `together`.
+        unsafe {
+            if together {
+                merge_row::<E, COLUMNS, true>(params, row.broadcast(0), thread / 32, lane);
+            } else if row_count <= warps || shuffle::any(row.slot_count > ROW_LANES) {
+                for r in 0..ROWS as u32 {
+                    if first + r * warps < row_count {
+                        merge_row::<E, COLUMNS, false>(params, row.broadcast(r * ROW_LANES), 0, lane);
+                    }
+                }
+            } else {
+                merge_short::<E, COLUMNS>(params, row, exists, lane);
+            }
+        }
+        first += ROWS as u32 * warps;
+    }
+    if !waited {
+        wait_for_partials();
+    }
+}
 
-    let head_dim = 32 * COLUMNS as u64;
-    let partial = |slot: u32| (slot_begin + slot) as u64 * q_heads as u64 + head as u64;
+/// Merges four rows of at most eight partials each; lane `l` holds row `l / 8`.
+///
+/// # Safety
+/// All lanes; the rows that exist are rows of the plan.
+#[inline(always)]
+unsafe fn merge_short<E: Element, const COLUMNS: usize>(params: &MergeParams, row: Row, exists: bool, lane: u32) {
+    const SLOTS_AT_A_TIME: u32 = LOADS_IN_FLIGHT / ROWS as u32;
+    let slot = lane % ROW_LANES;
+    let mut lse = f32::NEG_INFINITY;
+    if slot < row.slot_count {
+        // SAFETY: a slot of this row.
+        lse = unsafe { load_global_l2_f32(params.partial_lse + row.partial(params, slot) * 4) };
+    }
+    let mut most_slots = row.slot_count;
+    for lane_bit in [8, 16] {
+        let other = shuffle::xor_u32(most_slots, lane_bit);
+        most_slots = if other > most_slots { other } else { most_slots };
+    }
+    let rows = [0, 1, 2, 3].map(|r| row.broadcast(r * ROW_LANES));
+    let mut output = [[0.0; COLUMNS]; ROWS];
+    let (mut max, mut sum, mut weight) = (f32::NEG_INFINITY, 0.0, 0.0);
+    let mut slot_begin = 0;
+    while slot_begin < most_slots {
+        let mut loaded = [[0.0; COLUMNS]; LOADS_IN_FLIGHT as usize];
+        for r in 0..ROWS {
+            for i in 0..SLOTS_AT_A_TIME {
+                if slot_begin + i < rows[r].slot_count {
+                    let index = rows[r].partial(params, slot_begin + i) * (32 * COLUMNS as u64);
+                    let address = params.partial_out + (index + lane as u64 * COLUMNS as u64) * 4;
+                    // SAFETY: columns of a slot of this row.
+                    unsafe { load_columns(address, &mut loaded[r * SLOTS_AT_A_TIME as usize + i as usize]) };
+                }
+            }
+        }
+        if slot_begin == 0 {
+            // While the first partials are on their way.
+            max = lse;
+            for step in 0..3 {
+                max = math::max(max, shuffle::xor_f32(max, 4 >> step));
+            }
+            weight = math::exp2(lse - subtrahend(max));
+            sum = weight;
+            for step in 0..3 {
+                sum += shuffle::xor_f32(sum, 4 >> step);
+            }
+        }
+        for r in 0..ROWS {
+            for i in 0..SLOTS_AT_A_TIME {
+                // An empty partial may hold anything, hence the test.
+                let w = shuffle::from_lane_f32(weight, r as u32 * ROW_LANES + slot_begin + i);
+                for column in 0..COLUMNS {
+                    let value = loaded[r * SLOTS_AT_A_TIME as usize + i as usize][column];
+                    let term = if w > 0.0 { value } else { 0.0 };
+                    output[r][column] = math::fma(term, w, output[r][column]);
+                }
+            }
+        }
+        slot_begin += SLOTS_AT_A_TIME;
+    }
+    for r in 0..ROWS {
+        let from = r as u32 * ROW_LANES;
+        let (sum, max) = (shuffle::from_lane_f32(sum, from), shuffle::from_lane_f32(max, from));
+        let scale = normaliser(sum);
+        for column in 0..COLUMNS {
+            output[r][column] *= scale;
+        }
+        if shuffle::from_lane_u32(exists as u32, from) != 0 {
+            // SAFETY: the row exists and this warp owns it.
+            unsafe { store_row::<E, COLUMNS>(params, rows[r], lane, &output[r], max + math::log2(sum)) };
+        }
+    }
+}
+
+/// Merges a row of any number of partials, by one warp or (`TOGETHER`) by all of the CTA, each of which then has a quarter of
+/// them.
+///
+/// # Safety
+/// All lanes of warp `warp`, and of all warps where `TOGETHER`: once per CTA, since it does not wait for its shared memory to be
+/// free; the row is one of the plan's.
+#[inline(always)]
+unsafe fn merge_row<E: Element, const COLUMNS: usize, const TOGETHER: bool>(
+    params: &MergeParams,
+    row: Row,
+    warp: u32,
+    lane: u32,
+) {
+    let slot_count = row.slot_count;
+    let (own, own_end) = if TOGETHER { (warp * LOADS_IN_FLIGHT, (warp + 1) * LOADS_IN_FLIGHT) } else { (0, 32) };
     let mut max = f32::NEG_INFINITY;
     let mut sum = 0.0;
     let mut output = [0.0; COLUMNS];
     let mut first = 0;
     while first < slot_count {
-        let lse = if first + lane < slot_count {
+        let mut lse = f32::NEG_INFINITY;
+        if first + lane < slot_count {
             // SAFETY: a slot of this row.
-            unsafe { load_global_l2_f32(params.partial_lse + partial(first + lane) * 4) }
-        } else {
-            f32::NEG_INFINITY
-        };
-        let mut batch_max = lse;
-        for step in 0..5 {
-            batch_max = math::max(batch_max, shuffle::xor_f32(batch_max, 16 >> step));
+            lse = unsafe { load_global_l2_f32(params.partial_lse + row.partial(params, first + lane) * 4) };
         }
-        let new_max = math::max(max, batch_max);
-        let reference = subtrahend(new_max);
-        let weight = math::exp2(lse - reference);
-        let factor = math::exp2(max - reference);
-        max = new_max;
-        let mut batch_sum = weight;
-        for step in 0..5 {
-            batch_sum += shuffle::xor_f32(batch_sum, 16 >> step);
-        }
-        sum = math::fma(sum, factor, batch_sum);
-        for column in 0..COLUMNS {
-            output[column] *= factor;
-        }
-        let batch = if slot_count - first < 32 { slot_count - first } else { 32 };
-        let mut slot = 0;
-        while slot < batch {
+        let end = if slot_count - first < own_end { slot_count - first } else { own_end };
+        let mut slot = own;
+        let mut weight = 0.0;
+        loop {
             let mut loaded = [[0.0; COLUMNS]; LOADS_IN_FLIGHT as usize];
             for i in 0..LOADS_IN_FLIGHT {
                 // Most rows have two or three partials: reading more, even again, would be most of the traffic.
-                if slot + i < batch {
-                    let index = partial(first + slot + i) * head_dim + lane as u64 * COLUMNS as u64;
+                if slot + i < end {
+                    let index = row.partial(params, first + slot + i) * (32 * COLUMNS as u64);
+                    let address = params.partial_out + (index + lane as u64 * COLUMNS as u64) * 4;
                     // SAFETY: columns of a slot of this row.
-                    unsafe { load_columns(params.partial_out + index * 4, &mut loaded[i as usize]) };
+                    unsafe { load_columns(address, &mut loaded[i as usize]) };
+                }
+            }
+            if slot == own {
+                // While the first partials are on their way.
+                let mut batch_max = lse;
+                for step in 0..5 {
+                    batch_max = math::max(batch_max, shuffle::xor_f32(batch_max, 16 >> step));
+                }
+                let new_max = math::max(max, batch_max);
+                let reference = subtrahend(new_max);
+                weight = math::exp2(lse - reference);
+                let factor = math::exp2(max - reference);
+                max = new_max;
+                let mut batch_sum = weight;
+                for step in 0..5 {
+                    batch_sum += shuffle::xor_f32(batch_sum, 16 >> step);
+                }
+                sum = math::fma(sum, factor, batch_sum);
+                for column in 0..COLUMNS {
+                    output[column] *= factor;
                 }
             }
             for i in 0..LOADS_IN_FLIGHT {
-                // Lanes from `batch` on hold weight 0; an empty partial may hold anything, hence the test.
+                // Lanes without a slot hold weight 0; an empty partial may hold anything, hence the test.
                 let w = shuffle::from_lane_f32(weight, slot + i);
                 for column in 0..COLUMNS {
                     let term = if w > 0.0 { loaded[i as usize][column] } else { 0.0 };
@@ -94,6 +260,9 @@ unsafe fn merge<E: Element, const COLUMNS: usize>(params: &MergeParams, wait_for
                 }
             }
             slot += LOADS_IN_FLIGHT;
+            if slot >= end {
+                break;
+            }
         }
         first += 32;
     }
@@ -101,13 +270,52 @@ unsafe fn merge<E: Element, const COLUMNS: usize>(params: &MergeParams, wait_for
     for column in 0..COLUMNS {
         output[column] *= scale;
     }
-    let row = strided(params.out, sequence, params.out_sequence_stride, head, params.out_head_stride);
-    // SAFETY: the output buffers are as `MergeParams` says, and one warp owns the row.
+    if TOGETHER {
+        let shared = special::dynamic_smem() + lane * COLUMNS as u32 * 4;
+        let of_warp = 128 * COLUMNS as u32;
+        for pair in 0..COLUMNS / 2 {
+            // SAFETY: this lane's own place; read behind the barrier.
+            unsafe {
+                store_shared_f32x2(shared + warp * of_warp + pair as u32 * 8, [output[2 * pair], output[2 * pair + 1]]);
+            }
+        }
+        sync_cta();
+        if warp != 0 {
+            return;
+        }
+        for other in 1..WARPS {
+            for pair in 0..COLUMNS / 2 {
+                // SAFETY: written ahead of the barrier.
+                let values = unsafe { load_shared_f32x2(shared + other * of_warp + pair as u32 * 8) };
+                output[2 * pair] += values[0];
+                output[2 * pair + 1] += values[1];
+            }
+        }
+    }
+    // SAFETY: the caller's contract.
+    unsafe { store_row::<E, COLUMNS>(params, row, lane, &output, max + math::log2(sum)) };
+}
+
+/// Writes a lane's columns of a row, and the log-sum-exp (given base 2) where one is wanted.
+///
+/// # Safety
+/// The output buffers are as [`MergeParams`] says, and one warp owns the row.
+#[inline(always)]
+unsafe fn store_row<E: Element, const COLUMNS: usize>(
+    params: &MergeParams,
+    row: Row,
+    lane: u32,
+    columns: &[f32; COLUMNS],
+    lse_log2: f32,
+) {
+    let Row { sequence, head, .. } = row;
+    let address = strided(params.out, sequence, params.out_sequence_stride, head, params.out_head_stride);
+    // SAFETY: the caller's contract.
     unsafe {
-        store_columns::<E, COLUMNS>(row + lane as u64 * COLUMNS as u64 * 2, &output);
+        store_columns::<E, COLUMNS>(address + lane as u64 * COLUMNS as u64 * 2, columns);
         if params.lse != 0 && lane == 0 {
             let lse = strided(params.lse, sequence, params.lse_sequence_stride, head, params.lse_head_stride);
-            store_global_f32(lse, (max + math::log2(sum)) * LN_2);
+            store_global_f32(lse, lse_log2 * LN_2);
         }
     }
 }
