@@ -1,6 +1,6 @@
 //! The consumer warpgroups: scores, weights, outputs.
 
-use super::masks::{ALL_VALUES, KeyMask, all_full, load_masks, values_ends};
+use super::masks::{ALL_VALUES, KeyMask, all_full, all_keys, load_masks, values_ends};
 use super::online_softmax::OnlineSoftmax;
 use super::smem::{QSlots, Ring, Smem, tile_offset};
 use super::work::{Batch, PlanView, work_index};
@@ -104,10 +104,10 @@ pub(super) unsafe fn consume<
                     mbarrier::wait(smem.v_full(previous.stage), previous.phase);
                     zero_values::<HEAD_DIM, GROUPS>(smem.v(previous.stage), ends);
                 }
+                let masks = load_masks(smem, ring.stage);
                 <(E, HeadDim<HEAD_DIM>)>::scores(&mut s, &q, smem.k(ring.stage));
                 mbarrier::wait(smem.v_full(previous.stage), previous.phase);
                 <(E, HeadDim<HEAD_DIM>)>::accumulate(&mut o, &weights, smem.v(previous.stage));
-                let masks = load_masks(smem, ring.stage);
                 wgmma::wait_scores::<1>(&mut s);
                 release(smem.k_empty(ring.stage), lane);
                 ends = values_ends(masks);
@@ -221,6 +221,19 @@ pub(super) fn mask_scores(s: &mut [f32; 32], masks: [KeyMask; 4]) {
         return;
     }
     let (lane, rows) = consumer_rows(thread_index_here());
+    if all_keys(masks) {
+        // Nearly all tiles of private pages: a choice per row, not per key.
+        for step in 0..4 {
+            for half in 0..2 {
+                let attends = masks[step].has_row(rows[half]);
+                for i in 0..4 {
+                    let score = &mut s[8 * step + (i >> 1) * 4 + 2 * half + (i & 1)];
+                    *score = if attends { *score } else { f32::NEG_INFINITY };
+                }
+            }
+        }
+        return;
+    }
     for step in 0..4 {
         for half in 0..2 {
             let limit = masks[step].limit(rows[half]);

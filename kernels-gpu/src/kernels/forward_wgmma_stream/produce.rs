@@ -77,7 +77,10 @@ pub(super) unsafe fn produce_kv<const HEAD_DIM: u32, const GROUPS: u32>(
                 }
                 // The copies are under way; the phase ends when they have landed and lane 0 has arrived.
                 let mask = window.key_mask(p, &work, token + (lane & 3) * KeyMask::KEYS);
-                let masks = [0, 1, 2, 3].map(|step| from_lane_u32(mask.0, step));
+                let mut masks = [0, 1, 2, 3].map(|step| from_lane_u32(mask.0, step));
+                if masks == [KeyMask::FULL; 4] {
+                    masks[0] = KeyMask::TILE_IS_FULL;
+                }
                 if lane == 0 {
                     // Written by the lane that arrives: its arrival publishes them.
                     store_shared_u32x4(smem.masks(ring.stage), masks);
