@@ -31,15 +31,17 @@ pub fn fence_async_proxy() {
     unsafe { asm!("fence.proxy.async.shared::cta;", options(nostack, preserves_flags)) };
 }
 
-/// `mbarrier.arrive.shared::cta.b64`: one arrival.
+/// `mbarrier.arrive.shared::cta.b64`: one arrival, lane 0's. Predicated: there is no branch whose arms a compiler pass could give a
+/// copy each of what follows.
 ///
 /// # Safety
 /// `barrier` is an initialised barrier.
 #[inline(always)]
-pub unsafe fn arrive(barrier: u32) {
+pub unsafe fn arrive_lane_0(barrier: u32, lane: u32) {
     // SAFETY: the caller's contract.
     unsafe {
-        asm!("mbarrier.arrive.shared::cta.b64 _, [{0}];", in(reg32) barrier, options(nostack, preserves_flags));
+        asm!("{{ .reg .pred p; setp.eq.u32 p, {1}, 0; @p mbarrier.arrive.shared::cta.b64 _, [{0}]; }}",
+            in(reg32) barrier, in(reg32) lane, options(nostack, preserves_flags));
     }
 }
 

@@ -200,10 +200,8 @@ pub(super) fn transpose_quad(row: [u32; 4], lane: u32) -> [u32; 4] {
 /// `empty` is an initialised barrier that counts consumer warps.
 #[inline(always)]
 pub(super) unsafe fn release(empty: u32, lane: u32) {
-    if lane == 0 {
-        // SAFETY: the caller's contract.
-        unsafe { mbarrier::arrive(empty) };
-    }
+    // SAFETY: the caller's contract.
+    unsafe { mbarrier::arrive_lane_0(empty, lane) };
 }
 
 /// The lane of a consumer thread, and the two tile rows it holds scores of.
