@@ -1,6 +1,6 @@
 //! Which pieces of work a CTA serves, and their records.
 
-use crate::ptx::ldst::{load_global_u32, load_global_u32x4, request_global_u32, request_global_u32x4};
+use crate::ptx::ldst::{request_global_u32, request_global_u32x2, request_global_u32x4};
 use crate::ptx::shuffle::from_lane_u32;
 use crate::ptx::special::{cta_count, cta_index};
 use core::mem::offset_of;
@@ -23,14 +23,15 @@ impl PlanView {
     #[inline(always)]
     pub(super) unsafe fn load(p: &ForwardParams, variant: TileVariant) -> Self {
         let word = |index: usize| p.plan + 4 * index as u64;
+        // All asked for before any is used: the latency of one load, where `load_*` ones would wait for the magic number first.
         // SAFETY: all words lie in the header, which every plan buffer has.
-        let ([magic, _, _, _], [queries_offset, pages_offset, _, _], begin, count, masks_offset) = unsafe {
+        let (magic, [queries_offset, pages_offset], begin, count, masks_offset) = unsafe {
             (
-                load_global_u32x4(word(0)),
-                load_global_u32x4(word(8)),
-                load_global_u32(word(12 + variant.index())),
-                load_global_u32(word(12 + MAX_TILE_VARIANTS + variant.index())),
-                load_global_u32(p.plan + offset_of!(PlanHeader, masks_offset_bytes) as u64),
+                request_global_u32(word(0)),
+                request_global_u32x2(word(8)),
+                request_global_u32(word(12 + variant.index())),
+                request_global_u32(word(12 + MAX_TILE_VARIANTS + variant.index())),
+                request_global_u32(p.plan + offset_of!(PlanHeader, masks_offset_bytes) as u64),
             )
         };
         Self {
