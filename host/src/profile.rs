@@ -126,7 +126,16 @@ pub(crate) const H200_DATASHEET: Datasheet = Datasheet {
     l2_bytes: 50 << 20,
 };
 
+/// Partials cost what reading their bytes so many times from L2 costs: they are written eight bytes at a time, and the rows of a merge
+/// wait for little each. Fitted with the constants of `plan/cost.rs` (docs/planner-quality.md).
+const PARTIAL_PASSES: f64 = 4.5;
+
 impl DeviceProfile {
+    /// What so many bytes of partials add to the merge's fixed cost.
+    pub fn partials_us(&self, partial_bytes: f64) -> f64 {
+        PARTIAL_PASSES * partial_bytes / self.l2_bytes_per_us
+    }
+
     /// NVIDIA H200 SXM: two runs of `pat calibrate`, rounded.
     pub fn h200() -> Self {
         Self {

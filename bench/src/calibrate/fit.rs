@@ -8,7 +8,7 @@
 //! | `hbm_bytes_per_us` | slope over the bytes of distinct pages |
 //! | `l2_bytes_per_us` | the highest rate at which a kernel reads resident pages, by the slope over bytes |
 //! | `mma_flop_per_us`, `wgmma_flop_per_us` | the highest rate of the family in the same probes, by the slope over FLOP |
-//! | `merge_us` | what pairs of batches that differ by a merge differ in, less the partials at L2 bandwidth |
+//! | `merge_us` | what pairs of batches that differ by a merge differ in, less [`DeviceProfile::partials_us`] |
 //!
 //! Slopes leave fixed costs out. Lines are least squares of relative errors: the noise of a time grows with it. A kernel that
 //! is bound by something else than L2 or the tensor cores reaches less than their rate, hence the highest.
@@ -43,18 +43,18 @@ pub fn fit(device: &DeviceProfile, samples: &[Sample]) -> Result<DeviceProfile> 
     let item_latency_us = over_waves.slope - tile_latency_us;
     let l2_bytes_per_us = highest_rate(samples, |_, kv_bytes, _| Some(kv_bytes))?;
     let family = |arch| highest_rate(samples, move |of, _, flop| (of == arch).then_some(flop));
-    let profile = DeviceProfile {
+    let mut profile = DeviceProfile {
         kernel_terms: KernelTerms::Measured,
         hbm_bytes_per_us: 1.0 / over_bytes.slope,
         l2_bytes_per_us,
         mma_flop_per_us: family(Arch::Sm80)?,
         wgmma_flop_per_us: if device.compute_capability == 90 { family(Arch::Sm90a)? } else { 0.0 },
         launch_us: over_steps.intercept - 2.0 * item_latency_us,
-        merge_us: merge_us(samples, l2_bytes_per_us)?,
         item_latency_us,
         tile_latency_us,
         ..device.clone()
     };
+    profile.merge_us = merge_us(samples, &profile)?;
     profile.validate()?;
     Ok(profile)
 }
@@ -77,7 +77,7 @@ fn highest_rate(samples: &[Sample], work: impl Fn(Arch, f64, f64) -> Option<f64>
 }
 
 /// Mean over the pairs.
-fn merge_us(samples: &[Sample], l2_bytes_per_us: f64) -> Result<f64> {
+fn merge_us(samples: &[Sample], profile: &DeviceProfile) -> Result<f64> {
     let of_merge = |sample: &Sample| match sample.quantity {
         Quantity::Merge { pair, partial_bytes } => Some((pair, partial_bytes, sample.measured_us)),
         _ => None,
@@ -88,7 +88,7 @@ fn merge_us(samples: &[Sample], l2_bytes_per_us: f64) -> Result<f64> {
         .filter(|(_, partial_bytes, _)| *partial_bytes > 0.0)
         .filter_map(|(pair, partial_bytes, merged_us)| {
             let (.., unmerged_us) = halves.iter().find(|half| half.0 == *pair && half.1 == 0.0)?;
-            Some(merged_us - unmerged_us - partial_bytes / l2_bytes_per_us)
+            Some(merged_us - unmerged_us - profile.partials_us(*partial_bytes))
         })
         .collect();
     if differences.is_empty() {

@@ -50,9 +50,17 @@ pub(super) struct VariantTerms {
     tensor_per_step_us: f64,
 }
 
-/// What masks add to a main-loop step: of 3, 6, 10 and 15%, the one with which predictions were nearest to 144 measured times
-/// (docs/performance-log.md).
+// What `pat calibrate` does not measure: fitted to 1,500 measured plans of 144 batches (docs/planner-quality.md), together.
+
+/// What masks add to the forward pass.
 const MASK_COST: f64 = 0.10;
+
+/// What masks add to the latency of a main-loop step, besides.
+const MASK_LATENCY: f64 = 0.15;
+
+/// Part of the repeated reads of what does not fit in L2 that DRAM serves: the tiles that share pages read them side by side. (ncu: 0.3
+/// to 0.4 in batches whose shared pages are several times the L2.)
+const MISSED_REPEATS: f64 = 0.4;
 
 impl VariantTerms {
     /// Of every variant, by [`TileVariant::index`].
@@ -169,7 +177,8 @@ impl CostModel<'_> {
         let heads = u64::from(self.shape.kv_heads());
         let memory_us =
             self.memory_us(totals.page_count, self.partial_bytes(totals.partials), totals.masked_steps > 0.0);
-        let forward_us = memory_us.max(tensor_us * heads as f64).max(f64::from(longest) * self.profile.tile_latency_us);
+        let chain_us = f64::from(longest) * self.tile_latency_us(totals, all_steps);
+        let forward_us = memory_us.max(tensor_us * heads as f64).max(chain_us);
         // Several launches wait no less often than one of all their items.
         let busy_us = (forward_us + self.waiting_us(items * heads, ctas_per_sm)) * totals.mask_factor(all_steps);
         // Rounding must not put it above what it is the least of.
@@ -191,7 +200,12 @@ impl CostModel<'_> {
         if totals.partials == 0 {
             return 0.0;
         }
-        self.profile.merge_us + self.partial_bytes(totals.partials) / self.profile.l2_bytes_per_us
+        self.profile.merge_us + self.profile.partials_us(self.partial_bytes(totals.partials))
+    }
+
+    /// Least time of a main-loop step.
+    fn tile_latency_us(&self, totals: Totals, all_steps: f64) -> f64 {
+        self.profile.tile_latency_us * (1.0 + MASK_LATENCY * totals.masked_part(all_steps))
     }
 
     /// Predicts `work` in any order.
@@ -208,13 +222,15 @@ impl CostModel<'_> {
         let kv_heads = f64::from(self.shape.kv_heads());
         let all_steps: f64 = work.iter().map(Work::all_steps).sum();
         let memory_per_step_us = memory_us / (all_steps * kv_heads).max(1.0);
+        let tile_latency_us = self.tile_latency_us(totals, all_steps);
         let (mut tensor_us, mut busy_us, mut launches) = (0.0, 0.0, 0u32);
         for same_variant in work.chunk_by(|a, b| a.variant == b.variant) {
             let variant = same_variant[0].variant;
             let steps: f64 = same_variant.iter().map(Work::all_steps).sum();
             let tensor_per_step_us = self.terms(variant).tensor_per_step_us;
             tensor_us += steps * kv_heads * tensor_per_step_us;
-            busy_us += self.forward_us(variant, same_variant, memory_per_step_us.max(tensor_per_step_us));
+            let step_us = memory_per_step_us.max(tensor_per_step_us);
+            busy_us += self.forward_us(variant, same_variant, step_us, tile_latency_us);
             launches += 1;
         }
         busy_us *= totals.mask_factor(all_steps);
@@ -236,7 +252,8 @@ impl CostModel<'_> {
         memory_per_step_us: f64,
     ) -> f64 {
         let work: Vec<_> = steps.map(|steps| Work { variant, steps, items: 1 }).collect();
-        self.forward_us(variant, &work, memory_per_step_us.max(self.terms(variant).tensor_per_step_us))
+        let step_us = memory_per_step_us.max(self.terms(variant).tensor_per_step_us);
+        self.forward_us(variant, &work, step_us, self.profile.tile_latency_us)
     }
 
     /// CTAs of a variant that run at a time.
@@ -249,26 +266,27 @@ impl CostModel<'_> {
     }
 
     /// Reading `page_count` pages and writing partials. Repeated reads are served by L2 as far as what it should keep fits
-    /// there: the shared pages, where tiles of several sequences let private ones make room first (`are_packed`), else all. DRAM
-    /// and L2 work side by side.
+    /// there: the shared pages, where tiles of several sequences let private ones make room first and read side by side
+    /// (`are_packed`), else all. DRAM and L2 work side by side.
     fn memory_us(&self, page_count: u64, partial_bytes: f64, are_packed: bool) -> f64 {
         let page_bytes = f64::from(self.page_size) * self.shape.kv_bytes_per_token() as f64;
         let (read_bytes, unique_bytes) = (page_count as f64 * page_bytes, self.unique_pages as f64 * page_bytes);
         let repeated = (read_bytes - unique_bytes).max(0.0);
-        let kept_bytes = if are_packed { self.shared_pages as f64 * page_bytes } else { unique_bytes };
+        let (kept_bytes, missed) =
+            if are_packed { (self.shared_pages as f64 * page_bytes, MISSED_REPEATS) } else { (unique_bytes, 1.0) };
         let resident = (self.profile.l2_bytes as f64 / kept_bytes.max(1.0)).min(1.0);
-        let hbm_bytes = unique_bytes.min(read_bytes) + repeated * (1.0 - resident);
+        let hbm_bytes = unique_bytes.min(read_bytes) + repeated * (1.0 - resident) * missed;
         let l2_us = (read_bytes + partial_bytes) / self.profile.l2_bytes_per_us;
         l2_us.max(hbm_bytes / self.profile.hbm_bytes_per_us)
     }
 
     /// Items are dealt out longest first. While all CTA slots have work, steps pass at the rate of the memory or the tensor
-    /// cores, or at what the slots can do at a latency per step and item each. At the end, the items of the last round run out one
+    /// cores (`step_us`), or at what the slots can do at a latency per step (`tile_latency_us`) and item each. At the end, the items of the last round run out one
     /// after the other: the fewer are left, the more of the device stands idle.
-    fn forward_us(&self, variant: TileVariant, work: &[Work], step_us: f64) -> f64 {
+    fn forward_us(&self, variant: TileVariant, work: &[Work], step_us: f64, tile_latency_us: f64) -> f64 {
         let VariantTerms { slots, ctas_per_sm, .. } = *self.terms(variant);
         let (slots, heads) = (u64::from(slots), u64::from(self.shape.kv_heads()));
-        let rate_us = |active: u64| self.profile.tile_latency_us.max(active as f64 * step_us);
+        let rate_us = |active: u64| tile_latency_us.max(active as f64 * step_us);
         let ctas: u64 = work.iter().map(|entry| entry.items * heads).sum();
         if ctas == 0 {
             return 0.0;
@@ -289,9 +307,9 @@ impl CostModel<'_> {
             steady_items += (of_entry - ending) as f64;
         }
         let longest = work.first().map_or(0, |entry| entry.steps);
-        let chain_us = steady_steps * self.profile.tile_latency_us + steady_items * self.profile.item_latency_us;
+        let chain_us = steady_steps * tile_latency_us + steady_items * self.profile.item_latency_us;
         let steady_us = (steady_steps * step_us).max(chain_us / slots as f64);
-        let forward_us = (steady_us + ending_us).max(f64::from(longest) * self.profile.tile_latency_us);
+        let forward_us = (steady_us + ending_us).max(f64::from(longest) * tile_latency_us);
         forward_us + self.waiting_us(ctas, ctas_per_sm)
     }
 }
@@ -308,9 +326,14 @@ struct Totals {
 }
 
 impl Totals {
+    /// Part of all `all_steps` steps that belongs to items with masks.
+    fn masked_part(self, all_steps: f64) -> f64 {
+        self.masked_steps / all_steps.max(1.0)
+    }
+
     /// What masks make of the time of `all_steps` steps.
     fn mask_factor(self, all_steps: f64) -> f64 {
-        1.0 + MASK_COST * self.masked_steps / all_steps.max(1.0)
+        1.0 + MASK_COST * self.masked_part(all_steps)
     }
 }
 
