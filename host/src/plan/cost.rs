@@ -50,7 +50,7 @@ pub(super) struct VariantTerms {
     tensor_per_step_us: f64,
 }
 
-// What `pat calibrate` does not measure: fitted to 1,500 measured plans of 144 batches (docs/planner-quality.md), together.
+// What `pat calibrate` does not measure: fitted to 686 measured plans of 130 batches, together (docs/planner-quality.md).
 
 /// What masks add to the forward pass.
 const MASK_COST: f64 = 0.10;

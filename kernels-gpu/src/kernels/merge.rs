@@ -7,7 +7,8 @@
 //! - more rows: a warp takes four at a time, if they have up to eight partials, as nearly all have, eight lanes to the
 //!   log-sum-exps of each; else one after the other.
 //!
-//! Sums are made in the same order whenever the same plan runs: results do not depend on timing.
+//! Whichever way a row goes, its sums are made in the same order: partial `i` goes to sum `i / 8 % 4` of four, in the order of the
+//! slots, and these are added. Results depend neither on timing nor on how many other rows or CTAs there are.
 
 use core::mem::offset_of;
 
@@ -24,7 +25,10 @@ use crate::ptx::{math, shuffle, special};
 use crate::softmax::{normaliser, subtrahend};
 
 const WARPS: u32 = 4;
-const LOADS_IN_FLIGHT: u32 = 8;
+
+/// Partials that are asked for together, and the sums a row is made of: partial `i` goes to sum `i / 8 % 4`.
+const BLOCK_SLOTS: u32 = 8;
+const BLOCKS: usize = WARPS as usize;
 
 /// Rows a warp takes at a time, and lanes for the log-sum-exps of each.
 const ROWS: usize = 4;
@@ -103,10 +107,11 @@ unsafe fn merge<E: Element, const COLUMNS: usize>(params: &MergeParams, wait_for
             if together {
                 merge_row::<E, COLUMNS, true>(params, row.broadcast(0), thread / 32, lane);
             } else if row_count <= warps || shuffle::any(row.slot_count > ROW_LANES) {
-                for r in 0..ROWS as u32 {
-                    if first + r * warps < row_count {
-                        merge_row::<E, COLUMNS, false>(params, row.broadcast(r * ROW_LANES), 0, lane);
-                    }
+                let (mut r, mut index) = (0, first);
+                while r < ROWS as u32 && index < row_count {
+                    merge_row::<E, COLUMNS, false>(params, row.broadcast(r * ROW_LANES), 0, lane);
+                    r += 1;
+                    index += warps;
                 }
             } else {
                 merge_short::<E, COLUMNS>(params, row, exists, lane);
@@ -125,7 +130,7 @@ unsafe fn merge<E: Element, const COLUMNS: usize>(params: &MergeParams, wait_for
 /// All lanes; the rows that exist are rows of the plan.
 #[inline(always)]
 unsafe fn merge_short<E: Element, const COLUMNS: usize>(params: &MergeParams, row: Row, exists: bool, lane: u32) {
-    const SLOTS_AT_A_TIME: u32 = LOADS_IN_FLIGHT / ROWS as u32;
+    const SLOTS_AT_A_TIME: u32 = BLOCK_SLOTS / ROWS as u32;
     let slot = lane % ROW_LANES;
     let mut lse = f32::NEG_INFINITY;
     if slot < row.slot_count {
@@ -142,7 +147,7 @@ unsafe fn merge_short<E: Element, const COLUMNS: usize>(params: &MergeParams, ro
     let (mut max, mut sum, mut weight) = (f32::NEG_INFINITY, 0.0, 0.0);
     let mut slot_begin = 0;
     while slot_begin < most_slots {
-        let mut loaded = [[0.0; COLUMNS]; LOADS_IN_FLIGHT as usize];
+        let mut loaded = [[0.0; COLUMNS]; BLOCK_SLOTS as usize];
         for r in 0..ROWS {
             for i in 0..SLOTS_AT_A_TIME {
                 if slot_begin + i < rows[r].slot_count {
@@ -192,8 +197,7 @@ unsafe fn merge_short<E: Element, const COLUMNS: usize>(params: &MergeParams, ro
     }
 }
 
-/// Merges a row of any number of partials, by one warp or (`TOGETHER`) by all of the CTA, each of which then has a quarter of
-/// them.
+/// Merges a row of any number of partials, by one warp or (`TOGETHER`) by all of the CTA: warp `w` then has what is else block `w`.
 ///
 /// # Safety
 /// All lanes of warp `warp`, and of all warps where `TOGETHER`: once per CTA, since it does not wait for its shared memory to be
@@ -206,10 +210,10 @@ unsafe fn merge_row<E: Element, const COLUMNS: usize, const TOGETHER: bool>(
     lane: u32,
 ) {
     let slot_count = row.slot_count;
-    let (own, own_end) = if TOGETHER { (warp * LOADS_IN_FLIGHT, (warp + 1) * LOADS_IN_FLIGHT) } else { (0, 32) };
     let mut max = f32::NEG_INFINITY;
     let mut sum = 0.0;
-    let mut output = [0.0; COLUMNS];
+    // Of each block; this warp's own alone where `TOGETHER`.
+    let mut outputs = [[0.0; COLUMNS]; BLOCKS];
     let mut first = 0;
     while first < slot_count {
         let mut lse = f32::NEG_INFINITY;
@@ -217,21 +221,23 @@ unsafe fn merge_row<E: Element, const COLUMNS: usize, const TOGETHER: bool>(
             // SAFETY: a slot of this row.
             lse = unsafe { load_global_l2_f32(params.partial_lse + row.partial(params, first + lane) * 4) };
         }
-        let end = if slot_count - first < own_end { slot_count - first } else { own_end };
-        let mut slot = own;
         let mut weight = 0.0;
-        loop {
-            let mut loaded = [[0.0; COLUMNS]; LOADS_IN_FLIGHT as usize];
-            for i in 0..LOADS_IN_FLIGHT {
+        for block in 0..BLOCKS {
+            let begin = BLOCK_SLOTS * if TOGETHER { warp } else { block as u32 };
+            if block > 0 && (TOGETHER || first + begin >= slot_count) {
+                break;
+            }
+            let mut loaded = [[0.0; COLUMNS]; BLOCK_SLOTS as usize];
+            for i in 0..BLOCK_SLOTS {
                 // Most rows have two or three partials: reading more, even again, would be most of the traffic.
-                if slot + i < end {
-                    let index = row.partial(params, first + slot + i) * (32 * COLUMNS as u64);
+                if first + begin + i < slot_count {
+                    let index = row.partial(params, first + begin + i) * (32 * COLUMNS as u64);
                     let address = params.partial_out + (index + lane as u64 * COLUMNS as u64) * 4;
                     // SAFETY: columns of a slot of this row.
                     unsafe { load_columns(address, &mut loaded[i as usize]) };
                 }
             }
-            if slot == own {
+            if block == 0 {
                 // While the first partials are on their way.
                 let mut batch_max = lse;
                 for step in 0..5 {
@@ -247,46 +253,54 @@ unsafe fn merge_row<E: Element, const COLUMNS: usize, const TOGETHER: bool>(
                     batch_sum += shuffle::xor_f32(batch_sum, 16 >> step);
                 }
                 sum = math::fma(sum, factor, batch_sum);
-                for column in 0..COLUMNS {
-                    output[column] *= factor;
+                for output in &mut outputs {
+                    for column in output {
+                        *column *= factor;
+                    }
                 }
             }
-            for i in 0..LOADS_IN_FLIGHT {
+            for i in 0..BLOCK_SLOTS {
                 // Lanes without a slot hold weight 0; an empty partial may hold anything, hence the test.
-                let w = shuffle::from_lane_f32(weight, slot + i);
+                let w = shuffle::from_lane_f32(weight, begin + i);
                 for column in 0..COLUMNS {
                     let term = if w > 0.0 { loaded[i as usize][column] } else { 0.0 };
-                    output[column] = math::fma(term, w, output[column]);
+                    outputs[block][column] = math::fma(term, w, outputs[block][column]);
                 }
             }
-            slot += LOADS_IN_FLIGHT;
-            if slot >= end {
-                break;
-            }
         }
-        first += 32;
+        first += BLOCK_SLOTS * BLOCKS as u32;
     }
     let scale = normaliser(sum);
-    for column in 0..COLUMNS {
-        output[column] *= scale;
+    for output in &mut outputs {
+        for column in output {
+            *column *= scale;
+        }
     }
+    let shared = special::dynamic_smem() + lane * COLUMNS as u32 * 4;
+    let of_warp = 128 * COLUMNS as u32;
     if TOGETHER {
-        let shared = special::dynamic_smem() + lane * COLUMNS as u32 * 4;
-        let of_warp = 128 * COLUMNS as u32;
         for pair in 0..COLUMNS / 2 {
             // SAFETY: this lane's own place; read behind the barrier.
             unsafe {
-                store_shared_f32x2(shared + warp * of_warp + pair as u32 * 8, [output[2 * pair], output[2 * pair + 1]]);
+                let values = [outputs[0][2 * pair], outputs[0][2 * pair + 1]];
+                store_shared_f32x2(shared + warp * of_warp + pair as u32 * 8, values);
             }
         }
         sync_cta();
         if warp != 0 {
             return;
         }
-        for other in 1..WARPS {
+    }
+    let mut output = outputs[0];
+    for block in 1..BLOCKS {
+        if BLOCK_SLOTS * (block as u32) < slot_count {
             for pair in 0..COLUMNS / 2 {
-                // SAFETY: written ahead of the barrier.
-                let values = unsafe { load_shared_f32x2(shared + other * of_warp + pair as u32 * 8) };
+                let values = if TOGETHER {
+                    // SAFETY: written ahead of the barrier.
+                    unsafe { load_shared_f32x2(shared + block as u32 * of_warp + pair as u32 * 8) }
+                } else {
+                    [outputs[block][2 * pair], outputs[block][2 * pair + 1]]
+                };
                 output[2 * pair] += values[0];
                 output[2 * pair + 1] += values[1];
             }
@@ -309,10 +323,12 @@ unsafe fn store_row<E: Element, const COLUMNS: usize>(
     lse_log2: f32,
 ) {
     let Row { sequence, head, .. } = row;
+    // One zero: how many weights of 0 were added to a sum that has underflowed would be its sign.
+    let columns = columns.map(|column| column + 0.0);
     let address = strided(params.out, sequence, params.out_sequence_stride, head, params.out_head_stride);
     // SAFETY: the caller's contract.
     unsafe {
-        store_columns::<E, COLUMNS>(address + lane as u64 * COLUMNS as u64 * 2, columns);
+        store_columns::<E, COLUMNS>(address + lane as u64 * COLUMNS as u64 * 2, &columns);
         if params.lse != 0 && lane == 0 {
             let lse = strided(params.lse, sequence, params.lse_sequence_stride, head, params.lse_head_stride);
             store_global_f32(lse, lse_log2 * LN_2);
