@@ -106,6 +106,42 @@ fn both_executors_give_the_same_log_sum_exps() {
     }
 }
 
+/// What mode `fixed-chunk` is for. A sequence alone is merged by whole CTAs, one among many by single warps.
+#[test]
+fn fixed_chunks_give_a_sequence_the_same_bits_in_any_batch() {
+    let Some((engine, _alone)) = device("fixed_chunks_give_a_sequence_the_same_bits_in_any_batch") else { return };
+    let page_size = 16;
+    // 21 chunks of two pages and one of one, then 1 to 24 pages.
+    let page_counts = std::iter::once(43).chain((0..80).map(|row| 1 + row * 7 % 24));
+    let mut begin = 0;
+    let block_tables: Vec<Vec<u32>> =
+        page_counts.map(|count| (begin..begin + count).inspect(|&page| begin = page + 1).collect()).collect();
+    let case = |rows: usize| Case {
+        batch: OwnedBatch {
+            page_size,
+            num_pages: block_tables.iter().map(|table| table.len() as u32).sum(),
+            lengths: block_tables[..rows].iter().map(|table| table.len() as u32 * page_size - 5).collect(),
+            block_tables: block_tables[..rows].to_vec(),
+        },
+        shape: AttentionShape::new(16, 2, 128, Dtype::F16).unwrap(),
+        layout: PoolLayout::ALL[0],
+    };
+    let run = |rows| {
+        run_host::<f16>(
+            &case(rows),
+            &engine,
+            PlanOptions { mode: PlanMode::FixedChunk { tokens: 2 * page_size }, variants: None },
+        )
+    };
+    let all = run(block_tables.len());
+    assert_agrees(&case(block_tables.len()), &all, "all rows");
+    for rows in [1, 2, 33, 34, 60] {
+        let output = run(rows);
+        assert_eq!(output.out, all.out[..output.out.len()], "{rows} rows");
+        assert_eq!(output.lse, all.lse[..output.lse.len()], "{rows} rows");
+    }
+}
+
 /// A case in device memory, with contiguous outputs.
 struct OnDevice {
     case: Case,
