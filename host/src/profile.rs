@@ -126,8 +126,8 @@ pub(crate) const H200_DATASHEET: Datasheet = Datasheet {
     l2_bytes: 50 << 20,
 };
 
-/// Partials cost what reading their bytes so many times from L2 costs: they are written eight bytes at a time, and the rows of a merge
-/// wait for little each. Fitted with the constants of `plan/cost.rs` (docs/planner-quality.md).
+/// Partials cost, beside the launch of the merge, what reading their bytes so many times from L2 costs: they are written eight bytes at a
+/// time, and the rows of a merge wait for little each. Fitted with the constants of `plan/cost.rs` (docs/planner-quality.md).
 const PARTIAL_PASSES: f64 = 4.5;
 
 impl DeviceProfile {
@@ -136,7 +136,8 @@ impl DeviceProfile {
         PARTIAL_PASSES * partial_bytes / self.l2_bytes_per_us
     }
 
-    /// NVIDIA H200 SXM: runs of `pat calibrate` on three of them, rounded; launch and merge by the last, with today's kernels.
+    /// NVIDIA H200 SXM: runs of `pat calibrate` on three of them, rounded. Launch and merge are the last run's (1528e5d; the kernels
+    /// before took longer), the latency of a step is the mean of all three, the rest hardly differs.
     pub fn h200() -> Self {
         Self {
             name: "NVIDIA H200".into(),

@@ -82,6 +82,7 @@ pub fn check(plan: &Plan, batch: &OwnedBatch, shape: AttentionShape) {
     }
     let merges: HashMap<u32, _> = plan.merges().iter().map(|merge| (merge.sequence, *merge)).collect();
     assert_eq!(merges.len(), plan.merges().len());
+    assert!(plan.merges().is_sorted_by_key(|merge| (std::cmp::Reverse(merge.slot_count), merge.sequence)));
     let mut slots_seen = vec![false; plan.header().slot_count as usize];
     for (sequence, &length) in batch.lengths.iter().enumerate() {
         let merge = merges.get(&(sequence as u32));

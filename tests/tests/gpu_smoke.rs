@@ -106,13 +106,15 @@ fn both_executors_give_the_same_log_sum_exps() {
     }
 }
 
-/// What mode `fixed-chunk` is for. A sequence alone is merged by whole CTAs, one among many by single warps.
+/// What mode `fixed-chunk` is for. Few rows are merged by whole CTAs, more by single warps, many by warps that take four at a time: on any
+/// device there are batches of each kind here, with rows of up to eight partials, of more, and of more than 32.
 #[test]
 fn fixed_chunks_give_a_sequence_the_same_bits_in_any_batch() {
     let Some((engine, _alone)) = device("fixed_chunks_give_a_sequence_the_same_bits_in_any_batch") else { return };
     let page_size = 16;
-    // 21 chunks of two pages and one of one, then 1 to 24 pages.
-    let page_counts = std::iter::once(43).chain((0..80).map(|row| 1 + row * 7 % 24));
+    // Chunks of two pages: 36 of them, then 1 to 12, then up to 8.
+    let page_counts =
+        std::iter::once(71).chain((0..80).map(|row| 1 + row * 7 % 24)).chain((0..220).map(|row| 3 + row % 13));
     let mut begin = 0;
     let block_tables: Vec<Vec<u32>> =
         page_counts.map(|count| (begin..begin + count).inspect(|&page| begin = page + 1).collect()).collect();
@@ -135,7 +137,7 @@ fn fixed_chunks_give_a_sequence_the_same_bits_in_any_batch() {
     };
     let all = run(block_tables.len());
     assert_agrees(&case(block_tables.len()), &all, "all rows");
-    for rows in [1, 2, 33, 34, 60] {
+    for rows in [1, 2, 33, 34, 60, 81, 140, 200] {
         let output = run(rows);
         assert_eq!(output.out, all.out[..output.out.len()], "{rows} rows");
         assert_eq!(output.lse, all.lse[..output.lse.len()], "{rows} rows");

@@ -83,7 +83,7 @@ fn no_plan_is_predicted_to_be_slower_than_pat_s_by_more_than_masks_cost() {
             let planner = Planner::new(case.shape, known, PlanOptions::default()).expect("a planner");
             let pat = planner.predict_packs(BLOCK_TOKENS, unique_pages, &packs, case.pat.partials());
             let pat_us = pat.expect("packs that fit").total_us();
-            // PAT's packs have no masks, which the model charges streams of several sequences for: 10%.
+            // PAT's packs have no masks, which the model charges streams of several sequences for: 10%, and more where latency counts.
             assert!(own_us <= 1.10 * pat_us, "{}, {profile}: {own_us} us, PAT {pat_us} us", case.name);
         }
     }

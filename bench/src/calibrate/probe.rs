@@ -59,7 +59,7 @@ pub enum Quantity {
         flop: f64,
     },
     /// Items of one length, enough for part of the device. `halves` of the same pair are alike but for the merge, which
-    /// adds `merge + partial_bytes / L2 bandwidth`.
+    /// adds `merge` and [`pat_rs::DeviceProfile::partials_us`].
     Merge {
         /// Which probes belong together.
         pair: u32,

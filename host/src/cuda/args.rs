@@ -214,7 +214,7 @@ impl RunArgs<'_> {
             q_heads: FastDivisor::new(shape.q_heads()),
         };
         let merge_rows = u64::from(plan.limits.max_merge_rows) * u64::from(shape.q_heads());
-        // The merge kernels divide a warp index with `FastDivisor`, which takes dividends below 2^31.
+        // The merge kernels divide a row index with `FastDivisor`, which takes dividends below 2^31.
         if merge_rows >= 1 << 31 {
             return Err(Error::invalid("plan merge rows * q_heads", merge_rows, "fewer than 2^31"));
         }

@@ -98,7 +98,7 @@ impl Kernel {
         // From here on dropping `kernel` unloads the module.
         let max_grid = match spec.family {
             Family::Forward(variant) if variant.is_persistent() => sm_count * spec.min_ctas_per_sm,
-            // Its warps step through the rows, too.
+            // Its CTAs step through the rows, too.
             Family::Merge => sm_count * spec.min_ctas_per_sm,
             _ => u32::MAX,
         };

@@ -139,14 +139,16 @@ impl CostModel<'_> {
             masked_steps += if class.sequences > 1 { of_class.all_steps() } else { 0.0 };
             work.push(of_class);
         }
-        let totals = Totals { page_count, partials, masked_steps };
+        let totals = Totals { page_count, partials, masked_steps, are_packed: masked_steps > 0.0 };
         // What costs most is to sort the work: not for what its sums alone rule out.
         let moved_bytes = self.moved_bytes(page_count, partials);
         let limit_us = limit_us(moved_bytes);
-        if self.least_us(work, totals) >= limit_us {
+        let least_us = self.least_us(work, totals);
+        if least_us >= limit_us {
             return None;
         }
         let prediction = self.predict_work(work, totals);
+        debug_assert!(least_us <= prediction.total_us(), "{least_us} us at least, {prediction:?}");
         (prediction.total_us() < limit_us).then_some((prediction, moved_bytes))
     }
 
@@ -158,7 +160,8 @@ impl CostModel<'_> {
             Work { variant, steps: tokens.div_ceil(u64::from(variant.keys())) as u32, items: 1 }
         };
         let page_count = packs.iter().map(|pack| u64::from(pack.pages)).sum();
-        let totals = Totals { page_count, partials, masked_steps: 0.0 };
+        let are_packed = packs.iter().any(|pack| pack.sequences > 1);
+        let totals = Totals { page_count, partials, masked_steps: 0.0, are_packed };
         self.predict_work(&mut packs.iter().map(item).collect(), totals)
     }
 
@@ -174,9 +177,11 @@ impl CostModel<'_> {
             longest = longest.max(entry.steps);
             ctas_per_sm = ctas_per_sm.min(terms.ctas_per_sm);
         }
+        if items == 0 {
+            return 0.0;
+        }
         let heads = u64::from(self.shape.kv_heads());
-        let memory_us =
-            self.memory_us(totals.page_count, self.partial_bytes(totals.partials), totals.masked_steps > 0.0);
+        let memory_us = self.memory_us(totals.page_count, self.partial_bytes(totals.partials), totals.are_packed);
         let chain_us = f64::from(longest) * self.tile_latency_us(totals, all_steps);
         let forward_us = memory_us.max(tensor_us * heads as f64).max(chain_us);
         // Several launches wait no less often than one of all their items.
@@ -217,8 +222,7 @@ impl CostModel<'_> {
             kept.items += if equal { next.items } else { 0 };
             equal
         });
-        let memory_us =
-            self.memory_us(totals.page_count, self.partial_bytes(totals.partials), totals.masked_steps > 0.0);
+        let memory_us = self.memory_us(totals.page_count, self.partial_bytes(totals.partials), totals.are_packed);
         let kv_heads = f64::from(self.shape.kv_heads());
         let all_steps: f64 = work.iter().map(Work::all_steps).sum();
         let memory_per_step_us = memory_us / (all_steps * kv_heads).max(1.0);
@@ -281,8 +285,8 @@ impl CostModel<'_> {
     }
 
     /// Items are dealt out longest first. While all CTA slots have work, steps pass at the rate of the memory or the tensor
-    /// cores (`step_us`), or at what the slots can do at a latency per step (`tile_latency_us`) and item each. At the end, the items of the last round run out one
-    /// after the other: the fewer are left, the more of the device stands idle.
+    /// cores (`step_us`), or at what the slots can do at a latency per step (`tile_latency_us`) and item each. At the end, the
+    /// items of the last round run out one after the other: the fewer are left, the more of the device stands idle.
     fn forward_us(&self, variant: TileVariant, work: &[Work], step_us: f64, tile_latency_us: f64) -> f64 {
         let VariantTerms { slots, ctas_per_sm, .. } = *self.terms(variant);
         let (slots, heads) = (u64::from(slots), u64::from(self.shape.kv_heads()));
@@ -321,8 +325,10 @@ struct Totals {
     page_count: u64,
     /// Partials of all sequences.
     partials: u64,
-    /// Main-loop steps, per KV head, of items with masks.
+    /// Main-loop steps, per KV head, of items of several sequences: those that may have masks.
     masked_steps: f64,
+    /// Whether some item is of several sequences.
+    are_packed: bool,
 }
 
 impl Totals {

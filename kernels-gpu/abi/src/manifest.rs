@@ -108,8 +108,8 @@ impl TileVariant {
         }
     }
 
-    /// Whether a CTA steps through work `c, c + grid, ...` instead of serving one piece: launched with as many CTAs as
-    /// fit the device, however large the plan.
+    /// Whether a CTA serves a piece of work of every round, dealt first CTA to last and back, instead of one piece alone:
+    /// launched with as many CTAs as fit the device, however large the plan.
     pub const fn is_persistent(self) -> bool {
         matches!(self, Self::Wgmma64 | Self::Wgmma128)
     }

@@ -135,7 +135,8 @@ pub struct PackQuery {
     pub slot: u32,
 }
 
-/// A sequence whose output the merge kernel writes: two or more partials, or none (length 0: output 0, LSE −inf).
+/// A sequence whose output the merge kernel writes: two or more partials, or none (length 0: output 0, LSE −inf). Rows of a
+/// plan are in the order of their partials, most first, then of their sequences: they are dealt out in turn.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct MergeRow {

@@ -2,8 +2,8 @@
 //!
 //! What it waits for is on its way together: log-sum-exps with the first partials. How rows are dealt depends on how many there are:
 //!
-//! - as many CTAs as rows: a CTA takes a row, its four warps eight partials each of every 32;
-//! - as many warps as rows: a warp takes a row, eight partials at a time;
+//! - no more rows than CTAs: a CTA takes a row, its four warps eight partials each of every 32;
+//! - no more rows than warps: a warp takes a row, eight partials at a time;
 //! - more rows: a warp takes four at a time, if they have up to eight partials, as nearly all have, eight lanes to the
 //!   log-sum-exps of each; else one after the other.
 //!
@@ -18,8 +18,8 @@ use crate::element::{Bf16, Element, F16};
 use crate::item::{LN_2, strided};
 use crate::ptx::barrier::sync_cta;
 use crate::ptx::ldst::{
-    load_global_l2_f32, load_global_l2_f32x2, load_global_l2_f32x4, load_global_u32, load_global_u32x4,
-    load_shared_f32x2, store_global_f32, store_global_u32, store_global_u32x2, store_shared_f32x2,
+    load_global_l2_f32, load_global_l2_f32x2, load_global_l2_f32x4, load_global_u32x4, load_shared_f32x2,
+    request_global_u32, store_global_f32, store_global_u32, store_global_u32x2, store_shared_f32x2,
 };
 use crate::ptx::{math, shuffle, special};
 use crate::softmax::{normaliser, subtrahend};
@@ -72,12 +72,13 @@ unsafe fn merge<E: Element, const COLUMNS: usize>(params: &MergeParams, wait_for
     let thread = special::thread_index();
     let lane = thread % 32;
     let ctas = special::cta_count();
+    // All asked for before any is used: `load_*` ones would wait for the magic number first.
     // SAFETY: header fields.
     let (magic, count, offset) = unsafe {
         (
-            load_global_u32(params.plan + offset_of!(PlanHeader, magic) as u64),
-            load_global_u32(params.plan + offset_of!(PlanHeader, merge_count) as u64),
-            load_global_u32(params.plan + offset_of!(PlanHeader, merges_offset_bytes) as u64),
+            request_global_u32(params.plan + offset_of!(PlanHeader, magic) as u64),
+            request_global_u32(params.plan + offset_of!(PlanHeader, merge_count) as u64),
+            request_global_u32(params.plan + offset_of!(PlanHeader, merges_offset_bytes) as u64),
         )
     };
     let row_count = if magic == PLAN_MAGIC { count * params.q_heads.divisor } else { 0 };
@@ -197,7 +198,8 @@ unsafe fn merge_short<E: Element, const COLUMNS: usize>(params: &MergeParams, ro
     }
 }
 
-/// Merges a row of any number of partials, by one warp or (`TOGETHER`) by all of the CTA: warp `w` then has what is else block `w`.
+/// Merges a row of any number of partials, by one warp or (`TOGETHER`) by all of the CTA: warp `w` then takes block `w` of every 32
+/// partials.
 ///
 /// # Safety
 /// All lanes of warp `warp`, and of all warps where `TOGETHER`: once per CTA, since it does not wait for its shared memory to be

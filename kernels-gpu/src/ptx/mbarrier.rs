@@ -31,8 +31,8 @@ pub fn fence_async_proxy() {
     unsafe { asm!("fence.proxy.async.shared::cta;", options(nostack, preserves_flags)) };
 }
 
-/// `mbarrier.arrive.shared::cta.b64`: one arrival, lane 0's. Predicated: there is no branch whose arms a compiler pass could give a
-/// copy each of what follows.
+/// `mbarrier.arrive.shared::cta.b64`: one arrival, lane 0's. Predicated: behind a branch, LLVM would duplicate the following
+/// code into both arms.
 ///
 /// # Safety
 /// `barrier` is an initialised barrier.
