@@ -50,7 +50,9 @@ impl OnlineSoftmax {
         if any(grown[0] || grown[1]) {
             let mut factors = [1f32; 2];
             for half in 0..2 {
-                let reference = math::max(self.references[half], maxima[half]);
+                // Only where its own scores ask for it: a row's bits must not depend on what shares its warp, least of all on rows
+                // that the item does not have.
+                let reference = if grown[half] { maxima[half] } else { self.references[half] };
                 // A row that attends to nothing so far weighs 0, not NaN.
                 factors[half] = math::exp2(self.references[half] - subtrahend(reference));
                 self.sums[half] *= factors[half];
