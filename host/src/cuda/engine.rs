@@ -63,7 +63,7 @@ impl CudaEngine {
             }
         }
         if uploaded.limits.max_merge_rows > 0 {
-            self.device.kernel(self.merge_kernel(uploaded.shape)?)?;
+            self.device.kernel(merge_kernel(uploaded.shape, &uploaded.limits.max_items)?)?;
         }
         Ok(())
     }
@@ -93,18 +93,10 @@ impl CudaEngine {
             }
         }
         if run.merge_rows > 0 {
-            let kernel = self.device.kernel(self.merge_kernel(run.shape)?)?;
+            let kernel = self.device.kernel(merge_kernel(run.shape, &run.forward_grids)?)?;
             driver::launch_merge(&kernel, &run, stream)?;
         }
         Ok(())
-    }
-
-    /// On compute capability 9.0 the merge that starts while the forward launch drains.
-    fn merge_kernel(&self, shape: AttentionShape) -> Result<&'static KernelSpec> {
-        let overlapping = (self.device.compute_capability() == 90)
-            .then(|| manifest::find_for(Arch::Sm90a, Family::Merge, shape.dtype(), shape.head_dim()))
-            .flatten();
-        overlapping.map_or_else(|| find(Family::Merge, shape), Ok)
     }
 
     /// The maps of K and V if a kernel of the run takes them; encoded once per pool.
@@ -136,6 +128,17 @@ impl CudaEngine {
         }
         Ok(maps)
     }
+}
+
+/// Behind a forward kernel of sm_90a the merge that starts while that drains; else the one that every device has, so that plans
+/// of sm_80 tiles run the same kernels everywhere. `launched` says how much of each tile variant is launched.
+fn merge_kernel(shape: AttentionShape, launched: &[u32]) -> Result<&'static KernelSpec> {
+    let overlapping = TileVariant::ALL
+        .into_iter()
+        .any(|variant| variant.arch() == Arch::Sm90a && launched[variant.index()] > 0)
+        .then(|| manifest::find_for(Arch::Sm90a, Family::Merge, shape.dtype(), shape.head_dim()))
+        .flatten();
+    overlapping.map_or_else(|| find(Family::Merge, shape), Ok)
 }
 
 fn find(family: Family, shape: AttentionShape) -> Result<&'static KernelSpec> {
