@@ -14,7 +14,7 @@ use core::mem::offset_of;
 
 use pat_abi::{MergeParams, MergeRow, PLAN_MAGIC, PlanHeader};
 
-use crate::element::{Bf16, Element, F16};
+use crate::element::Element;
 use crate::item::{LN_2, strided};
 use crate::ptx::barrier::sync_cta;
 use crate::ptx::ldst::{
@@ -68,7 +68,7 @@ impl Row {
 /// # Safety
 /// `params` describes live buffers and a plan made for them; the launch is as the manifest says.
 #[inline(always)]
-unsafe fn merge<E: Element, const COLUMNS: usize>(params: &MergeParams, wait_for_partials: impl Fn()) {
+pub(crate) unsafe fn merge<E: Element, const COLUMNS: usize>(params: &MergeParams, wait_for_partials: impl Fn()) {
     let thread = special::thread_index();
     let lane = thread % 32;
     let ctas = special::cta_count();
@@ -367,37 +367,44 @@ unsafe fn store_columns<E: Element, const COLUMNS: usize>(address: u64, columns:
     }
 }
 
-macro_rules! entry {
-    ($name:ident, $element:ty, $columns:literal, wait $wait:expr) => {
-        /// See the module.
-        ///
-        /// # Safety
-        /// `params` describes live buffers and a plan made for them; launched as the manifest says.
-        #[unsafe(no_mangle)]
-        pub unsafe extern "ptx-kernel" fn $name(params: MergeParams) {
-            // SAFETY: the caller's contract.
-            unsafe { merge::<$element, $columns>(&params, $wait) }
-        }
-    };
-}
-
-#[cfg(not(pat_sm90a))]
-mod ordered {
-    //! Launched behind the forward kernels, in stream order.
+/// Not where `tests/tests/merge_lockstep.rs` compiles this file for the host.
+#[cfg(target_arch = "nvptx64")]
+mod entries {
     use super::*;
-    entry!(pat_merge_d128_f16, F16, 4, wait || {});
-    entry!(pat_merge_d128_bf16, Bf16, 4, wait || {});
-    entry!(pat_merge_d64_f16, F16, 2, wait || {});
-    entry!(pat_merge_d64_bf16, Bf16, 2, wait || {});
-}
+    use crate::element::{Bf16, F16};
 
-#[cfg(pat_sm90a)]
-mod programmatic {
-    //! Launched with programmatic stream serialisation: starts, and reads the plan, while the forward kernel still runs.
-    use super::*;
-    use crate::ptx::pdl::wait_for_prerequisite_grids;
-    entry!(pat_merge_pdl_d128_f16, F16, 4, wait wait_for_prerequisite_grids);
-    entry!(pat_merge_pdl_d128_bf16, Bf16, 4, wait wait_for_prerequisite_grids);
-    entry!(pat_merge_pdl_d64_f16, F16, 2, wait wait_for_prerequisite_grids);
-    entry!(pat_merge_pdl_d64_bf16, Bf16, 2, wait wait_for_prerequisite_grids);
+    macro_rules! entry {
+        ($name:ident, $element:ty, $columns:literal, wait $wait:expr) => {
+            /// See the module.
+            ///
+            /// # Safety
+            /// `params` describes live buffers and a plan made for them; launched as the manifest says.
+            #[unsafe(no_mangle)]
+            pub unsafe extern "ptx-kernel" fn $name(params: MergeParams) {
+                // SAFETY: the caller's contract.
+                unsafe { merge::<$element, $columns>(&params, $wait) }
+            }
+        };
+    }
+
+    #[cfg(not(pat_sm90a))]
+    mod ordered {
+        //! Launched behind the forward kernels, in stream order.
+        use super::*;
+        entry!(pat_merge_d128_f16, F16, 4, wait || {});
+        entry!(pat_merge_d128_bf16, Bf16, 4, wait || {});
+        entry!(pat_merge_d64_f16, F16, 2, wait || {});
+        entry!(pat_merge_d64_bf16, Bf16, 2, wait || {});
+    }
+
+    #[cfg(pat_sm90a)]
+    mod programmatic {
+        //! Launched with programmatic stream serialisation: starts, and reads the plan, while the forward kernel still runs.
+        use super::*;
+        use crate::ptx::pdl::wait_for_prerequisite_grids;
+        entry!(pat_merge_pdl_d128_f16, F16, 4, wait wait_for_prerequisite_grids);
+        entry!(pat_merge_pdl_d128_bf16, Bf16, 4, wait wait_for_prerequisite_grids);
+        entry!(pat_merge_pdl_d64_f16, F16, 2, wait wait_for_prerequisite_grids);
+        entry!(pat_merge_pdl_d64_bf16, Bf16, 2, wait wait_for_prerequisite_grids);
+    }
 }
