@@ -119,7 +119,7 @@ pub(crate) fn ceiling_us(bytes: f64, flop: f64) -> f64 {
 }
 
 /// The only suite there was before records named theirs.
-pub(crate) fn first_suite() -> String {
+fn first_suite() -> String {
     "figure10".into()
 }
 
@@ -138,9 +138,10 @@ pub struct Correctness {
 }
 
 /// What tells configurations apart.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
 pub struct RecordKey {
     /// Suite.
+    #[serde(default = "first_suite")]
     pub suite: String,
     /// Tree, or the batch's name.
     pub tree: String,

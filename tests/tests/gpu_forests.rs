@@ -1,5 +1,6 @@
 //! Small random ragged forests on a device: every tile variant against the f64 oracle, NaN in every KV row that no
-//! sequence owns, bits equal from run to run whatever ran in between. `PAT_GPU_FORESTS` sets how many (default 2,000), `PAT_GPU_SEED` which.
+//! sequence owns, bits equal from run to run whatever ran in between. `PAT_GPU_FORESTS` sets how many (default 2,000),
+//! `PAT_GPU_SEED` which.
 
 use half::{bf16, f16};
 use pat_rs::plan::PlanMode;

@@ -106,8 +106,8 @@ fn both_executors_give_the_same_log_sum_exps() {
     }
 }
 
-/// What mode `fixed-chunk` is for. Few rows are merged by whole CTAs, more by single warps, many by warps that take four at a time: on any
-/// device there are batches of each kind here, with rows of up to eight partials, of more, and of more than 32.
+/// What mode `fixed-chunk` is for. Few rows are merged by whole CTAs, more by single warps, many by warps that take four at a
+/// time: here are batches of each kind, with rows of up to eight partials, of more, and of more than 32.
 #[test]
 fn fixed_chunks_give_a_sequence_the_same_bits_in_any_batch() {
     let Some((engine, _alone)) = device("fixed_chunks_give_a_sequence_the_same_bits_in_any_batch") else { return };

@@ -73,7 +73,7 @@ impl Figures {
                     expected: base.device.clone(),
                 });
             }
-            let records: BTreeMap<_, _> = extra.records.iter().map(|record| (record.key(), record)).collect();
+            let records: BTreeMap<_, _> = extra.records.iter().map(|record| (&record.key, record)).collect();
             for (point, record) in points.iter_mut().zip(&base.records) {
                 let Some(extra) = records.get(&record.key()) else { continue };
                 for (method, ms) in &extra.latencies {
@@ -195,29 +195,11 @@ struct Extra {
 
 #[derive(Deserialize)]
 struct ExtraRecord {
-    #[serde(default = "result::first_suite")]
-    suite: String,
-    tree: String,
-    nheads_q: u32,
-    nheads_kv: u32,
-    head_dim: u32,
-    dtype: String,
+    #[serde(flatten)]
+    key: RecordKey,
     latencies: BTreeMap<String, f64>,
     #[serde(default)]
     plan_latencies: BTreeMap<String, f64>,
-}
-
-impl ExtraRecord {
-    fn key(&self) -> RecordKey {
-        RecordKey {
-            suite: self.suite.clone(),
-            tree: self.tree.clone(),
-            nheads_q: self.nheads_q,
-            nheads_kv: self.nheads_kv,
-            head_dim: self.head_dim,
-            dtype: self.dtype.clone(),
-        }
-    }
 }
 
 fn stem(file: &Path) -> String {

@@ -4,7 +4,6 @@ use std::cell::RefCell;
 use std::sync::{Arc, Barrier, Mutex};
 
 /// What a lane knows of the launch.
-#[derive(Clone)]
 pub(crate) struct Lane {
     pub(crate) thread: u32,
     pub(crate) cta: u32,
