@@ -16,7 +16,8 @@ impl KeyMask {
     pub(super) const KEYS: u32 = 16;
     /// Every row, all keys.
     pub(super) const FULL: u32 = 0xff00 | Self::KEYS << 16;
-    /// Every row attends to every key of the tile: one word says so, since finding it out takes 60 cycles of every tile.
+    /// Every row attends to every key of the tile: one word says so. Finding it out from four is a chain of uniform
+    /// instructions that every tile would wait for.
     pub(super) const TILE_IS_FULL: u32 = 1 << 30;
     /// No key.
     pub(super) const ABSENT: u32 = 1 << 31;
