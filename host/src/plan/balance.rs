@@ -1,5 +1,6 @@
 //! How evenly the work of a plan lies on the device, by dealing its items out as they are launched.
 
+use super::deal::Deal;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
@@ -13,29 +14,24 @@ pub(super) struct Balance {
 }
 
 impl Balance {
-    /// Deals CTAs of `steps` main-loop steps each, in launch order, out over `places`: round by round where the kernel is
-    /// persistent, first place to last and back, else each to the place that is free first.
-    pub(super) fn of(steps: impl Iterator<Item = u32>, places: u32, is_persistent: bool) -> Self {
-        let places = places.max(1) as usize;
-        let mut by_place = vec![0u64; places];
-        let mut by_load: BinaryHeap<Reverse<u64>> = vec![Reverse(0); places].into();
-        let (mut longest_steps, mut all_steps) = (0, 0u64);
-        for (index, steps) in steps.enumerate() {
-            let steps = u64::from(steps);
-            let load = if is_persistent {
-                let (round, place) = (index / places, index % places);
-                let load = &mut by_place[if round % 2 == 0 { place } else { places - 1 - place }];
-                *load += steps;
-                *load
-            } else {
+    /// Deals CTAs, given as runs of equal ones (main-loop steps of each, count), out over `places` in this order: as [`Deal`] does
+    /// where the kernel is persistent, else each to the place that is free first.
+    pub(super) fn of(ctas: impl Iterator<Item = (u64, u64)> + Clone, places: u32, is_persistent: bool) -> Self {
+        let places = places.max(1);
+        let all_steps: u64 = ctas.clone().map(|(steps, count)| steps * count).sum();
+        let longest_steps = if is_persistent {
+            Deal::default().loads(ctas, places).last().map_or(0, |most| most.load)
+        } else {
+            let mut by_load: BinaryHeap<Reverse<u64>> = vec![Reverse(0); places as usize].into();
+            let mut longest = 0;
+            for steps in ctas.flat_map(|(steps, count)| std::iter::repeat_n(steps, count as usize)) {
                 let mut least = by_load.peek_mut().expect("there is a place");
                 least.0 += steps;
-                least.0
-            };
-            longest_steps = longest_steps.max(load);
-            all_steps += steps;
-        }
-        Self { longest_steps, mean_steps: all_steps as f64 / places as f64 }
+                longest = longest.max(least.0);
+            }
+            longest
+        };
+        Self { longest_steps, mean_steps: all_steps as f64 / f64::from(places) }
     }
 
     /// One launch behind the other.
@@ -53,8 +49,8 @@ impl Balance {
 mod tests {
     use super::*;
 
-    fn imbalance(steps: &[u32], places: u32, is_persistent: bool) -> f64 {
-        Balance::of(steps.iter().copied(), places, is_persistent).imbalance()
+    fn imbalance(steps: &[u64], places: u32, is_persistent: bool) -> f64 {
+        Balance::of(steps.iter().map(|&steps| (steps, 1)), places, is_persistent).imbalance()
     }
 
     #[test]
@@ -79,7 +75,8 @@ mod tests {
 
     #[test]
     fn launches_follow_each_other() {
-        let (long, short) = (Balance::of([6].into_iter(), 2, false), Balance::of([1, 1].into_iter(), 2, false));
+        let of = |ctas: (u64, u64)| Balance::of(std::iter::once(ctas), 2, false);
+        let (long, short) = (of((6, 1)), of((1, 2)));
         assert_eq!(long.then(short), Balance { longest_steps: 7, mean_steps: 4.0 });
     }
 }

@@ -1,6 +1,7 @@
 //! The cost model: what a tiling is predicted to take. Every term has a name and a unit; the rates are the device
 //! profile's.
 
+use super::deal::Deal;
 use super::tiling::{TileChoice, TileClass, TilingRule};
 use crate::{AttentionShape, DeviceProfile};
 use pat_abi::{Arch, Family, TileVariant};
@@ -117,14 +118,14 @@ impl CostModel<'_> {
     }
 
     /// Predicts the tiling of `classes` under `rule`, if it takes less than what `limit_us` makes of its [`Self::moved_bytes`]; and
-    /// these. `work` is scratch.
+    /// these. `work` and `deal` are scratch.
     pub(super) fn predict_below(
         &self,
         limit_us: impl Fn(f64) -> f64,
         classes: &[TileClass],
         rule: TilingRule,
         choice: &TileChoice,
-        work: &mut Vec<Work>,
+        (work, deal): (&mut Vec<Work>, &mut Deal),
     ) -> Option<(Prediction, f64)> {
         work.clear();
         let (mut page_count, mut partials, mut masked_steps) = (0u64, 0u64, 0.0);
@@ -147,7 +148,7 @@ impl CostModel<'_> {
         if least_us >= limit_us {
             return None;
         }
-        let prediction = self.predict_work(work, totals);
+        let prediction = self.predict_work(work, totals, deal);
         debug_assert!(least_us <= prediction.total_us(), "{least_us} us at least, {prediction:?}");
         (prediction.total_us() < limit_us).then_some((prediction, moved_bytes))
     }
@@ -162,7 +163,7 @@ impl CostModel<'_> {
         let page_count = packs.iter().map(|pack| u64::from(pack.pages)).sum();
         let are_packed = packs.iter().any(|pack| pack.sequences > 1);
         let totals = Totals { page_count, partials, masked_steps: 0.0, are_packed };
-        self.predict_work(&mut packs.iter().map(item).collect(), totals)
+        self.predict_work(&mut packs.iter().map(item).collect(), totals, &mut Deal::default())
     }
 
     /// What `work`, in any order, takes at least: as if no slot ever waited.
@@ -214,7 +215,7 @@ impl CostModel<'_> {
     }
 
     /// Predicts `work` in any order.
-    fn predict_work(&self, work: &mut Vec<Work>, totals: Totals) -> Prediction {
+    fn predict_work(&self, work: &mut Vec<Work>, totals: Totals, deal: &mut Deal) -> Prediction {
         // Longest first; equal ones together, so that the sums below do not depend on the order of the tiles.
         work.sort_unstable_by_key(Work::order);
         work.dedup_by(|next, kept| {
@@ -234,7 +235,7 @@ impl CostModel<'_> {
             let tensor_per_step_us = self.terms(variant).tensor_per_step_us;
             tensor_us += steps * kv_heads * tensor_per_step_us;
             let step_us = memory_per_step_us.max(tensor_per_step_us);
-            busy_us += self.forward_us(variant, same_variant, step_us, tile_latency_us);
+            busy_us += self.forward_us(variant, same_variant, step_us, tile_latency_us, deal);
             launches += 1;
         }
         busy_us *= totals.mask_factor(all_steps);
@@ -257,7 +258,7 @@ impl CostModel<'_> {
     ) -> f64 {
         let work: Vec<_> = steps.map(|steps| Work { variant, steps, items: 1 }).collect();
         let step_us = memory_per_step_us.max(self.terms(variant).tensor_per_step_us);
-        self.forward_us(variant, &work, step_us, self.profile.tile_latency_us)
+        self.forward_us(variant, &work, step_us, self.profile.tile_latency_us, &mut Deal::default())
     }
 
     /// CTAs of a variant that run at a time.
@@ -284,36 +285,39 @@ impl CostModel<'_> {
         l2_us.max(hbm_bytes / self.profile.hbm_bytes_per_us)
     }
 
-    /// Items are dealt out longest first. While all CTA slots have work, steps pass at the rate of the memory or the tensor
-    /// cores (`step_us`), or at what the slots can do at a latency per step (`tile_latency_us`) and item each. At the end, the
-    /// items of the last round run out one after the other: the fewer are left, the more of the device stands idle.
-    fn forward_us(&self, variant: TileVariant, work: &[Work], step_us: f64, tile_latency_us: f64) -> f64 {
+    /// Time of a launch of `work`, longest first. The places for CTAs work side by side, each through what it is dealt: while many
+    /// have work, steps pass at the rate of the memory or the tensor cores (`step_us`, over all places), then at a latency per
+    /// step (`tile_latency_us`) of those that are left. Behind its first, an item costs a place its latency besides, which
+    /// those whose memory or tensor cores are busy do not notice.
+    fn forward_us(
+        &self,
+        variant: TileVariant,
+        work: &[Work],
+        step_us: f64,
+        tile_latency_us: f64,
+        deal: &mut Deal,
+    ) -> f64 {
+        /// Loads are counted in parts of a step.
+        const STEP_LOAD: u64 = 256;
         let VariantTerms { slots, ctas_per_sm, .. } = *self.terms(variant);
-        let (slots, heads) = (u64::from(slots), u64::from(self.shape.kv_heads()));
-        let rate_us = |active: u64| tile_latency_us.max(active as f64 * step_us);
+        let heads = u64::from(self.shape.kv_heads());
+        let item_load = (self.profile.item_latency_us / tile_latency_us * STEP_LOAD as f64) as u64;
+        let dealt = |entry: &Work| (u64::from(entry.steps) * STEP_LOAD + item_load, entry.items * heads);
         let ctas: u64 = work.iter().map(|entry| entry.items * heads).sum();
         if ctas == 0 {
             return 0.0;
         }
-        // From the shortest item up: the last round.
-        let last = if ctas.is_multiple_of(slots) { slots } else { ctas % slots };
-        let (mut active, mut level, mut ending_us) = (last, 0, 0.0);
-        let (mut steady_steps, mut steady_items) = (0.0, 0.0);
-        for entry in work.iter().rev() {
-            let of_entry = entry.items * heads;
-            if active > 0 {
-                ending_us += f64::from(entry.steps - level) * rate_us(active);
-                level = entry.steps;
-            }
-            let ending = of_entry.min(active);
-            active -= ending;
-            steady_steps += (of_entry - ending) as f64 * f64::from(entry.steps);
-            steady_items += (of_entry - ending) as f64;
+        let loads = deal.loads(work.iter().map(dealt), slots);
+        // The latency of a place's first item is among what nothing overlaps with.
+        let loads = || loads.iter().map(|equal| (equal.load.saturating_sub(item_load), u64::from(equal.places)));
+        let all_loads: f64 = loads().map(|(load, places)| load as f64 * places as f64).sum();
+        let all_steps: f64 = work.iter().map(Work::all_steps).sum::<f64>() * heads as f64;
+        let (busy_us, least_us) = (step_us * all_steps / all_loads.max(1.0), tile_latency_us / STEP_LOAD as f64);
+        let (mut active, mut done, mut forward_us) = (u64::from(slots), 0, 0.0);
+        for (load, places) in loads() {
+            forward_us += (load - done) as f64 * least_us.max(active as f64 * busy_us);
+            (active, done) = (active - places, load);
         }
-        let longest = work.first().map_or(0, |entry| entry.steps);
-        let chain_us = steady_steps * tile_latency_us + steady_items * self.profile.item_latency_us;
-        let steady_us = (steady_steps * step_us).max(chain_us / slots as f64);
-        let forward_us = (steady_us + ending_us).max(f64::from(longest) * tile_latency_us);
         forward_us + self.waiting_us(ctas, ctas_per_sm)
     }
 }

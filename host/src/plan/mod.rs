@@ -8,6 +8,7 @@ mod balance;
 mod buffer;
 mod capacity;
 pub mod cost;
+mod deal;
 mod emit;
 pub mod forest;
 mod generation;

@@ -2,6 +2,7 @@
 
 use super::capacity::PlanCapacity;
 use super::cost::{CostModel, Prediction, Work};
+use super::deal::Deal;
 use super::tiling::{self, Extent, TileChoice, TileClass, TilingRule};
 
 /// Chunk lengths that are tried: each slot would get so many items, if all were equal.
@@ -37,6 +38,7 @@ pub(super) struct Scratch {
     uncut: Vec<TileClass>,
     narrowed: Vec<TileClass>,
     work: Vec<Work>,
+    deal: Deal,
 }
 
 /// What is searched.
@@ -69,26 +71,27 @@ impl Search<'_> {
     /// The prediction of one rule.
     pub(super) fn predict(self, rule: TilingRule, scratch: &mut Scratch) -> Prediction {
         self.reserve(scratch);
-        let Scratch { uncut, work, .. } = scratch;
+        let Scratch { uncut, work, deal, .. } = scratch;
         self.classes(rule, uncut);
-        let prediction = self.model.predict_below(|_| f64::INFINITY, uncut, rule, self.choice, work);
+        let prediction = self.model.predict_below(|_| f64::INFINITY, uncut, rule, self.choice, (work, deal));
         prediction.expect("every time is below infinity").0
     }
 
     /// Whatever is tried, there are no more classes than sequences: no candidate grows the memory.
     fn reserve(self, scratch: &mut Scratch) {
-        let Scratch { uncut, narrowed, work } = scratch;
+        let Scratch { uncut, narrowed, work, deal } = scratch;
         uncut.clear();
         uncut.reserve(self.extents.len());
         narrowed.clear();
         narrowed.reserve(self.extents.len());
         work.clear();
         work.reserve(self.extents.len());
+        deal.reserve(self.choice.variants().map(|variant| self.model.places(variant)).max().unwrap_or(0));
     }
 
     /// Tries one width; returns whether narrower ones, which read no less, could still be better.
     fn try_width(self, width: u32, scratch: &mut Scratch, best: &mut Option<Best>) -> bool {
-        let Scratch { uncut, narrowed, work } = scratch;
+        let Scratch { uncut, narrowed, work, deal } = scratch;
         let page_size = self.choice.page_size();
         let mut rule = TilingRule { most_sequences: width, chunk_pages: u32::MAX, exact: false };
         self.classes(rule, uncut);
@@ -135,7 +138,7 @@ impl Search<'_> {
                 continue;
             }
             let limit_us = |moved_bytes| best.map_or(f64::INFINITY, |best| best.limit_us(moved_bytes));
-            let prediction = self.model.predict_below(limit_us, classes, rule, self.choice, work);
+            let prediction = self.model.predict_below(limit_us, classes, rule, self.choice, (work, deal));
             if let Some((prediction, moved_bytes)) = prediction {
                 *best = Some(Best { rule, prediction, moved_bytes });
             }

@@ -128,11 +128,11 @@ impl Plan {
             .filter(|(_, items)| !items.is_empty())
             .map(|(variant, items)| {
                 let item_steps = || items.iter().map(|item| steps(variant, item));
-                let cta_steps = item_steps().flat_map(|steps| std::iter::repeat_n(steps, kv_heads as usize));
+                let ctas = item_steps().map(|steps| (u64::from(steps), u64::from(kv_heads)));
                 Launch {
                     variant,
                     forward_us: model.launch_time_us(variant, item_steps(), memory_per_step_us),
-                    balance: Balance::of(cta_steps, model.places(variant), variant.is_persistent()),
+                    balance: Balance::of(ctas, model.places(variant), variant.is_persistent()),
                 }
             })
             .collect()
