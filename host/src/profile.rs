@@ -137,7 +137,7 @@ impl DeviceProfile {
     }
 
     /// NVIDIA H200 SXM: runs of `pat calibrate` on three of them, rounded. Launch and merge are the last run's (1528e5d; the kernels
-    /// before took longer), the latency of a step is the mean of all three, the rest hardly differs.
+    /// before took longer); the latency of a step is that of the kernels since then on an H100, which has the same multiprocessors.
     pub fn h200() -> Self {
         Self {
             name: "NVIDIA H200".into(),
@@ -152,7 +152,20 @@ impl DeviceProfile {
             launch_us: 2.2,
             merge_us: 1.5,
             item_latency_us: 1.6,
-            tile_latency_us: 0.72,
+            tile_latency_us: 0.64,
+        }
+    }
+
+    /// NVIDIA H100 SXM: runs of `pat calibrate` on three of them, rounded.
+    pub fn h100_sxm() -> Self {
+        Self {
+            name: "NVIDIA H100 80GB HBM3".into(),
+            hbm_bytes_per_us: 3.12e6,
+            l2_bytes_per_us: 8.2e6,
+            launch_us: 2.5,
+            merge_us: 1.8,
+            item_latency_us: 1.65,
+            ..Self::h200()
         }
     }
 
@@ -173,10 +186,11 @@ impl DeviceProfile {
             let names: Vec<_> = Self::known_names().collect();
             return Err(Error::invalid("device profile", name, format!("one of {}", names.join(", "))));
         };
-        if *short == "h200" {
-            return Ok(Self::h200());
-        }
-        Ok(Self::scaled(driver_names[0], *datasheet))
+        Ok(match *short {
+            "h200" => Self::h200(),
+            "h100-sxm" => Self::h100_sxm(),
+            _ => Self::scaled(driver_names[0], *datasheet),
+        })
     }
 
     /// The H200's measured terms scaled to another device: rates by SMs times clock, DRAM by its peak, latencies as they
@@ -270,7 +284,7 @@ mod tests {
             profile.validate().unwrap();
             assert!(!profile.variants(16).is_empty(), "{short}");
             let measured = profile.kernel_terms == KernelTerms::Measured;
-            assert_eq!(measured, short == "h200", "only the H200's terms are measured");
+            assert_eq!(measured, ["h100-sxm", "h200"].contains(&short), "{short}");
         }
         let [a40, a80, pcie, sxm, h200] =
             ["a100-40", "NVIDIA A100 80GB PCIe", "H100-PCIe", "NVIDIA H100 80GB HBM3", "NVIDIA H200"]

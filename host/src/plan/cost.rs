@@ -29,6 +29,17 @@ impl Prediction {
     pub fn total_us(&self) -> f64 {
         self.launch_us + self.busy_us + self.merge_us
     }
+
+    /// Whether multiplying is most of the forward pass.
+    pub(super) fn is_bound_by_tensor_cores(&self) -> bool {
+        self.tensor_us >= 0.6 * self.busy_us
+    }
+
+    /// Whether this plan, in wider tiles, is to be preferred to `usual`: it must be faster, and read clearly less. (Where it reads as
+    /// much, wide tiles are slower than predicted: docs/planner-quality.md.)
+    pub(super) fn is_worth_wider_tiles_than(&self, usual: &Self) -> bool {
+        self.total_us() < usual.total_us() && self.memory_us <= 0.95 * usual.memory_us
+    }
 }
 
 /// Sequences that are served together, as another planner packs them.
@@ -49,7 +60,15 @@ pub(super) struct VariantTerms {
     ctas_per_sm: u32,
     /// Time in which the device multiplies the padded tiles of one main-loop step of one CTA.
     tensor_per_step_us: f64,
+    /// Least time of a step, in parts of the profile's ([`DeviceProfile::tile_latency_us`]).
+    step_latency: f64,
 }
+
+/// What a step of `wgmma128` takes at least, in parts of one of `wgmma64`, which has half as many keys (measured on an H100).
+const WIDE_STEP_LATENCY: f64 = 2.3;
+
+/// What `wgmma128` multiplies in the time in which `wgmma64` multiplies 1 (likewise, on shared nodes).
+const WIDE_TENSOR_RATE: f64 = 1.35;
 
 // What `pat calibrate` does not measure: fitted to 686 measured plans of 130 batches, together (docs/planner-quality.md).
 
@@ -68,13 +87,15 @@ impl VariantTerms {
     pub(super) fn all(profile: &DeviceProfile, shape: AttentionShape) -> [Self; TileVariant::ALL.len()] {
         TileVariant::ALL.map(|variant| {
             let kernel = pat_abi::manifest::find(Family::Forward(variant), shape.dtype(), shape.head_dim());
-            let rate = match variant.arch() {
-                Arch::Sm80 => profile.mma_flop_per_us,
-                Arch::Sm90a => profile.wgmma_flop_per_us,
+            let rate = match variant {
+                TileVariant::Wgmma128 => WIDE_TENSOR_RATE * profile.wgmma_flop_per_us,
+                _ if variant.arch() == Arch::Sm90a => profile.wgmma_flop_per_us,
+                _ => profile.mma_flop_per_us,
             };
+            let step_latency = if variant == TileVariant::Wgmma128 { WIDE_STEP_LATENCY } else { 1.0 };
             let flop = 4.0 * f64::from(variant.rows()) * f64::from(variant.keys()) * f64::from(shape.head_dim());
             let ctas_per_sm = kernel.map_or(1, |kernel| kernel.min_ctas_per_sm);
-            Self { slots: profile.sm_count * ctas_per_sm, ctas_per_sm, tensor_per_step_us: flop / rate }
+            Self { slots: profile.sm_count * ctas_per_sm, ctas_per_sm, tensor_per_step_us: flop / rate, step_latency }
         })
     }
 }
@@ -298,8 +319,9 @@ impl CostModel<'_> {
         deal: &mut Deal,
     ) -> f64 {
         /// Loads are counted in parts of a step.
-        const STEP_LOAD: u64 = 256;
-        let VariantTerms { slots, ctas_per_sm, .. } = *self.terms(variant);
+        const STEP_LOAD: u64 = 1 << 32;
+        let VariantTerms { slots, ctas_per_sm, step_latency, .. } = *self.terms(variant);
+        let tile_latency_us = tile_latency_us * step_latency;
         let heads = u64::from(self.shape.kv_heads());
         let item_load = (self.profile.item_latency_us / tile_latency_us * STEP_LOAD as f64) as u64;
         let dealt = |entry: &Work| (u64::from(entry.steps) * STEP_LOAD + item_load, entry.items * heads);

@@ -77,7 +77,7 @@ pub struct Planner {
     capacity: Option<PlanCapacity>,
     variants: [VariantTerms; TileVariant::ALL.len()],
     /// For the page size of the batch planned last.
-    choice: Option<TileChoice>,
+    choices: Option<TileChoices>,
     forest: Forest,
     snapshot: Snapshot,
     scratch: Scratch,
@@ -123,7 +123,7 @@ impl Planner {
             profile: Arc::new(profile),
             options,
             capacity: None,
-            choice: None,
+            choices: None,
             forest: Forest::default(),
             snapshot: Snapshot::default(),
             scratch: Scratch::default(),
@@ -146,8 +146,8 @@ impl Planner {
     /// # Errors
     /// As [`Self::plan`], of the page size.
     pub fn tile_variants(&self, page_size: u32) -> Result<Vec<TileVariant>> {
-        let choice = self.tile_choice(page_size)?;
-        let mut variants: Vec<_> = choice.variants().collect();
+        let TileChoices { usual, wide, .. } = self.tile_choices(page_size)?;
+        let mut variants: Vec<_> = usual.variants().chain(wide.iter().flat_map(TileChoice::variants)).collect();
         variants.sort_unstable();
         Ok(variants)
     }
@@ -168,8 +168,8 @@ impl Planner {
     /// # Errors
     /// `plan` is not the one that this planner made last.
     pub fn shared_nodes(&self, plan: &Plan, most: usize) -> Result<Vec<SharedNodes>> {
-        let choice = self.choice.as_ref().filter(|_| self.newest == Some(plan.generation()));
-        let choice = choice.ok_or_else(|| Error::PlanMismatch {
+        let choices = self.choices.as_ref().filter(|_| self.newest == Some(plan.generation()));
+        let choices = choices.ok_or_else(|| Error::PlanMismatch {
             what: "the planner's last plan".into(),
             plan: format!("generation {}", plan.generation()),
             call: self.newest.map_or("none".into(), |newest| format!("generation {newest}")),
@@ -181,7 +181,7 @@ impl Planner {
             extents,
             tiles,
             rule: self.rule,
-            widest: choice.widest(),
+            widest: choices.in_use().widest(),
             mode: self.options.mode,
             page_size: plan.page_size(),
             page_bytes,
@@ -206,7 +206,7 @@ impl Planner {
         packs: &[cost::Pack],
         partials: u64,
     ) -> Result<cost::Prediction> {
-        let choice = self.tile_choice(page_size)?;
+        let choice = self.tile_choices(page_size)?.usual;
         if let Some(pack) = packs.iter().find(|pack| !(1..=choice.widest()).contains(&pack.sequences)) {
             let expected = format!("1 to {}, what the largest tile has rows for", choice.widest());
             return Err(Error::invalid("sequences of a pack", pack.sequences, expected));
@@ -290,11 +290,11 @@ impl Planner {
             PlanMode::FixedChunk { tokens } => Some(tokens),
             _ => None,
         };
-        let choice = match self.choice.take() {
-            Some(choice) if choice.page_size() == page_size => choice,
-            _ => self.tile_choice(page_size)?,
+        let choices = match self.choices.take() {
+            Some(choices) if choices.usual.page_size() == page_size => choices,
+            _ => self.tile_choices(page_size)?,
         };
-        let choice = &*self.choice.insert(choice);
+        let choices = self.choices.insert(choices);
         let Scratch { extents, tiles, search: search_scratch, emit: emit_scratch, records } = &mut self.scratch;
         tiling::measure(batch, &self.forest, extents);
         let unique_pages = extents.iter().map(|extent| u64::from(extent.pages - extent.shared)).sum();
@@ -309,21 +309,28 @@ impl Planner {
             shared_pages,
         };
         let longest = extents.iter().map(|extent| extent.pages).max().unwrap_or(0);
-        let search = Search { model: &model, choice, extents, longest, capacity: self.capacity.as_ref() };
-        let widest = choice.widest();
-        let (rule, prediction) = match (self.options.mode, exact_tokens) {
+        let capacity = self.capacity.as_ref();
+        let search = Search { model: &model, choice: &choices.usual, extents, longest, capacity };
+        let widest = choices.usual.widest();
+        let (mut rule, mut prediction) = match (self.options.mode, exact_tokens) {
             (_, Some(tokens)) => {
                 let rule = TilingRule { most_sequences: 1, chunk_pages: tokens / page_size, exact: true };
                 (rule, search.predict(rule, search_scratch))
             }
             (PlanMode::Flat, _) => search.best([1], search_scratch),
             (PlanMode::PerNode | PlanMode::Packed, _) => search.best([widest], search_scratch),
-            _ => {
-                // Wide ones first: what they take spares looking at narrower ones that read more than that.
-                let halves = std::iter::successors(Some(widest), |width| Some(width.div_ceil(2)));
-                search.best(std::iter::once(1).chain(halves.take_while(|width| *width > 1)), search_scratch)
-            }
+            _ => search.best(std::iter::once(1).chain(widths(widest)), search_scratch),
         };
+        choices.is_wide_in_use = false;
+        if let Some(wide) = choices.wide.as_ref().filter(|_| prediction.is_bound_by_tensor_cores()) {
+            let (wide_rule, wide_prediction) =
+                Search { choice: wide, ..search }.best(widths(wide.widest()), search_scratch);
+            if wide_prediction.is_worth_wider_tiles_than(&prediction) {
+                (rule, prediction) = (wide_rule, wide_prediction);
+                choices.is_wide_in_use = true;
+            }
+        }
+        let choice = choices.in_use();
         tiles.clear();
         tiles.reserve(extents.len());
         tiling::cut(extents, rule, |tile| {
@@ -353,7 +360,8 @@ impl Planner {
     ///
     /// # Errors
     /// A forced variant cannot read such pages, or none holds the rows of a KV head.
-    fn tile_choice(&self, page_size: u32) -> Result<TileChoice> {
+    fn tile_choices(&self, page_size: u32) -> Result<TileChoices> {
+        let only = |usual| TileChoices { usual, wide: None, is_wide_in_use: false };
         if page_size > PageMask::MAX_TOKENS {
             let expected = format!("at most {} tokens", PageMask::MAX_TOKENS);
             return Err(Error::invalid("page_size", page_size, expected));
@@ -365,12 +373,40 @@ impl Planner {
                 let expected = format!("a page size that {} can read", variant.name());
                 return Err(Error::invalid("page_size", page_size, expected));
             }
-            return TileChoice::new(forced, group, page_size);
+            return TileChoice::new(forced, group, page_size).map(only);
         }
         // The wgmma stream serves leaves as fast as the narrow tiles do, and shared nodes in the same launch.
         if possible.contains(&TileVariant::Wgmma64) && group <= TileVariant::Wgmma64.rows() {
-            return TileChoice::new(&[TileVariant::Wgmma64], group, page_size);
+            let usual = TileChoice::new(&[TileVariant::Wgmma64], group, page_size)?;
+            // Not under a capacity: a captured graph would launch both kernels at every step. And no other mode has a choice.
+            let has_wide = possible.contains(&TileVariant::Wgmma128)
+                && self.capacity.is_none()
+                && self.options.mode == PlanMode::Auto;
+            let wide = has_wide.then(|| TileChoice::new(&[TileVariant::Wgmma128], group, page_size)).transpose()?;
+            return Ok(TileChoices { wide, ..only(usual) });
         }
-        TileChoice::new(&possible, group, page_size)
+        TileChoice::new(&possible, group, page_size).map(only)
     }
+}
+
+/// What tiles a batch may be cut into.
+#[derive(Clone, Debug)]
+struct TileChoices {
+    usual: TileChoice,
+    /// Tiles with more rows, for batches whose tensor cores are the limit.
+    wide: Option<TileChoice>,
+    /// Whether the plan made last has wide ones.
+    is_wide_in_use: bool,
+}
+
+impl TileChoices {
+    fn in_use(&self) -> &TileChoice {
+        self.wide.as_ref().filter(|_| self.is_wide_in_use).unwrap_or(&self.usual)
+    }
+}
+
+/// Sequences per tile that are tried, where more than one. Wide ones first: what they take spares looking at narrower ones that
+/// read more than that.
+fn widths(widest: u32) -> impl Iterator<Item = u32> {
+    std::iter::successors(Some(widest), |width| Some(width.div_ceil(2))).take_while(|width| *width > 1)
 }

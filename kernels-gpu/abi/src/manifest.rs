@@ -83,8 +83,8 @@ impl TileVariant {
     /// N: KV tokens a CTA processes per main-loop step.
     pub const fn keys(self) -> u32 {
         match self {
-            Self::Mma16 => 128,
-            Self::Mma32 | Self::Mma64 | Self::Mma128 | Self::Wgmma64 | Self::Wgmma128 => 64,
+            Self::Mma16 | Self::Wgmma128 => 128,
+            Self::Mma32 | Self::Mma64 | Self::Mma128 | Self::Wgmma64 => 64,
         }
     }
 
@@ -247,10 +247,10 @@ pub const KERNELS: &[KernelSpec] = &[
     forward!("pat_forward_wgmma64_d128_bf16",  Wgmma64, Bf16, 128, threads 256, ctas 2, smem 114_896, regs 128, bars 5, maps 2),
     forward!("pat_forward_wgmma64_d64_f16",    Wgmma64, F16,  64,  threads 256, ctas 2, smem 57_552,  regs 128, bars 5, maps 2),
     forward!("pat_forward_wgmma64_d64_bf16",   Wgmma64, Bf16, 64,  threads 256, ctas 2, smem 57_552,  regs 128, bars 5, maps 2),
-    forward!("pat_forward_wgmma128_d128_f16", Wgmma128, F16, 128, threads 384, ctas 1, smem 229_792, regs 168, bars 5, maps 2),
-    forward!("pat_forward_wgmma128_d128_bf16", Wgmma128, Bf16, 128, threads 384, ctas 1, smem 229_792, regs 168, bars 5, maps 2),
-    forward!("pat_forward_wgmma128_d64_f16", Wgmma128, F16, 64, threads 384, ctas 1, smem 115_104, regs 168, bars 5, maps 2),
-    forward!("pat_forward_wgmma128_d64_bf16", Wgmma128, Bf16, 64, threads 384, ctas 1, smem 115_104, regs 168, bars 5, maps 2),
+    forward!("pat_forward_wgmma128_d128_f16", Wgmma128, F16, 128, threads 384, ctas 1, smem 229_696, regs 168, bars 5, maps 2),
+    forward!("pat_forward_wgmma128_d128_bf16", Wgmma128, Bf16, 128, threads 384, ctas 1, smem 229_696, regs 168, bars 5, maps 2),
+    forward!("pat_forward_wgmma128_d64_f16", Wgmma128, F16, 64, threads 384, ctas 1, smem 115_008, regs 168, bars 5, maps 2),
+    forward!("pat_forward_wgmma128_d64_bf16", Wgmma128, Bf16, 64, threads 384, ctas 1, smem 115_008, regs 168, bars 5, maps 2),
     merge!("pat_merge_d128_f16",      Sm80,  F16,  128),
     merge!("pat_merge_d128_bf16",     Sm80,  Bf16, 128),
     merge!("pat_merge_d64_f16",       Sm80,  F16,  64),

@@ -20,7 +20,7 @@ fn descriptor(smem_address: u32, leading_bytes: u64) -> u64 {
     ((smem_address & 0x3_ffff) >> 4) as u64 | descriptor_base(leading_bytes)
 }
 
-/// Bytes between the 64-element blocks of a 64-key tile.
+/// Bytes between the 64-element blocks of a tile, for each 64 keys of it.
 const BLOCK_BYTES: u64 = 64 * 128;
 
 macro_rules! accumulators_32 {
@@ -35,30 +35,33 @@ macro_rules! accumulators_64 {
     };
 }
 
-/// The products of one element type and head dimension.
-pub trait WgmmaOps<const Q_REGS: usize, const O_REGS: usize> {
-    /// S = Q Kᵀ: 64 rows (registers) by 64 keys (`[64][128 bytes]` blocks at shared address `k`). Overwrites `s`.
+// Behind the macros that it uses.
+mod wide;
+
+/// The products of one element type and head dimension, for main-loop steps of SPANS times 64 keys.
+pub trait WgmmaOps<const Q_REGS: usize, const O_REGS: usize, const SPANS: usize> {
+    /// S = Q Kᵀ: 64 rows (registers) by `64 * SPANS` keys (`[64 * SPANS][128 bytes]` blocks at shared address `k`). Overwrites `s`.
     ///
     /// # Safety
     /// A whole warpgroup; the K tile is complete and stays until [`wait_scores`]; `s` is not touched before it.
-    unsafe fn scores(s: &mut [f32; 32], q: &[u32; Q_REGS], k: u32);
+    unsafe fn scores(s: &mut [[f32; 32]; SPANS], q: &[u32; Q_REGS], k: u32);
 
-    /// O += P V: 64 rows (registers) by the head dimension, over 64 keys (`[64][128 bytes]` blocks at `v`).
+    /// O += P V: 64 rows (registers) by the head dimension, over `64 * SPANS` keys (`[64 * SPANS][128 bytes]` blocks at `v`).
     ///
     /// # Safety
     /// A whole warpgroup; the V tile is complete and stays until [`Self::wait_output`]; `o` and `weights` are not touched
     /// before it.
-    unsafe fn accumulate(o: &mut [f32; O_REGS], weights: &[u32; 16], v: u32);
+    unsafe fn accumulate(o: &mut [f32; O_REGS], weights: &[[u32; 16]; SPANS], v: u32);
 
     /// Waits for all products. `wgmma.wait_group 0`
-    fn wait_output(o: &mut [f32; O_REGS], weights: &mut [u32; 16]);
+    fn wait_output(o: &mut [f32; O_REGS], weights: &mut [[u32; 16]; SPANS]);
 }
 
 macro_rules! head_dim_64 {
     ($element:ty, $ty:literal) => {
-        impl WgmmaOps<16, 32> for ($element, HeadDim<64>) {
+        impl WgmmaOps<16, 32, 1> for ($element, HeadDim<64>) {
             #[inline(always)]
-            unsafe fn scores(s: &mut [f32; 32], q: &[u32; 16], k: u32) {
+            unsafe fn scores([s]: &mut [[f32; 32]; 1], q: &[u32; 16], k: u32) {
                 // SAFETY: the caller's contract.
                 unsafe {
                     asm!(
@@ -88,7 +91,7 @@ macro_rules! head_dim_64 {
             }
 
             #[inline(always)]
-            unsafe fn accumulate(o: &mut [f32; 32], weights: &[u32; 16], v: u32) {
+            unsafe fn accumulate(o: &mut [f32; 32], [weights]: &[[u32; 16]; 1], v: u32) {
                 // SAFETY: the caller's contract.
                 unsafe {
                     asm!(
@@ -119,7 +122,7 @@ macro_rules! head_dim_64 {
             }
 
             #[inline(always)]
-            fn wait_output(o: &mut [f32; 32], weights: &mut [u32; 16]) {
+            fn wait_output(o: &mut [f32; 32], [weights]: &mut [[u32; 16]; 1]) {
                 // SAFETY: has no precondition. The operands, named in a comment, may not be used or moved before it.
                 unsafe {
                     asm!(
@@ -145,9 +148,9 @@ macro_rules! head_dim_64 {
 
 macro_rules! head_dim_128 {
     ($element:ty, $ty:literal) => {
-        impl WgmmaOps<32, 64> for ($element, HeadDim<128>) {
+        impl WgmmaOps<32, 64, 1> for ($element, HeadDim<128>) {
             #[inline(always)]
-            unsafe fn scores(s: &mut [f32; 32], q: &[u32; 32], k: u32) {
+            unsafe fn scores([s]: &mut [[f32; 32]; 1], q: &[u32; 32], k: u32) {
                 // SAFETY: the caller's contract.
                 unsafe {
                     asm!(
@@ -188,7 +191,7 @@ macro_rules! head_dim_128 {
             }
 
             #[inline(always)]
-            unsafe fn accumulate(o: &mut [f32; 64], weights: &[u32; 16], v: u32) {
+            unsafe fn accumulate(o: &mut [f32; 64], [weights]: &[[u32; 16]; 1], v: u32) {
                 // SAFETY: the caller's contract.
                 unsafe {
                     asm!(
@@ -225,7 +228,7 @@ macro_rules! head_dim_128 {
             }
 
             #[inline(always)]
-            fn wait_output(o: &mut [f32; 64], weights: &mut [u32; 16]) {
+            fn wait_output(o: &mut [f32; 64], [weights]: &mut [[u32; 16]; 1]) {
                 // SAFETY: has no precondition. The operands, named in a comment, may not be used or moved before it.
                 unsafe {
                     asm!(
@@ -265,7 +268,8 @@ head_dim_128!(crate::element::Bf16, "bf16");
 
 /// Waits until at most `PENDING` products issued later than these scores are under way. `wgmma.wait_group`
 #[inline(always)]
-pub fn wait_scores<const PENDING: u32>(s: &mut [f32; 32]) {
+pub fn wait_scores<const PENDING: u32, const SPANS: usize>(scores: &mut [[f32; 32]; SPANS]) {
+    let s = &mut scores[0];
     // SAFETY: has no precondition. The operands, named in a comment, may not be used or moved before it.
     unsafe {
         asm!(
@@ -278,6 +282,27 @@ pub fn wait_scores<const PENDING: u32>(s: &mut [f32; 32]) {
             inout(reg32) s[25], inout(reg32) s[26], inout(reg32) s[27], inout(reg32) s[28], inout(reg32) s[29],
             inout(reg32) s[30], inout(reg32) s[31],
             const PENDING, options(nostack, preserves_flags));
+    }
+    for block in &mut scores[1..] {
+        hold_scores(block);
+    }
+}
+
+/// Keeps scores where they are up to here.
+#[inline(always)]
+fn hold_scores(s: &mut [f32; 32]) {
+    // SAFETY: no instruction, only a comment that names registers.
+    unsafe {
+        asm!(
+            "// {0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8}, {9}, {10}, {11}, {12}, {13}, {14}, {15}, {16}, {17}, {18}, {19}, {20}, {21}, {22}, {23}, {24}, {25}, {26}, {27}, {28}, {29}, {30}, {31}",
+            inout(reg32) s[0], inout(reg32) s[1], inout(reg32) s[2], inout(reg32) s[3], inout(reg32) s[4],
+            inout(reg32) s[5], inout(reg32) s[6], inout(reg32) s[7], inout(reg32) s[8], inout(reg32) s[9],
+            inout(reg32) s[10], inout(reg32) s[11], inout(reg32) s[12], inout(reg32) s[13], inout(reg32) s[14],
+            inout(reg32) s[15], inout(reg32) s[16], inout(reg32) s[17], inout(reg32) s[18], inout(reg32) s[19],
+            inout(reg32) s[20], inout(reg32) s[21], inout(reg32) s[22], inout(reg32) s[23], inout(reg32) s[24],
+            inout(reg32) s[25], inout(reg32) s[26], inout(reg32) s[27], inout(reg32) s[28], inout(reg32) s[29],
+            inout(reg32) s[30], inout(reg32) s[31],
+            options(nostack, preserves_flags));
     }
 }
 

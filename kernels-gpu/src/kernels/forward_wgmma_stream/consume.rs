@@ -1,10 +1,10 @@
 //! The consumer warpgroups: scores, weights, outputs.
 
-use super::masks::{ALL_VALUES, KeyMask, all_full, all_keys, load_masks, values_ends};
+use super::masks::{ALL_VALUES, KeyMask, TileMasks, all_full, all_keys, load_masks, values_ends};
 use super::online_softmax::OnlineSoftmax;
 use super::smem::{QSlots, Ring, Smem, tile_offset};
 use super::work::{Batch, PlanView, work_index};
-use super::{PRODUCER_WARPS, TILE_KEYS};
+use super::{GROUP_ROWS, PRODUCER_WARPS, SPAN_KEYS};
 use crate::element::Element;
 use crate::item::Row;
 use crate::ptx::barrier::sync_named;
@@ -27,13 +27,14 @@ pub(super) unsafe fn consume<
     const GROUPS: u32,
     const Q_REGS: usize,
     const O_REGS: usize,
+    const SPANS: usize,
 >(
     p: &ForwardParams,
     plan: PlanView,
     smem: Smem<HEAD_DIM, GROUPS>,
     group: u32,
 ) where
-    (E, HeadDim<HEAD_DIM>): WgmmaOps<Q_REGS, O_REGS>,
+    (E, HeadDim<HEAD_DIM>): WgmmaOps<Q_REGS, O_REGS, SPANS>,
 {
     let warp = (thread_index() & 127) >> 5;
     let (lane, rows) = consumer_rows(thread_index());
@@ -67,10 +68,12 @@ pub(super) unsafe fn consume<
             }
             // With 16 rows or fewer, all warps compute the rows of the first: only it has something to store.
             let q_slot = if slot_count == 1 { slot } else { group * QSlots::<GROUPS>::PER_GROUP + warp };
-            let q_row = q_slot % QSlots::<GROUPS>::PER_GROUP * QSlots::<GROUPS>::ROWS + (lane & 15);
+            // Registers are short: offsets that do not change are not kept from item to item.
+            let q_lane = thread_index_here() & 31;
+            let q_row = q_slot % QSlots::<GROUPS>::PER_GROUP * QSlots::<GROUPS>::ROWS + (q_lane & 15);
             let q_tile = smem.q(q_slot / QSlots::<GROUPS>::PER_GROUP);
             for k in 0..Q_REGS / 4 {
-                let fragment = ldmatrix_x4(q_tile + tile_offset(q_row, 2 * k as u32 + (lane >> 4)));
+                let fragment = ldmatrix_x4(q_tile + tile_offset(GROUP_ROWS, q_row, 2 * k as u32 + (q_lane >> 4)));
                 for i in 0..4 {
                     q[4 * k + i] = fragment[i];
                 }
@@ -80,8 +83,8 @@ pub(super) unsafe fn consume<
             }
 
             let mut o = [0f32; O_REGS];
-            let mut s = [0f32; 32];
-            let mut weights = [0u32; 16];
+            let mut s = [[0f32; 32]; SPANS];
+            let mut weights = [[0u32; 16]; SPANS];
             let mut softmax = OnlineSoftmax::new(p.scale_log2);
 
             // Scores of the first tile; in the loop, the scores of a tile are computed while the values of the tile
@@ -89,26 +92,26 @@ pub(super) unsafe fn consume<
             mbarrier::wait(smem.k_full(ring.stage), ring.phase);
             <(E, HeadDim<HEAD_DIM>)>::scores(&mut s, &q, smem.k(ring.stage));
             let masks = load_masks(smem, ring.stage);
-            wgmma::wait_scores::<0>(&mut s);
+            wgmma::wait_scores::<0, SPANS>(&mut s);
             release(smem.k_empty(ring.stage), lane);
             let mut ends = values_ends(masks);
             mask_scores(&mut s, masks);
             softmax.update(&mut s);
-            pack_weights::<E>(&s, &mut weights);
+            pack_weights::<E, SPANS>(&s, &mut weights);
             let mut previous = ring;
             ring.advance();
-            let mut token = TILE_KEYS;
+            let mut token = Smem::<HEAD_DIM, GROUPS>::KEYS;
             while token < work.token_count {
                 mbarrier::wait(smem.k_full(ring.stage), ring.phase);
-                if ends != ALL_VALUES {
+                if ends != [ALL_VALUES; SPANS] {
                     mbarrier::wait(smem.v_full(previous.stage), previous.phase);
-                    zero_values::<HEAD_DIM, GROUPS>(smem.v(previous.stage), ends);
+                    zero_values::<HEAD_DIM, GROUPS, SPANS>(smem.v(previous.stage), ends);
                 }
                 let masks = load_masks(smem, ring.stage);
                 <(E, HeadDim<HEAD_DIM>)>::scores(&mut s, &q, smem.k(ring.stage));
                 mbarrier::wait(smem.v_full(previous.stage), previous.phase);
                 <(E, HeadDim<HEAD_DIM>)>::accumulate(&mut o, &weights, smem.v(previous.stage));
-                wgmma::wait_scores::<1>(&mut s);
+                wgmma::wait_scores::<1, SPANS>(&mut s);
                 release(smem.k_empty(ring.stage), lane);
                 ends = values_ends(masks);
                 mask_scores(&mut s, masks);
@@ -120,14 +123,14 @@ pub(super) unsafe fn consume<
                         o[i] *= correction[(i >> 1) & 1];
                     }
                 }
-                pack_weights::<E>(&s, &mut weights);
+                pack_weights::<E, SPANS>(&s, &mut weights);
                 previous = ring;
                 ring.advance();
-                token += TILE_KEYS;
+                token += Smem::<HEAD_DIM, GROUPS>::KEYS;
             }
             mbarrier::wait(smem.v_full(previous.stage), previous.phase);
-            if ends != ALL_VALUES {
-                zero_values::<HEAD_DIM, GROUPS>(smem.v(previous.stage), ends);
+            if ends != [ALL_VALUES; SPANS] {
+                zero_values::<HEAD_DIM, GROUPS, SPANS>(smem.v(previous.stage), ends);
             }
             <(E, HeadDim<HEAD_DIM>)>::accumulate(&mut o, &weights, smem.v(previous.stage));
             <(E, HeadDim<HEAD_DIM>)>::wait_output(&mut o, &mut weights);
@@ -214,35 +217,41 @@ pub(super) fn consumer_rows(thread: u32) -> (u32, [u32; 2]) {
 
 /// Sets the scores of keys that a row does not attend to to -inf.
 #[inline(always)]
-pub(super) fn mask_scores(s: &mut [f32; 32], masks: [KeyMask; 4]) {
+pub(super) fn mask_scores<const SPANS: usize>(s: &mut [[f32; 32]; SPANS], masks: TileMasks<SPANS>) {
     if all_full(masks) {
         return;
     }
     let (lane, rows) = consumer_rows(thread_index_here());
     if all_keys(masks) {
         // Nearly all tiles of private pages: a choice per row, not per key.
-        for step in 0..4 {
+        for (span, step) in spans_and_steps::<SPANS>() {
             for half in 0..2 {
-                let attends = masks[step].has_row(rows[half]);
+                let attends = masks[span][step].has_row(rows[half]);
                 for i in 0..4 {
-                    let score = &mut s[8 * step + (i >> 1) * 4 + 2 * half + (i & 1)];
+                    let score = &mut s[span][8 * step + (i >> 1) * 4 + 2 * half + (i & 1)];
                     *score = if attends { *score } else { f32::NEG_INFINITY };
                 }
             }
         }
         return;
     }
-    for step in 0..4 {
+    for (span, step) in spans_and_steps::<SPANS>() {
         for half in 0..2 {
-            let limit = masks[step].limit(rows[half]);
+            let limit = masks[span][step].limit(rows[half]);
             for i in 0..4 {
                 let key = (i as u32 >> 1) * 8 + (lane & 3) * 2 + (i as u32 & 1);
                 if key >= limit {
-                    s[8 * step + (i >> 1) * 4 + 2 * half + (i & 1)] = f32::NEG_INFINITY;
+                    s[span][8 * step + (i >> 1) * 4 + 2 * half + (i & 1)] = f32::NEG_INFINITY;
                 }
             }
         }
     }
+}
+
+/// The four masks of each span of 64 keys.
+#[inline(always)]
+fn spans_and_steps<const SPANS: usize>() -> impl Iterator<Item = (usize, usize)> {
+    (0..4 * SPANS).map(|mask| (mask / 4, mask % 4))
 }
 
 /// Zeroes the V rows that [`values_ends`] leaves out.
@@ -250,15 +259,24 @@ pub(super) fn mask_scores(s: &mut [f32; 32], masks: [KeyMask; 4]) {
 /// # Safety
 /// All consumers; the V tile is complete.
 #[inline(always)]
-pub(super) unsafe fn zero_values<const HEAD_DIM: u32, const GROUPS: u32>(tile: u32, ends: u32) {
+pub(super) unsafe fn zero_values<const HEAD_DIM: u32, const GROUPS: u32, const SPANS: usize>(
+    tile: u32,
+    ends: [u32; SPANS],
+) {
     let thread = thread_index_here() - 32 * PRODUCER_WARPS;
     let chunks_per_row = HEAD_DIM / 8;
     let mut row = thread / chunks_per_row;
-    while row < TILE_KEYS {
-        let end = ends >> (row / KeyMask::KEYS * 8) & 0xff;
+    while row < Smem::<HEAD_DIM, GROUPS>::KEYS {
+        let of_span = if row < SPAN_KEYS { ends[0] } else { ends[SPANS - 1] };
+        let end = of_span >> (row % SPAN_KEYS / KeyMask::KEYS * 8) & 0xff;
         if row % KeyMask::KEYS >= end {
             // SAFETY: the row lies in the tile.
-            unsafe { store_shared_u32x4(tile + tile_offset(row, thread % chunks_per_row), [0; 4]) };
+            unsafe {
+                store_shared_u32x4(
+                    tile + tile_offset(Smem::<HEAD_DIM, GROUPS>::KEYS, row, thread % chunks_per_row),
+                    [0; 4],
+                )
+            };
         }
         row += 128 * GROUPS / chunks_per_row;
     }
@@ -272,8 +290,10 @@ pub(super) unsafe fn zero_values<const HEAD_DIM: u32, const GROUPS: u32>(tile: u
 
 /// Rounds the weights to the 16-bit type: accumulator layout and A-operand layout coincide.
 #[inline(always)]
-pub(super) fn pack_weights<E: Element>(s: &[f32; 32], weights: &mut [u32; 16]) {
-    for i in 0..16 {
-        weights[i] = E::pack(s[2 * i], s[2 * i + 1]);
+pub(super) fn pack_weights<E: Element, const SPANS: usize>(s: &[[f32; 32]; SPANS], weights: &mut [[u32; 16]; SPANS]) {
+    for span in 0..SPANS {
+        for i in 0..16 {
+            weights[span][i] = E::pack(s[span][2 * i], s[span][2 * i + 1]);
+        }
     }
 }

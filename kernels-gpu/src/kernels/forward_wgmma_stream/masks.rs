@@ -90,44 +90,51 @@ impl PageWindow {
     }
 }
 
-/// The masks of a tile.
-///
+/// The masks of a tile: four for each 64 of its keys.
+pub(super) type TileMasks<const SPANS: usize> = [[KeyMask; 4]; SPANS];
+
 /// # Safety
 /// The stage's K has arrived.
 #[inline(always)]
-pub(super) unsafe fn load_masks<const HEAD_DIM: u32, const GROUPS: u32>(
+pub(super) unsafe fn load_masks<const HEAD_DIM: u32, const GROUPS: u32, const SPANS: usize>(
     smem: Smem<HEAD_DIM, GROUPS>,
     stage: u32,
-) -> [KeyMask; 4] {
-    // SAFETY: the producer wrote them before its arrival on the K barrier.
-    unsafe { load_shared_u32x4(smem.masks(stage)) }.map(KeyMask)
+) -> TileMasks<SPANS> {
+    let mut masks = [[KeyMask(0); 4]; SPANS];
+    for span in 0..SPANS {
+        // SAFETY: the producer wrote them before its arrival on the K barrier.
+        masks[span] = unsafe { load_shared_u32x4(smem.masks(stage) + 16 * span as u32) }.map(KeyMask);
+    }
+    masks
 }
 
 /// Whether every row attends to every key of the tile.
 #[inline(always)]
-pub(super) fn all_full(masks: [KeyMask; 4]) -> bool {
-    masks[0].0 == KeyMask::TILE_IS_FULL
+pub(super) fn all_full<const SPANS: usize>(masks: TileMasks<SPANS>) -> bool {
+    masks[0][0].0 == KeyMask::TILE_IS_FULL
 }
 
 /// Whether all keys of the tile count (for some row).
 #[inline(always)]
-pub(super) fn all_keys(masks: [KeyMask; 4]) -> bool {
+pub(super) fn all_keys<const SPANS: usize>(masks: TileMasks<SPANS>) -> bool {
     // No other count of keys has this bit.
-    masks.into_iter().fold(u32::MAX, |bits, mask| bits & mask.0) & KeyMask::KEYS << 16 != 0
+    masks.into_iter().flatten().fold(u32::MAX, |bits, mask| bits & mask.0) & KeyMask::KEYS << 16 != 0
 }
 
-/// [`values_ends`] of a tile all of whose values may be used.
+/// [`values_ends`] of 64 keys all of whose values may be used.
 pub(super) const ALL_VALUES: u32 = KeyMask::KEYS * 0x0101_0101;
 
-/// [`KeyMask::values_end`] of the four masks, a byte each.
+/// [`KeyMask::values_end`] of the masks, a byte each.
 #[inline(always)]
-pub(super) fn values_ends(masks: [KeyMask; 4]) -> u32 {
+pub(super) fn values_ends<const SPANS: usize>(masks: TileMasks<SPANS>) -> [u32; SPANS] {
     if all_full(masks) {
-        return ALL_VALUES;
+        return [ALL_VALUES; SPANS];
     }
-    let mut ends = 0;
-    for (i, mask) in masks.into_iter().enumerate() {
-        ends |= mask.values_end() << (8 * i);
-    }
-    ends
+    masks.map(|masks| {
+        let mut ends = 0;
+        for (i, mask) in masks.into_iter().enumerate() {
+            ends |= mask.values_end() << (8 * i);
+        }
+        ends
+    })
 }

@@ -29,11 +29,12 @@ use crate::ptx::wgmma::{self, HeadDim, WgmmaOps};
 use crate::ptx::{mbarrier, pdl, tma};
 use consume::consume;
 use pat_abi::{ForwardParams, PlanHeader, TileVariant};
-use produce::{Q_WARPS, produce_kv, produce_q};
+use produce::{FIRST_Q_WARPS, Tensor, produce_kv, produce_q};
 use smem::{QSlots, Smem};
 use work::PlanView;
 
-const TILE_KEYS: u32 = 64;
+/// Keys of a span, of which a main-loop step has one or two.
+const SPAN_KEYS: u32 = 64;
 /// Rows of a consumer warpgroup.
 const GROUP_ROWS: u32 = 64;
 /// Warps of the producer warpgroup, which comes first.
@@ -44,12 +45,19 @@ const PRODUCER_WARPS: u32 = 4;
 /// # Safety
 /// Launched as the manifest says, with parameters the host has checked.
 #[inline(always)]
-unsafe fn forward<E: Element, const HEAD_DIM: u32, const GROUPS: u32, const Q_REGS: usize, const O_REGS: usize>(
+unsafe fn forward<
+    E: Element,
+    const HEAD_DIM: u32,
+    const GROUPS: u32,
+    const Q_REGS: usize,
+    const O_REGS: usize,
+    const SPANS: usize,
+>(
     p: &ForwardParams,
     variant: TileVariant,
     maps: (u64, u64),
 ) where
-    (E, HeadDim<HEAD_DIM>): WgmmaOps<Q_REGS, O_REGS>,
+    (E, HeadDim<HEAD_DIM>): WgmmaOps<Q_REGS, O_REGS, SPANS>,
 {
     let smem = Smem::<HEAD_DIM, GROUPS> { base: dynamic_smem() };
     let thread = thread_index();
@@ -70,7 +78,7 @@ unsafe fn forward<E: Element, const HEAD_DIM: u32, const GROUPS: u32, const Q_RE
                 mbarrier::init(smem.v_empty(stage), Smem::<HEAD_DIM, GROUPS>::CONSUMER_WARPS);
             }
             for slot in 0..QSlots::<GROUPS>::COUNT {
-                mbarrier::init(smem.q_full(slot), 32 * Q_WARPS);
+                mbarrier::init(smem.q_full(slot), 32 * FIRST_Q_WARPS);
                 mbarrier::init(smem.q_empty(slot), Smem::<HEAD_DIM, GROUPS>::CONSUMER_WARPS);
             }
             mbarrier::fence_init();
@@ -83,21 +91,28 @@ unsafe fn forward<E: Element, const HEAD_DIM: u32, const GROUPS: u32, const Q_RE
         if thread < 128 {
             if GROUPS == 1 {
                 wgmma::shrink_registers::<56>();
+            } else if HEAD_DIM == 64 {
+                wgmma::shrink_registers::<64>();
             } else {
-                wgmma::shrink_registers::<80>();
+                wgmma::shrink_registers::<56>();
             }
             if thread < 32 {
-                produce_kv::<HEAD_DIM, GROUPS>(p, plan, smem, maps);
+                produce_kv::<HEAD_DIM, GROUPS>(p, plan, smem, Tensor::K, maps.0);
             } else {
                 produce_q::<HEAD_DIM, GROUPS>(p, plan, smem, thread / 32 - 1);
+                if thread >= 96 {
+                    produce_kv::<HEAD_DIM, GROUPS>(p, plan, smem, Tensor::V, maps.1);
+                }
             }
         } else {
             if GROUPS == 1 {
                 wgmma::grow_registers::<200>();
+            } else if HEAD_DIM == 64 {
+                wgmma::grow_registers::<216>();
             } else {
-                wgmma::grow_registers::<208>();
+                wgmma::grow_registers::<224>();
             }
-            consume::<E, HEAD_DIM, GROUPS, Q_REGS, O_REGS>(p, plan, smem, thread / 128 - 1);
+            consume::<E, HEAD_DIM, GROUPS, Q_REGS, O_REGS, SPANS>(p, plan, smem, thread / 128 - 1);
         }
     }
 }
@@ -123,7 +138,7 @@ macro_rules! entry {
                 core::arch::asm!(
                     concat!("{{ .reg .b64 t; mov.b64 t, ", stringify!($name), "_param_2; cvta.param.u64 {0}, t; }}"),
                     out(reg64) map_v, options(pure, nomem, nostack, preserves_flags));
-                forward::<$element, $head_dim, $groups, { $head_dim / 4 }, { $head_dim / 2 }>(
+                forward::<$element, $head_dim, $groups, { $head_dim / 4 }, { $head_dim / 2 }, $groups>(
                     &p, TileVariant::$variant, (map_k, map_v));
             }
         }

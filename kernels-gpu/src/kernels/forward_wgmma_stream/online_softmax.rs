@@ -25,20 +25,24 @@ impl OnlineSoftmax {
     /// Turns scores into weights `2^(scale * s - reference)`; returns what the output so far must be multiplied by, if by
     /// anything (the same answer in all lanes of a warp).
     #[inline(always)]
-    pub(super) fn update(&mut self, s: &mut [f32; 32]) -> Option<[f32; 2]> {
+    pub(super) fn update<const SPANS: usize>(&mut self, s: &mut [[f32; 32]; SPANS]) -> Option<[f32; 2]> {
         // Two rows side by side, as trees: the latencies of the exchanges and of the maxima overlap.
         let mut maxima = [0, 1].map(|half| {
-            let mut tree = [0f32; 16];
-            for i in 0..8 {
-                tree[2 * i] = s[4 * i + 2 * half];
-                tree[2 * i + 1] = s[4 * i + 2 * half + 1];
-            }
-            for width in [8, 4, 2, 1] {
-                for i in 0..width {
-                    tree[i] = math::max(tree[i], tree[i + width]);
+            let mut row_maximum = f32::NEG_INFINITY;
+            for span in 0..SPANS {
+                let mut tree = [0f32; 16];
+                for i in 0..8 {
+                    tree[2 * i] = s[span][4 * i + 2 * half];
+                    tree[2 * i + 1] = s[span][4 * i + 2 * half + 1];
                 }
+                for width in [8, 4, 2, 1] {
+                    for i in 0..width {
+                        tree[i] = math::max(tree[i], tree[i + width]);
+                    }
+                }
+                row_maximum = if span == 0 { tree[0] } else { math::max(row_maximum, tree[0]) };
             }
-            tree[0]
+            row_maximum
         });
         for lane_bit in [1, 2] {
             let others = maxima.map(|maximum| xor_f32(maximum, lane_bit));
@@ -62,15 +66,17 @@ impl OnlineSoftmax {
         }
         for half in 0..2 {
             let reference = subtrahend(self.references[half]);
-            let mut sum = 0f32;
-            for i in 0..8 {
-                for e in 0..2 {
-                    let weight = math::exp2(math::fma(s[4 * i + 2 * half + e], self.scale_log2, -reference));
-                    s[4 * i + 2 * half + e] = weight;
-                    sum += weight;
+            for span in 0..SPANS {
+                let mut sum = 0f32;
+                for i in 0..8 {
+                    for e in 0..2 {
+                        let score = &mut s[span][4 * i + 2 * half + e];
+                        *score = math::exp2(math::fma(*score, self.scale_log2, -reference));
+                        sum += *score;
+                    }
                 }
+                self.sums[half] += sum;
             }
-            self.sums[half] += sum;
         }
         correction
     }

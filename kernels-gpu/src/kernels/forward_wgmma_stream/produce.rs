@@ -1,19 +1,28 @@
-//! The producer warps: one copies K and V, the others queries.
+//! The producer warps: one copies K, one V, the others queries.
 
 use super::masks::{KeyMask, PageWindow};
-use super::smem::{BLOCK_BYTES, QSlots, Ring, Smem, tile_offset};
+use super::smem::{QSlots, Ring, Smem, tile_offset};
 use super::work::{Batch, PlanView, work_index};
-use super::{GROUP_ROWS, PRODUCER_WARPS, TILE_KEYS};
+use super::{GROUP_ROWS, PRODUCER_WARPS, SPAN_KEYS};
 use crate::item::strided;
 use crate::ptx::barrier::sync_named;
 use crate::ptx::ldst::{request_global_u32, store_shared_u32x4};
-use crate::ptx::shuffle::{from_lane_u32, from_segment_u64};
+use crate::ptx::shuffle::{any, from_lane_u32, from_segment_u64};
 use crate::ptx::special::{thread_index, thread_index_here};
 use crate::ptx::{cp_async, mbarrier, tma};
 use pat_abi::{ForwardParams, NO_MASKS, PageMask};
 
-/// The KV producer: one warp that issues the tensor copies of all items. The page ids of an item are loaded while the item
-/// before it is served.
+/// What a KV producer copies.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Tensor {
+    /// Keys, and with them the masks.
+    K,
+    V,
+}
+
+/// A KV producer: one warp that issues the tensor copies of K or V for all items. The page ids of an item are loaded while the
+/// item before it is served. A warp issues one copy after the other, some 70 cycles each, whichever lane asks for it: with
+/// pages of 16 tokens one warp for both tensors is slower than memory.
 ///
 /// # Safety
 /// One whole warp; barriers initialised; maps as `abi` describes them.
@@ -22,10 +31,11 @@ pub(super) unsafe fn produce_kv<const HEAD_DIM: u32, const GROUPS: u32>(
     p: &ForwardParams,
     plan: PlanView,
     smem: Smem<HEAD_DIM, GROUPS>,
-    maps: (u64, u64),
+    tensor: Tensor,
+    map: u64,
 ) {
     let lane = thread_index() & 31;
-    let box_keys = if p.page_size.divisor < TILE_KEYS { p.page_size.divisor } else { TILE_KEYS };
+    let box_keys = if p.page_size.divisor < SPAN_KEYS { p.page_size.divisor } else { SPAN_KEYS };
     let in_page_bits = p.page_size.divisor - 1;
     let mut ring = Ring::<GROUPS> { stage: 0, phase: 1 };
     let mut first = true;
@@ -60,8 +70,8 @@ pub(super) unsafe fn produce_kv<const HEAD_DIM: u32, const GROUPS: u32>(
                 // Lane `l` issues box `l / blocks` of the tile, block `l % blocks`. Registers are short: not kept.
                 let (blocks, place) = (HEAD_DIM / 64, thread_index_here() & 31);
                 let (box_row, block) = (place / blocks * box_keys, place % blocks);
-                let issues = box_row < TILE_KEYS;
-                let box_offset = block * BLOCK_BYTES + box_row * 128;
+                let issues = box_row < Smem::<HEAD_DIM, GROUPS>::KEYS;
+                let box_offset = block * Smem::<HEAD_DIM, GROUPS>::BLOCK_BYTES + box_row * 128;
                 let (page, in_page) = p.page_size.divide_remainder(token + box_row);
                 let id = from_lane_u32(window.lane_id, page & 31);
                 let id = if token + box_row < work.token_count { id } else { p.num_pages };
@@ -69,37 +79,40 @@ pub(super) unsafe fn produce_kv<const HEAD_DIM: u32, const GROUPS: u32>(
                 // Pages of some rows only are read once; the others should still be in L2 when the next tile reads them.
                 let read_once = work.mask_begin != NO_MASKS && !page_mask.is_for_all_rows();
 
-                let coordinates = [block * 64, in_page, work.kv_head, id];
-                let (tile, full) = (smem.k(ring.stage), smem.k_full(ring.stage));
-                mbarrier::wait(smem.k_empty(ring.stage), ring.phase);
+                let (tile, full, empty) = match tensor {
+                    Tensor::K => (smem.k(ring.stage), smem.k_full(ring.stage), smem.k_empty(ring.stage)),
+                    Tensor::V => (smem.v(ring.stage), smem.v_full(ring.stage), smem.v_empty(ring.stage)),
+                };
+                mbarrier::wait(empty, ring.phase);
                 if issues {
-                    load_box(tile + box_offset, maps.0, coordinates, full, read_once);
+                    let coordinates = [block * 64, in_page, work.kv_head, id];
+                    load_box(tile + box_offset, map, coordinates, full, read_once);
                 }
                 // The copies are under way; the phase ends when they have landed and lane 0 has arrived.
-                let mask = window.key_mask(p, &work, token + (lane & 3) * KeyMask::KEYS);
-                let mut masks = [0, 1, 2, 3].map(|step| from_lane_u32(mask.0, step));
-                if masks == [KeyMask::FULL; 4] {
-                    masks[0] = KeyMask::TILE_IS_FULL;
+                if tensor == Tensor::K {
+                    let words = 4 * Smem::<HEAD_DIM, GROUPS>::SPANS;
+                    let mask = window.key_mask(p, &work, token + (lane & (words - 1)) * KeyMask::KEYS);
+                    let is_full = !any(mask.0 != KeyMask::FULL);
+                    for span in 0..Smem::<HEAD_DIM, GROUPS>::SPANS {
+                        let mut masks = [0, 1, 2, 3].map(|word| from_lane_u32(mask.0, 4 * span + word));
+                        if span == 0 && is_full {
+                            masks[0] = KeyMask::TILE_IS_FULL;
+                        }
+                        if lane == 0 {
+                            // Written by the lane that arrives: its arrival publishes them.
+                            store_shared_u32x4(smem.masks(ring.stage) + 16 * span, masks);
+                        }
+                    }
                 }
                 if lane == 0 {
-                    // Written by the lane that arrives: its arrival publishes them.
-                    store_shared_u32x4(smem.masks(ring.stage), masks);
                     mbarrier::arrive_expect_bytes(full, Smem::<HEAD_DIM, GROUPS>::TILE_BYTES);
                 }
-                if first {
+                if first && tensor == Tensor::K {
                     queries_requested();
                     first = false;
                 }
-                let (tile, full) = (smem.v(ring.stage), smem.v_full(ring.stage));
-                mbarrier::wait(smem.v_empty(ring.stage), ring.phase);
-                if issues {
-                    load_box(tile + box_offset, maps.1, coordinates, full, read_once);
-                }
-                if lane == 0 {
-                    mbarrier::arrive_expect_bytes(full, Smem::<HEAD_DIM, GROUPS>::TILE_BYTES);
-                }
                 ring.advance();
-                token += TILE_KEYS;
+                token += Smem::<HEAD_DIM, GROUPS>::KEYS;
             }
         }
     }
@@ -119,8 +132,9 @@ pub(super) unsafe fn load_box(destination: u32, map: u64, coordinates: [u32; 4],
     }
 }
 
-/// Producer warps that copy Q rows: all but the one that copies K and V.
-pub(super) const Q_WARPS: u32 = PRODUCER_WARPS - 1;
+/// Producer warps that copy Q rows: of a CTA's first item all but the one that copies K, of the others one less, which copies V.
+pub(super) const FIRST_Q_WARPS: u32 = PRODUCER_WARPS - 1;
+const Q_WARPS: u32 = FIRST_Q_WARPS - 1;
 
 /// Where the producer warps meet once: the queries of a CTA's first item are requested right behind the first keys, the rest
 /// after them. Memory serves requests in about the order in which they are made, and nothing begins without the queries.
@@ -130,10 +144,10 @@ pub(super) fn queries_requested() {
 }
 
 /// The Q producers: warps that copy the items' Q rows to the Q slots. The first item of a CTA has nothing to hide behind:
-/// one warp would take longer for 64 rows than the first keys take to arrive.
+/// one warp would take longer for 64 rows than the first keys take to arrive. The last warp ([`Q_WARPS`]) returns behind it.
 ///
 /// # Safety
-/// Warp `warp` of [`Q_WARPS`], whole; barriers initialised.
+/// Warp `warp` of [`FIRST_Q_WARPS`], whole; barriers initialised.
 #[inline(always)]
 pub(super) unsafe fn produce_q<const HEAD_DIM: u32, const GROUPS: u32>(
     p: &ForwardParams,
@@ -160,29 +174,46 @@ pub(super) unsafe fn produce_q<const HEAD_DIM: u32, const GROUPS: u32>(
             // Rows of one query, a leaf's case, need no further load.
             let first_sequence = from_lane_u32(lane_sequence, in_batch);
             let one_query = work.row_count <= p.group.divisor;
-            // Lane `l` locates rows `l`, `l + 32`, ...
-            let mut sequences = [first_sequence; 4];
-            if !one_query {
-                for i in 0..2 * GROUPS {
-                    sequences[i as usize] = request_global_u32(work.query_address(p, plan, lane + 32 * i).0);
-                }
-            }
-            let mut sources = [0u64; 4];
-            for i in 0..2 * GROUPS {
-                let (_, head) = work.query_address(p, plan, lane + 32 * i);
-                sources[i as usize] = strided(p.q, sequences[i as usize], p.q_sequence_stride, head, p.q_head_stride);
-            }
             let (slot, slot_count) = slots.take(work.row_count);
-            for i in 0..slot_count {
-                mbarrier::wait(smem.q_empty(slot + i), slots.parity(slot + i));
+            // A consumer's rows at a time: registers are short.
+            for group in 0..GROUPS {
+                let first_row = GROUP_ROWS * group;
+                // Lane `l` locates rows `l` and `l + 32`.
+                let mut sequences = [first_sequence; 2];
+                if !one_query {
+                    for i in 0..2 {
+                        sequences[i as usize] =
+                            request_global_u32(work.query_address(p, plan, first_row + lane + 32 * i).0);
+                    }
+                }
+                let mut sources = [0u64; 2];
+                for i in 0..2 {
+                    let (_, head) = work.query_address(p, plan, first_row + lane + 32 * i);
+                    let sequence = sequences[i as usize];
+                    sources[i as usize] = strided(p.q, sequence, p.q_sequence_stride, head, p.q_head_stride);
+                }
+                if group == 0 {
+                    for i in 0..slot_count {
+                        mbarrier::wait(smem.q_empty(slot + i), slots.parity(slot + i));
+                    }
+                }
+                let rows = (first_row, work.row_count);
+                let warps = (warp, if round == 0 { FIRST_Q_WARPS } else { Q_WARPS });
+                copy_q::<HEAD_DIM, GROUPS>(smem, rows, sources, slot * QSlots::<GROUPS>::ROWS, warps, lane);
             }
-            copy_q::<HEAD_DIM, GROUPS>(smem, work.row_count, sources, slot * QSlots::<GROUPS>::ROWS, warp, lane);
             if round == 0 {
                 queries_requested();
             }
             for i in 0..slot_count {
                 mbarrier::arrive_on_copies(smem.q_full(slot + i));
+                // For the warp that is not there any more.
+                if round > 0 && warp == 0 {
+                    mbarrier::arrive_on_copies(smem.q_full(slot + i));
+                }
             }
+        }
+        if warp == Q_WARPS {
+            break;
         }
         round += 1;
         index = work_index(round);
@@ -190,36 +221,36 @@ pub(super) unsafe fn produce_q<const HEAD_DIM: u32, const GROUPS: u32>(
     }
 }
 
-/// This warp's share of copying `row_count` Q rows to shared memory from tile row `first_row` on, 16 bytes per lane,
-/// 128-byte swizzled. Lane `l` holds the addresses of rows `l`, `l + 32`, ... Rows the item does not have stay what they
-/// are: tile rows never mix, and theirs are not stored.
+/// This warp's share (`warp` of `warps`) of copying the Q rows of an item (rows `first_row` to `first_row + 64` of `row_count`) to shared memory from
+/// tile row `first_tile_row` on, 16 bytes per lane, 128-byte swizzled. Lane `l` holds the addresses of rows `first_row + l` and
+/// `first_row + 32 + l`. Rows the item does not have stay what they are: tile rows never mix, and theirs are not stored.
 ///
 /// # Safety
 /// One whole warp; the addresses are Q rows; the Q slots are free.
 #[inline(always)]
 pub(super) unsafe fn copy_q<const HEAD_DIM: u32, const GROUPS: u32>(
     smem: Smem<HEAD_DIM, GROUPS>,
-    row_count: u32,
-    sources: [u64; 4],
-    first_row: u32,
-    warp: u32,
+    (first_row, row_count): (u32, u32),
+    sources: [u64; 2],
+    first_tile_row: u32,
+    (warp, warps): (u32, u32),
     lane: u32,
 ) {
     let chunks_per_row = HEAD_DIM / 8;
     let rows_per_step = 32 / chunks_per_row;
     let (step_row, chunk) = (lane / chunks_per_row, lane % chunks_per_row);
-    for i in 0..2 * GROUPS {
+    for i in 0..2 {
         let mut begin = warp * rows_per_step;
-        while begin < 32 && 32 * i + begin < row_count {
+        while begin < 32 && first_row + 32 * i + begin < row_count {
             let source = from_segment_u64::<32>(sources[i as usize], begin + step_row) + chunk as u64 * 16;
-            let row = 32 * i + begin + step_row;
+            let row = first_row + 32 * i + begin + step_row;
             if row < row_count {
-                let tile_row = first_row + row;
-                let target = smem.q(tile_row / GROUP_ROWS) + tile_offset(tile_row % GROUP_ROWS, chunk);
+                let tile_row = first_tile_row + row;
+                let target = smem.q(tile_row / GROUP_ROWS) + tile_offset(GROUP_ROWS, tile_row % GROUP_ROWS, chunk);
                 // SAFETY: the row is one of the item's; Q rows are 16-byte aligned (checked by the host).
                 unsafe { cp_async::copy_16_bytes(target, source, 16) };
             }
-            begin += Q_WARPS * rows_per_step;
+            begin += warps * rows_per_step;
         }
     }
 }

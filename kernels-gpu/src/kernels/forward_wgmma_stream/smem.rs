@@ -1,9 +1,9 @@
 //! Shared memory of a CTA: addresses of tiles and barriers, and the order in which stages and query slots are used.
 
-use super::{GROUP_ROWS, TILE_KEYS};
+use super::{GROUP_ROWS, SPAN_KEYS};
 
-/// 64 elements of every row of a tile: what one swizzle row spans.
-pub(super) const BLOCK_BYTES: u32 = 64 * 128;
+/// Bytes of a row of a block: 64 elements, what the swizzle spans.
+const BLOCK_ROW_BYTES: u32 = 128;
 
 /// Shared-memory addresses of one CTA with `GROUPS` consumer warpgroups.
 #[derive(Clone, Copy)]
@@ -12,12 +12,17 @@ pub(super) struct Smem<const HEAD_DIM: u32, const GROUPS: u32> {
 }
 
 impl<const HEAD_DIM: u32, const GROUPS: u32> Smem<HEAD_DIM, GROUPS> {
-    /// Two CTAs share a multiprocessor where each has one consumer, else one has all of it.
-    pub(super) const STAGES: u32 = if GROUPS == 1 { 3 } else { 6 };
+    pub(super) const STAGES: u32 = 3;
+    /// Spans of 64 keys in a main-loop step. Two CTAs share a multiprocessor where each has one consumer; else one has all of it,
+    /// and room for twice the keys.
+    pub(super) const SPANS: u32 = GROUPS;
+    pub(super) const KEYS: u32 = Self::SPANS * SPAN_KEYS;
     pub(super) const CONSUMER_WARPS: u32 = 4 * GROUPS;
     pub(super) const Q_SLOTS: u32 = 4 * GROUPS;
+    /// Of 64 elements of the keys of a tile.
+    pub(super) const BLOCK_BYTES: u32 = Self::KEYS * BLOCK_ROW_BYTES;
     pub(super) const Q_GROUP_BYTES: u32 = GROUP_ROWS * HEAD_DIM * 2;
-    pub(super) const TILE_BYTES: u32 = TILE_KEYS * HEAD_DIM * 2;
+    pub(super) const TILE_BYTES: u32 = Self::KEYS * HEAD_DIM * 2;
     pub(super) const STAGE_BYTES: u32 = 2 * Self::TILE_BYTES;
     pub(super) const Q_OFFSET: u32 = Self::STAGES * Self::STAGE_BYTES;
     pub(super) const BARRIER_OFFSET: u32 = Self::Q_OFFSET + GROUPS * Self::Q_GROUP_BYTES;
@@ -44,9 +49,9 @@ impl<const HEAD_DIM: u32, const GROUPS: u32> Smem<HEAD_DIM, GROUPS> {
     pub(super) fn v_empty(self, stage: u32) -> u32 {
         self.k_full(stage) + 24
     }
-    /// The [`KeyMask`]s of a stage.
+    /// The [`KeyMask`]s of a stage, 16 bytes per span.
     pub(super) fn masks(self, stage: u32) -> u32 {
-        self.base + Self::BARRIER_OFFSET + Self::STAGES * 32 + Self::Q_SLOTS * 16 + stage * 16
+        self.base + Self::BARRIER_OFFSET + Self::STAGES * 32 + Self::Q_SLOTS * 16 + stage * 16 * Self::SPANS
     }
     pub(super) fn q_full(self, slot: u32) -> u32 {
         self.base + Self::BARRIER_OFFSET + Self::STAGES * 32 + slot * 16
@@ -110,8 +115,8 @@ impl<const GROUPS: u32> QSlots<GROUPS> {
     }
 }
 
-/// Byte offset of 16-byte chunk `chunk` of row `row` in a 64-row tile: blocks of 64 elements, 128-byte swizzle.
+/// Byte offset of 16-byte chunk `chunk` of row `row` in a tile of `rows` rows: blocks of 64 elements, 128-byte swizzle.
 #[inline(always)]
-pub(super) fn tile_offset(row: u32, chunk: u32) -> u32 {
-    (chunk >> 3) * BLOCK_BYTES + row * 128 + (((chunk ^ row) & 7) << 4)
+pub(super) fn tile_offset(rows: u32, row: u32, chunk: u32) -> u32 {
+    (chunk >> 3) * rows * BLOCK_ROW_BYTES + row * BLOCK_ROW_BYTES + (((chunk ^ row) & 7) << 4)
 }
