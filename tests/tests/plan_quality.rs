@@ -1,8 +1,8 @@
 //! Plans of PAT's 80 configurations beside those of its scheduler and beside no sharing (docs/planner-quality.md).
 
 use pat_rs::plan::cost::Pack;
-use pat_rs::plan::{PlanMode, PlanSummary};
-use pat_rs::{AttentionShape, DeviceProfile, Dtype, PlanOptions, Planner};
+use pat_rs::plan::{PlanCapacity, PlanMode, PlanSummary};
+use pat_rs::{AttentionShape, DeviceProfile, Dtype, PlanOptions, Planner, TileVariant};
 use pat_tests::pat_schedule::{BLOCK_TOKENS, PatSchedule};
 use pat_workloads::{FIGURE_10_HEADS, FIGURE_10_TREES, OwnedBatch, RaggedGroups, TreeSpec};
 
@@ -116,4 +116,31 @@ fn sharing_is_never_predicted_to_cost_on_any_device() {
             }
         }
     }
+}
+
+#[test]
+fn wide_tiles_serve_many_rows_behind_a_long_prefix() {
+    let batch = |tree: &str| tree.parse::<TreeSpec>().expect("a tree").batch(BLOCK_TOKENS, Some(1)).expect("a batch");
+    let (long, private, short) = (batch("1,64_65536,256"), batch("256_1024"), batch("1,10_4096,416"));
+    let shape = AttentionShape::new(32, 8, 128, Dtype::F16).expect("a valid shape");
+    let variants = |batch, profile| -> Vec<_> {
+        summary(batch, shape, profile, PlanMode::Auto).variants.iter().map(|variant| variant.variant).collect()
+    };
+    for profile in ["h100-sxm", "h200"] {
+        assert_eq!(variants(&long, profile), ["wgmma128"], "{profile}");
+        assert_eq!(variants(&private, profile), ["wgmma64"], "{profile}");
+        assert_eq!(variants(&short, profile), ["wgmma64"], "{profile}");
+    }
+    assert!(variants(&long, "a100-80").iter().all(|variant| variant.starts_with("mma")));
+
+    // A captured graph has the kernels of all variants that plans may use: one is enough.
+    let capacity = PlanCapacity { max_sequences: 64, max_pages: 1 << 18, max_items: 1 << 10, max_slots: 1 << 14 };
+    let planner = Planner::new(shape, DeviceProfile::h200(), PlanOptions::default()).expect("a planner");
+    let both = [TileVariant::Wgmma64, TileVariant::Wgmma128];
+    assert_eq!(planner.tile_variants(BLOCK_TOKENS).expect("variants"), both);
+    let mut bounded = planner.with_capacity(capacity).expect("a capacity");
+    assert_eq!(bounded.tile_variants(BLOCK_TOKENS).expect("variants"), both[..1]);
+    let rows = long.rows();
+    let plan = bounded.plan(&long.view(&rows).expect("a valid batch")).expect("a plan");
+    assert!(plan.variant_items(TileVariant::Wgmma128).is_empty());
 }
