@@ -189,10 +189,11 @@ mod tests {
             hbm_bytes_per_us: 3.1e6,
             l2_bytes_per_us: 5.7e6,
             mma_flop_per_us: 211e6,
-            wgmma_flop_per_us: 333e6,
+            wgmma_flop_per_us: 360e6,
             launch_us: 4.2,
             merge_us: 2.6,
-            item_latency_us: 1.3,
+            // Long enough that waves of short items are bound by it, as the probes presume.
+            item_latency_us: 1.5,
             tile_latency_us: 0.55,
             ..device("h100-sxm")
         };
