@@ -2,7 +2,7 @@
 
 use pat_rs::plan::{PlanChange, PlanMode};
 use pat_rs::{AttentionShape, DeviceProfile, Dtype, PlanOptions, Planner};
-use pat_workloads::{OwnedBatch, RaggedGroups};
+use pat_workloads::{OwnedBatch, RaggedGroups, TreeSpec};
 
 fn batch(private_pages: u32, seed: u64) -> OwnedBatch {
     RaggedGroups { sequences: 256, groups: 8, shared_pages: 16, private_pages, page_size: 16, seed }.batch()
@@ -45,4 +45,24 @@ fn steps_allocate_nothing() {
         }
         assert!(seen.contains(&PlanChange::Pages) || seen.contains(&PlanChange::Forest), "{seen:?}");
     }
+}
+
+#[test]
+fn batches_that_alternate_between_tile_variants_allocate_nothing() {
+    let shape = AttentionShape::new(32, 8, 128, Dtype::F16).expect("a valid shape");
+    let tree = |spec: &str| spec.parse::<TreeSpec>().expect("a tree").batch(32, Some(1)).expect("a batch");
+    let batches = [tree("1,64_65536,256"), tree("256_1024")];
+    let mut planner = Planner::new(shape, DeviceProfile::h200(), PlanOptions::default()).expect("a planner");
+    let mut plan = planner.plan(&batches[0].view(&batches[0].rows()).expect("valid")).expect("a plan");
+    let mut variants = Vec::new();
+    for counted in [false, false, true, true] {
+        for batch in &batches {
+            let rows = batch.rows();
+            let view = batch.view(&rows).expect("valid");
+            let planning = allocation_counter::measure(|| planner.plan_into(&view, &mut plan).expect("a plan"));
+            assert!(!counted || planning.count_total == 0, "{planning:?}");
+            variants.push(plan.summary().variants[0].variant);
+        }
+    }
+    assert_eq!(variants[..2], ["wgmma128", "wgmma64"]);
 }

@@ -47,6 +47,7 @@ fn plans_stay_within_the_capacity() {
     }
 }
 
+/// Of batches that get no wide tiles without one (`plan_quality.rs` has those that do).
 #[test]
 fn a_capacity_that_is_large_enough_changes_nothing() {
     let mut rng = ChaCha8Rng::seed_from_u64(12);

@@ -135,12 +135,14 @@ fn wide_tiles_serve_many_rows_behind_a_long_prefix() {
 
     // A captured graph has the kernels of all variants that plans may use: one is enough.
     let capacity = PlanCapacity { max_sequences: 64, max_pages: 1 << 18, max_items: 1 << 10, max_slots: 1 << 14 };
-    let planner = Planner::new(shape, DeviceProfile::h200(), PlanOptions::default()).expect("a planner");
+    let mut planner = Planner::new(shape, DeviceProfile::h200(), PlanOptions::default()).expect("a planner");
     let both = [TileVariant::Wgmma64, TileVariant::Wgmma128];
     assert_eq!(planner.tile_variants(BLOCK_TOKENS).expect("variants"), both);
+    let rows = long.rows();
+    let view = long.view(&rows).expect("a valid batch");
+    assert!(!planner.plan(&view).expect("a plan").variant_items(TileVariant::Wgmma128).is_empty());
+    // Also where the planner has planned without one before.
     let mut bounded = planner.with_capacity(capacity).expect("a capacity");
     assert_eq!(bounded.tile_variants(BLOCK_TOKENS).expect("variants"), both[..1]);
-    let rows = long.rows();
-    let plan = bounded.plan(&long.view(&rows).expect("a valid batch")).expect("a plan");
-    assert!(plan.variant_items(TileVariant::Wgmma128).is_empty());
+    assert!(bounded.plan(&view).expect("a plan").variant_items(TileVariant::Wgmma128).is_empty());
 }

@@ -30,15 +30,15 @@ impl Prediction {
         self.launch_us + self.busy_us + self.merge_us
     }
 
-    /// Whether multiplying is most of the forward pass.
+    /// Whether multiplying takes so much of the forward pass that wider tiles may help.
     pub(super) fn is_bound_by_tensor_cores(&self) -> bool {
-        self.tensor_us >= 0.6 * self.busy_us
+        self.tensor_us >= LEAST_TENSOR_PART * self.busy_us
     }
 
     /// Whether this plan, in wider tiles, is to be preferred to `usual`: it must be faster, and read clearly less. (Where it reads as
     /// much, wide tiles are slower than predicted: docs/planner-quality.md.)
     pub(super) fn is_worth_wider_tiles_than(&self, usual: &Self) -> bool {
-        self.total_us() < usual.total_us() && self.memory_us <= 0.95 * usual.memory_us
+        self.total_us() < usual.total_us() && self.memory_us <= MOST_WIDE_MEMORY * usual.memory_us
     }
 }
 
@@ -63,6 +63,12 @@ pub(super) struct VariantTerms {
     /// Least time of a step, in parts of the profile's ([`DeviceProfile::tile_latency_us`]).
     step_latency: f64,
 }
+
+/// Part of the forward pass that the tensor cores must take before wider tiles are looked at (likewise docs/planner-quality.md).
+const LEAST_TENSOR_PART: f64 = 0.6;
+
+/// Memory time that wider tiles may take, in parts of what the usual ones take.
+const MOST_WIDE_MEMORY: f64 = 0.95;
 
 /// What a step of `wgmma128` takes at least, in parts of one of `wgmma64`, which has half as many keys (measured on an H100).
 const WIDE_STEP_LATENCY: f64 = 2.3;
@@ -319,7 +325,7 @@ impl CostModel<'_> {
         deal: &mut Deal,
     ) -> f64 {
         /// Loads are counted in parts of a step.
-        const STEP_LOAD: u64 = 1 << 32;
+        const STEP_LOAD: u64 = 1 << 20;
         let VariantTerms { slots, ctas_per_sm, step_latency, .. } = *self.terms(variant);
         let tile_latency_us = tile_latency_us * step_latency;
         let heads = u64::from(self.shape.kv_heads());
@@ -344,7 +350,8 @@ impl CostModel<'_> {
     }
 }
 
-/// Time of two things that go on side by side, neither of which the other hides completely where they take about as long: up to 5% more.
+/// Time of two things that go on side by side, neither of which the other hides completely where they take about as
+/// long: up to 5% more.
 fn side_by_side_us(a_us: f64, b_us: f64) -> f64 {
     a_us.max(b_us).max(0.525 * (a_us + b_us))
 }

@@ -28,8 +28,9 @@ impl Deal {
         self.loads.reserve(places);
     }
 
-    /// The loads of all `places` (one at least) when `ctas`, runs of equal ones as (load of each, count), are dealt out in this
-    /// order; smallest first. Takes a few steps per run and per place, however many CTAs there are. (Loads beyond 2^64 wrap.)
+    /// The loads of all `places` (one at least) when `ctas`, runs of equal ones as (load of each, count), are dealt
+    /// out in this order; smallest first. Takes a few steps per run and per place, however many CTAs there are.
+    /// (Loads beyond 2^64 wrap.)
     pub(super) fn loads(&mut self, ctas: impl Iterator<Item = (u64, u64)>, places: u32) -> &[EqualLoads] {
         self.reserve(places);
         let count = u64::from(places);

@@ -133,15 +133,16 @@ impl Planner {
     }
 
     /// Plans within `capacity` only: larger batches are refused, and among the tilings of a batch that fits those are
-    /// chosen from that fit. At least the uncut ones do.
+    /// chosen from that fit. At least the uncut ones do. `wgmma128` is then used only where it is forced
+    /// ([`PlanOptions::variants`]): a captured graph would launch its kernel and `wgmma64`'s at every step.
     ///
     /// # Errors
     /// `max_items` is below `max_sequences`.
     pub fn with_capacity(self, capacity: PlanCapacity) -> Result<Self> {
-        Ok(Self { capacity: Some(capacity.validated()?), newest: None, ..self })
+        Ok(Self { capacity: Some(capacity.validated()?), choices: None, newest: None, ..self })
     }
 
-    /// The tile variants that plans for pages of `page_size` tokens use.
+    /// The tile variants that plans for pages of `page_size` tokens may use.
     ///
     /// # Errors
     /// As [`Self::plan`], of the page size.

@@ -1,5 +1,6 @@
 //! Which rows attend to which keys of a tile, and the pages that hold them.
 
+use super::SPAN_KEYS;
 use super::smem::Smem;
 use super::work::{PlanView, Work};
 use crate::ptx::ldst::{load_shared_u32x4, request_global_u32};
@@ -76,8 +77,9 @@ impl PageWindow {
         let (page, in_page) = p.page_size.divide_remainder(token);
         let mask = PageMask(from_lane_u32(self.lane_mask.0, page & 31));
         if token >= work.token_count {
-            // A box is absent where it begins past the end; in a box that begins before it, keys are merely invalid.
-            let box_begin = token - in_page;
+            // A box is absent where it begins past the end; in a box that begins before it, keys are merely invalid. Boxes begin with
+            // their page, and every 64 keys in larger ones.
+            let box_begin = token - (in_page & (SPAN_KEYS - 1));
             return KeyMask(if box_begin >= work.token_count { KeyMask::ABSENT } else { 0 });
         }
         let (rows, end) = if work.mask_begin == NO_MASKS {

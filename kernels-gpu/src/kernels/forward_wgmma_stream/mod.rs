@@ -1,18 +1,20 @@
 //! Forward attention with wgmma fed by TMA, as one persistent stream of tiles.
 //!
-//! A CTA serves a piece of work of every round, to and fro (work = item x KV head; [`work`]). Its producer warps run ahead of its consumer
-//! warpgroup *across* items: while the last tile of one item is multiplied, queries, keys and values of the next are
-//! already on their way. A short leaf therefore costs its bytes, not a latency chain. Launched with one CTA per piece of
-//! work the same code is an ordinary, non-persistent kernel.
+//! A CTA serves a piece of work of every round, to and fro (work = item x KV head; [`work`]). Its producer warps, one
+//! for K, one for V and two for queries, run ahead of its consumer warpgroup *across* items: while the last tile of
+//! one item is multiplied, queries, keys and values of the next are already on their way. A short leaf therefore
+//! costs its bytes, not a latency chain. Launched with one CTA per piece of work the same code is an ordinary,
+//! non-persistent kernel.
 //!
-//! Shared memory, every tile `head_dim / 64` blocks of `[64 rows][128 bytes]` (128-byte swizzle):
-//! `[K0 V0 | K1 V1 | ... | Q | barriers | masks]`.
+//! Shared memory, every tile `head_dim / 64` blocks of `[rows][128 bytes]` (128-byte swizzle), 64 rows of Q and as many
+//! of K and V as a step has keys: `[K0 V0 | K1 V1 | K2 V2 | Q | barriers | masks]`.
 //!
-//! `wgmma64` has one consumer warpgroup and two CTAs per multiprocessor. `wgmma128` has two consumers, which multiply the
-//! same K and V tiles with 64 rows each: a node shared by many sequences is read from L2 half as often.
+//! `wgmma64` has one consumer warpgroup, steps of 64 keys and two CTAs per multiprocessor. `wgmma128` has two consumers,
+//! which multiply the same K and V tiles of 128 keys with 64 rows each: a node shared by many sequences is read from L2
+//! half as often.
 //!
-//! An item's stream may hold pages that only some rows attend to ([`pat_abi::PageMask`]). The producer resolves the masks
-//! to one word per 16 keys of a tile and puts them beside the tile; tiles without exception cost a comparison.
+//! An item's stream may hold pages that only some rows attend to ([`pat_abi::PageMask`]). The K producer resolves the
+//! masks to one word per 16 keys of a tile and puts them beside the tile; tiles without exception cost a comparison.
 
 mod consume;
 mod masks;

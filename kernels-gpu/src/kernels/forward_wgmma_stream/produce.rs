@@ -221,9 +221,10 @@ pub(super) unsafe fn produce_q<const HEAD_DIM: u32, const GROUPS: u32>(
     }
 }
 
-/// This warp's share (`warp` of `warps`) of copying the Q rows of an item (rows `first_row` to `first_row + 64` of `row_count`) to shared memory from
-/// tile row `first_tile_row` on, 16 bytes per lane, 128-byte swizzled. Lane `l` holds the addresses of rows `first_row + l` and
-/// `first_row + 32 + l`. Rows the item does not have stay what they are: tile rows never mix, and theirs are not stored.
+/// This warp's share (`warp` of `warps`) of copying the Q rows of an item (rows `first_row` to `first_row + 64` of
+/// `row_count`) to shared memory from tile row `first_tile_row` on, 16 bytes per lane, 128-byte swizzled. Lane `l`
+/// holds the addresses of rows `first_row + l` and `first_row + 32 + l`. Rows the item does not have stay what they
+/// are: tile rows never mix, and theirs are not stored.
 ///
 /// # Safety
 /// One whole warp; the addresses are Q rows; the Q slots are free.
