@@ -57,13 +57,27 @@ impl CudaEngine {
     /// the PTX (with its log).
     pub fn prepare(&self, plan: &PlanBuffers) -> Result<()> {
         let uploaded = plan.uploaded()?;
-        for variant in TileVariant::ALL {
-            if uploaded.limits.max_items[variant.index()] > 0 {
-                self.device.kernel(find(Family::Forward(variant), uploaded.shape)?)?;
-            }
+        self.load(uploaded.shape, &uploaded.limits.max_items, uploaded.limits.max_merge_rows > 0)
+    }
+
+    /// As [`Self::prepare`], for all plans in these tile variants: at the start, with those that a planner may use
+    /// ([`crate::Planner::tile_variants`]), it spares the first batch that needs another one the wait.
+    ///
+    /// # Errors
+    /// There is no kernel for the shape and a variant on this device, or the driver rejects the PTX (with its log).
+    pub fn prepare_variants(&self, shape: AttentionShape, variants: &[TileVariant]) -> Result<()> {
+        let mut launched = [0; TileVariant::ALL.len()];
+        variants.iter().for_each(|variant| launched[variant.index()] = 1);
+        self.load(shape, &launched, true)
+    }
+
+    /// Loads the forward kernels of which `launched` says that something is launched, and the merge behind them.
+    fn load(&self, shape: AttentionShape, launched: &[u32], has_merge: bool) -> Result<()> {
+        for variant in TileVariant::ALL.into_iter().filter(|variant| launched[variant.index()] > 0) {
+            self.device.kernel(find(Family::Forward(variant), shape)?)?;
         }
-        if uploaded.limits.max_merge_rows > 0 {
-            self.device.kernel(merge_kernel(uploaded.shape, &uploaded.limits.max_items)?)?;
+        if has_merge {
+            self.device.kernel(merge_kernel(shape, launched)?)?;
         }
         Ok(())
     }
