@@ -23,6 +23,53 @@ fn descriptor(smem_address: u32, leading_bytes: u64) -> u64 {
 /// Bytes between the 64-element blocks of a tile, for each 64 keys of it.
 const BLOCK_BYTES: u64 = 64 * 128;
 
+/// `asm!` with arrays of registers as operands, in the order in which the template counts them: `inout 32 s; in 16 q;` stands for
+/// the elements of `s`, then those of `q`. What follows `then` is passed on.
+macro_rules! register_asm {
+    (@ [$($asm:tt)*] then $($rest:tt)*) => {
+        asm!($($asm)* $($rest)*)
+    };
+    (@ [$($asm:tt)*] $kind:tt 16 $a:ident; $($rest:tt)*) => {
+        register_asm!(@ [$($asm)*
+            $kind(reg32) $a[0], $kind(reg32) $a[1], $kind(reg32) $a[2], $kind(reg32) $a[3], $kind(reg32) $a[4],
+            $kind(reg32) $a[5], $kind(reg32) $a[6], $kind(reg32) $a[7], $kind(reg32) $a[8], $kind(reg32) $a[9],
+            $kind(reg32) $a[10], $kind(reg32) $a[11], $kind(reg32) $a[12], $kind(reg32) $a[13], $kind(reg32) $a[14],
+            $kind(reg32) $a[15],
+        ] $($rest)*)
+    };
+    (@ [$($asm:tt)*] $kind:tt 32 $a:ident; $($rest:tt)*) => {
+        register_asm!(@ [$($asm)*
+            $kind(reg32) $a[0], $kind(reg32) $a[1], $kind(reg32) $a[2], $kind(reg32) $a[3], $kind(reg32) $a[4],
+            $kind(reg32) $a[5], $kind(reg32) $a[6], $kind(reg32) $a[7], $kind(reg32) $a[8], $kind(reg32) $a[9],
+            $kind(reg32) $a[10], $kind(reg32) $a[11], $kind(reg32) $a[12], $kind(reg32) $a[13], $kind(reg32) $a[14],
+            $kind(reg32) $a[15], $kind(reg32) $a[16], $kind(reg32) $a[17], $kind(reg32) $a[18], $kind(reg32) $a[19],
+            $kind(reg32) $a[20], $kind(reg32) $a[21], $kind(reg32) $a[22], $kind(reg32) $a[23], $kind(reg32) $a[24],
+            $kind(reg32) $a[25], $kind(reg32) $a[26], $kind(reg32) $a[27], $kind(reg32) $a[28], $kind(reg32) $a[29],
+            $kind(reg32) $a[30], $kind(reg32) $a[31],
+        ] $($rest)*)
+    };
+    (@ [$($asm:tt)*] $kind:tt 64 $a:ident; $($rest:tt)*) => {
+        register_asm!(@ [$($asm)*
+            $kind(reg32) $a[0], $kind(reg32) $a[1], $kind(reg32) $a[2], $kind(reg32) $a[3], $kind(reg32) $a[4],
+            $kind(reg32) $a[5], $kind(reg32) $a[6], $kind(reg32) $a[7], $kind(reg32) $a[8], $kind(reg32) $a[9],
+            $kind(reg32) $a[10], $kind(reg32) $a[11], $kind(reg32) $a[12], $kind(reg32) $a[13], $kind(reg32) $a[14],
+            $kind(reg32) $a[15], $kind(reg32) $a[16], $kind(reg32) $a[17], $kind(reg32) $a[18], $kind(reg32) $a[19],
+            $kind(reg32) $a[20], $kind(reg32) $a[21], $kind(reg32) $a[22], $kind(reg32) $a[23], $kind(reg32) $a[24],
+            $kind(reg32) $a[25], $kind(reg32) $a[26], $kind(reg32) $a[27], $kind(reg32) $a[28], $kind(reg32) $a[29],
+            $kind(reg32) $a[30], $kind(reg32) $a[31], $kind(reg32) $a[32], $kind(reg32) $a[33], $kind(reg32) $a[34],
+            $kind(reg32) $a[35], $kind(reg32) $a[36], $kind(reg32) $a[37], $kind(reg32) $a[38], $kind(reg32) $a[39],
+            $kind(reg32) $a[40], $kind(reg32) $a[41], $kind(reg32) $a[42], $kind(reg32) $a[43], $kind(reg32) $a[44],
+            $kind(reg32) $a[45], $kind(reg32) $a[46], $kind(reg32) $a[47], $kind(reg32) $a[48], $kind(reg32) $a[49],
+            $kind(reg32) $a[50], $kind(reg32) $a[51], $kind(reg32) $a[52], $kind(reg32) $a[53], $kind(reg32) $a[54],
+            $kind(reg32) $a[55], $kind(reg32) $a[56], $kind(reg32) $a[57], $kind(reg32) $a[58], $kind(reg32) $a[59],
+            $kind(reg32) $a[60], $kind(reg32) $a[61], $kind(reg32) $a[62], $kind(reg32) $a[63],
+        ] $($rest)*)
+    };
+    ([$($template:tt)*] $($operands:tt)*) => {
+        register_asm!(@ [$($template)*] $($operands)*)
+    };
+}
+
 macro_rules! accumulators_32 {
     () => {
         "{0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8}, {9}, {10}, {11}, {12}, {13}, {14}, {15}, {16}, {17}, {18}, {19}, {20}, {21}, {22}, {23}, {24}, {25}, {26}, {27}, {28}, {29}, {30}, {31}"
@@ -64,7 +111,7 @@ macro_rules! head_dim_64 {
             unsafe fn scores([s]: &mut [[f32; 32]; 1], q: &[u32; 16], k: u32) {
                 // SAFETY: the caller's contract.
                 unsafe {
-                    asm!(
+                    register_asm!([
                     "{{ .reg .b64 b; .reg .pred accumulate;",
                     "wgmma.fence.sync.aligned;",
                     "setp.ne.b32 accumulate, 0, 0; add.s64 b, {48}, 0;",
@@ -76,17 +123,7 @@ macro_rules! head_dim_64 {
                     "setp.ne.b32 accumulate, 1, 0; add.s64 b, {48}, 6;",
                     concat!("wgmma.mma_async.sync.aligned.m64n64k16.f32.", $ty, ".", $ty, " {{", accumulators_32!(), "}}, {{{44}, {45}, {46}, {47}}}, b, accumulate, 1, 1, 0;"),
                     "wgmma.commit_group.sync.aligned; }}",
-                    inout(reg32) s[0], inout(reg32) s[1], inout(reg32) s[2], inout(reg32) s[3], inout(reg32) s[4],
-                    inout(reg32) s[5], inout(reg32) s[6], inout(reg32) s[7], inout(reg32) s[8], inout(reg32) s[9],
-                    inout(reg32) s[10], inout(reg32) s[11], inout(reg32) s[12], inout(reg32) s[13], inout(reg32) s[14],
-                    inout(reg32) s[15], inout(reg32) s[16], inout(reg32) s[17], inout(reg32) s[18], inout(reg32) s[19],
-                    inout(reg32) s[20], inout(reg32) s[21], inout(reg32) s[22], inout(reg32) s[23], inout(reg32) s[24],
-                    inout(reg32) s[25], inout(reg32) s[26], inout(reg32) s[27], inout(reg32) s[28], inout(reg32) s[29],
-                    inout(reg32) s[30], inout(reg32) s[31],
-                    in(reg32) q[0], in(reg32) q[1], in(reg32) q[2], in(reg32) q[3], in(reg32) q[4], in(reg32) q[5],
-                    in(reg32) q[6], in(reg32) q[7], in(reg32) q[8], in(reg32) q[9], in(reg32) q[10], in(reg32) q[11],
-                    in(reg32) q[12], in(reg32) q[13], in(reg32) q[14], in(reg32) q[15],
-                    in(reg64) descriptor(k, 16), options(nostack, preserves_flags));
+                    ] inout 32 s; in 16 q; then in(reg64) descriptor(k, 16), options(nostack, preserves_flags));
                 }
             }
 
@@ -94,7 +131,7 @@ macro_rules! head_dim_64 {
             unsafe fn accumulate(o: &mut [f32; 32], [weights]: &[[u32; 16]; 1], v: u32) {
                 // SAFETY: the caller's contract.
                 unsafe {
-                    asm!(
+                    register_asm!([
                     "{{ .reg .b64 b;",
                     "wgmma.fence.sync.aligned;",
                     "add.s64 b, {48}, 0;",
@@ -106,18 +143,7 @@ macro_rules! head_dim_64 {
                     "add.s64 b, {48}, 384;",
                     concat!("wgmma.mma_async.sync.aligned.m64n64k16.f32.", $ty, ".", $ty, " {{", accumulators_32!(), "}}, {{{44}, {45}, {46}, {47}}}, b, 1, 1, 1, 1;"),
                     "wgmma.commit_group.sync.aligned; }}",
-                    inout(reg32) o[0], inout(reg32) o[1], inout(reg32) o[2], inout(reg32) o[3], inout(reg32) o[4],
-                    inout(reg32) o[5], inout(reg32) o[6], inout(reg32) o[7], inout(reg32) o[8], inout(reg32) o[9],
-                    inout(reg32) o[10], inout(reg32) o[11], inout(reg32) o[12], inout(reg32) o[13], inout(reg32) o[14],
-                    inout(reg32) o[15], inout(reg32) o[16], inout(reg32) o[17], inout(reg32) o[18], inout(reg32) o[19],
-                    inout(reg32) o[20], inout(reg32) o[21], inout(reg32) o[22], inout(reg32) o[23], inout(reg32) o[24],
-                    inout(reg32) o[25], inout(reg32) o[26], inout(reg32) o[27], inout(reg32) o[28], inout(reg32) o[29],
-                    inout(reg32) o[30], inout(reg32) o[31],
-                    in(reg32) weights[0], in(reg32) weights[1], in(reg32) weights[2], in(reg32) weights[3],
-                    in(reg32) weights[4], in(reg32) weights[5], in(reg32) weights[6], in(reg32) weights[7],
-                    in(reg32) weights[8], in(reg32) weights[9], in(reg32) weights[10], in(reg32) weights[11],
-                    in(reg32) weights[12], in(reg32) weights[13], in(reg32) weights[14], in(reg32) weights[15],
-                    in(reg64) descriptor(v, BLOCK_BYTES), options(nostack, preserves_flags));
+                    ] inout 32 o; in 16 weights; then in(reg64) descriptor(v, BLOCK_BYTES), options(nostack, preserves_flags));
                 }
             }
 
@@ -125,21 +151,9 @@ macro_rules! head_dim_64 {
             fn wait_output(o: &mut [f32; 32], [weights]: &mut [[u32; 16]; 1]) {
                 // SAFETY: has no precondition. The operands, named in a comment, may not be used or moved before it.
                 unsafe {
-                    asm!(
+                    register_asm!([
                     "wgmma.wait_group.sync.aligned 0; // {0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8}, {9}, {10}, {11}, {12}, {13}, {14}, {15}, {16}, {17}, {18}, {19}, {20}, {21}, {22}, {23}, {24}, {25}, {26}, {27}, {28}, {29}, {30}, {31}, {32}, {33}, {34}, {35}, {36}, {37}, {38}, {39}, {40}, {41}, {42}, {43}, {44}, {45}, {46}, {47}",
-                    inout(reg32) o[0], inout(reg32) o[1], inout(reg32) o[2], inout(reg32) o[3], inout(reg32) o[4],
-                    inout(reg32) o[5], inout(reg32) o[6], inout(reg32) o[7], inout(reg32) o[8], inout(reg32) o[9],
-                    inout(reg32) o[10], inout(reg32) o[11], inout(reg32) o[12], inout(reg32) o[13], inout(reg32) o[14],
-                    inout(reg32) o[15], inout(reg32) o[16], inout(reg32) o[17], inout(reg32) o[18], inout(reg32) o[19],
-                    inout(reg32) o[20], inout(reg32) o[21], inout(reg32) o[22], inout(reg32) o[23], inout(reg32) o[24],
-                    inout(reg32) o[25], inout(reg32) o[26], inout(reg32) o[27], inout(reg32) o[28], inout(reg32) o[29],
-                    inout(reg32) o[30], inout(reg32) o[31],
-                    inout(reg32) weights[0], inout(reg32) weights[1], inout(reg32) weights[2], inout(reg32) weights[3],
-                    inout(reg32) weights[4], inout(reg32) weights[5], inout(reg32) weights[6], inout(reg32) weights[7],
-                    inout(reg32) weights[8], inout(reg32) weights[9], inout(reg32) weights[10],
-                    inout(reg32) weights[11], inout(reg32) weights[12], inout(reg32) weights[13],
-                    inout(reg32) weights[14], inout(reg32) weights[15],
-                    options(nostack, preserves_flags));
+                    ] inout 32 o; inout 16 weights; then options(nostack, preserves_flags));
                 }
             }
         }
@@ -153,7 +167,7 @@ macro_rules! head_dim_128 {
             unsafe fn scores([s]: &mut [[f32; 32]; 1], q: &[u32; 32], k: u32) {
                 // SAFETY: the caller's contract.
                 unsafe {
-                    asm!(
+                    register_asm!([
                     "{{ .reg .b64 b; .reg .pred accumulate;",
                     "wgmma.fence.sync.aligned;",
                     "setp.ne.b32 accumulate, 0, 0; add.s64 b, {64}, 0;",
@@ -173,20 +187,7 @@ macro_rules! head_dim_128 {
                     "setp.ne.b32 accumulate, 1, 0; add.s64 b, {64}, 518;",
                     concat!("wgmma.mma_async.sync.aligned.m64n64k16.f32.", $ty, ".", $ty, " {{", accumulators_32!(), "}}, {{{60}, {61}, {62}, {63}}}, b, accumulate, 1, 1, 0;"),
                     "wgmma.commit_group.sync.aligned; }}",
-                    inout(reg32) s[0], inout(reg32) s[1], inout(reg32) s[2], inout(reg32) s[3], inout(reg32) s[4],
-                    inout(reg32) s[5], inout(reg32) s[6], inout(reg32) s[7], inout(reg32) s[8], inout(reg32) s[9],
-                    inout(reg32) s[10], inout(reg32) s[11], inout(reg32) s[12], inout(reg32) s[13], inout(reg32) s[14],
-                    inout(reg32) s[15], inout(reg32) s[16], inout(reg32) s[17], inout(reg32) s[18], inout(reg32) s[19],
-                    inout(reg32) s[20], inout(reg32) s[21], inout(reg32) s[22], inout(reg32) s[23], inout(reg32) s[24],
-                    inout(reg32) s[25], inout(reg32) s[26], inout(reg32) s[27], inout(reg32) s[28], inout(reg32) s[29],
-                    inout(reg32) s[30], inout(reg32) s[31],
-                    in(reg32) q[0], in(reg32) q[1], in(reg32) q[2], in(reg32) q[3], in(reg32) q[4], in(reg32) q[5],
-                    in(reg32) q[6], in(reg32) q[7], in(reg32) q[8], in(reg32) q[9], in(reg32) q[10], in(reg32) q[11],
-                    in(reg32) q[12], in(reg32) q[13], in(reg32) q[14], in(reg32) q[15], in(reg32) q[16],
-                    in(reg32) q[17], in(reg32) q[18], in(reg32) q[19], in(reg32) q[20], in(reg32) q[21],
-                    in(reg32) q[22], in(reg32) q[23], in(reg32) q[24], in(reg32) q[25], in(reg32) q[26],
-                    in(reg32) q[27], in(reg32) q[28], in(reg32) q[29], in(reg32) q[30], in(reg32) q[31],
-                    in(reg64) descriptor(k, 16), options(nostack, preserves_flags));
+                    ] inout 32 s; in 32 q; then in(reg64) descriptor(k, 16), options(nostack, preserves_flags));
                 }
             }
 
@@ -194,7 +195,7 @@ macro_rules! head_dim_128 {
             unsafe fn accumulate(o: &mut [f32; 64], [weights]: &[[u32; 16]; 1], v: u32) {
                 // SAFETY: the caller's contract.
                 unsafe {
-                    asm!(
+                    register_asm!([
                     "{{ .reg .b64 b;",
                     "wgmma.fence.sync.aligned;",
                     "add.s64 b, {80}, 0;",
@@ -206,24 +207,7 @@ macro_rules! head_dim_128 {
                     "add.s64 b, {80}, 384;",
                     concat!("wgmma.mma_async.sync.aligned.m64n128k16.f32.", $ty, ".", $ty, " {{", accumulators_64!(), "}}, {{{76}, {77}, {78}, {79}}}, b, 1, 1, 1, 1;"),
                     "wgmma.commit_group.sync.aligned; }}",
-                    inout(reg32) o[0], inout(reg32) o[1], inout(reg32) o[2], inout(reg32) o[3], inout(reg32) o[4],
-                    inout(reg32) o[5], inout(reg32) o[6], inout(reg32) o[7], inout(reg32) o[8], inout(reg32) o[9],
-                    inout(reg32) o[10], inout(reg32) o[11], inout(reg32) o[12], inout(reg32) o[13], inout(reg32) o[14],
-                    inout(reg32) o[15], inout(reg32) o[16], inout(reg32) o[17], inout(reg32) o[18], inout(reg32) o[19],
-                    inout(reg32) o[20], inout(reg32) o[21], inout(reg32) o[22], inout(reg32) o[23], inout(reg32) o[24],
-                    inout(reg32) o[25], inout(reg32) o[26], inout(reg32) o[27], inout(reg32) o[28], inout(reg32) o[29],
-                    inout(reg32) o[30], inout(reg32) o[31], inout(reg32) o[32], inout(reg32) o[33], inout(reg32) o[34],
-                    inout(reg32) o[35], inout(reg32) o[36], inout(reg32) o[37], inout(reg32) o[38], inout(reg32) o[39],
-                    inout(reg32) o[40], inout(reg32) o[41], inout(reg32) o[42], inout(reg32) o[43], inout(reg32) o[44],
-                    inout(reg32) o[45], inout(reg32) o[46], inout(reg32) o[47], inout(reg32) o[48], inout(reg32) o[49],
-                    inout(reg32) o[50], inout(reg32) o[51], inout(reg32) o[52], inout(reg32) o[53], inout(reg32) o[54],
-                    inout(reg32) o[55], inout(reg32) o[56], inout(reg32) o[57], inout(reg32) o[58], inout(reg32) o[59],
-                    inout(reg32) o[60], inout(reg32) o[61], inout(reg32) o[62], inout(reg32) o[63],
-                    in(reg32) weights[0], in(reg32) weights[1], in(reg32) weights[2], in(reg32) weights[3],
-                    in(reg32) weights[4], in(reg32) weights[5], in(reg32) weights[6], in(reg32) weights[7],
-                    in(reg32) weights[8], in(reg32) weights[9], in(reg32) weights[10], in(reg32) weights[11],
-                    in(reg32) weights[12], in(reg32) weights[13], in(reg32) weights[14], in(reg32) weights[15],
-                    in(reg64) descriptor(v, BLOCK_BYTES), options(nostack, preserves_flags));
+                    ] inout 64 o; in 16 weights; then in(reg64) descriptor(v, BLOCK_BYTES), options(nostack, preserves_flags));
                 }
             }
 
@@ -231,27 +215,9 @@ macro_rules! head_dim_128 {
             fn wait_output(o: &mut [f32; 64], [weights]: &mut [[u32; 16]; 1]) {
                 // SAFETY: has no precondition. The operands, named in a comment, may not be used or moved before it.
                 unsafe {
-                    asm!(
+                    register_asm!([
                     "wgmma.wait_group.sync.aligned 0; // {0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8}, {9}, {10}, {11}, {12}, {13}, {14}, {15}, {16}, {17}, {18}, {19}, {20}, {21}, {22}, {23}, {24}, {25}, {26}, {27}, {28}, {29}, {30}, {31}, {32}, {33}, {34}, {35}, {36}, {37}, {38}, {39}, {40}, {41}, {42}, {43}, {44}, {45}, {46}, {47}, {48}, {49}, {50}, {51}, {52}, {53}, {54}, {55}, {56}, {57}, {58}, {59}, {60}, {61}, {62}, {63}, {64}, {65}, {66}, {67}, {68}, {69}, {70}, {71}, {72}, {73}, {74}, {75}, {76}, {77}, {78}, {79}",
-                    inout(reg32) o[0], inout(reg32) o[1], inout(reg32) o[2], inout(reg32) o[3], inout(reg32) o[4],
-                    inout(reg32) o[5], inout(reg32) o[6], inout(reg32) o[7], inout(reg32) o[8], inout(reg32) o[9],
-                    inout(reg32) o[10], inout(reg32) o[11], inout(reg32) o[12], inout(reg32) o[13], inout(reg32) o[14],
-                    inout(reg32) o[15], inout(reg32) o[16], inout(reg32) o[17], inout(reg32) o[18], inout(reg32) o[19],
-                    inout(reg32) o[20], inout(reg32) o[21], inout(reg32) o[22], inout(reg32) o[23], inout(reg32) o[24],
-                    inout(reg32) o[25], inout(reg32) o[26], inout(reg32) o[27], inout(reg32) o[28], inout(reg32) o[29],
-                    inout(reg32) o[30], inout(reg32) o[31], inout(reg32) o[32], inout(reg32) o[33], inout(reg32) o[34],
-                    inout(reg32) o[35], inout(reg32) o[36], inout(reg32) o[37], inout(reg32) o[38], inout(reg32) o[39],
-                    inout(reg32) o[40], inout(reg32) o[41], inout(reg32) o[42], inout(reg32) o[43], inout(reg32) o[44],
-                    inout(reg32) o[45], inout(reg32) o[46], inout(reg32) o[47], inout(reg32) o[48], inout(reg32) o[49],
-                    inout(reg32) o[50], inout(reg32) o[51], inout(reg32) o[52], inout(reg32) o[53], inout(reg32) o[54],
-                    inout(reg32) o[55], inout(reg32) o[56], inout(reg32) o[57], inout(reg32) o[58], inout(reg32) o[59],
-                    inout(reg32) o[60], inout(reg32) o[61], inout(reg32) o[62], inout(reg32) o[63],
-                    inout(reg32) weights[0], inout(reg32) weights[1], inout(reg32) weights[2], inout(reg32) weights[3],
-                    inout(reg32) weights[4], inout(reg32) weights[5], inout(reg32) weights[6], inout(reg32) weights[7],
-                    inout(reg32) weights[8], inout(reg32) weights[9], inout(reg32) weights[10],
-                    inout(reg32) weights[11], inout(reg32) weights[12], inout(reg32) weights[13],
-                    inout(reg32) weights[14], inout(reg32) weights[15],
-                    options(nostack, preserves_flags));
+                    ] inout 64 o; inout 16 weights; then options(nostack, preserves_flags));
                 }
             }
         }
@@ -272,16 +238,9 @@ pub fn wait_scores<const PENDING: u32, const SPANS: usize>(scores: &mut [[f32; 3
     let s = &mut scores[0];
     // SAFETY: has no precondition. The operands, named in a comment, may not be used or moved before it.
     unsafe {
-        asm!(
+        register_asm!([
             "wgmma.wait_group.sync.aligned {32}; // {0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8}, {9}, {10}, {11}, {12}, {13}, {14}, {15}, {16}, {17}, {18}, {19}, {20}, {21}, {22}, {23}, {24}, {25}, {26}, {27}, {28}, {29}, {30}, {31}",
-            inout(reg32) s[0], inout(reg32) s[1], inout(reg32) s[2], inout(reg32) s[3], inout(reg32) s[4],
-            inout(reg32) s[5], inout(reg32) s[6], inout(reg32) s[7], inout(reg32) s[8], inout(reg32) s[9],
-            inout(reg32) s[10], inout(reg32) s[11], inout(reg32) s[12], inout(reg32) s[13], inout(reg32) s[14],
-            inout(reg32) s[15], inout(reg32) s[16], inout(reg32) s[17], inout(reg32) s[18], inout(reg32) s[19],
-            inout(reg32) s[20], inout(reg32) s[21], inout(reg32) s[22], inout(reg32) s[23], inout(reg32) s[24],
-            inout(reg32) s[25], inout(reg32) s[26], inout(reg32) s[27], inout(reg32) s[28], inout(reg32) s[29],
-            inout(reg32) s[30], inout(reg32) s[31],
-            const PENDING, options(nostack, preserves_flags));
+            ] inout 32 s; then const PENDING, options(nostack, preserves_flags));
     }
     for block in &mut scores[1..] {
         hold_scores(block);
@@ -293,16 +252,9 @@ pub fn wait_scores<const PENDING: u32, const SPANS: usize>(scores: &mut [[f32; 3
 fn hold_scores(s: &mut [f32; 32]) {
     // SAFETY: no instruction, only a comment that names registers.
     unsafe {
-        asm!(
+        register_asm!([
             "// {0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8}, {9}, {10}, {11}, {12}, {13}, {14}, {15}, {16}, {17}, {18}, {19}, {20}, {21}, {22}, {23}, {24}, {25}, {26}, {27}, {28}, {29}, {30}, {31}",
-            inout(reg32) s[0], inout(reg32) s[1], inout(reg32) s[2], inout(reg32) s[3], inout(reg32) s[4],
-            inout(reg32) s[5], inout(reg32) s[6], inout(reg32) s[7], inout(reg32) s[8], inout(reg32) s[9],
-            inout(reg32) s[10], inout(reg32) s[11], inout(reg32) s[12], inout(reg32) s[13], inout(reg32) s[14],
-            inout(reg32) s[15], inout(reg32) s[16], inout(reg32) s[17], inout(reg32) s[18], inout(reg32) s[19],
-            inout(reg32) s[20], inout(reg32) s[21], inout(reg32) s[22], inout(reg32) s[23], inout(reg32) s[24],
-            inout(reg32) s[25], inout(reg32) s[26], inout(reg32) s[27], inout(reg32) s[28], inout(reg32) s[29],
-            inout(reg32) s[30], inout(reg32) s[31],
-            options(nostack, preserves_flags));
+            ] inout 32 s; then options(nostack, preserves_flags));
     }
 }
 

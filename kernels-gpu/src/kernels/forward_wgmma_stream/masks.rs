@@ -95,6 +95,8 @@ impl PageWindow {
 /// The masks of a tile: four for each 64 of its keys.
 pub(super) type TileMasks<const SPANS: usize> = [[KeyMask; 4]; SPANS];
 
+/// The masks that lie beside the tile of a stage.
+///
 /// # Safety
 /// The stage's K has arrived.
 #[inline(always)]
