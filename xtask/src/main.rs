@@ -4,6 +4,8 @@ mod build_ptx;
 mod check_cuda_linking;
 mod check_ptx;
 mod core_source;
+#[cfg(test)]
+mod dependencies;
 mod doctor;
 mod gpu_bundle;
 mod lint_kernels;
