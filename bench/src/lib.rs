@@ -1,5 +1,5 @@
 //! Measuring attention: batches to measure, the protocol on a CUDA device and on the CPU, the result file, the exchange with
-//! peers, the calibration of the cost model.
+//! peers, the calibration of the cost model; and serving.
 
 pub mod calibrate;
 pub mod compare;
@@ -13,5 +13,6 @@ pub mod plot;
 pub mod provenance;
 pub mod result;
 pub mod sample;
+pub mod serve;
 pub mod statistics;
 pub mod suites;

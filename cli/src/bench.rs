@@ -7,6 +7,7 @@ mod list;
 mod output;
 mod peers;
 mod select;
+mod serve;
 mod table;
 
 use anyhow::Result;
@@ -21,6 +22,8 @@ pub(crate) enum Command {
     Export(export::Args),
     /// Set pat-rs against the other methods of a result file.
     Peers(peers::Args),
+    /// Send a workload to an OpenAI-compatible server at a rate, and measure what its users would see.
+    Serve(Box<serve::Args>),
 }
 
 pub(crate) fn run(command: &Command) -> Result<bool> {
@@ -29,5 +32,6 @@ pub(crate) fn run(command: &Command) -> Result<bool> {
         Command::Compare(args) => compare::run(args),
         Command::Export(args) => export::run(args),
         Command::Peers(args) => peers::run(args),
+        Command::Serve(args) => serve::run(args),
     }
 }

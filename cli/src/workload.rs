@@ -30,7 +30,7 @@ pub(crate) enum Command {
 #[derive(clap::Args)]
 pub(crate) struct Make {
     #[command(subcommand)]
-    name: Name,
+    rule: Rule,
     /// File to write.
     #[arg(long, global = true, value_name = "FILE")]
     output: Option<PathBuf>,
@@ -49,6 +49,9 @@ pub(crate) struct Make {
     /// End of the token ids that prompts consist of, at most the model's vocabulary [default: 101000].
     #[arg(long, global = true, value_name = "ID", value_parser = clap::value_parser!(u32).range(1_001..))]
     max_token_id: Option<u32>,
+    /// Name in tables and records [default: the workload's own].
+    #[arg(long, global = true, value_name = "NAME")]
+    name: Option<String>,
     /// Overwrite the file.
     #[arg(long, global = true)]
     force: bool,
@@ -56,7 +59,7 @@ pub(crate) struct Make {
 
 /// Which workload.
 #[derive(clap::Subcommand)]
-enum Name {
+enum Rule {
     /// PAT's "conversation": four variants of a system prompt, then private text.
     Conversation {
         /// Whose tokenizer counted the system prompt.
@@ -121,7 +124,10 @@ fn make(args: &Make) -> Result<()> {
     if output.exists() && !args.force {
         bail!("{} exists: --force overwrites it", output.display());
     }
-    let mut workload = args.name.workload(args.requests as usize, args.seed)?;
+    let mut workload = args.rule.workload(args.requests as usize, args.seed)?;
+    if let Some(name) = &args.name {
+        workload.header.name.clone_from(name);
+    }
     if let Some(tokens) = args.output_tokens {
         workload.set_output_tokens(tokens);
     }
@@ -140,7 +146,7 @@ fn make(args: &Make) -> Result<()> {
     Ok(())
 }
 
-impl Name {
+impl Rule {
     fn workload(&self, requests: usize, seed: u32) -> Result<Workload> {
         Ok(match self {
             Self::Conversation { prompt, lengths, private_mean } => {

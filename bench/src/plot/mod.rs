@@ -5,6 +5,7 @@ mod ceiling;
 mod data;
 mod layout;
 mod planning;
+pub mod serve;
 mod sharing;
 mod theme;
 
@@ -13,6 +14,7 @@ use theme::MAX_SERIES;
 pub use theme::Theme;
 
 use crate::result::ResultError;
+use crate::serve::RecordError;
 use plotters::coord::Shift;
 use plotters::prelude::*;
 use std::path::{Path, PathBuf};
@@ -94,6 +96,9 @@ pub enum PlotError {
     /// A result file cannot be used.
     #[error(transparent)]
     Result(#[from] ResultError),
+    /// A file of records cannot be used.
+    #[error(transparent)]
+    Record(#[from] RecordError),
     /// Two files are of different devices.
     #[error("{}: measured on {device}, the others on {expected}", file.display())]
     Device {
@@ -147,18 +152,22 @@ pub fn draw(picture: Picture, figures: &Figures, options: &Options, file: &Path)
         Picture::Sharing => Scene::Scatter(sharing::scatter(figures)?),
         Picture::Planning => Scene::Scatter(planning::scatter(figures)?),
     };
+    write(&scene, options.theme, options.format, file)
+}
+
+fn write(scene: &Scene<'_>, theme: Theme, format: Format, file: &Path) -> Result<(), PlotError> {
     let write = |message: String| PlotError::Write { file: file.into(), message };
-    match options.format {
+    match format {
         Format::Svg => {
             let mut text = String::new();
             let area = SVGBackend::with_string(&mut text, scene.size()).into_drawing_area();
-            scene.draw(&area, options.theme).map_err(|error| write(error.to_string()))?;
+            scene.draw(&area, theme).map_err(|error| write(error.to_string()))?;
             drop(area);
             std::fs::write(file, text).map_err(|error| write(error.to_string()))
         }
         Format::Png => {
             let area = BitMapBackend::new(file, scene.size()).into_drawing_area();
-            scene.draw(&area, options.theme).map_err(|error| write(error.to_string()))
+            scene.draw(&area, theme).map_err(|error| write(error.to_string()))
         }
     }
 }
@@ -167,6 +176,9 @@ pub fn draw(picture: Picture, figures: &Figures, options: &Options, file: &Path)
 enum Scene<'a> {
     Bars(bars::Bars<'a>),
     Scatter(layout::Scatter),
+    Latency(serve::latency::Latency<'a>),
+    Capacity(serve::capacity::Bars<'a>),
+    Steps(serve::steps::Steps<'a>),
 }
 
 type Drawn<DB> = Result<(), DrawingAreaErrorKind<<DB as DrawingBackend>::ErrorType>>;
@@ -177,6 +189,9 @@ impl Scene<'_> {
         match self {
             Self::Bars(bars) => bars.size(),
             Self::Scatter(scatter) => scatter.size(),
+            Self::Latency(latency) => latency.size(),
+            Self::Capacity(bars) => bars.size(),
+            Self::Steps(steps) => steps.size(),
         }
     }
 
@@ -185,6 +200,9 @@ impl Scene<'_> {
         match self {
             Self::Bars(bars) => bars.draw(area, theme)?,
             Self::Scatter(scatter) => scatter.draw(area, theme)?,
+            Self::Latency(latency) => latency.draw(area, theme)?,
+            Self::Capacity(bars) => bars.draw(area, theme)?,
+            Self::Steps(steps) => steps.draw(area, theme)?,
         }
         area.present()
     }
