@@ -1,7 +1,7 @@
 //! The arguments of a run: device memory with explicit strides, checked before anything is launched.
 
 use super::CudaDevice;
-use super::plan_buffers::{UploadedPlan, Workspace};
+use super::plan_buffers::{BindingTerms, PlanTerms, Workspace};
 use super::tensor_map::TensorMapSpec;
 use crate::{AttentionShape, Error, KvStrides, Result, RowStrides};
 use pat_abi::{FastDivisor, ForwardParams, MergeParams, TileVariant};
@@ -141,12 +141,14 @@ pub(super) struct PreparedRun {
 }
 
 impl RunArgs {
-    /// Checks everything that can be checked on the host. `plan_address` is where `plan` is on the device.
-    pub(super) fn prepare(&self, plan: &UploadedPlan, plan_address: u64, workspace: &Workspace) -> Result<PreparedRun> {
+    pub(super) fn terms(&self) -> PlanTerms {
+        PlanTerms { shape: self.shape, page_size: self.page_size, num_pages: self.num_pages }
+    }
+
+    /// Checks everything that can be checked on the host, for plans of these arguments' [terms](Self::terms) at `plan_address`.
+    pub(super) fn prepare(&self, plan: &BindingTerms, plan_address: u64, workspace: &Workspace) -> Result<PreparedRun> {
         let shape = self.shape;
-        same("shape", plan.shape, shape)?;
-        same("page_size", plan.page_size, self.page_size)?;
-        same("num_pages", plan.num_pages, self.num_pages)?;
+        plan.terms.check_are(&self.terms(), "the plan")?;
         if self.rows < plan.limits.max_sequences {
             return Err(Error::invalid(
                 "rows",
@@ -316,7 +318,6 @@ pub(super) fn check_tensor(
 mod tests {
     use super::*;
     use crate::Dtype;
-    use crate::plan::PlanGeneration;
 
     /// Nothing is launched here.
     fn bytes_at(address: u64, bytes: u64) -> DeviceSpan {
@@ -327,7 +328,7 @@ mod tests {
         bytes_at(address, elements * 2)
     }
 
-    fn valid() -> (RunArgs, UploadedPlan, Workspace) {
+    fn valid() -> (RunArgs, BindingTerms, Workspace) {
         let shape = AttentionShape::new(8, 2, 128, Dtype::F16).unwrap();
         let strides = RowStrides::contiguous(8, 128);
         let pool = KvStrides::nhd(16, 2, 128);
@@ -350,9 +351,8 @@ mod tests {
         let mut limits = super::super::LaunchGeometry { max_sequences: 3, max_slots: 5, ..Default::default() };
         limits.max_items[TileVariant::Mma16.index()] = 6;
         limits.max_merge_rows = 2;
-        let generation = PlanGeneration::next();
-        let uploaded = UploadedPlan { generation, shape, page_size: 16, num_pages: 10, limits };
-        (args, uploaded, Workspace::from_span(bytes_at(0x50_0000, 5 * 8 * 129 * 4)))
+        let plan = BindingTerms { terms: args.terms(), limits, generation: None };
+        (args, plan, Workspace::from_span(bytes_at(0x50_0000, 5 * 8 * 129 * 4)))
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use super::CudaDevice;
 use super::args::{PreparedRun, RunArgs, VECTOR_BYTES};
 use super::driver::{self, Allocation, CaptureStatus, CurrentStream, Kernel, Stream, TensorMap};
-use super::plan_buffers::{Uploaded, Workspace};
+use super::plan_buffers::{PlanBuffers, Uploaded, Workspace};
 use crate::plan::PlanGeneration;
 use crate::{Error, Result};
 use pat_abi::{ForwardParams, MergeParams};
@@ -47,20 +47,21 @@ pub(super) struct RunKernels {
 }
 
 impl BoundRun {
+    /// `generation` is the one plan it serves, if it is one.
     pub(super) fn new(
-        uploaded: Uploaded<'_>,
+        buffers: &PlanBuffers,
+        generation: Option<PlanGeneration>,
         args: &RunArgs,
         workspace: &Workspace,
         run: PreparedRun,
         kernels: RunKernels,
     ) -> Self {
-        let buffers = uploaded.buffers();
         let spans = args.spans().map(|(_, span)| span).chain([workspace.span()]);
         let RunKernels { maps, forward, merge } = kernels;
         let inner = Inner {
             device: buffers.device(),
             plan_memory: buffers.memory().clone(),
-            generation: (!buffers.has_fixed_geometry()).then(|| uploaded.generation()),
+            generation,
             run,
             maps,
             forward,
@@ -72,7 +73,7 @@ impl BoundRun {
 
     /// Enqueues the forward launches of the plan's tile variants and the merge. Allocates nothing, takes no lock and waits for
     /// nothing; outputs are there when the stream has passed. On another stream than the upload's it waits, on the device, for
-    /// the upload, and the upload's stream waits for it.
+    /// what that stream has been given, and that stream waits for it.
     ///
     /// A stream that somebody else is capturing ([`CudaDevice::stream_from_raw`]) takes runs bound to buffers of fixed geometry.
     /// The graph then keeps all that the run owns, for as long as the graph and its instances exist.
@@ -150,7 +151,7 @@ impl BoundRun {
             CaptureStatus::None => uploaded.enqueue_on(stream, || self.launch(run, current)),
             CaptureStatus::Capturing => {
                 self.check_capturable(stream)?;
-                // No event: those were recorded outside the capture. Whoever vouched for the stream orders uploads and replays.
+                // No event: it would be one from outside the capture. Whoever vouched for the stream orders uploads and replays.
                 driver::retain_in_capture(current, self.inner.clone())?;
                 self.launch(run, current)
             }

@@ -4,7 +4,7 @@ use super::CudaDevice;
 use super::args::{PreparedRun, RunArgs};
 use super::bound_run::{BoundRun, RunKernels};
 use super::driver::{self, Stream};
-use super::plan_buffers::{PlanBuffers, Uploaded, Workspace};
+use super::plan_buffers::{PlanBuffers, Workspace};
 use crate::{AttentionShape, Error, Plan, Result};
 use pat_abi::{Arch, Family, KernelSpec, TileVariant, manifest};
 
@@ -58,17 +58,21 @@ impl CudaEngine {
     }
 
     /// Checks the arguments of a run, once, and compiles its kernels if this is their first use. The result owns what it uses.
+    /// Buffers of fixed geometry may still be empty.
     ///
     /// # Errors
-    /// An argument is refused or of another device, nothing was uploaded, there is no kernel for the plan's shape and variants
+    /// An argument is refused or of another device, nothing was uploaded into buffers of exact geometry, there is no kernel for the plan's shape and variants
     /// on this device, or the driver rejects the PTX (with its log).
     pub fn bind(&self, plan: &PlanBuffers, args: &RunArgs, workspace: &Workspace) -> Result<BoundRun> {
         driver::drop_released();
-        let uploaded = plan.uploaded()?;
-        self.check_devices(uploaded, args, workspace)?;
-        let run = args.prepare(uploaded.plan(), plan.memory().address(), workspace)?;
+        self.check_devices(plan, args, workspace)?;
+        let terms = plan.binding_terms(args.terms())?;
+        let run = args.prepare(&terms, plan.memory().address(), workspace)?;
         let kernels = self.kernels(&run, args)?;
-        Ok(BoundRun::new(uploaded, args, workspace, run, kernels))
+        if plan.has_fixed_geometry() {
+            plan.settle_terms(args.terms())?;
+        }
+        Ok(BoundRun::new(plan, terms.generation, args, workspace, run, kernels))
     }
 
     /// Binds and runs: for a single call. What is run more than once, as the layers of a model are at each step, is bound once.
@@ -79,8 +83,8 @@ impl CudaEngine {
         self.bind(plan, args, workspace)?.run(plan.uploaded()?, stream)
     }
 
-    fn check_devices(&self, uploaded: Uploaded<'_>, args: &RunArgs, workspace: &Workspace) -> Result<()> {
-        let of_plan = uploaded.buffers().device();
+    fn check_devices(&self, plan: &PlanBuffers, args: &RunArgs, workspace: &Workspace) -> Result<()> {
+        let of_plan = plan.device();
         if of_plan != self.device {
             return Err(Error::invalid(
                 "plan",

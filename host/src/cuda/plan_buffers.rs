@@ -6,7 +6,7 @@ use super::driver::{Allocation, CaptureStatus, DeviceBuffer, Event, StagingRing,
 use crate::plan::{PlanCapacity, PlanGeneration};
 use crate::{AttentionShape, Error, Plan, Result};
 use pat_abi::{MAX_TILE_VARIANTS, TileVariant};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// Upper bounds of what a launch covers. CUDA graphs need one that does not change from plan to plan: kernels exit where
 /// a plan has less.
@@ -76,30 +76,54 @@ impl LaunchGeometry {
     }
 }
 
-/// What the plan in a [`PlanBuffers`] was made for, and what a launch must cover.
+/// What a plan is for: bound runs, and graphs that hold them, have it in their launches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct UploadedPlan {
-    pub(super) generation: PlanGeneration,
+pub(super) struct PlanTerms {
     pub(super) shape: AttentionShape,
     pub(super) page_size: u32,
     pub(super) num_pages: u32,
+}
+
+impl PlanTerms {
+    /// Refuses others, by name. `what` has these terms.
+    pub(super) fn check_are(&self, other: &Self, what: &str) -> Result<()> {
+        same(&format!("the shape of {what}"), self.shape, other.shape)?;
+        same(&format!("the page_size of {what}"), self.page_size, other.page_size)?;
+        same(&format!("the num_pages of {what}"), self.num_pages, other.num_pages)
+    }
+}
+
+/// The plan in a [`PlanBuffers`].
+#[derive(Clone, Copy, Debug)]
+struct UploadedPlan {
+    generation: PlanGeneration,
+    terms: PlanTerms,
+    /// What its launches cover.
+    limits: LaunchGeometry,
+}
+
+/// What a run is bound to.
+pub(super) struct BindingTerms {
+    pub(super) terms: PlanTerms,
     pub(super) limits: LaunchGeometry,
+    /// The one plan it serves; `None` where it serves every plan.
+    pub(super) generation: Option<PlanGeneration>,
 }
 
 /// A plan in device memory, at an address that never changes, with two pinned staging buffers before it.
 ///
 /// Upload once per decode step, run once per layer. An upload needs the buffers for itself, and gives an [`Uploaded`] that
 /// borrows them: while runs are enqueued with it, no thread can upload another plan. Threads that share buffers put them
-/// behind a lock of theirs. On the device the order is kept, too: an upload starts after all runs before it, a run after the
-/// upload it was given, whatever the streams.
+/// behind a lock of theirs. On the device all uploads and runs of the buffers are done in the order they were enqueued in,
+/// whatever the streams; so that a workspace which all runs of one `PlanBuffers` share is safe, too.
 #[derive(Debug)]
 pub struct PlanBuffers {
     /// At least [`pat_abi::PlanHeader::LEAST_BUFFER_BYTES`], whatever the capacity.
     memory: DeviceBuffer,
     capacity_bytes: usize,
     fixed: Option<LaunchGeometry>,
-    /// With a fixed geometry: what all plans must have in common with the first, since bound runs and graphs hold it.
-    terms: Option<(AttentionShape, u32, u32)>,
+    /// With a fixed geometry: what all plans have in common, settled by the first upload or the first run that is bound.
+    terms: OnceLock<PlanTerms>,
     staging: StagingRing,
     /// `None` before the first upload, and where a copy has failed.
     uploaded: Option<UploadedPlan>,
@@ -120,7 +144,7 @@ impl PlanBuffers {
             memory: DeviceBuffer::zeroed(device, bytes.max(pat_abi::PlanHeader::LEAST_BUFFER_BYTES as usize))?,
             capacity_bytes: bytes,
             fixed: None,
-            terms: None,
+            terms: OnceLock::new(),
             staging: StagingRing::new(*device, bytes)?,
             uploaded: None,
             home: None,
@@ -129,7 +153,7 @@ impl PlanBuffers {
     }
 
     /// As [`Self::with_capacity`], for CUDA graphs: every launch covers `geometry`, whatever the plan, so that a captured
-    /// run serves every later upload. All uploads must have the first one's shape, page size and pool.
+    /// run serves every later upload. All uploads and bound runs must have the first one's shape, page size and pool.
     ///
     /// # Errors
     /// The driver cannot allocate.
@@ -178,13 +202,10 @@ impl PlanBuffers {
             });
         }
         let exact = LaunchGeometry::of(plan);
-        let terms = (plan.shape(), plan.page_size(), plan.num_pages());
+        let terms = PlanTerms { shape: plan.shape(), page_size: plan.page_size(), num_pages: plan.num_pages() };
         if let Some(fixed) = &self.fixed {
             fixed.check_covers(&exact)?;
-            let former = self.terms.unwrap_or(terms);
-            same("the shape that these buffers are bound with", former.0, terms.0)?;
-            same("the page size that these buffers are bound with", former.1, terms.1)?;
-            same("the number of pages that these buffers are bound with", former.2, terms.2)?;
+            self.check_terms(&terms)?;
         }
         not_captured(stream, self.device(), "uploads are not captured: upload before, and between replays")?;
         if let Some(home) = self.home.as_ref().filter(|home| !home.is(stream)) {
@@ -194,14 +215,11 @@ impl PlanBuffers {
         // Nothing is there until the copy has been enqueued.
         self.uploaded = None;
         self.staging.upload(plan.bytes(), self.memory.memory(), stream)?;
-        self.terms = Some(terms);
-        self.uploaded = Some(UploadedPlan {
-            generation: plan.generation(),
-            shape: plan.shape(),
-            page_size: plan.page_size(),
-            num_pages: plan.num_pages(),
-            limits: self.fixed.unwrap_or(exact),
-        });
+        if self.fixed.is_some() {
+            self.settle_terms(terms)?;
+        }
+        let limits = self.fixed.unwrap_or(exact);
+        self.uploaded = Some(UploadedPlan { generation: plan.generation(), terms, limits });
         self.uploaded()
     }
 
@@ -218,6 +236,26 @@ impl PlanBuffers {
                 call: "a run".into(),
             }),
         }
+    }
+
+    /// What a run with `terms` would be bound to.
+    pub(super) fn binding_terms(&self, terms: PlanTerms) -> Result<BindingTerms> {
+        if let Some(limits) = self.fixed {
+            self.check_terms(&terms)?;
+            return Ok(BindingTerms { terms, limits, generation: None });
+        }
+        let UploadedPlan { generation, terms: of_plan, limits } = *self.uploaded()?.plan;
+        of_plan.check_are(&terms, "the uploaded plan")?;
+        Ok(BindingTerms { terms, limits, generation: Some(generation) })
+    }
+
+    /// From now on buffers of fixed geometry take no other terms.
+    pub(super) fn settle_terms(&self, terms: PlanTerms) -> Result<()> {
+        self.terms.get_or_init(|| terms).check_are(&terms, "what these buffers are bound to")
+    }
+
+    fn check_terms(&self, terms: &PlanTerms) -> Result<()> {
+        self.terms.get().map_or(Ok(()), |settled| settled.check_are(terms, "what these buffers are bound to"))
     }
 
     pub(super) fn memory(&self) -> &Arc<Allocation> {
@@ -268,33 +306,28 @@ impl<'a> Uploaded<'a> {
         self.buffers
     }
 
-    pub(super) fn plan(self) -> &'a UploadedPlan {
-        self.plan
-    }
-
     /// Refuses a stream on which work is recorded instead of run.
     pub(super) fn check_not_captured(self, stream: &Stream) -> Result<()> {
         not_captured(stream, self.buffers.device(), "a stream that is not captured")
     }
 
-    /// Enqueues work that reads the plan on `stream`, in order with uploads.
+    /// Enqueues work that reads the plan on `stream`, in order with uploads and with all other runs.
     pub(super) fn enqueue_on(self, stream: &Stream, enqueue: impl FnOnce() -> Result<()>) -> Result<()> {
         if self.home.is(stream) {
             return enqueue();
         }
-        let buffers = self.buffers;
-        not_captured(self.home, buffers.device(), "the stream of the last upload: finish its capture first")?;
-        buffers.staging.last_copied().hold_back(stream)?;
+        self.buffers.order(self.home, stream)?;
         let enqueued = enqueue();
         // Also where a later launch failed: what was launched reads the plan.
-        buffers.order(stream, self.home)?;
+        self.buffers.order(stream, self.home)?;
         enqueued
     }
 }
 
 /// Memory for partial outputs and their log-sum-exps: owned, or the caller's own.
 ///
-/// One workspace serves any number of runs in stream order; runs that may overlap need one each.
+/// One workspace serves all runs of one [`PlanBuffers`], and any number of runs in stream order; runs that may overlap need one
+/// each.
 #[derive(Clone, Debug)]
 pub struct Workspace {
     span: DeviceSpan,

@@ -28,6 +28,7 @@ pub(crate) enum DriverCall {
     MemcpyHtoD,
     MemcpyHtoDAsync,
     MemsetD8,
+    MemsetD8Async,
     ModuleGetFunction,
     ModuleLoad,
     FuncSetAttribute,

@@ -72,9 +72,14 @@ impl DeviceBuffer {
             // SAFETY: the context is current; the size is not 0. The memory is cleared below before anyone can read it.
             attempt_for(DriverCall::MemAlloc, || format!("{bytes} bytes"), || unsafe { result::malloc_sync(bytes) })?
         };
-        let mut buffer = Self { memory: Arc::new(Allocation { device, address, bytes }) };
-        buffer.fill(0)?;
-        Ok(buffer)
+        let memory = Arc::new(Allocation { device, address, bytes });
+        // On a stream of its own: nothing else uses the memory yet, and waiting for the device would spoil others' captures.
+        let stream = Stream::create(device)?;
+        let current = stream.enter(device)?;
+        // SAFETY: the range is this allocation, which lives until the stream has been waited for.
+        attempt(DriverCall::MemsetD8Async, || unsafe { result::memset_d8_async(address, 0, bytes, current.raw()) })?;
+        stream.synchronize()?;
+        Ok(Self { memory })
     }
 
     /// Allocates room for `values` and copies them there.
@@ -82,8 +87,15 @@ impl DeviceBuffer {
     /// # Errors
     /// As [`Self::zeroed`]; also when the copy fails.
     pub fn from_slice<T: NoUninit>(device: &CudaDevice, values: &[T]) -> Result<Self> {
-        let mut buffer = Self::zeroed(device, size_of_val(values))?;
-        buffer.write(0, values)?;
+        let buffer = Self::zeroed(device, size_of_val(values))?;
+        let stream = Stream::create(*device)?;
+        let current = stream.enter(*device)?;
+        let bytes = bytemuck::cast_slice::<T, u8>(values);
+        // SAFETY: the range is the whole allocation or nothing; both sides live until the stream has been waited for.
+        attempt(DriverCall::MemcpyHtoDAsync, || unsafe {
+            result::memcpy_htod_async(buffer.memory.address, bytes, current.raw())
+        })?;
+        stream.synchronize()?;
         Ok(buffer)
     }
 
@@ -217,11 +229,6 @@ impl StagingRing {
         slot.copied.record(stream).inspect_err(|_| {
             let _ = stream.synchronize();
         })
-    }
-
-    /// The event behind the last copy.
-    pub(crate) fn last_copied(&self) -> &Event {
-        &self.slots[1 - self.next].copied
     }
 }
 

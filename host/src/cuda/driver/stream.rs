@@ -1,7 +1,7 @@
 //! Streams: our own, another library's, the default one.
 
 use super::call::{DriverCall, attempt};
-use super::context::make_current;
+use super::context::{WhileOthersCapture, make_current};
 use crate::cuda::CudaDevice;
 use crate::{Error, Result};
 use cudarc::driver::{CudaStream, result, sys};
@@ -96,6 +96,7 @@ impl Stream {
     /// An enqueued operation failed, or the stream is captured.
     pub fn synchronize(&self) -> Result<()> {
         let current = self.enter(self.device)?;
+        let _allowed = WhileOthersCapture::enter()?;
         // SAFETY: the stream is alive: owned, or vouched for by the caller.
         attempt(DriverCall::StreamSynchronize, || unsafe { result::stream::synchronize(current.raw()) })
     }
