@@ -51,7 +51,7 @@ mod tests {
     fn a_device_has_its_own_rates() {
         let us = |device: &str| DeviceRates::of(device).expect(device).reached.time_us(4.6e6, 1.0);
         assert_eq!(us("NVIDIA H200"), 1.0);
-        assert_eq!(us("NVIDIA H100 80GB HBM3"), 4.6 / 3.12);
+        assert_eq!(us("NVIDIA H100 80GB HBM3"), 4.6e6 / 3.12e6);
         assert_eq!(DeviceRates::of("NVIDIA H200").expect("known").reached.time_us(0.0, 1300e6), 2.0);
         for unknown in ["CPU (a model)", "NVIDIA L40S", "NVIDIA A100-SXM4-80GB", ""] {
             assert_eq!(DeviceRates::of(unknown), None, "{unknown}");

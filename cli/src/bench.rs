@@ -20,12 +20,14 @@ hundred calls behind it; on the CPU executor, several calls of milliseconds to s
 --quick takes a part of it, --time-limit bounds it."
     )]
     Kernels(Box<kernels::Args>),
-    /// Compare result files, in milliseconds; status 1 where a configuration has become slower by more than the noise.
+    /// Compare result files; status 1 where a configuration has become slower by more than the noise.
+    #[command(after_help = "Takes: milliseconds.")]
     Compare(compare::Args),
     /// Write the batches that `kernels` measures, for bench/peers and other programs.
     #[command(after_help = "Takes: seconds for all suites.")]
     Export(export::Args),
     /// Set pat-rs against the other methods of a result file.
+    #[command(after_help = "Takes: milliseconds.")]
     Peers(peers::Args),
 }
 

@@ -321,6 +321,7 @@ pub(crate) fn option_of(error: &anyhow::Error) -> Option<&'static str> {
         }
         match cause.downcast_ref()? {
             TraceError::Cut { argument, .. } => option_named(argument),
+            TraceError::Request { .. } => option_named("block_tokens"),
             _ => None,
         }
     })
