@@ -15,6 +15,7 @@ mod plan;
 mod plot;
 mod render;
 mod run;
+mod workload;
 
 use clap::{Parser, Subcommand};
 use output::OutputError;
@@ -47,6 +48,9 @@ drawing the pool and computing the batch take (the first example: under a second
     /// Measure suites of batches; compare measurements.
     #[command(subcommand)]
     Bench(bench::Command),
+    /// Make request workloads for `bench serve`.
+    #[command(subcommand)]
+    Workload(workload::Command),
     /// Draw pictures of measurements.
     #[command(subcommand)]
     Plot(plot::Command),
@@ -86,6 +90,7 @@ fn main() -> ExitCode {
         Command::Run(args) => run::run(&args),
         Command::Plan(args) => plan::run(&args),
         Command::Bench(command) => bench::run(&command),
+        Command::Workload(command) => workload::run(&command),
         Command::Plot(command) => plot::run(&command),
         Command::Calibrate(args) => calibrate::run(&args),
         Command::Doctor => doctor::run(),
