@@ -56,9 +56,15 @@ pub(crate) struct Source {
 /// How a trace is to be read.
 #[derive(clap::Args, Clone, Copy, Debug)]
 pub(crate) struct TraceBlock {
-    /// With --trace: tokens that one of its hash ids stands for.
-    #[arg(long, default_value_t = MOONCAKE_BLOCK_TOKENS, value_name = "TOKENS", requires = "trace", allow_negative_numbers = true)]
-    pub(crate) trace_block: u32,
+    /// With --trace: tokens that one of its hash ids stands for [default: 512].
+    #[arg(long, value_name = "TOKENS", requires = "trace", allow_negative_numbers = true)]
+    trace_block: Option<u32>,
+}
+
+impl TraceBlock {
+    pub(crate) fn tokens(self) -> u32 {
+        self.trace_block.unwrap_or(MOONCAKE_BLOCK_TOKENS)
+    }
 }
 
 /// Page size of trees and traces where none is given.
@@ -81,10 +87,15 @@ impl Source {
     pub(crate) fn load(&self) -> Result<Loaded> {
         let page_size = self.page_size.unwrap_or(DEFAULT_PAGE_SIZE);
         let model = ModelParts::default();
+        // Not found by the parser where --tree rules --trace out.
+        if self.block.trace_block.is_some() && self.trace.is_none() {
+            bail!("--trace-block: goes with --trace");
+        }
         match (&self.tree, &self.trace, &self.batch) {
             (Some(tree), None, None) => {
                 let spec = TreeSpec::from_str(tree).context("--tree")?;
-                Ok(Loaded { name: tree.clone(), batch: spec.batch(page_size, Some(1)).context("--tree")?, model })
+                let option = if page_size == 0 { "--page-size 0 with --tree" } else { "--tree" };
+                Ok(Loaded { name: tree.clone(), batch: spec.batch(page_size, Some(1)).context(option)?, model })
             }
             (None, Some(file), batch) => {
                 let (batch, batch_size) = self
@@ -126,9 +137,8 @@ impl Source {
                 .parse()
                 .with_context(|| format!("--batch: got {text:?}, expected the number of sequences (with --trace)"))?,
         };
-        let TraceBlock { trace_block: block_tokens } = self.block;
         let (first_request, step) = (self.first_request, self.at_step);
-        let cut = TraceCut { first_request, batch_size, step, page_size, block_tokens };
+        let cut = TraceCut { first_request, batch_size, step, page_size, block_tokens: self.block.tokens() };
         Ok((cut.batch(open()?)?, batch_size))
     }
 }

@@ -282,7 +282,7 @@ fn batches_without_tokens_are_legal() {
         let batch = file(&folder, "batch.json", batch);
         let report = json(&["run", "--batch", text(&batch), "--device", "cpu", "--json"]);
         assert_eq!(report["numerics"]["passed"], true, "{name}: {report}");
-        stdout(&["plan", "--batch", text(&batch), "--svg", text(&folder.path().join("empty.svg"))]);
+        stdout(&["plan", "--batch", text(&batch), "--svg", text(&folder.path().join(format!("{name}.svg")))]);
     }
 }
 

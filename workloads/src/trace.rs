@@ -42,6 +42,9 @@ pub enum TraceError {
         /// The system's message.
         source: std::io::Error,
     },
+    /// The file is compressed.
+    #[error("the trace is compressed by gzip, expected JSON lines: gunzip it first")]
+    Gzip,
     /// A line is not a request.
     #[error("trace line {line}: {source} (expected {{\"input_length\", \"output_length\", \"hash_ids\"}})")]
     Line {
@@ -92,8 +95,9 @@ fn tokens<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
 /// Number of requests of a trace, which are not looked at.
 ///
 /// # Errors
-/// [`TraceError::Io`].
-pub fn count_requests(trace: impl BufRead) -> Result<usize, TraceError> {
+/// [`TraceError::Io`] and [`TraceError::Gzip`].
+pub fn count_requests(mut trace: impl BufRead) -> Result<usize, TraceError> {
+    refuse_gzip(&mut trace)?;
     let mut requests = 0;
     for (index, text) in trace.lines().enumerate() {
         let text = text.map_err(|source| TraceError::Io { line: index + 1, source })?;
@@ -102,17 +106,23 @@ pub fn count_requests(trace: impl BufRead) -> Result<usize, TraceError> {
     Ok(requests)
 }
 
+fn refuse_gzip(trace: &mut impl BufRead) -> Result<(), TraceError> {
+    let begin = trace.fill_buf().map_err(|source| TraceError::Io { line: 1, source })?;
+    if begin.starts_with(&[0x1f, 0x8b]) { Err(TraceError::Gzip) } else { Ok(()) }
+}
+
 impl TraceCut {
     /// Reads the trace as far as the cut needs it, line by line.
     ///
     /// # Errors
     /// See [`TraceError`].
-    pub fn batch(&self, trace: impl BufRead) -> Result<OwnedBatch, TraceError> {
+    pub fn batch(&self, mut trace: impl BufRead) -> Result<OwnedBatch, TraceError> {
         let counts = [("page_size", self.page_size), ("block_tokens", self.block_tokens)];
         for (argument, got) in counts.map(|(name, value)| (name, u64::from(value))) {
             self.require(argument, got)?;
         }
         self.require("batch_size", self.batch_size as u64)?;
+        refuse_gzip(&mut trace)?;
         let mut pool =
             Pool { page_size: self.page_size, block_tokens: self.block_tokens, next_page: 0, pages: HashMap::new() };
         let mut batch =

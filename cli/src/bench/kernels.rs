@@ -137,13 +137,9 @@ impl Run<'_> {
         for (number, &(configuration, shape)) in (1..).zip(planned) {
             bar.set_message(configuration.label());
             let (target, options, repeats) = (Arc::clone(&self.target), self.options.clone(), self.repeats);
-            let configuration = configuration.clone();
-            let label = configuration.label();
-            let measured = within(self.end, move || {
-                let name = (configuration.suite, configuration.name.as_str());
-                let batch = configuration.batch()?;
-                Ok::<_, anyhow::Error>(target.measure(name, &batch, shape, &options, repeats)?)
-            });
+            let batch = configuration.batch()?;
+            let (suite, name) = (configuration.suite, configuration.name.clone());
+            let measured = within(self.end, move || target.measure((suite, &name), &batch, shape, &options, repeats));
             let Some(measured) = measured else {
                 let advice = if self.output.path.is_some() { ": --resume continues" } else { "" };
                 bar.suspend(|| output::print(format_args!("time limit reached{advice}")))?;
@@ -157,7 +153,7 @@ impl Run<'_> {
                 }
                 // A batch that is too large for this machine does not keep the others from being measured.
                 Err(error) => {
-                    bar.suspend(|| output::note(format!("{label}: not measured: {error:#}")));
+                    bar.suspend(|| output::note(format!("{}: not measured: {error}", configuration.label())));
                     failures += 1;
                 }
             }

@@ -120,12 +120,12 @@ impl Selection {
     }
 
     fn of_trace(&self) -> Result<Vec<Configuration>> {
-        let TraceBlock { trace_block } = self.block;
+        let block_tokens = self.block.tokens();
         let Some(file) = &self.trace else {
-            return Ok(suites::trace(Path::new(""), trace_block, usize::MAX));
+            return Ok(suites::trace(Path::new(""), block_tokens, usize::MAX));
         };
         let requests = suites::trace_requests(file).context("--trace")?;
-        let configurations = suites::trace(file, trace_block, requests);
+        let configurations = suites::trace(file, block_tokens, requests);
         if configurations.is_empty() {
             bail!("--trace: {} has no requests", file.display());
         }
