@@ -8,7 +8,7 @@ use pat_bench::sample::oracle;
 use pat_bench::suites::{figure10, realistic};
 use pat_rs::cuda::CudaEngine;
 use pat_rs::cuda::bench_support::L2Flush;
-use pat_rs::{Dtype, PlanOptions, Planner};
+use pat_rs::{PlanOptions, Planner};
 use std::time::Duration;
 
 const CASES: [&str; 7] = [
