@@ -7,7 +7,7 @@ use pat_bench::measure::batch_flop;
 use pat_bench::sample::oracle;
 use pat_bench::suites::{figure10, realistic};
 use pat_rs::plan::PlanMode;
-use pat_rs::{DeviceProfile, Dtype, PlanOptions, Planner};
+use pat_rs::{DeviceProfile, PlanOptions, Planner};
 use std::time::Duration;
 
 /// Small: one call takes milliseconds.

@@ -19,7 +19,7 @@ const BOTTOM: f64 = 56.0;
 const LEAST_ROW_HEIGHT: f64 = 3.0;
 
 /// Boundaries of row tiles that are closer are marked at the edge only, since lines across would hide the bars.
-const LEAST_TILE_HEIGHT: f64 = 4.0;
+const LEAST_TILE_HEIGHT: f64 = 12.0;
 
 /// The reader's page decides on the colours of everything but the bars, which are readable on both.
 const STYLE: &str = "<style>\
