@@ -258,16 +258,24 @@ fn hold_scores(s: &mut [f32; 32]) {
     }
 }
 
+/// How warpgroups divide the registers of a CTA.
+pub trait RegisterSplit {
+    /// Registers per thread of producers.
+    const PRODUCERS: u32;
+    /// Registers per thread of consumers.
+    const CONSUMERS: u32;
+}
+
 /// `setmaxnreg.dec`: gives registers of a warpgroup back; `setmaxnreg.inc` (below) takes them. Convergent.
 #[inline(always)]
-pub fn shrink_registers<const PER_THREAD: u32>() {
+pub fn shrink_registers<S: RegisterSplit>() {
     // SAFETY: has no precondition beyond whole-warpgroup execution.
-    unsafe { asm!("setmaxnreg.dec.sync.aligned.u32 {0};", const PER_THREAD, options(nostack, preserves_flags)) };
+    unsafe { asm!("setmaxnreg.dec.sync.aligned.u32 {0};", const S::PRODUCERS, options(nostack, preserves_flags)) };
 }
 
 /// `setmaxnreg.inc`. Convergent.
 #[inline(always)]
-pub fn grow_registers<const PER_THREAD: u32>() {
+pub fn grow_registers<S: RegisterSplit>() {
     // SAFETY: has no precondition beyond whole-warpgroup execution.
-    unsafe { asm!("setmaxnreg.inc.sync.aligned.u32 {0};", const PER_THREAD, options(nostack, preserves_flags)) };
+    unsafe { asm!("setmaxnreg.inc.sync.aligned.u32 {0};", const S::CONSUMERS, options(nostack, preserves_flags)) };
 }
