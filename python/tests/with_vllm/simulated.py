@@ -5,6 +5,7 @@ Block tables, their edits, the preparation of metadata, builders and layers are 
 
 import dataclasses
 import random
+from inspect import signature
 from types import SimpleNamespace
 
 import numpy as np
@@ -51,7 +52,9 @@ def make_tables(monkeypatch, requests: int, width: int) -> BlockTables:
 
     monkeypatch.setattr(block_table, "StagedWriteTensor", DeviceTable)
     monkeypatch.setattr(block_table, "UvaBackedTensor", Counts)
-    tables = BlockTables([BLOCK], requests, 4096, [width], torch.device("cpu"))
+    # vLLM 0.26 asks for the kernels' block sizes too.
+    kernel_blocks = {"kernel_block_sizes": [BLOCK]} if "kernel_block_sizes" in signature(BlockTables).parameters else {}
+    tables = BlockTables([BLOCK], requests, 4096, [width], torch.device("cpu"), **kernel_blocks)
 
     class Gather:
         def __getitem__(self, grid):

@@ -5,7 +5,8 @@
 
 Tasks, run in order:
   tokens:PROMPTSxSHARED+OWN:OUT[:BATCH]   greedy tokens with their log-probs; BATCH prompts at a time (default: all)
-  churn:OUT                               200 requests with 4 system prompts: joins, leaves, aborts, preemption, chunked prefill
+  churn:OUT:SCHEDULE                      200 requests with 4 system prompts: joins, leaves, aborts, preemption, chunked prefill;
+                                          SCHEDULE seeds when they arrive and are aborted
   time:PROMPTSxSHARED+OWN:OUT             median time of the steps in which every prompt yields a token
   profile:PROMPTSxSHARED+OWN              kernels and idle time of a few such steps
 """
@@ -82,7 +83,7 @@ def make_engine(a, c):
         more["decode_context_parallel_size"] = a.dcp
     return LLM(
         model=folder, skip_tokenizer_init=True, load_format="dummy", dtype="bfloat16", seed=0, enable_prefix_caching=True,
-        max_model_len=4096, max_num_seqs=a.seqs, max_num_batched_tokens=a.tokens, gpu_memory_utilization=0.85,
+        max_model_len=4096, max_num_seqs=a.seqs, max_num_batched_tokens=a.tokens, gpu_memory_utilization=0.2 if a.shape == "small" else 0.85,
         attention_config={"backend": a.backend}, disable_log_stats=True, **more,
     ).llm_engine  # fmt: skip
 
@@ -161,13 +162,15 @@ def tokens(engine, vocab, text):
 
 
 def churn(engine, vocab, text):
-    """Requests arrive, finish, are aborted and preempted; the schedule is the same for every backend."""
+    """Requests arrive, finish, are aborted and preempted, the same way for every backend."""
+    out, schedule = map(int, text.split(":"))
     r = random.Random("churn")
     systems = [[r.randrange(10, vocab) for _ in range(n)] for n in (1500, 700, 333, 64)]
     requests, waiting, aborted = Requests(engine, 2), [], set()
     for i in range(200):
         own = [r.randrange(10, vocab) for _ in range(r.choice([3, 17, 90, 400, 1200]))]
-        waiting.append(("churn-%d" % i, r.choice(systems) + own, r.randint(2, 2 * int(text))))
+        waiting.append(("churn-%d" % i, r.choice(systems) + own, r.randint(2, 2 * out)))
+    r = random.Random(schedule)
     step = 0
     while waiting or engine.has_unfinished_requests():
         for _ in range(r.choice([0, 0, 1, 2, 5])):

@@ -35,15 +35,11 @@ class World:
     """Two layers, their caches, the block tables and a builder."""
 
     def __init__(self, monkeypatch, model_folder, seed=0, pages=400, **layer):
-        self.config = VllmConfig(
-            model_config=ModelConfig(model=model_folder, skip_tokenizer_init=True, dtype="bfloat16", enforce_eager=True),
-            cache_config=CacheConfig(block_size=simulated.BLOCK),
-            scheduler_config=SchedulerConfig(
-                max_num_seqs=ROWS, max_model_len=1024, max_num_batched_tokens=4096, is_encoder_decoder=False
-            ),
-            device_config=DeviceConfig("cpu"),
-            attention_config=AttentionConfig(backend="CUSTOM"),
-        )
+        with monkeypatch.context() as context:
+            # On a machine without Triton the configuration refuses runner V2.
+            context.setattr(VllmConfig, "use_v2_model_runner", False)
+            self.config = self._config(model_folder)
+
         for name, value in layer.pop("config", {}).items():
             owner, attribute = name.split(".")
             monkeypatch.setattr(getattr(self.config, owner) if owner != "self" else self.config, attribute, value)
@@ -65,6 +61,18 @@ class World:
         self.tables = simulated.make_tables(monkeypatch, ROWS, 64)
         self.engine = simulated.Engine(self.tables, seed, pages, longest=900)
         self.pool = torch.randn(2, pages * simulated.BLOCK, 2, 64).to(torch.bfloat16)
+
+    @staticmethod
+    def _config(model_folder):
+        return VllmConfig(
+            model_config=ModelConfig(model=model_folder, skip_tokenizer_init=True, dtype="bfloat16", enforce_eager=True),
+            cache_config=CacheConfig(block_size=simulated.BLOCK),
+            scheduler_config=SchedulerConfig(
+                max_num_seqs=ROWS, max_model_len=1024, max_num_batched_tokens=4096, is_encoder_decoder=False
+            ),
+            device_config=DeviceConfig("cpu"),
+            attention_config=AttentionConfig(backend="CUSTOM"),
+        )
 
     def values(self, request, begin, count):
         """K and V of a request's tokens: a function of block and place, as what shares a block wrote the same there."""

@@ -29,6 +29,7 @@ def initialize(module, *_, **__):
         if parameter.dim() == 1:
             parameter.fill_(2.0 if "q_norm" in name or "k_norm" in name else 1.0)
         else:
-            gain = 1.0 if "embed" in name else 1.5 if "lm_head" in name else 1.0
+            # Without norms of queries and keys (Llama) the projections make them as large.
+            gain = 2.0 if "qkv_proj" in name else 1.5 if "lm_head" in name else 1.0
             fan_in = 1 if "embed" in name else parameter.shape[-1]
             parameter.normal_(0.0, gain * fan_in**-0.5, generator=generator)

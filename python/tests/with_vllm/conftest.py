@@ -4,26 +4,26 @@ What needs a GPU in vLLM is stood in for: the three FlashAttention kernels by to
 has vLLM runs this folder by name, so that it cannot be skipped unseen.
 """
 
-import os
+import json
+import logging
 
-os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"  # its default on CUDA
-
-import pytest  # noqa: E402
-import stock  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import stock
+import torch
+from vllm.config import VllmConfig
 
 
 @pytest.fixture(autouse=True)
 def stock_kernels(monkeypatch):
-    """FlashAttention's kernels in torch; yields the calls of the attention kernel, as (rows, longest query)."""
+    """FlashAttention's kernels in torch; gives the calls of the attention kernel, as (rows, longest query)."""
+    # Its default on CUDA; without Triton it cannot be asked for.
+    monkeypatch.setattr(VllmConfig, "use_v2_model_runner", True)
     return stock.install(monkeypatch)
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     """A Qwen3-shaped config.json."""
-    import json
-
     folder = tmp_path_factory.mktemp("model")
     config = {
         "architectures": ["Qwen3ForCausalLM"],
@@ -51,8 +51,6 @@ def seeded():
 @pytest.fixture
 def caplog_vllm(monkeypatch):
     """Lines that the plug-in logs."""
-    import logging
-
     lines = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
