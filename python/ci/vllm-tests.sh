@@ -15,4 +15,4 @@ trap 'rm -rf "$wheels"' EXIT
 "$venv/bin/maturin" build --quiet --locked --profile dev --out "$wheels"
 "$venv/bin/pip" install --quiet --no-deps --force-reinstall "$wheels"/prefix_attn-*.whl
 # By name: what was not collected has not passed.
-"$venv/bin/python" -m pytest -p no:cacheprovider tests/with_vllm
+"$venv/bin/pytest" -p no:cacheprovider tests/with_vllm
