@@ -2,6 +2,7 @@
 //! peers, the calibration of the cost model; and serving.
 
 pub mod calibrate;
+pub mod ceiling;
 pub mod compare;
 pub mod cpu;
 pub mod device;

@@ -3,29 +3,35 @@
 mod kernels;
 mod serve;
 
+use crate::output;
 use anyhow::{Context, Result, bail};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use pat_bench::plot::{Format, PlotError, Theme};
-use std::path::{Path, PathBuf};
+use pat_workloads::{Existing, whole_file};
+use std::path::PathBuf;
 
 #[derive(clap::Subcommand)]
 pub(crate) enum Command {
     /// Figure 10 as bars, time against the reachable time, speed-up against sharing, time of planning.
     #[command(after_help = "Examples:
   pat plot kernels bench/results/2026-11-24-h200-eb98a1f.json --with bench/results/peers-h200-recorded.json --output pictures
-  pat plot kernels result.json --format png --theme light --baseline ceiling")]
+  pat plot kernels result.json --format png --theme light --baseline ceiling
+
+Takes: under a second for each picture.")]
     Kernels(kernels::Kernels),
     /// Latency against the rate, capacity, what a decode step's time is spent on.
     #[command(after_help = "Examples:
   pat plot serve serve.jsonl --output pictures
-  pat plot serve e2e_perf.jsonl --format png --picture latency")]
+  pat plot serve e2e_perf.jsonl --format png --picture latency
+
+Takes: under a second for each picture.")]
     Serve(serve::Serve),
 }
 
 /// Where pictures go, and how they look.
 #[derive(clap::Args)]
 struct Pages {
-    /// Folder to write PICTURE-THEME.FORMAT into, the command's name before it; made if it is not there.
+    /// Folder to write COMMAND-PICTURE-THEME.FORMAT into; made if it is not there.
     #[arg(long, default_value = ".", value_name = "DIR")]
     output: PathBuf,
     /// File formats.
@@ -51,13 +57,13 @@ fn named<T: Copy + Send + Sync + 'static>(
 }
 
 impl Pages {
-    /// Draws `asked` of `all` pictures in each theme and format. What nobody asked for by name may be left out.
-    fn draw<P: Copy>(
+    /// Writes `asked` of `all` pictures of `source` in each theme and format. What nobody asked for by name may be left out.
+    fn write<P: Copy>(
         &self,
-        command: &str,
+        (command, source): (&str, &str),
         (asked, all): (&[P], &[P]),
         name: fn(P) -> &'static str,
-        draw: impl Fn(P, Theme, Format, &Path) -> Result<(), PlotError>,
+        draw: impl Fn(P, Theme, Format) -> Result<Vec<u8>, PlotError>,
     ) -> Result<()> {
         let mut files = Vec::new();
         for &picture in if asked.is_empty() { all } else { asked } {
@@ -68,26 +74,32 @@ impl Pages {
                 }
             }
         }
-        if let Some((.., file)) = files.iter().find(|(.., file)| !self.force && file.exists()) {
-            bail!("{} exists: --force overwrites it", file.display());
-        }
+        let existing = Existing::replaced_if(self.force);
         std::fs::create_dir_all(&self.output).with_context(|| format!("--output {}", self.output.display()))?;
-        let mut drawn = 0;
+        for (.., file) in &files {
+            whole_file::check(file, existing).context("--output")?;
+        }
+        let (mut staged, mut left_out) = (Vec::new(), Vec::new());
         for (picture, theme, format, file) in files {
-            match draw(picture, theme, format, &file) {
-                Ok(()) => {
-                    println!("{}", file.display());
-                    drawn += 1;
+            match draw(picture, theme, format) {
+                Ok(contents) => {
+                    let picture = whole_file::stage(&file, &contents, existing).context("--output")?;
+                    staged.push((file, picture));
                 }
                 // Not every file has what every picture shows.
-                Err(PlotError::Empty(reason)) if asked.is_empty() => {
-                    println!("{}: left out: {reason}", file.display());
-                }
+                Err(PlotError::Empty(reason)) if asked.is_empty() => left_out.push((file, reason)),
                 Err(error) => return Err(error.into()),
             }
         }
-        if drawn == 0 {
-            bail!("the files have nothing to draw");
+        if let (true, Some((_, reason))) = (staged.is_empty(), left_out.first()) {
+            bail!("{source} has nothing to draw: {reason}");
+        }
+        for (file, picture) in staged {
+            picture.commit().context("--output")?;
+            output::print(file.display())?;
+        }
+        for (file, reason) in left_out {
+            output::print(format_args!("{}: left out: {reason}", file.display()))?;
         }
         Ok(())
     }

@@ -7,8 +7,7 @@ pub(super) mod steps;
 
 pub use data::{Capacity, Panel, Run, ServeFigures, capacity};
 
-use super::{Format, PlotError, Scene, Theme, write};
-use std::path::Path;
+use super::{Format, PlotError, Scene, Theme, encode};
 
 /// A picture of the serving benchmark.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,21 +34,15 @@ impl ServePicture {
     }
 }
 
-/// Draws a picture into a file, replacing it.
+/// Draws a picture: the contents of a file of the format asked for.
 ///
 /// # Errors
-/// See [`PlotError`]; of [`PlotError::Empty`] nothing is written.
-pub fn draw(
-    picture: ServePicture,
-    figures: &ServeFigures,
-    theme: Theme,
-    format: Format,
-    file: &Path,
-) -> Result<(), PlotError> {
+/// See [`PlotError`].
+pub fn draw(picture: ServePicture, figures: &ServeFigures, theme: Theme, format: Format) -> Result<Vec<u8>, PlotError> {
     let scene = match picture {
         ServePicture::Latency => Scene::Latency(latency::Latency::new(figures)?),
         ServePicture::Capacity => Scene::Capacity(capacity::Bars::new(figures)?),
         ServePicture::Steps => Scene::Steps(steps::Steps::new(figures)?),
     };
-    write(&scene, theme, format, file)
+    encode(&scene, theme, format)
 }

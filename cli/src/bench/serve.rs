@@ -1,6 +1,6 @@
 //! `pat bench serve`: the serving benchmark over HTTP.
 
-use crate::workload;
+use crate::{output, workload};
 use anyhow::{Context, Result, bail};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use pat_bench::serve::{
@@ -19,7 +19,9 @@ const FIRST_PORT: u16 = 9000;
 #[command(after_help = "Examples:
   pat bench serve --url http://127.0.0.1:8000 --workload conversation.jsonl --rates 4,8,12 --output serve.jsonl
   pat bench serve --server-cmd 'vllm serve MODEL --port {port} --attention-backend {backend}' --backend FLASH_ATTN,CUSTOM \\
-    --gpus all --workload conversation.jsonl,toolagent.jsonl --sweep --output serve.jsonl")]
+    --gpus all --workload conversation.jsonl,toolagent.jsonl --sweep --output serve.jsonl
+
+Takes: about a minute for each rate, and the start of the server for each backend.")]
 pub(crate) struct Args {
     /// Workload files of `pat workload make`.
     #[arg(long, required = true, value_delimiter = ',', value_name = "FILE,...")]
@@ -107,7 +109,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     let total = sweep.jobs.len();
     let known = sweep.drop_known(&former);
     if known > 0 {
-        println!("{known} of {total} runs are in {} already", args.output.display());
+        output::print(format_args!("{known} of {total} runs are in {} already", args.output.display()))?;
     }
     if !args.resume {
         // Before anything is started: a place that cannot be written to costs nothing then.
@@ -118,7 +120,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         let connect = serve::Endpoint::connect(url, sweep.model.as_deref(), sweep.patience);
         runtime.block_on(connect).context("--url")?;
     }
-    println!("{}", header());
+    output::print(header())?;
     let report = Report::new(args, sweep.jobs.len() as u64);
     let interrupted = runtime.block_on(async {
         tokio::select! {
@@ -134,7 +136,10 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         bail!("interrupted: {made} of {} runs were made, --resume goes on with the others", sweep.jobs.len());
     }
     if failed > 0 {
-        println!("{failed} of {made} runs have failures, marked as such in {}", args.output.display());
+        output::print(format_args!(
+            "{failed} of {made} runs have failures, marked as such in {}",
+            args.output.display()
+        ))?;
     }
     Ok(failed == 0)
 }
@@ -267,7 +272,8 @@ impl<'a> Report<'a> {
                 if let Err(error) = serve::append(&self.args.output, record) {
                     state.ended.unwritten.get_or_insert(anyhow::Error::new(error).context("--output"));
                 }
-                self.bars.suspend(|| println!("{}", row(record)));
+                // A terminal that has gone ends nothing: the records are in the file.
+                let _ = self.bars.suspend(|| output::print(row(record)));
                 self.total.inc(1);
             }
         }

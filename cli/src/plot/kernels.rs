@@ -33,9 +33,10 @@ impl Kernels {
         if !self.methods.is_empty() {
             figures.keep_methods(&self.methods).context("--methods")?;
         }
-        self.pages.draw("kernels", (&self.picture, &Picture::ALL), Picture::name, |picture, theme, format, file| {
-            let options = Options { theme, format, baseline: self.baseline.clone() };
-            plot::draw(picture, &figures, &options, file)
+        let source = self.result.display().to_string();
+        let pictures = (&self.picture[..], &Picture::ALL[..]);
+        self.pages.write(("kernels", &source), pictures, Picture::name, |picture, theme, format| {
+            plot::draw(picture, &figures, &Options { theme, format, baseline: self.baseline.clone() })
         })
     }
 }

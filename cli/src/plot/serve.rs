@@ -21,9 +21,10 @@ pub(crate) struct Serve {
 impl Serve {
     pub(super) fn run(&self) -> Result<()> {
         let figures = ServeFigures::read(&self.records)?;
-        let all = &ServePicture::ALL;
-        self.pages.draw("serve", (&self.picture, all), ServePicture::name, |picture, theme, format, file| {
-            serve::draw(picture, &figures, theme, format, file)
+        let files: Vec<_> = self.records.iter().map(|file| file.display().to_string()).collect();
+        let pictures = (&self.picture[..], &ServePicture::ALL[..]);
+        self.pages.write(("serve", &files.join(" and ")), pictures, ServePicture::name, |picture, theme, format| {
+            serve::draw(picture, &figures, theme, format)
         })
     }
 }

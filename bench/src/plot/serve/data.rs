@@ -152,7 +152,7 @@ impl Run {
         }
     }
 
-    fn within(&self, limit: Limit) -> bool {
+    pub(super) fn within(&self, limit: Limit) -> bool {
         let met = |value: Option<f64>, most: f64| value.is_some_and(|value| value <= most);
         self.good && met(self.mean_ttft_ms, limit.ttft_ms) && met(self.mean_tpot_ms, limit.tpot_ms)
     }
@@ -165,10 +165,10 @@ pub fn capacity(runs: &[Run], limit: Limit) -> Option<Capacity> {
     };
     let over = &runs[beyond];
     let Some(last) = beyond.checked_sub(1).map(|index| &runs[index]) else { return Some(Capacity::Below(over.rate)) };
-    // Where each mean reaches its limit on the line between the two runs; a run with failures has no mean to draw a line to.
+    // Where the line of each mean, drawn on a logarithmic axis, reaches its limit; a run with failures has no mean to draw a line to.
     let crossing = |below: Option<f64>, above: Option<f64>, most: f64| match (below, above) {
         (Some(below), Some(above)) if over.good && above > most => {
-            last.rate + (over.rate - last.rate) * (most - below) / (above - below)
+            last.rate + (over.rate - last.rate) * (most / below).ln() / (above / below).ln()
         }
         _ => f64::INFINITY,
     };
@@ -194,10 +194,15 @@ mod tests {
     #[test]
     fn capacity_is_where_a_mean_reaches_its_limit() {
         let runs = [run(4.0, 100.0, 20.0), run(6.0, 200.0, 40.0), run(8.0, 600.0, 80.0), run(9.0, 5_000.0, 90.0)];
-        assert_eq!(capacity(&runs, LIMIT), Some(Capacity::Reached(6.5)), "40 to 80 ms, a quarter of the way");
-        let roomy = Limit { tpot_ms: 85.0, ..LIMIT };
-        let Some(Capacity::Reached(rate)) = capacity(&runs, roomy) else { panic!("reached") };
-        assert!((rate - (8.0 + 400.0 / 4_400.0)).abs() < 1e-12, "the time to the first token comes first: {rate}");
+        let reached = |limit| match capacity(&runs, limit) {
+            Some(Capacity::Reached(rate)) => rate,
+            other => panic!("{other:?}"),
+        };
+        let expected = 6.0 + 2.0 * 1.25f64.log2();
+        assert!((reached(LIMIT) - expected).abs() < 1e-12, "40 to 80 ms, 50 is log2(1.25) of the way");
+        let expected = 8.0 + (1.0f64 / 0.6).ln() / (5.0f64 / 0.6).ln();
+        let roomy = Limit { tpot_ms: 89.0, ..LIMIT };
+        assert!((reached(roomy) - expected).abs() < 1e-12, "the time to the first token comes first");
         assert_eq!(capacity(&runs[..2], LIMIT), Some(Capacity::AtLeast(6.0)));
         assert_eq!(capacity(&runs[2..], LIMIT), Some(Capacity::Below(8.0)));
         assert_eq!(capacity(&[], LIMIT), None);

@@ -77,15 +77,16 @@ impl<'a> Latency<'a> {
             for (index, row) in ROWS.iter().enumerate() {
                 let top = index as u32 * PANEL_HEIGHT;
                 let chart = charts.margin(top, 0, 0, 0).split_vertically(PANEL_HEIGHT).0;
-                draw_panel(&chart, theme, panel, row, index + 1 == ROWS.len())?;
+                draw_panel((area, &chart), theme, panel, row, index + 1 == ROWS.len())?;
             }
         }
         Ok(())
     }
 }
 
+/// Within `area`; `picture` is the whole one, whose pixels a chart's coordinates are.
 fn draw_panel<DB: DrawingBackend>(
-    area: &DrawingArea<DB, Shift>,
+    (picture, area): (&DrawingArea<DB, Shift>, &DrawingArea<DB, Shift>),
     theme: Theme,
     panel: &Panel,
     row: &Row,
@@ -134,7 +135,7 @@ fn draw_panel<DB: DrawingBackend>(
         let color = theme.series(index);
         chart.draw_series(LineSeries::new(points.iter().copied(), color.stroke_width(2)))?;
         for point in points {
-            marker(area, index, chart.backend_coord(point), 4, color)?;
+            marker(picture, index, chart.backend_coord(point), 4, color)?;
         }
     }
     Ok(())

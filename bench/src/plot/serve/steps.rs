@@ -4,7 +4,7 @@ use super::super::layout::{Header, MARGIN, Symbol};
 use super::super::theme::{Theme, font};
 use super::super::{Drawn, PlotError};
 use super::data::{Panel, Run, ServeFigures};
-use crate::serve::StepTime;
+use crate::serve::{LIMITS, StepTime};
 use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
@@ -36,7 +36,8 @@ impl Bar<'_> {
     }
 }
 
-/// The runs with a breakdown at the highest rate that all series of the panel have one at; each series' highest where there is none.
+/// The runs with a breakdown at the highest rate that all series of the panel serve within the tighter limit, or at least have a breakdown
+/// at; each series' highest where there is none.
 fn bars<'a>(panel: &'a Panel, series: &[String]) -> Vec<Bar<'a>> {
     let with: Vec<(usize, Vec<&Run>)> = panel
         .runs
@@ -45,10 +46,12 @@ fn bars<'a>(panel: &'a Panel, series: &[String]) -> Vec<Bar<'a>> {
         .enumerate()
         .filter(|(_, runs)| !runs.is_empty())
         .collect();
-    let rates = with.first().map(|(_, runs)| runs.as_slice()).unwrap_or_default().iter().map(|run| run.rate);
-    let in_all = |rate: &f64| with.iter().all(|(_, runs)| runs.iter().any(|run| run.rate == *rate));
-    let common =
-        rates.filter(in_all).fold(None, |most: Option<f64>, rate| Some(most.map_or(rate, |most| most.max(rate))));
+    let rates = || with.first().map(|(_, runs)| runs.as_slice()).unwrap_or_default().iter().map(|run| run.rate);
+    let common = |enough: &dyn Fn(&Run) -> bool| {
+        let in_all = |rate: &f64| with.iter().all(|(_, runs)| runs.iter().any(|run| run.rate == *rate && enough(run)));
+        rates().filter(in_all).fold(None, |most: Option<f64>, rate| Some(most.map_or(rate, |most| most.max(rate))))
+    };
+    let common = common(&|run| run.within(LIMITS[1])).or_else(|| common(&|_| true));
     let bar = |(index, runs): &(usize, Vec<&'a Run>)| {
         let run = runs.iter().rfind(|run| common.is_none_or(|rate| run.rate == rate))?;
         let step = run.step_time.as_ref()?;
