@@ -37,6 +37,7 @@ def parse(argv):
     add("--backend", default="FLASH_ATTN", help="vLLM's attention backend: FLASH_ATTN, TRITON_ATTN, CUSTOM (default FLASH_ATTN)")
     add("--model", default="qwen3-8b", choices=["qwen3-8b", "llama3-8b"], help="shape of the model (default qwen3-8b)")
     add("--layers", type=int, metavar="N", help="another number of layers, for trying out")
+    add("--tensor-parallel", type=int, default=1, metavar="N", help="GPUs that share the model (default 1)")
     add("--mode", default="graphs", choices=["graphs", "eager"], help="CUDA graphs of decode steps (default) or none")
     add("--admission", default="fcfs", metavar="fcfs|prefix-grouped:N",
         help="requests go to the engine as they come (default), or at most N at once and those of one prefix together")
@@ -65,6 +66,10 @@ def parse(argv):
     name, _, most = arguments.admission.partition(":")
     if not (arguments.admission == "fcfs" or name == "prefix-grouped" and most.isdecimal() and int(most) > 0):
         parser.error(f"--admission: got {arguments.admission!r}, expected fcfs or prefix-grouped:N")
+    for option in ("tensor_parallel", "layers"):
+        value = getattr(arguments, option)
+        if value is not None and value < 1:
+            parser.error(f"--{option.replace('_', '-')}: got {value}, expected at least 1")
     for option in ("warm_up", "measured", "patience", "tail"):
         if getattr(arguments, option) < 0 or option == "measured" and arguments.measured == 0:
             parser.error(f"--{option.replace('_', '-')}: got {getattr(arguments, option):g}, expected more")
@@ -87,7 +92,7 @@ def vllm_engine(arguments):
     from vllm_engine import SHAPES, VllmEngine
 
     engine = VllmEngine(arguments.model, arguments.backend, arguments.mode, max_model_len=arguments.max_model_len,
-                        layers=arguments.layers, memory=arguments.memory)
+                        layers=arguments.layers, tensor_parallel=arguments.tensor_parallel, memory=arguments.memory)
     engine.warm_up(min(100_000, SHAPES[arguments.model]["vocab_size"]))
     return engine
 
@@ -174,6 +179,8 @@ class Benchmark:
         """The record before the run."""
         a = self.arguments
         model = a.model if a.layers is None else f"{a.model}-{a.layers}-layers"
+        if a.tensor_parallel > 1:
+            model = f"{model} on {a.tensor_parallel} GPUs"
         return {"schema_version": records.SCHEMA_VERSION, "config": {
             "model": model, "max_model_len": str(a.max_model_len), "port": "", "gpu_id": os.environ.get("CUDA_VISIBLE_DEVICES", "0"),
             "ATTENTION_BACKEND": a.backend, "request_rate": f"{rate:g}", "trace": workload.name, "block_size": "16",

@@ -289,10 +289,14 @@ class Command(unittest.TestCase):
             (("--knee", "5:4"), "--knee: got '5:4', expected 3 positive numbers"),
             (("--rates", "1", "--admission", "prefix-grouped"), "--admission: got 'prefix-grouped'"),
             (("--rates", "1", "--measured", "0"), "--measured: got 0"),
+            (("--rates", "1", "--layers", "0"), "--layers: got 0, expected at least 1"),
+            (("--rates", "1", "--tensor-parallel", "0"), "--tensor-parallel: got 0"),
         ]:
-            with self.assertRaises(SystemExit) as raised:
-                self.command(*more)
+            text = io.StringIO()
+            with self.assertRaises(SystemExit) as raised, contextlib.redirect_stderr(text):
+                in_process.main(["--workload", self.file, "--output", self.output, *more], self.make_engine, self.time.clock)
             self.assertEqual(raised.exception.code, 2, part)
+            self.assertIn(part, text.getvalue())
         status, text = self.command("--rates", "1", "--max-model-len", "600")
         self.assertEqual(status, 2)
         self.assertIn("--max-model-len: got 600, expected at least 650", text)

@@ -57,8 +57,12 @@ def breakdown(profiler, wall_s, steps):
 class VllmEngine:
     """What `loop.run` drives."""
 
-    def __init__(self, shape, backend, mode, *, max_model_len, layers=None, max_sequences=1024, batched_tokens=8192, memory=0.9, block_size=16):
+    def __init__(self, shape, backend, mode, *, max_model_len, layers=None, tensor_parallel=1, max_sequences=1024, batched_tokens=8192,
+                 memory=0.9, block_size=16):
+        # The scheduler stays in this process, whatever number of workers there is: its steps are noted here.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+        self.tensor_parallel = tensor_parallel
         begin = time.perf_counter()
         from vllm import LLM, SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -73,6 +77,8 @@ class VllmEngine:
             options["compilation_config"] = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sizes}
         else:
             options["enforce_eager"] = True
+        if tensor_parallel > 1:
+            options["tensor_parallel_size"] = tensor_parallel
         self.engine = LLM(
             model=folder, skip_tokenizer_init=True, load_format="dummy", dtype="bfloat16", seed=0, block_size=block_size,
             enable_prefix_caching=True, enable_chunked_prefill=True, max_model_len=max_model_len, max_num_seqs=max_sequences,
@@ -112,7 +118,7 @@ class VllmEngine:
         return {
             "vllm": vllm.__version__, "torch": torch.__version__, "device": torch.cuda.get_device_name(),
             "attention": ", ".join(impl), "kv_tokens": vc.cache_config.num_gpu_blocks * vc.cache_config.block_size,
-            "async_scheduling": bool(vc.scheduler_config.async_scheduling), "cudagraph_mode": str(vc.compilation_config.cudagraph_mode),
+            "tensor_parallel": self.tensor_parallel, "async_scheduling": bool(vc.scheduler_config.async_scheduling), "cudagraph_mode": str(vc.compilation_config.cudagraph_mode),
             "max_num_seqs": vc.scheduler_config.max_num_seqs, "max_num_batched_tokens": vc.scheduler_config.max_num_batched_tokens,
         }
 
@@ -148,6 +154,8 @@ class VllmEngine:
 
     def profile(self, steps):
         """Mean milliseconds of `steps` decode steps of the present batch, by what the device did; none where the batch ends before."""
+        if self.tensor_parallel > 1:
+            return None  # the kernels run in other processes
         import torch
 
         self.settle()

@@ -349,3 +349,12 @@ fn files_of_records_may_be_pats_and_no_others() {
     }
     assert!(serve::read(&folder.path().join("none")).is_err());
 }
+
+#[test]
+fn the_documents_example_is_a_record() {
+    let document = include_str!("../../../docs/serving.md");
+    let example = document.lines().find(|line| line.starts_with("{\"schema_version\"")).expect("an example");
+    let record: Record = serde_json::from_str(example).expect("a record");
+    assert_eq!((record.schema_version, record.status), (Some(serve::SCHEMA_VERSION), Status::Success));
+    assert_eq!(record.goodput[0].requests_per_s, 8.0);
+}
