@@ -3,7 +3,6 @@
 //! for each distinct batch. Tensors are not in it: they come from the generator of `pat_abi::generator`.
 
 use crate::device::{SEED, softmax_scale};
-use crate::measure::dtype_name;
 use crate::sample::sample;
 use crate::suites::{Configuration, SuiteError};
 use pat_rs::AttentionShape;
@@ -114,7 +113,7 @@ pub fn write<'a>(
             nheads_q: shape.q_heads(),
             nheads_kv: shape.kv_heads(),
             head_dim: shape.head_dim(),
-            dtype: dtype_name(shape.dtype()),
+            dtype: shape.dtype().name(),
             softmax_scale: softmax_scale(shape),
             sample,
         });

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use pat_rs::cuda::{CudaEngine, check_embedded_ptx};
-use pat_rs::{AttentionShape, DecodeBatch, Dtype, PlanOptions, Planner, TileVariant};
+use pat_rs::{AttentionShape, DecodeBatch, Dtype, PlanOptions, Planner, Problem, TileVariant};
 use std::time::Instant;
 
 /// How a check ended. Only [`State::Fail`] makes the exit status 1: a machine without a GPU is a healthy one.
@@ -59,7 +59,7 @@ pub(crate) fn run() -> Result<bool> {
             );
             let profile = device.profile()?;
             line(State::Ok, "cost model", format!("profile {}", profile.name), None);
-            for variant in profile.variants(PAGE_SIZE) {
+            for variant in profile.variants(&problem()?) {
                 let begin = Instant::now();
                 match load(&engine, variant) {
                     Ok(()) => {
@@ -82,13 +82,16 @@ pub(crate) fn run() -> Result<bool> {
 /// Tokens per page of the plans that name the kernels to load; every tile variant can read such pages.
 const PAGE_SIZE: u32 = 32;
 
+fn problem() -> pat_rs::Result<Problem> {
+    Ok(Problem::new(AttentionShape::new(32, 8, 128, Dtype::F16)?, PAGE_SIZE))
+}
+
 /// Has the driver compile the kernels of a tile variant.
 fn load(engine: &CudaEngine, variant: TileVariant) -> pat_rs::Result<()> {
-    let shape = AttentionShape::new(32, 8, 128, Dtype::F16)?;
-    let options = PlanOptions { variants: Some(vec![variant]), ..PlanOptions::default() };
+    let options = PlanOptions::default().with_variants([variant]);
     let tables: [&[u32]; 1] = [&[0]];
     let batch = DecodeBatch::from_block_tables(&tables, &[PAGE_SIZE], PAGE_SIZE, 1)?;
-    let plan = Planner::new(shape, engine.device().profile()?, options)?.plan(&batch)?;
+    let plan = Planner::new(problem()?, engine.device().profile()?, options)?.plan(&batch)?;
     let stream = engine.device().new_stream()?;
     let buffers = engine.upload(&plan, &stream)?;
     stream.synchronize()?;

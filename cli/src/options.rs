@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, bail};
 use pat_rs::plan::PlanMode;
-use pat_rs::{AttentionShape, DeviceProfile, Dtype, PlanOptions, TileVariant};
+use pat_rs::{AttentionShape, DeviceProfile, Dtype, PlanOptions, Problem, TileVariant, supports};
 use pat_workloads::{OwnedBatch, TraceCut, TreeSpec, read_batch};
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
@@ -121,8 +121,15 @@ impl Shape {
         let (q, kv) = parse_heads(&self.heads)?;
         let Model { head_dim, dtype } = self.model;
         AttentionShape::new(q, kv, head_dim, dtype)
+            .and_then(supported)
             .with_context(|| format!("--heads {} --head-dim {head_dim}", self.heads))
     }
+}
+
+/// Refuses a shape that no kernel can compute, whatever the pages.
+pub(crate) fn supported(shape: AttentionShape) -> pat_rs::Result<AttentionShape> {
+    supports(&Problem::new(shape, 1), None, None)?;
+    Ok(shape)
 }
 
 /// `Q/KV`.
@@ -189,7 +196,8 @@ impl Planning {
                 known.with_context(|| format!("--variants: got {name:?}, expected some of {}", variant_names()))?,
             );
         }
-        Ok(PlanOptions { mode, variants: (!variants.is_empty()).then_some(variants) })
+        let options = PlanOptions::from(mode);
+        Ok(if variants.is_empty() { options } else { options.with_variants(variants) })
     }
 
     /// The profile that was asked for: a known device's, or that of a file.

@@ -9,7 +9,7 @@ use crate::run::engine;
 use anyhow::{Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use pat_bench::device::Repeats;
-use pat_bench::measure::{Target, batch_flop, dtype_name};
+use pat_bench::measure::{Target, batch_flop};
 use pat_bench::memory::pool_bytes;
 use pat_bench::result::{Method, RecordKey};
 use pat_bench::suites::Configuration;
@@ -181,7 +181,7 @@ fn key(configuration: &Configuration, shape: AttentionShape) -> RecordKey {
         nheads_q: shape.q_heads(),
         nheads_kv: shape.kv_heads(),
         head_dim: shape.head_dim(),
-        dtype: dtype_name(shape.dtype()).into(),
+        dtype: shape.dtype().name().into(),
     }
 }
 

@@ -1,6 +1,6 @@
 //! Which configurations to measure.
 
-use crate::options::{Model, parse_heads};
+use crate::options::{Model, parse_heads, supported};
 use anyhow::{Context, Result, bail};
 use pat_bench::suites::{self, Configuration, SUITES};
 use pat_rs::AttentionShape;
@@ -33,6 +33,7 @@ pub(super) fn shape(configuration: &Configuration, model: Model) -> Result<Atten
     let Model { head_dim, dtype } = model;
     configuration
         .shape(head_dim, dtype)
+        .and_then(supported)
         .with_context(|| format!("{} with --head-dim {head_dim}", configuration.label()))
 }
 

@@ -1,8 +1,10 @@
 //! What measurements need beside the engine: drawing tensors on the device, a cold L2, events.
 
-use super::args::check_tensor;
+use super::args::check_address;
 use super::driver::{self, DeviceBuffer, Kernel, Stream, failed};
 use super::{CudaDevice, DeviceSpan};
+use crate::arguments::check_tensor;
+use crate::eligibility::VECTOR_BYTES;
 use crate::{Dtype, Error, KvStrides, Result};
 use cudarc::driver::{CudaEvent, sys};
 use pat_abi::generator::Tensor;
@@ -52,14 +54,15 @@ pub fn fill(device: &CudaDevice, target: DeviceSpan<'_>, spec: FillSpec, stream:
         return Err(Error::invalid("head_dim", spec.head_dim, "a power of two, at least 8"));
     }
     let dims = [
-        ("page", u64::from(spec.pages), spec.strides.page),
-        ("token", u64::from(spec.tokens), spec.strides.token),
-        ("head", u64::from(spec.heads), spec.strides.head),
+        ("page", spec.pages, spec.strides.page),
+        ("token", spec.tokens, spec.strides.token),
+        ("head", spec.heads, spec.strides.head),
     ];
-    check_tensor("target", target, &dims, u64::from(spec.head_dim), 2, 16)?;
+    check_tensor("target", target.bytes() / u64::from(spec.dtype.bytes()), &dims, spec.head_dim, spec.dtype)?;
     if rows == 0 {
         return Ok(());
     }
+    check_address("target", target, VECTOR_BYTES)?;
     let params = FillParams {
         base: target.address(),
         page_stride: spec.strides.page * 2,

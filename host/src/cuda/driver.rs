@@ -232,6 +232,7 @@ pub(super) fn encode_tensor_map(spec: &TensorMapSpec) -> Result<TensorMap> {
     let dtype = match spec.dtype {
         Dtype::F16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
         Dtype::Bf16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        other => return Err(Error::invalid("kv_dtype", other.name(), "f16 or bf16 (tensor maps)")),
     };
     // SAFETY: the arrays have the lengths that rank 4 asks for (4 dims, 3 strides, 4 box and element strides). The
     // address is only recorded here.

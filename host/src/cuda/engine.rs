@@ -57,7 +57,7 @@ impl CudaEngine {
     /// the PTX (with its log).
     pub fn prepare(&self, plan: &PlanBuffers) -> Result<()> {
         let uploaded = plan.uploaded()?;
-        self.load(uploaded.shape, &uploaded.limits.max_items, uploaded.limits.max_merge_rows > 0)
+        self.load(uploaded.planned.shape, &uploaded.limits.max_items, uploaded.limits.max_merge_rows > 0)
     }
 
     /// As [`Self::prepare`], for all plans in these tile variants: at the start, with those that a planner may use

@@ -4,6 +4,7 @@ use super::CudaDevice;
 use super::args::DeviceSpan;
 use super::driver::{DeviceBuffer, StagingRing, Stream};
 use crate::plan::{PlanCapacity, PlanGeneration};
+use crate::problem::Planned;
 use crate::{AttentionShape, Error, Plan, Result};
 use pat_abi::{MAX_TILE_VARIANTS, TileVariant};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -80,8 +81,7 @@ impl LaunchGeometry {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Uploaded {
     pub(super) generation: PlanGeneration,
-    pub(super) shape: AttentionShape,
-    pub(super) page_size: u32,
+    pub(super) planned: Planned,
     pub(super) num_pages: u32,
     pub(super) limits: LaunchGeometry,
 }
@@ -162,8 +162,7 @@ impl PlanBuffers {
         }
         let uploaded = Uploaded {
             generation: plan.generation(),
-            shape: plan.shape(),
-            page_size: plan.page_size(),
+            planned: plan.problem().planned(),
             num_pages: plan.num_pages(),
             limits: self.fixed.unwrap_or(exact),
         };
