@@ -11,6 +11,7 @@ mod plan;
 mod plot;
 mod render;
 mod run;
+mod workload;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -36,6 +37,9 @@ enum Command {
     /// Measure suites of batches; compare measurements.
     #[command(subcommand)]
     Bench(bench::Command),
+    /// Make request workloads for `bench serve`.
+    #[command(subcommand)]
+    Workload(workload::Command),
     /// Draw pictures of measurements.
     #[command(subcommand)]
     Plot(plot::Command),
@@ -54,6 +58,7 @@ fn main() -> ExitCode {
         Command::Run(args) => run::run(&args),
         Command::Plan(args) => plan::run(&args),
         Command::Bench(command) => bench::run(&command),
+        Command::Workload(command) => workload::run(&command),
         Command::Plot(command) => plot::run(&command),
         Command::Calibrate(args) => calibrate::run(&args),
         Command::Doctor => doctor::run(),

@@ -1,5 +1,5 @@
-//! What to run pat-rs on, and how to judge the result: batches from trees, rules, traces and files, deterministic tensors, an
-//! f64 oracle, and the numerics rule.
+//! What to run pat-rs on, and how to judge the result: batches from trees, rules, traces and files, request workloads for serving,
+//! deterministic tensors, an f64 oracle, and the numerics rule.
 
 pub mod batch_file;
 pub mod nodes;
@@ -7,6 +7,7 @@ pub mod numerics;
 pub mod oracle;
 pub mod owned;
 pub mod ragged;
+pub mod requests;
 pub mod tensors;
 pub mod trace;
 pub mod tree;

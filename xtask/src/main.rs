@@ -1,8 +1,11 @@
 //! Build tasks: device code to PTX, its checks, the bundle for GPU machines without cargo.
 
 mod build_ptx;
+mod check_cuda_linking;
 mod check_ptx;
 mod core_source;
+#[cfg(test)]
+mod dependencies;
 mod doctor;
 mod gpu_bundle;
 mod lint_kernels;
@@ -29,6 +32,8 @@ enum Command {
     BuildPtx(build_ptx::Args),
     /// Check the committed PTX: text rules, then registers, spills and shared memory as ptxas reports them.
     CheckPtx(check_ptx::Args),
+    /// Check that the build looks at no CUDA toolkit, and that a tree which also holds candle can be built.
+    CheckCudaLinking,
     /// Format check and clippy for the device crate.
     LintKernels,
     /// Say what works on this machine, and what repairs what does not.
@@ -43,6 +48,7 @@ fn main() -> anyhow::Result<()> {
     match Cli::parse().command {
         Command::BuildPtx(args) => build_ptx::run(&args),
         Command::CheckPtx(args) => check_ptx::run(&args),
+        Command::CheckCudaLinking => check_cuda_linking::run(),
         Command::LintKernels => lint_kernels::run(),
         Command::Doctor => doctor::run(),
         Command::GpuBundle(args) => gpu_bundle::run(&args),

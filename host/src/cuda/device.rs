@@ -4,14 +4,15 @@ use super::driver::{self, Kernel, Stream, failed};
 use super::ptx;
 use crate::profile::{Datasheet, H200_DATASHEET};
 use crate::{DeviceProfile, Error, Result};
-use cudarc::driver::sys::CUdevice_attribute as Attribute;
+use cudarc::driver::sys::{CUDA_VERSION, CUdevice_attribute as Attribute};
 use cudarc::driver::{CudaContext, CudaStream};
 use pat_abi::{Arch, KernelSpec};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Oldest driver that has every entry point used here (cuLaunchKernelEx, cuTensorMapEncodeTiled): CUDA 12.0.
-const MIN_DRIVER_VERSION: i32 = 12_000;
+/// Oldest driver that has every entry point used here: CUDA 12.0 (cuLaunchKernelEx, cuTensorMapEncodeTiled). Bindings of
+/// CUDA 13, which only a build with the feature `yield-cuda-linking` can have, read event times by an entry point of 12.8.
+const MIN_DRIVER_VERSION: i32 = if CUDA_VERSION < 13_000 { 12_000 } else { 12_080 };
 
 /// A device and the kernels loaded on it. Clones share both.
 #[derive(Clone, Debug)]
@@ -42,9 +43,11 @@ impl CudaDevice {
         }
         let version = driver::driver_version()?;
         if version < MIN_DRIVER_VERSION {
-            let (major, minor) = (version / 1000, version % 1000 / 10);
+            let text = |version: i32| format!("{}.{}", version / 1000, version % 1000 / 10);
             return Err(unavailable(format!(
-                "the driver supports CUDA {major}.{minor}, 12.0 is needed: update the NVIDIA driver"
+                "the driver supports CUDA {}, {} is needed: update the NVIDIA driver",
+                text(version),
+                text(MIN_DRIVER_VERSION)
             )));
         }
         let count = CudaContext::device_count()

@@ -33,8 +33,10 @@ pub(super) fn describe(error: DriverError) -> String {
 
 /// Whether libcuda can be loaded. To be asked before any other call: cudarc panics where it is absent.
 pub(super) fn library_is_present() -> bool {
+    // cudarc has such a check, but not in a tree where another crate makes it link libcuda. These names are among its own.
+    let names = if cfg!(windows) { ["nvcuda.dll", "cuda.dll"] } else { ["libcuda.so.1", "libcuda.so"] };
     // SAFETY: loads libcuda by its system names and looks at nothing in it; its initialisers are the driver's own.
-    unsafe { sys::is_culib_present() }
+    names.into_iter().any(|name| unsafe { libloading::Library::new(name) }.is_ok())
 }
 
 /// The CUDA version the driver supports: 1000 * major + 10 * minor.
