@@ -113,7 +113,7 @@ impl Configuration {
     /// # Errors
     /// The caller's value is another than the configuration's; else as [`AttentionShape::new`].
     pub fn shape(&self, head_dim: Option<u32>, dtype: Option<Dtype>) -> pat_rs::Result<AttentionShape> {
-        let text = |dtype| dtype.name().to_owned();
+        let text = |dtype: Dtype| dtype.name().to_owned();
         AttentionShape::new(
             self.q_heads,
             self.kv_heads,
