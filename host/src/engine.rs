@@ -65,7 +65,7 @@ impl Engine {
     }
 
     /// Executes a plan on host memory: as [`cpu::run`], on either backend. On CUDA it uploads everything, waits, and
-    /// downloads the results: for tests and tools; engines call [`CudaEngine::run`].
+    /// downloads the results: for tests and tools; engines call [`CudaEngine::bind`].
     ///
     /// # Errors
     /// As [`cpu::run`]; on CUDA also those of [`CudaEngine::run`].
@@ -103,7 +103,6 @@ fn run_host_on<T: Element>(
     let buffers = engine.upload(plan, &stream)?;
     let spans = (q.span(), k.span(), v.span(), device_out.span());
     let mut args = RunArgs::new(tensors.problem, plan.num_pages(), plan.sequence_count(), spans)
-        .with_generation(plan.generation())
         .with_kv_strides(tensors.k_strides, tensors.v_strides)
         .with_row_strides(tensors.q_strides, tensors.out_strides);
     args.lse = device_lse.as_ref().map(|buffer| (buffer.span(), tensors.lse_strides));

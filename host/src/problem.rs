@@ -1,6 +1,7 @@
 //! What is computed: everything a kernel must know of a model's attention but the tensors themselves.
 
-use crate::AttentionShape;
+use crate::arguments::same;
+use crate::{AttentionShape, Result};
 use pat_abi::PageMask;
 
 /// A layer's attention: shape of the tensors, page size, what a row sees, what happens to a score.
@@ -152,4 +153,14 @@ pub(crate) struct Planned {
     pub(crate) shape: AttentionShape,
     pub(crate) page_size: u32,
     pub(crate) visibility: Visibility,
+}
+
+impl Planned {
+    /// # Errors
+    /// A call is about something else; `what` is what `self` is of.
+    pub(crate) fn check_is(&self, call: &Self, what: &str) -> Result<()> {
+        same(&format!("the shape of {what}"), self.shape, call.shape)?;
+        same(&format!("the page_size of {what}"), self.page_size, call.page_size)?;
+        same(&format!("the visibility of {what}"), self.visibility, call.visibility)
+    }
 }

@@ -5,7 +5,6 @@ use crate::errors::{Result, invalid, wrong_type};
 use crate::foreign;
 use crate::tensor::{Element, Tensor};
 use pat_rs::cuda::RunArgs;
-use pat_rs::plan::PlanGeneration;
 use pat_rs::{AttentionShape, KvStrides, Plan, Problem, RowStrides};
 use pyo3::prelude::*;
 
@@ -166,17 +165,16 @@ impl Operands {
         })
     }
 
-    /// The call on device memory. `generation` is the plan that is meant, where one is.
-    pub(crate) fn args(&self, generation: Option<PlanGeneration>) -> RunArgs<'static> {
+    /// The call on device memory.
+    pub(crate) fn args(&self) -> RunArgs {
         let spans = [self.q, self.k, self.v, self.out].map(foreign::device_span);
         let args = RunArgs::new(self.problem(), self.num_pages, self.rows, spans.into())
             .with_kv_strides(self.k_strides, self.v_strides)
             .with_row_strides(self.q_strides, self.out_strides);
-        let args = match self.lse {
+        match self.lse {
             Some((span, strides)) => args.with_lse(foreign::device_span(span), strides),
             None => args,
-        };
-        generation.map_or(args, |generation| args.with_generation(generation))
+        }
     }
 
     /// What is computed.

@@ -1,44 +1,61 @@
-//! The arguments of a run: raw device memory with explicit strides, checked before anything is launched.
+//! The arguments of a run: device memory with explicit strides, checked before anything is launched.
 
-use super::plan_buffers::{PlanBuffers, Uploaded, Workspace};
+use super::CudaDevice;
+use super::plan_buffers::{BindingTerms, PlanTerms, Workspace};
 use super::tensor_map::TensorMapSpec;
-use crate::arguments::{Accessed, LSE_BYTES, RunTensors, same};
+use crate::arguments::{Accessed, LSE_BYTES, RunTensors};
 use crate::eligibility::VECTOR_BYTES;
-use crate::plan::PlanGeneration;
 use crate::{AttentionShape, Error, KvStrides, Problem, Result, RowStrides};
 use pat_abi::{FastDivisor, ForwardParams, MergeParams, TileVariant};
-use std::marker::PhantomData;
+use std::any::Any;
+use std::sync::Arc;
 
-/// A range of device memory, borrowed from a [`DeviceBuffer`](super::DeviceBuffer) or vouched for by the caller.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct DeviceSpan<'a> {
+/// A range of device memory, and whatever keeps it allocated.
+///
+/// Spans of a [`DeviceBuffer`](super::DeviceBuffer) keep the buffer's memory. Those of other libraries' memory
+/// ([`Self::from_raw`]) can be given an owner ([`Self::with_owner`]), which a [`BoundRun`](super::BoundRun) then holds.
+#[derive(Clone, Debug)]
+pub struct DeviceSpan {
+    /// Unknown for memory of other libraries.
+    device: Option<CudaDevice>,
     address: u64,
     bytes: u64,
-    owner: PhantomData<&'a ()>,
+    owner: Option<Arc<dyn Any + Send + Sync>>,
 }
 
-impl<'a> DeviceSpan<'a> {
+impl DeviceSpan {
     /// `bytes` bytes of device memory at `address`, allocated by somebody else (torch, candle, an engine).
     ///
     /// # Safety
-    /// The range is accessible from the device's primary context, and stays allocated until all work that was given
-    /// the span (graphs that captured it included) has finished. Where it is given as an output or workspace, nothing
-    /// else accesses it meanwhile.
+    /// The range is accessible from the primary context of the device it is used with, and stays allocated until all work
+    /// that was given the span has finished: runs, bound runs and graphs that hold them. An owner ([`Self::with_owner`])
+    /// that keeps the range allocated as long as it lives fulfils the latter. Where it is given as an output or workspace,
+    /// nothing else accesses it meanwhile.
     pub unsafe fn from_raw(address: u64, bytes: u64) -> Self {
-        Self::borrowed(address, bytes)
+        Self { device: None, address, bytes, owner: None }
     }
 
-    pub(super) fn borrowed(address: u64, bytes: u64) -> Self {
-        Self { address, bytes, owner: PhantomData }
+    pub(super) fn owned(device: CudaDevice, address: u64, bytes: u64, owner: Arc<dyn Any + Send + Sync>) -> Self {
+        Self { device: Some(device), address, bytes, owner: Some(owner) }
+    }
+
+    /// The same range; `owner` is kept as long as the span, its clones, and the runs bound to it. It may be dropped on any
+    /// thread.
+    pub fn with_owner(self, owner: Arc<dyn Any + Send + Sync>) -> Self {
+        let owner = match self.owner {
+            None => owner,
+            Some(former) => Arc::new((former, owner)),
+        };
+        Self { owner: Some(owner), ..self }
     }
 
     /// Device address of the first byte.
-    pub fn address(self) -> u64 {
+    pub fn address(&self) -> u64 {
         self.address
     }
 
     /// Length in bytes.
-    pub fn bytes(self) -> u64 {
+    pub fn bytes(&self) -> u64 {
         self.bytes
     }
 
@@ -46,11 +63,27 @@ impl<'a> DeviceSpan<'a> {
     ///
     /// # Errors
     /// `offset_bytes` is beyond the end.
-    pub fn skip(self, offset_bytes: u64) -> Result<Self> {
+    pub fn skip(&self, offset_bytes: u64) -> Result<Self> {
         if offset_bytes > self.bytes {
             return Err(Error::invalid("offset_bytes", offset_bytes, format!("at most {} bytes", self.bytes)));
         }
-        Ok(Self { address: self.address + offset_bytes, bytes: self.bytes - offset_bytes, owner: PhantomData })
+        Ok(Self { address: self.address + offset_bytes, bytes: self.bytes - offset_bytes, ..self.clone() })
+    }
+
+    pub(super) fn owner(&self) -> Option<&Arc<dyn Any + Send + Sync>> {
+        self.owner.as_ref()
+    }
+
+    /// Refuses memory that is known to be another device's.
+    pub(super) fn check_device(&self, name: &str, device: CudaDevice) -> Result<()> {
+        match self.device {
+            Some(own) if own != device => Err(Error::invalid(
+                name,
+                format!("memory of device {}", own.ordinal()),
+                format!("memory of device {}", device.ordinal()),
+            )),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -58,12 +91,9 @@ impl<'a> DeviceSpan<'a> {
 ///
 /// Base addresses of Q, K, V and O are multiples of 16 bytes, their strides multiples of 8 elements, all strides 0 or
 /// positive; the innermost dimension is contiguous.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 #[non_exhaustive]
-pub struct RunArgs<'a> {
-    /// The plan that is meant ([`crate::Plan::generation`]): a run is refused where another one is uploaded, so that a
-    /// plan of an earlier step is not taken for this one's. `None`: whatever is uploaded, as a captured graph must.
-    pub generation: Option<PlanGeneration>,
+pub struct RunArgs {
     /// What is computed; must be what the plan was made for, but for what happens to scores.
     pub problem: Problem,
     /// Pages in the K and V pools; must be the plan's.
@@ -71,23 +101,23 @@ pub struct RunArgs<'a> {
     /// Rows of Q, O and LSE: at least the plan's; rows beyond the plan's are not touched.
     pub rows: u32,
     /// Queries: 16-bit `[rows, q_heads, head_dim]`.
-    pub q: DeviceSpan<'a>,
+    pub q: DeviceSpan,
     /// Strides of Q.
     pub q_strides: RowStrides,
     /// Key pool: 16-bit `[num_pages, page_size, kv_heads, head_dim]`, in any order of the outer dimensions.
-    pub k: DeviceSpan<'a>,
+    pub k: DeviceSpan,
     /// Strides of K.
     pub k_strides: KvStrides,
     /// Value pool, as the key pool; may lie inside it.
-    pub v: DeviceSpan<'a>,
+    pub v: DeviceSpan,
     /// Strides of V.
     pub v_strides: KvStrides,
     /// Output: 16-bit `[rows, q_heads, head_dim]`.
-    pub out: DeviceSpan<'a>,
+    pub out: DeviceSpan,
     /// Strides of O.
     pub out_strides: RowStrides,
     /// Log-sum-exp output: f32 `[rows, q_heads]`, natural logarithm.
-    pub lse: Option<(DeviceSpan<'a>, RowStrides)>,
+    pub lse: Option<(DeviceSpan, RowStrides)>,
 }
 
 /// A run whose every check has passed: what the launch functions accept. Made by [`RunArgs::prepare`] only.
@@ -102,19 +132,18 @@ pub(super) struct PreparedRun {
     pub(super) shape: AttentionShape,
 }
 
-impl<'a> RunArgs<'a> {
-    /// A run of whatever is uploaded, without LSE, on contiguous rows of Q and O and pools
+impl RunArgs {
+    /// A run without LSE on contiguous rows of Q and O and pools
     /// `[num_pages, page_size, kv_heads, head_dim]`; `(q, k, v, out)` are the tensors.
     pub fn new(
         problem: Problem,
         num_pages: u32,
         rows: u32,
-        (q, k, v, out): (DeviceSpan<'a>, DeviceSpan<'a>, DeviceSpan<'a>, DeviceSpan<'a>),
+        (q, k, v, out): (DeviceSpan, DeviceSpan, DeviceSpan, DeviceSpan),
     ) -> Self {
         let shape = problem.shape();
         let pool = |head_dim| KvStrides::nhd(problem.page_size(), shape.kv_heads(), head_dim);
         Self {
-            generation: None,
             problem,
             num_pages,
             rows,
@@ -130,11 +159,6 @@ impl<'a> RunArgs<'a> {
         }
     }
 
-    /// Of this plan only: refused where another one is uploaded.
-    pub fn with_generation(self, generation: PlanGeneration) -> Self {
-        Self { generation: Some(generation), ..self }
-    }
-
     /// With pools of other layouts.
     pub fn with_kv_strides(self, k_strides: KvStrides, v_strides: KvStrides) -> Self {
         Self { k_strides, v_strides, ..self }
@@ -146,22 +170,18 @@ impl<'a> RunArgs<'a> {
     }
 
     /// With log-sum-exps.
-    pub fn with_lse(self, lse: DeviceSpan<'a>, strides: RowStrides) -> Self {
+    pub fn with_lse(self, lse: DeviceSpan, strides: RowStrides) -> Self {
         Self { lse: Some((lse, strides)), ..self }
     }
 
-    /// Checks everything that can be checked on the host.
-    pub(super) fn prepare(&self, plan: &PlanBuffers, workspace: &Workspace<'_>) -> Result<PreparedRun> {
-        let uploaded = plan.uploaded()?;
-        self.check(&uploaded, workspace.span(), plan.address())
+    pub(super) fn terms(&self) -> PlanTerms {
+        PlanTerms { planned: self.problem.planned(), num_pages: self.num_pages }
     }
 
-    fn check(&self, plan: &Uploaded, workspace: DeviceSpan<'_>, plan_address: u64) -> Result<PreparedRun> {
+    /// Checks everything that can be checked on the host, for plans of these arguments' [terms](Self::terms) at `plan_address`.
+    pub(super) fn prepare(&self, plan: &BindingTerms, plan_address: u64, workspace: &Workspace) -> Result<PreparedRun> {
         let shape = self.problem.shape();
-        if let Some(meant) = self.generation {
-            same("the plan uploaded last", plan.generation, meant)?;
-        }
-        same("num_pages", plan.num_pages, self.num_pages)?;
+        plan.terms.check_are(&self.terms(), "the plan")?;
         if self.rows < plan.limits.max_sequences {
             return Err(Error::invalid(
                 "rows",
@@ -169,8 +189,8 @@ impl<'a> RunArgs<'a> {
                 format!("at least the plan's {}", plan.limits.max_sequences),
             ));
         }
-        self.check_memory(&self.tensors().check(plan.planned)?, workspace)?;
-        let (partial_out, partial_lse) = Workspace::layout(workspace, shape, plan.limits.max_slots)?;
+        self.check_memory(&self.tensors().check(plan.terms.planned)?, workspace)?;
+        let (partial_out, partial_lse) = workspace.layout(shape, plan.limits.max_slots)?;
 
         let mut forward_grids = [0; TileVariant::ALL.len()];
         for variant in TileVariant::ALL {
@@ -182,7 +202,10 @@ impl<'a> RunArgs<'a> {
                     Error::invalid(format!("plan items of {}", variant.name()), items, "fewer than 2^31 / kv_heads")
                 })?;
         }
-        let (lse, lse_strides) = self.lse.map_or((0, RowStrides { sequence: 0, head: 0 }), |(s, t)| (s.address, t));
+        let (lse, lse_strides) = self
+            .lse
+            .as_ref()
+            .map_or((0, RowStrides { sequence: 0, head: 0 }), |(span, strides)| (span.address, *strides));
         // `RunTensors::check` has shown that every stride in bytes fits.
         let [q_bytes, kv_bytes, out_bytes] =
             [shape.dtype(), shape.kv_dtype(), shape.out_dtype()].map(|dtype| i64::from(dtype.bytes()));
@@ -238,31 +261,32 @@ impl<'a> RunArgs<'a> {
     /// The tensors as both executors check them.
     fn tensors(&self) -> RunTensors {
         let shape = self.problem.shape();
-        let elements = |span: DeviceSpan<'_>, element_bytes: u32| span.bytes / u64::from(element_bytes);
+        let elements = |span: &DeviceSpan, element_bytes: u32| span.bytes / u64::from(element_bytes);
         RunTensors {
             problem: self.problem,
             num_pages: self.num_pages,
             rows: self.rows,
-            q: (elements(self.q, shape.dtype().bytes()), self.q_strides),
-            k: (elements(self.k, shape.kv_dtype().bytes()), self.k_strides),
-            v: (elements(self.v, shape.kv_dtype().bytes()), self.v_strides),
-            out: (elements(self.out, shape.out_dtype().bytes()), self.out_strides),
-            lse: self.lse.map(|(span, strides)| (elements(span, LSE_BYTES), strides)),
+            q: (elements(&self.q, shape.dtype().bytes()), self.q_strides),
+            k: (elements(&self.k, shape.kv_dtype().bytes()), self.k_strides),
+            v: (elements(&self.v, shape.kv_dtype().bytes()), self.v_strides),
+            out: (elements(&self.out, shape.out_dtype().bytes()), self.out_strides),
+            lse: self.lse.as_ref().map(|(span, strides)| (elements(span, LSE_BYTES), *strides)),
         }
     }
 
     /// Checks where the tensors lie: aligned, and what is written apart from everything else.
-    fn check_memory(&self, accessed: &Accessed, workspace: DeviceSpan<'_>) -> Result<()> {
+    fn check_memory(&self, accessed: &Accessed, workspace: &Workspace) -> Result<()> {
         let shape = self.problem.shape();
         let kv_bytes = shape.kv_dtype().bytes();
-        let q = Used::new("q", self.q, accessed.q, shape.dtype().bytes(), VECTOR_BYTES)?;
-        let k = Used::new("k", self.k, accessed.k, kv_bytes, VECTOR_BYTES)?;
-        let v = Used::new("v", self.v, accessed.v, kv_bytes, VECTOR_BYTES)?;
-        let out = Used::new("out", self.out, accessed.out, shape.out_dtype().bytes(), VECTOR_BYTES)?;
-        let lse = match self.lse {
+        let q = Used::new("q", &self.q, accessed.q, shape.dtype().bytes(), VECTOR_BYTES)?;
+        let k = Used::new("k", &self.k, accessed.k, kv_bytes, VECTOR_BYTES)?;
+        let v = Used::new("v", &self.v, accessed.v, kv_bytes, VECTOR_BYTES)?;
+        let out = Used::new("out", &self.out, accessed.out, shape.out_dtype().bytes(), VECTOR_BYTES)?;
+        let lse = match &self.lse {
             Some((span, _)) => Used::new("lse", span, accessed.lse, LSE_BYTES, LSE_BYTES)?,
             None => Used { name: "lse", address: 0, bytes: 0 },
         };
+        let workspace = workspace.span();
         let workspace = Used { name: "workspace", address: workspace.address, bytes: workspace.bytes };
         for (written, others) in
             [(out, &[q, k, v, lse, workspace][..]), (lse, &[q, k, v, workspace]), (workspace, &[q, k, v])]
@@ -272,18 +296,24 @@ impl<'a> RunArgs<'a> {
         Ok(())
     }
 
+    /// Every span with its name.
+    pub(super) fn spans(&self) -> impl Iterator<Item = (&'static str, &DeviceSpan)> {
+        let fixed = [("q", &self.q), ("k", &self.k), ("v", &self.v), ("out", &self.out)];
+        fixed.into_iter().chain(self.lse.iter().map(|(span, _)| ("lse", span)))
+    }
+
     /// The tensor maps of K and V, in the order the kernels take them.
     pub(super) fn tensor_maps(&self) -> Result<[TensorMapSpec; 2]> {
-        let map = |name, span: DeviceSpan<'_>, strides| {
+        let map = |name, span: &DeviceSpan, strides| {
             TensorMapSpec::new(name, span.address, strides, self.problem, self.num_pages)
         };
-        Ok([map("k", self.k, self.k_strides)?, map("v", self.v, self.v_strides)?])
+        Ok([map("k", &self.k, self.k_strides)?, map("v", &self.v, self.v_strides)?])
     }
 }
 
 /// # Errors
 /// The span starts at 0, or not at a multiple of `alignment` bytes.
-pub(super) fn check_address(name: &str, span: DeviceSpan<'_>, alignment: u32) -> Result<()> {
+pub(super) fn check_address(name: &str, span: &DeviceSpan, alignment: u32) -> Result<()> {
     if span.address != 0 && span.address.is_multiple_of(u64::from(alignment)) {
         return Ok(());
     }
@@ -304,13 +334,7 @@ impl Used {
     ///
     /// # Errors
     /// There are some, and the span starts at 0 or not at a multiple of `alignment` bytes.
-    fn new(
-        name: &'static str,
-        span: DeviceSpan<'_>,
-        elements: u64,
-        element_bytes: u32,
-        alignment: u32,
-    ) -> Result<Self> {
+    fn new(name: &'static str, span: &DeviceSpan, elements: u64, element_bytes: u32, alignment: u32) -> Result<Self> {
         if elements > 0 {
             check_address(name, span, alignment)?;
         }
@@ -337,29 +361,31 @@ mod tests {
     use super::*;
     use crate::Dtype;
 
-    fn span(address: u64, elements: u64) -> DeviceSpan<'static> {
-        DeviceSpan::borrowed(address, elements * 2)
+    /// Nothing is launched here.
+    fn bytes_at(address: u64, bytes: u64) -> DeviceSpan {
+        DeviceSpan { device: None, address, bytes, owner: None }
     }
 
-    fn valid() -> (RunArgs<'static>, Uploaded, DeviceSpan<'static>) {
+    fn span(address: u64, elements: u64) -> DeviceSpan {
+        bytes_at(address, elements * 2)
+    }
+
+    fn valid() -> (RunArgs, BindingTerms, Workspace) {
         let problem = Problem::new(AttentionShape::new(8, 2, 128, Dtype::F16).unwrap(), 16);
-        let generation = PlanGeneration::next();
         let (rows, pages) = (4 * 8 * 128, 10 * 16 * 2 * 128);
         let spans = (span(0x1000, rows), span(0x10_0000, pages), span(0x20_0000, pages), span(0x30_0000, rows));
-        let args = RunArgs::new(problem, 10, 4, spans)
-            .with_generation(generation)
-            .with_lse(DeviceSpan::borrowed(0x40_0004, 4 * 8 * 4), RowStrides::lse(8));
+        let args = RunArgs::new(problem, 10, 4, spans).with_lse(bytes_at(0x40_0004, 4 * 8 * 4), RowStrides::lse(8));
         let mut limits = super::super::LaunchGeometry { max_sequences: 3, max_slots: 5, ..Default::default() };
         limits.max_items[TileVariant::Mma16.index()] = 6;
         limits.max_merge_rows = 2;
-        let uploaded = Uploaded { generation, planned: problem.planned(), num_pages: 10, limits };
-        (args, uploaded, DeviceSpan::borrowed(0x50_0000, 5 * 8 * 129 * 4))
+        let plan = BindingTerms { terms: args.terms(), limits, generation: None };
+        (args, plan, Workspace::from_span(bytes_at(0x50_0000, 5 * 8 * 129 * 4)))
     }
 
     #[test]
     fn valid_arguments_become_byte_strides_and_grids() {
         let (args, plan, workspace) = valid();
-        let run = args.check(&plan, workspace, 0x60_0000).unwrap();
+        let run = args.prepare(&plan, 0x60_0000, &workspace).unwrap();
         assert_eq!(run.forward.k_page_stride, 16 * 2 * 128 * 2);
         assert_eq!(run.forward.lse_sequence_stride, 32);
         assert_eq!(run.forward.group.divisor, 4);
@@ -371,16 +397,16 @@ mod tests {
     #[test]
     fn every_bad_argument_is_named() {
         let (good, plan, workspace) = valid();
-        let with = |change: &dyn Fn(&mut RunArgs<'static>)| {
-            let mut args = good;
+        let with = |change: &dyn Fn(&mut RunArgs)| {
+            let mut args = good.clone();
             change(&mut args);
             args
         };
-        let q_span = good.q;
+        let q_bytes = good.q.bytes();
         let cases = [
             ("q:", with(&|a| a.q = span(0x1008, 1 << 20))),
             ("q:", with(&|a| a.q = span(0, 1 << 20))),
-            ("q:", with(&|a| a.q = DeviceSpan::borrowed(q_span.address(), q_span.bytes() - 2))),
+            ("q:", with(&|a| a.q = bytes_at(0x1000, q_bytes - 2))),
             ("k:", with(&|a| a.k = span(0x10_0000, 10 * 16 * 2 * 128 - 1))),
             ("v:", with(&|a| a.v = span(0x20_0002, 1 << 20))),
             ("out:", with(&|a| a.out = span(0x30_0000, 8))),
@@ -388,9 +414,8 @@ mod tests {
             ("q_strides.sequence", with(&|a| a.q_strides.sequence = -1024)),
             ("k_strides.page", with(&|a| a.k_strides.page = i64::MAX)),
             ("v_strides.token", with(&|a| a.v_strides.token = 4)),
-            ("lse:", with(&|a| a.lse = Some((DeviceSpan::borrowed(0x2, 1 << 20), RowStrides::lse(8))))),
+            ("lse:", with(&|a| a.lse = Some((bytes_at(0x2, 1 << 20), RowStrides::lse(8))))),
             ("softmax_scale", with(&|a| a.problem = a.problem.with_scale(f32::NAN))),
-            ("the plan uploaded last", with(&|a| a.generation = Some(PlanGeneration::next()))),
             ("rows", with(&|a| a.rows = 2)),
             ("num_pages", with(&|a| a.num_pages = 11)),
             ("page_size", with(&|a| a.problem = Problem::new(a.problem.shape(), 32))),
@@ -405,13 +430,13 @@ mod tests {
             ("lse: got 128 bytes from 0x1000 on", with(&|a| a.lse = Some((span(0x1000, 64), RowStrides::lse(8))))),
         ];
         for (name, args) in cases {
-            let error = args.check(&plan, workspace, 0x60_0000).unwrap_err().to_string();
+            let error = args.prepare(&plan, 0x60_0000, &workspace).unwrap_err().to_string();
             assert!(error.contains(name), "{name}: {error}");
         }
         // Side by side is apart.
-        with(&|a| a.out = span(0x3000, 4 * 8 * 128)).check(&plan, workspace, 0x60_0000).unwrap();
-        let small = DeviceSpan::borrowed(workspace.address(), workspace.bytes() - 4);
-        let error = good.check(&plan, small, 0x60_0000).unwrap_err().to_string();
+        with(&|a| a.out = span(0x3000, 4 * 8 * 128)).prepare(&plan, 0x60_0000, &workspace).unwrap();
+        let small = Workspace::from_span(bytes_at(0x50_0000, 5 * 8 * 129 * 4 - 4));
+        let error = good.prepare(&plan, 0x60_0000, &small).unwrap_err().to_string();
         assert!(error.contains("workspace"), "{error}");
     }
 
@@ -422,7 +447,7 @@ mod tests {
         args.k = span(0x10_0000, 10 * 16 * 2 * 256);
         args.v = args.k.skip(256).unwrap();
         (args.k_strides, args.v_strides) = (pool, pool);
-        args.check(&plan, workspace, 0x60_0000).unwrap();
+        args.prepare(&plan, 0x60_0000, &workspace).unwrap();
         assert!(args.k.skip(args.k.bytes() + 1).is_err());
     }
 }
