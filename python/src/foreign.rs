@@ -10,8 +10,8 @@ use crate::errors::{Failure, Result, invalid, wrong_type};
 use crate::operands::{Operands, Span};
 use crate::tensor::{Element, MAX_RANK, Tensor, check_rank};
 use bytemuck::Pod;
-use pat_rs::cuda::{CudaDevice, DeviceSpan, Stream};
-use pat_rs::{Element as HostElement, HostTensors, Plan, RowStrides};
+use pat_rs::cuda::{BoundRun, CudaDevice, DeviceSpan, Stream, Uploaded};
+use pat_rs::{Element as HostElement, HostTensors, Plan};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyCapsule, PyDict};
@@ -38,7 +38,6 @@ pub(crate) fn elements<'a, T: Pod>(tensor: &'a Tensor<'_>, element: &Element) ->
 /// Executes a plan on host memory. `_held` are the tensors that `operands` were taken from: they keep the memory.
 pub(crate) fn run_host<T: HostElement>(plan: &Plan, operands: &Operands, _held: &[&Tensor<'_>]) -> Result<()> {
     operands.check_outputs_are_apart()?;
-    let lse_strides = operands.lse.map_or(RowStrides::lse(operands.shape.q_heads()), |(_, strides)| strides);
     let input = |span: Span, name| -> Result<&[T]> {
         let elements = span.host_elements::<T>(name)?;
         if elements == 0 {
@@ -48,17 +47,13 @@ pub(crate) fn run_host<T: HostElement>(plan: &Plan, operands: &Operands, _held: 
         // keeps the memory; no output overlaps it (checked above), and this thread stays attached.
         Ok(unsafe { slice::from_raw_parts(std::ptr::with_exposed_provenance(span.address as usize), elements) })
     };
-    let tensors = HostTensors {
-        q: input(operands.q, "q")?,
-        k: input(operands.k, "k_cache")?,
-        v: input(operands.v, "v_cache")?,
-        q_strides: operands.q_strides,
-        k_strides: operands.k_strides,
-        v_strides: operands.v_strides,
-        out_strides: operands.out_strides,
-        lse_strides,
-        softmax_scale: operands.scale,
-    };
+    let (q, k, v) = (input(operands.q, "q")?, input(operands.k, "k_cache")?, input(operands.v, "v_cache")?);
+    let mut tensors = HostTensors::new(operands.problem(), q, k, v)
+        .with_kv_strides(operands.k_strides, operands.v_strides)
+        .with_row_strides(operands.q_strides, operands.out_strides);
+    if let Some((_, strides)) = operands.lse {
+        tensors.lse_strides = strides;
+    }
     let out = output::<T>(operands.out, "out")?;
     let lse = operands.lse.map(|(span, _)| output::<f32>(span, "lse")).transpose()?;
     // Their extents are disjoint from each other and from the inputs' (checked above).
@@ -76,7 +71,7 @@ fn output<'a, T: Pod>(span: Span, name: &str) -> Result<&'a mut [T]> {
 }
 
 /// Device memory of a tensor that the caller goes on holding.
-pub(crate) fn device_span(span: Span) -> DeviceSpan<'static> {
+pub(crate) fn device_span(span: Span) -> DeviceSpan {
     // SAFETY: the range is the producer's own (`Span::of`). It stays allocated until the work enqueued with it has finished:
     // torch frees memory in the order of the stream it was allocated on, which is the caller's to keep as for every
     // operation of torch; a bound run holds its tensors. `run_ptr` documents that its caller vouches for the addresses.
@@ -84,10 +79,21 @@ pub(crate) fn device_span(span: Span) -> DeviceSpan<'static> {
 }
 
 /// A stream of torch's (or of another library that uses the device's primary context).
-pub(crate) fn stream(device: &CudaDevice, handle: u64) -> Stream {
-    // SAFETY: torch's streams live as long as the process; a caller who names another library's stream keeps it during the
-    // call (documented at the argument).
-    unsafe { device.stream_from_raw(handle) }
+pub(crate) fn stream(device: &CudaDevice, handle: u64) -> Result<Stream> {
+    // SAFETY: torch's streams live as long as the process; a caller who names another library's stream keeps it as long as
+    // plans that were uploaded on it are used, and replays graphs in the order of uploads (documented at the argument).
+    Ok(unsafe { device.stream_from_raw(handle) }?)
+}
+
+/// A bound run with other memory for Q and O.
+pub(crate) fn run_with(
+    run: &BoundRun,
+    uploaded: Uploaded<'_>,
+    (q_address, out_address): (u64, u64),
+    stream: &Stream,
+) -> Result<()> {
+    // SAFETY: the caller of `run_ptr` vouches for the addresses, as its documentation says.
+    Ok(unsafe { run.run_with(uploaded, q_address, out_address, stream) }?)
 }
 
 #[repr(C)]
