@@ -29,6 +29,7 @@ impl<'a> DeviceSpan<'a> {
     /// The range is accessible from the device's primary context, and stays allocated until all work that was given
     /// the span (graphs that captured it included) has finished. Where it is given as an output or workspace, nothing
     /// else accesses it meanwhile.
+    #[allow(unsafe_code, reason = "the caller vouches for a raw handle")]
     pub unsafe fn from_raw(address: u64, bytes: u64) -> Self {
         Self::borrowed(address, bytes)
     }

@@ -161,6 +161,7 @@ impl CudaDevice {
     /// # Safety
     /// The handle names a stream of this device's primary context (or is 0, 1 or 2: the default streams), and its owner
     /// keeps it alive as long as the returned value or a clone of it is used.
+    #[allow(unsafe_code, reason = "the caller vouches for a raw handle")]
     pub unsafe fn stream_from_raw(&self, handle: u64) -> Stream {
         // SAFETY: passed on.
         unsafe { Stream::from_raw(self.context(), handle) }

@@ -3,6 +3,7 @@
 //! What makes these calls sound is decided elsewhere and carried by types: a [`PreparedRun`] exists only after all
 //! arguments were checked, a [`DeviceSpan`] only for memory somebody vouches for, a [`Kernel`] only for an entry of the
 //! manifest, whose parameter types the manifest's family fixes.
+#![allow(unsafe_code, reason = "the border to the driver")]
 
 use super::args::{DeviceSpan, PreparedRun};
 use super::bench_support::{CheckedFill, L2Flush};
