@@ -3,7 +3,7 @@
 import numpy
 import pytest
 import torch
-from conftest import SHAPE, caches, queries, random_forest
+from support import SHAPE, caches, queries, random_forest
 
 import prefix_attn as pa
 

@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import SHAPE, caches, queries, random_forest, reference
+from support import SHAPE, caches, queries, random_forest, reference
 
 import prefix_attn as pa
 

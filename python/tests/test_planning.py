@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from conftest import SHAPE, Batch, caches, queries, random_forest, reference
+from support import SHAPE, Batch, caches, queries, random_forest, reference
 
 import prefix_attn as pa
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import caches, queries, random_forest, reference
+from support import caches, queries, random_forest, reference
 
 from prefix_attn import torch_op
 
