@@ -44,11 +44,11 @@ unsafe fn forward<E: Element, const HEAD_STEPS: usize, const STAGES: u32, const 
     let mut unit = warp * UNIT_TOKENS;
     let mut incoming = unit;
     // SAFETY: the plan's page ids; stages are free before their first use.
-    let mut place = unsafe { Token::locate(&item, params.page_size, incoming + located) };
+    let mut place = unsafe { Token::locate(&item.stream, params.page_size, incoming + located) };
     for stage in 0..STAGES {
         let k_stage = ring + stage * 2 * unit_bytes;
-        if incoming < item.token_count {
-            if item.masks != 0 {
+        if incoming < item.stream.token_count {
+            if item.stream.masks != 0 {
                 // SAFETY: as above.
                 unsafe { place.store_rows(ranges_of(k_stage), located, UNIT_TOKENS) };
             }
@@ -64,7 +64,7 @@ unsafe fn forward<E: Element, const HEAD_STEPS: usize, const STAGES: u32, const 
         }
         incoming += stride;
         // SAFETY: as above.
-        place = unsafe { Token::locate(&item, params.page_size, incoming + located) };
+        place = unsafe { Token::locate(&item.stream, params.page_size, incoming + located) };
     }
 
     // SAFETY: the caller's contract.
@@ -72,16 +72,16 @@ unsafe fn forward<E: Element, const HEAD_STEPS: usize, const STAGES: u32, const 
     let mut output = [[[0.0; 4]; 2]; HEAD_STEPS];
     let mut states = RowStates::EMPTY;
     let mut k_stage = ring;
-    while unit < item.token_count {
+    while unit < item.stream.token_count {
         let v_stage = k_stage + unit_bytes;
-        let refill = incoming < item.token_count;
+        let refill = incoming < item.stream.token_count;
 
         cp_async::wait_group::<PENDING>();
         barrier::sync_warp();
         // SAFETY: this unit's K has arrived, for all lanes.
         let mut s = unsafe { scores::<E, HEAD_STEPS, 2>(&q, k_stage, lane) };
-        let valid = item.token_count - unit;
-        if item.masks != 0 {
+        let valid = item.stream.token_count - unit;
+        if item.stream.masks != 0 {
             // SAFETY: they were written before the barrier.
             unsafe { mask_rows(&mut s, ranges_of(k_stage), 0, lane) };
         } else if valid < UNIT_TOKENS {
@@ -89,7 +89,7 @@ unsafe fn forward<E: Element, const HEAD_STEPS: usize, const STAGES: u32, const 
         }
         barrier::sync_warp();
         if refill {
-            if item.masks != 0 {
+            if item.stream.masks != 0 {
                 // SAFETY: all lanes have read the unit's ranges.
                 unsafe { place.store_rows(ranges_of(k_stage), located, UNIT_TOKENS) };
             }
@@ -116,7 +116,7 @@ unsafe fn forward<E: Element, const HEAD_STEPS: usize, const STAGES: u32, const 
         unit += stride;
         incoming += stride;
         // SAFETY: the plan's page ids. The load has the whole next unit to arrive.
-        place = unsafe { Token::locate(&item, params.page_size, incoming + located) };
+        place = unsafe { Token::locate(&item.stream, params.page_size, incoming + located) };
         k_stage += 2 * unit_bytes;
         if k_stage == ring + ring_bytes {
             k_stage = ring;

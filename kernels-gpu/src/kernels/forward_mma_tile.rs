@@ -8,6 +8,7 @@
 use pat_abi::{ForwardParams, TileVariant};
 
 use crate::element::{Bf16, Element, F16};
+use crate::isolation::{RowSoftmax, restore_rows};
 use crate::item::Item;
 use crate::ptx::{barrier, cp_async, math, special};
 use crate::softmax::{RowStates, normaliser};
@@ -54,11 +55,11 @@ unsafe fn forward<
     let mut incoming = 0;
     // Lanes whose row is past LOADED locate tokens that other warps gather; their places go unused.
     // SAFETY: the plan's page ids.
-    let mut place = unsafe { Token::locate(&item, params.page_size, loaded_first + located) };
+    let mut place = unsafe { Token::locate(&item.stream, params.page_size, loaded_first + located) };
     for stage in 0..STAGES {
         let k_stage = ring + stage * 2 * tile_bytes;
-        if incoming < item.token_count {
-            if item.masks != 0 {
+        if incoming < item.stream.token_count {
+            if item.stream.masks != 0 {
                 // SAFETY: the stages are free before their first use.
                 unsafe { place.store_rows(ranges_of(k_stage) + 2 * loaded_first, located, LOADED) };
             }
@@ -74,7 +75,7 @@ unsafe fn forward<
         }
         incoming += TILE_TOKENS;
         // SAFETY: as above.
-        place = unsafe { Token::locate(&item, params.page_size, incoming + loaded_first + located) };
+        place = unsafe { Token::locate(&item.stream, params.page_size, incoming + loaded_first + located) };
     }
 
     let first_row = warp % M_WARPS * 16;
@@ -85,17 +86,17 @@ unsafe fn forward<
     let mut states = RowStates::EMPTY;
     let mut tile = 0;
     let mut k_stage = ring;
-    while tile < item.token_count {
+    while tile < item.stream.token_count {
         let v_stage = k_stage + tile_bytes;
         cp_async::wait_group::<3>();
         barrier::sync_cta();
         // SAFETY: this tile's K has arrived, for all threads.
         let mut s = unsafe { scores::<E, HEAD_STEPS, KEY_STEPS>(&q, k_stage + first_key * row_bytes, lane) };
-        if item.masks != 0 {
+        if item.stream.masks != 0 {
             // SAFETY: they were written before the barrier.
             unsafe { mask_rows(&mut s, ranges_of(k_stage) + 2 * first_key, first_row, lane) };
-        } else if item.token_count - tile < TILE_TOKENS {
-            mask(&mut s, (item.token_count - tile).saturating_sub(first_key), lane);
+        } else if item.stream.token_count - tile < TILE_TOKENS {
+            mask(&mut s, (item.stream.token_count - tile).saturating_sub(first_key), lane);
         }
         let factors = states.update(&mut s, params.scale_log2);
         rescale(&mut output, factors);
@@ -106,8 +107,8 @@ unsafe fn forward<
         // SAFETY: this tile's V has arrived, for all threads.
         unsafe { accumulate::<E, HEAD_STEPS, KEY_STEPS>(&mut output, &p, v_stage + first_key * row_bytes, lane) };
         barrier::sync_cta();
-        if incoming < item.token_count {
-            if item.masks != 0 {
+        if incoming < item.stream.token_count {
+            if item.stream.masks != 0 {
                 // SAFETY: all threads have read both tiles of the stage, and its ranges before them.
                 unsafe { place.store_rows(ranges_of(k_stage) + 2 * loaded_first, located, LOADED) };
             }
@@ -124,7 +125,7 @@ unsafe fn forward<
         tile += TILE_TOKENS;
         incoming += TILE_TOKENS;
         // SAFETY: the plan's page ids. The load has a whole tile to arrive.
-        place = unsafe { Token::locate(&item, params.page_size, incoming + loaded_first + located) };
+        place = unsafe { Token::locate(&item.stream, params.page_size, incoming + loaded_first + located) };
         k_stage = if k_stage == ring { ring + 2 * tile_bytes } else { ring };
     }
     states.finish();
@@ -159,24 +160,55 @@ unsafe fn store<E: Element, const HEAD_STEPS: usize>(
     states: &RowStates,
     lane: u32,
 ) {
+    let mut not_finite = [false; 2];
     for r in 0..2 {
         let row = first_row + lane / 4 + 8 * r as u32;
         if row < item.row_count {
             let scale = normaliser(states.sum[r]);
+            let pairs = output.as_flattened().iter().map(|tile| [tile[2 * r] * scale, tile[2 * r + 1] * scale]);
+            // Of columns 0, 8, 16, ... and their neighbours, of the first lane.
+            let columns = (0..).map(|i| 8 * i + 2 * (lane % 4));
+            if item.stream.masks != 0 {
+                let sum = pairs.clone().fold(0.0, |sum, [a, b]| math::fma(a, 0.0, math::fma(b, 0.0, sum)));
+                not_finite[r] = sum != 0.0;
+            }
             // SAFETY: the row exists, and each lane owns its columns.
             unsafe {
                 let target = item.row(params, row);
-                for step in 0..HEAD_STEPS {
-                    for half in 0..2 {
-                        let column = (16 * step + 8 * half) as u32 + 2 * (lane % 4);
-                        let pair = [output[step][half][2 * r] * scale, output[step][half][2 * r + 1] * scale];
-                        target.store_pair::<E>(params, 16 * HEAD_STEPS as u32, column, pair);
+                if target.is_partial() {
+                    for (pair, column) in pairs.zip(columns) {
+                        target.store_partial_pair(params, 16 * HEAD_STEPS as u32, column, pair);
+                    }
+                } else {
+                    for (pair, column) in pairs.zip(columns) {
+                        target.store_output_pair::<E>(params, column, pair);
                     }
                 }
                 if lane % 4 == 0 {
                     target.store_lse(params, states.max[r] + math::log2(states.sum[r]));
                 }
             }
+        }
+    }
+    if item.stream.masks != 0 {
+        let softmaxes = [0, 1].map(|r| RowSoftmax { reference: states.max[r], sum: states.sum[r] });
+        let (head_dim, locate) = (16 * HEAD_STEPS as u32, |row| {
+            // SAFETY: a row of the item.
+            unsafe { item.row(params, row) }
+        });
+        // SAFETY: the rows have been written above; those marked are the item's.
+        unsafe {
+            restore_rows::<E>(
+                params,
+                item.stream,
+                item.kv_head,
+                first_row,
+                not_finite,
+                softmaxes,
+                head_dim,
+                lane,
+                locate,
+            );
         }
     }
 }

@@ -114,7 +114,7 @@ unsafe fn forward<
             } else {
                 wgmma::grow_registers::<224>();
             }
-            consume::<E, HEAD_DIM, GROUPS, Q_REGS, O_REGS, SPANS>(p, plan, smem, thread / 128 - 1);
+            consume::<E, HEAD_DIM, GROUPS, Q_REGS, O_REGS, SPANS>(p, variant, plan, smem, thread / 128 - 1);
         }
     }
 }
