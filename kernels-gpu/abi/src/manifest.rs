@@ -134,6 +134,10 @@ pub enum Family {
     Fill,
     /// Evicts the L2 cache by reading (benchmarks). Any element type and head dimension: its row says F16 and 0.
     Flush,
+    /// Writes new rows of K and V into a cache. Any 16-bit type and head dimension: its row says F16 and 0.
+    Append,
+    /// Merges two attention states. Any head dimension: its rows say 0.
+    MergeStates,
 }
 
 /// One compiled kernel.
@@ -262,6 +266,9 @@ pub const KERNELS: &[KernelSpec] = &[
     support!("pat_fill_f16",  Fill,  F16),
     support!("pat_fill_bf16", Fill,  Bf16),
     support!("pat_flush_l2",  Flush, F16),
+    support!("pat_append_kv", Append, F16),
+    support!("pat_merge_states_f16",  MergeStates, F16),
+    support!("pat_merge_states_bf16", MergeStates, Bf16),
 ];
 
 /// The kernel of a family for an element type and head dimension, if there is one. Of two merge kernels it is the one

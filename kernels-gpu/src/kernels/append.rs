@@ -31,13 +31,14 @@ pub unsafe extern "ptx-kernel" fn pat_append_kv(params: AppendParams) {
         }
         let (page, token) = page_size.divide_remainder(low);
         let offset = chunk as u64 * CHUNK_BYTES;
-        let copy = |new: u64, [row_stride, head_stride]: [i64; 2], cache: u64, [page_of, token_of, head_of]: [i64; 3]| {
-            let from = strided(new, row, row_stride, head, head_stride) + offset;
-            let at_token = strided(cache, page, page_of, token, token_of);
-            let to = strided(at_token, head, head_of, 0, 0) + offset;
-            // SAFETY: inside both tensors: row, head, page and token are below their sizes.
-            unsafe { store_global_u32x4(to, load_global_u32x4(from)) };
-        };
+        let copy =
+            |new: u64, [row_stride, head_stride]: [i64; 2], cache: u64, [page_of, token_of, head_of]: [i64; 3]| {
+                let from = strided(new, row, row_stride, head, head_stride) + offset;
+                let at_token = strided(cache, page, page_of, token, token_of);
+                let to = strided(at_token, head, head_of, 0, 0) + offset;
+                // SAFETY: inside both tensors: row, head, page and token are below their sizes.
+                unsafe { store_global_u32x4(to, load_global_u32x4(from)) };
+            };
         copy(
             params.k_new,
             [params.k_new_row_stride, params.k_new_head_stride],

@@ -23,8 +23,10 @@ unsafe fn merge_states<E: Element>(params: &MergeStatesParams) {
     while index < rows {
         let (row, head) = params.heads.divide_remainder(index);
         index += special::cta_count() * WARPS;
-        let lse_address = |state: &StateParams| strided(state.lse, row, state.lse_row_stride, head, state.lse_head_stride);
-        let out_address = |state: &StateParams| strided(state.out, row, state.out_row_stride, head, state.out_head_stride);
+        let lse_address =
+            |state: &StateParams| strided(state.lse, row, state.lse_row_stride, head, state.lse_head_stride);
+        let out_address =
+            |state: &StateParams| strided(state.out, row, state.out_row_stride, head, state.out_head_stride);
         // SAFETY: row and head are below the sizes.
         let [lse_a, lse_b] = [&params.a, &params.b].map(|state| unsafe { load_global_l2_f32(lse_address(state)) });
         let maximum = math::max(lse_a, lse_b);
