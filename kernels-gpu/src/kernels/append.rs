@@ -1,12 +1,12 @@
 //! Append kernel: copies new rows of K and V into their slots of a paged cache.
 
+use pat_abi::manifest::SUPPORT_THREADS as THREADS;
 use pat_abi::row_params::AppendParams;
 
 use crate::item::strided;
 use crate::ptx::ldst::{load_global_u32x2, load_global_u32x4, store_global_u32x4};
 use crate::ptx::special;
 
-const THREADS: u32 = 256;
 const CHUNK_BYTES: u64 = 16;
 
 /// 16-bit elements of any type are copied as they are.

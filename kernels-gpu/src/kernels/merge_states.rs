@@ -1,5 +1,6 @@
 //! Merge of two attention states by their log-sum-exps: a warp takes a (row, head), its lanes 8 elements each.
 
+use pat_abi::manifest::SUPPORT_THREADS;
 use pat_abi::row_params::{MergeStatesParams, StateParams};
 
 use crate::element::{Bf16, Element, F16};
@@ -8,7 +9,7 @@ use crate::ptx::barrier::sync_warp;
 use crate::ptx::ldst::{load_global_l2_f32, load_global_l2_f32x4, store_global_f32, store_global_u32x4};
 use crate::ptx::{math, special};
 
-const WARPS: u32 = 8;
+const WARPS: u32 = SUPPORT_THREADS / 32;
 const CHUNK_BYTES: u64 = 16;
 const LOG2_E: f32 = 1.0 / LN_2;
 
