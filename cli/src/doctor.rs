@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use pat_rs::cuda::{CudaEngine, check_embedded_ptx};
-use pat_rs::{AttentionShape, DecodeBatch, Dtype, PlanOptions, Planner, TileVariant};
+use pat_rs::{AttentionShape, Dtype, TileVariant};
 use std::time::Instant;
 
 /// How a check ended. Only [`State::Fail`] makes the exit status 1: a machine without a GPU is a healthy one.
@@ -79,18 +79,11 @@ pub(crate) fn run() -> Result<bool> {
     Ok(healthy)
 }
 
-/// Tokens per page of the plans that name the kernels to load; every tile variant can read such pages.
+/// Tokens per page: every tile variant can read such pages.
 const PAGE_SIZE: u32 = 32;
 
 /// Has the driver compile the kernels of a tile variant.
 fn load(engine: &CudaEngine, variant: TileVariant) -> pat_rs::Result<()> {
     let shape = AttentionShape::new(32, 8, 128, Dtype::F16)?;
-    let options = PlanOptions { variants: Some(vec![variant]), ..PlanOptions::default() };
-    let tables: [&[u32]; 1] = [&[0]];
-    let batch = DecodeBatch::from_block_tables(&tables, &[PAGE_SIZE], PAGE_SIZE, 1)?;
-    let plan = Planner::new(shape, engine.device().profile()?, options)?.plan(&batch)?;
-    let stream = engine.device().new_stream()?;
-    let buffers = engine.upload(&plan, &stream)?;
-    stream.synchronize()?;
-    engine.prepare(&buffers)
+    engine.prepare_variants(shape, &[variant])
 }
