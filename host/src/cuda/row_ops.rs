@@ -4,18 +4,17 @@
 
 use super::CudaEngine;
 use super::DeviceSpan;
-use super::args::check_tensor;
+use super::args::check_address;
 use super::driver::{self, Stream};
+use crate::arguments::{Dimension, LSE_BYTES, check_apart, check_lse, check_tensor};
 use crate::cpu::CacheLayout;
+use crate::eligibility::VECTOR_BYTES;
 use crate::{Dtype, Error, Result, RowStrides};
 use pat_abi::{AppendParams, Family, FastDivisor, MergeStatesParams, StateParams, manifest};
 
 /// Bytes of an element of K, V and O.
 const ELEMENT_BYTES: i64 = 2;
-const LSE_BYTES: i64 = 4;
-const SLOT_BYTES: u64 = 8;
-/// What a thread moves at once.
-const CHUNK_BYTES: i64 = 16;
+const SLOT_BYTES: u32 = 8;
 
 /// New rows of K and V, `[rows, kv_heads, head_dim]`, and the caches they go to. All of one 16-bit type.
 #[derive(Clone, Debug)]
@@ -122,24 +121,27 @@ impl CheckedAppend {
         }
         let slots_end = below_2_31("num_pages * page_size", args.k_layout.slots())?;
         let work = below_2_31("rows * kv_heads * head_dim / 8", product([args.rows, kv_heads, chunks]))?;
-        let dim = u64::from(head_dim);
         for (name, span, strides) in
             [("k_new", &args.k_new, args.k_new_strides), ("v_new", &args.v_new, args.v_new_strides)]
         {
-            let dims =
-                [("sequence", u64::from(args.rows), strides.sequence), ("head", u64::from(kv_heads), strides.head)];
-            check_tensor(name, span, &dims, dim, ELEMENT_BYTES, CHUNK_BYTES as u64)?;
+            let dims = [("sequence", args.rows, strides.sequence), ("head", kv_heads, strides.head)];
+            check_span(name, span, &dims, head_dim)?;
         }
         for (name, span, strides) in [("k_cache", &args.k_cache, k), ("v_cache", &args.v_cache, v)] {
             let dims = [
-                ("page", u64::from(num_pages), strides.page),
-                ("token", u64::from(page_size), strides.token),
-                ("head", u64::from(kv_heads), strides.head),
+                ("page", num_pages, strides.page),
+                ("token", page_size, strides.token),
+                ("head", kv_heads, strides.head),
             ];
-            check_tensor(name, span, &dims, dim, ELEMENT_BYTES, CHUNK_BYTES as u64)?;
+            check_span(name, span, &dims, head_dim)?;
         }
-        let dims = [("row", u64::from(args.rows), 1)];
-        check_tensor("slots", &args.slots, &dims, 1, SLOT_BYTES as i64, SLOT_BYTES)?;
+        if args.slots.bytes() < u64::from(args.rows) * u64::from(SLOT_BYTES) {
+            let expected = format!("{SLOT_BYTES} for each of {} rows", args.rows);
+            return Err(Error::invalid("slots", format!("{} bytes", args.slots.bytes()), expected));
+        }
+        if args.rows > 0 {
+            check_address("slots", &args.slots, SLOT_BYTES)?;
+        }
         let params = AppendParams {
             k_new: args.k_new.address(),
             v_new: args.v_new.address(),
@@ -175,23 +177,36 @@ impl CheckedMergeStates {
         let chunks = head_chunks(head_dim)?;
         let warps = below_2_31("rows * heads", product([rows, heads, 1]))?;
         for (state, [out, lse]) in states.into_iter().zip(NAMES) {
-            let dims = |strides: RowStrides| {
-                [("sequence", u64::from(rows), strides.sequence), ("head", u64::from(heads), strides.head)]
-            };
-            let of_out = dims(state.out_strides);
-            check_tensor(out, &state.out, &of_out, u64::from(head_dim), ELEMENT_BYTES, CHUNK_BYTES as u64)?;
-            check_tensor(lse, &state.lse, &dims(state.lse_strides), 1, LSE_BYTES, LSE_BYTES as u64)?;
+            let dims = |strides: RowStrides| [("sequence", rows, strides.sequence), ("head", heads, strides.head)];
+            let (of_out, of_lse) = (dims(state.out_strides), dims(state.lse_strides));
+            check_span(out, &state.out, &of_out, head_dim)?;
+            if check_lse(lse, state.lse.bytes() / u64::from(LSE_BYTES), &of_lse)? > 0 {
+                check_address(lse, &state.lse, LSE_BYTES)?;
+            }
+            if out == "out" {
+                check_apart(out, &of_out, head_dim)?;
+                check_apart(lse, &of_lse, 1)?;
+            }
         }
         let [a, b, merged] = states.map(|state| StateParams {
             out: state.out.address(),
             lse: state.lse.address(),
             out_row_stride: state.out_strides.sequence * ELEMENT_BYTES,
             out_head_stride: state.out_strides.head * ELEMENT_BYTES,
-            lse_row_stride: state.lse_strides.sequence * LSE_BYTES,
-            lse_head_stride: state.lse_strides.head * LSE_BYTES,
+            lse_row_stride: state.lse_strides.sequence * i64::from(LSE_BYTES),
+            lse_head_stride: state.lse_strides.head * i64::from(LSE_BYTES),
         });
         let params = MergeStatesParams { a, b, merged, heads: FastDivisor::new(heads.max(1)), rows, chunks };
         Ok(Self(params, warps.div_ceil(manifest::SUPPORT_THREADS / 32)))
+    }
+}
+
+/// Strides, extent and address of a 16-bit tensor.
+fn check_span(name: &str, span: &DeviceSpan, dims: &[Dimension], head_dim: u32) -> Result<()> {
+    // Any 16-bit type: only its size counts.
+    match check_tensor(name, span.bytes() / ELEMENT_BYTES as u64, dims, head_dim, Dtype::F16)? {
+        0 => Ok(()),
+        _ => check_address(name, span, VECTOR_BYTES),
     }
 }
 
