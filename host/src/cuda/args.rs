@@ -31,6 +31,7 @@ impl DeviceSpan {
     /// that was given the span has finished: runs, bound runs and graphs that hold them. An owner ([`Self::with_owner`])
     /// that keeps the range allocated as long as it lives fulfils the latter. Where it is given as an output or workspace,
     /// nothing else accesses it meanwhile.
+    #[allow(unsafe_code, reason = "the caller vouches for a raw handle")]
     pub unsafe fn from_raw(address: u64, bytes: u64) -> Self {
         Self { device: None, address, bytes, owner: None }
     }
