@@ -239,26 +239,21 @@ mod tests {
     use super::*;
     use crate::KvStrides;
 
-    fn span(address: u64, bytes: u64) -> DeviceSpan {
-        // SAFETY: nothing is launched here.
-        unsafe { DeviceSpan::from_raw(address, bytes) }
-    }
-
     fn append() -> AppendArgs {
         let strides = KvStrides::nhd(16, 2, 64);
         let layout = CacheLayout { num_pages: 4, page_size: 16, kv_heads: 2, head_dim: 64, strides };
         let rows = RowStrides::contiguous(2, 64);
         AppendArgs {
             rows: 3,
-            k_new: span(0x1000, 3 * 128 * 2),
+            k_new: DeviceSpan::of_nothing(0x1000, 3 * 128 * 2),
             k_new_strides: rows,
-            v_new: span(0x2000, 3 * 128 * 2),
+            v_new: DeviceSpan::of_nothing(0x2000, 3 * 128 * 2),
             v_new_strides: rows,
-            k_cache: span(0x10_0000, 64 * 128 * 2),
+            k_cache: DeviceSpan::of_nothing(0x10_0000, 64 * 128 * 2),
             k_layout: layout,
-            v_cache: span(0x20_0000, 64 * 128 * 2),
+            v_cache: DeviceSpan::of_nothing(0x20_0000, 64 * 128 * 2),
             v_layout: layout,
-            slots: span(0x3000, 24),
+            slots: DeviceSpan::of_nothing(0x3000, 24),
         }
     }
 
@@ -273,13 +268,13 @@ mod tests {
     fn bad_arguments_of_append_are_named() {
         type Change = fn(&mut AppendArgs);
         let cases: [(&str, Change); 9] = [
-            ("k_new: got", |a| a.k_new = span(0x1000, 3 * 128 * 2 - 2)),
-            ("v_new: got", |a| a.v_new = span(0x2008, 1 << 20)),
+            ("k_new: got", |a| a.k_new = DeviceSpan::of_nothing(0x1000, 3 * 128 * 2 - 2)),
+            ("v_new: got", |a| a.v_new = DeviceSpan::of_nothing(0x2008, 1 << 20)),
             ("k_new_strides.head", |a| a.k_new_strides.head = 65),
-            ("k_cache: got", |a| a.k_cache = span(0x10_0000, 64)),
+            ("k_cache: got", |a| a.k_cache = DeviceSpan::of_nothing(0x10_0000, 64)),
             ("v_cache: got", |a| a.v_layout.num_pages = 5),
-            ("slots: got", |a| a.slots = span(0x3000, 16)),
-            ("slots: got", |a| a.slots = span(0x3004, 1 << 10)),
+            ("slots: got", |a| a.slots = DeviceSpan::of_nothing(0x3000, 16)),
+            ("slots: got", |a| a.slots = DeviceSpan::of_nothing(0x3004, 1 << 10)),
             ("num_pages * page_size", |a| {
                 (a.k_layout.num_pages, a.v_layout.num_pages) = (1 << 30, 1 << 30);
             }),
@@ -296,9 +291,9 @@ mod tests {
     #[test]
     fn states_are_checked_by_name() {
         let state = |out: u64, bytes: u64| DeviceState {
-            out: span(out, bytes),
+            out: DeviceSpan::of_nothing(out, bytes),
             out_strides: RowStrides::contiguous(7, 64),
-            lse: span(out + (1 << 20), bytes / 32),
+            lse: DeviceSpan::of_nothing(out + (1 << 20), bytes / 32),
             lse_strides: RowStrides::lse(7),
         };
         let good = state(0x10_0000, 3 * 7 * 64 * 2);
