@@ -41,7 +41,7 @@ impl RunTensors {
     pub(crate) fn check(&self, plan: Planned) -> Result<Accessed> {
         let Self { problem, num_pages, rows, q, k, v, out, lse } = *self;
         let shape = problem.shape();
-        plan.check_is(&problem.planned(), "the plan")?;
+        plan.check_is(&problem.planned(), "the run")?;
         supports(&problem, Some((k.1, v.1)), None)?;
         let row_dims =
             |strides: RowStrides| [("sequence", rows, strides.sequence), ("head", shape.q_heads(), strides.head)];
@@ -62,12 +62,7 @@ impl RunTensors {
         check_apart("out", out_dims, v_head_dim)?;
         if let Some((elements, strides)) = lse {
             let dims = row_dims(strides);
-            let end = STRIDE_BYTES_END / i64::from(LSE_BYTES);
-            if let Some((dimension, _, stride)) = dims.iter().find(|(_, _, stride)| !(0..end).contains(stride)) {
-                let (got, expected) = (format!("{stride} elements"), format!("0 or more, below 2^{}", end.ilog2()));
-                return Err(Error::invalid(format!("lse_strides.{dimension}"), got, expected));
-            }
-            accessed.lse = check_extent("lse", elements, &dims, 1)?;
+            accessed.lse = check_lse("lse", elements, &dims)?;
             check_apart("lse", &dims, 1)?;
         }
         Ok(accessed)
@@ -84,7 +79,7 @@ pub(crate) fn same<T: PartialEq + std::fmt::Debug>(what: &str, plan: T, call: T)
 }
 
 /// A dimension: name, count, stride in elements.
-type Dimension = (&'static str, u32, i64);
+pub(crate) type Dimension = (&'static str, u32, i64);
 
 /// Whether the kernels can follow a tensor's strides and its elements hold what they span; how many that is. `innermost` is
 /// the length of the contiguous dimension.
@@ -97,6 +92,16 @@ pub(crate) fn check_tensor(
 ) -> Result<u64> {
     check_strides(tensor, dimensions, dtype.bytes())?;
     check_extent(tensor, elements, dimensions, innermost)
+}
+
+/// Likewise of log-sum-exps, whose strides are any.
+pub(crate) fn check_lse(tensor: &str, elements: u64, dimensions: &[Dimension]) -> Result<u64> {
+    let end = STRIDE_BYTES_END / i64::from(LSE_BYTES);
+    if let Some((dimension, _, stride)) = dimensions.iter().find(|(_, _, stride)| !(0..end).contains(stride)) {
+        let (got, expected) = (format!("{stride} elements"), format!("0 or more, below 2^{}", end.ilog2()));
+        return Err(Error::invalid(format!("{tensor}_strides.{dimension}"), got, expected));
+    }
+    check_extent(tensor, elements, dimensions, 1)
 }
 
 fn check_strides(tensor: &str, dimensions: &[Dimension], element_bytes: u32) -> Result<()> {
@@ -127,7 +132,7 @@ fn check_extent(tensor: &str, elements: u64, dimensions: &[Dimension], innermost
 }
 
 /// Whether no two rows of an output share an element: each dimension steps over all of the one within it.
-fn check_apart(tensor: &str, dimensions: &[Dimension], innermost: u32) -> Result<()> {
+pub(crate) fn check_apart(tensor: &str, dimensions: &[Dimension], innermost: u32) -> Result<()> {
     if dimensions.iter().any(|&(_, count, _)| count == 0) {
         return Ok(());
     }
@@ -241,12 +246,12 @@ mod tests {
         let problem = good().problem;
         let with = |problem| refusal(RunTensors { problem, ..good() });
         let other = AttentionShape::new(8, 2, 64, Dtype::F16).unwrap();
-        assert!(with(Problem::new(other, 16)).starts_with("plan does not fit the shape of the plan"));
+        assert!(with(Problem::new(other, 16)).starts_with("plan does not fit the shape of the run"));
         assert!(
             with(Problem::new(problem.shape(), 32))
-                .starts_with("plan does not fit the page_size of the plan: the plan has 16")
+                .starts_with("plan does not fit the page_size of the run: the plan has 16")
         );
-        assert!(with(problem.with_window(9)).starts_with("plan does not fit the visibility of the plan"));
+        assert!(with(problem.with_window(9)).starts_with("plan does not fit the visibility of the run"));
         assert!(with(problem.with_soft_cap(9.0)).starts_with("soft_cap: got 9"));
         assert!(with(problem.with_scale(0.0)).starts_with("softmax_scale: got 0"));
         RunTensors { problem: problem.with_scale(0.5), ..good() }.check(problem.planned()).unwrap();
