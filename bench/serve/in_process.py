@@ -202,8 +202,9 @@ class Benchmark:
         record.update(
             status="success" if good else "failed", metrics=figures, requests=counts, goodput=goodput, notes=notes,
             steps=metrics.steps(result), machine=self.engine.describe(), date=datetime.datetime.now(datetime.timezone.utc).date().isoformat())
-        if profile:
-            record["step_time"] = profile
+        for name, value in (("step_time", profile), ("backend_counters", self.engine.backend_counters())):
+            if value:
+                record[name] = value
         if not good:
             record["error_log"] = "; ".join(notes + [f"{count} requests: {reason}" for reason, count in counts["failures"].items()])
 

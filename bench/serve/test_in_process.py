@@ -76,6 +76,9 @@ class FakeEngine:
     def describe(self):
         return {"device": "none"}
 
+    def backend_counters(self):
+        return {"decode_steps": 3}
+
 
 def workload(count=4000, prompt=((0, 500), (None, 100)), output=50, more=None):
     def segments(index):
@@ -244,6 +247,7 @@ class Command(unittest.TestCase):
         for kind in ("mean", "median", "p99"):
             for name in ("ttft", "tpot", "itl", "e2el"):
                 self.assertGreater(record["metrics"][f"{kind}_{name}_ms"], 0)
+        self.assertEqual(record["backend_counters"], {"decode_steps": 3})
         self.assertEqual(record["step_time"]["ms"], {"attention": 1.0})
         self.assertEqual([engine.cleared for engine in self.engines], [2])
         status, text = self.command("--rates", "20,40,60")

@@ -54,6 +54,15 @@ def breakdown(profiler, wall_s, steps):
     return table
 
 
+def counters(worker=None):
+    """In a worker: which steps of vLLM's CUSTOM backend ran on plans."""
+    import dataclasses
+    import sys
+
+    metrics = sys.modules.get("prefix_attn.vllm.metrics")
+    return dataclasses.asdict(metrics.totals()) if metrics and metrics.GROUPS else {}
+
+
 class VllmEngine:
     """What `loop.run` drives."""
 
@@ -87,6 +96,7 @@ class VllmEngine:
         ).llm_engine
         self.parameters = lambda tokens: SamplingParams(
             temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA)
+        self.counted = {}
         self.core = self.engine.engine_core.engine_core
         self.step_log = []
         self.log_steps()
@@ -121,6 +131,13 @@ class VllmEngine:
             "tensor_parallel": self.tensor_parallel, "async_scheduling": bool(vc.scheduler_config.async_scheduling), "cudagraph_mode": str(vc.compilation_config.cudagraph_mode),
             "max_num_seqs": vc.scheduler_config.max_num_seqs, "max_num_batched_tokens": vc.scheduler_config.max_num_batched_tokens,
         }
+
+    def backend_counters(self):
+        """What the backend counts of itself since the last call, of the first worker; nothing of backends that do not count."""
+        # With one GPU the worker lives in this process.
+        now = counters() if self.tensor_parallel == 1 else self.engine.collective_rpc(counters)[0]
+        before, self.counted = self.counted, now
+        return {name: count - before.get(name, 0) for name, count in now.items()}
 
     def add(self, name, token_ids, output_tokens):
         self.engine.add_request(name, {"prompt_token_ids": token_ids}, self.parameters(output_tokens))
