@@ -1,0 +1,58 @@
+//! Tests that need a CUDA device: a harness that reports those that cannot run as ignored, with the reason. libtest would count
+//! them as passed.
+
+use libtest_mimic::{Arguments, Completion, Trial};
+use pat_rs::Engine;
+use std::process::ExitCode;
+
+/// With this variable set a test that cannot run fails: for machines that are there to run them.
+pub const REQUIRE_GPU: &str = "PAT_REQUIRE_GPU";
+
+/// A test function and its name.
+#[derive(Clone, Copy, Debug)]
+pub struct DeviceTest {
+    name: &'static str,
+    devices: usize,
+    run: fn(&Engine),
+}
+
+impl DeviceTest {
+    /// A test on device 0.
+    pub fn new(name: &'static str, run: fn(&Engine)) -> Self {
+        Self { name, devices: 1, run }
+    }
+
+    /// The same, where there are at least so many devices.
+    pub fn on_devices(self, devices: usize) -> Self {
+        Self { devices, ..self }
+    }
+
+    fn complete(self, required: bool) -> Result<Completion, String> {
+        let opened = (0..self.devices).rev().map(Engine::cuda).reduce(|last, next| last.and(next));
+        match opened {
+            Some(Ok(engine)) => (self.run)(&engine),
+            None => return Err("a device test that needs no device".into()),
+            Some(Err(reason)) if required => return Err(format!("{REQUIRE_GPU} is set, but: {reason}")),
+            Some(Err(reason)) => return Ok(Completion::ignored_with(reason)),
+        }
+        Ok(Completion::Completed)
+    }
+}
+
+/// Names a test function to [`main`].
+#[macro_export]
+macro_rules! device_test {
+    ($test:ident) => {
+        $crate::device_tests::DeviceTest::new(stringify!($test), $test)
+    };
+}
+
+/// Runs the tests as libtest would, one at a time unless `--test-threads` says otherwise: they time and fill one device.
+pub fn main(tests: impl IntoIterator<Item = DeviceTest>) -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads.get_or_insert(1);
+    let required = std::env::var_os(REQUIRE_GPU).is_some();
+    let trial =
+        |test: DeviceTest| Trial::ignorable_test(test.name, move || test.complete(required).map_err(Into::into));
+    libtest_mimic::run(&arguments, tests.into_iter().map(trial).collect()).exit_code()
+}
