@@ -13,19 +13,26 @@ use crate::ptx::ldst::{
 /// Natural logarithm of 2: internal log-sum-exps are base 2, public ones natural.
 pub const LN_2: f32 = core::f32::consts::LN_2;
 
+/// The KV tokens of an item.
+#[derive(Clone, Copy)]
+pub struct Stream {
+    /// Address of the page id of the first token.
+    pub page_ids: u64,
+    /// Address of the first page's mask; 0 where all rows attend to all tokens.
+    pub masks: u64,
+    /// Number of tokens, at least 1.
+    pub token_count: u32,
+}
+
 /// The work of one CTA: one item for one KV head.
 #[derive(Clone, Copy)]
 pub struct Item {
-    /// Address of the page id of the first token.
-    pub page_ids: u64,
-    /// KV tokens of the stream, at least 1.
-    pub token_count: u32,
+    /// The KV tokens.
+    pub stream: Stream,
     /// Rows, at least 1.
     pub row_count: u32,
     /// KV head.
     pub kv_head: u32,
-    /// Address of the first page's mask; 0 where all rows attend to all tokens.
-    pub masks: u64,
     queries: u64,
 }
 
@@ -68,11 +75,13 @@ impl Item {
             let [page_begin, token_count, query_begin, row_count] = load_global_u32x4(address);
             let mask_begin = load_global_u32(address + 16);
             Some(Self {
-                page_ids: params.plan + pages as u64 + page_begin as u64 * 4,
-                token_count,
+                stream: Stream {
+                    page_ids: params.plan + pages as u64 + page_begin as u64 * 4,
+                    masks: if mask_begin == NO_MASKS { 0 } else { params.plan + masks as u64 + mask_begin as u64 * 4 },
+                    token_count,
+                },
                 row_count,
                 kv_head,
-                masks: if mask_begin == NO_MASKS { 0 } else { params.plan + masks as u64 + mask_begin as u64 * 4 },
                 queries: params.plan + queries as u64 + query_begin as u64 * size_of::<PackQuery>() as u64,
             })
         }
@@ -129,9 +138,19 @@ impl Row {
             if self.is_partial() {
                 self.store_partial_pair(params, head_dim, column, pair);
             } else {
-                store_global_u32(self.output_address(params) + column as u64 * 2, E::pack(pair[0], pair[1]));
+                self.store_output_pair::<E>(params, column, pair);
             }
         }
+    }
+
+    /// Writes columns `column` and `column + 1` of the final output.
+    ///
+    /// # Safety
+    /// As [`Self::store_pair`]; the row is no partial.
+    #[inline(always)]
+    pub unsafe fn store_output_pair<E: Element>(&self, params: &ForwardParams, column: u32, pair: [f32; 2]) {
+        // SAFETY: the caller's contract; base addresses and strides are multiples of 16 bytes.
+        unsafe { store_global_u32(self.output_address(params) + column as u64 * 2, E::pack(pair[0], pair[1])) };
     }
 
     /// Writes columns `column` and `column + 1` of a partial.

@@ -14,6 +14,8 @@ torch is used where the program has imported it; it is not needed to import this
 ABI: free-threaded builds of Python do not load it, and pip refuses it there.
 """
 
+from typing import TYPE_CHECKING
+
 from ._errors import CudaError, CudaUnavailable
 from ._native import (
     AttentionShape,
@@ -29,6 +31,17 @@ from ._native import (
     run,
     supports,
 )
+
+if TYPE_CHECKING:
+    from .pat import (
+        AsyncTree,
+        KernelInfo,
+        PrefixTree,
+        PrefixTreeCPP,
+        generate_random_kv_cache,
+        generate_tree_seqs,
+        prefix_attn_with_kvcache,
+    )
 
 __all__ = [
     "AttentionShape",
@@ -46,3 +59,23 @@ __all__ = [
     "run",
     "supports",
 ]
+
+#: PAT's names, see `prefix_attn.pat`.
+_PAT_NAMES = {
+    "AsyncTree",
+    "KernelInfo",
+    "PrefixTree",
+    "PrefixTreeCPP",
+    "generate_random_kv_cache",
+    "generate_tree_seqs",
+    "prefix_attn_with_kvcache",
+}
+
+
+def __getattr__(name: str):
+    # They bring torch, which nothing else here needs.
+    if name not in _PAT_NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import pat
+
+    return getattr(pat, name)

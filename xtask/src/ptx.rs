@@ -11,34 +11,34 @@ pub(crate) struct Module {
     pub(crate) entries: Vec<Entry>,
 }
 
-/// One kernel, from its `.entry` line to its closing brace.
+/// One kernel: its `.entry` line and what follows, up to the next one.
 pub(crate) struct Entry {
     pub(crate) name: String,
     pub(crate) text: String,
 }
 
 impl Module {
-    /// Takes compiler output (or a finished file) apart. Comments of the compiler are dropped.
+    /// Takes compiler output (or a finished file) apart. Comments of the compiler are dropped, and so is its indentation: the
+    /// text is part of every program.
     pub(crate) fn parse(text: &str) -> Self {
         let mut prelude = String::new();
         let mut entries: Vec<Entry> = Vec::new();
-        let mut inside = false;
         for line in text.lines() {
-            if is_noise(line) {
+            let line = line.split("//").next().unwrap_or_default().trim_end();
+            if line.is_empty() {
                 continue;
             }
             if let Some(rest) = line.strip_prefix(ENTRY) {
                 let name = rest.split('(').next().unwrap_or_default().trim().to_owned();
                 entries.push(Entry { name, text: String::new() });
-                inside = true;
             }
-            match entries.last_mut() {
-                Some(entry) if inside => entry.text.extend([line.trim_end(), "\n"]),
-                _ => prelude.extend([line.trim_end(), "\n"]),
+            let part = entries.last_mut().map_or(&mut prelude, |entry| &mut entry.text);
+            let mut gap = "";
+            for word in line.split_whitespace() {
+                part.extend([gap, word]);
+                gap = " ";
             }
-            if line == "}" {
-                inside = false;
-            }
+            part.push('\n');
         }
         Self { prelude, entries }
     }
@@ -66,10 +66,8 @@ impl Module {
 impl Entry {
     /// Barrier instructions of the CTA or of some of its warps (not `bar.warp.sync`, not `mbarrier`).
     pub(crate) fn barriers(&self) -> u32 {
-        let is_barrier = |line: &&str| {
-            let line = line.trim_start();
-            ["bar.sync", "bar.arrive", "bar.red", "barrier."].iter().any(|name| line.starts_with(name))
-        };
+        let names = ["bar.sync", "bar.arrive", "bar.red", "barrier."];
+        let is_barrier = |line: &&str| names.iter().any(|name| line.starts_with(name));
         self.text.lines().filter(is_barrier).count() as u32
     }
 
@@ -83,7 +81,7 @@ impl Entry {
         ];
         let mut found = Vec::new();
         for (token, meaning) in forbidden {
-            let starts = |line: &str| line.trim_start().starts_with(token);
+            let starts = |line: &str| line.starts_with(token);
             if self.text.lines().any(|line| if token == "__local_depot" { line.contains(token) } else { starts(line) })
             {
                 found.push(meaning.to_owned());
@@ -91,11 +89,6 @@ impl Entry {
         }
         found
     }
-}
-
-fn is_noise(line: &str) -> bool {
-    let line = line.trim();
-    line.is_empty() || line.starts_with("//")
 }
 
 /// Inserts the launch bounds between an entry's parameter list and its body, and raises the alignment of tensor maps to
@@ -138,7 +131,7 @@ mod tests {
 \tbar.warp.sync \t-1;
 \tmbarrier.arrive.shared::cta.b64 _, [%r1];
 \tbarrier.cta.sync.aligned 1, 128;
-\tret;
+\tret; // %r1
 }
 \t// -- End function
 ";
@@ -152,6 +145,7 @@ mod tests {
         assert_eq!(module.entries[0].barriers(), 2);
         assert!(module.entries[0].violations().is_empty());
         assert!(!module.entries[0].text.contains("//"));
+        assert!(module.entries[0].text.contains("\nbar.sync 0;\n"));
     }
 
     #[test]
@@ -175,8 +169,8 @@ mod tests {
         for line in
             [".local .align 8 .b8 __local_depot0[24];", "\tcall.uni f;", "\tld.b32 %r1, [%rd1];", "\tst.b8 [%rd1], 1;"]
         {
-            let entry = Entry { name: "k".into(), text: format!("{ENTRY}k(\n)\n{{\n{line}\n}}\n") };
-            assert_eq!(entry.violations().len(), 1, "{line}");
+            let module = Module::parse(&format!("{ENTRY}k(\n)\n{{\n{line}\n}}\n"));
+            assert_eq!(module.entries[0].violations().len(), 1, "{line}");
         }
     }
 }

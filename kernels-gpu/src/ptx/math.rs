@@ -71,6 +71,42 @@ pub fn pack_f16x2(low: f32, high: f32) -> u32 {
     packed
 }
 
+/// `cvt.f32.f16` (sm_53), twice: the two binary16 values of a word, the low half first.
+#[inline(always)]
+pub fn unpack_f16x2(word: u32) -> [f32; 2] {
+    let (low, high): (f32, f32);
+    // SAFETY: register arithmetic.
+    unsafe {
+        asm!("{{ .reg .b16 l, h; mov.b32 {{l, h}}, {2}; cvt.f32.f16 {0}, l; cvt.f32.f16 {1}, h; }}",
+            out(reg32) low, out(reg32) high, in(reg32) word, options(pure, nomem, nostack, preserves_flags));
+    }
+    [low, high]
+}
+
+/// `fma.rn.f16x2` (sm_53) with a factor of 0: `sum`, and NaN where the binary16 value is not finite.
+#[inline(always)]
+pub fn add_zero_times_f16x2(sum: u32, values: u32) -> u32 {
+    let result: u32;
+    // SAFETY: register arithmetic.
+    unsafe {
+        asm!("fma.rn.f16x2 {0}, {1}, {2}, {3};", out(reg32) result, in(reg32) values, in(reg32) 0, in(reg32) sum,
+            options(pure, nomem, nostack, preserves_flags));
+    }
+    result
+}
+
+/// `fma.rn.bf16x2` (sm_80) with a factor of 0: `sum`, and NaN where the bfloat16 value is not finite.
+#[inline(always)]
+pub fn add_zero_times_bf16x2(sum: u32, values: u32) -> u32 {
+    let result: u32;
+    // SAFETY: register arithmetic.
+    unsafe {
+        asm!("fma.rn.bf16x2 {0}, {1}, {2}, {3};", out(reg32) result, in(reg32) values, in(reg32) 0, in(reg32) sum,
+            options(pure, nomem, nostack, preserves_flags));
+    }
+    result
+}
+
 /// `cvt.rn.bf16x2.f32` (sm_80): two f32 to two bfloat16 values, `low` in the low half.
 #[inline(always)]
 pub fn pack_bf16x2(low: f32, high: f32) -> u32 {

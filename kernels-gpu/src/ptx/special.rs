@@ -43,6 +43,16 @@ pub fn cta_count() -> u32 {
     value
 }
 
+/// `value`, which the compiler is not to know: a loop that it bounds stays a loop. For paths so rare that their length counts
+/// and their speed does not.
+#[inline(always)]
+pub fn run_time(value: u32) -> u32 {
+    let hidden: u32;
+    // SAFETY: copies a register.
+    unsafe { asm!("mov.u32 {0}, {1};", out(reg32) hidden, in(reg32) value, options(nomem, nostack, preserves_flags)) };
+    hidden
+}
+
 /// Start of the dynamic shared memory of the CTA, as an address of the `.shared` window. A multiple of 1024 bytes.
 #[inline(always)]
 pub fn dynamic_smem() -> u32 {

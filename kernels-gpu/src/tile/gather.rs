@@ -3,7 +3,7 @@
 use pat_abi::layout::swizzled_chunk;
 use pat_abi::{FastDivisor, ForwardParams, PageMask};
 
-use crate::item::Item;
+use crate::item::Stream;
 use crate::ptx::cp_async::copy_16_bytes;
 use crate::ptx::ldst::{load_global_u32, store_shared_u16};
 use crate::ptx::shuffle;
@@ -45,23 +45,23 @@ impl Token {
     /// All rows.
     const ALL_ROWS: u32 = 0xff00;
 
-    /// Looks up token `token` of the item's stream; past its end nothing is read, and no row attends.
+    /// Looks up token `token` of an item's stream; past its end nothing is read, and no row attends.
     /// Issued a step before the copies that need it, the load of the page id is off the critical path.
     ///
     /// # Safety
-    /// The item comes from a valid plan with this page size.
+    /// The stream comes from a valid plan with this page size.
     #[inline(always)]
-    pub unsafe fn locate(item: &Item, page_size: FastDivisor, token: u32) -> Self {
+    pub unsafe fn locate(stream: &Stream, page_size: FastDivisor, token: u32) -> Self {
         let (page, in_page) = page_size.divide_remainder(token);
-        if token >= item.token_count {
+        if token >= stream.token_count {
             return Self { page_id: 0, in_page, rows: 0 };
         }
-        // SAFETY: the item spans `ceil(token_count / page_size)` page ids, and as many masks where it has any.
-        let page_id = unsafe { load_global_u32(item.page_ids + page as u64 * 4) };
+        // SAFETY: the stream spans `ceil(token_count / page_size)` page ids, and as many masks where it has any.
+        let page_id = unsafe { load_global_u32(stream.page_ids + page as u64 * 4) };
         let mut rows = Self::ALL_ROWS;
-        if item.masks != 0 {
+        if stream.masks != 0 {
             // SAFETY: as above.
-            let mask = PageMask(unsafe { load_global_u32(item.masks + page as u64 * 4) });
+            let mask = PageMask(unsafe { load_global_u32(stream.masks + page as u64 * 4) });
             rows = if in_page < mask.tokens() { mask.0 & 0xffff } else { 0 };
         }
         Self { page_id, in_page, rows }

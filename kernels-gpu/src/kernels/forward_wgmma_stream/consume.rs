@@ -3,18 +3,19 @@
 use super::masks::{ALL_VALUES, KeyMask, TileMasks, all_full, all_keys, load_masks, values_ends};
 use super::online_softmax::OnlineSoftmax;
 use super::smem::{QSlots, Ring, Smem, tile_offset};
-use super::work::{Batch, PlanView, work_index};
+use super::work::{Batch, PlanView, Work, work_index};
 use super::{GROUP_ROWS, PRODUCER_WARPS, SPAN_KEYS};
 use crate::element::Element;
+use crate::isolation::{RowSoftmax, restore_rows};
 use crate::item::Row;
 use crate::ptx::barrier::sync_named;
 use crate::ptx::ldst::{request_global_u32x2, store_shared_u32x4};
 use crate::ptx::mma::ldmatrix_x4;
-use crate::ptx::shuffle::xor_u32;
+use crate::ptx::shuffle::{any, xor_u32};
 use crate::ptx::special::{thread_index, thread_index_here};
 use crate::ptx::wgmma::{self, HeadDim, WgmmaOps};
 use crate::ptx::{math, mbarrier};
-use pat_abi::ForwardParams;
+use pat_abi::{ForwardParams, NO_MASKS, NamedBarrier};
 
 /// Consumer warpgroup `group`.
 ///
@@ -137,6 +138,8 @@ pub(super) unsafe fn consume<
             release(smem.v_empty(previous.stage), lane);
 
             let (sums, references) = softmax.finish();
+            let has_masks = work.mask_begin != NO_MASKS;
+            let mut not_finite = [false; 2];
             for half in 0..2 {
                 let inverse = math::reciprocal(sums[half]);
                 // Four lanes hold a row, two columns of every eight each; after the exchange each holds eight neighbours of
@@ -151,6 +154,11 @@ pub(super) unsafe fn consume<
                 }
                 if rows[half] >= work.row_count {
                     continue;
+                }
+                if has_masks {
+                    let words = octets.as_flattened()[..O_REGS / 4].iter();
+                    let sum = words.fold(0, |sum, &word| E::add_zero_times(sum, word));
+                    not_finite[half] = sum & 0x7fff_7fff != 0;
                 }
                 let [sequence, slot] = destinations[half];
                 let (_, head) = work.query_address(p, plan, rows[half]);
@@ -168,6 +176,21 @@ pub(super) unsafe fn consume<
                 if lane & 3 == 0 {
                     row.store_lse(p, references[half] + math::log2(sums[half]));
                 }
+            }
+            if has_masks && any(not_finite[0] || not_finite[1]) {
+                // Registers are short: nothing that only this needs is kept through the main loop.
+                let thread = thread_index_here();
+                let (lane, first_row) = (thread % 32, (thread / 32 - PRODUCER_WARPS) * 16);
+                let plan = PlanView::load(p, Smem::<HEAD_DIM, GROUPS>::VARIANT);
+                let work = Work::load(p, plan, work_index(round - 1));
+                let softmaxes = [0, 1].map(|half| RowSoftmax { reference: references[half], sum: sums[half] });
+                let locate = |row| {
+                    let (query, head) = work.query_address(p, plan, row);
+                    let [sequence, slot] = request_global_u32x2(query);
+                    Row::new(p, sequence, head, slot)
+                };
+                let stream = work.stream(plan);
+                restore_rows::<E>(p, stream, work.kv_head, first_row, not_finite, softmaxes, HEAD_DIM, lane, locate);
             }
         }
     }
@@ -281,11 +304,7 @@ pub(super) unsafe fn zero_values<const HEAD_DIM: u32, const GROUPS: u32, const S
         row += 128 * GROUPS / chunks_per_row;
     }
     mbarrier::fence_async_proxy();
-    if GROUPS == 1 {
-        sync_named::<1, 128>();
-    } else {
-        sync_named::<1, 256>();
-    }
+    sync_named(NamedBarrier::Consumers, 32 * Smem::<HEAD_DIM, GROUPS>::CONSUMER_WARPS);
 }
 
 /// Rounds the weights to the 16-bit type: accumulator layout and A-operand layout coincide.

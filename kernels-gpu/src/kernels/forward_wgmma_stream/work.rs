@@ -1,5 +1,6 @@
 //! Which pieces of work a CTA serves, and their records.
 
+use crate::item::Stream;
 use crate::ptx::ldst::{request_global_u32, request_global_u32x2, request_global_u32x4};
 use crate::ptx::shuffle::from_lane_u32;
 use crate::ptx::special::{cta_count, cta_index};
@@ -66,6 +67,16 @@ impl Work {
         let ([page_begin, token_count, query_begin, row_count], mask_begin) =
             unsafe { (request_global_u32x4(address), request_global_u32(address + 16)) };
         Self { page_begin, token_count, query_begin, row_count, mask_begin, kv_head }
+    }
+
+    /// The KV tokens; without masks their address is not one.
+    #[inline(always)]
+    pub(super) fn stream(&self, plan: PlanView) -> Stream {
+        Stream {
+            page_ids: plan.pages + self.page_begin as u64 * 4,
+            masks: plan.masks + self.mask_begin as u64 * 4,
+            token_count: self.token_count,
+        }
     }
 
     /// The query of tile row `row` and the row's query head; row 0's for rows the item does not have.

@@ -1,0 +1,165 @@
+//! NaN and Inf in K and V of one sequence, on the CPU and on a device: every variant gives all other sequences what the f64 oracle
+//! gives, and the sequence itself what its own keys say. `PAT_GPU_FORESTS` sets how many forests a device gets (default 400),
+//! `PAT_GPU_SEED` which.
+
+use half::{bf16, f16};
+use pat_rs::plan::PlanMode;
+use pat_rs::{DeviceProfile, Dtype, Element, Engine, HostTensors, Plan, PlanOptions, Planner, TileVariant};
+use pat_tests::{Case, random_case, softmax_scale};
+use pat_workloads::{Oracle, RowSample, Tensors, check};
+use rand::seq::IndexedRandom;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use std::collections::BTreeMap;
+
+const SEED: u32 = 13;
+
+fn from_env(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().and_then(|value| value.parse().ok()).unwrap_or(default)
+}
+
+/// An element of K or V that only one sequence attends to.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    sequence: usize,
+    page: u32,
+    token: u32,
+    kv_head: u32,
+    column: usize,
+    in_values: bool,
+}
+
+impl Place {
+    /// Draws a place in a page that is in one table alone, if there is one.
+    fn draw(rng: &mut impl Rng, case: &Case) -> Option<Self> {
+        let batch = &case.batch;
+        let tables: Vec<&[u32]> = batch
+            .block_tables
+            .iter()
+            .zip(&batch.lengths)
+            .map(|(table, length)| &table[..length.div_ceil(batch.page_size) as usize])
+            .collect();
+        let alone = |sequence: usize, page: u32| {
+            tables.iter().enumerate().all(|(other, table)| other == sequence || !table.contains(&page))
+        };
+        let own_pages: Vec<(usize, usize)> = (0..tables.len())
+            .flat_map(|sequence| (0..tables[sequence].len()).map(move |index| (sequence, index)))
+            .filter(|&(sequence, index)| alone(sequence, tables[sequence][index]))
+            .collect();
+        let &(sequence, index) = own_pages.choose(rng)?;
+        let tokens = (batch.lengths[sequence] - index as u32 * batch.page_size).min(batch.page_size);
+        Some(Self {
+            sequence,
+            page: tables[sequence][index],
+            token: rng.random_range(0..tokens),
+            kv_head: rng.random_range(0..case.shape.kv_heads()),
+            column: rng.random_range(0..case.shape.head_dim() as usize),
+            in_values: rng.random(),
+        })
+    }
+
+    fn write<T: Element>(&self, tensors: &mut Tensors<T>, value: f32) {
+        let strides = tensors.kv_strides;
+        let at = i64::from(self.page) * strides.page
+            + i64::from(self.token) * strides.token
+            + i64::from(self.kv_head) * strides.head;
+        let begin = if self.in_values { tensors.v_begin } else { 0 };
+        tensors.kv[begin + at as usize + self.column] = T::from_f32(value);
+    }
+
+    /// Whether rows of another sequence stand in an item beside this page without attending to it.
+    fn is_beside_others(&self, plan: &Plan) -> bool {
+        let page_size = plan.page_size();
+        plan.items().iter().any(|item| {
+            let pages = &plan.pages()[item.page_begin as usize..][..item.token_count.div_ceil(page_size) as usize];
+            !plan.masks(item).is_empty() && pages.contains(&self.page)
+        })
+    }
+}
+
+/// Runs one forest through every variant; counts, by variant, the runs in which the element could have spread.
+fn run_forest<T: Element>(
+    engine: &Engine,
+    profile: &DeviceProfile,
+    rng: &mut impl Rng,
+    case: &Case,
+    index: u64,
+    exposed: &mut BTreeMap<TileVariant, u64>,
+) {
+    let Some(place) = Place::draw(rng, case) else { return };
+    let scale = softmax_scale(case.shape);
+    let mut tensors = Tensors::<T>::draw(&case.batch, case.shape, case.layout, SEED).unwrap();
+    let everything = RowSample::for_batch(&case.batch, case.shape);
+    let oracle = Oracle::compute::<T>(&case.batch, case.shape, SEED, scale, everything).unwrap();
+    let value = *[f32::NAN, f32::INFINITY, f32::NEG_INFINITY].choose(rng).unwrap();
+    place.write(&mut tensors, value);
+    let is_own =
+        |sequence: u32, head: u32| sequence as usize == place.sequence && head / case.shape.group() == place.kv_head;
+
+    let rows = case.batch.rows();
+    let view = case.batch.view(&rows).unwrap();
+    let chunk = PlanMode::FixedChunk { tokens: 2 * case.batch.page_size };
+    let modes = [PlanMode::Packed, PlanMode::Packed, chunk, PlanMode::Auto];
+    let mode = modes[index as usize % modes.len()];
+    let (q_heads, head_dim) = (case.shape.q_heads() as usize, case.shape.head_dim() as usize);
+    for variant in profile.variants(case.batch.page_size) {
+        let options = PlanOptions { mode, variants: Some(vec![variant]) };
+        let plan = Planner::new(case.shape, profile.clone(), options).unwrap().plan(&view).unwrap();
+        let mut out = vec![T::from_f32(0.0); tensors.q.len()];
+        let mut lse = vec![0f32; tensors.q.len() / head_dim];
+        let host: HostTensors<'_, T> = tensors.host(scale);
+        engine.run_host(&plan, &host, &mut out, Some(&mut lse)).unwrap();
+        *exposed.entry(variant).or_default() += u64::from(place.is_beside_others(&plan));
+
+        let what = format!("forest {index}, {variant:?}, {mode:?}, {value} at {place:?}\n{case:?}");
+        let mut expected = oracle.clone();
+        if place.in_values {
+            // Of the sequence's own rows the column alone is lost.
+            for row in expected.rows.iter().filter(|row| is_own(row.sequence, row.head)) {
+                let at = (row.sequence as usize * q_heads + row.head as usize) * head_dim + place.column;
+                assert!(!out[at].to_f32().is_finite(), "{}: {what}", out[at].to_f32());
+                out[at] = T::from_f32(row.out[place.column] as f32);
+            }
+        } else {
+            expected.rows.retain(|row| !is_own(row.sequence, row.head));
+        }
+        let report = check(&expected, case.shape.q_heads(), &out, Some(&lse));
+        assert!(report.passed, "{report:?}: {what}");
+    }
+}
+
+/// Runs `forests` forests; asserts that every variant has met many in which the element could have spread.
+fn check_isolation(engine: &Engine, profile: &DeviceProfile, forests: u64, seed: u64) {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let mut exposed = BTreeMap::new();
+    for index in 0..forests {
+        let dtype = if index.is_multiple_of(2) { Dtype::F16 } else { Dtype::Bf16 };
+        let case = random_case(&mut rng, dtype);
+        match dtype {
+            Dtype::F16 => run_forest::<f16>(engine, profile, &mut rng, &case, index, &mut exposed),
+            Dtype::Bf16 => run_forest::<bf16>(engine, profile, &mut rng, &case, index, &mut exposed),
+        }
+    }
+    println!("{forests} forests on {}, runs in which the element stood beside others: {exposed:?}", engine.name());
+    for variant in profile.variants(16) {
+        assert!(exposed.get(&variant).is_some_and(|&runs| runs * 20 > forests), "{variant:?}: {exposed:?}");
+    }
+}
+
+#[test]
+fn a_sequences_nan_and_inf_reach_no_other_sequence_on_the_cpu() {
+    check_isolation(&Engine::cpu(), &DeviceProfile::h200(), 120, 1);
+}
+
+#[test]
+fn a_sequences_nan_and_inf_reach_no_other_sequence() {
+    let engine = match Engine::cuda(0) {
+        Ok(engine) => engine,
+        Err(reason) => {
+            eprintln!("skipped isolation on a device: {reason}");
+            return;
+        }
+    };
+    let profile = engine.profile().unwrap();
+    check_isolation(&engine, &profile, from_env("PAT_GPU_FORESTS", 400), from_env("PAT_GPU_SEED", 1));
+}
