@@ -27,13 +27,18 @@ impl DeviceTest {
         Self { devices, ..self }
     }
 
+    /// The same, on the CPU: it always runs.
+    pub fn on_the_cpu(self) -> Self {
+        self.on_devices(0)
+    }
+
     fn complete(self, required: bool) -> Result<Completion, String> {
-        let opened = (0..self.devices).rev().map(Engine::cuda).reduce(|last, next| last.and(next));
-        match opened {
-            Some(Ok(engine)) => (self.run)(&engine),
-            None => return Err("a device test that needs no device".into()),
-            Some(Err(reason)) if required => return Err(format!("{REQUIRE_GPU} is set, but: {reason}")),
-            Some(Err(reason)) => return Ok(Completion::ignored_with(reason)),
+        // The last one first: what is left is device 0, or the first reason why there are not enough.
+        let opened = (0..self.devices).rev().map(Engine::cuda).reduce(|further, nearer| further.and(nearer));
+        match opened.unwrap_or_else(|| Ok(Engine::cpu())) {
+            Ok(engine) => (self.run)(&engine),
+            Err(reason) if required => return Err(format!("{REQUIRE_GPU} is set, but: {reason}")),
+            Err(reason) => return Ok(Completion::ignored_with(reason)),
         }
         Ok(Completion::Completed)
     }
