@@ -27,8 +27,10 @@ fn run_forest<T: Element>(engine: &Engine, case: &Case, index: u64) -> Vec<TileV
     // Each element type sees each of them.
     let scale = softmax_scale(case.shape) * LOUDNESS[(index / 2) as usize % LOUDNESS.len()];
     let tensors = Tensors::<T>::draw(&case.batch, case.shape, case.layout, SEED).unwrap();
-    let everything = RowSample::for_batch(&case.batch, case.shape);
-    let compute = |scale| Oracle::compute::<T>(&case.batch, case.shape, SEED, scale, everything).unwrap();
+    let compute = |scale| {
+        let everything = RowSample::for_batch(&case.batch, case.shape);
+        Oracle::compute::<T>(&case.batch, case.shape, SEED, scale, everything).unwrap()
+    };
     let oracle = compute(scale);
     let louder = index.is_multiple_of(16).then(|| compute(-32.0 * scale));
     let profile = engine.profile().unwrap();

@@ -60,7 +60,7 @@ fn every_variant_agrees_with_the_oracle(engine: &Engine) {
     // Ahead of time, all that a planner may ask for.
     if let Some(cuda) = engine.as_cuda() {
         let shape = shared_prefix_case(Dtype::F16, 16).shape;
-        cuda.prepare_variants(shape, engine.profile().unwrap().variants(16)).unwrap();
+        cuda.prepare_variants(shape, &engine.profile().unwrap().variants(16)).unwrap();
     }
     every_variant_agrees::<f16>(engine);
     every_variant_agrees::<bf16>(engine);
