@@ -25,8 +25,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let rows = batch.rows();
         for variants in [None, Some(vec![TileVariant::Mma16])] {
             let name = if variants.is_some() { "mma16" } else { "automatic" };
-            let options = PlanOptions { variants, ..PlanOptions::default() };
-            let plan = Planner::new(shape, profile.clone(), options)?.plan(&batch.view(&rows)?)?;
+            let options =
+                variants.map_or_else(PlanOptions::default, |these| PlanOptions::default().with_variants(these));
+            let plan = Planner::new(batch.problem(shape), profile.clone(), options)?.plan(&batch.view(&rows)?)?;
             let case = DeviceCase::new(&engine, &batch, shape)?;
             let prepared = case.prepare(&plan)?;
             prepared.host_times(CALLS / 10)?;

@@ -1,6 +1,6 @@
 //! A case in device memory.
 
-use crate::{Case, Output, softmax_scale};
+use crate::{Case, Output};
 use pat_rs::cuda::{CudaEngine, DeviceBuffer, RunArgs};
 use pat_rs::{Element, Plan, PlanOptions, Planner, RowStrides};
 use pat_workloads::Tensors;
@@ -44,23 +44,12 @@ impl<T: Element> OnDevice<T> {
     /// # Panics
     /// Never: V begins inside the pool.
     pub fn args(&self) -> RunArgs {
-        let rows = RowStrides::contiguous(self.case.shape.q_heads(), self.case.shape.head_dim());
-        RunArgs {
-            shape: self.case.shape,
-            page_size: self.case.batch.page_size,
-            num_pages: self.case.batch.num_pages,
-            rows: self.case.batch.lengths.len() as u32,
-            q: self.q.span(),
-            q_strides: rows,
-            k: self.kv.span(),
-            k_strides: self.tensors.kv_strides,
-            v: self.kv.span().skip(2 * self.tensors.v_begin as u64).expect("inside the pool"),
-            v_strides: self.tensors.kv_strides,
-            out: self.out.span(),
-            out_strides: rows,
-            lse: Some((self.lse.span(), RowStrides::lse(self.case.shape.q_heads()))),
-            softmax_scale: softmax_scale(self.case.shape),
-        }
+        let v = self.kv.span().skip(2 * self.tensors.v_begin as u64).expect("inside the pool");
+        let (batch, shape) = (&self.case.batch, self.case.shape);
+        let tensors = (self.q.span(), self.kv.span(), v, self.out.span());
+        RunArgs::new(batch.problem(shape), batch.num_pages, batch.lengths.len() as u32, tensors)
+            .with_kv_strides(self.tensors.kv_strides, self.tensors.kv_strides)
+            .with_lse(self.lse.span(), RowStrides::lse(shape.q_heads()))
     }
 
     /// Plans the case for a device.
@@ -107,5 +96,5 @@ pub fn read_output<T: Element>(out: &DeviceBuffer, lse: &DeviceBuffer) -> pat_rs
 /// The planner's.
 pub fn plan(case: &Case, engine: &CudaEngine, options: PlanOptions) -> pat_rs::Result<Plan> {
     let rows = case.batch.rows();
-    Planner::new(case.shape, engine.device().profile()?, options)?.plan(&case.batch.view(&rows)?)
+    Planner::new(case.batch.problem(case.shape), engine.device().profile()?, options)?.plan(&case.batch.view(&rows)?)
 }

@@ -32,7 +32,8 @@ pub fn check<T: Element>(engine: &Engine, case: &Case, options: PlanOptions, see
     let (heads, dim) = (shape.q_heads() as usize, shape.head_dim() as usize);
     let tensors = Tensors::<T>::draw(&case.batch, shape, case.layout, seed).expect("a valid case");
     let rows = case.batch.rows();
-    let mut planner = Planner::new(shape, engine.profile().expect("a profile"), options).expect("valid options");
+    let profile = engine.profile().expect("a profile");
+    let mut planner = Planner::new(case.batch.problem(shape), profile, options).expect("valid options");
     let plan = planner.plan(&case.batch.view(&rows).expect("a valid batch")).expect("a plan");
     let (count, scale) = (case.batch.lengths.len(), softmax_scale(shape));
     let run = |tensors: &HostTensors<'_, T>, out: &mut [T], lse: &mut [f32]| {
@@ -51,7 +52,9 @@ pub fn check<T: Element>(engine: &Engine, case: &Case, options: PlanOptions, see
     let (expected_out, expected_lse) =
         (spread(&out, heads, dim, out_strides, gap), spread(&lse, heads, 1, lse_strides, 7.0));
     let (mut out, mut lse) = (vec![gap; expected_out.len()], vec![7.0f32; expected_lse.len()]);
-    let strided = HostTensors { q: &q, q_strides, out_strides, lse_strides, ..tensors.host(scale) };
+    let mut strided = tensors.host(scale);
+    strided.q = &q;
+    (strided.q_strides, strided.out_strides, strided.lse_strides) = (q_strides, out_strides, lse_strides);
     run(&strided, &mut out, &mut lse);
     assert!(
         bytemuck::cast_slice::<T, u16>(&out) == bytemuck::cast_slice::<T, u16>(&expected_out),

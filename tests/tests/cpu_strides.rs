@@ -14,7 +14,7 @@ fn strides_of_q_o_and_lse_are_followed() {
         let case = random_case(&mut rng, Dtype::F16);
         let chunk = PlanMode::FixedChunk { tokens: 2 * case.batch.page_size };
         for mode in [PlanMode::Auto, chunk] {
-            strided::check::<f16>(&Engine::cpu(), &case, PlanOptions { mode, variants: None }, 5);
+            strided::check::<f16>(&Engine::cpu(), &case, mode.into(), 5);
         }
         let case = random_case(&mut rng, Dtype::Bf16);
         strided::check::<bf16>(&Engine::cpu(), &case, PlanOptions::default(), 5);

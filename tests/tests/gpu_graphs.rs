@@ -6,7 +6,9 @@ use pat_abi::generator::Tensor;
 use pat_rs::cuda::bench_support::{FillSpec, fill};
 use pat_rs::cuda::{CudaEngine, DeviceBuffer, Graph, PlanBuffers, RunArgs, Stream, Uploaded, Workspace};
 use pat_rs::plan::{PlanCapacity, PlanChange, PlanMode};
-use pat_rs::{AttentionShape, Dtype, Element, Engine, Error, KvStrides, PlanOptions, Planner, RowStrides, TileVariant};
+use pat_rs::{
+    AttentionShape, Dtype, Element, Engine, Error, KvStrides, PlanOptions, Planner, Problem, RowStrides, TileVariant,
+};
 use pat_tests::{device_test, softmax_scale};
 use pat_workloads::{Oracle, OwnedBatch, PoolLayout, RaggedGroups, RowSample, Tensors, check};
 use std::process::ExitCode;
@@ -103,23 +105,11 @@ impl<T: Element> Memory<T> {
 
     fn args(&self) -> RunArgs {
         let Setting { shape, page_size } = self.setting;
-        let rows = RowStrides::contiguous(shape.q_heads(), shape.head_dim());
-        RunArgs {
-            shape,
-            page_size,
-            num_pages: POOL_PAGES,
-            rows: ROWS,
-            q: self.q.span(),
-            q_strides: rows,
-            k: self.kv.span(),
-            k_strides: self.tensors.kv_strides,
-            v: self.kv.span().skip(2 * self.tensors.v_begin as u64).unwrap(),
-            v_strides: self.tensors.kv_strides,
-            out: self.out.span(),
-            out_strides: rows,
-            lse: Some((self.lse.span(), RowStrides::lse(shape.q_heads()))),
-            softmax_scale: softmax_scale(shape),
-        }
+        let v = self.kv.span().skip(2 * self.tensors.v_begin as u64).unwrap();
+        let tensors = (self.q.span(), self.kv.span(), v, self.out.span());
+        RunArgs::new(Problem::new(shape, page_size), POOL_PAGES, ROWS, tensors)
+            .with_kv_strides(self.tensors.kv_strides, self.tensors.kv_strides)
+            .with_lse(self.lse.span(), RowStrides::lse(shape.q_heads()))
     }
 
     /// Puts something into the outputs that no plan computes: by a kernel, since the graph goes on borrowing them.
@@ -170,10 +160,10 @@ fn serve<T: Element>(engine: &Engine, setting: Setting, options: &PlanOptions) {
     let cuda = engine.as_cuda().unwrap();
     let (batches, capacity) = (batches(page_size), capacity(engine));
     let memory = Memory::<T>::new(cuda, setting, &batches);
-    let planner = || Planner::new(shape, engine.profile().unwrap(), options.clone()).unwrap();
+    let problem = Problem::new(shape, page_size);
+    let planner = || Planner::new(problem, engine.profile().unwrap(), options.clone()).unwrap();
     let mut bounded = planner().with_capacity(capacity).unwrap();
-    let mut buffers =
-        PlanBuffers::for_capacity(cuda.device(), &capacity, &bounded.tile_variants(page_size).unwrap()).unwrap();
+    let mut buffers = PlanBuffers::for_capacity(cuda.device(), &capacity, &bounded.tile_variants()).unwrap();
     let workspace = Workspace::with_capacity(cuda.device(), capacity.partial_bytes(shape)).unwrap();
     let stream = cuda.device().new_stream().unwrap();
     memory.poison(cuda, &stream);
@@ -231,9 +221,8 @@ fn a_graph_serves_every_plan_within_its_capacity(engine: &Engine) {
     let several = vec![TileVariant::Mma16, TileVariant::Mma32, TileVariant::Mma64];
     let setting = Setting::new(32, 8, 128, Dtype::F16, 16);
     for mode in [PlanMode::Auto, PlanMode::Packed] {
-        for variants in [None, Some(several.clone())] {
-            serve::<f16>(engine, setting, &PlanOptions { mode, variants });
-        }
+        serve::<f16>(engine, setting, &mode.into());
+        serve::<f16>(engine, setting, &PlanOptions::from(mode).with_variants(several.clone()));
     }
 }
 

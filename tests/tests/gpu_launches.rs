@@ -57,7 +57,7 @@ impl Steps {
         let mut memory = OnDevice::<f16>::new(long_case(), &engine, SEED).unwrap();
         let cases = [long_case(), short_case()];
         // Short chunks: there is something to merge.
-        let options = PlanOptions { mode: PlanMode::FixedChunk { tokens: 64 }, variants: None };
+        let options = options_of_steps();
         let plans = cases.each_ref().map(|case| plan(case, &engine, options.clone()).unwrap());
         assert!(plans.iter().all(|plan| plan.header().merge_count > 0), "nothing is merged");
         let slots = plans.iter().map(|plan| plan.header().slot_count).max().unwrap();
@@ -119,15 +119,12 @@ fn foreign(span: &DeviceSpan) -> DeviceSpan {
     unsafe { DeviceSpan::from_raw(span.address(), span.bytes()) }
 }
 
-fn foreign_args(args: RunArgs) -> RunArgs {
-    RunArgs {
-        q: foreign(&args.q),
-        k: foreign(&args.k),
-        v: foreign(&args.v),
-        out: foreign(&args.out),
-        lse: args.lse.map(|(span, strides)| (foreign(&span), strides)),
-        ..args
+fn foreign_args(mut args: RunArgs) -> RunArgs {
+    for span in [&mut args.q, &mut args.k, &mut args.v, &mut args.out] {
+        *span = foreign(span);
     }
+    args.lse = args.lse.map(|(span, strides)| (foreign(&span), strides));
+    args
 }
 
 fn raw_stream(device: CudaDevice, handle: u64) -> Stream {
@@ -348,7 +345,7 @@ fn fixed_buffers_refuse_other_models(engine: &Engine) {
     let steps = Steps::new(engine);
     let stream = steps.device().new_stream().unwrap();
     let (mut buffers, run) = steps.bound(&stream);
-    let options = PlanOptions { mode: PlanMode::FixedChunk { tokens: 64 }, variants: None };
+    let options = options_of_steps();
     let other = |change: &dyn Fn(&mut Case)| {
         let mut case = short_case();
         change(&mut case);
@@ -370,7 +367,8 @@ fn log_sum_exps_may_be_left_out_of_a_merge(engine: &Engine) {
     let mut steps = Steps::new(engine);
     let stream = steps.device().new_stream().unwrap();
     let (mut buffers, _) = steps.bound(&stream);
-    let args = RunArgs { lse: None, ..steps.memory.args() };
+    let mut args = steps.memory.args();
+    args.lse = None;
     let run = steps.engine.bind(&buffers, &args, &steps.workspace).unwrap();
     for step in [0, 1] {
         steps.memory.poison().unwrap();
@@ -384,8 +382,8 @@ fn log_sum_exps_may_be_left_out_of_a_merge(engine: &Engine) {
 fn strides_of_q_o_and_lse_are_followed(engine: &Engine) {
     for case in [long_case(), short_case()] {
         for mode in [PlanMode::Auto, PlanMode::FixedChunk { tokens: 64 }] {
-            for variant in engine.profile().unwrap().variants(case.batch.page_size) {
-                strided::check::<f16>(engine, &case, PlanOptions { mode, variants: Some(vec![variant]) }, SEED);
+            for variant in engine.profile().unwrap().variants(&case.batch.problem(case.shape)) {
+                strided::check::<f16>(engine, &case, PlanOptions::from(mode).with_variants([variant]), SEED);
             }
         }
     }
@@ -401,8 +399,8 @@ fn a_graph_that_others_capture_keeps_its_runs(engine: &Engine) {
     let exact = steps.engine.upload(&steps.plans[0], &stream).unwrap();
     let exact_run = steps.engine.bind(&exact, &steps.memory.args(), &steps.workspace).unwrap();
     let held = Arc::new(());
-    let args = steps.memory.args();
-    let args = RunArgs { q: args.q.clone().with_owner(held.clone()), ..args };
+    let mut args = steps.memory.args();
+    args.q = args.q.with_owner(held.clone());
     let run = steps.engine.bind(&buffers, &args, &steps.workspace).unwrap();
     drop(args);
 
@@ -446,7 +444,7 @@ fn a_graph_that_others_capture_keeps_its_runs(engine: &Engine) {
 }
 
 fn options_of_steps() -> PlanOptions {
-    PlanOptions { mode: PlanMode::FixedChunk { tokens: 64 }, variants: None }
+    PlanMode::FixedChunk { tokens: 64 }.into()
 }
 
 fn others_may_work_while_a_stream_is_captured(engine: &Engine) {
@@ -489,16 +487,19 @@ fn memory_and_streams_of_another_device_are_refused(engine: &Engine) {
         let error = result.unwrap_err().to_string();
         assert!(error.contains(name) && error.contains("device 1") && error.contains("device 0"), "{name}: {error}");
     };
-    let args = || steps.memory.args();
-    let far_args = far.memory.args();
-    let bind = |args: &RunArgs| steps.engine.bind(&buffers, args, &steps.workspace).map(drop);
-    refused(steps.engine.bind(&far_buffers, &args(), &steps.workspace).map(drop), "plan");
-    refused(steps.engine.bind(&buffers, &args(), &far.workspace).map(drop), "workspace");
-    refused(bind(&RunArgs { q: far_args.q, ..args() }), "q");
-    refused(bind(&RunArgs { k: far_args.k, ..args() }), "k");
-    refused(bind(&RunArgs { v: far_args.v, ..args() }), "v");
-    refused(bind(&RunArgs { out: far_args.out, ..args() }), "out");
-    refused(bind(&RunArgs { lse: far_args.lse, ..args() }), "lse");
+    let (args, far_args) = (steps.memory.args(), far.memory.args());
+    refused(steps.engine.bind(&far_buffers, &args, &steps.workspace).map(drop), "plan");
+    refused(steps.engine.bind(&buffers, &args, &far.workspace).map(drop), "workspace");
+    let bind = |name: &str, change: &dyn Fn(&mut RunArgs)| {
+        let mut args = args.clone();
+        change(&mut args);
+        refused(steps.engine.bind(&buffers, &args, &steps.workspace).map(drop), name);
+    };
+    bind("q", &|args| args.q = far_args.q.clone());
+    bind("k", &|args| args.k = far_args.k.clone());
+    bind("v", &|args| args.v = far_args.v.clone());
+    bind("out", &|args| args.out = far_args.out.clone());
+    bind("lse", &|args| args.lse = far_args.lse.clone());
     refused(run.run(buffers.uploaded().unwrap(), &far_stream), "stream");
     let mut graph = Graph::capture(vec![run.clone()]).unwrap();
     refused(graph.replay(buffers.uploaded().unwrap(), &far_stream), "stream");

@@ -1,9 +1,9 @@
 //! The CUDA engine on a device: against the CPU executor and the oracle, on streams, in graphs, with bad arguments.
 
 use half::{bf16, f16};
-use pat_rs::cuda::{DeviceBuffer, DeviceSpan, Graph, LaunchGeometry, PlanBuffers, RunArgs, Workspace, bench_support};
+use pat_rs::cuda::{DeviceBuffer, DeviceSpan, Graph, LaunchGeometry, PlanBuffers, Workspace, bench_support};
 use pat_rs::plan::PlanMode;
-use pat_rs::{AttentionShape, Dtype, Element, Engine, Error, PlanOptions, TileVariant};
+use pat_rs::{AttentionShape, Dtype, Element, Engine, Error, PlanOptions, Problem, TileVariant};
 use pat_tests::on_device::{OnDevice, plan};
 use pat_tests::{Case, Output, device_test, judge, random_case, run_cpu, softmax_scale};
 use pat_workloads::{OwnedBatch, PoolLayout, Tensors};
@@ -45,12 +45,12 @@ fn assert_agrees<T: Element>(case: &Case, output: &Output<T>, what: &str) {
 
 fn every_variant_agrees<T: Element>(engine: &Engine) {
     let case = shared_prefix_case(T::DTYPE, 16);
-    for variant in engine.profile().unwrap().variants(case.batch.page_size) {
+    for variant in engine.profile().unwrap().variants(&case.batch.problem(case.shape)) {
         if pat_abi::manifest::find(pat_abi::Family::Forward(variant), T::DTYPE, case.shape.head_dim()).is_none() {
             continue;
         }
         for mode in [PlanMode::Flat, PlanMode::PerNode, PlanMode::FixedChunk { tokens: 32 }] {
-            let options = PlanOptions { mode, variants: Some(vec![variant]) };
+            let options = PlanOptions::from(mode).with_variants([variant]);
             assert_agrees(&case, &run_host::<T>(&case, engine, options), &format!("{variant:?} {mode:?}"));
         }
     }
@@ -60,7 +60,7 @@ fn every_variant_agrees_with_the_oracle(engine: &Engine) {
     // Ahead of time, all that a planner may ask for.
     if let Some(cuda) = engine.as_cuda() {
         let shape = shared_prefix_case(Dtype::F16, 16).shape;
-        cuda.prepare_variants(shape, &engine.profile().unwrap().variants(16)).unwrap();
+        cuda.prepare_variants(shape, &engine.profile().unwrap().variants(&Problem::new(shape, 16))).unwrap();
     }
     every_variant_agrees::<f16>(engine);
     every_variant_agrees::<bf16>(engine);
@@ -103,13 +103,8 @@ fn fixed_chunks_give_a_sequence_the_same_bits_in_any_batch(engine: &Engine) {
         shape: AttentionShape::new(16, 2, 128, Dtype::F16).unwrap(),
         layout: PoolLayout::ALL[0],
     };
-    let run = |rows| {
-        run_host::<f16>(
-            &case(rows),
-            engine,
-            PlanOptions { mode: PlanMode::FixedChunk { tokens: 2 * page_size }, variants: None },
-        )
-    };
+    let run =
+        |rows| run_host::<f16>(&case(rows), engine, PlanOptions::from(PlanMode::FixedChunk { tokens: 2 * page_size }));
     let all = run(block_tables.len());
     assert_agrees(&case(block_tables.len()), &all, "all rows");
     for rows in [1, 2, 33, 34, 60, 81, 140, 200] {
@@ -123,7 +118,7 @@ fn a_captured_run_serves_later_plans(engine: &Engine) {
     let memory = OnDevice::<f16>::new(shared_prefix_case(Dtype::F16, 16), engine.as_cuda().unwrap(), SEED).unwrap();
     let cuda = engine.as_cuda().unwrap();
     let stream = cuda.device().new_stream().unwrap();
-    let options = |mode| PlanOptions { mode, variants: Some(vec![TileVariant::Mma16]) };
+    let options = |mode| PlanOptions::from(mode).with_variants([TileVariant::Mma16]);
     let plans = [PlanMode::PerNode, PlanMode::Flat, PlanMode::FixedChunk { tokens: 32 }]
         .map(|mode| memory.plan(cuda, options(mode)).unwrap());
     let geometry = plans.iter().map(LaunchGeometry::of).reduce(LaunchGeometry::union).unwrap();
@@ -170,12 +165,13 @@ fn bad_arguments_are_named_and_nothing_is_launched(engine: &Engine) {
     assert!(matches!(small.upload(&plan, &stream).unwrap_err(), Error::PlanMismatch { .. }));
 
     let buffers = cuda.upload(&plan, &stream).unwrap();
-    let misaligned = RunArgs { q: memory.q.span().skip(2).unwrap(), ..memory.args() };
-    let stale = RunArgs { num_pages: memory.case.batch.num_pages + 1, ..memory.args() };
+    let (mut misaligned, mut stale, mut short) = (memory.args(), memory.args(), memory.args());
+    misaligned.q = memory.q.span().skip(2).unwrap();
+    stale.num_pages += 1;
+    short.out = memory.out.span().skip(memory.out.bytes()).unwrap();
     let former = memory.plan(cuda, PlanOptions::default()).unwrap().generation();
     let error = buffers.uploaded().unwrap().expect(former).unwrap_err().to_string();
     assert!(error.contains("the plan uploaded last"), "{error}");
-    let short = RunArgs { out: memory.out.span().skip(memory.out.bytes()).unwrap(), ..memory.args() };
     for (args, name) in [(misaligned, "q"), (stale, "num_pages"), (short, "out")] {
         let error = cuda.run(&buffers, &args, &workspace, &stream).unwrap_err().to_string();
         assert!(error.contains(name), "{name}: {error}");

@@ -15,7 +15,7 @@ pub mod tree;
 pub mod whole_file;
 
 pub use batch_file::{BatchFileError, batch_text, read_batch};
-pub use model::{ModelParts, dtype_name, parse_dtype, parse_heads};
+pub use model::{ModelParts, parse_dtype, parse_heads};
 pub use nodes::{NodeError, NodeSpec, lay_out};
 pub use numerics::{NumericsReport, check};
 pub use oracle::{Oracle, RowSample};

@@ -1,9 +1,10 @@
 //! A run that was checked once and owns what it uses.
 
 use super::CudaDevice;
-use super::args::{PreparedRun, RunArgs, VECTOR_BYTES};
+use super::args::{PreparedRun, RunArgs};
 use super::driver::{self, Allocation, BareLaunch, CaptureStatus, CurrentStream, Kernel, Stream, TensorMap};
 use super::plan_buffers::{PlanBuffers, Uploaded, Workspace};
+use crate::eligibility::VECTOR_BYTES;
 use crate::plan::PlanGeneration;
 use crate::{Error, Result};
 use pat_abi::{ForwardParams, MergeParams};
@@ -103,7 +104,7 @@ impl BoundRun {
     ) -> Result<()> {
         self.check_plan(uploaded)?;
         for (name, address) in [("q_address", q_address), ("out_address", out_address)] {
-            if address == 0 || !address.is_multiple_of(VECTOR_BYTES) {
+            if address == 0 || !address.is_multiple_of(u64::from(VECTOR_BYTES)) {
                 let accepted = format!("a device address that is a multiple of {VECTOR_BYTES} bytes");
                 return Err(Error::invalid(name, format!("{address:#x}"), accepted));
             }
