@@ -1,13 +1,15 @@
 //! `pat workload`: request workloads for `pat bench serve`.
 
+use crate::output;
 use anyhow::{Context, Result, bail};
 use comfy_table::{Table, presets};
 use pat_workloads::requests::{
     self, Agents, BlockTrace, Conversation, Lengths, PAT_MAX_TOKENS, PromptTokens, Recommendation, Rollouts, Summary,
     ToolAgent, Unshared, Workload,
 };
+use pat_workloads::{Existing, MOONCAKE_BLOCK_TOKENS, whole_file};
 use std::fs::File;
-use std::io::{BufReader, BufWriter};
+use std::io::BufReader;
 use std::path::{Path, PathBuf};
 
 #[derive(clap::Subcommand)]
@@ -17,9 +19,12 @@ pub(crate) enum Command {
   pat workload make conversation --output conversation.jsonl
   pat workload make conversation --prompt llama3 --lengths BurstGPT_without_fails_1.csv --output conversation.jsonl
   pat workload make toolagent --trace toolagent_trace.jsonl --output toolagent.jsonl
-  pat workload make mooncake --trace conversation_trace.jsonl --max-tokens 32768 --output mooncake.jsonl")]
+  pat workload make mooncake --trace conversation_trace.jsonl --max-tokens 32768 --output mooncake.jsonl
+
+Takes: under a second for 5,000 requests.")]
     Make(Make),
     /// Say what a workload file holds: requests, tokens, sharing.
+    #[command(after_help = "Takes: under a second.")]
     Show {
         /// Workload file.
         #[arg(value_name = "FILE")]
@@ -80,8 +85,8 @@ enum Name {
         /// The trace (JSON lines).
         #[arg(long, value_name = "FILE")]
         trace: PathBuf,
-        /// Tokens of a hash id.
-        #[arg(long, default_value_t = 512, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..=65_536))]
+        /// Tokens that one of its hash ids stands for.
+        #[arg(long = "trace-block", default_value_t = MOONCAKE_BLOCK_TOKENS, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..=65_536))]
         block_tokens: u32,
     },
     /// Reinforcement learning: prompts with several samples each.
@@ -105,7 +110,7 @@ enum Name {
 pub(crate) fn run(command: &Command) -> Result<bool> {
     match command {
         Command::Make(args) => make(args)?,
-        Command::Show { file } => println!("{}", table(&read(file)?)),
+        Command::Show { file } => output::print(table(&read(file)?))?,
     }
     Ok(true)
 }
@@ -117,10 +122,9 @@ pub(crate) fn read(file: &Path) -> Result<Workload> {
 }
 
 fn make(args: &Make) -> Result<()> {
-    let Some(output) = &args.output else { bail!("--output is missing, expected the file to write") };
-    if output.exists() && !args.force {
-        bail!("{} exists: --force overwrites it", output.display());
-    }
+    let Some(file) = &args.output else { bail!("--output is missing, expected the file to write") };
+    let existing = Existing::replaced_if(args.force);
+    whole_file::check(file, existing).context("--output")?;
     let mut workload = args.name.workload(args.requests as usize, args.seed)?;
     if let Some(tokens) = args.output_tokens {
         workload.set_output_tokens(tokens);
@@ -134,9 +138,10 @@ fn make(args: &Make) -> Result<()> {
     if let Some(end) = args.max_token_id {
         workload.header.token_ids[1] = end;
     }
-    let file = File::create(output).with_context(|| format!("--output {}", output.display()))?;
-    requests::write(&workload, BufWriter::new(file)).with_context(|| format!("--output {}", output.display()))?;
-    println!("{}", table(&workload));
+    let mut text = Vec::new();
+    requests::write(&workload, &mut text)?;
+    whole_file::write(file, &text, existing).context("--output")?;
+    output::print(table(&workload))?;
     Ok(())
 }
 

@@ -219,9 +219,14 @@ impl<'a> DecodeBatch<'a> {
             let largest = row[..needed].iter().copied().max().unwrap_or(0);
             if needed > 0 && largest >= self.num_pages {
                 let position = row[..needed].iter().position(|&id| id >= self.num_pages).unwrap_or(0);
+                let id = match self.tables {
+                    // As the caller's matrix has it.
+                    Tables::Padded { .. } => i64::from(row[position] as i32),
+                    Tables::Rows(_) | Tables::Csr { .. } => i64::from(row[position]),
+                };
                 return Err(Error::invalid(
                     format!("block_tables[{sequence}][{position}]"),
-                    row[position] as i32,
+                    id,
                     format!("a page id below num_pages = {}", self.num_pages),
                 ));
             }

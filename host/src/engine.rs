@@ -66,7 +66,7 @@ impl Engine {
     }
 
     /// Executes a plan on host memory: as [`cpu::run`], on either backend. On CUDA it uploads everything, waits, and
-    /// downloads the results: for tests and tools; engines call [`CudaEngine::run`].
+    /// downloads the results: for tests and tools; engines call [`CudaEngine::bind`].
     ///
     /// # Errors
     /// As [`cpu::run`]; on CUDA also those of [`CudaEngine::run`].
@@ -109,7 +109,6 @@ fn run_host_on<T: Element>(
     let workspace = Workspace::with_capacity(device, Workspace::bytes_for(plan))?;
     let buffers = engine.upload(plan, &stream)?;
     let args = RunArgs {
-        generation: Some(plan.generation()),
         shape: plan.shape(),
         page_size: plan.page_size(),
         num_pages: plan.num_pages(),

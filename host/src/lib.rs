@@ -50,7 +50,8 @@
 //! # }
 //! ```
 //!
-//! A serving engine keeps its tensors on the device and calls [`cuda::CudaEngine::run`] with raw addresses and strides;
+//! A serving engine keeps its tensors on the device and binds each layer once ([`cuda::CudaEngine::bind`]) with raw addresses and
+//! strides;
 //! see [`cuda`]. [`supports`] answers without a device whether a model's attention can be served.
 
 pub mod batch;

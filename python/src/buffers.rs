@@ -10,10 +10,10 @@ use crate::tensor::Tensor;
 use crate::torch;
 use crate::workspace::PyWorkspace;
 use pat_rs::Plan;
-use pat_rs::cuda::{CudaEngine, PlanBuffers};
+use pat_rs::cuda::{BoundRun, CudaEngine, PlanBuffers, Stream, Uploaded};
 use pyo3::intern;
 use pyo3::prelude::*;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 /// Memory for a plan at an address that never changes, sized by the planner's capacity, with launches that do not depend on
 /// the plan: runs that a CUDA graph has captured serve every plan that is uploaded later.
@@ -34,7 +34,12 @@ pub(crate) struct PyPlanBuffers {
 
 enum Memory {
     Cpu(Mutex<Option<Plan>>),
-    Cuda { ordinal: usize, engine: Arc<CudaEngine>, buffers: PlanBuffers },
+    /// Uploads lock it for writing, runs for reading: they do not wait for each other.
+    Cuda {
+        ordinal: usize,
+        engine: Arc<CudaEngine>,
+        buffers: RwLock<PlanBuffers>,
+    },
 }
 
 #[pymethods]
@@ -53,7 +58,7 @@ impl PyPlanBuffers {
                 let buffers = PlanBuffers::for_capacity(engine.device(), &capacity, &variants)?;
                 // The driver compiles them now, not while a stream is captured.
                 engine.prepare_variants(shape, &variants)?;
-                Memory::Cuda { ordinal, engine, buffers }
+                Memory::Cuda { ordinal, engine, buffers: RwLock::new(buffers) }
             }
         };
         let facts = Facts { shape, page_size, num_pages, rows: capacity.max_sequences, device: Some(device) };
@@ -81,7 +86,8 @@ impl PyPlanBuffers {
                 held.lock().unwrap_or_else(PoisonError::into_inner).replace(state.plan.clone());
             }
             Memory::Cuda { engine, buffers, .. } => {
-                buffers.upload(&state.plan, &foreign::stream(engine.device(), handle))?;
+                let stream = foreign::stream(engine.device(), handle)?;
+                buffers.write().unwrap_or_else(PoisonError::into_inner).upload(&state.plan, &stream)?;
             }
         }
         Ok(())
@@ -127,25 +133,26 @@ impl PyPlanBuffers {
         };
         let operands = Operands::new(&self.facts, &tensors, layout, scale)?;
         operands.check_outputs_are_apart()?;
-        let workspace = match (&*self.memory, workspace) {
+        let on_device = match (&*self.memory, workspace) {
             (Memory::Cpu(_), _) => None,
             (Memory::Cuda { .. }, None) => {
                 return Err(invalid("workspace", "None", "a Workspace (Workspace.for_planner(planner))"));
             }
-            (Memory::Cuda { ordinal, .. }, Some(workspace)) => {
-                workspace.get().on_cuda(*ordinal)?;
-                Some(workspace.clone().unbind())
+            (Memory::Cuda { ordinal, engine, buffers }, Some(workspace)) => {
+                let workspace = workspace.get().on_cuda(*ordinal)?;
+                let buffers = buffers.read().unwrap_or_else(PoisonError::into_inner);
+                Some(engine.bind(&buffers, &operands.args(), workspace)?)
             }
         };
         let addresses = tensors.all().iter().map(|tensor| tensor.address).collect();
         Ok(PyBoundRun {
             memory: self.memory.clone(),
-            operands,
+            on_device,
+            device: operands.device,
             layout,
             scale,
             held,
             addresses,
-            workspace,
             facts: self.facts,
         })
     }
@@ -188,7 +195,9 @@ impl PyPlanBuffers {
 #[pyclass(frozen, module = "prefix_attn", name = "BoundRun")]
 pub(crate) struct PyBoundRun {
     memory: Arc<Memory>,
-    operands: Operands,
+    /// On CUDA: the same run, with its launches.
+    on_device: Option<BoundRun>,
+    device: Device,
     layout: KvLayout,
     scale: Option<f64>,
     facts: Facts,
@@ -196,7 +205,6 @@ pub(crate) struct PyBoundRun {
     held: Vec<(&'static str, Py<PyAny>)>,
     /// Where they were when they were checked.
     addresses: Vec<u64>,
-    workspace: Option<Py<PyWorkspace>>,
 }
 
 #[pymethods]
@@ -216,7 +224,7 @@ impl PyBoundRun {
             }
             Memory::Cuda { .. } => {
                 self.check_addresses(py)?;
-                self.launch(py, &self.operands)
+                self.launch(py, |run, uploaded, stream| Ok(run.run(uploaded, stream)?))
             }
         }
     }
@@ -238,25 +246,26 @@ impl PyBoundRun {
         if matches!(*self.memory, Memory::Cpu(_)) {
             return Err(invalid("run_ptr", "a run on the CPU", "one on a CUDA device: use run()"));
         }
-        let mut operands = self.operands;
-        operands.q.address = q_ptr;
-        operands.out.address = out_ptr;
-        self.launch(py, &operands)
+        self.launch(py, |run, uploaded, stream| foreign::run_with(run, uploaded, (q_ptr, out_ptr), stream))
     }
 
     fn __repr__(&self) -> String {
-        format!("BoundRun(device=\"{}\")", self.operands.device)
+        format!("BoundRun(device=\"{}\")", self.device)
     }
 }
 
 impl PyBoundRun {
-    fn launch(&self, py: Python<'_>, operands: &Operands) -> Result<()> {
-        let (Memory::Cuda { ordinal, engine, buffers }, Some(workspace)) = (&*self.memory, &self.workspace) else {
+    fn launch(
+        &self,
+        py: Python<'_>,
+        launch: impl FnOnce(&BoundRun, Uploaded<'_>, &Stream) -> Result<()>,
+    ) -> Result<()> {
+        let (Memory::Cuda { ordinal, engine, buffers }, Some(run)) = (&*self.memory, &self.on_device) else {
             return Err(nothing_uploaded());
         };
-        let stream = foreign::stream(engine.device(), torch::current_stream(py, *ordinal)?);
-        let workspace = workspace.get().on_cuda(*ordinal)?;
-        Ok(engine.run(buffers, &operands.args(None), workspace, &stream)?)
+        let stream = foreign::stream(engine.device(), torch::current_stream(py, *ordinal)?)?;
+        let buffers = buffers.read().unwrap_or_else(PoisonError::into_inner);
+        launch(run, buffers.uploaded().map_err(|_| nothing_uploaded())?, &stream)
     }
 
     /// Refuses tensors that have been given other memory.

@@ -36,7 +36,7 @@ pub(crate) fn doctor(py: Python<'_>) -> Result<Bound<'_, PyDict>> {
                 let entry = PyDict::new(py);
                 entry.set_item("name", device.name())?;
                 entry.set_item("compute_capability", device.compute_capability())?;
-                entry.set_item("sm_count", device.sm_count()?)?;
+                entry.set_item("sm_count", device.sm_count())?;
                 entry.set_item("profile", device.profile()?.name)?;
                 devices.append(entry)?;
                 next = CudaDevice::new(devices.len());

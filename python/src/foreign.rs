@@ -10,7 +10,7 @@ use crate::errors::{Failure, Result, invalid, wrong_type};
 use crate::operands::{Operands, Span};
 use crate::tensor::{Element, MAX_RANK, Tensor, check_rank};
 use bytemuck::Pod;
-use pat_rs::cuda::{CudaDevice, DeviceSpan, Stream};
+use pat_rs::cuda::{BoundRun, CudaDevice, DeviceSpan, Stream, Uploaded};
 use pat_rs::{Element as HostElement, HostTensors, Plan, RowStrides};
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -76,7 +76,7 @@ fn output<'a, T: Pod>(span: Span, name: &str) -> Result<&'a mut [T]> {
 }
 
 /// Device memory of a tensor that the caller goes on holding.
-pub(crate) fn device_span(span: Span) -> DeviceSpan<'static> {
+pub(crate) fn device_span(span: Span) -> DeviceSpan {
     // SAFETY: the range is the producer's own (`Span::of`). It stays allocated until the work enqueued with it has finished:
     // torch frees memory in the order of the stream it was allocated on, which is the caller's to keep as for every
     // operation of torch; a bound run holds its tensors. `run_ptr` documents that its caller vouches for the addresses.
@@ -84,10 +84,21 @@ pub(crate) fn device_span(span: Span) -> DeviceSpan<'static> {
 }
 
 /// A stream of torch's (or of another library that uses the device's primary context).
-pub(crate) fn stream(device: &CudaDevice, handle: u64) -> Stream {
-    // SAFETY: torch's streams live as long as the process; a caller who names another library's stream keeps it during the
-    // call (documented at the argument).
-    unsafe { device.stream_from_raw(handle) }
+pub(crate) fn stream(device: &CudaDevice, handle: u64) -> Result<Stream> {
+    // SAFETY: torch's streams live as long as the process; a caller who names another library's stream keeps it as long as
+    // plans that were uploaded on it are used, and replays graphs in the order of uploads (documented at the argument).
+    Ok(unsafe { device.stream_from_raw(handle) }?)
+}
+
+/// A bound run with other memory for Q and O.
+pub(crate) fn run_with(
+    run: &BoundRun,
+    uploaded: Uploaded<'_>,
+    (q_address, out_address): (u64, u64),
+    stream: &Stream,
+) -> Result<()> {
+    // SAFETY: the caller of `run_ptr` vouches for the addresses, as its documentation says.
+    Ok(unsafe { run.run_with(uploaded, q_address, out_address, stream) }?)
 }
 
 #[repr(C)]

@@ -5,7 +5,6 @@ use crate::errors::{Result, invalid, wrong_type};
 use crate::foreign;
 use crate::tensor::{Element, Tensor};
 use pat_rs::cuda::RunArgs;
-use pat_rs::plan::PlanGeneration;
 use pat_rs::{AttentionShape, KvStrides, Plan, RowStrides};
 use pyo3::prelude::*;
 
@@ -166,10 +165,9 @@ impl Operands {
         })
     }
 
-    /// The call on device memory. `generation` is the plan that is meant, where one is.
-    pub(crate) fn args(&self, generation: Option<PlanGeneration>) -> RunArgs<'static> {
+    /// The call on device memory.
+    pub(crate) fn args(&self) -> RunArgs {
         RunArgs {
-            generation,
             shape: self.shape,
             page_size: self.page_size,
             num_pages: self.num_pages,

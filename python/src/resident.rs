@@ -19,9 +19,9 @@ pub(crate) struct Resident {
     engine: Arc<CudaEngine>,
     pub(crate) ordinal: usize,
     buffers: PlanBuffers,
-    workspace: Workspace<'static>,
-    /// What was uploaded last, and the stream that it and all runs since then are on.
-    uploaded: Option<(PlanGeneration, u64)>,
+    workspace: Workspace,
+    /// What was uploaded last.
+    uploaded: Option<PlanGeneration>,
 }
 
 impl Resident {
@@ -44,23 +44,16 @@ impl Resident {
         &mut self,
         plan: &Plan,
         operands: &Operands,
-        workspace: Option<&Workspace<'static>>,
+        workspace: Option<&Workspace>,
         handle: u64,
     ) -> Result<()> {
-        let stream = foreign::stream(self.engine.device(), handle);
-        if let Some((_, former)) = self.uploaded
-            && former != handle
-        {
-            // The memory is still in use there.
-            foreign::stream(self.engine.device(), former).synchronize()?;
-            self.uploaded = self.uploaded.map(|(generation, _)| (generation, handle));
-        }
-        if self.uploaded.map(|(generation, _)| generation) != Some(plan.generation()) {
+        let stream = foreign::stream(self.engine.device(), handle)?;
+        if self.uploaded != Some(plan.generation()) {
             self.buffers.upload(plan, &stream)?;
-            self.uploaded = Some((plan.generation(), handle));
+            self.uploaded = Some(plan.generation());
         }
-        let args = operands.args(Some(plan.generation()));
-        Ok(self.engine.run(&self.buffers, &args, workspace.unwrap_or(&self.workspace), &stream)?)
+        let workspace = workspace.unwrap_or(&self.workspace);
+        Ok(self.engine.run(&self.buffers, &operands.args(), workspace, &stream)?)
     }
 }
 
@@ -96,7 +89,7 @@ pub(crate) fn run(
     pool: &Pool,
     plan: &Plan,
     operands: &Operands,
-    (ordinal, workspace, handle): (usize, Option<&Workspace<'static>>, u64),
+    (ordinal, workspace, handle): (usize, Option<&Workspace>, u64),
 ) -> Result<()> {
     if let Some(former) = resident.take_if(|resident| !resident.holds(ordinal, plan)) {
         pool.give_back(former);

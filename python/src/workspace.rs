@@ -19,7 +19,7 @@ use pyo3::prelude::*;
 #[derive(Debug)]
 pub(crate) struct PyWorkspace {
     pub(crate) device: Device,
-    pub(crate) memory: Option<Workspace<'static>>,
+    pub(crate) memory: Option<Workspace>,
     bytes: u64,
 }
 
@@ -71,7 +71,7 @@ impl PyWorkspace {
     }
 
     /// The memory for a run on CUDA device `ordinal`.
-    pub(crate) fn on_cuda(&self, ordinal: usize) -> Result<&Workspace<'static>> {
+    pub(crate) fn on_cuda(&self, ordinal: usize) -> Result<&Workspace> {
         self.memory.as_ref().filter(|_| self.device == Device::Cuda(ordinal)).ok_or_else(|| {
             invalid("workspace", format!("one on {}", self.device), format!("one on cuda:{ordinal}, where the run is"))
         })

@@ -5,7 +5,7 @@
 use pat_rs::plan::{PlanMode, PlanSummary};
 use pat_rs::{AttentionShape, DeviceProfile, Dtype, PlanOptions, Planner};
 use pat_tests::pat_schedule::{BLOCK_TOKENS, PatSchedule};
-use pat_workloads::{FIGURE_10_HEADS, FIGURE_10_TREES, OwnedBatch, TraceCut, TreeSpec};
+use pat_workloads::{FIGURE_10_HEADS, FIGURE_10_TREES, MOONCAKE_BLOCK_TOKENS, OwnedBatch, TraceCut, TreeSpec};
 use std::error::Error;
 use std::fs::File;
 use std::io::BufReader;
@@ -85,7 +85,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let shape = AttentionShape::new(32, 8, 128, Dtype::F16)?;
     for batch_size in [32, 64, 128, 256] {
         for (first_request, step) in [(0, 0), (1000, 200)] {
-            let cut = TraceCut { first_request, batch_size, step, page_size: 16 };
+            let cut = TraceCut { first_request, batch_size, step, page_size: 16, block_tokens: MOONCAKE_BLOCK_TOKENS };
             let batch = cut.batch(BufReader::new(File::open(&trace)?))?;
             let (auto, flat) = (summary(&batch, shape, PlanMode::Auto)?, summary(&batch, shape, PlanMode::Flat)?);
             println!(

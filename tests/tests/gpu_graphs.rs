@@ -4,7 +4,7 @@
 use half::f16;
 use pat_abi::generator::Tensor;
 use pat_rs::cuda::bench_support::{FillSpec, fill};
-use pat_rs::cuda::{CudaEngine, DeviceBuffer, PlanBuffers, RunArgs, Stream, Workspace};
+use pat_rs::cuda::{CudaEngine, DeviceBuffer, Graph, PlanBuffers, RunArgs, Stream, Uploaded, Workspace};
 use pat_rs::plan::{PlanCapacity, PlanChange, PlanMode};
 use pat_rs::{AttentionShape, Dtype, Engine, Error, KvStrides, PlanOptions, Planner, RowStrides, TileVariant};
 use pat_tests::softmax_scale;
@@ -85,10 +85,9 @@ impl Memory {
         }
     }
 
-    fn args(&self) -> RunArgs<'_> {
+    fn args(&self) -> RunArgs {
         let rows = RowStrides::contiguous(shape().q_heads(), shape().head_dim());
         RunArgs {
-            generation: None,
             shape: shape(),
             page_size: PAGE_SIZE,
             num_pages: POOL_PAGES,
@@ -155,7 +154,7 @@ fn serve(engine: &Engine, options: &PlanOptions) {
     let memory = Memory::new(cuda, &batches);
     let planner = || Planner::new(shape(), engine.profile().unwrap(), options.clone()).unwrap();
     let mut bounded = planner().with_capacity(capacity).unwrap();
-    let buffers =
+    let mut buffers =
         PlanBuffers::for_capacity(cuda.device(), &capacity, &bounded.tile_variants(PAGE_SIZE).unwrap()).unwrap();
     let workspace = Workspace::with_capacity(cuda.device(), capacity.partial_bytes(shape())).unwrap();
     let stream = cuda.device().new_stream().unwrap();
@@ -166,11 +165,11 @@ fn serve(engine: &Engine, options: &PlanOptions) {
     let rows = batches[0].rows();
     let mut plan = bounded.plan(&batches[0].view(&rows).unwrap()).unwrap();
     buffers.upload(&plan, &stream).unwrap();
-    cuda.prepare(&buffers).unwrap();
-    let graph = stream.capture(|| cuda.run(&buffers, &memory.args(), &workspace, &stream)).unwrap();
-    let replay = |what: &str, batch: &OwnedBatch| {
+    let run = cuda.bind(&buffers, &memory.args(), &workspace).unwrap();
+    let mut graph = Graph::capture(vec![run]).unwrap();
+    let mut replay = |what: &str, batch: &OwnedBatch, uploaded: Uploaded<'_>| {
         memory.poison(cuda, &stream);
-        graph.replay().unwrap();
+        graph.replay(uploaded, &stream).unwrap();
         stream.synchronize().unwrap();
         let outputs = memory.outputs();
         verify(batch, &outputs, &poison, what);
@@ -180,8 +179,8 @@ fn serve(engine: &Engine, options: &PlanOptions) {
         for (index, batch) in batches.iter().enumerate() {
             let rows = batch.rows();
             bounded.plan_into(&batch.view(&rows).unwrap(), &mut plan).unwrap();
-            buffers.upload(&plan, &stream).unwrap();
-            replay(&format!("round {round}, batch {index}, {options:?}"), batch);
+            let uploaded = buffers.upload(&plan, &stream).unwrap();
+            replay(&format!("round {round}, batch {index}, {options:?}"), batch, uploaded);
         }
     }
 
@@ -193,8 +192,8 @@ fn serve(engine: &Engine, options: &PlanOptions) {
     bounded.plan_into(&batches[0].view(&before).unwrap(), &mut plan).unwrap();
     let change = bounded.advance(&step.view(&after).unwrap(), None, &mut plan).unwrap();
     assert!(change == PlanChange::Lengths || change == PlanChange::Forest, "{change:?}");
-    buffers.upload(&plan, &stream).unwrap();
-    let last = replay("advanced", &step);
+    let uploaded = buffers.upload(&plan, &stream).unwrap();
+    let last = replay("advanced", &step, uploaded);
 
     // What exceeds the capacity is refused by the planner; a plan made without it, by the buffers. Neither changes what the
     // graph computes.
@@ -205,7 +204,7 @@ fn serve(engine: &Engine, options: &PlanOptions) {
     let unbounded = planner().plan(&more.view(&rows).unwrap()).unwrap();
     let refused = buffers.upload(&unbounded, &stream).unwrap_err();
     assert!(matches!(refused, Error::PlanMismatch { .. }) && refused.to_string().contains("sequences"), "{refused}");
-    assert_eq!(replay("after refusals", &step), last);
+    assert_eq!(replay("after refusals", &step, buffers.uploaded().unwrap()), last);
 }
 
 #[test]

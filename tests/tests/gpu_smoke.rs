@@ -3,7 +3,7 @@
 
 use half::{bf16, f16};
 use pat_rs::cuda::{
-    CudaEngine, DeviceBuffer, DeviceSpan, LaunchGeometry, PlanBuffers, RunArgs, Workspace, bench_support,
+    CudaEngine, DeviceBuffer, DeviceSpan, Graph, LaunchGeometry, PlanBuffers, RunArgs, Workspace, bench_support,
 };
 use pat_rs::plan::PlanMode;
 use pat_rs::{AttentionShape, Dtype, Element, Engine, Error, Plan, PlanOptions, Planner, RowStrides, TileVariant};
@@ -170,10 +170,9 @@ impl OnDevice {
         }
     }
 
-    fn args(&self) -> RunArgs<'_> {
+    fn args(&self) -> RunArgs {
         let rows = RowStrides::contiguous(self.case.shape.q_heads(), self.case.shape.head_dim());
         RunArgs {
-            generation: None,
             shape: self.case.shape,
             page_size: self.case.batch.page_size,
             num_pages: self.case.batch.num_pages,
@@ -209,7 +208,7 @@ fn a_captured_run_serves_later_plans() {
         .map(|mode| plan(&memory.case, &engine, options(mode)));
     let geometry = plans.iter().map(LaunchGeometry::of).reduce(LaunchGeometry::union).unwrap();
     let bytes = plans.iter().map(|plan| plan.bytes().len()).max().unwrap();
-    let buffers = PlanBuffers::with_fixed_geometry(cuda.device(), bytes, geometry).unwrap();
+    let mut buffers = PlanBuffers::with_fixed_geometry(cuda.device(), bytes, geometry).unwrap();
     let workspace_bytes = Workspace::bytes_for_slots(memory.case.shape, geometry.max_slots);
     let workspace = Workspace::with_capacity(cuda.device(), workspace_bytes).unwrap();
 
@@ -225,12 +224,12 @@ fn a_captured_run_serves_later_plans() {
         .collect();
 
     buffers.upload(&plans[0], &stream).unwrap();
-    cuda.prepare(&buffers).unwrap();
-    let graph = stream.capture(|| cuda.run(&buffers, &memory.args(), &workspace, &stream)).unwrap();
+    let run = cuda.bind(&buffers, &memory.args(), &workspace).unwrap();
+    let mut graph = Graph::capture(vec![run]).unwrap();
     for _ in 0..2 {
         for (plan, expected) in plans.iter().zip(&expected) {
-            buffers.upload(plan, &stream).unwrap();
-            graph.replay().unwrap();
+            let uploaded = buffers.upload(plan, &stream).unwrap();
+            graph.replay(uploaded, &stream).unwrap();
             stream.synchronize().unwrap();
             assert_eq!(&memory.output(), expected);
         }
@@ -249,18 +248,17 @@ fn bad_arguments_are_named_and_nothing_is_launched() {
     let empty = PlanBuffers::with_capacity(cuda.device(), plan.bytes().len()).unwrap();
     let error = cuda.run(&empty, &memory.args(), &workspace, &stream).unwrap_err();
     assert!(matches!(error, Error::PlanMismatch { .. }), "{error}");
-    let small = PlanBuffers::with_capacity(cuda.device(), 128).unwrap();
+    let mut small = PlanBuffers::with_capacity(cuda.device(), 128).unwrap();
     assert!(matches!(small.upload(&plan, &stream).unwrap_err(), Error::PlanMismatch { .. }));
 
     let buffers = cuda.upload(&plan, &stream).unwrap();
     let misaligned = RunArgs { q: memory.q.span().skip(2).unwrap(), ..memory.args() };
     let stale = RunArgs { num_pages: memory.case.batch.num_pages + 1, ..memory.args() };
-    let former = RunArgs {
-        generation: Some(self::plan(&memory.case, &engine, PlanOptions::default()).generation()),
-        ..memory.args()
-    };
+    let former = self::plan(&memory.case, &engine, PlanOptions::default()).generation();
+    let error = buffers.uploaded().unwrap().expect(former).unwrap_err().to_string();
+    assert!(error.contains("the plan uploaded last"), "{error}");
     let short = RunArgs { out: memory.out.span().skip(memory.out.bytes()).unwrap(), ..memory.args() };
-    for (args, name) in [(misaligned, "q"), (stale, "num_pages"), (former, "the plan uploaded last"), (short, "out")] {
+    for (args, name) in [(misaligned, "q"), (stale, "num_pages"), (short, "out")] {
         let error = cuda.run(&buffers, &args, &workspace, &stream).unwrap_err().to_string();
         assert!(error.contains(name), "{name}: {error}");
     }
@@ -277,7 +275,7 @@ fn the_device_draws_what_the_cpu_draws() {
     let strides = pat_rs::KvStrides::nhd(tokens, heads, head_dim);
     let count = (pages * tokens * heads * head_dim) as usize;
     let buffer = DeviceBuffer::zeroed(cuda.device(), 2 * count).unwrap();
-    let target: DeviceSpan<'_> = buffer.span();
+    let target: DeviceSpan = buffer.span();
     let tensor = pat_abi::generator::Tensor::K;
     let spec =
         bench_support::FillSpec { tensor, seed: SEED, dtype: Dtype::F16, pages, tokens, heads, head_dim, strides };

@@ -1,4 +1,4 @@
-//! What the device code and the host must agree on, and nothing else: plan records, kernel parameters, the kernel
+//! What the device code and the host must agree on, and nothing else: plan records, kernel parameters, tile shapes, the kernel
 //! manifest. `no_std`, builds for every target; every layout is `repr(C)` with its size asserted at compile time.
 //!
 //! A *plan* is one contiguous buffer: a [`PlanHeader`], then [`WorkItem`]s at the fixed offset
@@ -12,9 +12,11 @@ pub mod layout;
 pub mod manifest;
 pub mod params;
 pub mod plan;
+pub mod tile;
 
 pub use manifest::{Arch, Dtype, Family, KERNELS, KernelSpec, TileVariant};
 pub use params::{FastDivisor, FillParams, FlushParams, ForwardParams, MergeParams};
 pub use plan::{
     DIRECT_SLOT, MAX_TILE_VARIANTS, MergeRow, NO_MASKS, PLAN_MAGIC, PackQuery, PageMask, PlanHeader, WorkItem,
 };
+pub use tile::{NamedBarrier, SmemLayout, TileConfig};

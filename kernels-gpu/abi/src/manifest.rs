@@ -1,7 +1,14 @@
 //! The kernel manifest: the single owner of tile shapes, launch bounds and entry names.
 //!
-//! The device crate takes its constants from here, the xtask inserts the launch bounds it names and checks what ptxas
-//! reports against it, the host sizes launches by it.
+//! The device crate takes its constants from here and from [`crate::tile`], the xtask inserts the launch bounds it names and checks
+//! what ptxas reports against it, the host sizes launches by it.
+
+use crate::tile::register_limit;
+
+/// Warps of a CTA of the merge kernels.
+pub const MERGE_WARPS: u32 = 4;
+/// Threads of a CTA of the kernels of tests and benchmarks.
+pub const SUPPORT_THREADS: u32 = 256;
 
 /// Element type of Q, K, V and O.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -30,6 +37,14 @@ impl Arch {
         match self {
             Self::Sm80 => "sm_80",
             Self::Sm90a => "sm_90a",
+        }
+    }
+
+    /// Whether its kernels run on a device of this compute capability (90 for 9.0).
+    pub const fn runs_on(self, compute_capability: u32) -> bool {
+        match self {
+            Self::Sm80 => compute_capability >= 80,
+            Self::Sm90a => compute_capability == 90,
         }
     }
 
@@ -72,20 +87,12 @@ impl TileVariant {
 
     /// M: packed rows of a tile.
     pub const fn rows(self) -> u32 {
-        match self {
-            Self::Mma16 => 16,
-            Self::Mma32 => 32,
-            Self::Mma64 | Self::Wgmma64 => 64,
-            Self::Mma128 | Self::Wgmma128 => 128,
-        }
+        self.config(128).rows
     }
 
     /// N: KV tokens a CTA processes per main-loop step.
     pub const fn keys(self) -> u32 {
-        match self {
-            Self::Mma16 | Self::Wgmma128 => 128,
-            Self::Mma32 | Self::Mma64 | Self::Mma128 | Self::Wgmma64 => 64,
-        }
+        self.config(128).keys
     }
 
     /// Short name, as used in entry names and reports.
@@ -164,105 +171,118 @@ pub struct KernelSpec {
     pub tensor_maps: u32,
 }
 
-macro_rules! forward {
-    ($entry:literal, $variant:ident, $dtype:ident, $head_dim:literal, threads $threads:literal, ctas $ctas:literal, smem $smem:expr, regs $regs:literal, bars $bars:literal, maps $maps:literal) => {
-        KernelSpec {
-            entry: $entry,
-            arch: TileVariant::$variant.arch(),
-            family: Family::Forward(TileVariant::$variant),
-            dtype: Dtype::$dtype,
-            head_dim: $head_dim,
-            threads: $threads,
-            min_ctas_per_sm: $ctas,
-            smem_bytes: $smem,
-            max_registers: $regs,
-            barriers: $bars,
-            tensor_maps: $maps,
-        }
+/// Which element types and head dimensions there are kernels for: calls a macro with what stands in the braces, followed by
+/// `[head_dim Dtype "name"]` for each of them.
+#[macro_export]
+macro_rules! kernel_shapes {
+    ($callback:ident! { $($prefix:tt)* }) => {
+        $callback! { $($prefix)* [128 F16 "f16"] [128 Bf16 "bf16"] [64 F16 "f16"] [64 Bf16 "bf16"] }
     };
 }
 
-macro_rules! merge {
-    ($entry:literal, $arch:ident, $dtype:ident, $head_dim:literal) => {
-        KernelSpec {
-            entry: $entry,
-            arch: Arch::$arch,
-            family: Family::Merge,
-            dtype: Dtype::$dtype,
-            head_dim: $head_dim,
-            threads: 128,
-            // Eight float4 loads in flight with 64-bit addresses, and the outputs of four rows.
-            min_ctas_per_sm: 4,
-            // Four warps' sums of a row, where a CTA has one row.
-            smem_bytes: 4 * 4 * $head_dim,
-            max_registers: 128,
-            barriers: 1,
-            tensor_maps: 0,
-        }
+macro_rules! kernels {
+    ($make:path, $family:expr, $arch:ident, $prefix:literal $([$head_dim:literal $dtype:ident $name:literal])*) => {
+        [$($make(concat!($prefix, "_d", $head_dim, "_", $name), $family, Arch::$arch, Dtype::$dtype, $head_dim)),*]
     };
 }
 
-macro_rules! support {
-    ($entry:literal, $family:ident, $dtype:ident) => {
-        KernelSpec {
-            entry: $entry,
-            arch: Arch::Sm80,
-            family: Family::$family,
-            dtype: Dtype::$dtype,
-            head_dim: 0,
-            threads: 256,
-            min_ctas_per_sm: 4,
-            smem_bytes: 0,
-            max_registers: 64,
-            barriers: 0,
-            tensor_maps: 0,
-        }
-    };
+/// Forward kernels, by variant.
+const FORWARD: [[KernelSpec; 4]; TileVariant::ALL.len()] = [
+    kernel_shapes!(kernels! { forward, TileVariant::Mma16, Sm80, "pat_forward_mma16" }),
+    kernel_shapes!(kernels! { forward, TileVariant::Mma32, Sm80, "pat_forward_mma32" }),
+    kernel_shapes!(kernels! { forward, TileVariant::Mma64, Sm80, "pat_forward_mma64" }),
+    kernel_shapes!(kernels! { forward, TileVariant::Mma128, Sm80, "pat_forward_mma128" }),
+    kernel_shapes!(kernels! { forward, TileVariant::Wgmma64, Sm90a, "pat_forward_wgmma64" }),
+    kernel_shapes!(kernels! { forward, TileVariant::Wgmma128, Sm90a, "pat_forward_wgmma128" }),
+];
+
+const MERGE: [[KernelSpec; 4]; Arch::ALL.len()] = [
+    kernel_shapes!(kernels! { merge, Family::Merge, Sm80, "pat_merge" }),
+    kernel_shapes!(kernels! { merge, Family::Merge, Sm90a, "pat_merge_pdl" }),
+];
+
+const SUPPORT: [KernelSpec; 3] = [
+    support("pat_fill_f16", Family::Fill, Dtype::F16),
+    support("pat_fill_bf16", Family::Fill, Dtype::Bf16),
+    support("pat_flush_l2", Family::Flush, Dtype::F16),
+];
+
+/// Bytes of an element of Q, K, V and O.
+const ELEMENT_BYTES: u32 = 2;
+
+const fn forward(entry: &'static str, variant: TileVariant, arch: Arch, dtype: Dtype, head_dim: u32) -> KernelSpec {
+    let config = variant.config(head_dim);
+    KernelSpec {
+        entry,
+        arch,
+        family: Family::Forward(variant),
+        dtype,
+        head_dim,
+        threads: config.threads(),
+        min_ctas_per_sm: config.min_ctas_per_sm,
+        smem_bytes: config.smem(head_dim, ELEMENT_BYTES).total,
+        max_registers: register_limit(config.threads(), config.min_ctas_per_sm),
+        barriers: config.barriers,
+        tensor_maps: if config.producer_warps > 0 { 2 } else { 0 },
+    }
 }
+
+const fn merge(entry: &'static str, family: Family, arch: Arch, dtype: Dtype, head_dim: u32) -> KernelSpec {
+    let threads = 32 * MERGE_WARPS;
+    // Eight float4 loads in flight with 64-bit addresses, and the outputs of four rows.
+    let min_ctas_per_sm = 4;
+    KernelSpec {
+        entry,
+        arch,
+        family,
+        dtype,
+        head_dim,
+        threads,
+        min_ctas_per_sm,
+        // The warps' sums of a row, where a CTA has one row.
+        smem_bytes: 4 * MERGE_WARPS * head_dim,
+        max_registers: register_limit(threads, min_ctas_per_sm),
+        barriers: 1,
+        tensor_maps: 0,
+    }
+}
+
+const fn support(entry: &'static str, family: Family, dtype: Dtype) -> KernelSpec {
+    let (threads, min_ctas_per_sm) = (SUPPORT_THREADS, 4);
+    KernelSpec {
+        entry,
+        arch: Arch::Sm80,
+        family,
+        dtype,
+        head_dim: 0,
+        threads,
+        min_ctas_per_sm,
+        smem_bytes: 0,
+        max_registers: register_limit(threads, min_ctas_per_sm),
+        barriers: 0,
+        tensor_maps: 0,
+    }
+}
+
+const KERNEL_COUNT: usize = FORWARD.as_flattened().len() + MERGE.as_flattened().len() + SUPPORT.len();
 
 /// Every kernel of the project.
-///
-/// At head dimension 128, `mma16` and `mma32` ask for two CTAs per multiprocessor: three would leave 168 registers, which
-/// ptxas meets only by spilling. Two keep 128 KiB in flight, and an A100 has shared memory for no more.
-#[rustfmt::skip]
-pub const KERNELS: &[KernelSpec] = &[
-    forward!("pat_forward_mma16_d128_f16",     Mma16,  F16,  128, threads 128, ctas 2, smem 66_048, regs 255, bars 1, maps 0),
-    forward!("pat_forward_mma16_d128_bf16",    Mma16,  Bf16, 128, threads 128, ctas 2, smem 66_048, regs 255, bars 1, maps 0),
-    forward!("pat_forward_mma16_d64_f16",      Mma16,  F16,  64,  threads 128, ctas 3, smem 66_048, regs 168, bars 1, maps 0),
-    forward!("pat_forward_mma16_d64_bf16",     Mma16,  Bf16, 64,  threads 128, ctas 3, smem 66_048, regs 168, bars 1, maps 0),
-    forward!("pat_forward_mma32_d128_f16",     Mma32,  F16,  128, threads 128, ctas 2, smem 66_048, regs 255, bars 4, maps 0),
-    forward!("pat_forward_mma32_d128_bf16",    Mma32,  Bf16, 128, threads 128, ctas 2, smem 66_048, regs 255, bars 4, maps 0),
-    forward!("pat_forward_mma32_d64_f16",      Mma32,  F16,  64,  threads 128, ctas 3, smem 33_280, regs 168, bars 4, maps 0),
-    forward!("pat_forward_mma32_d64_bf16",     Mma32,  Bf16, 64,  threads 128, ctas 3, smem 33_280, regs 168, bars 4, maps 0),
-    forward!("pat_forward_mma64_d128_f16",     Mma64,  F16,  128, threads 128, ctas 2, smem 66_048, regs 255, bars 3, maps 0),
-    forward!("pat_forward_mma64_d128_bf16",    Mma64,  Bf16, 128, threads 128, ctas 2, smem 66_048, regs 255, bars 3, maps 0),
-    forward!("pat_forward_mma64_d64_f16",      Mma64,  F16,  64,  threads 128, ctas 2, smem 33_280, regs 255, bars 3, maps 0),
-    forward!("pat_forward_mma64_d64_bf16",     Mma64,  Bf16, 64,  threads 128, ctas 2, smem 33_280, regs 255, bars 3, maps 0),
-    forward!("pat_forward_mma128_d128_f16",    Mma128, F16,  128, threads 256, ctas 1, smem 66_048, regs 255, bars 3, maps 0),
-    forward!("pat_forward_mma128_d128_bf16",   Mma128, Bf16, 128, threads 256, ctas 1, smem 66_048, regs 255, bars 3, maps 0),
-    forward!("pat_forward_mma128_d64_f16",     Mma128, F16,  64,  threads 256, ctas 1, smem 33_280, regs 255, bars 3, maps 0),
-    forward!("pat_forward_mma128_d64_bf16",    Mma128, Bf16, 64,  threads 256, ctas 1, smem 33_280, regs 255, bars 3, maps 0),
-    // Shared memory: 3 stages of K and V, Q, and 160 bytes of barriers.
-    forward!("pat_forward_wgmma64_d128_f16",   Wgmma64, F16,  128, threads 256, ctas 2, smem 114_896, regs 128, bars 5, maps 2),
-    forward!("pat_forward_wgmma64_d128_bf16",  Wgmma64, Bf16, 128, threads 256, ctas 2, smem 114_896, regs 128, bars 5, maps 2),
-    forward!("pat_forward_wgmma64_d64_f16",    Wgmma64, F16,  64,  threads 256, ctas 2, smem 57_552,  regs 128, bars 5, maps 2),
-    forward!("pat_forward_wgmma64_d64_bf16",   Wgmma64, Bf16, 64,  threads 256, ctas 2, smem 57_552,  regs 128, bars 5, maps 2),
-    forward!("pat_forward_wgmma128_d128_f16", Wgmma128, F16, 128, threads 384, ctas 1, smem 229_696, regs 168, bars 5, maps 2),
-    forward!("pat_forward_wgmma128_d128_bf16", Wgmma128, Bf16, 128, threads 384, ctas 1, smem 229_696, regs 168, bars 5, maps 2),
-    forward!("pat_forward_wgmma128_d64_f16", Wgmma128, F16, 64, threads 384, ctas 1, smem 115_008, regs 168, bars 5, maps 2),
-    forward!("pat_forward_wgmma128_d64_bf16", Wgmma128, Bf16, 64, threads 384, ctas 1, smem 115_008, regs 168, bars 5, maps 2),
-    merge!("pat_merge_d128_f16",      Sm80,  F16,  128),
-    merge!("pat_merge_d128_bf16",     Sm80,  Bf16, 128),
-    merge!("pat_merge_d64_f16",       Sm80,  F16,  64),
-    merge!("pat_merge_d64_bf16",      Sm80,  Bf16, 64),
-    merge!("pat_merge_pdl_d128_f16",  Sm90a, F16,  128),
-    merge!("pat_merge_pdl_d128_bf16", Sm90a, Bf16, 128),
-    merge!("pat_merge_pdl_d64_f16",   Sm90a, F16,  64),
-    merge!("pat_merge_pdl_d64_bf16",  Sm90a, Bf16, 64),
-    support!("pat_fill_f16",  Fill,  F16),
-    support!("pat_fill_bf16", Fill,  Bf16),
-    support!("pat_flush_l2",  Flush, F16),
-];
+pub const KERNELS: &[KernelSpec] = &{
+    let mut kernels = [SUPPORT[0]; KERNEL_COUNT];
+    let mut count = 0;
+    let mut part = 0;
+    while part < 3 {
+        let specs = [FORWARD.as_flattened(), MERGE.as_flattened(), &SUPPORT][part];
+        let mut i = 0;
+        while i < specs.len() {
+            kernels[count] = specs[i];
+            count += 1;
+            i += 1;
+        }
+        part += 1;
+    }
+    kernels
+};
 
 /// The kernel of a family for an element type and head dimension, if there is one. Of two merge kernels it is the one
 /// that runs on both architectures; [`find_for`] names the file.
@@ -277,7 +297,9 @@ pub fn find_for(arch: Arch, family: Family, dtype: Dtype, head_dim: u32) -> Opti
 
 #[cfg(test)]
 mod tests {
+    extern crate std;
     use super::*;
+    use std::format;
 
     #[test]
     fn entries_are_unique_and_within_their_architecture() {
@@ -286,6 +308,10 @@ mod tests {
             assert!(kernel.smem_bytes <= kernel.arch.max_smem_bytes(), "{}", kernel.entry);
             assert!(kernel.threads % 32 == 0 && kernel.threads <= 1024, "{}", kernel.entry);
             assert!(kernel.threads * kernel.max_registers * kernel.min_ctas_per_sm <= 65_536, "{}", kernel.entry);
+            if let Family::Forward(variant) = kernel.family {
+                let name = format!("pat_forward_{}_d{}_", variant.name(), kernel.head_dim);
+                assert!(kernel.entry.starts_with(&name) && kernel.arch == variant.arch(), "{}", kernel.entry);
+            }
         }
     }
 

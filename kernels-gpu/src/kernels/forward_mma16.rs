@@ -4,7 +4,7 @@
 //! loop has no CTA barrier: warps drift apart and keep the memory system busy. A stage is refilled as soon as its K (then
 //! its V) has been consumed. The four states are combined in shared memory at the end.
 
-use pat_abi::{ForwardParams, TileVariant};
+use pat_abi::{ForwardParams, TileConfig, TileVariant, kernel_shapes};
 
 use crate::element::{Bf16, Element, F16};
 use crate::item::Item;
@@ -14,8 +14,10 @@ use crate::tile::fragment::{accumulate, load_queries, mask, mask_rows, rescale, 
 use crate::tile::gather::{Pool, Token, gather, row_of_lane};
 use crate::tile::reduce::{combine_and_store, scratch_bytes};
 
-const WARPS: u32 = 4;
-const UNIT_TOKENS: u32 = 32;
+/// What does not depend on the head dimension.
+const CONFIG: TileConfig = TileVariant::Mma16.config(128);
+const WARPS: u32 = CONFIG.key_splits;
+const UNIT_TOKENS: u32 = CONFIG.tile_keys();
 
 /// `HEAD_STEPS` is head_dim / 16. `STAGES` units (K and V each) are in flight per warp, `PENDING = 2*STAGES - 1` copies.
 ///
@@ -23,10 +25,16 @@ const UNIT_TOKENS: u32 = 32;
 /// `params` describes live buffers and a plan made for them; the launch is as the manifest says.
 #[inline(always)]
 unsafe fn forward<E: Element, const HEAD_STEPS: usize, const STAGES: u32, const PENDING: u32>(params: &ForwardParams) {
-    const { assert!(PENDING == 2 * STAGES - 1) };
-    let unit_bytes = UNIT_TOKENS * 32 * HEAD_STEPS as u32;
-    let ring_bytes = 2 * STAGES * unit_bytes;
-    const { assert!(scratch_bytes(16 * HEAD_STEPS as u32) <= 2 * STAGES * UNIT_TOKENS * 32 * HEAD_STEPS as u32) };
+    let layout = const {
+        let head_dim = 16 * HEAD_STEPS as u32;
+        let config = TileVariant::Mma16.config(head_dim);
+        assert!(config.rings == WARPS && config.row_warps() == 1 && config.tile_keys() == UNIT_TOKENS);
+        assert!(config.stages == STAGES && PENDING == 2 * STAGES - 1);
+        let layout = config.smem(head_dim, 2);
+        assert!(scratch_bytes(head_dim) <= layout.ring_bytes);
+        layout
+    };
+    let (unit_bytes, ring_bytes) = (layout.tile_bytes, layout.ring_bytes);
     let thread = special::thread_index();
     let (warp, lane) = (thread / 32, thread % 32);
     // SAFETY: the caller's contract.
@@ -37,8 +45,8 @@ unsafe fn forward<E: Element, const HEAD_STEPS: usize, const STAGES: u32, const 
     let values = Pool::values(params, item.kv_head);
 
     // Behind the rings: which rows attend to each token, if the item has masks.
-    let ranges = special::dynamic_smem() + WARPS * ring_bytes + warp * STAGES * 2 * UNIT_TOKENS;
-    let ranges_of = |k_stage: u32| ranges + (k_stage - ring) / unit_bytes * UNIT_TOKENS;
+    let ranges = special::dynamic_smem() + layout.masks + warp * STAGES * layout.mask_bytes;
+    let ranges_of = |k_stage: u32| ranges + (k_stage - ring) / layout.stage_bytes * layout.mask_bytes;
     // Units are known by their first token; the warp's next one is WARPS units further.
     let stride = WARPS * UNIT_TOKENS;
     let mut unit = warp * UNIT_TOKENS;
@@ -132,22 +140,21 @@ unsafe fn forward<E: Element, const HEAD_STEPS: usize, const STAGES: u32, const 
     }
 }
 
-macro_rules! entry {
-    ($name:ident, $element:ty, $head_steps:literal, stages $stages:literal, pending $pending:literal) => {
-        /// See the module.
-        ///
-        /// # Safety
-        /// `params` describes live buffers and a plan made for them; launched as the manifest says.
-        #[unsafe(no_mangle)]
-        pub unsafe extern "ptx-kernel" fn $name(params: ForwardParams) {
-            // SAFETY: the caller's contract.
-            unsafe { forward::<$element, $head_steps, $stages, $pending>(&params) }
-        }
+macro_rules! entries {
+    ($([$head_dim:literal $element:ident $name:literal])*) => {
+        $(const _: () = {
+            const STAGES: u32 = TileVariant::Mma16.config($head_dim).stages;
+            /// See the module.
+            ///
+            /// # Safety
+            /// `params` describes live buffers and a plan made for them; launched as the manifest says.
+            #[unsafe(export_name = concat!("pat_forward_mma16_d", $head_dim, "_", $name))]
+            unsafe extern "ptx-kernel" fn entry(params: ForwardParams) {
+                // SAFETY: the caller's contract.
+                unsafe { forward::<$element, { $head_dim / 16 }, STAGES, { 2 * STAGES - 1 }>(&params) }
+            }
+        };)*
     };
 }
 
-// Both head dimensions keep 16 KiB per warp in flight.
-entry!(pat_forward_mma16_d128_f16, F16, 8, stages 1, pending 1);
-entry!(pat_forward_mma16_d128_bf16, Bf16, 8, stages 1, pending 1);
-entry!(pat_forward_mma16_d64_f16, F16, 4, stages 2, pending 3);
-entry!(pat_forward_mma16_d64_bf16, Bf16, 4, stages 2, pending 3);
+kernel_shapes!(entries! {});

@@ -5,7 +5,7 @@
 //! arrives under Q K^T and the softmax. Q stays in registers: it saves one `ldmatrix` in five, and shared memory is what
 //! bounds these kernels.
 
-use pat_abi::{ForwardParams, TileVariant};
+use pat_abi::{ForwardParams, TileConfig, TileVariant, kernel_shapes};
 
 use crate::element::{Bf16, Element, F16};
 use crate::isolation::{RowSoftmax, restore_rows};
@@ -16,16 +16,19 @@ use crate::tile::fragment::{Accumulator, accumulate, load_queries, mask, mask_ro
 use crate::tile::gather::{Pool, Token, gather, row_of_lane};
 use crate::tile::reduce::{combine_and_store, scratch_bytes};
 
-const TILE_TOKENS: u32 = 64;
-const STAGES: u32 = 2;
+/// What the three variants have in common.
+const CONFIG: TileConfig = TileVariant::Mma64.config(128);
+const TILE_TOKENS: u32 = CONFIG.keys;
+const STAGES: u32 = CONFIG.stages;
 
-/// `KEY_STEPS` is 16-token steps per warp and tile, `LOADED` the tokens a warp gathers per tile.
+/// `VARIANT` is the variant's index. `KEY_STEPS` is 16-token steps per warp and tile, `LOADED` the tokens a warp gathers per tile.
 ///
 /// # Safety
 /// `params` describes live buffers and a plan made for them; the launch is as the manifest says.
 #[inline(always)]
 unsafe fn forward<
     E: Element,
+    const VARIANT: usize,
     const HEAD_STEPS: usize,
     const M_WARPS: u32,
     const KV_WARPS: u32,
@@ -33,14 +36,21 @@ unsafe fn forward<
     const LOADED: u32,
 >(
     params: &ForwardParams,
-    variant: TileVariant,
 ) {
-    const { assert!(LOADED * M_WARPS * KV_WARPS == TILE_TOKENS) };
-    const { assert!(KEY_STEPS as u32 * 16 * KV_WARPS == TILE_TOKENS) };
+    let layout = const {
+        let head_dim = 16 * HEAD_STEPS as u32;
+        let config = TileVariant::ALL[VARIANT].config(head_dim);
+        assert!(config.row_warps() == M_WARPS && config.key_splits == KV_WARPS && config.rings == 1);
+        assert!(config.keys == TILE_TOKENS && config.stages == STAGES);
+        assert!(LOADED * M_WARPS * KV_WARPS == TILE_TOKENS && KEY_STEPS as u32 * 16 * KV_WARPS == TILE_TOKENS);
+        let layout = config.smem(head_dim, 2);
+        assert!(KV_WARPS == 1 || M_WARPS * KV_WARPS * scratch_bytes(head_dim) <= layout.ring_bytes);
+        layout
+    };
     let row_bytes = 32 * HEAD_STEPS as u32;
-    let tile_bytes = TILE_TOKENS * row_bytes;
+    let tile_bytes = layout.tile_bytes;
     // SAFETY: the caller's contract.
-    let Some(item) = (unsafe { Item::load(params, variant, special::cta_index()) }) else { return };
+    let Some(item) = (unsafe { Item::load(params, TileVariant::ALL[VARIANT], special::cta_index()) }) else { return };
     let thread = special::thread_index();
     let (warp, lane) = (thread / 32, thread % 32);
     let ring = special::dynamic_smem();
@@ -50,8 +60,8 @@ unsafe fn forward<
 
     let loaded_first = warp * LOADED;
     // Behind the stages: which rows attend to each token, if the item has masks.
-    let ranges = ring + STAGES * 2 * tile_bytes;
-    let ranges_of = |k_stage: u32| ranges + if k_stage == ring { 0 } else { 2 * TILE_TOKENS };
+    let ranges = ring + layout.masks;
+    let ranges_of = |k_stage: u32| ranges + if k_stage == ring { 0 } else { layout.mask_bytes };
     let mut incoming = 0;
     // Lanes whose row is past LOADED locate tokens that other warps gather; their places go unused.
     // SAFETY: the plan's page ids.
@@ -130,10 +140,6 @@ unsafe fn forward<
     }
     states.finish();
     if KV_WARPS > 1 {
-        const {
-            let scratch = M_WARPS * KV_WARPS * scratch_bytes(16 * HEAD_STEPS as u32);
-            assert!(KV_WARPS == 1 || scratch <= STAGES * 2 * TILE_TOKENS * 32 * HEAD_STEPS as u32);
-        };
         let stride = scratch_bytes(16 * HEAD_STEPS as u32);
         // SAFETY: the ring is idle: the last barrier of the loop followed its last read, and no copy is in flight.
         unsafe {
@@ -213,35 +219,38 @@ unsafe fn store<E: Element, const HEAD_STEPS: usize>(
     }
 }
 
-macro_rules! entry {
-    ($name:ident, $variant:ident, $element:ty, $head_steps:literal,
-     warps $m_warps:literal x $kv_warps:literal, key_steps $key_steps:literal, loaded $loaded:literal) => {
-        /// See the module.
-        ///
-        /// # Safety
-        /// `params` describes live buffers and a plan made for them; launched as the manifest says.
-        #[unsafe(no_mangle)]
-        pub unsafe extern "ptx-kernel" fn $name(params: ForwardParams) {
-            // SAFETY: the caller's contract.
-            unsafe {
-                forward::<$element, $head_steps, $m_warps, $kv_warps, $key_steps, $loaded>(
-                    &params,
-                    TileVariant::$variant,
-                );
+macro_rules! entries {
+    ($variant:ident $prefix:literal $([$head_dim:literal $element:ident $name:literal])*) => {
+        $(const _: () = {
+            const VARIANT: TileVariant = TileVariant::$variant;
+            const CONFIG: TileConfig = VARIANT.config($head_dim);
+            const ROW_WARPS: u32 = CONFIG.row_warps();
+            const KEY_STEPS: usize = (CONFIG.keys / CONFIG.key_splits / 16) as usize;
+            const LOADED: u32 = CONFIG.keys / (ROW_WARPS * CONFIG.key_splits);
+            /// See the module.
+            ///
+            /// # Safety
+            /// `params` describes live buffers and a plan made for them; launched as the manifest says.
+            #[unsafe(export_name = concat!($prefix, "_d", $head_dim, "_", $name))]
+            unsafe extern "ptx-kernel" fn entry(params: ForwardParams) {
+                const SPLITS: u32 = CONFIG.key_splits;
+                // SAFETY: the caller's contract.
+                unsafe {
+                    forward::<
+                        $element,
+                        { VARIANT.index() },
+                        { $head_dim / 16 },
+                        ROW_WARPS,
+                        SPLITS,
+                        KEY_STEPS,
+                        LOADED,
+                    >(&params);
+                }
             }
-        }
+        };)*
     };
 }
 
-entry!(pat_forward_mma32_d128_f16, Mma32, F16, 8, warps 2 x 2, key_steps 2, loaded 16);
-entry!(pat_forward_mma32_d128_bf16, Mma32, Bf16, 8, warps 2 x 2, key_steps 2, loaded 16);
-entry!(pat_forward_mma32_d64_f16, Mma32, F16, 4, warps 2 x 2, key_steps 2, loaded 16);
-entry!(pat_forward_mma32_d64_bf16, Mma32, Bf16, 4, warps 2 x 2, key_steps 2, loaded 16);
-entry!(pat_forward_mma64_d128_f16, Mma64, F16, 8, warps 4 x 1, key_steps 4, loaded 16);
-entry!(pat_forward_mma64_d128_bf16, Mma64, Bf16, 8, warps 4 x 1, key_steps 4, loaded 16);
-entry!(pat_forward_mma64_d64_f16, Mma64, F16, 4, warps 4 x 1, key_steps 4, loaded 16);
-entry!(pat_forward_mma64_d64_bf16, Mma64, Bf16, 4, warps 4 x 1, key_steps 4, loaded 16);
-entry!(pat_forward_mma128_d128_f16, Mma128, F16, 8, warps 8 x 1, key_steps 4, loaded 8);
-entry!(pat_forward_mma128_d128_bf16, Mma128, Bf16, 8, warps 8 x 1, key_steps 4, loaded 8);
-entry!(pat_forward_mma128_d64_f16, Mma128, F16, 4, warps 8 x 1, key_steps 4, loaded 8);
-entry!(pat_forward_mma128_d64_bf16, Mma128, Bf16, 4, warps 8 x 1, key_steps 4, loaded 8);
+kernel_shapes!(entries! { Mma32 "pat_forward_mma32" });
+kernel_shapes!(entries! { Mma64 "pat_forward_mma64" });
+kernel_shapes!(entries! { Mma128 "pat_forward_mma128" });

@@ -12,6 +12,7 @@
 
 use core::mem::offset_of;
 
+use pat_abi::manifest::MERGE_WARPS as WARPS;
 use pat_abi::{MergeParams, MergeRow, PLAN_MAGIC, PlanHeader};
 
 use crate::element::Element;
@@ -23,8 +24,6 @@ use crate::ptx::ldst::{
 };
 use crate::ptx::{math, shuffle, special};
 use crate::softmax::{normaliser, subtrahend};
-
-const WARPS: u32 = 4;
 
 /// Partials that are asked for together, and the sums a row is made of: partial `i` goes to sum `i / 8 % 4`.
 const BLOCK_SLOTS: u32 = 8;
@@ -372,39 +371,28 @@ unsafe fn store_columns<E: Element, const COLUMNS: usize>(address: u64, columns:
 mod entries {
     use super::*;
     use crate::element::{Bf16, F16};
+    use pat_abi::kernel_shapes;
 
-    macro_rules! entry {
-        ($name:ident, $element:ty, $columns:literal, wait $wait:expr) => {
-            /// See the module.
-            ///
-            /// # Safety
-            /// `params` describes live buffers and a plan made for them; launched as the manifest says.
-            #[unsafe(no_mangle)]
-            pub unsafe extern "ptx-kernel" fn $name(params: MergeParams) {
-                // SAFETY: the caller's contract.
-                unsafe { merge::<$element, $columns>(&params, $wait) }
-            }
+    macro_rules! entries {
+        ($prefix:literal, $wait:expr, $([$head_dim:literal $element:ident $name:literal])*) => {
+            $(const _: () = {
+                /// See the module.
+                ///
+                /// # Safety
+                /// `params` describes live buffers and a plan made for them; launched as the manifest says.
+                #[unsafe(export_name = concat!($prefix, "_d", $head_dim, "_", $name))]
+                unsafe extern "ptx-kernel" fn entry(params: MergeParams) {
+                    // SAFETY: the caller's contract.
+                    unsafe { merge::<$element, { $head_dim / 32 }>(&params, $wait) }
+                }
+            };)*
         };
     }
 
+    // Launched behind the forward kernels, in stream order.
     #[cfg(not(pat_sm90a))]
-    mod ordered {
-        //! Launched behind the forward kernels, in stream order.
-        use super::*;
-        entry!(pat_merge_d128_f16, F16, 4, wait || {});
-        entry!(pat_merge_d128_bf16, Bf16, 4, wait || {});
-        entry!(pat_merge_d64_f16, F16, 2, wait || {});
-        entry!(pat_merge_d64_bf16, Bf16, 2, wait || {});
-    }
-
+    kernel_shapes!(entries! { "pat_merge", || {}, });
+    // Launched with programmatic stream serialisation: starts, and reads the plan, while the forward kernel still runs.
     #[cfg(pat_sm90a)]
-    mod programmatic {
-        //! Launched with programmatic stream serialisation: starts, and reads the plan, while the forward kernel still runs.
-        use super::*;
-        use crate::ptx::pdl::wait_for_prerequisite_grids;
-        entry!(pat_merge_pdl_d128_f16, F16, 4, wait wait_for_prerequisite_grids);
-        entry!(pat_merge_pdl_d128_bf16, Bf16, 4, wait wait_for_prerequisite_grids);
-        entry!(pat_merge_pdl_d64_f16, F16, 2, wait wait_for_prerequisite_grids);
-        entry!(pat_merge_pdl_d64_bf16, Bf16, 2, wait wait_for_prerequisite_grids);
-    }
+    kernel_shapes!(entries! { "pat_merge_pdl", crate::ptx::pdl::wait_for_prerequisite_grids, });
 }

@@ -1,13 +1,12 @@
 //! Kernels of tests and benchmarks: drawing pools on the device, and flushing the L2 cache by reading.
 
 use pat_abi::generator::{element, row_key};
+use pat_abi::manifest::SUPPORT_THREADS as THREADS;
 use pat_abi::params::{FillParams, FlushParams};
 
 use crate::element::{Bf16, Element, F16};
 use crate::ptx::ldst::{load_global_u32x4, store_global_u32, store_global_u32x4};
 use crate::ptx::{shuffle, special};
-
-const THREADS: u32 = 256;
 
 /// Fills a tensor `[pages, tokens, heads, dim]` from the counter generator; a CTA of 256 threads, any grid.
 ///

@@ -20,7 +20,7 @@ fn descriptor(smem_address: u32, leading_bytes: u64) -> u64 {
     ((smem_address & 0x3_ffff) >> 4) as u64 | descriptor_base(leading_bytes)
 }
 
-/// Bytes between the 64-element blocks of a tile, for each 64 keys of it.
+/// Bytes between the 64-element blocks of a tile, for each 64 rows of it.
 const BLOCK_BYTES: u64 = 64 * 128;
 
 /// `asm!` with arrays of registers as operands, in the order in which the template counts them: `inout 32 s; in 16 q;` stands for
@@ -29,61 +29,93 @@ macro_rules! register_asm {
     (@ [$($asm:tt)*] then $($rest:tt)*) => {
         asm!($($asm)* $($rest)*)
     };
-    (@ [$($asm:tt)*] $kind:tt 16 $a:ident; $($rest:tt)*) => {
+    (@ [$($asm:tt)*] $kind:tt 16 $a:ident $($first:literal)?; $($rest:tt)*) => {
         register_asm!(@ [$($asm)*
-            $kind(reg32) $a[0], $kind(reg32) $a[1], $kind(reg32) $a[2], $kind(reg32) $a[3], $kind(reg32) $a[4],
-            $kind(reg32) $a[5], $kind(reg32) $a[6], $kind(reg32) $a[7], $kind(reg32) $a[8], $kind(reg32) $a[9],
-            $kind(reg32) $a[10], $kind(reg32) $a[11], $kind(reg32) $a[12], $kind(reg32) $a[13], $kind(reg32) $a[14],
-            $kind(reg32) $a[15],
+            $kind(reg32) $a[$($first +)? 0], $kind(reg32) $a[$($first +)? 1], $kind(reg32) $a[$($first +)? 2],
+            $kind(reg32) $a[$($first +)? 3], $kind(reg32) $a[$($first +)? 4], $kind(reg32) $a[$($first +)? 5],
+            $kind(reg32) $a[$($first +)? 6], $kind(reg32) $a[$($first +)? 7], $kind(reg32) $a[$($first +)? 8],
+            $kind(reg32) $a[$($first +)? 9], $kind(reg32) $a[$($first +)? 10], $kind(reg32) $a[$($first +)? 11],
+            $kind(reg32) $a[$($first +)? 12], $kind(reg32) $a[$($first +)? 13], $kind(reg32) $a[$($first +)? 14],
+            $kind(reg32) $a[$($first +)? 15],
         ] $($rest)*)
     };
-    (@ [$($asm:tt)*] $kind:tt 32 $a:ident; $($rest:tt)*) => {
-        register_asm!(@ [$($asm)*
-            $kind(reg32) $a[0], $kind(reg32) $a[1], $kind(reg32) $a[2], $kind(reg32) $a[3], $kind(reg32) $a[4],
-            $kind(reg32) $a[5], $kind(reg32) $a[6], $kind(reg32) $a[7], $kind(reg32) $a[8], $kind(reg32) $a[9],
-            $kind(reg32) $a[10], $kind(reg32) $a[11], $kind(reg32) $a[12], $kind(reg32) $a[13], $kind(reg32) $a[14],
-            $kind(reg32) $a[15], $kind(reg32) $a[16], $kind(reg32) $a[17], $kind(reg32) $a[18], $kind(reg32) $a[19],
-            $kind(reg32) $a[20], $kind(reg32) $a[21], $kind(reg32) $a[22], $kind(reg32) $a[23], $kind(reg32) $a[24],
-            $kind(reg32) $a[25], $kind(reg32) $a[26], $kind(reg32) $a[27], $kind(reg32) $a[28], $kind(reg32) $a[29],
-            $kind(reg32) $a[30], $kind(reg32) $a[31],
-        ] $($rest)*)
+    (@ $asm:tt $kind:tt 32 $a:ident; $($rest:tt)*) => {
+        register_asm!(@ $asm $kind 16 $a; $kind 16 $a 16; $($rest)*)
     };
-    (@ [$($asm:tt)*] $kind:tt 64 $a:ident; $($rest:tt)*) => {
-        register_asm!(@ [$($asm)*
-            $kind(reg32) $a[0], $kind(reg32) $a[1], $kind(reg32) $a[2], $kind(reg32) $a[3], $kind(reg32) $a[4],
-            $kind(reg32) $a[5], $kind(reg32) $a[6], $kind(reg32) $a[7], $kind(reg32) $a[8], $kind(reg32) $a[9],
-            $kind(reg32) $a[10], $kind(reg32) $a[11], $kind(reg32) $a[12], $kind(reg32) $a[13], $kind(reg32) $a[14],
-            $kind(reg32) $a[15], $kind(reg32) $a[16], $kind(reg32) $a[17], $kind(reg32) $a[18], $kind(reg32) $a[19],
-            $kind(reg32) $a[20], $kind(reg32) $a[21], $kind(reg32) $a[22], $kind(reg32) $a[23], $kind(reg32) $a[24],
-            $kind(reg32) $a[25], $kind(reg32) $a[26], $kind(reg32) $a[27], $kind(reg32) $a[28], $kind(reg32) $a[29],
-            $kind(reg32) $a[30], $kind(reg32) $a[31], $kind(reg32) $a[32], $kind(reg32) $a[33], $kind(reg32) $a[34],
-            $kind(reg32) $a[35], $kind(reg32) $a[36], $kind(reg32) $a[37], $kind(reg32) $a[38], $kind(reg32) $a[39],
-            $kind(reg32) $a[40], $kind(reg32) $a[41], $kind(reg32) $a[42], $kind(reg32) $a[43], $kind(reg32) $a[44],
-            $kind(reg32) $a[45], $kind(reg32) $a[46], $kind(reg32) $a[47], $kind(reg32) $a[48], $kind(reg32) $a[49],
-            $kind(reg32) $a[50], $kind(reg32) $a[51], $kind(reg32) $a[52], $kind(reg32) $a[53], $kind(reg32) $a[54],
-            $kind(reg32) $a[55], $kind(reg32) $a[56], $kind(reg32) $a[57], $kind(reg32) $a[58], $kind(reg32) $a[59],
-            $kind(reg32) $a[60], $kind(reg32) $a[61], $kind(reg32) $a[62], $kind(reg32) $a[63],
-        ] $($rest)*)
+    (@ $asm:tt $kind:tt 64 $a:ident; $($rest:tt)*) => {
+        register_asm!(@ $asm $kind 16 $a; $kind 16 $a 16; $kind 16 $a 32; $kind 16 $a 48; $($rest)*)
     };
     ([$($template:tt)*] $($operands:tt)*) => {
         register_asm!(@ [$($template)*] $($operands)*)
     };
 }
 
-macro_rules! accumulators_32 {
-    () => {
-        "{0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8}, {9}, {10}, {11}, {12}, {13}, {14}, {15}, {16}, {17}, {18}, {19}, {20}, {21}, {22}, {23}, {24}, {25}, {26}, {27}, {28}, {29}, {30}, {31}"
+/// Four neighbouring operands of a template: `4 * i` to `4 * i + 3`.
+#[rustfmt::skip]
+macro_rules! quad {
+    (0) => { "{0}, {1}, {2}, {3}" };
+    (1) => { "{4}, {5}, {6}, {7}" };
+    (2) => { "{8}, {9}, {10}, {11}" };
+    (3) => { "{12}, {13}, {14}, {15}" };
+    (4) => { "{16}, {17}, {18}, {19}" };
+    (5) => { "{20}, {21}, {22}, {23}" };
+    (6) => { "{24}, {25}, {26}, {27}" };
+    (7) => { "{28}, {29}, {30}, {31}" };
+    (8) => { "{32}, {33}, {34}, {35}" };
+    (9) => { "{36}, {37}, {38}, {39}" };
+    (10) => { "{40}, {41}, {42}, {43}" };
+    (11) => { "{44}, {45}, {46}, {47}" };
+    (12) => { "{48}, {49}, {50}, {51}" };
+    (13) => { "{52}, {53}, {54}, {55}" };
+    (14) => { "{56}, {57}, {58}, {59}" };
+    (15) => { "{60}, {61}, {62}, {63}" };
+    (16) => { "{64}, {65}, {66}, {67}" };
+    (17) => { "{68}, {69}, {70}, {71}" };
+    (18) => { "{72}, {73}, {74}, {75}" };
+    (19) => { "{76}, {77}, {78}, {79}" };
+    (20) => { "{80}, {81}, {82}, {83}" };
+    (21) => { "{84}, {85}, {86}, {87}" };
+    (22) => { "{88}, {89}, {90}, {91}" };
+    (23) => { "{92}, {93}, {94}, {95}" };
+}
+
+/// The first `n` operands of a template.
+macro_rules! operands {
+    (16) => {
+        concat!(quad!(0), ", ", quad!(1), ", ", quad!(2), ", ", quad!(3))
+    };
+    (32) => {
+        concat!(operands!(16), ", ", quad!(4), ", ", quad!(5), ", ", quad!(6), ", ", quad!(7))
+    };
+    (48) => {
+        concat!(operands!(32), ", ", quad!(8), ", ", quad!(9), ", ", quad!(10), ", ", quad!(11))
+    };
+    (64) => {
+        concat!(operands!(48), ", ", quad!(12), ", ", quad!(13), ", ", quad!(14), ", ", quad!(15))
+    };
+    (80) => {
+        concat!(operands!(64), ", ", quad!(16), ", ", quad!(17), ", ", quad!(18), ", ", quad!(19))
     };
 }
 
-macro_rules! accumulators_64 {
-    () => {
-        "{0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8}, {9}, {10}, {11}, {12}, {13}, {14}, {15}, {16}, {17}, {18}, {19}, {20}, {21}, {22}, {23}, {24}, {25}, {26}, {27}, {28}, {29}, {30}, {31}, {32}, {33}, {34}, {35}, {36}, {37}, {38}, {39}, {40}, {41}, {42}, {43}, {44}, {45}, {46}, {47}, {48}, {49}, {50}, {51}, {52}, {53}, {54}, {55}, {56}, {57}, {58}, {59}, {60}, {61}, {62}, {63}"
+/// A group of products with A in registers: `shape` is that of the instruction, `accumulators` how many operands come first. Each step
+/// has a word that says whether it adds to what the accumulators hold, the [`quad`] of A, and where B lies, 16 bytes a unit, behind
+/// the operand `descriptor`. `transposed` is B's layout.
+macro_rules! products {
+    ($shape:literal $ty:literal, transposed $transposed:literal, accumulators $accumulators:tt,
+     [$($adds:literal $a:tt $b:literal,)*] $($operands:tt)*) => {
+        register_asm!([
+            "{{ .reg .b64 b; .reg .pred adds;",
+            "wgmma.fence.sync.aligned;",
+            $(
+                concat!("setp.ne.b32 adds, ", $adds, ", 0; add.s64 b, {descriptor}, ", $b, ";"),
+                concat!("wgmma.mma_async.sync.aligned.", $shape, ".f32.", $ty, ".", $ty, " {{", operands!($accumulators), "}}, {{",
+                    quad!($a), "}}, b, adds, 1, 1, ", $transposed, ";"),
+            )*
+            "wgmma.commit_group.sync.aligned; }}",
+        ] $($operands)*)
     };
 }
-
-// Behind the macros that it uses.
-mod wide;
 
 /// The products of one element type and head dimension, for main-loop steps of SPANS times 64 keys.
 pub trait WgmmaOps<const Q_REGS: usize, const O_REGS: usize, const SPANS: usize> {
@@ -104,133 +136,67 @@ pub trait WgmmaOps<const Q_REGS: usize, const O_REGS: usize, const SPANS: usize>
     fn wait_output(o: &mut [f32; O_REGS], weights: &mut [[u32; 16]; SPANS]);
 }
 
-macro_rules! head_dim_64 {
-    ($element:ty, $ty:literal) => {
-        impl WgmmaOps<16, 32, 1> for ($element, HeadDim<64>) {
-            #[inline(always)]
-            unsafe fn scores([s]: &mut [[f32; 32]; 1], q: &[u32; 16], k: u32) {
-                // SAFETY: the caller's contract.
-                unsafe {
-                    register_asm!([
-                    "{{ .reg .b64 b; .reg .pred accumulate;",
-                    "wgmma.fence.sync.aligned;",
-                    "setp.ne.b32 accumulate, 0, 0; add.s64 b, {48}, 0;",
-                    concat!("wgmma.mma_async.sync.aligned.m64n64k16.f32.", $ty, ".", $ty, " {{", accumulators_32!(), "}}, {{{32}, {33}, {34}, {35}}}, b, accumulate, 1, 1, 0;"),
-                    "setp.ne.b32 accumulate, 1, 0; add.s64 b, {48}, 2;",
-                    concat!("wgmma.mma_async.sync.aligned.m64n64k16.f32.", $ty, ".", $ty, " {{", accumulators_32!(), "}}, {{{36}, {37}, {38}, {39}}}, b, accumulate, 1, 1, 0;"),
-                    "setp.ne.b32 accumulate, 1, 0; add.s64 b, {48}, 4;",
-                    concat!("wgmma.mma_async.sync.aligned.m64n64k16.f32.", $ty, ".", $ty, " {{", accumulators_32!(), "}}, {{{40}, {41}, {42}, {43}}}, b, accumulate, 1, 1, 0;"),
-                    "setp.ne.b32 accumulate, 1, 0; add.s64 b, {48}, 6;",
-                    concat!("wgmma.mma_async.sync.aligned.m64n64k16.f32.", $ty, ".", $ty, " {{", accumulators_32!(), "}}, {{{44}, {45}, {46}, {47}}}, b, accumulate, 1, 1, 0;"),
-                    "wgmma.commit_group.sync.aligned; }}",
-                    ] inout 32 s; in 16 q; then in(reg64) descriptor(k, 16), options(nostack, preserves_flags));
-                }
-            }
-
-            #[inline(always)]
-            unsafe fn accumulate(o: &mut [f32; 32], [weights]: &[[u32; 16]; 1], v: u32) {
-                // SAFETY: the caller's contract.
-                unsafe {
-                    register_asm!([
-                    "{{ .reg .b64 b;",
-                    "wgmma.fence.sync.aligned;",
-                    "add.s64 b, {48}, 0;",
-                    concat!("wgmma.mma_async.sync.aligned.m64n64k16.f32.", $ty, ".", $ty, " {{", accumulators_32!(), "}}, {{{32}, {33}, {34}, {35}}}, b, 1, 1, 1, 1;"),
-                    "add.s64 b, {48}, 128;",
-                    concat!("wgmma.mma_async.sync.aligned.m64n64k16.f32.", $ty, ".", $ty, " {{", accumulators_32!(), "}}, {{{36}, {37}, {38}, {39}}}, b, 1, 1, 1, 1;"),
-                    "add.s64 b, {48}, 256;",
-                    concat!("wgmma.mma_async.sync.aligned.m64n64k16.f32.", $ty, ".", $ty, " {{", accumulators_32!(), "}}, {{{40}, {41}, {42}, {43}}}, b, 1, 1, 1, 1;"),
-                    "add.s64 b, {48}, 384;",
-                    concat!("wgmma.mma_async.sync.aligned.m64n64k16.f32.", $ty, ".", $ty, " {{", accumulators_32!(), "}}, {{{44}, {45}, {46}, {47}}}, b, 1, 1, 1, 1;"),
-                    "wgmma.commit_group.sync.aligned; }}",
-                    ] inout 32 o; in 16 weights; then in(reg64) descriptor(v, BLOCK_BYTES), options(nostack, preserves_flags));
-                }
-            }
-
-            #[inline(always)]
-            fn wait_output(o: &mut [f32; 32], [weights]: &mut [[u32; 16]; 1]) {
-                // SAFETY: has no precondition. The operands, named in a comment, may not be used or moved before it.
-                unsafe {
-                    register_asm!([
-                    "wgmma.wait_group.sync.aligned 0; // {0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8}, {9}, {10}, {11}, {12}, {13}, {14}, {15}, {16}, {17}, {18}, {19}, {20}, {21}, {22}, {23}, {24}, {25}, {26}, {27}, {28}, {29}, {30}, {31}, {32}, {33}, {34}, {35}, {36}, {37}, {38}, {39}, {40}, {41}, {42}, {43}, {44}, {45}, {46}, {47}",
-                    ] inout 32 o; inout 16 weights; then options(nostack, preserves_flags));
-                }
-            }
-        }
-    };
-}
-
-macro_rules! head_dim_128 {
-    ($element:ty, $ty:literal) => {
-        impl WgmmaOps<32, 64, 1> for ($element, HeadDim<128>) {
-            #[inline(always)]
-            unsafe fn scores([s]: &mut [[f32; 32]; 1], q: &[u32; 32], k: u32) {
-                // SAFETY: the caller's contract.
-                unsafe {
-                    register_asm!([
-                    "{{ .reg .b64 b; .reg .pred accumulate;",
-                    "wgmma.fence.sync.aligned;",
-                    "setp.ne.b32 accumulate, 0, 0; add.s64 b, {64}, 0;",
-                    concat!("wgmma.mma_async.sync.aligned.m64n64k16.f32.", $ty, ".", $ty, " {{", accumulators_32!(), "}}, {{{32}, {33}, {34}, {35}}}, b, accumulate, 1, 1, 0;"),
-                    "setp.ne.b32 accumulate, 1, 0; add.s64 b, {64}, 2;",
-                    concat!("wgmma.mma_async.sync.aligned.m64n64k16.f32.", $ty, ".", $ty, " {{", accumulators_32!(), "}}, {{{36}, {37}, {38}, {39}}}, b, accumulate, 1, 1, 0;"),
-                    "setp.ne.b32 accumulate, 1, 0; add.s64 b, {64}, 4;",
-                    concat!("wgmma.mma_async.sync.aligned.m64n64k16.f32.", $ty, ".", $ty, " {{", accumulators_32!(), "}}, {{{40}, {41}, {42}, {43}}}, b, accumulate, 1, 1, 0;"),
-                    "setp.ne.b32 accumulate, 1, 0; add.s64 b, {64}, 6;",
-                    concat!("wgmma.mma_async.sync.aligned.m64n64k16.f32.", $ty, ".", $ty, " {{", accumulators_32!(), "}}, {{{44}, {45}, {46}, {47}}}, b, accumulate, 1, 1, 0;"),
-                    "setp.ne.b32 accumulate, 1, 0; add.s64 b, {64}, 512;",
-                    concat!("wgmma.mma_async.sync.aligned.m64n64k16.f32.", $ty, ".", $ty, " {{", accumulators_32!(), "}}, {{{48}, {49}, {50}, {51}}}, b, accumulate, 1, 1, 0;"),
-                    "setp.ne.b32 accumulate, 1, 0; add.s64 b, {64}, 514;",
-                    concat!("wgmma.mma_async.sync.aligned.m64n64k16.f32.", $ty, ".", $ty, " {{", accumulators_32!(), "}}, {{{52}, {53}, {54}, {55}}}, b, accumulate, 1, 1, 0;"),
-                    "setp.ne.b32 accumulate, 1, 0; add.s64 b, {64}, 516;",
-                    concat!("wgmma.mma_async.sync.aligned.m64n64k16.f32.", $ty, ".", $ty, " {{", accumulators_32!(), "}}, {{{56}, {57}, {58}, {59}}}, b, accumulate, 1, 1, 0;"),
-                    "setp.ne.b32 accumulate, 1, 0; add.s64 b, {64}, 518;",
-                    concat!("wgmma.mma_async.sync.aligned.m64n64k16.f32.", $ty, ".", $ty, " {{", accumulators_32!(), "}}, {{{60}, {61}, {62}, {63}}}, b, accumulate, 1, 1, 0;"),
-                    "wgmma.commit_group.sync.aligned; }}",
-                    ] inout 32 s; in 32 q; then in(reg64) descriptor(k, 16), options(nostack, preserves_flags));
-                }
-            }
-
-            #[inline(always)]
-            unsafe fn accumulate(o: &mut [f32; 64], [weights]: &[[u32; 16]; 1], v: u32) {
-                // SAFETY: the caller's contract.
-                unsafe {
-                    register_asm!([
-                    "{{ .reg .b64 b;",
-                    "wgmma.fence.sync.aligned;",
-                    "add.s64 b, {80}, 0;",
-                    concat!("wgmma.mma_async.sync.aligned.m64n128k16.f32.", $ty, ".", $ty, " {{", accumulators_64!(), "}}, {{{64}, {65}, {66}, {67}}}, b, 1, 1, 1, 1;"),
-                    "add.s64 b, {80}, 128;",
-                    concat!("wgmma.mma_async.sync.aligned.m64n128k16.f32.", $ty, ".", $ty, " {{", accumulators_64!(), "}}, {{{68}, {69}, {70}, {71}}}, b, 1, 1, 1, 1;"),
-                    "add.s64 b, {80}, 256;",
-                    concat!("wgmma.mma_async.sync.aligned.m64n128k16.f32.", $ty, ".", $ty, " {{", accumulators_64!(), "}}, {{{72}, {73}, {74}, {75}}}, b, 1, 1, 1, 1;"),
-                    "add.s64 b, {80}, 384;",
-                    concat!("wgmma.mma_async.sync.aligned.m64n128k16.f32.", $ty, ".", $ty, " {{", accumulators_64!(), "}}, {{{76}, {77}, {78}, {79}}}, b, 1, 1, 1, 1;"),
-                    "wgmma.commit_group.sync.aligned; }}",
-                    ] inout 64 o; in 16 weights; then in(reg64) descriptor(v, BLOCK_BYTES), options(nostack, preserves_flags));
-                }
-            }
-
-            #[inline(always)]
-            fn wait_output(o: &mut [f32; 64], [weights]: &mut [[u32; 16]; 1]) {
-                // SAFETY: has no precondition. The operands, named in a comment, may not be used or moved before it.
-                unsafe {
-                    register_asm!([
-                    "wgmma.wait_group.sync.aligned 0; // {0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8}, {9}, {10}, {11}, {12}, {13}, {14}, {15}, {16}, {17}, {18}, {19}, {20}, {21}, {22}, {23}, {24}, {25}, {26}, {27}, {28}, {29}, {30}, {31}, {32}, {33}, {34}, {35}, {36}, {37}, {38}, {39}, {40}, {41}, {42}, {43}, {44}, {45}, {46}, {47}, {48}, {49}, {50}, {51}, {52}, {53}, {54}, {55}, {56}, {57}, {58}, {59}, {60}, {61}, {62}, {63}, {64}, {65}, {66}, {67}, {68}, {69}, {70}, {71}, {72}, {73}, {74}, {75}, {76}, {77}, {78}, {79}",
-                    ] inout 64 o; inout 16 weights; then options(nostack, preserves_flags));
-                }
-            }
-        }
-    };
-}
-
 /// Marker of a head dimension.
 pub struct HeadDim<const N: u32>;
 
-head_dim_64!(crate::element::F16, "f16");
-head_dim_64!(crate::element::Bf16, "bf16");
-head_dim_128!(crate::element::F16, "f16");
-head_dim_128!(crate::element::Bf16, "bf16");
+macro_rules! implement {
+    ($head_dim:literal $q_regs:tt $o_regs:tt, $spans:literal [$($s:ident)*] [$($weights:ident)*], $o_and_weights:tt,
+     scores $scores_shape:literal $scores:tt $scores_steps:tt, output $output_shape:literal $output_steps:tt) => {
+        implement!(@ (crate::element::F16) "f16" $head_dim $q_regs $o_regs, $spans [$($s)*] [$($weights)*], $o_and_weights,
+            $scores_shape $scores $scores_steps, $output_shape $output_steps);
+        implement!(@ (crate::element::Bf16) "bf16" $head_dim $q_regs $o_regs, $spans [$($s)*] [$($weights)*], $o_and_weights,
+            $scores_shape $scores $scores_steps, $output_shape $output_steps);
+    };
+    (@ ($element:ty) $ty:literal $head_dim:literal $q_regs:tt $o_regs:tt, $spans:literal [$($s:ident)*] [$($weights:ident)*],
+     $o_and_weights:tt, $scores_shape:literal $scores:tt $scores_steps:tt, $output_shape:literal $output_steps:tt) => {
+        impl WgmmaOps<$q_regs, $o_regs, $spans> for ($element, HeadDim<$head_dim>) {
+            #[inline(always)]
+            unsafe fn scores([$($s),*]: &mut [[f32; 32]; $spans], q: &[u32; $q_regs], k: u32) {
+                // SAFETY: the caller's contract.
+                unsafe {
+                    products!($scores_shape $ty, transposed 0, accumulators $scores, $scores_steps
+                        $(inout 32 $s;)* in $q_regs q; then descriptor = in(reg64) descriptor(k, 16),
+                        options(nostack, preserves_flags));
+                }
+            }
+
+            #[inline(always)]
+            unsafe fn accumulate(o: &mut [f32; $o_regs], [$($weights),*]: &[[u32; 16]; $spans], v: u32) {
+                // SAFETY: the caller's contract.
+                unsafe {
+                    products!($output_shape $ty, transposed 1, accumulators $o_regs, $output_steps
+                        inout $o_regs o; $(in 16 $weights;)* then descriptor = in(reg64) descriptor(v, $spans * BLOCK_BYTES),
+                        options(nostack, preserves_flags));
+                }
+            }
+
+            #[inline(always)]
+            fn wait_output(o: &mut [f32; $o_regs], weights: &mut [[u32; 16]; $spans]) {
+                let [weights, rest @ ..] = weights;
+                // SAFETY: has no precondition. The operands, named in a comment, may not be used or moved before it.
+                unsafe {
+                    register_asm!([concat!("wgmma.wait_group.sync.aligned 0; // ", operands!($o_and_weights)),]
+                        inout $o_regs o; inout 16 weights; then options(nostack, preserves_flags));
+                }
+                rest.iter_mut().for_each(hold_weights);
+            }
+        }
+    };
+}
+
+// Steps of 16 elements of Q and K: those of a block of 64 are 32 bytes apart. Steps of 16 keys of V: 2,048 bytes.
+implement!(64 16 32, 1 [s] [weights], 48,
+    scores "m64n64k16" 32 [0 8 0, 1 9 2, 1 10 4, 1 11 6,],
+    output "m64n64k16" [1 8 0, 1 9 128, 1 10 256, 1 11 384,]);
+implement!(64 16 32, 2 [s_0 s_1] [weights_0 weights_1], 48,
+    scores "m64n128k16" 64 [0 16 0, 1 17 2, 1 18 4, 1 19 6,],
+    output "m64n64k16" [1 8 0, 1 9 128, 1 10 256, 1 11 384, 1 12 512, 1 13 640, 1 14 768, 1 15 896,]);
+implement!(128 32 64, 1 [s] [weights], 80,
+    scores "m64n64k16" 32 [0 8 0, 1 9 2, 1 10 4, 1 11 6, 1 12 512, 1 13 514, 1 14 516, 1 15 518,],
+    output "m64n128k16" [1 16 0, 1 17 128, 1 18 256, 1 19 384,]);
+implement!(128 32 64, 2 [s_0 s_1] [weights_0 weights_1], 80,
+    scores "m64n128k16" 64 [0 16 0, 1 17 2, 1 18 4, 1 19 6, 1 20 1024, 1 21 1026, 1 22 1028, 1 23 1030,],
+    output "m64n128k16" [1 16 0, 1 17 128, 1 18 256, 1 19 384, 1 20 512, 1 21 640, 1 22 768, 1 23 896,]);
 
 /// Waits until at most `PENDING` products issued later than these scores are under way. `wgmma.wait_group`
 #[inline(always)]
@@ -238,9 +204,8 @@ pub fn wait_scores<const PENDING: u32, const SPANS: usize>(scores: &mut [[f32; 3
     let s = &mut scores[0];
     // SAFETY: has no precondition. The operands, named in a comment, may not be used or moved before it.
     unsafe {
-        register_asm!([
-            "wgmma.wait_group.sync.aligned {32}; // {0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8}, {9}, {10}, {11}, {12}, {13}, {14}, {15}, {16}, {17}, {18}, {19}, {20}, {21}, {22}, {23}, {24}, {25}, {26}, {27}, {28}, {29}, {30}, {31}",
-            ] inout 32 s; then const PENDING, options(nostack, preserves_flags));
+        register_asm!([concat!("wgmma.wait_group.sync.aligned {pending}; // ", operands!(32)),]
+            inout 32 s; then pending = const PENDING, options(nostack, preserves_flags));
     }
     for block in &mut scores[1..] {
         hold_scores(block);
@@ -251,23 +216,34 @@ pub fn wait_scores<const PENDING: u32, const SPANS: usize>(scores: &mut [[f32; 3
 #[inline(always)]
 fn hold_scores(s: &mut [f32; 32]) {
     // SAFETY: no instruction, only a comment that names registers.
-    unsafe {
-        register_asm!([
-            "// {0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8}, {9}, {10}, {11}, {12}, {13}, {14}, {15}, {16}, {17}, {18}, {19}, {20}, {21}, {22}, {23}, {24}, {25}, {26}, {27}, {28}, {29}, {30}, {31}",
-            ] inout 32 s; then options(nostack, preserves_flags));
-    }
+    unsafe { register_asm!([concat!("// ", operands!(32)),] inout 32 s; then options(nostack, preserves_flags)) };
+}
+
+/// Keeps weights where they are up to here: those that [`WgmmaOps::wait_output`] has no operands for.
+#[inline(always)]
+fn hold_weights(weights: &mut [u32; 16]) {
+    // SAFETY: no instruction, only a comment that names registers.
+    unsafe { register_asm!([concat!("// ", operands!(16)),] inout 16 weights; then options(nostack, preserves_flags)) };
+}
+
+/// How warpgroups divide the registers of a CTA.
+pub trait RegisterSplit {
+    /// Registers per thread of producers.
+    const PRODUCERS: u32;
+    /// Registers per thread of consumers.
+    const CONSUMERS: u32;
 }
 
 /// `setmaxnreg.dec`: gives registers of a warpgroup back; `setmaxnreg.inc` (below) takes them. Convergent.
 #[inline(always)]
-pub fn shrink_registers<const PER_THREAD: u32>() {
+pub fn shrink_registers<S: RegisterSplit>() {
     // SAFETY: has no precondition beyond whole-warpgroup execution.
-    unsafe { asm!("setmaxnreg.dec.sync.aligned.u32 {0};", const PER_THREAD, options(nostack, preserves_flags)) };
+    unsafe { asm!("setmaxnreg.dec.sync.aligned.u32 {0};", const S::PRODUCERS, options(nostack, preserves_flags)) };
 }
 
 /// `setmaxnreg.inc`. Convergent.
 #[inline(always)]
-pub fn grow_registers<const PER_THREAD: u32>() {
+pub fn grow_registers<S: RegisterSplit>() {
     // SAFETY: has no precondition beyond whole-warpgroup execution.
-    unsafe { asm!("setmaxnreg.inc.sync.aligned.u32 {0};", const PER_THREAD, options(nostack, preserves_flags)) };
+    unsafe { asm!("setmaxnreg.inc.sync.aligned.u32 {0};", const S::CONSUMERS, options(nostack, preserves_flags)) };
 }

@@ -15,7 +15,7 @@ use crate::ptx::shuffle::{any, xor_u32};
 use crate::ptx::special::{thread_index, thread_index_here};
 use crate::ptx::wgmma::{self, HeadDim, WgmmaOps};
 use crate::ptx::{math, mbarrier};
-use pat_abi::{ForwardParams, NO_MASKS, TileVariant};
+use pat_abi::{ForwardParams, NO_MASKS, NamedBarrier};
 
 /// Consumer warpgroup `group`.
 ///
@@ -31,7 +31,6 @@ pub(super) unsafe fn consume<
     const SPANS: usize,
 >(
     p: &ForwardParams,
-    variant: TileVariant,
     plan: PlanView,
     smem: Smem<HEAD_DIM, GROUPS>,
     group: u32,
@@ -182,7 +181,7 @@ pub(super) unsafe fn consume<
                 // Registers are short: nothing that only this needs is kept through the main loop.
                 let thread = thread_index_here();
                 let (lane, first_row) = (thread % 32, (thread / 32 - PRODUCER_WARPS) * 16);
-                let plan = PlanView::load(p, variant);
+                let plan = PlanView::load(p, Smem::<HEAD_DIM, GROUPS>::VARIANT);
                 let work = Work::load(p, plan, work_index(round - 1));
                 let softmaxes = [0, 1].map(|half| RowSoftmax { reference: references[half], sum: sums[half] });
                 let locate = |row| {
@@ -305,11 +304,7 @@ pub(super) unsafe fn zero_values<const HEAD_DIM: u32, const GROUPS: u32, const S
         row += 128 * GROUPS / chunks_per_row;
     }
     mbarrier::fence_async_proxy();
-    if GROUPS == 1 {
-        sync_named::<1, 128>();
-    } else {
-        sync_named::<1, 256>();
-    }
+    sync_named(NamedBarrier::Consumers, 32 * Smem::<HEAD_DIM, GROUPS>::CONSUMER_WARPS);
 }
 
 /// Rounds the weights to the 16-bit type: accumulator layout and A-operand layout coincide.

@@ -30,7 +30,7 @@ use crate::ptx::special::{cta_index, dynamic_smem, thread_index};
 use crate::ptx::wgmma::{self, HeadDim, WgmmaOps};
 use crate::ptx::{mbarrier, pdl, tma};
 use consume::consume;
-use pat_abi::{ForwardParams, PlanHeader, TileVariant};
+use pat_abi::{ForwardParams, PlanHeader, TileConfig, TileVariant, kernel_shapes};
 use produce::{FIRST_Q_WARPS, Tensor, produce_kv, produce_q};
 use smem::{QSlots, Smem};
 use work::PlanView;
@@ -56,11 +56,11 @@ unsafe fn forward<
     const SPANS: usize,
 >(
     p: &ForwardParams,
-    variant: TileVariant,
     maps: (u64, u64),
 ) where
     (E, HeadDim<HEAD_DIM>): WgmmaOps<Q_REGS, O_REGS, SPANS>,
 {
+    const { assert!(SPANS as u32 == Smem::<HEAD_DIM, GROUPS>::SPANS) };
     let smem = Smem::<HEAD_DIM, GROUPS> { base: dynamic_smem() };
     let thread = thread_index();
     // SAFETY: the barriers lie in this CTA's shared memory; the roles are whole warpgroups; a plan buffer has at least
@@ -87,17 +87,11 @@ unsafe fn forward<
             tma::prefetch_map(maps.0);
             tma::prefetch_map(maps.1);
         }
-        let plan = PlanView::load(p, variant);
+        let plan = PlanView::load(p, Smem::<HEAD_DIM, GROUPS>::VARIANT);
         sync_cta();
         pdl::launch_dependents();
         if thread < 128 {
-            if GROUPS == 1 {
-                wgmma::shrink_registers::<56>();
-            } else if HEAD_DIM == 64 {
-                wgmma::shrink_registers::<64>();
-            } else {
-                wgmma::shrink_registers::<56>();
-            }
+            wgmma::shrink_registers::<Smem<HEAD_DIM, GROUPS>>();
             if thread < 32 {
                 produce_kv::<HEAD_DIM, GROUPS>(p, plan, smem, Tensor::K, maps.0);
             } else {
@@ -107,14 +101,8 @@ unsafe fn forward<
                 }
             }
         } else {
-            if GROUPS == 1 {
-                wgmma::grow_registers::<200>();
-            } else if HEAD_DIM == 64 {
-                wgmma::grow_registers::<216>();
-            } else {
-                wgmma::grow_registers::<224>();
-            }
-            consume::<E, HEAD_DIM, GROUPS, Q_REGS, O_REGS, SPANS>(p, variant, plan, smem, thread / 128 - 1);
+            wgmma::grow_registers::<Smem<HEAD_DIM, GROUPS>>();
+            consume::<E, HEAD_DIM, GROUPS, Q_REGS, O_REGS, SPANS>(p, plan, smem, thread / 128 - 1);
         }
     }
 }
@@ -125,33 +113,31 @@ unsafe fn forward<
 #[derive(Clone, Copy)]
 pub struct TensorMap([u64; 16]);
 
-macro_rules! entry {
-    ($name:ident, $variant:ident, $groups:literal, $element:ty, $head_dim:literal) => {
-        /// # Safety
-        /// Launched by the host with checked parameters.
-        #[unsafe(no_mangle)]
-        pub unsafe extern "ptx-kernel" fn $name(p: ForwardParams, _map_k: TensorMap, _map_v: TensorMap) {
-            let (map_k, map_v): (u64, u64);
-            // SAFETY: takes the addresses of the parameters, which live as long as the kernel runs.
-            unsafe {
-                core::arch::asm!(
-                    concat!("{{ .reg .b64 t; mov.b64 t, ", stringify!($name), "_param_1; cvta.param.u64 {0}, t; }}"),
-                    out(reg64) map_k, options(pure, nomem, nostack, preserves_flags));
-                core::arch::asm!(
-                    concat!("{{ .reg .b64 t; mov.b64 t, ", stringify!($name), "_param_2; cvta.param.u64 {0}, t; }}"),
-                    out(reg64) map_v, options(pure, nomem, nostack, preserves_flags));
-                forward::<$element, $head_dim, $groups, { $head_dim / 4 }, { $head_dim / 2 }, $groups>(
-                    &p, TileVariant::$variant, (map_k, map_v));
+macro_rules! entries {
+    ($variant:ident $prefix:literal $([$head_dim:literal $element:ident $name:literal])*) => {
+        $(const _: () = {
+            const CONFIG: TileConfig = TileVariant::$variant.config($head_dim);
+            const GROUPS: u32 = CONFIG.rows / GROUP_ROWS;
+            const SPANS: usize = (CONFIG.keys / SPAN_KEYS) as usize;
+            /// # Safety
+            /// Launched by the host with checked parameters.
+            #[unsafe(export_name = concat!($prefix, "_d", $head_dim, "_", $name))]
+            unsafe extern "ptx-kernel" fn entry(p: ForwardParams, _map_k: TensorMap, _map_v: TensorMap) {
+                let (map_k, map_v): (u64, u64);
+                // SAFETY: takes the addresses of the parameters, which live as long as the kernel runs.
+                unsafe {
+                    core::arch::asm!(
+                        concat!("{{ .reg .b64 t; mov.b64 t, ", $prefix, "_d", $head_dim, "_", $name, "_param_1; cvta.param.u64 {0}, t; }}"),
+                        out(reg64) map_k, options(pure, nomem, nostack, preserves_flags));
+                    core::arch::asm!(
+                        concat!("{{ .reg .b64 t; mov.b64 t, ", $prefix, "_d", $head_dim, "_", $name, "_param_2; cvta.param.u64 {0}, t; }}"),
+                        out(reg64) map_v, options(pure, nomem, nostack, preserves_flags));
+                    forward::<$element, $head_dim, GROUPS, { $head_dim / 4 }, { $head_dim / 2 }, SPANS>(&p, (map_k, map_v));
+                }
             }
-        }
+        };)*
     };
 }
 
-entry!(pat_forward_wgmma64_d128_f16, Wgmma64, 1, F16, 128);
-entry!(pat_forward_wgmma64_d128_bf16, Wgmma64, 1, Bf16, 128);
-entry!(pat_forward_wgmma64_d64_f16, Wgmma64, 1, F16, 64);
-entry!(pat_forward_wgmma64_d64_bf16, Wgmma64, 1, Bf16, 64);
-entry!(pat_forward_wgmma128_d128_f16, Wgmma128, 2, F16, 128);
-entry!(pat_forward_wgmma128_d128_bf16, Wgmma128, 2, Bf16, 128);
-entry!(pat_forward_wgmma128_d64_f16, Wgmma128, 2, F16, 64);
-entry!(pat_forward_wgmma128_d64_bf16, Wgmma128, 2, Bf16, 64);
+kernel_shapes!(entries! { Wgmma64 "pat_forward_wgmma64" });
+kernel_shapes!(entries! { Wgmma128 "pat_forward_wgmma128" });

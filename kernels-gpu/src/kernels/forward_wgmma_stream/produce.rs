@@ -10,7 +10,7 @@ use crate::ptx::ldst::{request_global_u32, store_shared_u32x4};
 use crate::ptx::shuffle::{any, from_lane_u32, from_segment_u64};
 use crate::ptx::special::{thread_index, thread_index_here};
 use crate::ptx::{cp_async, mbarrier, tma};
-use pat_abi::{ForwardParams, NO_MASKS, PageMask};
+use pat_abi::{ForwardParams, NO_MASKS, NamedBarrier, PageMask};
 
 /// What a KV producer copies.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -140,7 +140,7 @@ const Q_WARPS: u32 = FIRST_Q_WARPS - 1;
 /// after them. Memory serves requests in about the order in which they are made, and nothing begins without the queries.
 #[inline(always)]
 pub(super) fn queries_requested() {
-    sync_named::<2, { 32 * PRODUCER_WARPS }>();
+    sync_named(NamedBarrier::Producers, 32 * PRODUCER_WARPS);
 }
 
 /// The Q producers: warps that copy the items' Q rows to the Q slots. The first item of a CTA has nothing to hide behind:

@@ -1,6 +1,8 @@
 //! Shared memory of a CTA: addresses of tiles and barriers, and the order in which stages and query slots are used.
 
-use super::{GROUP_ROWS, SPAN_KEYS};
+use super::{GROUP_ROWS, PRODUCER_WARPS, SPAN_KEYS};
+use crate::ptx::wgmma::RegisterSplit;
+use pat_abi::{SmemLayout, TileConfig, TileVariant};
 
 /// Bytes of a row of a block: 64 elements, what the swizzle spans.
 const BLOCK_ROW_BYTES: u32 = 128;
@@ -12,33 +14,37 @@ pub(super) struct Smem<const HEAD_DIM: u32, const GROUPS: u32> {
 }
 
 impl<const HEAD_DIM: u32, const GROUPS: u32> Smem<HEAD_DIM, GROUPS> {
-    pub(super) const STAGES: u32 = 3;
+    pub(super) const VARIANT: TileVariant = if GROUPS == 1 { TileVariant::Wgmma64 } else { TileVariant::Wgmma128 };
+    const CONFIG: TileConfig = Self::VARIANT.config(HEAD_DIM);
+    const LAYOUT: SmemLayout = {
+        let config = Self::CONFIG;
+        assert!(config.rows == GROUPS * GROUP_ROWS && config.key_splits == 1 && config.rings == 1);
+        assert!(config.query_slots == 4 * GROUPS && config.producer_warps == PRODUCER_WARPS);
+        config.smem(HEAD_DIM, 2)
+    };
+    pub(super) const STAGES: u32 = Self::CONFIG.stages;
     /// Spans of 64 keys in a main-loop step. Two CTAs share a multiprocessor where each has one consumer; else one has all of it,
     /// and room for twice the keys.
-    pub(super) const SPANS: u32 = GROUPS;
-    pub(super) const KEYS: u32 = Self::SPANS * SPAN_KEYS;
-    pub(super) const CONSUMER_WARPS: u32 = 4 * GROUPS;
-    pub(super) const Q_SLOTS: u32 = 4 * GROUPS;
+    pub(super) const SPANS: u32 = Self::CONFIG.keys / SPAN_KEYS;
+    pub(super) const KEYS: u32 = Self::CONFIG.keys;
+    pub(super) const CONSUMER_WARPS: u32 = Self::CONFIG.row_warps();
+    pub(super) const Q_SLOTS: u32 = Self::CONFIG.query_slots;
     /// Of 64 elements of the keys of a tile.
     pub(super) const BLOCK_BYTES: u32 = Self::KEYS * BLOCK_ROW_BYTES;
-    pub(super) const Q_GROUP_BYTES: u32 = GROUP_ROWS * HEAD_DIM * 2;
-    pub(super) const TILE_BYTES: u32 = Self::KEYS * HEAD_DIM * 2;
-    pub(super) const STAGE_BYTES: u32 = 2 * Self::TILE_BYTES;
-    pub(super) const Q_OFFSET: u32 = Self::STAGES * Self::STAGE_BYTES;
-    pub(super) const BARRIER_OFFSET: u32 = Self::Q_OFFSET + GROUPS * Self::Q_GROUP_BYTES;
+    pub(super) const TILE_BYTES: u32 = Self::LAYOUT.tile_bytes;
 
     pub(super) fn k(self, stage: u32) -> u32 {
-        self.base + stage * Self::STAGE_BYTES
+        self.base + Self::LAYOUT.k + stage * Self::LAYOUT.stage_bytes
     }
     pub(super) fn v(self, stage: u32) -> u32 {
-        self.k(stage) + Self::TILE_BYTES
+        self.base + Self::LAYOUT.v + stage * Self::LAYOUT.stage_bytes
     }
     /// The Q rows of a consumer warpgroup.
     pub(super) fn q(self, group: u32) -> u32 {
-        self.base + Self::Q_OFFSET + group * Self::Q_GROUP_BYTES
+        self.base + Self::LAYOUT.q + group * (GROUP_ROWS * HEAD_DIM * 2)
     }
     pub(super) fn k_full(self, stage: u32) -> u32 {
-        self.base + Self::BARRIER_OFFSET + stage * 32
+        self.base + Self::LAYOUT.barriers + stage * 32
     }
     pub(super) fn v_full(self, stage: u32) -> u32 {
         self.k_full(stage) + 8
@@ -51,14 +57,19 @@ impl<const HEAD_DIM: u32, const GROUPS: u32> Smem<HEAD_DIM, GROUPS> {
     }
     /// The [`KeyMask`]s of a stage, 16 bytes per span.
     pub(super) fn masks(self, stage: u32) -> u32 {
-        self.base + Self::BARRIER_OFFSET + Self::STAGES * 32 + Self::Q_SLOTS * 16 + stage * 16 * Self::SPANS
+        self.base + Self::LAYOUT.masks + stage * Self::LAYOUT.mask_bytes
     }
     pub(super) fn q_full(self, slot: u32) -> u32 {
-        self.base + Self::BARRIER_OFFSET + Self::STAGES * 32 + slot * 16
+        self.base + Self::LAYOUT.barriers + Self::STAGES * 32 + slot * 16
     }
     pub(super) fn q_empty(self, slot: u32) -> u32 {
         self.q_full(slot) + 8
     }
+}
+
+impl<const HEAD_DIM: u32, const GROUPS: u32> RegisterSplit for Smem<HEAD_DIM, GROUPS> {
+    const PRODUCERS: u32 = Self::CONFIG.producer_registers;
+    const CONSUMERS: u32 = Self::CONFIG.consumer_registers;
 }
 
 /// Position in the ring of stages: the stage and the parity of its current phase.

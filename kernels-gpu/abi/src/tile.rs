@@ -1,0 +1,209 @@
+//! Tile shapes: what the CTAs of a variant compute, with which warps, and where their tiles lie in shared memory. The device code
+//! takes its constants from here, the manifest its launch bounds and sizes.
+
+use crate::TileVariant;
+
+/// Rows of a `mma.m16n8k16` or of a warp's part of a `wgmma`.
+pub const WARP_ROWS: u32 = 16;
+/// Registers of a multiprocessor, of every architecture from compute capability 8.0 on.
+const REGISTERS_PER_SM: u32 = 65_536;
+/// Most registers a thread can have.
+const MAX_REGISTERS: u32 = 255;
+
+/// Named barriers of the persistent kernels; 0 is the whole CTA's.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NamedBarrier {
+    /// The consumer warps, where values of a tile are zeroed.
+    Consumers = 1,
+    /// The producer warps, behind the requests for the first queries.
+    Producers = 2,
+}
+
+/// The shape of a variant's CTAs at some head dimension.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TileConfig {
+    /// M: rows of a tile.
+    pub rows: u32,
+    /// N: KV tokens a CTA takes per step of its main loop.
+    pub keys: u32,
+    /// Sets of warps that split these tokens. Each set has all rows.
+    pub key_splits: u32,
+    /// Rings of K and V tiles in shared memory: one, or one for each of the warps that split the tokens.
+    pub rings: u32,
+    /// Tiles of K and of V in a ring.
+    pub stages: u32,
+    /// Warps that copy and do not compute; 0 where all warps do both.
+    pub producer_warps: u32,
+    /// Registers per thread of the producers after `setmaxnreg`, where there are producers.
+    pub producer_registers: u32,
+    /// Registers per thread of the other warps after `setmaxnreg`, where there are producers.
+    pub consumer_registers: u32,
+    /// Slots of [`WARP_ROWS`] queries in shared memory; 0 where queries go to registers at once.
+    pub query_slots: u32,
+    /// CTAs per multiprocessor that the compiler makes room for.
+    pub min_ctas_per_sm: u32,
+    /// CTA-wide and named barriers in the code.
+    pub barriers: u32,
+}
+
+/// Where things lie in the shared memory of a CTA, in bytes from its start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SmemLayout {
+    /// Size of a tile of K; one of V is as large.
+    pub tile_bytes: u32,
+    /// From one stage to the next.
+    pub stage_bytes: u32,
+    /// From one ring to the next.
+    pub ring_bytes: u32,
+    /// K of stage 0.
+    pub k: u32,
+    /// V of stage 0.
+    pub v: u32,
+    /// Queries.
+    pub q: u32,
+    /// Transaction barriers: four per stage, then two per query slot, 8 bytes each.
+    pub barriers: u32,
+    /// Which rows attend to which keys: of each stage, 2 bytes per token, or 16 per 64 tokens in the persistent kernels.
+    pub masks: u32,
+    /// From the masks of one stage to those of the next.
+    pub mask_bytes: u32,
+    /// All of it.
+    pub total: u32,
+}
+
+impl TileVariant {
+    /// The shape of the variant's CTAs.
+    pub const fn config(self, head_dim: u32) -> TileConfig {
+        // Warps that copy and compute, one ring, queries in registers.
+        let mma = TileConfig {
+            rows: 0,
+            keys: 64,
+            key_splits: 1,
+            rings: 1,
+            stages: 2,
+            producer_warps: 0,
+            producer_registers: 0,
+            consumer_registers: 0,
+            query_slots: 0,
+            min_ctas_per_sm: 2,
+            barriers: 3,
+        };
+        // Three CTAs per multiprocessor would leave 168 registers at head dimension 128, which ptxas meets only by spilling; two keep
+        // 128 KiB in flight, and an A100 has shared memory for no more.
+        let three_ctas = if head_dim <= 64 { 3 } else { 2 };
+        match self {
+            // 16 KiB per warp are in flight at both head dimensions.
+            Self::Mma16 => TileConfig {
+                rows: 16,
+                keys: 128,
+                key_splits: 4,
+                rings: 4,
+                stages: if head_dim <= 64 { 2 } else { 1 },
+                min_ctas_per_sm: three_ctas,
+                barriers: 1,
+                ..mma
+            },
+            Self::Mma32 => TileConfig { rows: 32, key_splits: 2, min_ctas_per_sm: three_ctas, barriers: 4, ..mma },
+            Self::Mma64 => TileConfig { rows: 64, ..mma },
+            Self::Mma128 => TileConfig { rows: 128, min_ctas_per_sm: 1, ..mma },
+            Self::Wgmma64 => TileConfig {
+                rows: 64,
+                stages: 3,
+                producer_warps: 4,
+                producer_registers: 56,
+                consumer_registers: 200,
+                query_slots: 4,
+                barriers: 5,
+                ..mma
+            },
+            Self::Wgmma128 => TileConfig {
+                rows: 128,
+                keys: 128,
+                stages: 3,
+                producer_warps: 4,
+                producer_registers: if head_dim <= 64 { 64 } else { 56 },
+                consumer_registers: if head_dim <= 64 { 216 } else { 224 },
+                query_slots: 8,
+                min_ctas_per_sm: 1,
+                barriers: 5,
+                ..mma
+            },
+        }
+    }
+}
+
+impl TileConfig {
+    /// Warps that hold different rows.
+    pub const fn row_warps(&self) -> u32 {
+        self.rows / WARP_ROWS
+    }
+
+    /// Threads of a CTA.
+    pub const fn threads(&self) -> u32 {
+        32 * (self.row_warps() * self.key_splits + self.producer_warps)
+    }
+
+    /// KV tokens of a tile in shared memory.
+    pub const fn tile_keys(&self) -> u32 {
+        self.keys / self.rings
+    }
+
+    /// The shared memory of a CTA whose queries and keys have `head_dim` elements of `element_bytes` bytes.
+    pub const fn smem(&self, head_dim: u32, element_bytes: u32) -> SmemLayout {
+        let tile_bytes = self.tile_keys() * head_dim * element_bytes;
+        let stage_bytes = 2 * tile_bytes;
+        let ring_bytes = self.stages * stage_bytes;
+        let q = self.rings * ring_bytes;
+        let barriers = q + self.query_slots * WARP_ROWS * head_dim * element_bytes;
+        let is_persistent = self.producer_warps > 0;
+        let masks = barriers + if is_persistent { 8 * (4 * self.stages + 2 * self.query_slots) } else { 0 };
+        let mask_bytes = if is_persistent { self.tile_keys() / 64 * 16 } else { 2 * self.tile_keys() };
+        let total = masks + self.rings * self.stages * mask_bytes;
+        SmemLayout { tile_bytes, stage_bytes, ring_bytes, k: 0, v: tile_bytes, q, barriers, masks, mask_bytes, total }
+    }
+}
+
+/// Registers per thread that leave room for `ctas_per_sm` CTAs of `threads` threads. They are handed out in eights.
+pub const fn register_limit(threads: u32, ctas_per_sm: u32) -> u32 {
+    let registers = REGISTERS_PER_SM / (threads * ctas_per_sm) / 8 * 8;
+    if registers < MAX_REGISTERS { registers } else { MAX_REGISTERS }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layouts_hold_their_parts_one_behind_the_other() {
+        for variant in TileVariant::ALL {
+            for head_dim in [64, 128] {
+                let config = variant.config(head_dim);
+                let layout = config.smem(head_dim, 2);
+                assert_eq!(layout.v, layout.k + layout.tile_bytes);
+                assert!(layout.v < layout.q && layout.q <= layout.barriers && layout.barriers <= layout.masks);
+                assert!(layout.masks < layout.total && layout.total <= variant.arch().max_smem_bytes(), "{variant:?}");
+                // What TMA writes and wgmma reads is aligned to the swizzle's 1024 bytes.
+                assert!(layout.tile_bytes % 1024 == 0 && layout.q % 1024 == 0, "{variant:?}");
+                assert!(config.rows % WARP_ROWS == 0 && config.keys % config.rings == 0);
+            }
+        }
+    }
+
+    #[test]
+    fn producers_and_consumers_have_the_registers_of_the_launch() {
+        for variant in TileVariant::ALL {
+            for head_dim in [64, 128] {
+                let config = variant.config(head_dim);
+                if config.producer_warps > 0 {
+                    let consumer_warps = config.row_warps() * config.key_splits;
+                    let taken = 32
+                        * (config.producer_warps * config.producer_registers
+                            + consumer_warps * config.consumer_registers);
+                    let launched = config.threads() * register_limit(config.threads(), config.min_ctas_per_sm);
+                    assert!(taken <= launched, "{variant:?} {head_dim}: {taken} of {launched}");
+                }
+            }
+        }
+    }
+}
