@@ -57,7 +57,7 @@ def flash_attn_varlen_func(
     out = torch.zeros_like(q)
     for begin_q, end_q, begin_k, end_k in zip(ends_q, ends_q[1:], ends_k, ends_k[1:]):
         if end_q > begin_q:
-            queries, keys, values = (t[None, begin:end] for t, begin, end in ((q, begin_q, end_q), (k, begin_k, end_k), (v, begin_k, end_k)))
+            queries, keys, values = q[None, begin_q:end_q], k[None, begin_k:end_k], v[None, begin_k:end_k]
             out[begin_q:end_q] = _sdpa(queries, keys, values, softmax_scale, causal, dropout_p)[0]
     return out
 

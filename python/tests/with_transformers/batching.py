@@ -1,13 +1,10 @@
 """Small models with random weights in continuous batching on the CPU."""
 
-import functools
 import random
 
-import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
-from transformers.generation.continuous_batching import initialization, model_runner
 
 import prefix_attn.hf
 
@@ -59,34 +56,3 @@ def generate(model, requests, *, new_tokens=12, page_size=16, num_blocks=256, **
     errors = [output.error for output in outputs.values() if output.error is not None]
     assert not errors, errors
     return [output.generated_tokens for output in outputs.values()]
-
-
-@pytest.fixture
-def cpu_fast_path(monkeypatch):
-    """transformers takes its decode fast path on GPUs only: for this attention, on the CPU too."""
-    original = initialization.ensure_decode_fast_path_is_available
-
-    def ensure(config, *args, **kwargs):
-        if config._attn_implementation != prefix_attn.hf.attention_name():
-            original(config, *args, **kwargs)
-
-    monkeypatch.setattr(initialization, "ensure_decode_fast_path_is_available", ensure)
-
-
-@pytest.fixture
-def padded_batches(monkeypatch):
-    """Batches padded to powers of two, as for CUDA graphs."""
-    original = model_runner.ModelRunner.__init__
-
-    def init(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        self.pad_inputs = True
-
-    monkeypatch.setattr(model_runner.ModelRunner, "__init__", init)
-
-
-@pytest.fixture
-def shared_plans(monkeypatch):
-    """Plans that read shared pages once, also where it does not pay: batches here are small."""
-    planner = functools.partial(prefix_attn.Planner, mode="packed")
-    monkeypatch.setattr(prefix_attn, "Planner", planner)
