@@ -39,7 +39,7 @@ pub(super) fn check<T: Element>(
 }
 
 /// Whether a slice of `len` elements holds every (index, …, `0..innermost`) of the dimensions `(name, count, stride)`.
-fn check_extents(argument: &str, len: usize, dimensions: &[(&str, u32, i64)], innermost: u32) -> Result<()> {
+pub(super) fn check_extents(argument: &str, len: usize, dimensions: &[(&str, u32, i64)], innermost: u32) -> Result<()> {
     if let Some((name, _, stride)) = dimensions.iter().find(|(_, _, stride)| *stride < 0) {
         return Err(Error::invalid(format!("{argument}_strides.{name}"), stride, "0 or more elements"));
     }
