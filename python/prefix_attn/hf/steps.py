@@ -84,7 +84,7 @@ class DecodeSteps:
         ranks = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) // view.kv_heads
         q_heads = config.num_attention_heads // ranks
         self.shape = prefix_attn.AttentionShape(q_heads, view.kv_heads, view.head_dim, view.dtype)
-        self.uses_graphs = view.device.type == "cuda" and runner.use_cuda_graph_decode
+        self.uses_graphs = runner.use_cuda_graph_decode
         #: By rows of the batch, padded ones included.
         self.batches: dict[int, EagerBatch | GraphBatch] = {}
         self.workspace: prefix_attn.Workspace | None = None
@@ -190,6 +190,10 @@ class GraphBatch(EagerBatch):
                 k_cache, v_cache, self.q_like, self.out_like, scale=scale, workspace=self.workspace
             )
             self.layers[k_cache.data_ptr(), scale] = layer
+        if not q.is_cuda:
+            self.q_like.copy_(q)
+            layer.run()
+            return self.out_like.clone()
         q, out = q.contiguous(), torch.empty_like(self.out_like)
         layer.run_ptr(q.data_ptr(), out.data_ptr())
         return out

@@ -7,6 +7,7 @@ from transformers.generation.continuous_batching import initialization, model_ru
 
 import prefix_attn
 import prefix_attn.hf
+from prefix_attn.hf import steps
 
 
 @pytest.fixture
@@ -38,3 +39,15 @@ def shared_plans(monkeypatch):
     """Plans that read shared pages once, also where it does not pay: batches here are small."""
     planner = functools.partial(prefix_attn.Planner, mode="packed")
     monkeypatch.setattr(prefix_attn, "Planner", planner)
+
+
+@pytest.fixture
+def graph_batches(monkeypatch, padded_batches):
+    """Batches as a CUDA graph reads them: fixed buffers, layers bound once; launched by Python all the same."""
+    original = steps.DecodeSteps.__init__
+
+    def init(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.uses_graphs = True
+
+    monkeypatch.setattr(steps.DecodeSteps, "__init__", init)

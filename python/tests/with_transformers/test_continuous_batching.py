@@ -35,7 +35,9 @@ def test_requests_that_join_and_leave(make_model, dtype, cpu_fast_path, shared_p
     assert stats["kv_bytes_read"] < 0.7 * stats["kv_bytes_flat"]
 
 
-def test_padded_batches(cpu_fast_path, padded_batches):
+@pytest.mark.parametrize("batches", ["padded_batches", "graph_batches"])
+def test_batches_of_fixed_sizes(batches, cpu_fast_path, request):
+    request.getfixturevalue(batches)
     requests = prompts(13)
     model = llama()
     tokens, stats = decode_here(model, requests, max_requests_per_batch=7)
