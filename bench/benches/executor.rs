@@ -27,8 +27,9 @@ fn executor(criterion: &mut Criterion) {
         let mut group = criterion.benchmark_group(format!("executor/{label}"));
         group.throughput(Throughput::Elements(batch_flop(&batch, shape) as u64));
         for (name, mode) in [("auto", PlanMode::Auto), ("flat", PlanMode::Flat)] {
-            let options = PlanOptions { mode, ..PlanOptions::default() };
-            let mut planner = Planner::new(shape, DeviceProfile::h200(), options).expect("a valid planner");
+            let options = PlanOptions::from(mode);
+            let mut planner =
+                Planner::new(batch.problem(shape), DeviceProfile::h200(), options).expect("a valid planner");
             let plan = planner.plan(&view).expect("a plan");
             let report = case.verify(&plan, &oracle).expect("a run");
             assert!(report.passed, "{label} {name}: {report:?}");

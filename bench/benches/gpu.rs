@@ -37,7 +37,7 @@ fn gpu(criterion: &mut Criterion) {
         let batch = configuration.batch().expect("a batch");
         let rows = batch.rows();
         let profile = engine.device().profile().expect("a profile");
-        let mut planner = Planner::new(shape, profile, PlanOptions::default()).expect("a valid planner");
+        let mut planner = Planner::new(batch.problem(shape), profile, PlanOptions::default()).expect("a valid planner");
         let plan = planner.plan(&batch.view(&rows).expect("a valid batch")).expect("a plan");
         let oracle = oracle::<f16>(&batch, shape).expect("a valid batch");
         let mut case = DeviceCase::new(&engine, &batch, shape).expect("device memory");

@@ -105,24 +105,10 @@ impl<'a> DeviceCase<'a> {
     }
 
     fn args(&self) -> RunArgs {
-        let rows = RowStrides::contiguous(self.shape.q_heads(), self.shape.head_dim());
-        let pool = KvStrides::nhd(self.batch.page_size, self.shape.kv_heads(), self.shape.head_dim());
-        RunArgs {
-            shape: self.shape,
-            page_size: self.batch.page_size,
-            num_pages: self.batch.num_pages,
-            rows: self.batch.lengths.len() as u32,
-            q: self.q.span(),
-            q_strides: rows,
-            k: self.k.span(),
-            k_strides: pool,
-            v: self.v.span(),
-            v_strides: pool,
-            out: self.out.span(),
-            out_strides: rows,
-            lse: Some((self.lse.span(), RowStrides::lse(self.shape.q_heads()))),
-            softmax_scale: softmax_scale(self.shape),
-        }
+        let spans = (self.q.span(), self.k.span(), self.v.span(), self.out.span());
+        let (num_pages, rows) = (self.batch.num_pages, self.batch.lengths.len() as u32);
+        RunArgs::new(self.batch.problem(self.shape), num_pages, rows, spans)
+            .with_lse(self.lse.span(), RowStrides::lse(self.shape.q_heads()))
     }
 
     /// Runs the plan into poisoned outputs and compares with the oracle.

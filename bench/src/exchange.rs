@@ -7,7 +7,7 @@ use crate::device::{SEED, softmax_scale};
 use crate::sample::sample;
 use crate::suites::{Configuration, SuiteError};
 use pat_rs::AttentionShape;
-use pat_workloads::{Existing, ModelParts, WriteError, batch_text, dtype_name, whole_file};
+use pat_workloads::{Existing, ModelParts, WriteError, batch_text, whole_file};
 use serde::Serialize;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -113,7 +113,7 @@ pub fn write<'a>(
             nheads_q: shape.q_heads(),
             nheads_kv: shape.kv_heads(),
             head_dim: shape.head_dim(),
-            dtype: dtype_name(shape.dtype()),
+            dtype: shape.dtype().name(),
             softmax_scale: softmax_scale(shape),
             sample,
         });

@@ -10,8 +10,8 @@ use crate::sample::oracle;
 use crate::statistics::{median, quartiles};
 use half::{bf16, f16};
 use pat_rs::cuda::bench_support::L2Flush;
-use pat_rs::{AttentionShape, DeviceProfile, Dtype, Element, Engine, Plan, PlanOptions, Planner};
-use pat_workloads::{NumericsReport, OwnedBatch, dtype_name};
+use pat_rs::{AttentionShape, DeviceProfile, Dtype, Element, Engine, Error, Plan, PlanOptions, Planner};
+use pat_workloads::{NumericsReport, OwnedBatch};
 use std::collections::BTreeMap;
 use std::time::Instant;
 
@@ -82,7 +82,7 @@ impl Target {
         let batch = &batch.compacted();
         let rows = batch.rows();
         let view = batch.view(&rows)?;
-        let mut planner = Planner::new(shape, self.profile.clone(), options.clone())?;
+        let mut planner = Planner::new(batch.problem(shape), self.profile.clone(), options.clone())?;
         let plan = planner.plan(&view)?;
         let mut plan_times = Vec::new();
         for _ in 0..9 {
@@ -94,6 +94,7 @@ impl Target {
         let (report, times) = match shape.dtype() {
             Dtype::F16 => self.verify_and_time::<f16>(batch, &plan, repeats)?,
             Dtype::Bf16 => self.verify_and_time::<bf16>(batch, &plan, repeats)?,
+            other => return Err(Error::invalid("dtype", other.name(), "f16 or bf16").into()),
         };
         let summary = plan.summary();
         let rows_bytes = 2 * 2 * batch.lengths.len() as u64 * u64::from(shape.q_heads()) * u64::from(shape.head_dim());
@@ -114,7 +115,7 @@ impl Target {
             nheads_kv: shape.kv_heads(),
             head_dim: shape.head_dim(),
             block_size: batch.page_size,
-            dtype: dtype_name(shape.dtype()).into(),
+            dtype: shape.dtype().name().into(),
             sequences: summary.sequences,
             latencies: by_method(cold_us),
             warm_latencies: times.warm_us.map(by_method).unwrap_or_default(),

@@ -3,7 +3,7 @@
 use crate::output;
 use anyhow::Result;
 use pat_rs::cuda::{CudaEngine, check_embedded_ptx};
-use pat_rs::{AttentionShape, Dtype, TileVariant};
+use pat_rs::{AttentionShape, Dtype, Problem, TileVariant};
 use std::time::Instant;
 
 /// How a check ended. Only [`State::Fail`] makes the exit status 1: a machine without a GPU is a healthy one.
@@ -61,7 +61,7 @@ pub(crate) fn run() -> Result<bool> {
             )?;
             let profile = device.profile()?;
             line(State::Ok, "cost model", format!("profile {}", profile.name), None)?;
-            for variant in profile.variants(PAGE_SIZE) {
+            for variant in profile.variants(&problem()?) {
                 let begin = Instant::now();
                 match load(&engine, variant) {
                     Ok(()) => {
@@ -84,8 +84,11 @@ pub(crate) fn run() -> Result<bool> {
 /// Tokens per page: every tile variant can read such pages.
 const PAGE_SIZE: u32 = 32;
 
+fn problem() -> pat_rs::Result<Problem> {
+    Ok(Problem::new(AttentionShape::new(32, 8, 128, Dtype::F16)?, PAGE_SIZE))
+}
+
 /// Has the driver compile the kernels of a tile variant.
 fn load(engine: &CudaEngine, variant: TileVariant) -> pat_rs::Result<()> {
-    let shape = AttentionShape::new(32, 8, 128, Dtype::F16)?;
-    engine.prepare_variants(shape, &[variant])
+    engine.prepare_variants(problem()?.shape(), &[variant])
 }

@@ -2,10 +2,10 @@
 
 use anyhow::{Context, Result, bail};
 use pat_rs::plan::PlanMode;
-use pat_rs::{AttentionShape, DeviceProfile, Dtype, Error, PlanOptions, TileVariant};
+use pat_rs::{AttentionShape, DeviceProfile, Dtype, Error, PlanOptions, Problem, TileVariant, supports};
 use pat_workloads::{
-    MOONCAKE_BLOCK_TOKENS, ModelParts, OwnedBatch, TraceCut, TraceError, TreeSpec, count_requests, dtype_name,
-    parse_dtype, read_batch,
+    MOONCAKE_BLOCK_TOKENS, ModelParts, OwnedBatch, TraceCut, TraceError, TreeSpec, count_requests, parse_dtype,
+    read_batch,
 };
 use serde::Serialize;
 use std::fs::File;
@@ -174,10 +174,10 @@ impl Shape {
         let heads = self.heads.as_deref().map(parse_heads).transpose()?;
         let heads = agreed("--heads", heads, of_file.heads, |(q, kv)| format!("{q}/{kv}"))?;
         let head_dim = agreed("--head-dim", self.model.head_dim, of_file.head_dim, |head_dim| head_dim.to_string())?;
-        let dtype = agreed("--dtype", self.model.dtype, of_file.dtype, |dtype| dtype_name(dtype).to_owned())?;
+        let dtype = agreed("--dtype", self.model.dtype, of_file.dtype, |dtype| dtype.name().to_owned())?;
         let (q, kv) = heads.unwrap_or((32, 8));
         let (head_dim, dtype) = (head_dim.unwrap_or(128), dtype.unwrap_or(Dtype::F16));
-        AttentionShape::new(q, kv, head_dim, dtype).map_err(|error| {
+        AttentionShape::new(q, kv, head_dim, dtype).and_then(supported).map_err(|error| {
             let context = match option_of_argument(&error) {
                 Some("--head-dim") => format!("--head-dim {head_dim}"),
                 _ => format!("--heads {q}/{kv}"),
@@ -200,6 +200,12 @@ fn agreed<T: Copy + PartialEq>(
         }
         _ => Ok(asked.or(of_file)),
     }
+}
+
+/// Refuses a shape that no kernel can compute, whatever the pages.
+pub(crate) fn supported(shape: AttentionShape) -> pat_rs::Result<AttentionShape> {
+    supports(&Problem::new(shape, 1), None, None)?;
+    Ok(shape)
 }
 
 /// `Q/KV`.
@@ -228,7 +234,7 @@ impl ModelReport {
             q_heads: shape.q_heads(),
             kv_heads: shape.kv_heads(),
             head_dim: shape.head_dim(),
-            dtype: dtype_name(shape.dtype()),
+            dtype: shape.dtype().name(),
             page_size: batch.page_size,
             num_pages: batch.num_pages,
             pages_read: batch.unique_pages(),
@@ -302,7 +308,8 @@ impl Planning {
                 known.with_context(|| format!("--variants: got {name:?}, expected some of {}", variant_names()))?,
             );
         }
-        Ok(PlanOptions { mode, variants: (!variants.is_empty()).then_some(variants) })
+        let options = PlanOptions::from(mode);
+        Ok(if variants.is_empty() { options } else { options.with_variants(variants) })
     }
 
     /// The profile that was asked for: a known device's, or that of a file.
@@ -340,6 +347,7 @@ pub(crate) fn option_of(error: &anyhow::Error) -> Option<&'static str> {
 fn option_of_argument(error: &Error) -> Option<&'static str> {
     match error {
         Error::InvalidArgument { argument, .. } => option_named(argument),
+        Error::Unsupported(reason) => option_named(&reason.part.to_string()),
         _ => None,
     }
 }

@@ -69,7 +69,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     let rows = batch.rows();
     let view = batch.view(&rows)?;
     let profile = args.planning.profile()?.map_or_else(|| engine.profile(), Ok)?;
-    let mut planner = Planner::new(shape, profile, options)?;
+    let mut planner = Planner::new(batch.problem(shape), profile, options)?;
     planner.plan(&view)?;
     let begin = Instant::now();
     let plan = planner.plan(&view)?;
@@ -87,6 +87,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         (Some(cuda), Dtype::Bf16) => job.on_device::<bf16>(cuda)?,
         (None, Dtype::F16) => job.on_cpu::<f16>()?,
         (None, Dtype::Bf16) => job.on_cpu::<bf16>()?,
+        (_, other) => bail!("--dtype: got {}, expected f16 or bf16", other.name()),
     };
     let rows_bytes = 4 * batch.lengths.len() as u64 * u64::from(shape.q_heads()) * u64::from(shape.head_dim());
     let summary = plan.summary();

@@ -400,7 +400,7 @@ fn bad_options_are_refused() {
         (["--mode", "best"], &["--mode: got \"best\", expected auto, flat, per-node, packed or fixed-chunk=TOKENS"]),
         (["--mode", "fixed-chunk="], &["--mode: got \"fixed-chunk=\""]),
         (["--mode", "fixed-chunk=0"], &["fixed chunk: got 0"]),
-        (["--mode", "fixed-chunk=33"], &["fixed chunk: got 33, expected a multiple of page_size = 32"]),
+        (["--mode", "fixed-chunk=33"], &["fixed chunk: got 33, expected a positive multiple of page_size = 32"]),
         (["--variants", "mma17"], &["--variants: got \"mma17\", expected some of mma16"]),
         (["--check", "some"], &["--check: got \"some\", expected auto, sample or none"]),
         (["--seed", "-1"], &["--seed"]),

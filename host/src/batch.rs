@@ -1,6 +1,6 @@
 //! A decode batch as the caller holds it: borrowed block tables and lengths, validated once.
 
-use crate::{Error, Result};
+use crate::{Error, Problem, Result};
 
 /// The block tables of a decode step, borrowed from the caller, checked on construction.
 ///
@@ -191,8 +191,9 @@ impl<'a> DecodeBatch<'a> {
     }
 
     fn validated(self) -> Result<Self> {
-        if self.page_size == 0 || self.page_size > 1 << 20 {
-            return Err(Error::invalid("page_size", self.page_size, "1 to 1048576 tokens"));
+        if !(1..=Problem::MAX_PAGE_SIZE).contains(&self.page_size) {
+            let expected = format!("1 to {} tokens", Problem::MAX_PAGE_SIZE);
+            return Err(Error::invalid("page_size", self.page_size, expected));
         }
         if self.num_pages > Self::MAX_TOKENS {
             return Err(Error::invalid("num_pages", self.num_pages, format!("at most {}", Self::MAX_TOKENS)));

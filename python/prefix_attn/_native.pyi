@@ -4,10 +4,11 @@
 The compiled part of prefix_attn.
 """
 
+import torch
 from _typeshed import SupportsGetItem
 from typing import Any, SupportsIndex, final
 
-__all__ = ["AttentionShape", "BoundRun", "Capacity", "DeviceProfile", "Plan", "PlanBuffers", "PlanFuture", "Planner", "Workspace", "doctor", "run", "supports"]
+__all__ = ["AttentionShape", "BoundRun", "Capacity", "DeviceProfile", "Plan", "PlanBuffers", "PlanFuture", "Planner", "Workspace", "append_kv", "doctor", "merge_states", "run", "supports"]
 
 @final
 class AttentionShape:
@@ -393,6 +394,28 @@ class Workspace:
             CudaError: the driver cannot allocate.
         """
 
+def append_kv(k_new: "torch.Tensor", v_new: "torch.Tensor", k_cache: "torch.Tensor", v_cache: "torch.Tensor", slots: "torch.Tensor", *, kv_layout: str = "NHD", stream: "int | None" = None) -> None:
+    """
+    Writes new rows of K and V into their slots of a paged cache, in place.
+
+    On CUDA it enqueues one launch on torch's current stream.
+
+    Args:
+        k_new, v_new: ``[rows, kv_heads, head_dim]``, float16 or bfloat16.
+        k_cache, v_cache: as in :func:`run`, of the same type; v_cache may lie inside k_cache's rows.
+        slots: int64 ``[rows]`` beside the tensors: ``page * page_size + token in the page``. Rows with a negative slot are
+            not written. A slot beyond the cache is refused on the CPU; on CUDA, where the host cannot look at it, the row is
+            not written. No two rows have the same slot.
+        kv_layout: order of the dimensions of the caches, "NHD" or "HND".
+        stream: handle of a CUDA stream, instead of torch's current one.
+
+    Raises:
+        TypeError: another element type, or no tensor.
+        ValueError: a shape, stride, device or address that is not accepted; the message names the argument, and nothing has
+            been written.
+        CudaError: the driver refuses the launch.
+    """
+
 def doctor() -> "dict[str, object]":
     """
     What this machine can run, and what is wrong where something is.
@@ -401,6 +424,29 @@ def doctor() -> "dict[str, object]":
         ``version``; ``cpu_threads``; ``kernels``: kernels in the package, or what is wrong with them; ``cuda``: the version of
         CUDA that the driver supports, or why CUDA cannot be used; ``devices``: name, compute capability, SMs and profile of
         each; ``healthy``: whether nothing is broken (a machine without a GPU is a healthy one).
+    """
+
+def merge_states(out_a: "torch.Tensor", lse_a: "torch.Tensor", out_b: "torch.Tensor", lse_b: "torch.Tensor", out: "torch.Tensor | None" = None, lse: "torch.Tensor | None" = None, *, stream: "int | None" = None) -> "tuple[torch.Tensor, torch.Tensor]":
+    """
+    Merges attention over two disjoint sets of tokens into attention over all of them, by the log-sum-exps.
+
+    On CUDA it enqueues one launch on torch's current stream.
+
+    Args:
+        out_a, out_b: outputs, ``[rows, heads, head_dim]``, float16 or bfloat16.
+        lse_a, lse_b: log-sum-exps, float32 ``[rows, heads]``, natural logarithm; -inf where there are no tokens, whatever the
+            output is there.
+        out, lse: memory for the result, by default new; may be ``out_a`` and ``lse_a``, or ``out_b`` and ``lse_b``.
+        stream: handle of a CUDA stream, instead of torch's current one.
+
+    Returns:
+        ``(out, lse)``; 0 and -inf where neither has tokens.
+
+    Raises:
+        TypeError: another element type, or no tensor.
+        ValueError: a shape, stride, device or address that is not accepted; the message names the argument, and nothing has
+            been written.
+        CudaError: the driver refuses the launch.
     """
 
 def run(plan: "Plan", q: "torch.Tensor", k_cache: "torch.Tensor", v_cache: "torch.Tensor", out: "torch.Tensor | None" = None, lse: "torch.Tensor | None" = None, *, scale: "float | None" = None, return_lse: bool = False, kv_layout: str = "NHD", workspace: "Workspace | None" = None, stream: SupportsIndex | None = None) -> "torch.Tensor | tuple[torch.Tensor, torch.Tensor]":

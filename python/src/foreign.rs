@@ -14,7 +14,7 @@ use crate::tensor::{Element, MAX_RANK, Tensor, check_rank};
 use bytemuck::Pod;
 use pat_rs::cpu::{NewRows, State, append_rows, merge_states};
 use pat_rs::cuda::{AppendArgs, BoundRun, CudaDevice, DeviceSpan, Stream, Uploaded};
-use pat_rs::{Element as HostElement, HostTensors, Plan, RowStrides};
+use pat_rs::{Element as HostElement, HostTensors, Plan};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyCapsule, PyDict};
@@ -42,7 +42,6 @@ pub(crate) fn elements<'a, T: Pod>(tensor: &'a Tensor<'_>, element: &Element) ->
 /// Executes a plan on host memory. `_held` are the tensors that `operands` were taken from: they keep the memory.
 pub(crate) fn run_host<T: HostElement>(plan: &Plan, operands: &Operands, _held: &[&Tensor<'_>]) -> Result<()> {
     operands.check_outputs_are_apart()?;
-    let lse_strides = operands.lse.map_or(RowStrides::lse(operands.shape.q_heads()), |(_, strides)| strides);
     let input = |span: Span, name| -> Result<&[T]> {
         let elements = span.host_elements::<T>(name)?;
         if elements == 0 {
@@ -52,17 +51,13 @@ pub(crate) fn run_host<T: HostElement>(plan: &Plan, operands: &Operands, _held: 
         // keeps the memory; no output overlaps it (checked above), and this thread stays attached.
         Ok(unsafe { slice::from_raw_parts(std::ptr::with_exposed_provenance(span.address as usize), elements) })
     };
-    let tensors = HostTensors {
-        q: input(operands.q, "q")?,
-        k: input(operands.k, "k_cache")?,
-        v: input(operands.v, "v_cache")?,
-        q_strides: operands.q_strides,
-        k_strides: operands.k_strides,
-        v_strides: operands.v_strides,
-        out_strides: operands.out_strides,
-        lse_strides,
-        softmax_scale: operands.scale,
-    };
+    let (q, k, v) = (input(operands.q, "q")?, input(operands.k, "k_cache")?, input(operands.v, "v_cache")?);
+    let mut tensors = HostTensors::new(operands.problem(), q, k, v)
+        .with_kv_strides(operands.k_strides, operands.v_strides)
+        .with_row_strides(operands.q_strides, operands.out_strides);
+    if let Some((_, strides)) = operands.lse {
+        tensors.lse_strides = strides;
+    }
     let out = output::<T>(operands.out, "out")?;
     let lse = operands.lse.map(|(span, _)| output::<f32>(span, "lse")).transpose()?;
     // Their extents are disjoint from each other and from the inputs' (checked above).

@@ -5,7 +5,7 @@ use crate::errors::{Result, invalid, wrong_type};
 use crate::foreign;
 use crate::tensor::{Element, Tensor};
 use pat_rs::cuda::RunArgs;
-use pat_rs::{AttentionShape, KvStrides, Plan, RowStrides};
+use pat_rs::{AttentionShape, KvStrides, Plan, Problem, RowStrides};
 use pyo3::prelude::*;
 
 /// What the kernels' 16-byte accesses need of addresses.
@@ -168,22 +168,19 @@ impl Operands {
 
     /// The call on device memory.
     pub(crate) fn args(&self) -> RunArgs {
-        RunArgs {
-            shape: self.shape,
-            page_size: self.page_size,
-            num_pages: self.num_pages,
-            rows: self.rows,
-            q: foreign::device_span(self.q),
-            q_strides: self.q_strides,
-            k: foreign::device_span(self.k),
-            k_strides: self.k_strides,
-            v: foreign::device_span(self.v),
-            v_strides: self.v_strides,
-            out: foreign::device_span(self.out),
-            out_strides: self.out_strides,
-            lse: self.lse.map(|(span, strides)| (foreign::device_span(span), strides)),
-            softmax_scale: self.scale,
+        let spans = [self.q, self.k, self.v, self.out].map(foreign::device_span);
+        let args = RunArgs::new(self.problem(), self.num_pages, self.rows, spans.into())
+            .with_kv_strides(self.k_strides, self.v_strides)
+            .with_row_strides(self.q_strides, self.out_strides);
+        match self.lse {
+            Some((span, strides)) => args.with_lse(foreign::device_span(span), strides),
+            None => args,
         }
+    }
+
+    /// What is computed.
+    pub(crate) fn problem(&self) -> Problem {
+        Problem::new(self.shape, self.page_size).with_scale(self.scale)
     }
 
     /// Refuses outputs that share memory with an input or with each other.
@@ -205,6 +202,7 @@ impl Operands {
         match self.shape.dtype() {
             pat_rs::Dtype::F16 => foreign::run_host::<half::f16>(plan, self, &held),
             pat_rs::Dtype::Bf16 => foreign::run_host::<half::bf16>(plan, self, &held),
+            other => Err(invalid("q", other.name(), "float16 or bfloat16")),
         }
     }
 }

@@ -5,7 +5,7 @@ use crate::errors::{Result, invalid};
 use crate::resident::{Pool, Resident};
 use crate::tables::Tables;
 use pat_rs::plan::PlanCapacity;
-use pat_rs::{AttentionShape, DeviceProfile, Plan, PlanOptions, Planner};
+use pat_rs::{AttentionShape, DeviceProfile, Plan, PlanOptions, Planner, Problem};
 use pyo3::prelude::*;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -19,8 +19,10 @@ pub(crate) struct Origin {
 }
 
 impl Origin {
-    pub(crate) fn planner(&self) -> pat_rs::Result<Planner> {
-        let planner = Planner::new(self.shape, self.profile.clone(), self.options.clone())?;
+    /// For pages of `page_size` tokens.
+    pub(crate) fn planner(&self, page_size: u32) -> pat_rs::Result<Planner> {
+        let problem = Problem::new(self.shape, page_size);
+        let planner = Planner::new(problem, self.profile.clone(), self.options.clone())?;
         match self.capacity {
             None => Ok(planner),
             Some(capacity) => planner.with_capacity(capacity),

@@ -38,7 +38,7 @@ pub(crate) struct PyPlanner {
     device: Option<Device>,
     capacity: Option<PlanCapacity>,
     origin: Arc<Origin>,
-    planner: Arc<Mutex<Planner>>,
+    planner: Arc<Mutex<PagedPlanner>>,
     pool: Arc<Pool>,
 }
 
@@ -61,13 +61,15 @@ impl PyPlanner {
                 (Some(device), PyProfile::of(device)?.inner)
             }
         };
-        let variants = variants.map(|names| names.iter().map(|name| parse_variant(name)).collect()).transpose()?;
-        let options = PlanOptions { mode: parse_mode(mode)?, variants };
+        let variants: Option<Vec<_>> =
+            variants.map(|names| names.iter().map(|name| parse_variant(name)).collect()).transpose()?;
+        let options = variants.into_iter().fold(PlanOptions::from(parse_mode(mode)?), PlanOptions::with_variants);
         let shape = *shape.get();
         let capacity = capacity.map(|capacity| capacity.get().inner);
         let origin = Origin { shape: shape.inner, profile, options, capacity };
-        let planner = Arc::new(Mutex::new(origin.planner()?));
-        Ok(Self { shape, device, capacity, origin: Arc::new(origin), planner, pool: Arc::default() })
+        let origin = Arc::new(origin);
+        let planner = Arc::new(Mutex::new(PagedPlanner::new(origin.clone())?));
+        Ok(Self { shape, device, capacity, origin, planner, pool: Arc::default() })
     }
 
     /// Plans a batch. The interpreter is free for other threads meanwhile.
@@ -94,7 +96,7 @@ impl PyPlanner {
         num_pages: u32,
     ) -> Result<PyPlan> {
         let tables = Tables::read(block_tables, lengths, page_size, num_pages)?;
-        let plan = py.detach(|| tables.with_batch(|batch| self.lock().plan(batch)))?;
+        let plan = py.detach(|| tables.with_batch(|batch| self.lock().for_pages(page_size)?.plan(batch)))?;
         Ok(self.made(plan, tables))
     }
 
@@ -131,6 +133,7 @@ impl PyPlanner {
         let change = py.detach(|| -> pat_rs::Result<PlanChange> {
             let mut planner = self.lock();
             let mut state = plan.lock();
+            let planner = planner.for_pages(page_size)?;
             let change = tables.with_batch(|batch| planner.advance(batch, changed_rows.as_deref(), &mut state.plan))?;
             state.tables = tables;
             Ok(change)
@@ -161,7 +164,7 @@ impl PyPlanner {
         let tables = Tables::read(block_tables, lengths, page_size, num_pages)?;
         let planner = self.planner.clone();
         let work = move || {
-            let plan = tables.with_batch(|batch| lock(&planner).plan(batch))?;
+            let plan = tables.with_batch(|batch| lock(&planner).for_pages(page_size)?.plan(batch))?;
             Ok((plan, tables))
         };
         let thread = std::thread::Builder::new()
@@ -203,7 +206,7 @@ impl PyPlanner {
 }
 
 impl PyPlanner {
-    fn lock(&self) -> MutexGuard<'_, Planner> {
+    fn lock(&self) -> MutexGuard<'_, PagedPlanner> {
         lock(&self.planner)
     }
 
@@ -222,13 +225,39 @@ impl PyPlanner {
 
     /// The tile variants that its plans may use.
     pub(crate) fn tile_variants(&self, page_size: u32) -> Result<Vec<TileVariant>> {
-        Ok(self.lock().tile_variants(page_size)?)
+        Ok(self.lock().for_pages(page_size)?.tile_variants())
     }
 }
 
 /// The planner; after a panic elsewhere it is what it was before that plan, which it then makes from scratch.
-fn lock(planner: &Mutex<Planner>) -> MutexGuard<'_, Planner> {
+fn lock(planner: &Mutex<PagedPlanner>) -> MutexGuard<'_, PagedPlanner> {
     planner.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A planner of whatever page size: batches name theirs.
+struct PagedPlanner {
+    origin: Arc<Origin>,
+    /// For the page size of the last batch.
+    planner: Option<Planner>,
+}
+
+impl PagedPlanner {
+    /// Page size that every variant can read: what is refused with it is refused with every other one.
+    const ANY_PAGE_SIZE: u32 = 32;
+
+    fn new(origin: Arc<Origin>) -> Result<Self> {
+        let any_mode = Origin { options: origin.options.clone().with_mode(PlanMode::Auto), ..(*origin).clone() };
+        any_mode.planner(Self::ANY_PAGE_SIZE)?;
+        Ok(Self { origin, planner: None })
+    }
+
+    fn for_pages(&mut self, page_size: u32) -> pat_rs::Result<&mut Planner> {
+        let planner = match self.planner.take().filter(|planner| planner.problem().page_size() == page_size) {
+            Some(planner) => planner,
+            None => self.origin.planner(page_size)?,
+        };
+        Ok(self.planner.insert(planner))
+    }
 }
 
 fn parse_mode(text: &str) -> Result<PlanMode> {

@@ -1,8 +1,8 @@
 //! `supports`.
 
 use crate::errors::{Result, invalid};
-use crate::shape::PyShape;
-use pat_rs::{Features, KvStrides};
+use crate::shape::{PyShape, parse_stored};
+use pat_rs::Problem;
 use pyo3::prelude::*;
 
 /// Whether the kernels compute a model's attention. Asks no device.
@@ -38,23 +38,25 @@ pub(crate) fn supports(
     if query_tokens == 0 {
         return Err(invalid("query_tokens", 0, "at least 1"));
     }
-    let stored = kv_dtype.map(|dtype| dtype.str()).transpose()?;
-    let stored = stored.as_ref().map(|text| text.to_string_lossy());
-    let stored = stored.as_deref().map(|text| text.strip_prefix("torch.").unwrap_or(text));
-    let own = crate::shape::dtype_name(shape.inner.dtype());
-    if let Some(stored) = stored.filter(|stored| *stored != own && !stored.starts_with("float8")) {
-        return Ok(Some(format!("a KV cache of {stored} beside queries of {own} is not supported")));
+    let mut inner = shape.inner;
+    if let Some(head_dim) = value_head_dim {
+        inner = inner.with_v_head_dim(head_dim)?;
     }
-    let features = Features {
-        softcap: softcap.is_some(),
-        sliding_window: window.is_some(),
-        sinks,
-        alibi,
-        fp8_kv: stored.is_some_and(|stored| stored.starts_with("float8")),
-        value_head_dim,
-        query_tokens: Some(query_tokens),
-    };
-    let (kv_heads, head_dim) = (shape.inner.kv_heads(), shape.inner.head_dim());
-    let strides = KvStrides::nhd(page_size, kv_heads, head_dim);
-    Ok(pat_rs::supports(shape.inner, page_size, strides, strides, features).err().map(|reason| reason.to_string()))
+    if let Some(dtype) = kv_dtype {
+        inner = inner.with_kv_dtype(parse_stored("kv_dtype", dtype)?);
+    }
+    let mut problem = Problem::new(inner, page_size).with_query_tokens(query_tokens);
+    if let Some(cap) = softcap {
+        problem = problem.with_soft_cap(cap as f32);
+    }
+    if let Some(tokens) = window {
+        problem = problem.with_window(u32::try_from(tokens).unwrap_or(u32::MAX));
+    }
+    if sinks {
+        problem = problem.with_sinks();
+    }
+    if alibi {
+        problem = problem.with_alibi();
+    }
+    Ok(pat_rs::supports(&problem, None, None).err().map(|reason| reason.to_string()))
 }

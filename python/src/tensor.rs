@@ -39,6 +39,7 @@ impl From<pat_rs::Dtype> for Element {
         match dtype {
             pat_rs::Dtype::F16 => Self::F16,
             pat_rs::Dtype::Bf16 => Self::Bf16,
+            other => Self::Other(crate::shape::dtype_name(other).into()),
         }
     }
 }

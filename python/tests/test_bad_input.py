@@ -139,7 +139,7 @@ def test_planning_refuses(planner, argument, error, text, changes, background):
 
 
 OBJECTS = [
-    ("head_dim", ValueError, lambda: pa.AttentionShape(8, 2, 63, "float16")),
+    ("head_dim", ValueError, lambda: pa.Planner(pa.AttentionShape(8, 2, 63, "float16"), "cpu")),
     ("kv_heads", ValueError, lambda: pa.AttentionShape(8, 0, 64, "float16")),
     ("q_heads", ValueError, lambda: pa.AttentionShape(7, 2, 64, "float16")),
     ("dtype", ValueError, lambda: pa.AttentionShape(8, 2, 64, torch.float32)),

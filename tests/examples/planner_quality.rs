@@ -12,7 +12,7 @@ use std::io::BufReader;
 
 fn summary(batch: &OwnedBatch, shape: AttentionShape, mode: PlanMode) -> pat_rs::Result<PlanSummary> {
     let rows = batch.rows();
-    let mut planner = Planner::new(shape, DeviceProfile::h200(), PlanOptions { mode, variants: None })?;
+    let mut planner = Planner::new(batch.problem(shape), DeviceProfile::h200(), mode.into())?;
     Ok(planner.plan(&batch.view(&rows)?)?.summary())
 }
 
@@ -32,9 +32,9 @@ fn main() -> Result<(), Box<dyn Error>> {
             let (auto, flat) = (summary(&batch, shape, PlanMode::Auto)?, summary(&batch, shape, PlanMode::Flat)?);
             let pat = PatSchedule::new(&spec, q_heads, kv_heads);
             let tokens = |bytes: u64| bytes / shape.kv_bytes_per_token();
-            let planner = Planner::new(shape, DeviceProfile::h200(), PlanOptions::default())?;
+            let planner = Planner::new(batch.problem(shape), DeviceProfile::h200(), PlanOptions::default())?;
             let unique_pages = batch.unique_pages() as u64;
-            let of_pat = planner.predict_packs(BLOCK_TOKENS, unique_pages, &pat.cost_packs(), pat.partials())?;
+            let of_pat = planner.predict_packs(unique_pages, &pat.cost_packs(), pat.partials())?;
             println!(
                 "| {} | {q_heads}/{kv_heads} | {} | {} | {} | {} | {} | {:.1} | {:.1} | {:.1} |",
                 index + 1,

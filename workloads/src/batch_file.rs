@@ -10,7 +10,7 @@
 //! Sequences share a prefix where their tables start with the same ids. `heads`, `head_dim` and `dtype` may be absent.
 
 use crate::OwnedBatch;
-use crate::model::{ModelParts, dtype_name, parse_dtype, parse_heads};
+use crate::model::{ModelParts, parse_dtype, parse_heads};
 use pat_rs::{DecodeBatch, Error};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -82,7 +82,7 @@ pub fn batch_text(batch: &OwnedBatch, model: ModelParts) -> String {
         block_tables: batch.block_tables.iter().map(wide).collect(),
         heads: model.heads.map(|(q, kv)| format!("{q}/{kv}")),
         head_dim: model.head_dim,
-        dtype: model.dtype.map(|dtype| dtype_name(dtype).to_owned()),
+        dtype: model.dtype.map(|dtype| dtype.name().to_owned()),
     };
     serde_json::to_string(&fields).expect("texts, numbers and lists become JSON")
 }

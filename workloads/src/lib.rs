@@ -1,5 +1,7 @@
 //! What to run pat-rs on, and how to judge the result: batches from trees, rules, traces and files, request workloads for serving,
 //! deterministic tensors, an f64 oracle, and the numerics rule.
+#![forbid(unsafe_code)]
+#![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::panic, clippy::unreachable))]
 
 pub mod batch_file;
 pub mod model;
@@ -15,7 +17,7 @@ pub mod tree;
 pub mod whole_file;
 
 pub use batch_file::{BatchFileError, batch_text, read_batch};
-pub use model::{ModelParts, dtype_name, parse_dtype, parse_heads};
+pub use model::{ModelParts, parse_dtype, parse_heads};
 pub use nodes::{NodeError, NodeSpec, lay_out};
 pub use numerics::{NumericsReport, check};
 pub use oracle::{Oracle, RowSample};

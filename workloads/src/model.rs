@@ -19,19 +19,11 @@ pub fn parse_heads(text: &str) -> Option<(u32, u32)> {
     Some((q.parse().ok()?, kv.parse().ok()?))
 }
 
-/// The type that [`dtype_name`] names so; `fp16` and `half` are f16 too.
+/// The type that [`Dtype::name`] names so; `fp16` and `half` are f16 too.
 pub fn parse_dtype(name: &str) -> Option<Dtype> {
     match name {
         "f16" | "fp16" | "half" => Some(Dtype::F16),
         "bf16" => Some(Dtype::Bf16),
         _ => None,
-    }
-}
-
-/// Name of a type in files and on command lines.
-pub fn dtype_name(dtype: Dtype) -> &'static str {
-    match dtype {
-        Dtype::F16 => "f16",
-        Dtype::Bf16 => "bf16",
     }
 }

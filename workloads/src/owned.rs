@@ -1,6 +1,6 @@
 //! A decode batch that owns its block tables.
 
-use pat_rs::DecodeBatch;
+use pat_rs::{AttentionShape, DecodeBatch, Problem};
 
 /// Block tables and lengths of a decode step. [`crate::batch_file`] reads and writes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -16,6 +16,11 @@ pub struct OwnedBatch {
 }
 
 impl OwnedBatch {
+    /// Plain decode attention of a model over the batch's pages.
+    pub fn problem(&self, shape: AttentionShape) -> Problem {
+        Problem::new(shape, self.page_size)
+    }
+
     /// The tables as slices: what [`Self::view`] borrows.
     pub fn rows(&self) -> Vec<&[u32]> {
         self.block_tables.iter().map(Vec::as_slice).collect()

@@ -1,4 +1,5 @@
 //! Build tasks: device code to PTX, its checks, the bundle for GPU machines without cargo.
+#![forbid(unsafe_code)]
 
 mod build_ptx;
 mod check_cuda_linking;

@@ -10,7 +10,7 @@ pub use trees::{bf16, figure10, sweeps, tensor_parallel, unshared};
 
 use pat_rs::{AttentionShape, Dtype, Error};
 use pat_workloads::{
-    BatchFileError, ModelParts, NodeError, NodeSpec, OwnedBatch, TraceCut, TraceError, TreeError, TreeSpec, dtype_name,
+    BatchFileError, ModelParts, NodeError, NodeSpec, OwnedBatch, TraceCut, TraceError, TreeError, TreeSpec,
 };
 use std::fs::File;
 use std::io::BufReader;
@@ -113,7 +113,7 @@ impl Configuration {
     /// # Errors
     /// The caller's value is another than the configuration's; else as [`AttentionShape::new`].
     pub fn shape(&self, head_dim: Option<u32>, dtype: Option<Dtype>) -> pat_rs::Result<AttentionShape> {
-        let text = |dtype| dtype_name(dtype).to_owned();
+        let text = |dtype: Dtype| dtype.name().to_owned();
         AttentionShape::new(
             self.q_heads,
             self.kv_heads,

@@ -15,7 +15,7 @@ use pat_bench::memory::pool_bytes;
 use pat_bench::result::{Method, RecordKey};
 use pat_bench::suites::Configuration;
 use pat_rs::{AttentionShape, PlanOptions};
-use pat_workloads::{OwnedBatch, dtype_name};
+use pat_workloads::OwnedBatch;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::{Arc, mpsc};
@@ -207,7 +207,7 @@ fn key(configuration: &Configuration, shape: AttentionShape) -> RecordKey {
         nheads_q: shape.q_heads(),
         nheads_kv: shape.kv_heads(),
         head_dim: shape.head_dim(),
-        dtype: dtype_name(shape.dtype()).into(),
+        dtype: shape.dtype().name().into(),
     }
 }
 

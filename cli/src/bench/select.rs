@@ -1,6 +1,6 @@
 //! Which configurations to measure.
 
-use crate::options::{Model, TraceBlock, option_of, parse_heads};
+use crate::options::{Model, TraceBlock, option_of, parse_heads, supported};
 use crate::output::note;
 use anyhow::{Context, Result, bail};
 use pat_bench::suites::{self, BATCH_SIZES, Configuration, SUITES};
@@ -34,7 +34,7 @@ pub(crate) struct Selection {
 /// The shape of a configuration's attention.
 pub(super) fn shape(configuration: &Configuration, model: Model) -> Result<AttentionShape> {
     let Model { head_dim, dtype } = model;
-    configuration.shape(head_dim, dtype).map_err(|error| {
+    configuration.shape(head_dim, dtype).and_then(supported).map_err(|error| {
         let error = anyhow::Error::new(error);
         let option = match (option_of(&error), head_dim) {
             (Some("--head-dim"), Some(head_dim)) => format!("--head-dim {head_dim}: "),

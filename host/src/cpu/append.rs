@@ -1,7 +1,7 @@
 //! Writing new rows of K or V into a paged cache.
 
 use super::Element;
-use super::arguments::check_extents;
+use crate::arguments::check_tensor;
 use crate::{Error, KvStrides, Result, RowStrides};
 use std::cell::Cell;
 
@@ -42,7 +42,7 @@ impl CacheLayout {
 /// inside each other.
 ///
 /// # Errors
-/// A slot is beyond the cache, a slice is too short for its strides, or a stride is negative. Nothing is written then.
+/// A slot is beyond the cache, a slice is too short for its strides, or a stride is not accepted. Nothing is written then.
 pub fn append_rows<T: Element>(new: &NewRows<'_, T>, layout: &CacheLayout, cache: &[Cell<T>]) -> Result<()> {
     let CacheLayout { num_pages, page_size, kv_heads, head_dim, strides } = *layout;
     if page_size == 0 {
@@ -51,10 +51,10 @@ pub fn append_rows<T: Element>(new: &NewRows<'_, T>, layout: &CacheLayout, cache
     let rows =
         u32::try_from(new.slots.len()).map_err(|_| Error::invalid("slots", new.slots.len(), "fewer than 2^32"))?;
     let of_rows = [("sequence", rows, new.strides.sequence), ("head", kv_heads, new.strides.head)];
-    check_extents("rows", new.rows.len(), &of_rows, head_dim)?;
+    check_tensor("rows", new.rows.len() as u64, &of_rows, head_dim, T::DTYPE)?;
     let of_cache =
         [("page", num_pages, strides.page), ("token", page_size, strides.token), ("head", kv_heads, strides.head)];
-    check_extents("cache", cache.len(), &of_cache, head_dim)?;
+    check_tensor("cache", cache.len() as u64, &of_cache, head_dim, T::DTYPE)?;
     if let Some((row, slot)) = new.slots.iter().enumerate().find(|(_, slot)| **slot >= layout.slots() as i64) {
         let expected = format!("below num_pages * page_size = {}, or negative", layout.slots());
         return Err(Error::invalid(format!("slots[{row}]"), slot, expected));
@@ -81,8 +81,8 @@ mod tests {
         num_pages: 3,
         page_size: 2,
         kv_heads: 2,
-        head_dim: 2,
-        strides: KvStrides { page: 8, token: 4, head: 2 },
+        head_dim: 8,
+        strides: KvStrides { page: 32, token: 16, head: 8 },
     };
 
     fn numbers(from: u32, count: u32) -> Vec<f16> {
@@ -90,35 +90,35 @@ mod tests {
     }
 
     fn append(slots: &[i64], strides: RowStrides, cache: &mut [f16]) -> Result<()> {
-        let mut rows = numbers(1, 12);
+        let mut rows = numbers(1, 48);
         let rows = Cell::from_mut(&mut rows[..]).as_slice_of_cells();
         append_rows(&NewRows { rows, strides, slots }, &LAYOUT, Cell::from_mut(cache).as_slice_of_cells())
     }
 
     #[test]
     fn rows_go_to_their_slots_and_nothing_else_changes() {
-        let mut cache = numbers(100, 24);
-        append(&[5, -1, 0], RowStrides { sequence: 4, head: 2 }, &mut cache).unwrap();
-        let mut expected = numbers(100, 24);
-        expected[20..].copy_from_slice(&numbers(1, 4));
-        expected[..4].copy_from_slice(&numbers(9, 4));
+        let mut cache = numbers(100, 96);
+        append(&[5, -1, 0], RowStrides { sequence: 16, head: 8 }, &mut cache).unwrap();
+        let mut expected = numbers(100, 96);
+        expected[80..].copy_from_slice(&numbers(1, 16));
+        expected[..16].copy_from_slice(&numbers(33, 16));
         assert_eq!(cache, expected);
     }
 
     #[test]
     fn what_does_not_fit_is_refused_before_anything_is_written() {
-        let contiguous = RowStrides { sequence: 4, head: 2 };
+        let contiguous = RowStrides { sequence: 16, head: 8 };
         let cases: [(&[i64], RowStrides, usize, &str); 4] = [
-            (&[0, 6], contiguous, 24, "slots[1]: got 6"),
-            (&[0, 1, 2, 3], contiguous, 24, "rows: got 12"),
-            (&[0], contiguous, 23, "cache: got 23"),
-            (&[0], RowStrides { sequence: 4, head: -2 }, 24, "rows_strides.head: got -2"),
+            (&[0, 6], contiguous, 96, "slots[1]: got 6"),
+            (&[0, 1, 2, 3], contiguous, 96, "rows: got 48"),
+            (&[0], contiguous, 95, "cache: got 95"),
+            (&[0], RowStrides { sequence: 16, head: -8 }, 96, "rows_strides.head: got -8"),
         ];
         for (slots, strides, elements, message) in cases {
-            let mut cache = numbers(100, 24);
+            let mut cache = numbers(100, 96);
             let error = append(slots, strides, &mut cache[..elements]).unwrap_err().to_string();
             assert!(error.starts_with(message), "{error}");
-            assert_eq!(cache, numbers(100, 24));
+            assert_eq!(cache, numbers(100, 96));
         }
     }
 }

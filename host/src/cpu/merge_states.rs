@@ -1,7 +1,7 @@
 //! Merging two attention states: outputs over disjoint sets of tokens, with their log-sum-exps.
 
 use super::Element;
-use super::arguments::check_extents;
+use crate::arguments::{check_apart, check_lse, check_tensor};
 use crate::{Result, RowStrides};
 use std::cell::Cell;
 
@@ -22,7 +22,7 @@ pub struct State<'a, T: Element> {
 /// `merged` may be one of the states; it may not overlap them otherwise.
 ///
 /// # Errors
-/// A slice is too short for its strides, or a stride is negative. Nothing is written then.
+/// A slice is too short for its strides, a stride is not accepted, or rows of the result overlap. Nothing is written then.
 pub fn merge_states<T: Element>(
     (rows, heads, head_dim): (u32, u32, u32),
     [a, b]: [&State<'_, T>; 2],
@@ -30,8 +30,12 @@ pub fn merge_states<T: Element>(
 ) -> Result<()> {
     for (state, [out, lse]) in [(a, ["out_a", "lse_a"]), (b, ["out_b", "lse_b"]), (merged, ["out", "lse"])] {
         let extents = |strides: RowStrides| [("sequence", rows, strides.sequence), ("head", heads, strides.head)];
-        check_extents(out, state.out.len(), &extents(state.out_strides), head_dim)?;
-        check_extents(lse, state.lse.len(), &extents(state.lse_strides), 1)?;
+        check_tensor(out, state.out.len() as u64, &extents(state.out_strides), head_dim, T::DTYPE)?;
+        check_lse(lse, state.lse.len() as u64, &extents(state.lse_strides))?;
+        if std::ptr::eq(state, merged) {
+            check_apart(out, &extents(state.out_strides), head_dim)?;
+            check_apart(lse, &extents(state.lse_strides), 1)?;
+        }
     }
     // Not negative and inside the slices: checked above.
     let at = |strides: RowStrides, row: u32, head: u32| {
@@ -73,7 +77,7 @@ mod tests {
     const EMPTY: f32 = f32::NEG_INFINITY;
 
     fn merge(out: [[f32; 2]; 2], lse: [[f32; 1]; 2]) -> ([f32; 2], f32) {
-        let strides = RowStrides { sequence: 2, head: 2 };
+        let strides = RowStrides { sequence: 8, head: 8 };
         let [mut a, mut b, mut merged] = [out[0], out[1], [7.0; 2]].map(|values| values.map(f16::from_f32));
         let ([mut lse_a, mut lse_b], mut merged_lse) = (lse, [7.0f32]);
         let cells = |values| Cell::from_mut(values).as_slice_of_cells();
@@ -106,7 +110,7 @@ mod tests {
 
     #[test]
     fn short_slices_are_named() {
-        let strides = RowStrides { sequence: 2, head: 2 };
+        let strides = RowStrides { sequence: 8, head: 8 };
         let mut out = [f16::ZERO; 2];
         let mut lse = [0f32];
         let out = Cell::from_mut(&mut out[..]).as_slice_of_cells();

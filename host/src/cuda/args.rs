@@ -3,17 +3,12 @@
 use super::CudaDevice;
 use super::plan_buffers::{BindingTerms, PlanTerms, Workspace};
 use super::tensor_map::TensorMapSpec;
-use crate::{AttentionShape, Error, KvStrides, Result, RowStrides};
+use crate::arguments::{Accessed, LSE_BYTES, RunTensors};
+use crate::eligibility::VECTOR_BYTES;
+use crate::{AttentionShape, Error, KvStrides, Problem, Result, RowStrides};
 use pat_abi::{FastDivisor, ForwardParams, MergeParams, TileVariant};
 use std::any::Any;
 use std::sync::Arc;
-
-/// Bytes of an element of Q, K, V and O.
-const ELEMENT_BYTES: i64 = 2;
-/// Bytes of an element of LSE.
-const LSE_BYTES: i64 = 4;
-/// What the kernels' 128-bit loads, cp.async and TMA need of addresses and strides.
-pub(super) const VECTOR_BYTES: u64 = 16;
 
 /// A range of device memory, and whatever keeps it allocated.
 ///
@@ -36,12 +31,19 @@ impl DeviceSpan {
     /// that was given the span has finished: runs, bound runs and graphs that hold them. An owner ([`Self::with_owner`])
     /// that keeps the range allocated as long as it lives fulfils the latter. Where it is given as an output or workspace,
     /// nothing else accesses it meanwhile.
+    #[allow(unsafe_code, reason = "the caller vouches for a raw handle")]
     pub unsafe fn from_raw(address: u64, bytes: u64) -> Self {
         Self { device: None, address, bytes, owner: None }
     }
 
     pub(super) fn owned(device: CudaDevice, address: u64, bytes: u64, owner: Arc<dyn Any + Send + Sync>) -> Self {
         Self { device: Some(device), address, bytes, owner: Some(owner) }
+    }
+
+    /// A span that nothing is launched with.
+    #[cfg(test)]
+    pub(super) fn of_nothing(address: u64, bytes: u64) -> Self {
+        Self { device: None, address, bytes, owner: None }
     }
 
     /// The same range; `owner` is kept as long as the span, its clones, and the runs bound to it. It may be dropped on any
@@ -97,11 +99,10 @@ impl DeviceSpan {
 /// Base addresses of Q, K, V and O are multiples of 16 bytes, their strides multiples of 8 elements, all strides 0 or
 /// positive; the innermost dimension is contiguous.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct RunArgs {
-    /// The model's attention shape; must be the plan's.
-    pub shape: AttentionShape,
-    /// Tokens per page; must be the plan's.
-    pub page_size: u32,
+    /// What is computed; must be what the plan was made for, but for what happens to scores.
+    pub problem: Problem,
     /// Pages in the K and V pools; must be the plan's.
     pub num_pages: u32,
     /// Rows of Q, O and LSE: at least the plan's; rows beyond the plan's are not touched.
@@ -124,8 +125,6 @@ pub struct RunArgs {
     pub out_strides: RowStrides,
     /// Log-sum-exp output: f32 `[rows, q_heads]`, natural logarithm.
     pub lse: Option<(DeviceSpan, RowStrides)>,
-    /// Factor on Q·K, usually `1 / sqrt(head_dim)`.
-    pub softmax_scale: f32,
 }
 
 /// A run whose every check has passed: what the launch functions accept. Made by [`RunArgs::prepare`] only.
@@ -141,13 +140,54 @@ pub(super) struct PreparedRun {
 }
 
 impl RunArgs {
+    /// A run without LSE on contiguous rows of Q and O and pools
+    /// `[num_pages, page_size, kv_heads, head_dim]`; `(q, k, v, out)` are the tensors.
+    pub fn new(
+        problem: Problem,
+        num_pages: u32,
+        rows: u32,
+        (q, k, v, out): (DeviceSpan, DeviceSpan, DeviceSpan, DeviceSpan),
+    ) -> Self {
+        let shape = problem.shape();
+        let pool = |head_dim| KvStrides::nhd(problem.page_size(), shape.kv_heads(), head_dim);
+        Self {
+            problem,
+            num_pages,
+            rows,
+            q,
+            q_strides: RowStrides::contiguous(shape.q_heads(), shape.head_dim()),
+            k,
+            k_strides: pool(shape.head_dim()),
+            v,
+            v_strides: pool(shape.v_head_dim()),
+            out,
+            out_strides: RowStrides::contiguous(shape.q_heads(), shape.v_head_dim()),
+            lse: None,
+        }
+    }
+
+    /// With pools of other layouts.
+    pub fn with_kv_strides(self, k_strides: KvStrides, v_strides: KvStrides) -> Self {
+        Self { k_strides, v_strides, ..self }
+    }
+
+    /// With other layouts of Q and O.
+    pub fn with_row_strides(self, q_strides: RowStrides, out_strides: RowStrides) -> Self {
+        Self { q_strides, out_strides, ..self }
+    }
+
+    /// With log-sum-exps.
+    pub fn with_lse(self, lse: DeviceSpan, strides: RowStrides) -> Self {
+        Self { lse: Some((lse, strides)), ..self }
+    }
+
     pub(super) fn terms(&self) -> PlanTerms {
-        PlanTerms { shape: self.shape, page_size: self.page_size, num_pages: self.num_pages }
+        PlanTerms { planned: self.problem.planned(), num_pages: self.num_pages }
     }
 
     /// Checks everything that can be checked on the host, for plans of these arguments' [terms](Self::terms) at `plan_address`.
     pub(super) fn prepare(&self, plan: &BindingTerms, plan_address: u64, workspace: &Workspace) -> Result<PreparedRun> {
-        let shape = self.shape;
+        let shape = self.problem.shape();
         plan.terms.check_are(&self.terms(), "the plan")?;
         if self.rows < plan.limits.max_sequences {
             return Err(Error::invalid(
@@ -156,32 +196,7 @@ impl RunArgs {
                 format!("at least the plan's {}", plan.limits.max_sequences),
             ));
         }
-        // The kernels scale the running maximum, which only a positive factor keeps a maximum.
-        if !(self.softmax_scale.is_finite() && self.softmax_scale > 0.0) {
-            return Err(Error::invalid("softmax_scale", self.softmax_scale, "a positive finite number"));
-        }
-        let row_counts = [u64::from(self.rows), u64::from(shape.q_heads())];
-        let head_dim = u64::from(shape.head_dim());
-        let rows = |name, span: &DeviceSpan, strides: RowStrides| {
-            let dims = [("sequence", row_counts[0], strides.sequence), ("head", row_counts[1], strides.head)];
-            check_tensor(name, span, &dims, head_dim, ELEMENT_BYTES, VECTOR_BYTES)
-        };
-        rows("q", &self.q, self.q_strides)?;
-        rows("out", &self.out, self.out_strides)?;
-        let pool = |name, span: &DeviceSpan, strides: KvStrides| {
-            let dims = [
-                ("page", u64::from(self.num_pages), strides.page),
-                ("token", u64::from(self.page_size), strides.token),
-                ("head", u64::from(shape.kv_heads()), strides.head),
-            ];
-            check_tensor(name, span, &dims, head_dim, ELEMENT_BYTES, VECTOR_BYTES)
-        };
-        pool("k", &self.k, self.k_strides)?;
-        pool("v", &self.v, self.v_strides)?;
-        if let Some((span, strides)) = &self.lse {
-            let dims = [("sequence", row_counts[0], strides.sequence), ("head", row_counts[1], strides.head)];
-            check_tensor("lse", span, &dims, 1, LSE_BYTES, LSE_BYTES as u64)?;
-        }
+        self.check_memory(&self.tensors().check(plan.terms.planned)?, workspace)?;
         let (partial_out, partial_lse) = workspace.layout(shape, plan.limits.max_slots)?;
 
         let mut forward_grids = [0; TileVariant::ALL.len()];
@@ -198,7 +213,9 @@ impl RunArgs {
             .lse
             .as_ref()
             .map_or((0, RowStrides { sequence: 0, head: 0 }), |(span, strides)| (span.address, *strides));
-        // `check_tensor` has shown that every stride in bytes fits.
+        // `RunTensors::check` has shown that every stride in bytes fits.
+        let [q_bytes, kv_bytes, out_bytes] =
+            [shape.dtype(), shape.kv_dtype(), shape.out_dtype()].map(|dtype| i64::from(dtype.bytes()));
         let forward = ForwardParams {
             plan: plan_address,
             q: self.q.address,
@@ -208,22 +225,22 @@ impl RunArgs {
             lse,
             partial_out,
             partial_lse,
-            q_sequence_stride: self.q_strides.sequence * ELEMENT_BYTES,
-            q_head_stride: self.q_strides.head * ELEMENT_BYTES,
-            k_page_stride: self.k_strides.page * ELEMENT_BYTES,
-            k_token_stride: self.k_strides.token * ELEMENT_BYTES,
-            k_head_stride: self.k_strides.head * ELEMENT_BYTES,
-            v_page_stride: self.v_strides.page * ELEMENT_BYTES,
-            v_token_stride: self.v_strides.token * ELEMENT_BYTES,
-            v_head_stride: self.v_strides.head * ELEMENT_BYTES,
-            out_sequence_stride: self.out_strides.sequence * ELEMENT_BYTES,
-            out_head_stride: self.out_strides.head * ELEMENT_BYTES,
-            lse_sequence_stride: lse_strides.sequence * LSE_BYTES,
-            lse_head_stride: lse_strides.head * LSE_BYTES,
-            scale_log2: self.softmax_scale * std::f32::consts::LOG2_E,
+            q_sequence_stride: self.q_strides.sequence * q_bytes,
+            q_head_stride: self.q_strides.head * q_bytes,
+            k_page_stride: self.k_strides.page * kv_bytes,
+            k_token_stride: self.k_strides.token * kv_bytes,
+            k_head_stride: self.k_strides.head * kv_bytes,
+            v_page_stride: self.v_strides.page * kv_bytes,
+            v_token_stride: self.v_strides.token * kv_bytes,
+            v_head_stride: self.v_strides.head * kv_bytes,
+            out_sequence_stride: self.out_strides.sequence * out_bytes,
+            out_head_stride: self.out_strides.head * out_bytes,
+            lse_sequence_stride: lse_strides.sequence * i64::from(LSE_BYTES),
+            lse_head_stride: lse_strides.head * i64::from(LSE_BYTES),
+            scale_log2: self.problem.scale_log2(),
             kv_heads: shape.kv_heads(),
             group: FastDivisor::new(shape.group()),
-            page_size: FastDivisor::new(self.page_size),
+            page_size: FastDivisor::new(self.problem.page_size()),
             kv_heads_divisor: FastDivisor::new(shape.kv_heads()),
             num_pages: self.num_pages,
             reserved: 0,
@@ -248,6 +265,44 @@ impl RunArgs {
         Ok(PreparedRun { forward, merge, forward_grids, merge_rows, shape })
     }
 
+    /// The tensors as both executors check them.
+    fn tensors(&self) -> RunTensors {
+        let shape = self.problem.shape();
+        let elements = |span: &DeviceSpan, element_bytes: u32| span.bytes / u64::from(element_bytes);
+        RunTensors {
+            problem: self.problem,
+            num_pages: self.num_pages,
+            rows: self.rows,
+            q: (elements(&self.q, shape.dtype().bytes()), self.q_strides),
+            k: (elements(&self.k, shape.kv_dtype().bytes()), self.k_strides),
+            v: (elements(&self.v, shape.kv_dtype().bytes()), self.v_strides),
+            out: (elements(&self.out, shape.out_dtype().bytes()), self.out_strides),
+            lse: self.lse.as_ref().map(|(span, strides)| (elements(span, LSE_BYTES), *strides)),
+        }
+    }
+
+    /// Checks where the tensors lie: aligned, and what is written apart from everything else.
+    fn check_memory(&self, accessed: &Accessed, workspace: &Workspace) -> Result<()> {
+        let shape = self.problem.shape();
+        let kv_bytes = shape.kv_dtype().bytes();
+        let q = Used::new("q", &self.q, accessed.q, shape.dtype().bytes(), VECTOR_BYTES)?;
+        let k = Used::new("k", &self.k, accessed.k, kv_bytes, VECTOR_BYTES)?;
+        let v = Used::new("v", &self.v, accessed.v, kv_bytes, VECTOR_BYTES)?;
+        let out = Used::new("out", &self.out, accessed.out, shape.out_dtype().bytes(), VECTOR_BYTES)?;
+        let lse = match &self.lse {
+            Some((span, _)) => Used::new("lse", span, accessed.lse, LSE_BYTES, LSE_BYTES)?,
+            None => Used { name: "lse", address: 0, bytes: 0 },
+        };
+        let workspace = workspace.span();
+        let workspace = Used { name: "workspace", address: workspace.address, bytes: workspace.bytes };
+        for (written, others) in
+            [(out, &[q, k, v, lse, workspace][..]), (lse, &[q, k, v, workspace]), (workspace, &[q, k, v])]
+        {
+            others.iter().try_for_each(|other| written.check_apart_from(other))?;
+        }
+        Ok(())
+    }
+
     /// Every span with its name.
     pub(super) fn spans(&self) -> impl Iterator<Item = (&'static str, &DeviceSpan)> {
         let fixed = [("q", &self.q), ("k", &self.k), ("v", &self.v), ("out", &self.out)];
@@ -257,61 +312,55 @@ impl RunArgs {
     /// The tensor maps of K and V, in the order the kernels take them.
     pub(super) fn tensor_maps(&self) -> Result<[TensorMapSpec; 2]> {
         let map = |name, span: &DeviceSpan, strides| {
-            TensorMapSpec::new(name, span.address, strides, self.shape, self.page_size, self.num_pages)
+            TensorMapSpec::new(name, span.address, strides, self.problem, self.num_pages)
         };
         Ok([map("k", &self.k, self.k_strides)?, map("v", &self.v, self.v_strides)?])
     }
 }
 
-pub(super) fn same<T: PartialEq + std::fmt::Debug>(what: &str, plan: T, call: T) -> Result<()> {
-    if plan == call {
+/// # Errors
+/// The span starts at 0, or not at a multiple of `alignment` bytes.
+pub(super) fn check_address(name: &str, span: &DeviceSpan, alignment: u32) -> Result<()> {
+    if span.address != 0 && span.address.is_multiple_of(u64::from(alignment)) {
         return Ok(());
     }
-    Err(Error::PlanMismatch { what: what.into(), plan: format!("{plan:?}"), call: format!("{call:?}") })
+    let expected = format!("a device address that is a multiple of {alignment} bytes");
+    Err(Error::invalid(name, format!("address {:#x}", span.address), expected))
 }
 
-/// Checks the address, the strides and that the furthest element lies inside the span. `dims` are (name, size, stride
-/// in elements), `row` is the length of the contiguous innermost dimension.
-pub(super) fn check_tensor(
-    name: &str,
-    span: &DeviceSpan,
-    dims: &[(&str, u64, i64)],
-    row: u64,
-    element_bytes: i64,
-    alignment: u64,
-) -> Result<()> {
-    let mut last = i128::from(row) - 1;
-    for &(dim, size, stride) in dims {
-        let aligned =
-            stride.checked_mul(element_bytes).is_some_and(|b| b >= 0 && b.unsigned_abs().is_multiple_of(alignment));
-        if !aligned {
-            return Err(Error::invalid(
-                format!("{name}_strides.{dim}"),
-                format!("{stride} elements"),
-                format!("0 or a positive multiple of {} elements", alignment / element_bytes.unsigned_abs()),
-            ));
+/// The memory that a run uses of a tensor, from its first byte to its last.
+#[derive(Clone, Copy, Debug)]
+struct Used {
+    name: &'static str,
+    address: u64,
+    bytes: u64,
+}
+
+impl Used {
+    /// The first `elements` elements of `span`, which holds them.
+    ///
+    /// # Errors
+    /// There are some, and the span starts at 0 or not at a multiple of `alignment` bytes.
+    fn new(name: &'static str, span: &DeviceSpan, elements: u64, element_bytes: u32, alignment: u32) -> Result<Self> {
+        if elements > 0 {
+            check_address(name, span, alignment)?;
         }
-        last += (i128::from(size) - 1).max(0) * i128::from(stride);
+        Ok(Self { name, address: span.address, bytes: elements * u64::from(element_bytes) })
     }
-    if dims.iter().any(|&(_, size, _)| size == 0) {
-        return Ok(());
+
+    /// # Errors
+    /// The two share a byte.
+    fn check_apart_from(&self, other: &Self) -> Result<()> {
+        let end = |used: &Self| used.address.saturating_add(used.bytes);
+        if self.bytes == 0 || other.bytes == 0 || self.address >= end(other) || other.address >= end(self) {
+            return Ok(());
+        }
+        Err(Error::invalid(
+            self.name,
+            format!("{} bytes from {:#x} on", self.bytes, self.address),
+            format!("memory apart from that of {}, {} bytes from {:#x} on", other.name, other.bytes, other.address),
+        ))
     }
-    if span.address == 0 || !span.address.is_multiple_of(alignment) {
-        return Err(Error::invalid(
-            name,
-            format!("address {:#x}", span.address),
-            format!("a device address that is a multiple of {alignment} bytes"),
-        ));
-    }
-    let needed = (last + 1) * i128::from(element_bytes);
-    if needed > i128::from(span.bytes) {
-        return Err(Error::invalid(
-            name,
-            format!("{} bytes", span.bytes),
-            format!("at least {needed} bytes, which its sizes and strides span"),
-        ));
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -319,40 +368,21 @@ mod tests {
     use super::*;
     use crate::Dtype;
 
-    /// Nothing is launched here.
-    fn bytes_at(address: u64, bytes: u64) -> DeviceSpan {
-        DeviceSpan { device: None, address, bytes, owner: None }
-    }
-
     fn span(address: u64, elements: u64) -> DeviceSpan {
-        bytes_at(address, elements * 2)
+        DeviceSpan::of_nothing(address, elements * 2)
     }
 
     fn valid() -> (RunArgs, BindingTerms, Workspace) {
-        let shape = AttentionShape::new(8, 2, 128, Dtype::F16).unwrap();
-        let strides = RowStrides::contiguous(8, 128);
-        let pool = KvStrides::nhd(16, 2, 128);
-        let args = RunArgs {
-            shape,
-            page_size: 16,
-            num_pages: 10,
-            rows: 4,
-            q: span(0x1000, 4 * 8 * 128),
-            q_strides: strides,
-            k: span(0x10_0000, 10 * 16 * 2 * 128),
-            k_strides: pool,
-            v: span(0x20_0000, 10 * 16 * 2 * 128),
-            v_strides: pool,
-            out: span(0x30_0000, 4 * 8 * 128),
-            out_strides: strides,
-            lse: Some((bytes_at(0x40_0004, 4 * 8 * 4), RowStrides::lse(8))),
-            softmax_scale: 0.125,
-        };
+        let problem = Problem::new(AttentionShape::new(8, 2, 128, Dtype::F16).unwrap(), 16);
+        let (rows, pages) = (4 * 8 * 128, 10 * 16 * 2 * 128);
+        let spans = (span(0x1000, rows), span(0x10_0000, pages), span(0x20_0000, pages), span(0x30_0000, rows));
+        let args = RunArgs::new(problem, 10, 4, spans)
+            .with_lse(DeviceSpan::of_nothing(0x40_0004, 4 * 8 * 4), RowStrides::lse(8));
         let mut limits = super::super::LaunchGeometry { max_sequences: 3, max_slots: 5, ..Default::default() };
         limits.max_items[TileVariant::Mma16.index()] = 6;
         limits.max_merge_rows = 2;
         let plan = BindingTerms { terms: args.terms(), limits, generation: None };
-        (args, plan, Workspace::from_span(bytes_at(0x50_0000, 5 * 8 * 129 * 4)))
+        (args, plan, Workspace::from_span(DeviceSpan::of_nothing(0x50_0000, 5 * 8 * 129 * 4)))
     }
 
     #[test]
@@ -379,7 +409,7 @@ mod tests {
         let cases = [
             ("q:", with(&|a| a.q = span(0x1008, 1 << 20))),
             ("q:", with(&|a| a.q = span(0, 1 << 20))),
-            ("q:", with(&|a| a.q = bytes_at(0x1000, q_bytes - 2))),
+            ("q:", with(&|a| a.q = DeviceSpan::of_nothing(0x1000, q_bytes - 2))),
             ("k:", with(&|a| a.k = span(0x10_0000, 10 * 16 * 2 * 128 - 1))),
             ("v:", with(&|a| a.v = span(0x20_0002, 1 << 20))),
             ("out:", with(&|a| a.out = span(0x30_0000, 8))),
@@ -387,18 +417,28 @@ mod tests {
             ("q_strides.sequence", with(&|a| a.q_strides.sequence = -1024)),
             ("k_strides.page", with(&|a| a.k_strides.page = i64::MAX)),
             ("v_strides.token", with(&|a| a.v_strides.token = 4)),
-            ("lse:", with(&|a| a.lse = Some((bytes_at(0x2, 1 << 20), RowStrides::lse(8))))),
-            ("softmax_scale", with(&|a| a.softmax_scale = f32::NAN)),
+            ("lse:", with(&|a| a.lse = Some((DeviceSpan::of_nothing(0x2, 1 << 20), RowStrides::lse(8))))),
+            ("softmax_scale", with(&|a| a.problem = a.problem.with_scale(f32::NAN))),
             ("rows", with(&|a| a.rows = 2)),
             ("num_pages", with(&|a| a.num_pages = 11)),
-            ("page_size", with(&|a| a.page_size = 32)),
-            ("shape", with(&|a| a.shape = AttentionShape::new(8, 4, 128, Dtype::F16).unwrap())),
+            ("page_size", with(&|a| a.problem = Problem::new(a.problem.shape(), 32))),
+            ("shape", with(&|a| a.problem = Problem::new(AttentionShape::new(8, 4, 128, Dtype::F16).unwrap(), 16))),
+            ("out_strides.sequence", with(&|a| a.out_strides.sequence = 0)),
+            (
+                "out: got 8192 bytes from 0x2ff0 on, expected memory apart from that of q",
+                with(&|a| a.out = span(0x2ff0, 1 << 20)),
+            ),
+            ("out: got", with(&|a| a.out = span(0x20_0000 + 2 * 10 * 16 * 2 * 128 - 16, 1 << 20))),
+            ("out: got 8192 bytes from 0x4fe010 on", with(&|a| a.out = span(0x4f_e010, 1 << 20))),
+            ("lse: got 128 bytes from 0x1000 on", with(&|a| a.lse = Some((span(0x1000, 64), RowStrides::lse(8))))),
         ];
         for (name, args) in cases {
             let error = args.prepare(&plan, 0x60_0000, &workspace).unwrap_err().to_string();
             assert!(error.contains(name), "{name}: {error}");
         }
-        let small = Workspace::from_span(bytes_at(0x50_0000, 5 * 8 * 129 * 4 - 4));
+        // Side by side is apart.
+        with(&|a| a.out = span(0x3000, 4 * 8 * 128)).prepare(&plan, 0x60_0000, &workspace).unwrap();
+        let small = Workspace::from_span(DeviceSpan::of_nothing(0x50_0000, 5 * 8 * 129 * 4 - 4));
         let error = good.prepare(&plan, 0x60_0000, &small).unwrap_err().to_string();
         assert!(error.contains("workspace"), "{error}");
     }

@@ -1,8 +1,10 @@
 //! What measurements need beside the engine: drawing tensors on the device, a cold L2, events.
 
-use super::args::check_tensor;
+use super::args::check_address;
 use super::driver::{self, DeviceBuffer, Event, Kernel, Stream};
 use super::{CudaDevice, DeviceSpan};
+use crate::arguments::check_tensor;
+use crate::eligibility::VECTOR_BYTES;
 use crate::{Dtype, Error, KvStrides, Result};
 use pat_abi::generator::Tensor;
 use pat_abi::{Arch, Family, FastDivisor, FillParams, FlushParams, KernelSpec, manifest};
@@ -50,15 +52,16 @@ pub fn fill(device: &CudaDevice, target: DeviceSpan, spec: FillSpec, stream: &St
         return Err(Error::invalid("head_dim", spec.head_dim, "a power of two, at least 8"));
     }
     let dims = [
-        ("page", u64::from(spec.pages), spec.strides.page),
-        ("token", u64::from(spec.tokens), spec.strides.token),
-        ("head", u64::from(spec.heads), spec.strides.head),
+        ("page", spec.pages, spec.strides.page),
+        ("token", spec.tokens, spec.strides.token),
+        ("head", spec.heads, spec.strides.head),
     ];
     target.check_device("target", *device)?;
-    check_tensor("target", &target, &dims, u64::from(spec.head_dim), 2, 16)?;
+    check_tensor("target", target.bytes() / u64::from(spec.dtype.bytes()), &dims, spec.head_dim, spec.dtype)?;
     if rows == 0 {
         return Ok(());
     }
+    check_address("target", &target, VECTOR_BYTES)?;
     let params = FillParams {
         base: target.address(),
         page_stride: spec.strides.page * 2,

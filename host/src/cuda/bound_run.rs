@@ -1,9 +1,10 @@
 //! A run that was checked once and owns what it uses.
 
 use super::CudaDevice;
-use super::args::{PreparedRun, RunArgs, VECTOR_BYTES};
+use super::args::{PreparedRun, RunArgs};
 use super::driver::{self, Allocation, CaptureStatus, CurrentStream, Kernel, Stream, TensorMap};
 use super::plan_buffers::{PlanBuffers, Uploaded, Workspace};
+use crate::eligibility::VECTOR_BYTES;
 use crate::plan::PlanGeneration;
 use crate::{Error, Result};
 use pat_abi::{ForwardParams, MergeParams};
@@ -94,6 +95,7 @@ impl BoundRun {
     /// # Safety
     /// At both addresses is memory as [`DeviceSpan::from_raw`](super::DeviceSpan::from_raw) wants it, with the sizes and strides
     /// that the run was bound with. Under a capture it stays allocated as long as the graph.
+    #[allow(unsafe_code, reason = "the caller vouches for a raw handle")]
     pub unsafe fn run_with(
         &self,
         uploaded: Uploaded<'_>,
@@ -103,7 +105,7 @@ impl BoundRun {
     ) -> Result<()> {
         self.check_plan(uploaded)?;
         for (name, address) in [("q_address", q_address), ("out_address", out_address)] {
-            if address == 0 || !address.is_multiple_of(VECTOR_BYTES) {
+            if address == 0 || !address.is_multiple_of(u64::from(VECTOR_BYTES)) {
                 let accepted = format!("a device address that is a multiple of {VECTOR_BYTES} bytes");
                 return Err(Error::invalid(name, format!("{address:#x}"), accepted));
             }

@@ -1,9 +1,11 @@
 //! The device copy of a plan, and the memory for partials.
 
 use super::CudaDevice;
-use super::args::{DeviceSpan, same};
+use super::args::DeviceSpan;
 use super::driver::{Allocation, CaptureStatus, DeviceBuffer, Event, StagingRing, Stream};
+use crate::arguments::same;
 use crate::plan::{PlanCapacity, PlanGeneration};
+use crate::problem::Planned;
 use crate::{AttentionShape, Error, Plan, Result};
 use pat_abi::{MAX_TILE_VARIANTS, TileVariant};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -79,16 +81,14 @@ impl LaunchGeometry {
 /// What a plan is for: bound runs, and graphs that hold them, have it in their launches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct PlanTerms {
-    pub(super) shape: AttentionShape,
-    pub(super) page_size: u32,
+    pub(super) planned: Planned,
     pub(super) num_pages: u32,
 }
 
 impl PlanTerms {
     /// Refuses others, by name. `what` has these terms.
     pub(super) fn check_are(&self, other: &Self, what: &str) -> Result<()> {
-        same(&format!("the shape of {what}"), self.shape, other.shape)?;
-        same(&format!("the page_size of {what}"), self.page_size, other.page_size)?;
+        self.planned.check_is(&other.planned, what)?;
         same(&format!("the num_pages of {what}"), self.num_pages, other.num_pages)
     }
 }
@@ -202,7 +202,7 @@ impl PlanBuffers {
             });
         }
         let exact = LaunchGeometry::of(plan);
-        let terms = PlanTerms { shape: plan.shape(), page_size: plan.page_size(), num_pages: plan.num_pages() };
+        let terms = PlanTerms { planned: plan.problem().planned(), num_pages: plan.num_pages() };
         if let Some(fixed) = &self.fixed {
             fixed.check_covers(&exact)?;
             self.check_terms(&terms)?;

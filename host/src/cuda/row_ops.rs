@@ -4,18 +4,17 @@
 
 use super::CudaEngine;
 use super::DeviceSpan;
-use super::args::check_tensor;
+use super::args::check_address;
 use super::driver::{self, Stream};
+use crate::arguments::{Dimension, LSE_BYTES, check_apart, check_lse, check_tensor};
 use crate::cpu::CacheLayout;
+use crate::eligibility::VECTOR_BYTES;
 use crate::{Dtype, Error, Result, RowStrides};
 use pat_abi::{AppendParams, Family, FastDivisor, MergeStatesParams, StateParams, manifest};
 
 /// Bytes of an element of K, V and O.
 const ELEMENT_BYTES: i64 = 2;
-const LSE_BYTES: i64 = 4;
-const SLOT_BYTES: u64 = 8;
-/// What a thread moves at once.
-const CHUNK_BYTES: i64 = 16;
+const SLOT_BYTES: u32 = 8;
 
 /// New rows of K and V, `[rows, kv_heads, head_dim]`, and the caches they go to. All of one 16-bit type.
 #[derive(Clone, Debug)]
@@ -122,24 +121,27 @@ impl CheckedAppend {
         }
         let slots_end = below_2_31("num_pages * page_size", args.k_layout.slots())?;
         let work = below_2_31("rows * kv_heads * head_dim / 8", product([args.rows, kv_heads, chunks]))?;
-        let dim = u64::from(head_dim);
         for (name, span, strides) in
             [("k_new", &args.k_new, args.k_new_strides), ("v_new", &args.v_new, args.v_new_strides)]
         {
-            let dims =
-                [("sequence", u64::from(args.rows), strides.sequence), ("head", u64::from(kv_heads), strides.head)];
-            check_tensor(name, span, &dims, dim, ELEMENT_BYTES, CHUNK_BYTES as u64)?;
+            let dims = [("sequence", args.rows, strides.sequence), ("head", kv_heads, strides.head)];
+            check_span(name, span, &dims, head_dim)?;
         }
         for (name, span, strides) in [("k_cache", &args.k_cache, k), ("v_cache", &args.v_cache, v)] {
             let dims = [
-                ("page", u64::from(num_pages), strides.page),
-                ("token", u64::from(page_size), strides.token),
-                ("head", u64::from(kv_heads), strides.head),
+                ("page", num_pages, strides.page),
+                ("token", page_size, strides.token),
+                ("head", kv_heads, strides.head),
             ];
-            check_tensor(name, span, &dims, dim, ELEMENT_BYTES, CHUNK_BYTES as u64)?;
+            check_span(name, span, &dims, head_dim)?;
         }
-        let dims = [("row", u64::from(args.rows), 1)];
-        check_tensor("slots", &args.slots, &dims, 1, SLOT_BYTES as i64, SLOT_BYTES)?;
+        if args.slots.bytes() < u64::from(args.rows) * u64::from(SLOT_BYTES) {
+            let expected = format!("{SLOT_BYTES} for each of {} rows", args.rows);
+            return Err(Error::invalid("slots", format!("{} bytes", args.slots.bytes()), expected));
+        }
+        if args.rows > 0 {
+            check_address("slots", &args.slots, SLOT_BYTES)?;
+        }
         let params = AppendParams {
             k_new: args.k_new.address(),
             v_new: args.v_new.address(),
@@ -175,23 +177,36 @@ impl CheckedMergeStates {
         let chunks = head_chunks(head_dim)?;
         let warps = below_2_31("rows * heads", product([rows, heads, 1]))?;
         for (state, [out, lse]) in states.into_iter().zip(NAMES) {
-            let dims = |strides: RowStrides| {
-                [("sequence", u64::from(rows), strides.sequence), ("head", u64::from(heads), strides.head)]
-            };
-            let of_out = dims(state.out_strides);
-            check_tensor(out, &state.out, &of_out, u64::from(head_dim), ELEMENT_BYTES, CHUNK_BYTES as u64)?;
-            check_tensor(lse, &state.lse, &dims(state.lse_strides), 1, LSE_BYTES, LSE_BYTES as u64)?;
+            let dims = |strides: RowStrides| [("sequence", rows, strides.sequence), ("head", heads, strides.head)];
+            let (of_out, of_lse) = (dims(state.out_strides), dims(state.lse_strides));
+            check_span(out, &state.out, &of_out, head_dim)?;
+            if check_lse(lse, state.lse.bytes() / u64::from(LSE_BYTES), &of_lse)? > 0 {
+                check_address(lse, &state.lse, LSE_BYTES)?;
+            }
+            if out == "out" {
+                check_apart(out, &of_out, head_dim)?;
+                check_apart(lse, &of_lse, 1)?;
+            }
         }
         let [a, b, merged] = states.map(|state| StateParams {
             out: state.out.address(),
             lse: state.lse.address(),
             out_row_stride: state.out_strides.sequence * ELEMENT_BYTES,
             out_head_stride: state.out_strides.head * ELEMENT_BYTES,
-            lse_row_stride: state.lse_strides.sequence * LSE_BYTES,
-            lse_head_stride: state.lse_strides.head * LSE_BYTES,
+            lse_row_stride: state.lse_strides.sequence * i64::from(LSE_BYTES),
+            lse_head_stride: state.lse_strides.head * i64::from(LSE_BYTES),
         });
         let params = MergeStatesParams { a, b, merged, heads: FastDivisor::new(heads.max(1)), rows, chunks };
         Ok(Self(params, warps.div_ceil(manifest::SUPPORT_THREADS / 32)))
+    }
+}
+
+/// Strides, extent and address of a 16-bit tensor.
+fn check_span(name: &str, span: &DeviceSpan, dims: &[Dimension], head_dim: u32) -> Result<()> {
+    // Any 16-bit type: only its size counts.
+    match check_tensor(name, span.bytes() / ELEMENT_BYTES as u64, dims, head_dim, Dtype::F16)? {
+        0 => Ok(()),
+        _ => check_address(name, span, VECTOR_BYTES),
     }
 }
 
@@ -224,26 +239,21 @@ mod tests {
     use super::*;
     use crate::KvStrides;
 
-    fn span(address: u64, bytes: u64) -> DeviceSpan {
-        // SAFETY: nothing is launched here.
-        unsafe { DeviceSpan::from_raw(address, bytes) }
-    }
-
     fn append() -> AppendArgs {
         let strides = KvStrides::nhd(16, 2, 64);
         let layout = CacheLayout { num_pages: 4, page_size: 16, kv_heads: 2, head_dim: 64, strides };
         let rows = RowStrides::contiguous(2, 64);
         AppendArgs {
             rows: 3,
-            k_new: span(0x1000, 3 * 128 * 2),
+            k_new: DeviceSpan::of_nothing(0x1000, 3 * 128 * 2),
             k_new_strides: rows,
-            v_new: span(0x2000, 3 * 128 * 2),
+            v_new: DeviceSpan::of_nothing(0x2000, 3 * 128 * 2),
             v_new_strides: rows,
-            k_cache: span(0x10_0000, 64 * 128 * 2),
+            k_cache: DeviceSpan::of_nothing(0x10_0000, 64 * 128 * 2),
             k_layout: layout,
-            v_cache: span(0x20_0000, 64 * 128 * 2),
+            v_cache: DeviceSpan::of_nothing(0x20_0000, 64 * 128 * 2),
             v_layout: layout,
-            slots: span(0x3000, 24),
+            slots: DeviceSpan::of_nothing(0x3000, 24),
         }
     }
 
@@ -258,13 +268,13 @@ mod tests {
     fn bad_arguments_of_append_are_named() {
         type Change = fn(&mut AppendArgs);
         let cases: [(&str, Change); 9] = [
-            ("k_new: got", |a| a.k_new = span(0x1000, 3 * 128 * 2 - 2)),
-            ("v_new: got", |a| a.v_new = span(0x2008, 1 << 20)),
+            ("k_new: got", |a| a.k_new = DeviceSpan::of_nothing(0x1000, 3 * 128 * 2 - 2)),
+            ("v_new: got", |a| a.v_new = DeviceSpan::of_nothing(0x2008, 1 << 20)),
             ("k_new_strides.head", |a| a.k_new_strides.head = 65),
-            ("k_cache: got", |a| a.k_cache = span(0x10_0000, 64)),
+            ("k_cache: got", |a| a.k_cache = DeviceSpan::of_nothing(0x10_0000, 64)),
             ("v_cache: got", |a| a.v_layout.num_pages = 5),
-            ("slots: got", |a| a.slots = span(0x3000, 16)),
-            ("slots: got", |a| a.slots = span(0x3004, 1 << 10)),
+            ("slots: got", |a| a.slots = DeviceSpan::of_nothing(0x3000, 16)),
+            ("slots: got", |a| a.slots = DeviceSpan::of_nothing(0x3004, 1 << 10)),
             ("num_pages * page_size", |a| {
                 (a.k_layout.num_pages, a.v_layout.num_pages) = (1 << 30, 1 << 30);
             }),
@@ -281,9 +291,9 @@ mod tests {
     #[test]
     fn states_are_checked_by_name() {
         let state = |out: u64, bytes: u64| DeviceState {
-            out: span(out, bytes),
+            out: DeviceSpan::of_nothing(out, bytes),
             out_strides: RowStrides::contiguous(7, 64),
-            lse: span(out + (1 << 20), bytes / 32),
+            lse: DeviceSpan::of_nothing(out + (1 << 20), bytes / 32),
             lse_strides: RowStrides::lse(7),
         };
         let good = state(0x10_0000, 3 * 7 * 64 * 2);

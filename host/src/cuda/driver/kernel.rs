@@ -251,6 +251,7 @@ pub(crate) fn encode_tensor_map(spec: &TensorMapSpec) -> Result<TensorMap> {
     let dtype = match spec.dtype {
         Dtype::F16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
         Dtype::Bf16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        other => return Err(Error::invalid("kv_dtype", other.name(), "f16 or bf16 (tensor maps)")),
     };
     attempt_for(
         DriverCall::TensorMapEncode,

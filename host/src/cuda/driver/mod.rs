@@ -4,6 +4,7 @@
 //! arguments were checked, a [`DeviceSpan`](super::DeviceSpan) only for memory that is owned or that somebody vouches for, a
 //! [`Kernel`] only for an entry of the manifest, whose parameter types the manifest's family fixes, a [`CurrentStream`] only
 //! for a live stream whose context is current. All calls pass `call`.
+#![allow(unsafe_code, reason = "the border to the driver")]
 
 mod call;
 mod context;
