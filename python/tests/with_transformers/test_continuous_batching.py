@@ -35,6 +35,20 @@ def test_requests_that_join_and_leave(make_model, dtype, cpu_fast_path, shared_p
     assert stats["kv_bytes_read"] < 0.7 * stats["kv_bytes_flat"]
 
 
+def test_the_rule_sees_a_missing_token(cpu_fast_path, monkeypatch):
+    step = steps.EagerBatch.step
+
+    def short_step(batch, tables, lengths, *rest):
+        return step(batch, tables, [length - 1 for length in lengths], *rest)
+
+    monkeypatch.setattr(steps.EagerBatch, "step", short_step)
+    requests = prompts(8)
+    model = llama()
+    tokens, _ = decode_here(model, requests)
+    with pytest.raises(AssertionError, match="behind"):
+        check_greedy(model, requests, tokens, tokens)
+
+
 @pytest.mark.parametrize("batches", ["padded_batches", "graph_batches"])
 def test_batches_of_fixed_sizes(batches, cpu_fast_path, request):
     request.getfixturevalue(batches)
