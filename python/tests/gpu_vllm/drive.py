@@ -25,8 +25,14 @@ import sys
 import time
 
 SHAPES = {
-    "small": dict(hidden_size=1024, num_hidden_layers=4, num_attention_heads=16, num_key_value_heads=4, intermediate_size=3072, vocab_size=32000),
-    "8b": dict(hidden_size=4096, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, intermediate_size=12288, vocab_size=151936),
+    "small": dict(
+        hidden_size=1024, num_hidden_layers=4, num_attention_heads=16, num_key_value_heads=4,
+        intermediate_size=3072, vocab_size=32000,
+    ),
+    "8b": dict(
+        hidden_size=4096, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
+        intermediate_size=12288, vocab_size=151936,
+    ),
 }
 
 
@@ -315,16 +321,15 @@ def restart(engine, vocab, text, again):
     return again()
 
 
+def process_id(worker):
+    return os.getpid()
+
+
 def kill_worker(engine, vocab, text):
     import signal
 
-    import psutil
-
     requests = begin_decoding(engine, vocab, text, "kill")
-    processes = psutil.Process().children(recursive=True)
-    workers = [p for p in processes if "Worker" in " ".join(p.cmdline())]
-    assert len(workers) >= 2, [p.cmdline() for p in processes]
-    workers[-1].send_signal(signal.SIGKILL)
+    os.kill(engine.collective_rpc(process_id)[-1], signal.SIGKILL)
     start = time.time()
     try:
         requests.drain()
