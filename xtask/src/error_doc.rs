@@ -40,8 +40,8 @@ const SECTIONS: [(&str, &[&str]); 4] = [
 const INTRODUCTION: &str = "# Errors
 
 An error names the argument or the place, its value and what is accepted. Bad input is refused before anything is launched or
-written. The tool prints an error on one line, after the option that is wrong, and ends with status 2; status 1 means that a result
-failed verification or became slower. In Rust, `Error::code` tells the classes of the library apart.
+written. The tool prints an error on one line, after the option that is wrong, and ends with status 2. Status 1 means that a
+result failed verification or became slower. In Rust, `Error::code` tells the classes of the library apart.
 
 `{...}` stands for what a message fills in. `cargo xtask error-doc` writes this page from the error types; do not edit it.
 ";
