@@ -130,6 +130,7 @@ tp() {
     local shared="--shape small --kv-gib 1 --seqs 64 --tokens 4096 --tp $ranks --kv-heads $((ranks / 2))"
     local times="time:64x2496+528:40 time:256x2496+528:40"
     local big="--shape 8b --kv-gib $((24 / ranks)) --tp $ranks --mode graph --seqs 256 --sizes 8,64,256"
+    local LIMIT=${LIMIT:-230}
     rm -f "$out"/go-*
     # A second apart: each looks for a free port.
     drive tp-fa $graph --backend FLASH_ATTN $t $t:16 & local small=$!
