@@ -10,12 +10,14 @@
 pub mod generator;
 pub mod layout;
 pub mod manifest;
+pub mod occupancy;
 pub mod params;
 pub mod plan;
 pub mod row_params;
 pub mod tile;
 
 pub use manifest::{Arch, Dtype, Family, KERNELS, KernelSpec, TileVariant};
+pub use occupancy::DeviceLimits;
 pub use params::{FastDivisor, FillParams, FlushParams, ForwardParams, MergeParams};
 pub use plan::{
     DIRECT_SLOT, MAX_TILE_VARIANTS, MergeRow, NO_MASKS, PLAN_MAGIC, PackQuery, PageMask, PlanHeader, WorkItem,
