@@ -42,7 +42,7 @@ class AttentionShape:
     @property
     def kv_heads(self, /) -> int:
         """
-        KV heads.
+        KV heads, each for ``q_heads / kv_heads`` query heads.
         """
     @property
     def q_heads(self, /) -> int:
