@@ -37,6 +37,7 @@ section() {
         tests_like 'gpu_smoke'
         tests_like 'gpu_graphs'
         tests_like 'gpu_launches'
+        tests_like 'gpu_faults'
         ;;
     forests) tests_like 'gpu_forests' ;;
     # Verified before they are timed; a run that was cut off goes on where it stopped.

@@ -1,7 +1,7 @@
 //! Kernels: compiling, launching, and the tensor maps they take.
 
 use super::call::{DriverCall, attempt_for};
-use super::context::{WhileOthersCapture, make_current};
+use super::context::{WhileOthersCapture, make_current, try_make_current};
 use super::stream::CurrentStream;
 use crate::cuda::CudaDevice;
 use crate::cuda::args::PreparedRun;
@@ -149,7 +149,7 @@ fn overlapping() -> sys::CUlaunchAttribute {
 
 impl Drop for Kernel {
     fn drop(&mut self) {
-        if make_current(self.device).is_ok() {
+        if try_make_current(self.device).is_ok() {
             // SAFETY: loaded in `load`, unloaded only here: a kernel that a device keeps is never dropped, so that this one
             // was never launched.
             let _ = unsafe { result::module::unload(self.module) };
