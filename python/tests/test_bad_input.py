@@ -91,7 +91,7 @@ def test_an_unaligned_tensor_is_refused(planner):
 
 
 @pytest.mark.parametrize("name", ["q", "k_cache", "v_cache", "out", "lse"])
-@pytest.mark.parametrize("bytes_left", [0, 2, 100])
+@pytest.mark.parametrize("bytes_left", [0, 2, 50])
 def test_a_tensor_beyond_its_storage_is_refused(planner, name, bytes_left):
     """torch lets a storage become smaller than the tensors in it."""
     with pytest.raises(ValueError, match=f"^{name}: got"):

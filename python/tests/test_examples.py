@@ -1,5 +1,6 @@
 """The examples and the Python snippets of the README and the guide run."""
 
+import json
 import pathlib
 import re
 import runpy
@@ -20,6 +21,21 @@ def test_the_quick_start_runs(capsys):
 def test_the_decode_loop_frees_all_pages_and_advances():
     changes, free = runpy.run_path(str(EXAMPLES / "decode_loop.py"))["main"]()
     assert free == 256 and {"lengths", "pages", "forest"} <= set(changes)
+
+
+def test_the_notebook_runs_and_its_pictures_are_the_plans():
+    notebook = json.loads((EXAMPLES / "pictures.ipynb").read_text())
+    names, pictures = {}, 0
+    for cell in notebook["cells"]:
+        if cell["cell_type"] != "code":
+            continue
+        source = "".join(cell["source"])
+        exec(compile(source, "notebook", "exec"), names)
+        for output in cell["outputs"]:
+            kept = "".join(output["data"]["image/svg+xml"])
+            assert kept == names[source.splitlines()[-1]].svg()
+            pictures += 1
+    assert pictures == 2
 
 
 def snippets():
