@@ -369,7 +369,7 @@ fn fixed_buffers_refuse_other_models(engine: &Engine) {
     let pool = other(&|case| case.batch.num_pages += 1);
     let pages = other(&|case| case.batch.page_size = 32);
     let shape = other(&|case| case.shape = AttentionShape::new(8, 2, 128, Dtype::F16).unwrap());
-    for (plan, what) in [(&pool, "number of pages"), (&pages, "page size"), (&shape, "shape")] {
+    for (plan, what) in [(&pool, "num_pages"), (&pages, "page_size"), (&shape, "shape")] {
         let error = buffers.upload(plan, &stream).unwrap_err().to_string();
         assert!(error.contains(what), "{what}: {error}");
     }

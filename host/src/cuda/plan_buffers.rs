@@ -60,14 +60,15 @@ impl LaunchGeometry {
 
     /// Names the first bound that `needed` exceeds.
     fn check_covers(&self, needed: &Self) -> Result<()> {
-        let items =
-            self.max_items.iter().zip(&needed.max_items).map(|(&have, &need)| ("items of a variant", have, need));
-        let rest = [
+        // What the caller knows comes first.
+        let bounds = [
+            ("sequences", self.max_sequences, needed.max_sequences),
             ("merge rows", self.max_merge_rows, needed.max_merge_rows),
             ("partial slots", self.max_slots, needed.max_slots),
-            ("sequences", self.max_sequences, needed.max_sequences),
         ];
-        match items.chain(rest).find(|(_, have, need)| need > have) {
+        let items =
+            self.max_items.iter().zip(&needed.max_items).map(|(&have, &need)| ("items of a variant", have, need));
+        match bounds.into_iter().chain(items).find(|(_, have, need)| need > have) {
             None => Ok(()),
             Some((what, have, need)) => Err(Error::PlanMismatch {
                 what: format!("the fixed launch geometry ({what})"),
