@@ -12,6 +12,7 @@ pub mod exchange;
 pub mod measure;
 pub mod memory;
 pub mod peers;
+#[cfg(feature = "plot")]
 pub mod plot;
 pub mod provenance;
 pub mod result;
