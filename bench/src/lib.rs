@@ -11,6 +11,7 @@ pub mod device;
 pub mod exchange;
 pub mod measure;
 pub mod memory;
+#[cfg(feature = "plot")]
 pub mod peers;
 #[cfg(feature = "plot")]
 pub mod plot;
