@@ -122,3 +122,94 @@ fn ulp<T: Element>(magnitude: f64) -> f64 {
     // so small that the wider range of bf16 matters.
     magnitude.max(2f64.powi(-14)).log2().floor().exp2() * f64::from(T::EPSILON)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::RowSample;
+    use crate::oracle::ExpectedRow;
+    use half::f16;
+
+    /// A unit in the last place of f16 from 1 to 2.
+    const ULP: f64 = 1.0 / 1024.0;
+
+    /// One row of ones; the plain implementation errs by `plain_ulps` in the first element.
+    fn oracle(plain_ulps: f64, elements: usize) -> Oracle {
+        let mut plain = vec![1.0; elements];
+        plain[0] += (plain_ulps * ULP) as f32;
+        let row = ExpectedRow {
+            sequence: 0,
+            head: 0,
+            out: vec![1.0; elements],
+            lse: 8.0,
+            plain,
+            score_magnitude: 4.0,
+            tokens: 25,
+        };
+        Oracle { sample: RowSample { name: "one row".into(), pairs: vec![(0, 0)] }, rows: vec![row] }
+    }
+
+    fn passes(oracle: &Oracle, error_ulps: f64, at: usize) -> bool {
+        let mut out = vec![f16::ONE; oracle.rows[0].out.len()];
+        out[at] = f16::from_f64(1.0 + error_ulps * ULP);
+        check(oracle, 1, &out, None).passed
+    }
+
+    #[test]
+    fn a_row_may_err_by_twice_the_plain_error_and_one_unit() {
+        // Many elements: the error of all together stays small.
+        assert!(passes(&oracle(0.0, 64), 1.0, 3) && !passes(&oracle(0.0, 64), 2.0, 3));
+        assert!(passes(&oracle(2.0, 64), 5.0, 3) && !passes(&oracle(2.0, 64), 6.0, 3));
+        // The unit is that of the row's largest element.
+        let mut large = oracle(0.0, 64);
+        large.rows[0].out[9] = 2.0;
+        large.rows[0].plain[9] = 2.0;
+        let mut out = vec![f16::ONE; 64];
+        (out[9], out[3]) = (f16::from_f64(2.0), f16::from_f64(1.0 + 2.0 * ULP));
+        assert!(check(&large, 1, &out, None).passed);
+        out[3] = f16::from_f64(1.0 + 3.0 * ULP);
+        assert!(!check(&large, 1, &out, None).passed);
+    }
+
+    #[test]
+    fn all_rows_together_may_err_by_twice_the_plain_error_and_one_epsilon() {
+        // Every element errs by one unit, as every row may: relative L2 of one epsilon, which is allowed; five units are not,
+        // though the plain one's single error of two units allows them in one row.
+        let all = |oracle: &Oracle, ulps: f64| {
+            let out = vec![f16::from_f64(1.0 + ulps * ULP); 64];
+            let report = check(oracle, 1, &out, None);
+            assert_eq!(report.failed_rows, 0, "{report:?}");
+            assert!((report.relative_l2_error - ulps * ULP).abs() < 1e-9, "{report:?}");
+            report.passed
+        };
+        assert!(all(&oracle(0.0, 64), 1.0));
+        // The plain one's relative L2 error is 2 / 8 units: 1.5 are allowed.
+        assert!(all(&oracle(2.0, 64), 1.0) && !all(&oracle(2.0, 64), 2.0));
+    }
+
+    #[test]
+    fn a_log_sum_exp_errs_in_proportion_to_its_scores() {
+        let oracle = oracle(0.0, 64);
+        let allowance = f64::from(f32::EPSILON) * (64.0 * 4.0 + 8.0 + 4.0 * 5.0 + 4.0 * 8.0);
+        let judge = |lse: f64| check(&oracle, 1, &[f16::ONE; 64], Some(&[lse as f32])).passed;
+        assert!(judge(8.0) && judge(8.0 + 0.99 * allowance) && judge(8.0 - 0.99 * allowance));
+        assert!(!judge(8.0 + 1.01 * allowance) && !judge(8.0 - 1.01 * allowance));
+        assert!(!judge(f64::NAN) && !judge(f64::NEG_INFINITY));
+        let mut empty = oracle.clone();
+        empty.rows[0].lse = f64::NEG_INFINITY;
+        let of_empty = |lse: f32| check(&empty, 1, &[f16::ONE; 64], Some(&[lse])).passed;
+        assert!(of_empty(f32::NEG_INFINITY) && !of_empty(-1e30) && !of_empty(f32::INFINITY));
+    }
+
+    #[test]
+    fn what_is_no_number_fails() {
+        let oracle = oracle(2.0, 64);
+        for bad in [f16::NAN, f16::INFINITY] {
+            let mut out = vec![f16::ONE; 64];
+            out[5] = bad;
+            let report = check(&oracle, 1, &out, None);
+            assert_eq!((report.passed, report.failed_rows), (false, 1), "{report:?}");
+            assert!(report.first_failure.is_some_and(|text| text.starts_with("sequence 0, head 0: output error inf")));
+        }
+    }
+}

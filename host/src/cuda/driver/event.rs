@@ -26,6 +26,7 @@ impl Event {
     }
 
     fn with_flags(device: CudaDevice, flags: sys::CUevent_flags) -> Result<Self> {
+        let _allowed = WhileOthersCapture::enter()?;
         let event = attempt(DriverCall::EventCreate, || device.context().new_event(Some(flags)))?;
         Ok(Self { device, event })
     }

@@ -60,6 +60,7 @@ pub(crate) enum CaptureStatus {
 impl Stream {
     pub(crate) fn create(device: CudaDevice) -> Result<Self> {
         make_current(device)?;
+        let _allowed = WhileOthersCapture::enter()?;
         let created =
             attempt(DriverCall::StreamCreate, || result::stream::create(result::stream::StreamKind::NonBlocking))?;
         let handle = created.expose_provenance() as u64;
