@@ -11,11 +11,14 @@ pub mod device;
 pub mod exchange;
 pub mod measure;
 pub mod memory;
+#[cfg(feature = "plot")]
 pub mod peers;
+#[cfg(feature = "plot")]
 pub mod plot;
 pub mod provenance;
 pub mod result;
 pub mod sample;
+#[cfg(feature = "serve")]
 pub mod serve;
 pub mod statistics;
 pub mod suites;

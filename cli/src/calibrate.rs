@@ -4,16 +4,11 @@ use crate::output;
 use anyhow::{Context, Result};
 use comfy_table::{Table, presets};
 use indicatif::{ProgressBar, ProgressStyle};
-use pat_bench::calibrate::{fit, probes};
-use pat_bench::device::Repeats;
+use pat_bench::calibrate::{fit, measure, probes};
 use pat_rs::DeviceProfile;
-use pat_rs::cuda::bench_support::L2Flush;
 use pat_workloads::{Existing, whole_file};
 use serde::Serialize;
 use std::path::PathBuf;
-
-/// Calls per probe: single times of short steps scatter by a microsecond, their median must not.
-const REPEATS: Repeats = Repeats { warm_ups: 5, timed: 41 };
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -59,16 +54,15 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         .as_cuda()
         .with_context(|| format!("--device: got {:?}, expected a usable cuda or cuda:N", args.device))?;
     let built_in = engine.device().profile()?;
-    let flush = L2Flush::new(engine.device())?;
     let probes = probes(&built_in)?;
     let bar = ProgressBar::new(probes.len() as u64);
     bar.set_style(ProgressStyle::with_template("{pos}/{len} {msg} {elapsed}").expect("a valid template"));
-    let mut samples = Vec::new();
-    for probe in &probes {
+    let measured = measure(engine, &probes, |probe| {
         bar.set_message(probe.name.clone());
-        samples.push(probe.measure(engine, &flush, REPEATS).with_context(|| probe.name.clone())?);
         bar.inc(1);
-    }
+    });
+    // The probe that failed, if one did, is the last that was announced.
+    let samples = measured.with_context(|| bar.message())?;
     bar.finish_and_clear();
     let profile = fit(&built_in, &samples).context("the times do not fit the cost model").inspect_err(|_| {
         samples.iter().for_each(|sample| output::note(format!("{:>10.2} us  {}", sample.measured_us, sample.name)));

@@ -8,7 +8,7 @@ import torch
 from _typeshed import SupportsGetItem
 from typing import Any, SupportsIndex, final
 
-__all__ = ["AttentionShape", "BoundRun", "Capacity", "DeviceProfile", "Plan", "PlanBuffers", "PlanFuture", "Planner", "Workspace", "append_kv", "doctor", "merge_states", "run", "supports"]
+__all__ = ["AttentionShape", "BoundRun", "Capacity", "DeviceProfile", "Plan", "PlanBuffers", "PlanFuture", "Planner", "Workspace", "append_kv", "calibrate", "doctor", "merge_states", "run", "supports"]
 
 @final
 class AttentionShape:
@@ -425,6 +425,23 @@ def append_kv(k_new: "torch.Tensor", v_new: "torch.Tensor", k_cache: "torch.Tens
         ValueError: a shape, stride, device or address that is not accepted; the message names the argument, and nothing has
             been written.
         CudaError: the driver refuses the launch.
+    """
+
+def calibrate(device: "torch.device | str | None" = None) -> "DeviceProfile":
+    """
+    Measures the terms of the planner's cost model on a CUDA device, as ``pat calibrate`` does. Takes some seconds to a minute, in
+    which nothing else should run on the device.
+
+    Args:
+        device: for example ``"cuda:0"``; by default the current CUDA device.
+
+    Returns:
+        A profile for :class:`Planner`; :meth:`DeviceProfile.to_json` keeps it.
+
+    Raises:
+        ValueError: the device is no CUDA device, or the times contradict the cost model.
+        CudaError: the driver fails, or the device has too little memory.
+        CudaUnavailable: there is no such device.
     """
 
 def doctor() -> "dict[str, object]":

@@ -2,6 +2,7 @@
 
 mod append;
 mod buffers;
+mod calibrate;
 mod capacity;
 mod device;
 mod doctor;
@@ -31,6 +32,8 @@ mod _native {
     use super::append::append_kv;
     #[pymodule_export]
     use super::buffers::{PyBoundRun, PyPlanBuffers};
+    #[pymodule_export]
+    use super::calibrate::calibrate;
     #[pymodule_export]
     use super::capacity::PyCapacity;
     #[pymodule_export]

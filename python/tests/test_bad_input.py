@@ -161,6 +161,7 @@ OBJECTS = [
     ("q_heads", ValueError, lambda: pa.AttentionShape(7, 2, 64, "float16")),
     ("dtype", ValueError, lambda: pa.AttentionShape(8, 2, 64, torch.float32)),
     ("device", ValueError, lambda: pa.DeviceProfile.detect("tpu")),
+    ("device", ValueError, lambda: pa.calibrate("cpu")),
     ("device", TypeError, lambda: pa.DeviceProfile.detect(3.5)),
     ("device profile", ValueError, lambda: pa.DeviceProfile.named("b1000")),
     ("text", ValueError, lambda: pa.DeviceProfile.from_json("{}")),

@@ -26,6 +26,22 @@ pub struct Sample {
     pub measured_us: f64,
 }
 
+/// Calls per probe: single times of short steps scatter by a microsecond, their median must not.
+const REPEATS: Repeats = Repeats { warm_ups: 5, timed: 41 };
+
+/// Measures probes on the device; `next` is told of each before it runs.
+///
+/// # Errors
+/// The driver's, or the device is too small.
+pub fn measure(engine: &CudaEngine, probes: &[Probe], mut next: impl FnMut(&Probe)) -> Result<Vec<Sample>> {
+    let flush = L2Flush::new(engine.device())?;
+    let measured = probes.iter().map(|probe| {
+        next(probe);
+        probe.measure(engine, &flush, REPEATS)
+    });
+    measured.collect()
+}
+
 impl Probe {
     /// The probe's plan, which is the same for every profile of the device's kind.
     ///
@@ -41,7 +57,7 @@ impl Probe {
     ///
     /// # Errors
     /// The driver's, or the device is too small.
-    pub fn measure(&self, engine: &CudaEngine, flush: &L2Flush, repeats: Repeats) -> Result<Sample> {
+    fn measure(&self, engine: &CudaEngine, flush: &L2Flush, repeats: Repeats) -> Result<Sample> {
         let plan = self.plan(&engine.device().profile()?)?;
         let case = DeviceCase::new(engine, &self.batch, self.shape)?;
         let mut times = case.prepare(&plan)?.times_us(Some(flush), repeats)?;
