@@ -1,5 +1,5 @@
 //! Measuring attention: batches to measure, the protocol on a CUDA device and on the CPU, the result file, the exchange with
-//! peers, the calibration of the cost model.
+//! peers, the calibration of the cost model; and serving.
 #![forbid(unsafe_code)]
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::panic, clippy::unreachable))]
 
@@ -16,5 +16,6 @@ pub mod plot;
 pub mod provenance;
 pub mod result;
 pub mod sample;
+pub mod serve;
 pub mod statistics;
 pub mod suites;

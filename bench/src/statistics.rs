@@ -18,8 +18,8 @@ pub fn geometric_mean(values: impl IntoIterator<Item = f64>) -> f64 {
     (sum / f64::from(count.max(1))).exp()
 }
 
-/// Of sorted values, interpolated between neighbours.
-fn quantile(sorted: &[f64], part: f64) -> f64 {
+/// Of sorted values, interpolated between neighbours; 0 for nothing.
+pub fn quantile(sorted: &[f64], part: f64) -> f64 {
     let Some(last) = sorted.len().checked_sub(1) else { return 0.0 };
     let position = part * last as f64;
     let (below, above) = (sorted[position.floor() as usize], sorted[position.ceil() as usize]);

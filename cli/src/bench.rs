@@ -7,6 +7,7 @@ mod list;
 mod output;
 mod peers;
 mod select;
+mod serve;
 mod table;
 
 use anyhow::Result;
@@ -29,6 +30,8 @@ hundred calls behind it; on the CPU executor, several calls of milliseconds to s
     /// Set pat-rs against the other methods of a result file.
     #[command(after_help = "Takes: milliseconds.")]
     Peers(peers::Args),
+    /// Send a workload to an OpenAI-compatible server at a rate, and measure what its users would see.
+    Serve(Box<serve::Args>),
 }
 
 pub(crate) fn run(command: &Command) -> Result<bool> {
@@ -37,5 +40,6 @@ pub(crate) fn run(command: &Command) -> Result<bool> {
         Command::Compare(args) => compare::run(args),
         Command::Export(args) => export::run(args),
         Command::Peers(args) => peers::run(args),
+        Command::Serve(args) => serve::run(args),
     }
 }

@@ -1,9 +1,12 @@
-//! `pat plot`: pictures of result files.
+//! `pat plot`: pictures of measurements.
+
+mod kernels;
+mod serve;
 
 use crate::output;
 use anyhow::{Context, Result, bail};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use pat_bench::plot::{self, Figures, Format, Options, Picture, PlotError, Theme};
+use pat_bench::plot::{Format, PlotError, Theme};
 use pat_workloads::{Existing, whole_file};
 use std::path::PathBuf;
 
@@ -15,18 +18,20 @@ pub(crate) enum Command {
   pat plot kernels result.json --format png --theme light --baseline ceiling
 
 Takes: under a second for each picture.")]
-    Kernels(Kernels),
+    Kernels(kernels::Kernels),
+    /// Latency against the rate, capacity, what a decode step's time is spent on.
+    #[command(after_help = "Examples:
+  pat plot serve serve.jsonl --output pictures
+  pat plot serve e2e_perf.jsonl --format png --picture latency
+
+Takes: under a second for each picture.")]
+    Serve(serve::Serve),
 }
 
+/// Where pictures go, and how they look.
 #[derive(clap::Args)]
-pub(crate) struct Kernels {
-    /// Result file of `pat bench kernels`.
-    #[arg(value_name = "RESULT")]
-    result: PathBuf,
-    /// Files with more methods of the same configurations and device; what RESULT has itself is kept.
-    #[arg(long, value_delimiter = ',', value_name = "FILE,...")]
-    with: Vec<PathBuf>,
-    /// Folder to write kernels-PICTURE-THEME.FORMAT into; made if it is not there.
+struct Pages {
+    /// Folder to write COMMAND-PICTURE-THEME.FORMAT into; made if it is not there.
     #[arg(long, default_value = ".", value_name = "DIR")]
     output: PathBuf,
     /// File formats.
@@ -37,16 +42,6 @@ pub(crate) struct Kernels {
     #[arg(long, value_delimiter = ',', default_value = "light,dark", value_name = "THEME,...",
         value_parser = named(&Theme::ALL, Theme::name))]
     theme: Vec<Theme>,
-    /// Only these pictures [default: all that the files allow].
-    #[arg(long, value_delimiter = ',', value_name = "PICTURE,...", value_parser = named(&Picture::ALL, Picture::name))]
-    picture: Vec<Picture>,
-    /// What the bars are relative to: a method, or `ceiling`, the reachable time [default: pat, else the slowest peer, else
-    /// ceiling].
-    #[arg(long, value_name = "METHOD")]
-    baseline: Option<String>,
-    /// Only these methods.
-    #[arg(long, value_delimiter = ',', value_name = "METHOD,...")]
-    methods: Vec<String>,
     /// Overwrite pictures.
     #[arg(long)]
     force: bool,
@@ -61,50 +56,59 @@ fn named<T: Copy + Send + Sync + 'static>(
         .map(move |given| *all.iter().find(|&&value| name(value) == given).expect("one of the names"))
 }
 
+impl Pages {
+    /// Writes `asked` of `all` pictures of `source` in each theme and format. What nobody asked for by name may be left out.
+    fn write<P: Copy>(
+        &self,
+        (command, source): (&str, &str),
+        (asked, all): (&[P], &[P]),
+        name: fn(P) -> &'static str,
+        draw: impl Fn(P, Theme, Format) -> Result<Vec<u8>, PlotError>,
+    ) -> Result<()> {
+        let mut files = Vec::new();
+        for &picture in if asked.is_empty() { all } else { asked } {
+            for &theme in &self.theme {
+                for &format in &self.format {
+                    let file = format!("{command}-{}-{}.{}", name(picture), theme.name(), format.name());
+                    files.push((picture, theme, format, self.output.join(file)));
+                }
+            }
+        }
+        let existing = Existing::replaced_if(self.force);
+        std::fs::create_dir_all(&self.output).with_context(|| format!("--output {}", self.output.display()))?;
+        for (.., file) in &files {
+            whole_file::check(file, existing).context("--output")?;
+        }
+        let (mut staged, mut left_out) = (Vec::new(), Vec::new());
+        for (picture, theme, format, file) in files {
+            match draw(picture, theme, format) {
+                Ok(contents) => {
+                    let picture = whole_file::stage(&file, &contents, existing).context("--output")?;
+                    staged.push((file, picture));
+                }
+                // Not every file has what every picture shows.
+                Err(PlotError::Empty(reason)) if asked.is_empty() => left_out.push((file, reason)),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        if let (true, Some((_, reason))) = (staged.is_empty(), left_out.first()) {
+            bail!("{source} has nothing to draw: {reason}");
+        }
+        for (file, picture) in staged {
+            picture.commit().context("--output")?;
+            output::print(file.display())?;
+        }
+        for (file, reason) in left_out {
+            output::print(format_args!("{}: left out: {reason}", file.display()))?;
+        }
+        Ok(())
+    }
+}
+
 pub(crate) fn run(command: &Command) -> Result<bool> {
-    let Command::Kernels(args) = command;
-    let mut figures = Figures::read(&args.result, &args.with)?;
-    if !args.methods.is_empty() {
-        figures.keep_methods(&args.methods).context("--methods")?;
-    }
-    let asked = &args.picture;
-    let pictures = if asked.is_empty() { &Picture::ALL[..] } else { asked };
-    let mut files = Vec::new();
-    for &picture in pictures {
-        for &theme in &args.theme {
-            for &format in &args.format {
-                let name = format!("kernels-{}-{}.{}", picture.name(), theme.name(), format.name());
-                files.push((picture, theme, format, args.output.join(name)));
-            }
-        }
-    }
-    let existing = Existing::replaced_if(args.force);
-    std::fs::create_dir_all(&args.output).with_context(|| format!("--output {}", args.output.display()))?;
-    for (.., file) in &files {
-        whole_file::check(file, existing).context("--output")?;
-    }
-    let (mut staged, mut left_out) = (Vec::new(), Vec::new());
-    for (picture, theme, format, file) in files {
-        let options = Options { theme, format, baseline: args.baseline.clone() };
-        match plot::draw(picture, &figures, &options) {
-            Ok(contents) => {
-                let picture = whole_file::stage(&file, &contents, existing).context("--output")?;
-                staged.push((file, picture));
-            }
-            // Not every file has what every picture shows.
-            Err(PlotError::Empty(reason)) if asked.is_empty() => left_out.push((file, reason)),
-            Err(error) => return Err(error.into()),
-        }
-    }
-    if let (true, Some((_, reason))) = (staged.is_empty(), left_out.first()) {
-        bail!("{} has nothing to draw: {reason}", args.result.display());
-    }
-    for (file, picture) in staged {
-        picture.commit().context("--output")?;
-        output::print(file.display())?;
-    }
-    for (file, reason) in left_out {
-        output::print(format_args!("{}: left out: {reason}", file.display()))?;
-    }
+    match command {
+        Command::Kernels(args) => args.run(),
+        Command::Serve(args) => args.run(),
+    }?;
     Ok(true)
 }

@@ -35,7 +35,7 @@ Takes: under a second for 5,000 requests.")]
 #[derive(clap::Args)]
 pub(crate) struct Make {
     #[command(subcommand)]
-    name: Name,
+    rule: Rule,
     /// File to write.
     #[arg(long, global = true, value_name = "FILE")]
     output: Option<PathBuf>,
@@ -54,6 +54,9 @@ pub(crate) struct Make {
     /// End of the token ids that prompts consist of, at most the model's vocabulary [default: 101000].
     #[arg(long, global = true, value_name = "ID", value_parser = clap::value_parser!(u32).range(1_001..))]
     max_token_id: Option<u32>,
+    /// Name in tables and records [default: the workload's own].
+    #[arg(long, global = true, value_name = "NAME")]
+    name: Option<String>,
     /// Overwrite the file.
     #[arg(long, global = true)]
     force: bool,
@@ -61,7 +64,7 @@ pub(crate) struct Make {
 
 /// Which workload.
 #[derive(clap::Subcommand)]
-enum Name {
+enum Rule {
     /// PAT's "conversation": four variants of a system prompt, then private text.
     Conversation {
         /// Whose tokenizer counted the system prompt.
@@ -125,7 +128,10 @@ fn make(args: &Make) -> Result<()> {
     let Some(file) = &args.output else { bail!("--output is missing, expected the file to write") };
     let existing = Existing::replaced_if(args.force);
     whole_file::check(file, existing).context("--output")?;
-    let mut workload = args.name.workload(args.requests as usize, args.seed)?;
+    let mut workload = args.rule.workload(args.requests as usize, args.seed)?;
+    if let Some(name) = &args.name {
+        workload.header.name.clone_from(name);
+    }
     if let Some(tokens) = args.output_tokens {
         workload.set_output_tokens(tokens);
     }
@@ -145,7 +151,7 @@ fn make(args: &Make) -> Result<()> {
     Ok(())
 }
 
-impl Name {
+impl Rule {
     fn workload(&self, requests: usize, seed: u32) -> Result<Workload> {
         Ok(match self {
             Self::Conversation { prompt, lengths, private_mean } => {

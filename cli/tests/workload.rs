@@ -52,10 +52,22 @@ fn every_workload_is_made_and_shown() {
 fn options_reach_the_file() {
     let folder = TempDir::new().expect("a temporary folder");
     let file = path(folder.path(), "workload.jsonl");
-    let options =
-        ["--requests", "500", "--seed", "3", "--output-tokens", "9", "--max-tokens", "3000", "--max-token-id", "5000"];
+    let options = [
+        "--name",
+        "mine",
+        "--requests",
+        "500",
+        "--seed",
+        "3",
+        "--output-tokens",
+        "9",
+        "--max-tokens",
+        "3000",
+        "--max-token-id",
+        "5000",
+    ];
     let made = text(&workload(&[&["make", "conversation", "--output", &file], &options[..]].concat()));
-    assert!(made.contains("seed 3") && made.contains("requests: prompt and output above 3000 tokens"), "{made}");
+    assert!(made.contains("mine, seed 3") && made.contains("requests: prompt and output above 3000 tokens"), "{made}");
     let written = std::fs::read_to_string(&file).expect("written");
     assert!(written.contains("\"token_ids\":[1000,5000]"), "{}", &written[..200]);
     let mut requests = written.lines().skip(1);

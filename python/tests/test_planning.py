@@ -203,3 +203,16 @@ def test_padding_rows_give_zero_and_minus_infinity(planner):
     out, lse = pa.run(plan, q, k, v, return_lse=True)
     assert (out[1] == 0).all() and (lse[1] == float("-inf")).all()
     torch.testing.assert_close(out.double(), reference(batch, q, k, v)[0], atol=3e-3, rtol=0)
+
+
+def test_a_plan_explains_itself(planner):
+    batch = random_forest(5)
+    plan = planner.plan(batch.block_tables, batch.lengths, 16, batch.num_pages)
+    text = plan.explain()
+    assert "this plan" in text and "no sharing" in text and "Sharing" in text
+    picture = plan.svg()
+    assert picture.startswith("<svg") and picture.rstrip().endswith("</svg>") and picture == plan._repr_svg_()
+    assert f"{len(batch.lengths)} sequences" in picture
+    # It is the batch of the last step that is shown.
+    planner.advance(plan, [[0]], [3])
+    assert "1 sequences" in plan.svg() and plan.sequence_count == 1

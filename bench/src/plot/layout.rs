@@ -180,13 +180,13 @@ impl Scatter {
 }
 
 /// From somewhat below the least value to somewhat above the largest, of positive values.
-fn range(values: impl Iterator<Item = f64>) -> (f64, f64) {
+pub(super) fn range(values: impl Iterator<Item = f64>) -> (f64, f64) {
     let (least, most) = values.fold((f64::INFINITY, 0f64), |(least, most), value| (least.min(value), most.max(value)));
     (least / 1.25, most * 1.25)
 }
 
 /// Round numbers of a range, the closer the shorter it is.
-fn ticks(begin: f64, end: f64) -> Vec<f64> {
+pub(super) fn ticks(begin: f64, end: f64) -> Vec<f64> {
     let decades = (end / begin).log10();
     let steps: &[f64] = match decades {
         ..1.2 => &[1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0],

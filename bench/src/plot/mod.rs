@@ -5,6 +5,7 @@ mod ceiling;
 mod data;
 mod layout;
 mod planning;
+pub mod serve;
 mod sharing;
 mod theme;
 
@@ -13,6 +14,7 @@ use theme::MAX_SERIES;
 pub use theme::Theme;
 
 use crate::result::ResultError;
+use crate::serve::RecordError;
 use image::ImageEncoder;
 use plotters::coord::Shift;
 use plotters::prelude::*;
@@ -95,6 +97,9 @@ pub enum PlotError {
     /// A result file cannot be used.
     #[error(transparent)]
     Result(#[from] ResultError),
+    /// A file of records cannot be used.
+    #[error(transparent)]
+    Record(#[from] RecordError),
     /// Two files are of different devices.
     ///
     /// Fix: draw files of one device together.
@@ -153,11 +158,15 @@ pub fn draw(picture: Picture, figures: &Figures, options: &Options) -> Result<Ve
         Picture::Sharing => Scene::Scatter(sharing::scatter(figures)?),
         Picture::Planning => Scene::Scatter(planning::scatter(figures)?),
     };
-    match options.format {
+    encode(&scene, options.theme, options.format)
+}
+
+fn encode(scene: &Scene<'_>, theme: Theme, format: Format) -> Result<Vec<u8>, PlotError> {
+    match format {
         Format::Svg => {
             let mut text = String::new();
             let area = SVGBackend::with_string(&mut text, scene.size()).into_drawing_area();
-            scene.draw(&area, options.theme).map_err(|error| PlotError::Draw(error.to_string()))?;
+            scene.draw(&area, theme).map_err(|error| PlotError::Draw(error.to_string()))?;
             drop(area);
             Ok(text.into_bytes())
         }
@@ -165,7 +174,7 @@ pub fn draw(picture: Picture, figures: &Figures, options: &Options) -> Result<Ve
             let (width, height) = scene.size();
             let mut pixels = vec![0; 3 * width as usize * height as usize];
             let area = BitMapBackend::with_buffer(&mut pixels, (width, height)).into_drawing_area();
-            scene.draw(&area, options.theme).map_err(|error| PlotError::Draw(error.to_string()))?;
+            scene.draw(&area, theme).map_err(|error| PlotError::Draw(error.to_string()))?;
             drop(area);
             let mut file = Vec::new();
             let encoder = image::codecs::png::PngEncoder::new(&mut file);
@@ -180,6 +189,9 @@ pub fn draw(picture: Picture, figures: &Figures, options: &Options) -> Result<Ve
 enum Scene<'a> {
     Bars(bars::Bars<'a>),
     Scatter(layout::Scatter),
+    Latency(serve::latency::Latency<'a>),
+    Capacity(serve::capacity::Bars<'a>),
+    Steps(serve::steps::Steps<'a>),
 }
 
 type Drawn<DB> = Result<(), DrawingAreaErrorKind<<DB as DrawingBackend>::ErrorType>>;
@@ -190,6 +202,9 @@ impl Scene<'_> {
         match self {
             Self::Bars(bars) => bars.size(),
             Self::Scatter(scatter) => scatter.size(),
+            Self::Latency(latency) => latency.size(),
+            Self::Capacity(bars) => bars.size(),
+            Self::Steps(steps) => steps.size(),
         }
     }
 
@@ -198,6 +213,9 @@ impl Scene<'_> {
         match self {
             Self::Bars(bars) => bars.draw(area, theme)?,
             Self::Scatter(scatter) => scatter.draw(area, theme)?,
+            Self::Latency(latency) => latency.draw(area, theme)?,
+            Self::Capacity(bars) => bars.draw(area, theme)?,
+            Self::Steps(steps) => steps.draw(area, theme)?,
         }
         area.present()
     }
