@@ -219,7 +219,7 @@ mod tests {
             ("out_strides.head: got 4 elements", RunTensors { out: rows(256, 4), ..good() }),
             ("k_strides.page: got 549755813888 elements", RunTensors { k: pool(1 << 39, 128, 64), ..good() }),
             ("v_strides.token: got 1 elements", RunTensors { v: pool(2048, 1, 64), ..good() }),
-            ("lse_strides.head: got -1 elements", RunTensors { lse: Some(rows(4, -1)), ..good() }),
+            ("lse_strides.head: got -1 elements, expected 0 or more", RunTensors { lse: Some(rows(4, -1)), ..good() }),
             ("lse_strides.sequence: got 9223372036854775807", RunTensors { lse: Some(rows(i64::MAX, 1)), ..good() }),
             ("out_strides.sequence: got 0 elements, expected at least 64", RunTensors { out: rows(0, 64), ..good() }),
             ("out_strides.head: got 56 elements, expected at least 64", RunTensors { out: rows(256, 56), ..good() }),

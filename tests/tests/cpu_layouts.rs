@@ -2,8 +2,9 @@
 //! read or written.
 
 use half::f16;
-use pat_rs::RowStrides;
+use pat_abi::generator::Tensor;
 use pat_rs::plan::PlanMode;
+use pat_rs::{KvStrides, RowStrides};
 use pat_tests::{plan, random_case, run_tensors, softmax_scale};
 use pat_workloads::Tensors;
 use rand::seq::IndexedRandom;
@@ -73,6 +74,23 @@ fn strided_rows_give_the_same_bits_and_gaps_keep_theirs() {
             "{}",
             what()
         );
+        // With the values in a pool of another layout than the keys'.
+        let (pages, page_size, kv_heads) = (case.batch.num_pages, case.batch.page_size, case.shape.kv_heads());
+        let apart = KvStrides::hnd(page_size, kv_heads, case.shape.head_dim() + 8);
+        let mut values = vec![f16::NAN; pages as usize * apart.page as usize];
+        for (page, token, head) in
+            (0..pages).flat_map(|p| (0..page_size).flat_map(move |t| (0..kv_heads).map(move |h| (p, t, h))))
+        {
+            let begin = i64::from(page) * apart.page + i64::from(token) * apart.token + i64::from(head) * apart.head;
+            let row = tensors.row(Tensor::V, page, token, head);
+            values[begin as usize..][..row.len()].copy_from_slice(row);
+        }
+        let mut other = host.with_kv_strides(host.k_strides, apart);
+        other.v = &values;
+        let mut alone = vec![f16::from_f32(CANARY); out_len];
+        pat_rs::cpu::run(&plan, &other, &mut alone, None).expect("a run");
+        let outputs = places(out_strides, sequences, heads, head_dim).map(|place| alone[place]);
+        assert!(outputs.eq(expected.out.iter().copied()), "values apart, {}", what());
         // Without LSE, the same output.
         let mut alone = vec![f16::from_f32(CANARY); out_len];
         pat_rs::cpu::run(&plan, &host, &mut alone, None).expect("a run");

@@ -89,7 +89,9 @@ fn what_exceeds_the_capacity_is_refused() {
     }
     // A fixed chunk leaves no choice.
     let message = refusal(PlanMode::FixedChunk { tokens: 80 }, fits);
-    assert!(message.contains("max_items = 3") || message.contains("max_slots = 0"), "{message}");
+    assert!(message.contains("max_items = 3"), "{message}");
+    let message = refusal(PlanMode::FixedChunk { tokens: 80 }, PlanCapacity { max_items: 9, ..fits });
+    assert_eq!(message, "plan slots: got 4, expected at most capacity.max_slots = 0");
 
     // A step that no longer fits leaves the plan as it was, and the next one that fits is planned.
     let more = OwnedBatch {

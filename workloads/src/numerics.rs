@@ -185,6 +185,10 @@ mod tests {
         assert!(all(&oracle(0.0, 64), 1.0));
         // The plain one's relative L2 error is 2 / 8 units: 1.5 are allowed.
         assert!(all(&oracle(2.0, 64), 1.0) && !all(&oracle(2.0, 64), 2.0));
+        // 33 elements by two units and the others by one: 1.6.
+        let out: Vec<f16> = (0..64).map(|i| f16::from_f64(1.0 + if i < 33 { 2.0 } else { 1.0 } * ULP)).collect();
+        let report = check(&oracle(2.0, 64), 1, &out, None);
+        assert!(report.failed_rows == 0 && !report.passed, "{report:?}");
     }
 
     #[test]
