@@ -265,6 +265,21 @@ fn runs_and_graphs_move_to_other_threads(engine: &Engine) {
     });
 }
 
+fn a_bound_run_allocates_nothing(engine: &Engine) {
+    let steps = Steps::new(engine);
+    let stream = steps.device().new_stream().unwrap();
+    let (buffers, run) = steps.bound(&stream);
+    let uploaded = buffers.uploaded().unwrap();
+    let raw = stream.handle();
+    let counted = allocation_counter::measure(|| {
+        for _ in 0..10 {
+            run.run(uploaded, &raw_stream(steps.device(), raw)).unwrap();
+        }
+    });
+    assert_eq!(counted.count_total, 0, "{counted:?}");
+    steps.assert_output(0, "counted runs");
+}
+
 /// Allocations that take the place of what was freed, full of NaN.
 fn occupy(device: CudaDevice, like: &[u64]) -> Vec<DeviceBuffer> {
     let nan = |&bytes: &u64| DeviceBuffer::from_slice(&device, &vec![0xffu8; bytes as usize]).unwrap();
@@ -516,6 +531,7 @@ fn main() -> ExitCode {
         device_test!(an_upload_waits_for_runs_on_other_streams),
         device_test!(threads_with_engines_of_their_own_do_not_meet),
         device_test!(runs_and_graphs_move_to_other_threads),
+        device_test!(a_bound_run_allocates_nothing),
         device_test!(nothing_that_is_in_use_is_freed),
         device_test!(a_graph_owns_what_it_replays),
         device_test!(runs_take_the_plan_they_were_bound_to),
