@@ -9,8 +9,6 @@
 mod bench;
 mod calibrate;
 mod doctor;
-mod explain;
-mod forest_picture;
 mod options;
 mod output;
 mod plan;

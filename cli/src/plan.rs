@@ -1,9 +1,9 @@
 //! `pat plan`: the forest and the row tiles, for people, machines and pictures.
 
-use crate::explain::{Candidate, explain};
 use crate::options::{Loaded, ModelReport, Planning, Shape, Source};
-use crate::{forest_picture, output, render};
+use crate::output;
 use anyhow::{Context, Result};
+use pat_report::{Candidate, explain};
 use pat_rs::plan::{PlanSummary, SharedNodes};
 use pat_rs::{DeviceProfile, Engine};
 use pat_workloads::whole_file::{self, Staged};
@@ -71,7 +71,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     let chosen = Candidate::new(shape, &profile, options.clone(), &view)?;
     let Candidate { planner, plan, summary } = &chosen;
     let svg = args.svg.as_ref().map(|file| {
-        let svg = forest_picture::svg(planner.forest(), planner.tiles(), &view, &name);
+        let svg = pat_report::svg(planner.forest(), planner.tiles(), &view, &name);
         whole_file::stage(file, svg.as_bytes(), existing).context("--svg")
     });
     let saved = args.save_batch.as_ref().map(|file| {
@@ -88,7 +88,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         output::print(serde_json::to_string_pretty(&report)?)?;
     } else {
         output::print(format_args!("{name}, planned for {}", planner.profile().name))?;
-        let forest = render::forest(planner.forest(), planner.tiles(), &view);
+        let forest = pat_report::forest(planner.forest(), planner.tiles(), &view);
         output::print(format_args!("{forest}{:<17}{}\n{:<17}{}", "model", model.model(), "pool", model.pool()))?;
         output::print(summary)?;
         if args.explain {

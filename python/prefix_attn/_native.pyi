@@ -42,7 +42,7 @@ class AttentionShape:
     @property
     def kv_heads(self, /) -> int:
         """
-        KV heads.
+        KV heads, each for ``q_heads / kv_heads`` query heads.
         """
     @property
     def q_heads(self, /) -> int:
@@ -184,6 +184,12 @@ class Plan:
     Who is served together in one decode step, for all layers. Made by :meth:`Planner.plan`.
     """
     def __repr__(self, /) -> str: ...
+    def _repr_svg_(self, /) -> str: ...
+    def explain(self, /) -> str:
+        """
+        Why the batch is planned so: this plan beside no sharing and beside the widest tiles, in predicted us, what bounds it,
+        and how often the largest shared runs are read. As text; plans the batch again.
+        """
     @property
     def generation(self, /) -> int:
         """
@@ -209,6 +215,11 @@ class Plan:
         """
         The plan in numbers: sequences, sharing factor, KV bytes read with sharing and without, work items by tile variant,
         predicted time in us.
+        """
+    def svg(self, /) -> str:
+        """
+        A picture of the batch, as SVG: every shared run a bar, as long as its tokens and as high as its sequences; lines between
+        the sequences that are served together. Notebooks show it for a plan that ends a cell. Plans the batch again.
         """
 
 @final

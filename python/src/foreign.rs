@@ -17,9 +17,11 @@ use pat_rs::cuda::{AppendArgs, BoundRun, CudaDevice, DeviceSpan, Stream, Uploade
 use pat_rs::{Element as HostElement, HostTensors, Plan};
 use pyo3::intern;
 use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyCapsule, PyDict};
 use std::cell::Cell;
 use std::ffi::{CStr, c_void};
+use std::mem::MaybeUninit;
 use std::slice;
 
 /// The elements of a CPU tensor, from the first to the last one that its strides reach.
@@ -176,6 +178,7 @@ struct DlVersioned {
     tensor: DlTensor,
 }
 
+const DL_CUDA: i32 = 2;
 const READ_ONLY: u64 = 1;
 const IS_COPIED: u64 = 2;
 const CAPSULE: &CStr = c"dltensor";
@@ -194,7 +197,7 @@ pub(crate) fn read_dlpack<'py>(
     }
     let options = PyDict::new(py);
     let (kind, _): (i32, i32) = object.call_method0(intern!(py, "__dlpack_device__"))?.extract()?;
-    if kind == 2 {
+    if kind == DL_CUDA {
         // The protocol's name of the legacy default stream is 1.
         options.set_item("stream", stream.filter(|handle| *handle > 0).unwrap_or(1))?;
     }
@@ -228,37 +231,49 @@ pub(crate) fn read_dlpack<'py>(
         // SAFETY: a capsule of this name holds a `DLManagedTensor`, whose first member is the tensor; lifetime as above.
         unsafe { pointer.as_ref() }
     };
-    let rank = usize::try_from(tensor.ndim).unwrap_or(usize::MAX);
-    check_rank(name, rank)?;
-    let device = match tensor.device.kind {
-        // 1 is the CPU, 3 pinned host memory, 2 CUDA.
-        1 | 3 => Device::Cpu,
-        2 => Device::Cuda(usize::try_from(tensor.device.id).unwrap_or(0)),
-        other => return Err(invalid(name, format!("memory of DLPack device {other}"), "one on cpu or cuda")),
-    };
-    let element = match (tensor.dtype.code, tensor.dtype.bits, tensor.dtype.lanes) {
-        (2, 16, 1) => Element::F16,
-        (4, 16, 1) => Element::Bf16,
-        (2, 32, 1) => Element::F32,
-        (0, 32, 1) => Element::I32,
-        (0, 64, 1) => Element::I64,
-        (code, bits, lanes) => Element::Other(format!("DLPack type {code} of {bits} bits in {lanes} lanes")),
-    };
-    let mut read = Tensor {
-        name,
-        address: tensor.data as u64 + tensor.byte_offset,
-        element,
-        device,
-        is_writable,
-        rank,
-        sizes: [0; MAX_RANK],
-        strides: [0; MAX_RANK],
-        _owner: capsule.clone().into_any(),
-    };
-    if rank > 0 {
-        // SAFETY: `shape` has `ndim` entries (the protocol); the capsule is held.
-        read.sizes[..rank].copy_from_slice(unsafe { slice::from_raw_parts(tensor.shape, rank) });
-        if tensor.strides.is_null() {
+    tensor.read(name, is_writable, capsule.as_any())
+}
+
+impl DlTensor {
+    /// What it says; `owner` keeps the memory.
+    fn read<'py>(&self, name: &'static str, is_writable: bool, owner: &Bound<'py, PyAny>) -> Result<Tensor<'py>> {
+        let rank = usize::try_from(self.ndim).unwrap_or(usize::MAX);
+        check_rank(name, rank)?;
+        let device = match self.device.kind {
+            // 1 is the CPU, 3 pinned host memory.
+            1 | 3 => Device::Cpu,
+            DL_CUDA => Device::Cuda(usize::try_from(self.device.id).unwrap_or(0)),
+            other => return Err(invalid(name, format!("memory of DLPack device {other}"), "one on cpu or cuda")),
+        };
+        let element = match (self.dtype.code, self.dtype.bits, self.dtype.lanes) {
+            (2, 16, 1) => Element::F16,
+            (4, 16, 1) => Element::Bf16,
+            (2, 32, 1) => Element::F32,
+            (0, 32, 1) => Element::I32,
+            (0, 64, 1) => Element::I64,
+            (0, bits, 1) => Element::Other(format!("int{bits}")),
+            (1, bits, 1) => Element::Other(format!("uint{bits}")),
+            (2, bits, 1) => Element::Other(format!("float{bits}")),
+            (6, 8, 1) => Element::Other("bool".into()),
+            (code, bits, lanes) => Element::Other(format!("DLPack type {code} of {bits} bits in {lanes} lanes")),
+        };
+        let mut read = Tensor {
+            name,
+            address: self.data as u64 + self.byte_offset,
+            element,
+            device,
+            is_writable,
+            rank,
+            sizes: [0; MAX_RANK],
+            strides: [0; MAX_RANK],
+            _owner: owner.clone(),
+        };
+        if rank == 0 {
+            return Ok(read);
+        }
+        // SAFETY: `shape` has `ndim` entries (the protocol), which the owner keeps.
+        read.sizes[..rank].copy_from_slice(unsafe { slice::from_raw_parts(self.shape, rank) });
+        if self.strides.is_null() {
             // Compact and row-major.
             let mut stride = 1;
             for dim in (0..rank).rev() {
@@ -267,10 +282,77 @@ pub(crate) fn read_dlpack<'py>(
             }
         } else {
             // SAFETY: so has `strides` where it is there.
-            read.strides[..rank].copy_from_slice(unsafe { slice::from_raw_parts(tensor.strides, rank) });
+            read.strides[..rank].copy_from_slice(unsafe { slice::from_raw_parts(self.strides, rank) });
+        }
+        Ok(read)
+    }
+}
+
+/// The head of `DLPackExchangeAPI`: what a library lets others call without Python in between. torch has it from 2.10 on.
+#[repr(C)]
+struct DlExchange {
+    major: u32,
+    minor: u32,
+    previous: *mut c_void,
+    allocate: *mut c_void,
+    managed_from_object: *mut c_void,
+    object_from_managed: *mut c_void,
+    tensor_from_object: Option<unsafe extern "C" fn(*mut c_void, *mut DlTensor) -> i32>,
+    current_stream: Option<unsafe extern "C" fn(i32, i32, *mut *mut c_void) -> i32>,
+}
+
+/// torch's, whose functions live as long as the process.
+#[derive(Clone, Copy)]
+pub(crate) struct TorchExchange {
+    tensor_from_object: unsafe extern "C" fn(*mut c_void, *mut DlTensor) -> i32,
+    current_stream: unsafe extern "C" fn(i32, i32, *mut *mut c_void) -> i32,
+}
+
+impl TorchExchange {
+    /// Where torch is in use and has it.
+    pub(crate) fn get(py: Python<'_>) -> Result<Option<Self>> {
+        static EXCHANGE: PyOnceLock<Option<TorchExchange>> = PyOnceLock::new();
+        let find = || -> PyResult<Option<Self>> {
+            let class = py.import("torch")?.getattr("Tensor")?;
+            let Some(capsule) = class.getattr_opt("__dlpack_c_exchange_api__")? else { return Ok(None) };
+            let table =
+                capsule.cast::<PyCapsule>()?.pointer_checked(Some(c"dlpack_exchange_api"))?.cast::<DlExchange>();
+            // SAFETY: a capsule of this name holds such a table, whose head is the same in every version (the protocol).
+            let table = unsafe { table.as_ref() };
+            Ok(match (table.major, table.tensor_from_object, table.current_stream) {
+                (1, Some(tensor_from_object), Some(current_stream)) => {
+                    Some(Self { tensor_from_object, current_stream })
+                }
+                _ => None,
+            })
+        };
+        Ok(*EXCHANGE.get_or_try_init(py, find)?)
+    }
+
+    /// Reads a `torch.Tensor`; None where torch cannot say it in DLPack's terms.
+    pub(crate) fn read<'py>(self, name: &'static str, tensor: &Bound<'py, PyAny>) -> Result<Option<Tensor<'py>>> {
+        let mut read = MaybeUninit::<DlTensor>::uninit();
+        // SAFETY: `tensor` is a live `torch.Tensor` (the caller has asked), the thread is attached, and the function writes the
+        // whole struct where it returns 0.
+        let status = unsafe { (self.tensor_from_object)(tensor.as_ptr().cast(), read.as_mut_ptr()) };
+        if status != 0 {
+            drop(PyErr::take(tensor.py()));
+            return Ok(None);
+        }
+        // SAFETY: written, as the status says. Its pointers are the tensor's own, which is held while they are read.
+        unsafe { read.assume_init() }.read(name, true, tensor).map(Some)
+    }
+
+    /// The handle of torch's current stream.
+    pub(crate) fn current_stream(self, py: Python<'_>, ordinal: usize) -> Result<u64> {
+        let mut stream = std::ptr::null_mut();
+        let device = i32::try_from(ordinal).unwrap_or(i32::MAX);
+        // SAFETY: the thread is attached, and the function writes one pointer.
+        match unsafe { (self.current_stream)(DL_CUDA, device, &mut stream) } {
+            0 => Ok(stream.expose_provenance() as u64),
+            _ => Err(PyErr::fetch(py).into()),
         }
     }
-    Ok(read)
 }
 
 impl Span {

@@ -4,8 +4,9 @@ use crate::device::Device;
 use crate::errors::{Result, invalid};
 use crate::resident::{Pool, Resident};
 use crate::tables::Tables;
+use pat_report::Candidate;
 use pat_rs::plan::PlanCapacity;
-use pat_rs::{AttentionShape, DeviceProfile, Plan, PlanOptions, Planner, Problem};
+use pat_rs::{AttentionShape, DecodeBatch, DeviceProfile, Plan, PlanOptions, Planner, Problem};
 use pyo3::prelude::*;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -69,6 +70,22 @@ impl PyPlan {
         (state.plan.page_size(), state.plan.num_pages())
     }
 
+    /// What a planner like the plan's makes of the batch, for what the plan itself does not keep: forest and tiles.
+    fn planned_again<R: Send>(
+        &self,
+        py: Python<'_>,
+        use_it: impl FnOnce(&Origin, &Candidate, &DecodeBatch<'_>) -> pat_rs::Result<R> + Send,
+    ) -> Result<R> {
+        let (origin, tables) = (&*self.origin, self.lock().tables.clone());
+        Ok(py.detach(|| {
+            tables.with_batch(|batch| {
+                let mut planner = origin.planner(batch.page_size())?;
+                let plan = planner.plan(batch)?;
+                use_it(origin, &Candidate { summary: plan.summary(), planner, plan }, batch)
+            })
+        })?)
+    }
+
     pub(crate) fn pool(&self) -> &Arc<Pool> {
         &self.pool
     }
@@ -91,6 +108,25 @@ impl PyPlan {
         let text = serde_json::to_string(&self.lock().plan.summary())
             .map_err(|error| invalid("plan", error, "finite numbers"))?;
         Ok(py.import("json")?.call_method1("loads", (text,))?)
+    }
+
+    /// Why the batch is planned so: this plan beside no sharing and beside the widest tiles, in predicted us, what bounds it,
+    /// and how often the largest shared runs are read. As text; plans the batch again.
+    fn explain(&self, py: Python<'_>) -> Result<String> {
+        self.planned_again(py, |origin, chosen, batch| pat_report::explain(chosen, &origin.options, batch))
+    }
+
+    /// A picture of the batch, as SVG: every shared run a bar, as long as its tokens and as high as its sequences; lines between
+    /// the sequences that are served together. Notebooks show it for a plan that ends a cell. Plans the batch again.
+    fn svg(&self, py: Python<'_>) -> Result<String> {
+        self.planned_again(py, |origin, chosen, batch| {
+            let title = format!("{} sequences, planned for {}", batch.sequence_count(), origin.profile.name);
+            Ok(pat_report::svg(chosen.planner.forest(), chosen.planner.tiles(), batch, &title))
+        })
+    }
+
+    fn _repr_svg_(&self, py: Python<'_>) -> Result<String> {
+        self.svg(py)
     }
 
     /// Rows of the batch, empty ones included.

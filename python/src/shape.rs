@@ -34,7 +34,7 @@ impl PyShape {
         self.inner.q_heads()
     }
 
-    /// KV heads.
+    /// KV heads, each for ``q_heads / kv_heads`` query heads.
     #[getter]
     fn kv_heads(&self) -> u32 {
         self.inner.kv_heads()

@@ -88,6 +88,21 @@ impl<'py> Tensor<'py> {
             let expected = "a tensor without gradient (tensor.detach()): there is no backward pass";
             return Err(invalid(name, "a tensor with requires_grad=True", expected));
         }
+        let read = match foreign::TorchExchange::get(py)? {
+            Some(exchange) => exchange.read(name, tensor)?,
+            None => None,
+        };
+        let read = match read {
+            Some(read) => read,
+            None => Self::read_attributes(name, tensor)?,
+        };
+        read.check_storage(tensor)?;
+        Ok(read)
+    }
+
+    /// Before torch 2.10, and for the error message where the tensor is none that is taken.
+    fn read_attributes(name: &'static str, tensor: &Bound<'py, PyAny>) -> Result<Self> {
+        let py = tensor.py();
         let device = if tensor.getattr(intern!(py, "is_cuda"))?.is_truthy()? {
             Device::Cuda(tensor.call_method0(intern!(py, "get_device"))?.extract()?)
         } else if tensor.getattr(intern!(py, "is_cpu"))?.is_truthy()? {
@@ -117,6 +132,24 @@ impl<'py> Tensor<'py> {
             read.strides[dim] = strides.get_item(dim)?.extract()?;
         }
         Ok(read)
+    }
+
+    /// Refuses a CPU tensor whose storage has been made smaller than its sizes, which torch allows: reading it would end the
+    /// process. (On a device torch itself does not look, and a storage without memory has address 0.)
+    fn check_storage(&self, tensor: &Bound<'py, PyAny>) -> Result<()> {
+        if self.device != Device::Cpu {
+            return Ok(());
+        }
+        let py = tensor.py();
+        let storage = tensor.call_method0(intern!(py, "untyped_storage"))?;
+        let bytes: u64 = storage.call_method0(intern!(py, "nbytes"))?.extract()?;
+        let offset: u64 = tensor.call_method0(intern!(py, "storage_offset"))?.extract()?;
+        let needed = (offset + self.span_elements()?) * self.element.bytes();
+        if needed <= bytes {
+            return Ok(());
+        }
+        let got = format!("a tensor of {needed} bytes whose storage was resized to {bytes}");
+        Err(invalid(self.name, got, "a tensor that lies in its storage"))
     }
 
     /// The sizes, as Python shows them.

@@ -2,6 +2,7 @@
 
 use crate::device::Device;
 use crate::errors::{Result, invalid};
+use crate::foreign::TorchExchange;
 use crate::tensor::{Tensor, is_torch, torch_is_imported};
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -10,19 +11,18 @@ use pyo3::types::PyDict;
 
 /// The handle of the stream that torch's operations on a device go to now; the legacy default stream without torch.
 pub(crate) fn current_stream(py: Python<'_>, ordinal: usize) -> Result<u64> {
-    static RAW: PyOnceLock<Option<Py<PyAny>>> = PyOnceLock::new();
-    if RAW.get(py).is_none() && !torch_is_imported(py)? {
-        return Ok(0);
+    static IN_USE: PyOnceLock<()> = PyOnceLock::new();
+    if IN_USE.get(py).is_none() {
+        if !torch_is_imported(py)? {
+            return Ok(0);
+        }
+        let _ = IN_USE.set(py, ());
     }
-    // The call of torch's own compiled code: it makes no stream object. Not part of torch's documented interface.
-    let raw = RAW.get_or_try_init(py, || -> PyResult<_> {
-        let bindings = py.import("torch")?.getattr("_C")?;
-        Ok(bindings.getattr_opt("_cuda_getCurrentRawStream")?.map(Bound::unbind))
-    })?;
-    if let Some(raw) = raw {
-        return Ok(raw.bind(py).call1((ordinal,))?.extract()?);
+    if let Some(exchange) = TorchExchange::get(py)? {
+        return exchange.current_stream(py, ordinal);
     }
-    let stream = py.import("torch")?.getattr("cuda")?.call_method1("current_stream", (ordinal,))?;
+    let stream =
+        py.import(intern!(py, "torch"))?.getattr(intern!(py, "cuda"))?.call_method1("current_stream", (ordinal,))?;
     Ok(stream.getattr("cuda_stream")?.extract()?)
 }
 

@@ -90,6 +90,23 @@ def test_an_unaligned_tensor_is_refused(planner):
         call(planner, q=q)
 
 
+@pytest.mark.parametrize("name", ["q", "k_cache", "v_cache", "out", "lse"])
+@pytest.mark.parametrize("bytes_left", [0, 2, 50])
+def test_a_tensor_beyond_its_storage_is_refused(planner, name, bytes_left):
+    """torch lets a storage become smaller than the tensors in it."""
+    with pytest.raises(ValueError, match=f"^{name}: got"):
+        pa.run(**shrunk(planner, name, bytes_left))
+
+
+def shrunk(planner, name, bytes_left):
+    plan = planner.plan(BATCH.block_tables, BATCH.lengths, 16, BATCH.num_pages)
+    k, v = caches(BATCH)
+    arguments = dict(q=queries(ROWS), k_cache=k, v_cache=v, out=torch.zeros(ROWS, 8, 64, dtype=torch.float16))
+    arguments |= dict(lse=torch.zeros(ROWS, 8))
+    arguments[name].untyped_storage().resize_(bytes_left)
+    return dict(plan=plan, **arguments)
+
+
 def test_a_cuda_plan_refuses_cpu_tensors_and_the_reverse():
     shape = pa.AttentionShape(**SHAPE, dtype=torch.float16)
     with pytest.raises((pa.CudaUnavailable, ValueError)):
@@ -116,7 +133,7 @@ PLANS = [
     ("block_tables[0][0]", ValueError, "-1", dict(block_tables=torch.tensor([[-1, 1], [1, 2]], dtype=T32))),
     ("block_tables[0][0]", TypeError, "float", dict(block_tables=[[0.5, 1], [1, 2]])),
     ("block_tables", TypeError, "int64", dict(block_tables=torch.tensor([[0, 1], [1, 2]]))),
-    ("block_tables", TypeError, "8 bits", dict(block_tables=numpy.zeros((2, 2), numpy.uint8))),
+    ("block_tables", TypeError, "uint8", dict(block_tables=numpy.zeros((2, 2), numpy.uint8))),
     ("block_tables", ValueError, "shape [4]", dict(block_tables=torch.zeros(4, dtype=T32))),
     ("block_tables", TypeError, "dict", dict(block_tables={})),
     ("block_tables", TypeError, "tuple of 3", dict(block_tables=([0], [1], [2]))),

@@ -244,3 +244,16 @@ def test_a_step_with_query_tokens_advances(planner):
             planner.plan(batch.block_tables, batch.lengths, 16, batch.num_pages, query_tokens=bad)
     with pytest.raises(TypeError, match="query_tokens"):
         planner.plan(batch.block_tables, batch.lengths, 16, batch.num_pages, query_tokens=["two"])
+
+
+def test_a_plan_explains_itself(planner):
+    batch = random_forest(5)
+    plan = planner.plan(batch.block_tables, batch.lengths, 16, batch.num_pages)
+    text = plan.explain()
+    assert "this plan" in text and "no sharing" in text and "Sharing" in text
+    picture = plan.svg()
+    assert picture.startswith("<svg") and picture.rstrip().endswith("</svg>") and picture == plan._repr_svg_()
+    assert f"{len(batch.lengths)} sequences" in picture
+    # It is the batch of the last step that is shown.
+    planner.advance(plan, [[0]], [3])
+    assert "1 sequences" in plan.svg() and plan.sequence_count == 1

@@ -30,7 +30,16 @@ const SECTIONS: [(&str, &[&str]); 4] = [
             "bench/src/result.rs",
         ],
     ),
-    ("Measuring and drawing", &["bench/src/memory.rs", "bench/src/plot/mod.rs"]),
+    (
+        "Measuring and drawing",
+        &[
+            "bench/src/memory.rs",
+            "bench/src/plot/mod.rs",
+            "bench/src/serve/client.rs",
+            "bench/src/serve/server.rs",
+            "bench/src/serve/record.rs",
+        ],
+    ),
     (
         "Files and texts that the tool writes",
         &["workloads/src/whole_file.rs", "bench/src/exchange.rs", "cli/src/output.rs"],

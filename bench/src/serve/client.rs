@@ -38,9 +38,13 @@ impl Default for Patience {
 #[non_exhaustive]
 pub enum EndpointError {
     /// The address is none that this client can speak to.
+    ///
+    /// Fix: give an address without TLS and without a path in `--url`.
     #[error("got {0:?}, expected http://HOST:PORT")]
     Address(String),
     /// It does not answer, or not as such a server does.
+    ///
+    /// Fix: start the server, and look whether `/v1/models` answers at this address.
     #[error("{url}: {problem}")]
     Unusable {
         /// What was asked.
@@ -49,6 +53,8 @@ pub enum EndpointError {
         problem: String,
     },
     /// It serves other models.
+    ///
+    /// Fix: name one of these in `--model`, or leave the option out.
     #[error("got {name:?}, expected a model that the server has: {known}")]
     Model {
         /// What was asked for.

@@ -212,6 +212,8 @@ pub fn key(config: &Config) -> Vec<String> {
 #[non_exhaustive]
 pub enum RecordError {
     /// The system refused.
+    ///
+    /// Fix: look at the folder, its permissions and the free space.
     #[error("{}: {source}", file.display())]
     Io {
         /// The file.
@@ -220,6 +222,8 @@ pub enum RecordError {
         source: std::io::Error,
     },
     /// A line is no record. One that was cut off is passed over.
+    ///
+    /// Fix: give a file of `pat bench serve`, of `bench/serve` or PAT's `e2e_perf.jsonl`; remove the line.
     #[error("{} line {line}: {source}; expected a record of `pat bench serve` (docs/serving.md) or of PAT", file.display())]
     Line {
         /// The file.

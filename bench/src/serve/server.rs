@@ -24,7 +24,9 @@ pub struct ServerCommand {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ServerError {
-    /// The shell, the log or the client cannot be had.
+    /// The shell, the log or the client cannot be used.
+    ///
+    /// Fix: give a `--server-log` in a folder that exists and can be written to.
     #[error("{what}: {source}")]
     Io {
         /// What was tried.
@@ -33,7 +35,9 @@ pub enum ServerError {
         source: std::io::Error,
     },
     /// Its process ended.
-    #[error("the server ended with {status} before it was ready; the end of {}:\n{tail}", log.display())]
+    ///
+    /// Fix: run the command of `--server-cmd` by hand; its log says why it ended.
+    #[error("the server ended with {status} before it was ready; {} ends with: {tail}", log.display())]
     Ended {
         /// Its exit status.
         status: String,
@@ -43,7 +47,9 @@ pub enum ServerError {
         tail: String,
     },
     /// It was not ready in time.
-    #[error("{url} did not answer with 200 within {} s; the end of {}:\n{tail}", limit.as_secs(), log.display())]
+    ///
+    /// Fix: raise `--server-limit`, or name what answers in `--health-path`; is `{port}` in the command?
+    #[error("{url} did not answer with 200 within {} s; {} ends with: {tail}", limit.as_secs(), log.display())]
     NotReady {
         /// What was asked.
         url: String,
@@ -55,6 +61,8 @@ pub enum ServerError {
         tail: String,
     },
     /// GPUs cannot be listed.
+    ///
+    /// Fix: give the numbers of the GPUs in `--gpus`.
     #[error("nvidia-smi: {0}; --gpus takes a list of numbers too")]
     Gpus(String),
 }
@@ -137,12 +145,12 @@ impl Drop for ServerProcess {
     }
 }
 
-/// The last lines of a log.
+/// The last lines of a log, on one line.
 fn tail(log: &Path) -> String {
-    const LINES: usize = 15;
+    const LINES: usize = 8;
     let text = std::fs::read(log).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default();
     let lines: Vec<&str> = text.lines().collect();
-    lines[lines.len().saturating_sub(LINES)..].join("\n")
+    lines[lines.len().saturating_sub(LINES)..].join(" / ")
 }
 
 /// The GPUs of this machine, by the numbers that CUDA_VISIBLE_DEVICES takes.

@@ -1,11 +1,9 @@
-//! `pat plan --explain`: why a batch is planned as it is.
+//! Why a batch is planned as it is.
 
-use anyhow::Result;
 use comfy_table::{CellAlignment, Table, presets};
 use pat_rs::plan::cost::Prediction;
 use pat_rs::plan::{PlanMode, PlanSummary, ReadReason, SharedNodes};
-use pat_rs::{AttentionShape, DecodeBatch, DeviceProfile, Plan, PlanOptions, Planner, Problem};
-use std::fmt::Write;
+use pat_rs::{AttentionShape, DecodeBatch, DeviceProfile, Plan, PlanOptions, Planner, Problem, Result};
 
 /// Kinds of nodes that get a line: those that save most.
 const LINES: usize = 5;
@@ -14,14 +12,22 @@ const LINES: usize = 5;
 const BOUND: f64 = 1.15;
 
 /// A plan of the batch and how it is cut.
-pub(crate) struct Candidate {
-    pub(crate) planner: Planner,
-    pub(crate) plan: Plan,
-    pub(crate) summary: PlanSummary,
+#[derive(Debug)]
+pub struct Candidate {
+    /// It made the plan, and no other since.
+    pub planner: Planner,
+    /// The plan.
+    pub plan: Plan,
+    /// The plan in numbers.
+    pub summary: PlanSummary,
 }
 
 impl Candidate {
-    pub(crate) fn new(
+    /// Plans the batch.
+    ///
+    /// # Errors
+    /// Those of planning.
+    pub fn new(
         shape: AttentionShape,
         profile: &DeviceProfile,
         options: PlanOptions,
@@ -40,7 +46,10 @@ impl Candidate {
 
 /// `chosen`, the plan that `options` give, beside the two ends of what the planner chooses from: no sharing, and tiles as
 /// wide as they can be.
-pub(crate) fn explain(chosen: &Candidate, options: &PlanOptions, batch: &DecodeBatch<'_>) -> Result<String> {
+///
+/// # Errors
+/// Those of planning with the options in the modes of the two ends.
+pub fn explain(chosen: &Candidate, options: &PlanOptions, batch: &DecodeBatch<'_>) -> Result<String> {
     let shape = chosen.plan.shape();
     let candidate = |mode| Candidate::new(shape, chosen.planner.profile(), options.clone().with_mode(mode), batch);
     let (flat, packed) = (candidate(PlanMode::Flat)?, candidate(PlanMode::Packed)?);
@@ -81,18 +90,14 @@ pub(crate) fn explain(chosen: &Candidate, options: &PlanOptions, batch: &DecodeB
     }
     let mut text = format!("{table}\n{}\n", bound(chosen.summary.prediction));
     let (own_us, flat_us) = (chosen.summary.predicted_us, flat.summary.predicted_us);
-    if own_us < flat_us {
-        let saved = flat_us - own_us;
-        writeln!(text, "Sharing saves {saved:.1} of {flat_us:.1} us.")?;
+    text += &if own_us < flat_us {
+        format!("Sharing saves {:.1} of {flat_us:.1} us.\n", flat_us - own_us)
     } else if packed.summary.predicted_us < own_us {
-        writeln!(
-            text,
-            "Sharing would save {:.1} of {own_us:.1} us (--mode auto).",
-            own_us - packed.summary.predicted_us
-        )?;
+        let saved = own_us - packed.summary.predicted_us;
+        format!("Sharing would save {saved:.1} of {own_us:.1} us (--mode auto).\n")
     } else {
-        writeln!(text, "Sharing is not predicted to save time.")?;
-    }
+        "Sharing is not predicted to save time.\n".into()
+    };
     text.push_str(&nodes(chosen)?);
     Ok(text)
 }
@@ -113,29 +118,28 @@ fn nodes(chosen: &Candidate) -> Result<String> {
     let mut text = String::new();
     for node in chosen.planner.shared_nodes(&chosen.plan, LINES)? {
         let SharedNodes { nodes, sequences, tokens, reads, fewest_reads, saved_kv_bytes, reason } = node;
-        if nodes > 1 {
-            write!(text, "{nodes} x ")?;
-        }
-        write!(text, "[{tokens} tokens x {sequences} sequences] ")?;
-        match reason {
-            ReadReason::OneTile => write!(text, "read once")?,
-            ReadReason::TileRows => write!(text, "read {reads} times; in the widest tiles no fewer")?,
-            ReadReason::NarrowTiles => write!(
-                text,
-                "read {reads} times, in narrower tiles that make more CTAs; in the widest {fewest_reads} times"
-            )?,
-            ReadReason::LongPrivateRuns => write!(
-                text,
+        let kind = if nodes > 1 { format!("{nodes} x ") } else { String::new() };
+        let how_often = match reason {
+            ReadReason::OneTile => "read once".to_owned(),
+            ReadReason::TileRows => format!("read {reads} times; in the widest tiles no fewer"),
+            ReadReason::NarrowTiles => {
+                format!("read {reads} times, in narrower tiles that make more CTAs; in the widest {fewest_reads} times")
+            }
+            ReadReason::LongPrivateRuns => format!(
                 "read {reads} times: tiles end where a sequence would add more than it shares; in the widest \
                  {fewest_reads} times"
-            )?,
-            ReadReason::SharingCosts | ReadReason::Mode => write!(
-                text,
-                "read {reads} times, by each for itself{}; in the widest tiles {fewest_reads} times",
-                if reason == ReadReason::Mode { ", as the mode asks" } else { ": sharing is predicted to be slower" }
-            )?,
-        }
-        writeln!(text, "; saves {:.1} MiB", (u64::from(nodes) * saved_kv_bytes) as f64 / f64::from(1 << 20))?;
+            ),
+            ReadReason::SharingCosts | ReadReason::Mode => {
+                let why = if reason == ReadReason::Mode {
+                    ", as the mode asks"
+                } else {
+                    ": sharing is predicted to be slower"
+                };
+                format!("read {reads} times, by each for itself{why}; in the widest tiles {fewest_reads} times")
+            }
+        };
+        let saved_mib = (u64::from(nodes) * saved_kv_bytes) as f64 / f64::from(1 << 20);
+        text += &format!("{kind}[{tokens} tokens x {sequences} sequences] {how_often}; saves {saved_mib:.1} MiB\n");
     }
     Ok(text)
 }

@@ -1,6 +1,6 @@
 //! The forest of a batch as an SVG picture, for light and for dark pages.
 
-use crate::render::private_run;
+use crate::forest_text::private_run;
 use pat_rs::DecodeBatch;
 use pat_rs::plan::forest::Forest;
 use pat_rs::plan::tiling::RowTile;
@@ -31,7 +31,7 @@ const STYLE: &str = "<style>\
 
 /// Every shared run is a bar, as long as its tokens and as high as its sequences; what each sequence has for itself lies
 /// behind it. Lines separate the sequences that one CTA serves together: within them a run is read once.
-pub(crate) fn svg(forest: &Forest, tiles: &[RowTile], batch: &DecodeBatch<'_>, title: &str) -> String {
+pub fn svg(forest: &Forest, tiles: &[RowTile], batch: &DecodeBatch<'_>, title: &str) -> String {
     let sequences = forest.order().len();
     let tokens = forest.order().iter().map(|&sequence| batch.length(sequence as usize)).max().unwrap_or(0).max(1);
     let mut picture = Picture {

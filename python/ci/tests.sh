@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# engine-tests.sh [FOLDER]: the adapters' tests with the engines, without a GPU, in two environments that are made in FOLDER
-# where they are missing (about 3 GB from PyPI): "engines" has torch 2.14, vLLM 0.33, SGLang 0.5.23 and transformers 5.19,
-# "transformers" has transformers 5.24 on the same torch. Needs Rust and Python 3.11 or later.
+# tests.sh WHEEL [FOLDER]: the tests of the Python package and of its adapters with the engines, without a GPU, in two
+# environments that are made in FOLDER where they are missing (about 3 GB from PyPI): "engines" has torch 2.14, vLLM 0.33, SGLang
+# 0.5.23 and transformers 5.19, "transformers" has transformers 5.24 on the same torch. Needs Python 3.11 or later.
 set -euo pipefail
+wheel=$(realpath "$1")
+folder=$(realpath -m "${2:-target/ci-python}")
 cd "$(dirname "$0")/.."
-folder=$(realpath -m "${1:-../target/ci-engines}")
 mkdir -p "$folder"
 
 packages_of() { # name
@@ -27,17 +28,15 @@ environment() { # name, packages of another environment or nothing, requirement 
 environment engines "" ci/requirements-vllm.txt ci/requirements-sglang.txt
 environment transformers "$(packages_of engines)" ci/requirements-transformers.txt
 
-wheels=$(mktemp -d)
-trap 'rm -rf "$wheels"' EXIT
-"$folder/engines/bin/maturin" build --quiet --locked --profile dev --out "$wheels"
 for name in engines transformers; do
-    "$folder/$name/bin/python" -m pip install --quiet --no-deps --force-reinstall "$wheels"/prefix_attn-*.whl
+    "$folder/$name/bin/python" -m pip install --quiet --no-deps --force-reinstall "$wheel"
 done
 
 # Small matrices: threads cost more than they bring.
 export OMP_NUM_THREADS=1
-# By folder and in a process each: what was not collected has not passed, and engines patch what they share.
-for tests in with_vllm with_sglang with_transformers; do
-    "$folder/engines/bin/pytest" -p no:cacheprovider tests/$tests
+"$folder/engines/bin/pytest" -p no:cacheprovider
+# By name and in a process each: what was not collected has not passed, and engines patch what they share.
+for engine in vllm sglang transformers; do
+    "$folder/engines/bin/pytest" -p no:cacheprovider tests/with_$engine
 done
 "$folder/transformers/bin/python" -P -m pytest -p no:cacheprovider tests/with_transformers
