@@ -92,6 +92,11 @@ impl<'a> DecodeBatch<'a> {
         Self { tables: Tables::Rows(tables), lengths, page_size, num_pages }.validated()
     }
 
+    /// Rows of a batch that has been checked.
+    pub(crate) fn of_rows(tables: &'a [&'a [u32]], lengths: &'a [u32], page_size: u32, num_pages: u32) -> Self {
+        Self { tables: Tables::Rows(tables), lengths: Lengths::Tokens(Integers::of(lengths)), page_size, num_pages }
+    }
+
     /// A row-major padded matrix, `[rows, row_stride]`, as engines keep it (vLLM, transformers), padded with
     /// anything. `rows` is `lengths.len()`.
     ///

@@ -59,7 +59,7 @@ pub enum Part {
     Sinks,
     /// The factor of the scores.
     Scale,
-    /// Rows per KV head: query heads of a group times query tokens.
+    /// Query heads of a group.
     Group,
     /// Tokens per page.
     PageSize,
@@ -166,7 +166,7 @@ impl Asked<'_> {
             (Part::OutDtype, shape.out_dtype() != kernel.dtype),
             (Part::HeadDim, shape.head_dim() != kernel.head_dim),
             (Part::VHeadDim, shape.v_head_dim() != kernel.head_dim),
-            (Part::QueryTokens, visibility.query_tokens != 1),
+            (Part::QueryTokens, visibility.query_tokens == 0),
             (Part::QueryTree, visibility.is_tree),
             (Part::Window, visibility.window.is_some()),
             (Part::SoftCap, score.soft_cap.is_some()),
@@ -226,8 +226,8 @@ fn accepted_by(kernel: &KernelSpec, variant: TileVariant, part: Part) -> Accepte
         Part::SharedMemory => one(format!("{} bytes or more", kernel.smem_bytes)),
         Part::QDtype | Part::KvDtype | Part::OutDtype => one(kernel.dtype.name().into()),
         Part::HeadDim | Part::VHeadDim => one(kernel.head_dim.to_string()),
-        Part::QueryTokens => one("1".into()),
-        Part::QueryTree | Part::Window | Part::SoftCap | Part::Alibi | Part::Sinks => one("none".into()),
+        Part::QueryTokens => Accepted::Range(1, None),
+        Part::QueryTree | Part::Window | Part::SoftCap | Part::Sinks | Part::Alibi => one("none".into()),
         Part::Scale => one("a positive number, finite also where log2(e) multiplies it".into()),
         Part::Group => Accepted::Range(1, Some(variant.rows())),
         Part::PageSize if variant.supports_page_size(1) => Accepted::Range(1, Some(Problem::MAX_PAGE_SIZE)),
@@ -349,7 +349,7 @@ mod tests {
             (problem(32, 8, 128, Dtype::F16, 65_537), "page_size: got 65537, expected 1 to 65536"),
             (usual.with_soft_cap(30.0), "soft_cap: got 30, expected none"),
             (usual.with_window(4096), "window: got 4096, expected none"),
-            (usual.with_query_tokens(4), "query_tokens: got 4, expected 1"),
+            (usual.with_query_tokens(0), "query_tokens: got 0, expected 1 or more"),
             (usual.with_query_tree(1), "query tree: got yes, expected none"),
             (usual.with_alibi(), "alibi: got yes, expected none"),
             (usual.with_sinks(), "sinks: got yes, expected none"),

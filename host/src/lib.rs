@@ -60,6 +60,7 @@ pub mod layout;
 pub mod plan;
 pub mod problem;
 pub mod profile;
+mod query_tokens;
 pub mod shape;
 
 pub use batch::{DecodeBatch, Int32};
@@ -72,6 +73,7 @@ pub use pat_abi::{Dtype, TileVariant};
 pub use plan::{Plan, PlanOptions, Planner};
 pub use problem::{Problem, Score, Visibility};
 pub use profile::DeviceProfile;
+pub use query_tokens::QueryTokens;
 pub use shape::AttentionShape;
 
 /// Compiles and runs the Rust snippets of the README and the guide.

@@ -35,7 +35,8 @@ pub struct Problem {
 pub struct Visibility {
     /// Only so many tokens, the last one included.
     pub window: Option<u32>,
-    /// Query tokens per sequence, the last tokens of it, each of which sees the tokens up to itself.
+    /// Most query tokens per sequence: its last tokens, each of which sees the tokens up to itself. They are rows of the batch
+    /// ([`crate::QueryTokens`]), so plans do not depend on it.
     pub query_tokens: u32,
     /// Whether the query tokens form a tree (speculative decoding) instead of a chain.
     pub is_tree: bool,
@@ -93,7 +94,7 @@ impl Problem {
         self
     }
 
-    /// With `tokens` query tokens per sequence under a causal mask.
+    /// With at most `tokens` query tokens per sequence under a causal mask; at least 1.
     pub fn with_query_tokens(mut self, tokens: u32) -> Self {
         self.visibility.query_tokens = tokens;
         self
@@ -143,7 +144,9 @@ impl Problem {
 
     /// What a plan depends on: plans serve layers that differ in the rest.
     pub(crate) fn planned(&self) -> Planned {
-        Planned { shape: self.shape, page_size: self.page_size, visibility: self.visibility }
+        // Query tokens are rows: each sees what the one of an ordinary step sees.
+        let visibility = Visibility { query_tokens: 1, ..self.visibility };
+        Planned { shape: self.shape, page_size: self.page_size, visibility }
     }
 }
 

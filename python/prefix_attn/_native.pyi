@@ -305,7 +305,7 @@ class Planner:
     """
     def __new__(cls, /, shape: "AttentionShape", device: "DeviceProfile | torch.device | str | None" = None, *, mode: str = "auto", capacity: "Capacity | None" = None, variants: SupportsGetItem[int, str] | None = None) -> Planner: ...
     def __repr__(self, /) -> str: ...
-    def advance(self, /, plan: "Plan", block_tables: Any, lengths: Any, changed_rows: Any | None = None) -> "str":
+    def advance(self, /, plan: "Plan", block_tables: Any, lengths: Any, changed_rows: Any | None = None, *, query_tokens: Any | None = None) -> "str":
         """
         Makes ``plan``, the plan that this planner made last, the plan of the next decode step, in place: equal to planning
         the batch from scratch, and much faster where little has changed.
@@ -314,7 +314,8 @@ class Planner:
             plan: a plan of this planner. An older one than the last is planned from scratch.
             block_tables, lengths: as in :meth:`plan`, for pages of the plan's size and a pool of its number of pages.
             changed_rows: the rows whose table entries *that were in use before* may differ: a list or 1-D int32 tensor. A
-                row that only grew is not among them. ``None``: all entries are compared.
+                row that only grew is not among them. ``None``: all entries are compared, as with query_tokens.
+            query_tokens: as in :meth:`plan`.
 
         Returns:
             ``"nothing"``, ``"lengths"``, ``"pages"`` or ``"forest"``: how much has changed.
@@ -332,7 +333,7 @@ class Planner:
         """
         Where its plans run: ``"cpu"``, ``"cuda:N"``, or None where it was made from a profile.
         """
-    def plan(self, /, block_tables: Any, lengths: Any, page_size: SupportsIndex, num_pages: SupportsIndex) -> "Plan":
+    def plan(self, /, block_tables: Any, lengths: Any, page_size: SupportsIndex, num_pages: SupportsIndex, *, query_tokens: Any | None = None) -> "Plan":
         """
         Plans a batch. The interpreter is free for other threads meanwhile.
 
@@ -344,12 +345,15 @@ class Planner:
                 length 0 are allowed; their output is 0 and their LSE -inf.
             page_size: tokens per page.
             num_pages: pages of the K and V caches.
+            query_tokens: query tokens of each sequence, its last tokens, each of which sees the tokens up to itself: one number
+                for all or one per sequence, as lengths are given; by default 1. A query token is a row of the plan and of q,
+                out and lse: those of the first sequence come first.
 
         Raises:
             TypeError: an argument is of another type (integers of another width included).
             ValueError: an argument has a value that is not accepted: the message names it, with its index.
         """
-    def plan_async(self, /, block_tables: Any, lengths: Any, page_size: SupportsIndex, num_pages: SupportsIndex) -> "PlanFuture":
+    def plan_async(self, /, block_tables: Any, lengths: Any, page_size: SupportsIndex, num_pages: SupportsIndex, *, query_tokens: Any | None = None) -> "PlanFuture":
         """
         As :meth:`plan`, on a thread of its own. The arguments are read before this returns, and may be changed then.
 

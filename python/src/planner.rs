@@ -82,11 +82,14 @@ impl PyPlanner {
     ///         length 0 are allowed; their output is 0 and their LSE -inf.
     ///     page_size: tokens per page.
     ///     num_pages: pages of the K and V caches.
+    ///     query_tokens: query tokens of each sequence, its last tokens, each of which sees the tokens up to itself: one number
+    ///         for all or one per sequence, as lengths are given; by default 1. A query token is a row of the plan and of q,
+    ///         out and lse: those of the first sequence come first.
     ///
     /// Raises:
     ///     TypeError: an argument is of another type (integers of another width included).
     ///     ValueError: an argument has a value that is not accepted: the message names it, with its index.
-    #[pyo3(signature = (block_tables, lengths, page_size, num_pages) -> "Plan")]
+    #[pyo3(signature = (block_tables, lengths, page_size, num_pages, *, query_tokens = None) -> "Plan")]
     fn plan(
         &self,
         py: Python<'_>,
@@ -94,8 +97,9 @@ impl PyPlanner {
         lengths: &Bound<'_, PyAny>,
         page_size: u32,
         num_pages: u32,
+        query_tokens: Option<&Bound<'_, PyAny>>,
     ) -> Result<PyPlan> {
-        let tables = Tables::read(block_tables, lengths, page_size, num_pages)?;
+        let tables = Tables::read(block_tables, lengths, query_tokens, page_size, num_pages)?;
         let plan = py.detach(|| tables.with_batch(|batch| self.lock().for_pages(page_size)?.plan(batch)))?;
         Ok(self.made(plan, tables))
     }
@@ -107,14 +111,15 @@ impl PyPlanner {
     ///     plan: a plan of this planner. An older one than the last is planned from scratch.
     ///     block_tables, lengths: as in :meth:`plan`, for pages of the plan's size and a pool of its number of pages.
     ///     changed_rows: the rows whose table entries *that were in use before* may differ: a list or 1-D int32 tensor. A
-    ///         row that only grew is not among them. ``None``: all entries are compared.
+    ///         row that only grew is not among them. ``None``: all entries are compared, as with query_tokens.
+    ///     query_tokens: as in :meth:`plan`.
     ///
     /// Returns:
     ///     ``"nothing"``, ``"lengths"``, ``"pages"`` or ``"forest"``: how much has changed.
     ///
     /// Raises:
     ///     TypeError, ValueError: as :meth:`plan`; the plan is as before.
-    #[pyo3(signature = (plan: "Plan", block_tables, lengths, changed_rows = None) -> "str")]
+    #[pyo3(signature = (plan: "Plan", block_tables, lengths, changed_rows = None, *, query_tokens = None) -> "str")]
     fn advance(
         &self,
         py: Python<'_>,
@@ -122,14 +127,16 @@ impl PyPlanner {
         block_tables: &Bound<'_, PyAny>,
         lengths: &Bound<'_, PyAny>,
         changed_rows: Option<&Bound<'_, PyAny>>,
+        query_tokens: Option<&Bound<'_, PyAny>>,
     ) -> Result<&'static str> {
         let plan = plan.get();
         if plan.origin.shape != self.shape.inner {
             return Err(invalid("plan", format!("one for {:?}", plan.origin.shape), "a plan of this planner's shape"));
         }
         let (page_size, num_pages) = plan.pages();
-        let tables = Tables::read(block_tables, lengths, page_size, num_pages)?;
-        let changed_rows = changed_rows.map(|rows| read_rows(rows)).transpose()?;
+        let tables = Tables::read(block_tables, lengths, query_tokens, page_size, num_pages)?;
+        // They name sequences; the rows of the batch are query tokens.
+        let changed_rows = changed_rows.map(|rows| read_rows(rows)).transpose()?.filter(|_| !tables.has_query_tokens());
         let change = py.detach(|| -> pat_rs::Result<PlanChange> {
             let mut planner = self.lock();
             let mut state = plan.lock();
@@ -153,15 +160,16 @@ impl PyPlanner {
     ///
     /// Raises:
     ///     TypeError, ValueError: an argument cannot be read.
-    #[pyo3(signature = (block_tables, lengths, page_size, num_pages) -> "PlanFuture")]
+    #[pyo3(signature = (block_tables, lengths, page_size, num_pages, *, query_tokens = None) -> "PlanFuture")]
     fn plan_async(
         &self,
         block_tables: &Bound<'_, PyAny>,
         lengths: &Bound<'_, PyAny>,
         page_size: u32,
         num_pages: u32,
+        query_tokens: Option<&Bound<'_, PyAny>>,
     ) -> Result<PyPlanFuture> {
-        let tables = Tables::read(block_tables, lengths, page_size, num_pages)?;
+        let tables = Tables::read(block_tables, lengths, query_tokens, page_size, num_pages)?;
         let planner = self.planner.clone();
         let work = move || {
             let plan = tables.with_batch(|batch| lock(&planner).for_pages(page_size)?.plan(batch))?;

@@ -3,7 +3,7 @@
 use crate::errors::{Result, invalid, wrong_type};
 use crate::foreign;
 use crate::tensor::{Element, Tensor};
-use pat_rs::DecodeBatch;
+use pat_rs::{DecodeBatch, QueryTokens};
 use pyo3::prelude::*;
 use pyo3::types::{PyList, PyTuple};
 
@@ -15,8 +15,18 @@ pub(crate) struct Tables {
     /// Where each row ends in `ids`.
     ends: Vec<usize>,
     lengths: Vec<u32>,
+    query_tokens: Counts,
     page_size: u32,
     num_pages: u32,
+}
+
+/// Query tokens of each sequence.
+#[derive(Clone, Debug, Default)]
+enum Counts {
+    #[default]
+    One,
+    Uniform(u32),
+    Ragged(Vec<u32>),
 }
 
 const FORMS: &str = "a list of lists of page ids, a 2-D int32 tensor or array, or a tuple (indptr, ids) of them";
@@ -25,11 +35,13 @@ impl Tables {
     pub(crate) fn read(
         block_tables: &Bound<'_, PyAny>,
         lengths: &Bound<'_, PyAny>,
+        query_tokens: Option<&Bound<'_, PyAny>>,
         page_size: u32,
         num_pages: u32,
     ) -> Result<Self> {
         let lengths = read_lengths(lengths)?;
-        let mut tables = Self { ids: Vec::new(), ends: Vec::new(), lengths, page_size, num_pages };
+        let query_tokens = query_tokens.map_or(Ok(Counts::One), |counts| Counts::read(counts))?;
+        let mut tables = Self { ids: Vec::new(), ends: Vec::new(), lengths, query_tokens, page_size, num_pages };
         if let Ok(rows) = block_tables.cast::<PyList>() {
             tables.read_rows(rows.len(), rows.iter())?;
         } else if let Ok(pair) = block_tables.cast::<PyTuple>() {
@@ -40,7 +52,12 @@ impl Tables {
         Ok(tables)
     }
 
-    /// Hands the batch to `use_it`; borrows only what is here.
+    /// Whether rows are query tokens, of which a sequence may have any number.
+    pub(crate) fn has_query_tokens(&self) -> bool {
+        !matches!(self.query_tokens, Counts::One)
+    }
+
+    /// Hands the batch, a row per query token, to `use_it`; borrows only what is here.
     pub(crate) fn with_batch<R>(
         &self,
         use_it: impl FnOnce(&DecodeBatch<'_>) -> pat_rs::Result<R>,
@@ -48,7 +65,12 @@ impl Tables {
         let mut begin = 0;
         let rows: Vec<&[u32]> =
             self.ends.iter().map(|&end| &self.ids[std::mem::replace(&mut begin, end)..end]).collect();
-        use_it(&DecodeBatch::from_block_tables(&rows, &self.lengths, self.page_size, self.num_pages)?)
+        let sequences = DecodeBatch::from_block_tables(&rows, &self.lengths, self.page_size, self.num_pages)?;
+        match &self.query_tokens {
+            Counts::One => use_it(&sequences),
+            Counts::Uniform(tokens) => use_it(&QueryTokens::uniform(&sequences, *tokens)?.batch()),
+            Counts::Ragged(counts) => use_it(&QueryTokens::ragged(&sequences, counts)?.batch()),
+        }
     }
 
     /// Entries of row `row` that its length needs, of `available`.
@@ -157,6 +179,21 @@ impl Tables {
             let expected = format!("a page id below num_pages = {}", self.num_pages);
             invalid(format!("block_tables[{row}][{position}]"), id, expected)
         })
+    }
+}
+
+impl Counts {
+    fn read(counts: &Bound<'_, PyAny>) -> Result<Self> {
+        let count = |name: String, count: i64| {
+            u32::try_from(count).map_err(|_| invalid(name, count, format!("0 to {}", DecodeBatch::MAX_TOKENS)))
+        };
+        if let Ok(tokens) = counts.extract() {
+            return Ok(Self::Uniform(count("query_tokens".into(), tokens)?));
+        }
+        let counts = read_integers("query_tokens", counts)?.into_iter().enumerate();
+        Ok(Self::Ragged(
+            counts.map(|(row, tokens)| count(format!("query_tokens[{row}]"), tokens)).collect::<Result<_>>()?,
+        ))
     }
 }
 

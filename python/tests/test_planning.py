@@ -205,6 +205,47 @@ def test_padding_rows_give_zero_and_minus_infinity(planner):
     torch.testing.assert_close(out.double(), reference(batch, q, k, v)[0], atol=3e-3, rtol=0)
 
 
+def written_out(batch, counts):
+    """The batch with a row per query token."""
+    rows = [(row, back) for row, count in enumerate(counts) for back in range(count - 1, -1, -1)]
+    tables = [batch.block_tables[row] for row, _ in rows]
+    return Batch(tables, [max(batch.lengths[row] - back, 0) for row, back in rows], 16, batch.num_pages)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_query_tokens_are_rows_that_see_up_to_themselves(planner, seed):
+    batch = random_forest(seed)
+    ragged = [min(length, 1 + row % 5) for row, length in enumerate(batch.lengths)]
+    least = min(length for length in batch.lengths if length > 0)
+    for query_tokens, counts in [(ragged, ragged), (torch.tensor(ragged, dtype=torch.int32), ragged), (1, None)]:
+        rows = written_out(batch, counts or [1] * len(batch.lengths))
+        expected = planner.plan(rows.block_tables, rows.lengths, 16, rows.num_pages)
+        plan = planner.plan(batch.block_tables, batch.lengths, 16, batch.num_pages, query_tokens=query_tokens)
+        assert plan.sequence_count == len(rows.lengths)
+        assert plan.summary() == expected.summary()
+        later = planner.plan_async(batch.block_tables, batch.lengths, 16, batch.num_pages, query_tokens=query_tokens)
+        assert later.result().summary() == expected.summary()
+        q, (k, v) = queries(len(rows.lengths)), caches(batch)
+        torch.testing.assert_close(pa.run(plan, q, k, v), pa.run(expected, q, k, v), rtol=0, atol=0)
+    with pytest.raises(ValueError, match=rf"query_tokens: got {least + 1}, expected at most lengths"):
+        planner.plan(batch.block_tables, batch.lengths, 16, batch.num_pages, query_tokens=least + 1)
+
+
+def test_a_step_with_query_tokens_advances(planner):
+    batch = random_forest(3)
+    batch.lengths = [max(length, 4) for length in batch.lengths]
+    batch.block_tables = [[*table, *range(batch.num_pages - 1, batch.num_pages)] for table in batch.block_tables]
+    plan = planner.plan(batch.block_tables, batch.lengths, 16, batch.num_pages, query_tokens=4)
+    changed = planner.advance(plan, batch.block_tables, batch.lengths, [0], query_tokens=2)
+    expected = planner.plan(batch.block_tables, batch.lengths, 16, batch.num_pages, query_tokens=2)
+    assert changed == "forest" and plan.summary() == expected.summary()
+    for bad in (0, -1, [1]):
+        with pytest.raises(ValueError, match="query_tokens"):
+            planner.plan(batch.block_tables, batch.lengths, 16, batch.num_pages, query_tokens=bad)
+    with pytest.raises(TypeError, match="query_tokens"):
+        planner.plan(batch.block_tables, batch.lengths, 16, batch.num_pages, query_tokens=["two"])
+
+
 def test_a_plan_explains_itself(planner):
     batch = random_forest(5)
     plan = planner.plan(batch.block_tables, batch.lengths, 16, batch.num_pages)

@@ -1,0 +1,152 @@
+//! Several query tokens per sequence: each becomes a row of the batch.
+
+use crate::{DecodeBatch, Error, Result};
+
+/// The query tokens of a decode step in which sequences have more than one (drafts that are verified, multi-token prediction).
+///
+/// Query tokens are the last tokens of their sequence; their K and V are in the pool. Each sees the tokens up to itself. So token
+/// `i` of the `n` query tokens of a sequence with `length` tokens is a row with that sequence's block table and
+/// `length - n + 1 + i` tokens, and the batch of these rows ([`Self::batch`]) is planned and run as any other. Q, O and LSE have
+/// a row per query token: those of sequence 0 first, in order, then those of sequence 1.
+///
+/// ```
+/// use pat_rs::{DecodeBatch, QueryTokens};
+///
+/// # fn main() -> pat_rs::Result<()> {
+/// let tables: [&[u32]; 2] = [&[0, 1, 2], &[0, 3]];
+/// let sequences = DecodeBatch::from_block_tables(&tables, &[40, 20], 16, 8)?;
+/// // Three draft tokens behind the last one of the first sequence, none behind that of the second.
+/// let queries = QueryTokens::ragged(&sequences, &[4, 1])?;
+/// let rows = queries.batch();
+/// assert_eq!(rows.sequence_count(), 5);
+/// assert_eq!([rows.length(0), rows.length(3), rows.length(4)], [37, 40, 20]);
+/// assert_eq!(queries.rows(1), 4..5);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug)]
+pub struct QueryTokens<'a> {
+    /// Of every query token.
+    tables: Vec<&'a [u32]>,
+    lengths: Vec<u32>,
+    /// Where each sequence's query tokens end.
+    ends: Vec<usize>,
+    page_size: u32,
+    num_pages: u32,
+}
+
+impl<'a> QueryTokens<'a> {
+    /// `tokens` query tokens in every sequence. A sequence of length 0, a padding row, has as many rows of length 0.
+    ///
+    /// # Errors
+    /// `tokens` is 0, or a sequence that is not empty has fewer tokens; there are more than [`DecodeBatch::MAX_TOKENS`] rows.
+    pub fn uniform(batch: &DecodeBatch<'a>, tokens: u32) -> Result<Self> {
+        if tokens == 0 {
+            return Err(Error::invalid("query_tokens", tokens, "at least 1"));
+        }
+        Self::new(batch, |_| tokens, |_| "query_tokens".into())
+    }
+
+    /// `counts[b]` query tokens in sequence `b`; with 0 it has no row.
+    ///
+    /// # Errors
+    /// There is not one count per sequence, a sequence that is not empty has fewer tokens than its count, or there are more than
+    /// [`DecodeBatch::MAX_TOKENS`] rows.
+    pub fn ragged(batch: &DecodeBatch<'a>, counts: &[u32]) -> Result<Self> {
+        if counts.len() != batch.sequence_count() {
+            let expected = format!("one per sequence ({})", batch.sequence_count());
+            return Err(Error::invalid("query_tokens", format!("{} counts", counts.len()), expected));
+        }
+        Self::new(batch, |sequence| counts[sequence], |sequence| format!("query_tokens[{sequence}]"))
+    }
+
+    fn new(batch: &DecodeBatch<'a>, count: impl Fn(usize) -> u32, argument: impl Fn(usize) -> String) -> Result<Self> {
+        // All counts before any row: a count may be any number.
+        let mut rows = 0u64;
+        for sequence in 0..batch.sequence_count() {
+            let (count, length) = (count(sequence), batch.length(sequence));
+            if length > 0 && count > length {
+                let expected = format!("at most lengths[{sequence}] = {length}");
+                return Err(Error::invalid(argument(sequence), count, expected));
+            }
+            rows += u64::from(count);
+        }
+        if rows > u64::from(DecodeBatch::MAX_TOKENS) {
+            let expected = format!("at most {}", DecodeBatch::MAX_TOKENS);
+            return Err(Error::invalid("query_tokens", format!("{rows} in all"), expected));
+        }
+        let rows = rows as usize;
+        let mut queries = Self {
+            tables: Vec::with_capacity(rows),
+            lengths: Vec::with_capacity(rows),
+            ends: Vec::with_capacity(batch.sequence_count()),
+            page_size: batch.page_size(),
+            num_pages: batch.num_pages(),
+        };
+        for sequence in 0..batch.sequence_count() {
+            let (count, length, table) = (count(sequence), batch.length(sequence), batch.pages(sequence));
+            // Ascending lengths that end with the sequence's own; all 0 in an empty one.
+            queries.lengths.extend((0..count).rev().map(|behind| length.saturating_sub(behind)));
+            queries.tables.extend(std::iter::repeat_n(table, count as usize));
+            queries.ends.push(queries.lengths.len());
+        }
+        Ok(queries)
+    }
+
+    /// The batch of all query tokens, to be planned.
+    pub fn batch(&self) -> DecodeBatch<'_> {
+        DecodeBatch::of_rows(&self.tables, &self.lengths, self.page_size, self.num_pages)
+    }
+
+    /// The rows of sequence `sequence`.
+    ///
+    /// # Panics
+    /// There is no such sequence.
+    pub fn rows(&self, sequence: usize) -> std::ops::Range<usize> {
+        let begin = sequence.checked_sub(1).map_or(0, |before| self.ends[before]);
+        begin..self.ends[sequence]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TABLES: [&[u32]; 3] = [&[4, 5, 6], &[], &[4, 7]];
+
+    fn sequences() -> DecodeBatch<'static> {
+        DecodeBatch::from_block_tables(&TABLES, &[17, 0, 9], 8, 8).unwrap()
+    }
+
+    fn rows(queries: &QueryTokens<'_>) -> Vec<(u32, Vec<u32>)> {
+        let batch = queries.batch();
+        (0..batch.sequence_count()).map(|row| (batch.length(row), batch.pages(row).to_vec())).collect()
+    }
+
+    #[test]
+    fn a_query_token_sees_the_tokens_up_to_itself() {
+        let uniform = QueryTokens::uniform(&sequences(), 2).unwrap();
+        let expected = [(16, vec![4, 5]), (17, vec![4, 5, 6]), (0, vec![]), (0, vec![]), (8, vec![4]), (9, vec![4, 7])];
+        assert_eq!(rows(&uniform), expected);
+        let ragged = QueryTokens::ragged(&sequences(), &[0, 1, 9]).unwrap();
+        assert_eq!(ragged.batch().sequence_count(), 10);
+        assert_eq!((ragged.rows(0), ragged.rows(1), ragged.rows(2)), (0..0, 0..1, 1..10));
+        assert_eq!(rows(&ragged)[1], (1, vec![4]));
+        let one = QueryTokens::uniform(&sequences(), 1).unwrap();
+        assert_eq!(rows(&one), [(17, vec![4, 5, 6]), (0, vec![]), (9, vec![4, 7])]);
+    }
+
+    #[test]
+    fn counts_that_no_sequence_has_are_refused() {
+        let refusal = |queries: Result<QueryTokens<'_>>| queries.unwrap_err().to_string();
+        assert_eq!(refusal(QueryTokens::uniform(&sequences(), 0)), "query_tokens: got 0, expected at least 1");
+        let message = refusal(QueryTokens::uniform(&sequences(), 10));
+        assert_eq!(message, "query_tokens: got 10, expected at most lengths[2] = 9");
+        let message = refusal(QueryTokens::ragged(&sequences(), &[1, u32::MAX, 10]));
+        assert_eq!(message, "query_tokens[2]: got 10, expected at most lengths[2] = 9");
+        let message = refusal(QueryTokens::ragged(&sequences(), &[1, u32::MAX, 9]));
+        assert_eq!(message, "query_tokens: got 4294967305 in all, expected at most 2147483647");
+        let message = refusal(QueryTokens::ragged(&sequences(), &[1, 1]));
+        assert_eq!(message, "query_tokens: got 2 counts, expected one per sequence (3)");
+    }
+}
