@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Identifies one result of planning, for as long as the process runs; later plans have larger ones. A run that names the
-/// generation it means is refused when another plan is uploaded ([`crate::cuda::RunArgs::generation`]).
+/// generation it means is refused when another plan is uploaded ([`crate::cuda::Uploaded::expect`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PlanGeneration(u64);
 

@@ -2,7 +2,7 @@
 //! that belong together: samples of one prompt, turns of one session. `docs/request-workloads.md` describes the file.
 //!
 //! A prompt is a list of segments, runs of tokens with an id; equal ids are equal text. So prompts share exactly what their
-//! leading segments have in common, a file stays small, and [`token`] gives every program the same token ids.
+//! leading segments have in common, a file stays small, and one rule (`token.rs`) gives every program the same token ids.
 
 mod conversation;
 mod file;
