@@ -5,21 +5,19 @@
 //! arrives under Q K^T and the softmax. Q stays in registers: it saves one `ldmatrix` in five, and shared memory is what
 //! bounds these kernels.
 
-use pat_abi::{ForwardParams, TileConfig, TileVariant, kernel_shapes};
+use pat_abi::tile::warp_state_bytes;
+use pat_abi::{ForwardParams, TileConfig, TileVariant, kernel_shapes, narrow_kernel_shapes};
 
 use crate::element::{Bf16, Element, F16};
 use crate::isolation::{RowSoftmax, restore_rows};
 use crate::item::Item;
 use crate::ptx::{barrier, cp_async, math, special};
 use crate::softmax::{RowStates, normaliser};
-use crate::tile::fragment::{Accumulator, accumulate, load_queries, mask, mask_rows, rescale, scores, to_operand};
+use crate::tile::fragment::{Accumulator, Queries, accumulate, mask, mask_rows, rescale, scores, to_operand};
 use crate::tile::gather::{Pool, Token, gather, row_of_lane};
-use crate::tile::reduce::{combine_and_store, scratch_bytes};
+use crate::tile::reduce::combine_and_store;
 
-/// What the three variants have in common.
-const CONFIG: TileConfig = TileVariant::Mma64.config(128);
-const TILE_TOKENS: u32 = CONFIG.keys;
-const STAGES: u32 = CONFIG.stages;
+const STAGES: u32 = TileVariant::Mma64.config(128).stages;
 
 /// `VARIANT` is the variant's index. `KEY_STEPS` is 16-token steps per warp and tile, `LOADED` the tokens a warp gathers per tile.
 ///
@@ -41,12 +39,15 @@ unsafe fn forward<
         let head_dim = 16 * HEAD_STEPS as u32;
         let config = TileVariant::ALL[VARIANT].config(head_dim);
         assert!(config.row_warps() == M_WARPS && config.key_splits == KV_WARPS && config.rings == 1);
-        assert!(config.keys == TILE_TOKENS && config.stages == STAGES);
-        assert!(LOADED * M_WARPS * KV_WARPS == TILE_TOKENS && KEY_STEPS as u32 * 16 * KV_WARPS == TILE_TOKENS);
+        assert!(LOADED * M_WARPS * KV_WARPS == config.keys && KEY_STEPS as u32 * 16 * KV_WARPS == config.keys);
+        assert!(config.stages == STAGES && LOADED % 8 == 0);
+        assert!(config.query_slots == if Queries::<HEAD_STEPS>::IN_SMEM { M_WARPS } else { 0 });
         let layout = config.smem(head_dim, 2);
-        assert!(KV_WARPS == 1 || M_WARPS * KV_WARPS * scratch_bytes(head_dim) <= layout.ring_bytes);
+        // The warps' states take the place of keys, values and queries.
+        assert!(KV_WARPS == 1 || M_WARPS * KV_WARPS * warp_state_bytes(head_dim) <= layout.barriers);
         layout
     };
+    let tile_tokens = LOADED * M_WARPS * KV_WARPS;
     let row_bytes = 32 * HEAD_STEPS as u32;
     let tile_bytes = layout.tile_bytes;
     // SAFETY: the caller's contract.
@@ -66,6 +67,12 @@ unsafe fn forward<
     // Lanes whose row is past LOADED locate tokens that other warps gather; their places go unused.
     // SAFETY: the plan's page ids.
     let mut place = unsafe { Token::locate(&item.stream, params.page_size, loaded_first + located) };
+    let first_row = warp % M_WARPS * 16;
+    let query_tile = ring + layout.q + first_row * row_bytes;
+    if Queries::<HEAD_STEPS>::IN_SMEM && warp < M_WARPS {
+        // SAFETY: the tile is free; its rows come with the first keys.
+        unsafe { Queries::<HEAD_STEPS>::request::<16>(params, &item, query_tile, 0, first_row, lane) };
+    }
     for stage in 0..STAGES {
         let k_stage = ring + stage * 2 * tile_bytes;
         if incoming < item.stream.token_count {
@@ -83,15 +90,14 @@ unsafe fn forward<
             cp_async::commit_group();
             cp_async::commit_group();
         }
-        incoming += TILE_TOKENS;
+        incoming += tile_tokens;
         // SAFETY: as above.
         place = unsafe { Token::locate(&item.stream, params.page_size, incoming + loaded_first + located) };
     }
 
-    let first_row = warp % M_WARPS * 16;
-    let first_key = warp / M_WARPS * (TILE_TOKENS / KV_WARPS);
+    let first_key = warp / M_WARPS * (tile_tokens / KV_WARPS);
     // SAFETY: the caller's contract.
-    let q = unsafe { load_queries::<HEAD_STEPS>(params, &item, first_row, lane) };
+    let q = unsafe { Queries::<HEAD_STEPS>::new(params, &item, query_tile, first_row, lane) };
     let mut output = [[[0.0; 4]; 2]; HEAD_STEPS];
     let mut states = RowStates::EMPTY;
     let mut tile = 0;
@@ -105,7 +111,7 @@ unsafe fn forward<
         if item.stream.masks != 0 {
             // SAFETY: they were written before the barrier.
             unsafe { mask_rows(&mut s, ranges_of(k_stage) + 2 * first_key, first_row, lane) };
-        } else if item.stream.token_count - tile < TILE_TOKENS {
+        } else if item.stream.token_count - tile < tile_tokens {
             mask(&mut s, (item.stream.token_count - tile).saturating_sub(first_key), lane);
         }
         let factors = states.update(&mut s, params.scale_log2);
@@ -132,15 +138,15 @@ unsafe fn forward<
             cp_async::commit_group();
             cp_async::commit_group();
         }
-        tile += TILE_TOKENS;
-        incoming += TILE_TOKENS;
+        tile += tile_tokens;
+        incoming += tile_tokens;
         // SAFETY: the plan's page ids. The load has a whole tile to arrive.
         place = unsafe { Token::locate(&item.stream, params.page_size, incoming + loaded_first + located) };
         k_stage = if k_stage == ring { ring + 2 * tile_bytes } else { ring };
     }
     states.finish();
     if KV_WARPS > 1 {
-        let stride = scratch_bytes(16 * HEAD_STEPS as u32);
+        let stride = warp_state_bytes(16 * HEAD_STEPS as u32);
         // SAFETY: the ring is idle: the last barrier of the loop followed its last read, and no copy is in flight.
         unsafe {
             combine_and_store::<E, HEAD_STEPS, M_WARPS, KV_WARPS>(
@@ -253,4 +259,4 @@ macro_rules! entries {
 
 kernel_shapes!(entries! { Mma32 "pat_forward_mma32" });
 kernel_shapes!(entries! { Mma64 "pat_forward_mma64" });
-kernel_shapes!(entries! { Mma128 "pat_forward_mma128" });
+narrow_kernel_shapes!(entries! { Mma128 "pat_forward_mma128" });
