@@ -12,6 +12,7 @@ pub mod layout;
 pub mod manifest;
 pub mod params;
 pub mod plan;
+pub mod switches;
 pub mod tile;
 
 pub use manifest::{Arch, Dtype, Family, KERNELS, KernelSpec, TileVariant};
@@ -19,4 +20,5 @@ pub use params::{FastDivisor, FillParams, FlushParams, ForwardParams, MergeParam
 pub use plan::{
     DIRECT_SLOT, MAX_TILE_VARIANTS, MergeRow, NO_MASKS, PLAN_MAGIC, PackQuery, PageMask, PlanHeader, WorkItem,
 };
+pub use switches::Switches;
 pub use tile::{NamedBarrier, SmemLayout, TileConfig};

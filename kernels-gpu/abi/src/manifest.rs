@@ -3,6 +3,7 @@
 //! The device crate takes its constants from here and from [`crate::tile`], the xtask inserts the launch bounds it names and checks
 //! what ptxas reports against it, the host sizes launches by it.
 
+use crate::Switches;
 use crate::tile::register_limit;
 
 /// Warps of a CTA of the merge kernels.
@@ -115,6 +116,11 @@ impl TileVariant {
             Self::Mma16 | Self::Mma32 | Self::Mma64 | Self::Mma128 => Arch::Sm80,
             Self::Wgmma64 | Self::Wgmma128 => Arch::Sm90a,
         }
+    }
+
+    /// Whether the variant's kernels may be launched with these switches. `wgmma128` has no registers left to cap scores with.
+    pub const fn serves(self, switches: Switches) -> bool {
+        !(switches.soft_cap && matches!(self, Self::Wgmma128))
     }
 
     /// Whether a CTA serves a piece of work of every round, dealt first CTA to last and back, instead of one piece alone:

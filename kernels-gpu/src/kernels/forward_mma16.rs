@@ -10,7 +10,7 @@ use pat_abi::{ForwardParams, TileConfig, TileVariant, kernel_shapes};
 use crate::element::{Bf16, Element, F16};
 use crate::item::Item;
 use crate::ptx::{barrier, cp_async, special};
-use crate::softmax::RowStates;
+use crate::softmax::{RowStates, cap_scores};
 use crate::tile::fragment::{Queries, accumulate, mask, mask_rows, rescale, scores, to_operand};
 use crate::tile::gather::{Pool, Token, gather, row_of_lane};
 use crate::tile::reduce::combine_and_store;
@@ -109,6 +109,7 @@ unsafe fn forward<
         barrier::sync_warp();
         // SAFETY: this unit's K has arrived, for all lanes.
         let mut s = unsafe { scores::<E, HEAD_STEPS, KEY_STEPS>(&q, k_stage, lane) };
+        cap_scores(params, s.as_flattened_mut().as_flattened_mut());
         let valid = item.stream.token_count - unit;
         if item.stream.masks != 0 {
             // SAFETY: they were written before the barrier.

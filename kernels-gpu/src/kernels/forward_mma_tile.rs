@@ -9,10 +9,11 @@ use pat_abi::tile::warp_state_bytes;
 use pat_abi::{ForwardParams, TileConfig, TileVariant, kernel_shapes, narrow_kernel_shapes};
 
 use crate::element::{Bf16, Element, F16};
+use crate::finish::Finish;
 use crate::isolation::{RowSoftmax, restore_rows};
 use crate::item::Item;
 use crate::ptx::{barrier, cp_async, math, special};
-use crate::softmax::{RowStates, normaliser};
+use crate::softmax::{RowStates, cap_scores};
 use crate::tile::fragment::{Accumulator, Queries, accumulate, mask, mask_rows, rescale, scores, to_operand};
 use crate::tile::gather::{Pool, Token, gather, row_of_lane};
 use crate::tile::reduce::combine_and_store;
@@ -108,6 +109,7 @@ unsafe fn forward<
         barrier::sync_cta();
         // SAFETY: this tile's K has arrived, for all threads.
         let mut s = unsafe { scores::<E, HEAD_STEPS, KEY_STEPS>(&q, k_stage + first_key * row_bytes, lane) };
+        cap_scores(params, s.as_flattened_mut().as_flattened_mut());
         if item.stream.masks != 0 {
             // SAFETY: they were written before the barrier.
             unsafe { mask_rows(&mut s, ranges_of(k_stage) + 2 * first_key, first_row, lane) };
@@ -173,10 +175,16 @@ unsafe fn store<E: Element, const HEAD_STEPS: usize>(
     lane: u32,
 ) {
     let mut not_finite = [false; 2];
+    let mut scales = [0.0; 2];
     for r in 0..2 {
         let row = first_row + lane / 4 + 8 * r as u32;
         if row < item.row_count {
-            let scale = normaliser(states.sum[r]);
+            // SAFETY: the row exists.
+            let (target, Finish { scale, lse_log2 }) = unsafe {
+                let target = item.row(params, row);
+                (target, Finish::new(states.max[r], states.sum[r], target.sink(params)))
+            };
+            scales[r] = scale;
             let pairs = output.as_flattened().iter().map(|tile| [tile[2 * r] * scale, tile[2 * r + 1] * scale]);
             // Of columns 0, 8, 16, ... and their neighbours, of the first lane.
             let columns = (0..).map(|i| 8 * i + 2 * (lane % 4));
@@ -186,7 +194,6 @@ unsafe fn store<E: Element, const HEAD_STEPS: usize>(
             }
             // SAFETY: the row exists, and each lane owns its columns.
             unsafe {
-                let target = item.row(params, row);
                 if target.is_partial() {
                     for (pair, column) in pairs.zip(columns) {
                         target.store_partial_pair(params, 16 * HEAD_STEPS as u32, column, pair);
@@ -197,20 +204,20 @@ unsafe fn store<E: Element, const HEAD_STEPS: usize>(
                     }
                 }
                 if lane % 4 == 0 {
-                    target.store_lse(params, states.max[r] + math::log2(states.sum[r]));
+                    target.store_lse(params, lse_log2);
                 }
             }
         }
     }
     if item.stream.masks != 0 {
-        let softmaxes = [0, 1].map(|r| RowSoftmax { reference: states.max[r], sum: states.sum[r] });
+        let softmaxes = [0, 1].map(|r| RowSoftmax { reference: states.max[r], scale: scales[r] });
         let (head_dim, locate) = (16 * HEAD_STEPS as u32, |row| {
             // SAFETY: a row of the item.
             unsafe { item.row(params, row) }
         });
         // SAFETY: the rows have been written above; those marked are the item's.
         unsafe {
-            restore_rows::<E>(
+            restore_rows::<E, true>(
                 params,
                 item.stream,
                 item.kv_head,

@@ -16,6 +16,7 @@ use pat_abi::manifest::MERGE_WARPS as WARPS;
 use pat_abi::{MergeParams, MergeRow, PLAN_MAGIC, PlanHeader};
 
 use crate::element::Element;
+use crate::finish::Finish;
 use crate::item::{LN_2, strided};
 use crate::ptx::barrier::sync_cta;
 use crate::ptx::ldst::{
@@ -23,7 +24,7 @@ use crate::ptx::ldst::{
     request_global_u32, store_global_f32, store_global_u32, store_global_u32x2, store_shared_f32x2,
 };
 use crate::ptx::{math, shuffle, special};
-use crate::softmax::{normaliser, subtrahend};
+use crate::softmax::subtrahend;
 
 /// Partials that are asked for together, and the sums a row is made of: partial `i` goes to sum `i / 8 % 4`.
 const BLOCK_SLOTS: u32 = 8;
@@ -62,6 +63,12 @@ impl Row {
     #[inline(always)]
     fn partial(self, params: &MergeParams, slot: u32) -> u64 {
         (self.slot_begin + slot) as u64 * params.q_heads.divisor as u64 + self.head as u64
+    }
+
+    /// Address of its head's sink, 0 if there are none.
+    #[inline(always)]
+    fn sink(self, params: &MergeParams) -> u64 {
+        if params.sinks == 0 { 0 } else { params.sinks + self.head as u64 * 4 }
     }
 
     /// Address of a lane's columns of that partial.
@@ -210,13 +217,14 @@ unsafe fn merge_short<E: Element, const COLUMNS: usize, const PARTS: u32>(
     for r in 0..ROWS {
         let from = r as u32 * ROW_LANES;
         let (sum, max) = (shuffle::from_lane_f32(sum, from), shuffle::from_lane_f32(max, from));
-        let scale = normaliser(sum);
+        // SAFETY: the row's head has a sink if there are any.
+        let Finish { scale, lse_log2 } = unsafe { Finish::new(max, sum, rows[r].sink(params)) };
         for column in 0..COLUMNS {
             output[r][column] *= scale;
         }
         if shuffle::from_lane_u32(exists as u32, from) != 0 {
             // SAFETY: the row exists and this warp owns it.
-            unsafe { store_row::<E, COLUMNS>(params, rows[r], lane, &output[r], max + math::log2(sum)) };
+            unsafe { store_row::<E, COLUMNS>(params, rows[r], lane, &output[r], lse_log2) };
         }
     }
 }
@@ -294,7 +302,8 @@ unsafe fn merge_row<E: Element, const COLUMNS: usize, const PARTS: u32, const TO
         }
         first += BLOCK_SLOTS * BLOCKS as u32;
     }
-    let scale = normaliser(sum);
+    // SAFETY: the row's head has a sink if there are any.
+    let Finish { scale, lse_log2 } = unsafe { Finish::new(max, sum, row.sink(params)) };
     for output in &mut outputs {
         for column in output {
             *column *= scale;
@@ -331,7 +340,7 @@ unsafe fn merge_row<E: Element, const COLUMNS: usize, const PARTS: u32, const TO
         }
     }
     // SAFETY: the caller's contract.
-    unsafe { store_row::<E, COLUMNS>(params, row, lane, &output, max + math::log2(sum)) };
+    unsafe { store_row::<E, COLUMNS>(params, row, lane, &output, lse_log2) };
 }
 
 /// Writes a lane's columns of a row, and the log-sum-exp (given base 2) where one is wanted.

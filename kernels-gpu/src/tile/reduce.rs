@@ -4,11 +4,12 @@ use pat_abi::ForwardParams;
 use pat_abi::tile::state_pitch_bytes;
 
 use crate::element::Element;
+use crate::finish::Finish;
 use crate::isolation::{RowSoftmax, attend_pair};
 use crate::item::Item;
 use crate::ptx::ldst::{load_shared_f32x2, store_shared_f32x2};
 use crate::ptx::{barrier, math, shuffle};
-use crate::softmax::{RowStates, normaliser, subtrahend};
+use crate::softmax::{RowStates, subtrahend};
 use crate::tile::fragment::Accumulator;
 
 /// Combines and writes out the rows of a CTA of `M_WARPS * KV_WARPS` warps; warp w holds the KV share `w / M_WARPS` of
@@ -73,22 +74,23 @@ pub unsafe fn combine_and_store<E: Element, const HEAD_STEPS: usize, const M_WAR
             sum = math::fma(share_sum, weight, sum);
             pair = [math::fma(o[0], weight, pair[0]), math::fma(o[1], weight, pair[1])];
         }
-        let scale = normaliser(sum);
         // SAFETY: `row < row_count`, and one thread owns the pair; the lanes of a warp have the same row.
         unsafe {
             let target = item.row(params, row);
+            let Finish { scale, lse_log2 } = Finish::new(max, sum, target.sink(params));
             let mut pair = [pair[0] * scale, pair[1] * scale];
             if item.stream.masks != 0 {
-                let softmax = RowSoftmax { reference: max, sum };
+                let softmax = RowSoftmax { reference: max, scale };
                 let not_finite = math::fma(pair[1], 0.0, pair[0] * 0.0) != 0.0;
                 if shuffle::any(not_finite && softmax.is_finite()) {
                     let columns = (head_dim, column);
-                    pair = attend_pair::<E>(params, item.stream, item.kv_head, row, target, softmax, columns, lane);
+                    pair =
+                        attend_pair::<E, true>(params, item.stream, item.kv_head, row, target, softmax, columns, lane);
                 }
             }
             target.store_pair::<E>(params, head_dim, column, pair);
             if column == 0 {
-                target.store_lse(params, max + math::log2(sum));
+                target.store_lse(params, lse_log2);
             }
         }
         row += rows_per_pass;

@@ -1,6 +1,8 @@
 //! The merge kernel's source on the host: 32 threads are the lanes of a warp and meet at every shuffle. Whatever the grid, and whether
 //! a CTA, a warp or a quarter of a warp's time goes to a row, the bits are the same, and they are the exact result's.
 
+#[path = "../../../kernels-gpu/src/finish.rs"]
+mod finish;
 mod lanes;
 #[path = "../../../kernels-gpu/src/kernels/merge.rs"]
 #[expect(clippy::needless_range_loop, reason = "as in the device crate: LLVM unrolls these")]
@@ -118,6 +120,7 @@ impl<'a> Partials<'a> {
             lse: lse.as_mut_ptr().expose_provenance() as u64,
             partial_out: address(&outputs),
             partial_lse: address(&lses),
+            sinks: self.sinks.as_ref().map_or(0, |sinks| address(sinks)),
             out_sequence_stride: i64::from(self.q_heads) * self.head_dim as i64 * 2,
             out_head_stride: self.head_dim as i64 * 2,
             lse_sequence_stride: i64::from(self.q_heads) * 4,
