@@ -7,7 +7,7 @@ use pat_bench::measure::batch_flop;
 use pat_bench::sample::oracle;
 use pat_bench::suites::{figure10, realistic};
 use pat_rs::plan::PlanMode;
-use pat_rs::{DeviceProfile, Dtype, PlanOptions, Planner};
+use pat_rs::{DeviceProfile, PlanOptions, Planner};
 use std::time::Duration;
 
 /// Small: one call takes milliseconds.
@@ -18,7 +18,7 @@ fn executor(criterion: &mut Criterion) {
     let configurations = [figure10(), realistic()].concat();
     for label in CASES {
         let configuration = configurations.iter().find(|c| c.label() == label).expect("a configuration of the suites");
-        let shape = configuration.shape(128, Dtype::F16).expect("a valid shape");
+        let shape = configuration.shape(None, None).expect("a valid shape");
         let batch = configuration.batch().expect("a batch");
         let rows = batch.rows();
         let view = batch.view(&rows).expect("a valid batch");
@@ -27,8 +27,9 @@ fn executor(criterion: &mut Criterion) {
         let mut group = criterion.benchmark_group(format!("executor/{label}"));
         group.throughput(Throughput::Elements(batch_flop(&batch, shape) as u64));
         for (name, mode) in [("auto", PlanMode::Auto), ("flat", PlanMode::Flat)] {
-            let options = PlanOptions { mode, ..PlanOptions::default() };
-            let mut planner = Planner::new(shape, DeviceProfile::h200(), options).expect("a valid planner");
+            let options = PlanOptions::from(mode);
+            let mut planner =
+                Planner::new(batch.problem(shape), DeviceProfile::h200(), options).expect("a valid planner");
             let plan = planner.plan(&view).expect("a plan");
             let report = case.verify(&plan, &oracle).expect("a run");
             assert!(report.passed, "{label} {name}: {report:?}");

@@ -8,7 +8,7 @@ use pat_bench::sample::oracle;
 use pat_bench::suites::{figure10, realistic};
 use pat_rs::cuda::CudaEngine;
 use pat_rs::cuda::bench_support::L2Flush;
-use pat_rs::{Dtype, PlanOptions, Planner};
+use pat_rs::{PlanOptions, Planner};
 use std::time::Duration;
 
 const CASES: [&str; 7] = [
@@ -33,11 +33,11 @@ fn gpu(criterion: &mut Criterion) {
     let configurations = [figure10(), realistic()].concat();
     for label in CASES {
         let configuration = configurations.iter().find(|c| c.label() == label).expect("a configuration of the suites");
-        let shape = configuration.shape(128, Dtype::F16).expect("a valid shape");
+        let shape = configuration.shape(None, None).expect("a valid shape");
         let batch = configuration.batch().expect("a batch");
         let rows = batch.rows();
         let profile = engine.device().profile().expect("a profile");
-        let mut planner = Planner::new(shape, profile, PlanOptions::default()).expect("a valid planner");
+        let mut planner = Planner::new(batch.problem(shape), profile, PlanOptions::default()).expect("a valid planner");
         let plan = planner.plan(&batch.view(&rows).expect("a valid batch")).expect("a plan");
         let oracle = oracle::<f16>(&batch, shape).expect("a valid batch");
         let mut case = DeviceCase::new(&engine, &batch, shape).expect("device memory");

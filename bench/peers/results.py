@@ -6,7 +6,7 @@ import pathlib
 
 from exchange import Refused, read_json
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 FIRST_SUITE = "figure10"
 """Suite of records written before version 2, which do not name theirs."""
 

@@ -40,6 +40,8 @@ pub struct Comparison {
     pub changes: Vec<Change>,
     /// Configurations in only one of them.
     pub unmatched: usize,
+    /// The devices of all files, each once: with several, ratios compare devices as well.
+    pub devices: Vec<String>,
 }
 
 impl Comparison {
@@ -63,7 +65,13 @@ pub fn compare(old: &[ResultFile], new: &[ResultFile]) -> Comparison {
         })
         .collect();
     let unmatched = old_runs.len() + new_runs.len() - 2 * changes.len();
-    Comparison { changes, unmatched }
+    let mut devices: Vec<String> = Vec::new();
+    for file in old.iter().chain(new) {
+        if !devices.contains(&file.device) {
+            devices.push(file.device.clone());
+        }
+    }
+    Comparison { changes, unmatched, devices }
 }
 
 type Runs = BTreeMap<RecordKey, Vec<f64>>;
@@ -119,6 +127,9 @@ mod tests {
         let comparison = compare(&old, &new);
         assert_eq!(comparison.changes.iter().map(Change::is_regression).collect::<Vec<_>>(), [false, true]);
         assert_eq!(comparison.unmatched, 2);
+        assert_eq!(comparison.devices, ["test"]);
+        let elsewhere = ResultFile { device: "another".into(), ..file(&[("a", 100.0)]) };
+        assert_eq!(compare(&old, &[elsewhere]).devices, ["test", "another"]);
         assert!((comparison.geometric_mean() - (1.019f64 * 1.021).sqrt()).abs() < 1e-12);
     }
 

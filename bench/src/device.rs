@@ -6,7 +6,9 @@
 
 use crate::statistics::{median, quartiles};
 use pat_rs::cuda::bench_support::{FillSpec, L2Flush, TimingEvent, fill};
-use pat_rs::cuda::{CudaEngine, DeviceBuffer, PlanBuffers, RunArgs, Stream, Workspace};
+use pat_rs::cuda::{
+    BoundRun, CudaEngine, DeviceBuffer, Graph, LaunchGeometry, PlanBuffers, RunArgs, Stream, Workspace,
+};
 use pat_rs::{AttentionShape, Element, KvStrides, Plan, Result, RowStrides};
 use pat_workloads::{NumericsReport, Oracle, OwnedBatch, check};
 use std::time::Instant;
@@ -102,26 +104,11 @@ impl<'a> DeviceCase<'a> {
         Ok(case)
     }
 
-    fn args(&self) -> RunArgs<'_> {
-        let rows = RowStrides::contiguous(self.shape.q_heads(), self.shape.head_dim());
-        let pool = KvStrides::nhd(self.batch.page_size, self.shape.kv_heads(), self.shape.head_dim());
-        RunArgs {
-            generation: None,
-            shape: self.shape,
-            page_size: self.batch.page_size,
-            num_pages: self.batch.num_pages,
-            rows: self.batch.lengths.len() as u32,
-            q: self.q.span(),
-            q_strides: rows,
-            k: self.k.span(),
-            k_strides: pool,
-            v: self.v.span(),
-            v_strides: pool,
-            out: self.out.span(),
-            out_strides: rows,
-            lse: Some((self.lse.span(), RowStrides::lse(self.shape.q_heads()))),
-            softmax_scale: softmax_scale(self.shape),
-        }
+    fn args(&self) -> RunArgs {
+        let spans = (self.q.span(), self.k.span(), self.v.span(), self.out.span());
+        let (num_pages, rows) = (self.batch.num_pages, self.batch.lengths.len() as u32);
+        RunArgs::new(self.batch.problem(self.shape), num_pages, rows, spans)
+            .with_lse(self.lse.span(), RowStrides::lse(self.shape.q_heads()))
     }
 
     /// Runs the plan into poisoned outputs and compares with the oracle.
@@ -149,10 +136,15 @@ impl<'a> DeviceCase<'a> {
     /// The driver's.
     pub fn prepare(&self, plan: &Plan) -> Result<PreparedCase<'_>> {
         let device = self.engine.device();
+        // Fixed, to this plan's: the launches are those of an exact geometry, and a graph may hold them.
+        let geometry = LaunchGeometry::of(plan);
+        let mut buffers = PlanBuffers::with_fixed_geometry(device, plan.bytes().len(), geometry)?;
+        buffers.upload(plan, &self.stream)?;
+        let workspace = Workspace::with_capacity(device, Workspace::bytes_for(plan))?;
         Ok(PreparedCase {
             case: self,
-            workspace: Workspace::with_capacity(device, Workspace::bytes_for(plan))?,
-            buffers: self.engine.upload(plan, &self.stream)?,
+            run: self.engine.bind(&buffers, &self.args(), &workspace)?,
+            buffers,
             start: TimingEvent::new(device)?,
             end: TimingEvent::new(device)?,
         })
@@ -163,20 +155,20 @@ impl<'a> DeviceCase<'a> {
     /// # Errors
     /// The driver's, or those of the run.
     pub fn time(&self, plan: &Plan, flush: &L2Flush, repeats: Repeats) -> Result<Times> {
-        let prepared = self.prepare(plan)?;
         let stream = &self.stream;
         stream.synchronize()?;
         let first = Instant::now();
+        let mut prepared = self.prepare(plan)?;
         prepared.enqueue()?;
         stream.synchronize()?;
         let first_run_us = first.elapsed().as_secs_f64() * 1e6;
 
         let mut cold_times = prepared.times_us(Some(flush), repeats)?;
         let warm_us = median(&mut prepared.times_us(None, repeats)?);
-        let graph = stream.capture(|| (0..Times::GRAPH_RUNS).try_for_each(|_| prepared.enqueue()))?;
+        let mut graph = Graph::capture(vec![prepared.run.clone(); Times::GRAPH_RUNS as usize])?;
         let mut graph_times = Vec::new();
         for _ in 0..5 {
-            let graph_us = prepared.elapsed_us(|| graph.replay())?;
+            let graph_us = prepared.elapsed_us(|| graph.replay(prepared.buffers.uploaded()?, stream))?;
             graph_times.push(graph_us / f64::from(Times::GRAPH_RUNS));
         }
         let mut upload_times = Vec::new();
@@ -201,7 +193,7 @@ impl<'a> DeviceCase<'a> {
 #[derive(Debug)]
 pub struct PreparedCase<'a> {
     case: &'a DeviceCase<'a>,
-    workspace: Workspace<'a>,
+    run: BoundRun,
     buffers: PlanBuffers,
     start: TimingEvent,
     end: TimingEvent,
@@ -209,8 +201,7 @@ pub struct PreparedCase<'a> {
 
 impl PreparedCase<'_> {
     fn enqueue(&self) -> Result<()> {
-        let case = self.case;
-        case.engine.run(&self.buffers, &case.args(), &self.workspace, &case.stream)
+        self.run.run(self.buffers.uploaded()?, &self.case.stream)
     }
 
     /// GPU time of one run in microseconds, after evicting the L2 if `flush` is given.

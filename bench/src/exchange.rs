@@ -1,12 +1,13 @@
 //! The exchange: a folder with the batches that `pat bench kernels` measures, for programs that measure other libraries on
 //! them (`bench/peers/`). `manifest.json` has the configurations; the batches are batch files (`docs/batch-format.md`), one
-//! for each distinct batch. Tensors are not in it: they come from the generator of `pat_abi::generator`.
+//! for each distinct batch, over a pool of just the pages that it reads. Tensors are not in it: they come from the generator
+//! of `pat_abi::generator`.
 
 use crate::device::{SEED, softmax_scale};
-use crate::measure::dtype_name;
 use crate::sample::sample;
 use crate::suites::{Configuration, SuiteError};
 use pat_rs::AttentionShape;
+use pat_workloads::{Existing, ModelParts, WriteError, batch_text, whole_file};
 use serde::Serialize;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -40,10 +41,13 @@ struct Entry {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ExchangeError {
-    /// The folder or a file in it cannot be written.
+    /// A file cannot be written.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+    /// The folder cannot be made or read.
     #[error("{path}: {source}")]
     Io {
-        /// The folder or file.
+        /// The folder.
         path: PathBuf,
         /// The system's message.
         source: std::io::Error,
@@ -67,8 +71,7 @@ pub struct Written {
     pub bytes: u64,
 }
 
-/// Writes configurations into a folder, which is made if it is not there; the manifest last, so that a folder with one is
-/// complete.
+/// Writes configurations into a folder, which is made if it is not there: all files or none, the manifest last.
 ///
 /// # Errors
 /// See [`ExchangeError`].
@@ -77,27 +80,23 @@ pub fn write<'a>(
     configurations: impl IntoIterator<Item = (&'a Configuration, AttentionShape)>,
     force: bool,
 ) -> Result<Written, ExchangeError> {
-    let io = |path: &Path| {
-        let path = path.to_owned();
-        move |source| ExchangeError::Io { path, source }
-    };
-    std::fs::create_dir_all(folder).map_err(io(folder))?;
-    if !force && std::fs::read_dir(folder).map_err(io(folder))?.next().is_some() {
+    let io = |source| ExchangeError::Io { path: folder.to_owned(), source };
+    std::fs::create_dir_all(folder).map_err(io)?;
+    if !force && std::fs::read_dir(folder).map_err(io)?.next().is_some() {
         return Err(ExchangeError::NotEmpty(folder.to_owned()));
     }
-    let mut bytes = 0;
-    let mut put = |name: &str, contents: &[u8]| {
-        let path = folder.join(name);
+    let (mut bytes, mut staged) = (0, Vec::new());
+    let mut put = |name: &str, contents: &str| -> Result<(), WriteError> {
         bytes += contents.len() as u64;
-        std::fs::write(&path, contents).map_err(io(&path))
+        staged.push(whole_file::stage(&folder.join(name), contents.as_bytes(), Existing::replaced_if(force))?);
+        Ok(())
     };
-    let json = |value: Result<Vec<u8>, serde_json::Error>| value.map_err(|error| io(folder)(error.into()));
-    let mut files: HashMap<Vec<u8>, String> = HashMap::new();
+    let mut files: HashMap<String, String> = HashMap::new();
     let mut entries = Vec::new();
     for (configuration, shape) in configurations {
-        let batch = configuration.batch()?;
+        let batch = configuration.batch()?.compacted();
         let sample = sample(&batch, shape).pairs;
-        let text = json(serde_json::to_vec(&batch))?;
+        let text = batch_text(&batch, ModelParts::default());
         let file = match files.get(&text) {
             Some(file) => file.clone(),
             None => {
@@ -114,13 +113,16 @@ pub fn write<'a>(
             nheads_q: shape.q_heads(),
             nheads_kv: shape.kv_heads(),
             head_dim: shape.head_dim(),
-            dtype: dtype_name(shape.dtype()),
+            dtype: shape.dtype().name(),
             softmax_scale: softmax_scale(shape),
             sample,
         });
     }
     let written = Written { configurations: entries.len(), batches: files.len(), bytes: 0 };
     let manifest = Manifest { exchange_version: EXCHANGE_VERSION, seed: SEED, configurations: entries };
-    put("manifest.json", &json(serde_json::to_vec_pretty(&manifest))?)?;
+    put("manifest.json", &serde_json::to_string_pretty(&manifest).expect("names, numbers and lists become JSON"))?;
+    for file in staged {
+        file.commit()?;
+    }
     Ok(Written { bytes, ..written })
 }

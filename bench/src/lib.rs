@@ -2,6 +2,7 @@
 //! peers, the calibration of the cost model.
 
 pub mod calibrate;
+pub mod ceiling;
 pub mod compare;
 pub mod cpu;
 pub mod device;

@@ -1,26 +1,19 @@
 //! Measuring one configuration into a record.
 
+use crate::ceiling::DeviceRates;
 use crate::cpu::CpuCase;
 use crate::device::{DeviceCase, Repeats};
 use crate::memory::{self, TooLarge};
 use crate::provenance::cpu_name;
-use crate::result::{Correctness, METHOD, Record, ceiling_us};
+use crate::result::{Correctness, METHOD, Record};
 use crate::sample::oracle;
 use crate::statistics::{median, quartiles};
 use half::{bf16, f16};
 use pat_rs::cuda::bench_support::L2Flush;
-use pat_rs::{AttentionShape, DeviceProfile, Dtype, Element, Engine, Plan, PlanOptions, Planner};
+use pat_rs::{AttentionShape, DeviceProfile, Dtype, Element, Engine, Error, Plan, PlanOptions, Planner};
 use pat_workloads::{NumericsReport, OwnedBatch};
 use std::collections::BTreeMap;
 use std::time::Instant;
-
-/// Name of a type in records.
-pub fn dtype_name(dtype: Dtype) -> &'static str {
-    match dtype {
-        Dtype::F16 => "f16",
-        Dtype::Bf16 => "bf16",
-    }
-}
 
 /// Why a configuration could not be measured.
 #[derive(Debug, thiserror::Error)]
@@ -72,7 +65,8 @@ impl Target {
         }
     }
 
-    /// Plans, verifies and times a batch. `suite` and `name` are what the record is called.
+    /// Plans, verifies and times a batch, over a pool that holds only the pages that it reads. `suite` and `name` are what the
+    /// record is called.
     ///
     /// # Errors
     /// See [`MeasureError`].
@@ -84,9 +78,11 @@ impl Target {
         options: &PlanOptions,
         repeats: Repeats,
     ) -> Result<Record, MeasureError> {
+        batch.view(&batch.rows())?;
+        let batch = &batch.compacted();
         let rows = batch.rows();
         let view = batch.view(&rows)?;
-        let mut planner = Planner::new(shape, self.profile.clone(), options.clone())?;
+        let mut planner = Planner::new(batch.problem(shape), self.profile.clone(), options.clone())?;
         let plan = planner.plan(&view)?;
         let mut plan_times = Vec::new();
         for _ in 0..9 {
@@ -98,12 +94,12 @@ impl Target {
         let (report, times) = match shape.dtype() {
             Dtype::F16 => self.verify_and_time::<f16>(batch, &plan, repeats)?,
             Dtype::Bf16 => self.verify_and_time::<bf16>(batch, &plan, repeats)?,
+            other => return Err(Error::invalid("dtype", other.name(), "f16 or bf16").into()),
         };
         let summary = plan.summary();
         let rows_bytes = 2 * 2 * batch.lengths.len() as u64 * u64::from(shape.q_heads()) * u64::from(shape.head_dim());
         let bytes = summary.unique_kv_bytes + rows_bytes;
         let flop = batch_flop(batch, shape);
-        let ceiling_us = ceiling_us(bytes as f64, flop);
         let cold_us = times.cold_us;
         let by_method = |us: f64| BTreeMap::from([(METHOD.to_owned(), us / 1e3)]);
         let correctness = Correctness {
@@ -112,14 +108,14 @@ impl Target {
             relative_l2: report.relative_l2_error,
             sample: Some(report.sample),
         };
-        Ok(Record {
+        let mut record = Record {
             suite: suite.into(),
             tree: name.into(),
             nheads_q: shape.q_heads(),
             nheads_kv: shape.kv_heads(),
             head_dim: shape.head_dim(),
             block_size: batch.page_size,
-            dtype: dtype_name(shape.dtype()).into(),
+            dtype: shape.dtype().name().into(),
             sequences: summary.sequences,
             latencies: by_method(cold_us),
             warm_latencies: times.warm_us.map(by_method).unwrap_or_default(),
@@ -134,14 +130,16 @@ impl Target {
             predicted_us: summary.predicted_us,
             bytes,
             flop,
-            floor_us: (bytes as f64 / 4.8e6).max(flop / 989e6),
-            ceiling_us,
-            ceiling_fraction: self.is_cuda().then_some(ceiling_us / cold_us),
+            floor_us: None,
+            ceiling_us: None,
+            ceiling_fraction: None,
             sharing_factor: summary.sharing_factor,
             planned_kv_bytes: summary.planned_kv_bytes,
             partial_bytes: summary.partial_bytes,
             items: Record::items_of(&summary),
-        })
+        };
+        record.set_ceiling(DeviceRates::of(&self.name()));
+        Ok(record)
     }
 
     fn verify_and_time<T: Element>(

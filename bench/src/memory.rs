@@ -18,9 +18,9 @@ pub struct TooLarge {
     pub available_bytes: f64,
 }
 
-/// Bytes of K and V of every page of the pool.
+/// Bytes of K and V of the pages that are read: others are not drawn.
 pub fn pool_bytes(batch: &OwnedBatch, shape: AttentionShape) -> u64 {
-    u64::from(batch.num_pages) * u64::from(batch.page_size) * shape.kv_bytes_per_token()
+    batch.unique_pages() as u64 * u64::from(batch.page_size) * shape.kv_bytes_per_token()
 }
 
 /// Refuses a batch whose pool and partials would fill more than nine tenths of what is left. Passes where the system does

@@ -1,14 +1,16 @@
 //! The result file: one JSON object, rewritten after every configuration so that a killed run loses at most one.
 //! `docs/result-format.md` describes it for other programs.
 
+use crate::ceiling::{DeviceRates, Rates};
 use pat_rs::plan::PlanSummary;
+use pat_workloads::{Existing, WriteError, whole_file};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::Path;
 
 /// Version of the format; a reader refuses a later one.
-pub const SCHEMA_VERSION: u32 = 2;
+pub const SCHEMA_VERSION: u32 = 3;
 
 /// Name of this library in the maps by method.
 pub const METHOD: &str = "pat-rs";
@@ -96,10 +98,12 @@ pub struct Record {
     pub bytes: u64,
     /// `4 * q_heads * head_dim * tokens`, over all sequences.
     pub flop: f64,
-    /// `max(bytes / 4.8 TB/s, flop / 989 TFLOP/s)`: an H200's datasheet.
-    pub floor_us: f64,
-    /// `max(bytes / 4.6 TB/s, flop / 650 TFLOP/s)`: what kernels reach on an H200.
-    pub ceiling_us: f64,
+    /// The time that the device's datasheet allows; absent where [`DeviceRates`] does not know the device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub floor_us: Option<f64>,
+    /// The time at the rates that kernels have reached on the device; absent as `floor_us` is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ceiling_us: Option<f64>,
     /// `ceiling_us / cold_us`: the part of the reachable speed that was reached.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ceiling_fraction: Option<f64>,
@@ -111,11 +115,6 @@ pub struct Record {
     pub partial_bytes: u64,
     /// Items by variant.
     pub items: BTreeMap<String, u32>,
-}
-
-/// [`Record::ceiling_us`] of what moves `bytes` bytes and multiplies `flop` times.
-pub(crate) fn ceiling_us(bytes: f64, flop: f64) -> f64 {
-    (bytes / 4.6e6).max(flop / 650e6)
 }
 
 /// The only suite there was before records named theirs.
@@ -168,6 +167,19 @@ impl Record {
         }
     }
 
+    /// Fills in what the device's rates say of [`Self::bytes`] and [`Self::flop`].
+    pub(crate) fn set_ceiling(&mut self, rates: Option<DeviceRates>) {
+        let time_us = |rates: Rates| rates.time_us(self.bytes as f64, self.flop);
+        self.floor_us = rates.map(|rates| time_us(rates.datasheet));
+        self.ceiling_us = rates.map(|rates| time_us(rates.reached));
+        self.ceiling_fraction = self.ceiling_us.map(|ceiling_us| ceiling_us / self.cold_us);
+    }
+
+    /// Time as a multiple of the ceiling, where there is one and the batch has work.
+    pub fn multiple_of_ceiling(&self) -> Option<f64> {
+        self.ceiling_us.filter(|&ceiling_us| ceiling_us > 0.0).map(|ceiling_us| self.cold_us / ceiling_us)
+    }
+
     /// Whether the answer of this library agreed with the oracle.
     pub fn is_verified(&self) -> bool {
         self.correctness.get(METHOD).is_some_and(|entry| entry.status == "PASSED")
@@ -183,7 +195,7 @@ impl Record {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ResultError {
-    /// Reading or writing failed.
+    /// Reading failed.
     #[error("{file}: {source}")]
     Io {
         /// The file.
@@ -191,6 +203,9 @@ pub enum ResultError {
         /// The system's message.
         source: std::io::Error,
     },
+    /// Writing failed.
+    #[error(transparent)]
+    Write(#[from] WriteError),
     /// Not a result file.
     #[error("{file} is not a result file of this tool: {source}")]
     Json {
@@ -216,6 +231,9 @@ pub enum ResultError {
 /// See [`ResultError`].
 pub fn read(path: &Path) -> Result<ResultFile, ResultError> {
     let mut result: ResultFile = read_as(path)?;
+    // Earlier versions have an H200's times, whatever the device.
+    let rates = DeviceRates::of(&result.device);
+    result.records.iter_mut().for_each(|record| record.set_ceiling(rates));
     result.schema_version = SCHEMA_VERSION;
     Ok(result)
 }
@@ -245,12 +263,9 @@ pub(crate) fn read_as<T: DeserializeOwned>(path: &Path) -> Result<T, ResultError
 /// # Errors
 /// The system's.
 pub fn write(path: &Path, result: &ResultFile) -> Result<(), ResultError> {
-    let io = |source| ResultError::Io { file: path.display().to_string(), source };
     let text = serde_json::to_string_pretty(result)
         .map_err(|source| ResultError::Json { file: path.display().to_string(), source })?;
-    let aside = path.with_extension("json.new");
-    std::fs::write(&aside, text + "\n").map_err(io)?;
-    std::fs::rename(&aside, path).map_err(io)
+    Ok(whole_file::write(path, (text + "\n").as_bytes(), Existing::Replace)?)
 }
 
 /// A record for tests of what is made of records.
@@ -278,8 +293,8 @@ pub(crate) fn test_record(tree: &str, cold_us: f64) -> Record {
         predicted_us: 0.0,
         bytes: 0,
         flop: 0.0,
-        floor_us: 0.0,
-        ceiling_us: 0.0,
+        floor_us: None,
+        ceiling_us: None,
         ceiling_fraction: None,
         sharing_factor: 1.0,
         planned_kv_bytes: 0,
@@ -346,7 +361,7 @@ mod tests {
             ("[1]", "is not a result file"),
             (r#"{"records": []}"#, "missing field `schema_version`"),
             (r#"{"schema_version": 2, "records": []}"#, "missing field `device`"),
-            (r#"{"schema_version": 3, "runs": []}"#, "has schema version 3, this tool reads 1 to 2"),
+            (r#"{"schema_version": 4, "runs": []}"#, "has schema version 4, this tool reads 1 to 3"),
             (r#"{"schema_version": 0}"#, "has schema version 0"),
         ] {
             let message = read_text(text).expect_err(part).to_string();

@@ -2,7 +2,9 @@
 
 use fnv::FnvHasher;
 use pat_bench::memory::pool_bytes;
-use pat_bench::suites::{Configuration, figure10, realistic, sweeps, trace, unshared};
+use pat_bench::suites::{
+    Configuration, bf16, figure10, realistic, sweeps, tensor_parallel, trace, trace_requests, unshared,
+};
 use pat_rs::{AttentionShape, Dtype};
 use pat_workloads::OwnedBatch;
 use std::collections::BTreeSet;
@@ -11,11 +13,11 @@ use std::hash::Hasher;
 
 /// Every suite that needs no file.
 fn committed() -> Vec<Configuration> {
-    [figure10(), realistic(), unshared(), sweeps()].concat()
+    [figure10(), realistic(), unshared(), sweeps(), bf16(), tensor_parallel()].concat()
 }
 
 fn shape(configuration: &Configuration) -> AttentionShape {
-    configuration.shape(128, Dtype::F16).expect("a valid shape")
+    configuration.shape(None, None).expect("a valid shape")
 }
 
 /// Of everything in the batch, the same on every machine.
@@ -51,10 +53,31 @@ fn batches_are_what_they_were() {
 
 #[test]
 fn every_configuration_has_a_name_of_its_own() {
-    let configurations = [committed(), trace("trace.jsonl".as_ref())].concat();
+    let configurations = [committed(), trace("trace.jsonl".as_ref(), 512, 256)].concat();
     let names: BTreeSet<_> = configurations.iter().map(|c| (c.suite, c.label())).collect();
     assert_eq!(names.len(), configurations.len());
-    assert_eq!(configurations.len(), 80 + 20 + 20 + 15 + 12);
+    assert_eq!(configurations.len(), 80 + 20 + 20 + 15 + 20 + 60 + 12);
+}
+
+#[test]
+fn a_configuration_of_one_type_refuses_another() {
+    let bf16 = &bf16()[0];
+    assert_eq!(bf16.shape(None, None).expect("its own").dtype(), Dtype::Bf16);
+    assert_eq!(bf16.shape(Some(64), Some(Dtype::Bf16)).expect("the same").head_dim(), 64);
+    let message = bf16.shape(None, Some(Dtype::F16)).expect_err("another").to_string();
+    assert!(message.contains("dtype: got f16, expected bf16 or nothing for bf16: "), "{message}");
+    assert_eq!(figure10()[0].shape(None, None).expect("the default").dtype(), Dtype::F16);
+}
+
+#[test]
+fn a_short_trace_gives_the_batches_that_fit() {
+    let names = |requests| {
+        let of_trace = trace("trace.jsonl".as_ref(), 512, requests).into_iter().map(|c| c.name);
+        of_trace.filter(|name| name.ends_with("_s0")).collect::<Vec<_>>()
+    };
+    assert_eq!(names(0), [""; 0]);
+    assert_eq!(names(3), ["trace_b3_s0"]);
+    assert_eq!(names(100), ["trace_b32_s0", "trace_b64_s0"]);
 }
 
 #[test]
@@ -101,7 +124,8 @@ fn trace_batches_are_the_same_every_time() {
     }
     std::fs::write(file.path(), text).expect("writable");
     let mut hashes = BTreeSet::new();
-    for configuration in trace(file.path()) {
+    assert_eq!(trace_requests(file.path()).expect("readable"), 256);
+    for configuration in trace(file.path(), 512, 256) {
         let batch = configuration.batch().expect("a batch");
         assert_eq!(batch, configuration.batch().expect("a batch"));
         hashes.insert(hash(&batch));

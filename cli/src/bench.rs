@@ -14,12 +14,20 @@ use anyhow::Result;
 #[derive(clap::Subcommand)]
 pub(crate) enum Command {
     /// Measure suites of batches; every answer is verified before it is timed.
+    #[command(
+        after_help = "Takes: for each configuration up to a second of oracle (on two cores), and on a GPU about a \
+hundred calls behind it; on the CPU executor, several calls of milliseconds to seconds. The progress bar estimates what is left, \
+--quick takes a part of it, --time-limit bounds it."
+    )]
     Kernels(Box<kernels::Args>),
     /// Compare result files; status 1 where a configuration has become slower by more than the noise.
+    #[command(after_help = "Takes: milliseconds.")]
     Compare(compare::Args),
     /// Write the batches that `kernels` measures, for bench/peers and other programs.
+    #[command(after_help = "Takes: seconds for all suites.")]
     Export(export::Args),
     /// Set pat-rs against the other methods of a result file.
+    #[command(after_help = "Takes: milliseconds.")]
     Peers(peers::Args),
 }
 

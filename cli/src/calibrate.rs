@@ -1,5 +1,6 @@
 //! `pat calibrate`: the terms of the cost model, measured on a device.
 
+use crate::output;
 use anyhow::{Context, Result};
 use comfy_table::{Table, presets};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -7,6 +8,7 @@ use pat_bench::calibrate::{fit, probes};
 use pat_bench::device::Repeats;
 use pat_rs::DeviceProfile;
 use pat_rs::cuda::bench_support::L2Flush;
+use pat_workloads::{Existing, whole_file};
 use serde::Serialize;
 use std::path::PathBuf;
 
@@ -21,6 +23,9 @@ pub(crate) struct Args {
     /// Where to write the profile, for --profile FILE.
     #[arg(long, value_name = "FILE.json")]
     output: Option<PathBuf>,
+    /// Overwrite the file.
+    #[arg(long)]
+    force: bool,
     /// Machine-readable output: the profile and every measured time beside its prediction.
     #[arg(long)]
     json: bool,
@@ -47,6 +52,8 @@ struct Timed {
 }
 
 pub(crate) fn run(args: &Args) -> Result<bool> {
+    let existing = Existing::replaced_if(args.force);
+    args.output.as_ref().map_or(Ok(()), |file| whole_file::check(file, existing)).context("--output")?;
     let engine = crate::run::engine(&args.device)?;
     let engine = engine
         .as_cuda()
@@ -64,7 +71,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     }
     bar.finish_and_clear();
     let profile = fit(&built_in, &samples).context("the times do not fit the cost model").inspect_err(|_| {
-        samples.iter().for_each(|sample| eprintln!("{:>10.2} us  {}", sample.measured_us, sample.name));
+        samples.iter().for_each(|sample| output::note(format!("{:>10.2} us  {}", sample.measured_us, sample.name)));
     })?;
     let mut timed = Vec::new();
     for (probe, sample) in probes.iter().zip(&samples) {
@@ -76,14 +83,14 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         });
     }
     let report = Report { profile, built_in, probes: timed };
-    if args.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
-    } else {
-        println!("{}", text(&report));
-    }
     if let Some(file) = &args.output {
         let text = serde_json::to_string_pretty(&report.profile)? + "\n";
-        std::fs::write(file, text).with_context(|| format!("--output {}", file.display()))?;
+        whole_file::write(file, text.as_bytes(), existing).context("--output")?;
+    }
+    if args.json {
+        output::print(serde_json::to_string_pretty(&report)?)?;
+    } else {
+        output::print(text(&report))?;
     }
     Ok(true)
 }

@@ -4,7 +4,7 @@ use anyhow::Result;
 use comfy_table::{CellAlignment, Table, presets};
 use pat_rs::plan::cost::Prediction;
 use pat_rs::plan::{PlanMode, PlanSummary, ReadReason, SharedNodes};
-use pat_rs::{AttentionShape, DecodeBatch, DeviceProfile, Plan, PlanOptions, Planner};
+use pat_rs::{AttentionShape, DecodeBatch, DeviceProfile, Plan, PlanOptions, Planner, Problem};
 use std::fmt::Write;
 
 /// Kinds of nodes that get a line: those that save most.
@@ -27,7 +27,7 @@ impl Candidate {
         options: PlanOptions,
         batch: &DecodeBatch<'_>,
     ) -> Result<Self> {
-        let mut planner = Planner::new(shape, profile.clone(), options)?;
+        let mut planner = Planner::new(Problem::new(shape, batch.page_size()), profile.clone(), options)?;
         let plan = planner.plan(batch)?;
         Ok(Self { planner, summary: plan.summary(), plan })
     }
@@ -42,8 +42,7 @@ impl Candidate {
 /// wide as they can be.
 pub(crate) fn explain(chosen: &Candidate, options: &PlanOptions, batch: &DecodeBatch<'_>) -> Result<String> {
     let shape = chosen.plan.shape();
-    let candidate =
-        |mode| Candidate::new(shape, chosen.planner.profile(), PlanOptions { mode, ..options.clone() }, batch);
+    let candidate = |mode| Candidate::new(shape, chosen.planner.profile(), options.clone().with_mode(mode), batch);
     let (flat, packed) = (candidate(PlanMode::Flat)?, candidate(PlanMode::Packed)?);
 
     let mut table = Table::new();

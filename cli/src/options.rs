@@ -2,8 +2,13 @@
 
 use anyhow::{Context, Result, bail};
 use pat_rs::plan::PlanMode;
-use pat_rs::{AttentionShape, DeviceProfile, Dtype, PlanOptions, TileVariant};
-use pat_workloads::{OwnedBatch, TraceCut, TreeSpec, read_batch};
+use pat_rs::{AttentionShape, DeviceProfile, Dtype, Error, PlanOptions, Problem, TileVariant, supports};
+use pat_workloads::{
+    MOONCAKE_BLOCK_TOKENS, ModelParts, OwnedBatch, TraceCut, TraceError, TreeSpec, count_requests, parse_dtype,
+    read_batch,
+};
+use serde::Serialize;
+use std::fs::File;
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -14,11 +19,12 @@ pub(crate) struct Source {
     /// A regular prefix tree in PAT's notation: nodes per level _ tokens per level.
     #[arg(long, value_name = "SPEC", conflicts_with = "trace")]
     tree: Option<String>,
-    /// A request trace in Mooncake's format (JSON lines).
+    /// A request trace in Mooncake's format, JSON lines (docs/trace-format.md).
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
-    /// With --trace, the number of sequences that decode together; alone, a batch file (docs/batch-format.md).
-    #[arg(long, value_name = "N or FILE", conflicts_with = "tree", allow_negative_numbers = true)]
+    /// Alone, a batch file (docs/batch-format.md). With --trace, the number of sequences that decode together [default: 64, or
+    /// as many as the trace has].
+    #[arg(long, value_name = "FILE or N", conflicts_with = "tree", allow_negative_numbers = true)]
     batch: Option<String>,
     /// With --trace: tokens that each sequence has generated.
     #[arg(
@@ -40,37 +46,69 @@ pub(crate) struct Source {
         allow_negative_numbers = true
     )]
     first_request: usize,
-    /// Tokens per page of --tree and --trace (32 unless told); a batch file brings its own.
+    #[command(flatten)]
+    block: TraceBlock,
+    /// Tokens per page of --tree and --trace [default: 32]; a batch file brings its own.
     #[arg(long, value_name = "TOKENS", allow_negative_numbers = true)]
     page_size: Option<u32>,
+}
+
+/// How a trace is to be read.
+#[derive(clap::Args, Clone, Copy, Debug)]
+pub(crate) struct TraceBlock {
+    /// With --trace: tokens that one of its hash ids stands for [default: 512].
+    #[arg(long, value_name = "TOKENS", requires = "trace", allow_negative_numbers = true)]
+    trace_block: Option<u32>,
+}
+
+impl TraceBlock {
+    pub(crate) fn tokens(self) -> u32 {
+        self.trace_block.unwrap_or(MOONCAKE_BLOCK_TOKENS)
+    }
 }
 
 /// Page size of trees and traces where none is given.
 const DEFAULT_PAGE_SIZE: u32 = 32;
 
+/// Most sequences that are cut from a trace where no number is given.
+const DEFAULT_TRACE_BATCH: usize = 64;
+
+/// A batch to plan or run.
+pub(crate) struct Loaded {
+    /// For reports.
+    pub(crate) name: String,
+    pub(crate) batch: OwnedBatch,
+    /// What its file says of the model.
+    pub(crate) model: ModelParts,
+}
+
 impl Source {
-    /// Reads or makes the batch; the name is for reports.
-    pub(crate) fn load(&self) -> Result<(String, OwnedBatch)> {
+    /// Reads or makes the batch.
+    pub(crate) fn load(&self) -> Result<Loaded> {
         let page_size = self.page_size.unwrap_or(DEFAULT_PAGE_SIZE);
+        let model = ModelParts::default();
+        // Not found by the parser where --tree rules --trace out.
+        if self.block.trace_block.is_some() && self.trace.is_none() {
+            bail!("--trace-block: goes with --trace");
+        }
         match (&self.tree, &self.trace, &self.batch) {
             (Some(tree), None, None) => {
                 let spec = TreeSpec::from_str(tree).context("--tree")?;
-                Ok((tree.clone(), spec.batch(page_size, Some(1)).context("--tree")?))
+                let option = if page_size == 0 { "--page-size 0 with --tree" } else { "--tree" };
+                Ok(Loaded { name: tree.clone(), batch: spec.batch(page_size, Some(1)).context(option)?, model })
             }
             (None, Some(file), batch) => {
-                let batch_size = match batch {
-                    None => 64,
-                    Some(text) => text.parse().with_context(|| {
-                        format!("--batch: got {text:?}, expected the number of sequences (with --trace)")
-                    })?,
-                };
-                let cut = TraceCut { first_request: self.first_request, batch_size, step: self.at_step, page_size };
-                let reader = std::fs::File::open(file).with_context(|| format!("--trace {}", file.display()))?;
-                let batch = cut.batch(BufReader::new(reader)).with_context(|| format!("--trace {}", file.display()))?;
-                Ok((format!("{} batch {batch_size} step {}", file.display(), self.at_step), batch))
+                let (batch, batch_size) = self
+                    .cut(file, batch.as_deref(), page_size)
+                    .with_context(|| format!("--trace {}", file.display()))?;
+                Ok(Loaded {
+                    name: format!("{} batch {batch_size} step {}", file.display(), self.at_step),
+                    batch,
+                    model,
+                })
             }
             (None, None, Some(file)) => {
-                let batch = read_batch(file.as_ref()).map_err(|error| {
+                let (batch, model) = read_batch(file.as_ref()).map_err(|error| {
                     let context = match file.parse::<u64>() {
                         Ok(_) => "--batch (a number of sequences goes with --trace)",
                         Err(_) => "--batch",
@@ -80,57 +118,138 @@ impl Source {
                 if let Some(asked) = self.page_size.filter(|&asked| asked != batch.page_size) {
                     bail!("--page-size: got {asked}, expected the batch file's {} or nothing", batch.page_size);
                 }
-                Ok((file.clone(), batch))
+                Ok(Loaded { name: file.clone(), batch, model })
             }
             _ => bail!("no batch: give --tree SPEC, --trace FILE [--batch N], or --batch FILE.json"),
         }
+    }
+
+    /// A batch of a trace, and how many sequences it has.
+    fn cut(&self, file: &Path, asked: Option<&str>, page_size: u32) -> Result<(OwnedBatch, usize)> {
+        let open = || File::open(file).map(BufReader::new);
+        let batch_size = match asked {
+            None => {
+                let left = count_requests(open()?)?.saturating_sub(self.first_request);
+                // Of nothing, one is asked for: the error says how many there are.
+                DEFAULT_TRACE_BATCH.min(left).max(1)
+            }
+            Some(text) => text
+                .parse()
+                .with_context(|| format!("--batch: got {text:?}, expected the number of sequences (with --trace)"))?,
+        };
+        let (first_request, step) = (self.first_request, self.at_step);
+        let cut = TraceCut { first_request, batch_size, step, page_size, block_tokens: self.block.tokens() };
+        Ok((cut.batch(open()?)?, batch_size))
     }
 }
 
 /// What heads alone do not say of a model.
 #[derive(clap::Args, Clone, Copy, Debug)]
 pub(crate) struct Model {
-    /// Elements per head: 64 or 128.
-    #[arg(long, default_value_t = 128, allow_negative_numbers = true)]
-    pub(crate) head_dim: u32,
-    /// Element type: f16 or bf16.
-    #[arg(long, default_value = "f16", value_parser = parse_dtype)]
-    pub(crate) dtype: Dtype,
+    /// Elements per head, 64 or 128 [default: the batch file's, else 128].
+    #[arg(long, allow_negative_numbers = true)]
+    pub(crate) head_dim: Option<u32>,
+    /// Element type, f16 or bf16 [default: the batch file's, else f16].
+    #[arg(long, value_parser = dtype)]
+    pub(crate) dtype: Option<Dtype>,
 }
 
-fn parse_dtype(name: &str) -> std::result::Result<Dtype, &'static str> {
-    match name {
-        "f16" | "fp16" | "half" => Ok(Dtype::F16),
-        "bf16" => Ok(Dtype::Bf16),
-        _ => Err("expected f16 or bf16"),
-    }
+fn dtype(name: &str) -> std::result::Result<Dtype, &'static str> {
+    parse_dtype(name).ok_or("expected f16 or bf16")
 }
 
 /// The model's shape.
 #[derive(clap::Args, Clone, Debug)]
 pub(crate) struct Shape {
-    /// Query heads / KV heads.
-    #[arg(long, default_value = "32/8", value_name = "Q/KV", allow_hyphen_values = true)]
-    heads: String,
+    /// Query heads / KV heads [default: the batch file's, else 32/8].
+    #[arg(long, value_name = "Q/KV", allow_hyphen_values = true)]
+    heads: Option<String>,
     #[command(flatten)]
     model: Model,
 }
 
 impl Shape {
-    pub(crate) fn resolve(&self) -> Result<AttentionShape> {
-        let (q, kv) = parse_heads(&self.heads)?;
-        let Model { head_dim, dtype } = self.model;
-        AttentionShape::new(q, kv, head_dim, dtype)
-            .with_context(|| format!("--heads {} --head-dim {head_dim}", self.heads))
+    /// `of_file` is what the batch's file says.
+    pub(crate) fn resolve(&self, of_file: ModelParts) -> Result<AttentionShape> {
+        let heads = self.heads.as_deref().map(parse_heads).transpose()?;
+        let heads = agreed("--heads", heads, of_file.heads, |(q, kv)| format!("{q}/{kv}"))?;
+        let head_dim = agreed("--head-dim", self.model.head_dim, of_file.head_dim, |head_dim| head_dim.to_string())?;
+        let dtype = agreed("--dtype", self.model.dtype, of_file.dtype, |dtype| dtype.name().to_owned())?;
+        let (q, kv) = heads.unwrap_or((32, 8));
+        let (head_dim, dtype) = (head_dim.unwrap_or(128), dtype.unwrap_or(Dtype::F16));
+        AttentionShape::new(q, kv, head_dim, dtype).and_then(supported).map_err(|error| {
+            let context = match option_of_argument(&error) {
+                Some("--head-dim") => format!("--head-dim {head_dim}"),
+                _ => format!("--heads {q}/{kv}"),
+            };
+            anyhow::Error::new(error).context(context)
+        })
     }
+}
+
+/// What was asked for, else what the batch file says; both must be the same where both are there.
+fn agreed<T: Copy + PartialEq>(
+    option: &str,
+    asked: Option<T>,
+    of_file: Option<T>,
+    text: impl Fn(T) -> String,
+) -> Result<Option<T>> {
+    match (asked, of_file) {
+        (Some(asked), Some(own)) if asked != own => {
+            bail!("{option}: got {}, expected the batch file's {} or nothing", text(asked), text(own))
+        }
+        _ => Ok(asked.or(of_file)),
+    }
+}
+
+/// Refuses a shape that no kernel can compute, whatever the pages.
+pub(crate) fn supported(shape: AttentionShape) -> pat_rs::Result<AttentionShape> {
+    supports(&Problem::new(shape, 1), None, None)?;
+    Ok(shape)
 }
 
 /// `Q/KV`.
 pub(crate) fn parse_heads(heads: &str) -> Result<(u32, u32)> {
-    heads
-        .split_once('/')
-        .and_then(|(q, kv)| Some((q.parse().ok()?, kv.parse().ok()?)))
+    pat_workloads::parse_heads(heads)
         .with_context(|| format!("--heads: got {heads:?}, expected QUERY/KV heads such as 32/8"))
+}
+
+/// The model and the pool, as reports show them.
+#[derive(Clone, Copy, Serialize)]
+pub(crate) struct ModelReport {
+    q_heads: u32,
+    kv_heads: u32,
+    head_dim: u32,
+    dtype: &'static str,
+    page_size: u32,
+    /// Of the pool that the block tables belong to.
+    num_pages: u32,
+    /// Those that a sequence reads.
+    pages_read: usize,
+}
+
+impl ModelReport {
+    pub(crate) fn new(shape: AttentionShape, batch: &OwnedBatch) -> Self {
+        Self {
+            q_heads: shape.q_heads(),
+            kv_heads: shape.kv_heads(),
+            head_dim: shape.head_dim(),
+            dtype: shape.dtype().name(),
+            page_size: batch.page_size,
+            num_pages: batch.num_pages,
+            pages_read: batch.unique_pages(),
+        }
+    }
+
+    /// `32/8 heads, head dim 128, f16`.
+    pub(crate) fn model(self) -> String {
+        format!("{}/{} heads, head dim {}, {}", self.q_heads, self.kv_heads, self.head_dim, self.dtype)
+    }
+
+    /// `pages of 16 tokens, 5 of 8 read`.
+    pub(crate) fn pool(self) -> String {
+        format!("pages of {} tokens, {} of {} read", self.page_size, self.pages_read, self.num_pages)
+    }
 }
 
 /// How to plan.
@@ -189,7 +308,8 @@ impl Planning {
                 known.with_context(|| format!("--variants: got {name:?}, expected some of {}", variant_names()))?,
             );
         }
-        Ok(PlanOptions { mode, variants: (!variants.is_empty()).then_some(variants) })
+        let options = PlanOptions::from(mode);
+        Ok(if variants.is_empty() { options } else { options.with_variants(variants) })
     }
 
     /// The profile that was asked for: a known device's, or that of a file.
@@ -208,4 +328,42 @@ impl Planning {
         profile.validate().with_context(|| format!("--profile {name}"))?;
         Ok(Some(profile))
     }
+}
+
+/// The option that gives the argument an error is about, if there is one.
+pub(crate) fn option_of(error: &anyhow::Error) -> Option<&'static str> {
+    error.chain().find_map(|cause| {
+        if let Some(error) = cause.downcast_ref::<Error>() {
+            return option_of_argument(error);
+        }
+        match cause.downcast_ref()? {
+            TraceError::Cut { argument, .. } => option_named(argument),
+            TraceError::Request { .. } => option_named("block_tokens"),
+            _ => None,
+        }
+    })
+}
+
+fn option_of_argument(error: &Error) -> Option<&'static str> {
+    match error {
+        Error::InvalidArgument { argument, .. } => option_named(argument),
+        Error::Unsupported(reason) => option_named(&reason.part.to_string()),
+        _ => None,
+    }
+}
+
+/// Library arguments and the options that give them.
+fn option_named(argument: &str) -> Option<&'static str> {
+    const OPTIONS: [(&str, &str); 9] = [
+        ("q_heads", "--heads"),
+        ("kv_heads", "--heads"),
+        ("head_dim", "--head-dim"),
+        ("dtype", "--dtype"),
+        ("page_size", "--page-size"),
+        ("block_tokens", "--trace-block"),
+        ("batch_size", "--batch"),
+        ("first_request", "--first-request"),
+        ("fixed chunk", "--mode"),
+    ];
+    OPTIONS.iter().find(|(name, _)| argument.starts_with(name)).map(|(_, option)| *option)
 }

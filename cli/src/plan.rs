@@ -1,12 +1,13 @@
 //! `pat plan`: the forest and the row tiles, for people, machines and pictures.
 
 use crate::explain::{Candidate, explain};
-use crate::options::{Planning, Shape, Source};
-use crate::render;
+use crate::options::{Loaded, ModelReport, Planning, Shape, Source};
+use crate::{forest_picture, output, render};
 use anyhow::{Context, Result};
 use pat_rs::plan::{PlanSummary, SharedNodes};
 use pat_rs::{DeviceProfile, Engine};
-use pat_workloads::write_batch;
+use pat_workloads::whole_file::{self, Staged};
+use pat_workloads::{Existing, ModelParts, batch_text};
 use serde::Serialize;
 use std::path::PathBuf;
 
@@ -24,12 +25,15 @@ pub(crate) struct Args {
     /// Machine-readable output.
     #[arg(long)]
     json: bool,
-    /// Write a picture of the forest.
+    /// Write a picture of the forest, for light and dark pages.
     #[arg(long, value_name = "FILE")]
     svg: Option<PathBuf>,
-    /// Write the batch in the format of docs/batch-format.md.
+    /// Write the batch and the model's shape in the format of docs/batch-format.md.
     #[arg(long, value_name = "FILE")]
     save_batch: Option<PathBuf>,
+    /// Overwrite the files of --svg and --save-batch.
+    #[arg(long)]
+    force: bool,
 }
 
 /// Kinds of shared nodes in the machine-readable output.
@@ -41,14 +45,22 @@ struct Report<'a> {
     /// The profile's name.
     profile: &'a str,
     #[serde(flatten)]
+    model: ModelReport,
+    #[serde(flatten)]
     summary: &'a PlanSummary,
     /// Largest first.
     shared_nodes: Vec<SharedNodes>,
 }
 
 pub(crate) fn run(args: &Args) -> Result<bool> {
-    let shape = args.shape.resolve()?;
-    let (name, batch) = args.source.load()?;
+    let existing = Existing::replaced_if(args.force);
+    // Before anything is printed.
+    for (option, file) in [("--svg", &args.svg), ("--save-batch", &args.save_batch)] {
+        file.as_ref().map_or(Ok(()), |file| whole_file::check(file, existing)).context(option)?;
+    }
+    let Loaded { name, batch, model } = args.source.load()?;
+    let shape = args.shape.resolve(model)?;
+    let model = ModelReport::new(shape, &batch);
     let profile = match args.planning.profile()? {
         Some(profile) => profile,
         None => Engine::auto().profile().unwrap_or_else(|_| DeviceProfile::h200()),
@@ -58,24 +70,30 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     let options = args.planning.resolve()?;
     let chosen = Candidate::new(shape, &profile, options.clone(), &view)?;
     let Candidate { planner, plan, summary } = &chosen;
+    let svg = args.svg.as_ref().map(|file| {
+        let svg = forest_picture::svg(planner.forest(), planner.tiles(), &view, &name);
+        whole_file::stage(file, svg.as_bytes(), existing).context("--svg")
+    });
+    let saved = args.save_batch.as_ref().map(|file| {
+        let heads = Some((shape.q_heads(), shape.kv_heads()));
+        let model = ModelParts { heads, head_dim: Some(shape.head_dim()), dtype: Some(shape.dtype()) };
+        whole_file::stage(file, batch_text(&batch, model).as_bytes(), existing).context("--save-batch")
+    });
+    let (svg, saved) = (svg.transpose()?, saved.transpose()?);
+    svg.map_or(Ok(()), Staged::commit).context("--svg")?;
+    saved.map_or(Ok(()), Staged::commit).context("--save-batch")?;
     if args.json {
         let shared_nodes = planner.shared_nodes(plan, SHARED_NODES)?;
-        let report = Report { profile: &profile.name, summary, shared_nodes };
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        let report = Report { profile: &profile.name, model, summary, shared_nodes };
+        output::print(serde_json::to_string_pretty(&report)?)?;
     } else {
-        println!("{name}, planned for {}", planner.profile().name);
-        print!("{}", render::forest(planner.forest(), planner.tiles(), &view));
-        println!("{summary}");
+        output::print(format_args!("{name}, planned for {}", planner.profile().name))?;
+        let forest = render::forest(planner.forest(), planner.tiles(), &view);
+        output::print(format_args!("{forest}{:<17}{}\n{:<17}{}", "model", model.model(), "pool", model.pool()))?;
+        output::print(summary)?;
         if args.explain {
-            print!("{}", explain(&chosen, &options, &view)?);
+            output::print(explain(&chosen, &options, &view)?.trim_end())?;
         }
-    }
-    if let Some(file) = &args.svg {
-        let svg = render::svg(planner.forest(), planner.tiles(), &view, &name);
-        std::fs::write(file, svg).with_context(|| format!("--svg {}", file.display()))?;
-    }
-    if let Some(file) = &args.save_batch {
-        write_batch(file, &batch).with_context(|| format!("--save-batch {}", file.display()))?;
     }
     Ok(true)
 }

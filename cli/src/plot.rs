@@ -1,8 +1,10 @@
 //! `pat plot`: pictures of result files.
 
+use crate::output;
 use anyhow::{Context, Result, bail};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use pat_bench::plot::{self, Figures, Format, Options, Picture, PlotError, Theme};
+use pat_workloads::{Existing, whole_file};
 use std::path::PathBuf;
 
 #[derive(clap::Subcommand)]
@@ -10,7 +12,9 @@ pub(crate) enum Command {
     /// Figure 10 as bars, time against the reachable time, speed-up against sharing, time of planning.
     #[command(after_help = "Examples:
   pat plot kernels bench/results/2026-11-24-h200-eb98a1f.json --with bench/results/peers-h200-recorded.json --output pictures
-  pat plot kernels result.json --format png --theme light --baseline ceiling")]
+  pat plot kernels result.json --format png --theme light --baseline ceiling
+
+Takes: under a second for each picture.")]
     Kernels(Kernels),
 }
 
@@ -74,27 +78,33 @@ pub(crate) fn run(command: &Command) -> Result<bool> {
             }
         }
     }
-    if let Some((.., file)) = files.iter().find(|(.., file)| !args.force && file.exists()) {
-        bail!("{} exists: --force overwrites it", file.display());
-    }
+    let existing = Existing::replaced_if(args.force);
     std::fs::create_dir_all(&args.output).with_context(|| format!("--output {}", args.output.display()))?;
-    let mut drawn = 0;
+    for (.., file) in &files {
+        whole_file::check(file, existing).context("--output")?;
+    }
+    let (mut staged, mut left_out) = (Vec::new(), Vec::new());
     for (picture, theme, format, file) in files {
         let options = Options { theme, format, baseline: args.baseline.clone() };
-        match plot::draw(picture, &figures, &options, &file) {
-            Ok(()) => {
-                println!("{}", file.display());
-                drawn += 1;
+        match plot::draw(picture, &figures, &options) {
+            Ok(contents) => {
+                let picture = whole_file::stage(&file, &contents, existing).context("--output")?;
+                staged.push((file, picture));
             }
             // Not every file has what every picture shows.
-            Err(PlotError::Empty(reason)) if asked.is_empty() => {
-                println!("{}: left out: {reason}", file.display());
-            }
+            Err(PlotError::Empty(reason)) if asked.is_empty() => left_out.push((file, reason)),
             Err(error) => return Err(error.into()),
         }
     }
-    if drawn == 0 {
-        bail!("{} has nothing to draw", args.result.display());
+    if let (true, Some((_, reason))) = (staged.is_empty(), left_out.first()) {
+        bail!("{} has nothing to draw: {reason}", args.result.display());
+    }
+    for (file, picture) in staged {
+        picture.commit().context("--output")?;
+        output::print(file.display())?;
+    }
+    for (file, reason) in left_out {
+        output::print(format_args!("{}: left out: {reason}", file.display()))?;
     }
     Ok(true)
 }

@@ -1,7 +1,7 @@
 //! `pat run`: plan, execute, verify, report.
 
-use crate::options::{Planning, Shape, Source};
-use crate::render;
+use crate::options::{Loaded, ModelReport, Planning, Shape, Source};
+use crate::{output, render};
 use anyhow::{Context, Result, bail};
 use half::{bf16, f16};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -41,6 +41,8 @@ pub(crate) struct Args {
 #[derive(Serialize)]
 pub(crate) struct Report {
     pub(crate) batch: String,
+    #[serde(flatten)]
+    pub(crate) model: ModelReport,
     pub(crate) device: String,
     pub(crate) device_reason: String,
     pub(crate) plan: PlanSummary,
@@ -54,17 +56,20 @@ pub(crate) struct Report {
 }
 
 pub(crate) fn run(args: &Args) -> Result<bool> {
-    let shape = args.shape.resolve()?;
     let options = args.planning.resolve()?;
     let engine = engine(&args.device)?;
     if engine.as_cuda().is_some() && args.seed != SEED {
         bail!("--seed: got {}, expected {SEED} on a CUDA device, whose tensors are drawn there", args.seed);
     }
-    let (name, batch) = args.source.load()?;
+    let Loaded { name, batch, model } = args.source.load()?;
+    let shape = args.shape.resolve(model)?;
+    let model = ModelReport::new(shape, &batch);
+    // An engine's pool may be far larger than what one batch reads of it: nothing else is drawn.
+    let batch = batch.compacted();
     let rows = batch.rows();
     let view = batch.view(&rows)?;
     let profile = args.planning.profile()?.map_or_else(|| engine.profile(), Ok)?;
-    let mut planner = Planner::new(shape, profile, options)?;
+    let mut planner = Planner::new(batch.problem(shape), profile, options)?;
     planner.plan(&view)?;
     let begin = Instant::now();
     let plan = planner.plan(&view)?;
@@ -82,11 +87,13 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         (Some(cuda), Dtype::Bf16) => job.on_device::<bf16>(cuda)?,
         (None, Dtype::F16) => job.on_cpu::<f16>()?,
         (None, Dtype::Bf16) => job.on_cpu::<bf16>()?,
+        (_, other) => bail!("--dtype: got {}, expected f16 or bf16", other.name()),
     };
     let rows_bytes = 4 * batch.lengths.len() as u64 * u64::from(shape.q_heads()) * u64::from(shape.head_dim());
     let summary = plan.summary();
     let report = Report {
         batch: name,
+        model,
         device: engine.name().into(),
         device_reason: engine.reason().into(),
         plan_us,
@@ -96,14 +103,14 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         numerics,
     };
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        output::print(serde_json::to_string_pretty(&report)?)?;
     } else {
-        println!("{}", render::report(&report));
+        output::print(render::report(&report))?;
     }
     Ok(report.numerics.is_none_or(|numerics| numerics.passed))
 }
 
-/// `auto` falls back to the CPU and says why; an explicit device is an error where it cannot be had.
+/// `auto` falls back to the CPU and says why; a device that is asked for by name and cannot be used is an error.
 pub(crate) fn engine(device: &str) -> Result<Engine> {
     match device {
         "auto" => Ok(Engine::auto()),

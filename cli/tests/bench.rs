@@ -53,6 +53,9 @@ const SMALL: [&str; 6] = ["--device", "cpu", "--suite", "unshared", "--filter", 
 /// That, and one of 8192 tokens.
 const LARGER: [&str; 6] = ["--device", "cpu", "--quick", "--suite", "unshared", "--filter"];
 
+/// A batch file of one sequence of one token.
+const ONE_TOKEN: &str = r#"{"page_size":16,"num_pages":1,"lengths":[1],"block_tables":[[0]]}"#;
+
 #[test]
 fn the_cpu_executor_is_measured() {
     let folder = TempDir::new().expect("a temporary folder");
@@ -62,7 +65,7 @@ fn the_cpu_executor_is_measured() {
         assert!(table.contains(part), "{part}: {table}");
     }
     let result = json(&path);
-    assert_eq!(result["schema_version"], 2);
+    assert_eq!(result["schema_version"], 3);
     assert!(result["device"].as_str().is_some_and(|name| name.starts_with("CPU (")), "{result}");
     assert_eq!(result["date"].as_str().map(str::len), Some(10));
     assert!(result["methods"]["pat-rs"]["note"].as_str().is_some_and(|note| note.contains("mode auto")), "{result}");
@@ -74,7 +77,7 @@ fn the_cpu_executor_is_measured() {
     let [first, cold, third] =
         [&record["cold_us_quartiles"][0], &record["cold_us"], &record["cold_us_quartiles"][1]].map(|us| us.as_f64());
     assert!(Some(0.0) < first && first <= cold && cold <= third, "{record}");
-    for of_a_gpu in ["warm_us", "graph_us", "upload_us", "ceiling_fraction"] {
+    for of_a_gpu in ["warm_us", "graph_us", "upload_us", "floor_us", "ceiling_us", "ceiling_fraction"] {
         assert!(record.get(of_a_gpu).is_none(), "{of_a_gpu}");
     }
     assert_eq!(record["warm_latencies"], json!({}));
@@ -82,8 +85,9 @@ fn the_cpu_executor_is_measured() {
 
 #[test]
 fn a_quick_run_on_the_cpu_takes_only_small_configurations() {
-    let table = stdout(&["--device", "cpu", "--quick", "--filter", "256_1024 16/8"]);
-    assert!(table.contains("--quick leaves out 1 larger ones"), "{table}");
+    let none = bench(&["--device", "cpu", "--quick", "--filter", "256_1024 16/8"]);
+    assert!(String::from_utf8_lossy(&none.stdout).contains("--quick leaves out 1 larger ones"), "{none:?}");
+    assert_eq!(none.status.code(), Some(2), "nothing was measured");
     let table = stdout(&["--device", "cpu", "--quick", "--filter", "1,256_256,32 16/8"]);
     assert!(table.contains("figure10: 1 of 1 verified"), "{table}");
 }
@@ -128,7 +132,9 @@ fn a_trace_is_a_suite() {
     let row = list.lines().find(|line| line.contains("trace_b32_s128")).expect("a row");
     // 512 tokens shared by 32, 27 of each one's own.
     assert!(row.contains(&(32 * 539).to_string()), "{list}");
-    refused(&["--trace", text(&trace), "--list"], &["trace_b64", "at most 40 (the trace has 40 requests)"]);
+    let short = bench(&["--trace", text(&trace), "--list"]);
+    assert!(String::from_utf8_lossy(&short.stderr).contains("has 40 requests: batches of 64, 128, 256 are left out"));
+    assert!(!String::from_utf8_lossy(&short.stdout).contains("trace_b64"), "{short:?}");
     refused(&["--suite", "trace"], &["--suite trace: give a request trace", "--trace FILE.jsonl"]);
     refused(&["--trace", "no/such.jsonl", "--list"], &["trace no/such.jsonl", "No such file"]);
 }
@@ -136,14 +142,26 @@ fn a_trace_is_a_suite() {
 #[test]
 fn suites_and_configurations_are_listed() {
     let suites = stdout(&["--list"]);
-    for (name, count) in [("figure10", 80), ("realistic", 20), ("unshared", 20), ("sweeps", 15), ("trace", 12)] {
+    for (name, count) in [
+        ("figure10", 80),
+        ("realistic", 20),
+        ("unshared", 20),
+        ("sweeps", 15),
+        ("bf16", 20),
+        ("tensor-parallel", 60),
+        ("trace", 12),
+    ] {
         let row = suites.lines().find(|line| line.trim_start().starts_with(name)).expect(name);
         assert_eq!(row.split_whitespace().nth(1), Some(count.to_string().as_str()), "{suites}");
     }
     let sweeps = stdout(&["--list", "--suite", "sweeps", "--filter", "fanout"]);
     assert_eq!(sweeps.matches("fanout_").count(), 5, "{sweeps}");
     let all = stdout(&["--list", "--suite", "all"]);
-    assert_eq!(all.lines().count(), 1 + 80 + 20 + 20 + 15, "a suite that needs a file is left out without one");
+    assert_eq!(
+        all.lines().count(),
+        1 + 80 + 20 + 20 + 15 + 20 + 60,
+        "a suite that needs a file is left out without one"
+    );
     let twice = stdout(&["--list", "--suite", "sweeps,sweeps"]);
     assert_eq!(twice.lines().count(), 1 + 15, "each configuration once");
 }
@@ -220,8 +238,8 @@ fn nothing_is_overwritten_without_force() {
     untouched(&device, &["--resume"], &["holds figures of NVIDIA H200, this is CPU ("]);
     let commit = other(&|value| value["commit"] = json!("0000000"));
     untouched(&commit, &["--resume"], &["holds figures of commit 0000000"]);
-    let newer = other(&|value| value["schema_version"] = json!(3));
-    untouched(&newer, &["--resume"], &["has schema version 3, this tool reads 1 to 2"]);
+    let newer = other(&|value| value["schema_version"] = json!(4));
+    untouched(&newer, &["--resume"], &["has schema version 4, this tool reads 1 to 3"]);
     let foreign = file(&folder, "foreign.json", r#"{"name": "a package"}"#);
     untouched(&foreign, &["--resume"], &["is not a result file of this tool", "schema_version"]);
     let no_json = file(&folder, "text.json", "hello");
@@ -256,10 +274,13 @@ fn bad_selections_are_refused() {
 fn a_batch_that_does_not_fit_keeps_no_other_from_being_measured() {
     let folder = TempDir::new().expect("a temporary folder");
     let batch = |name: &str, pages: u32| {
-        let text = format!(r#"{{"page_size":16,"num_pages":{pages},"lengths":[1],"block_tables":[[0]]}}"#);
+        let ids: Vec<u32> = (0..pages).collect();
+        let tokens = u64::from(pages) << 16;
+        let text =
+            format!(r#"{{"page_size":65536,"num_pages":{pages},"lengths":[{tokens}],"block_tables":[{ids:?}]}}"#);
         file(&folder, name, &text)
     };
-    let (huge, small) = (batch("huge.json", 2_000_000_000), batch("small.json", 1));
+    let (huge, small) = (batch("huge.json", 16_384), file(&folder, "small.json", ONE_TOKEN));
     let batches = format!("{},{}", text(&huge), text(&small));
     let path = folder.path().join("result.json");
     let args = ["--device", "cpu", "--batch", &batches, "--output", text(&path)];

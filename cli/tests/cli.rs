@@ -218,7 +218,23 @@ fn a_plan_draws_its_forest() {
     assert!(svg.trim_end().ends_with("</svg>"), "{svg}");
     // The background, three shared runs and their labels' grounds, six private ones.
     assert_eq!(svg.matches("<rect").count(), 1 + 3 + 3 + 6, "{svg}");
-    assert_eq!(svg.matches("#0072b2").count(), 1 + 3 + 3, "the legend, three packed runs, their labels: {svg}");
+    assert_eq!(svg.matches("<rect class=\"shared").count(), 3 + 3, "three shared runs, their labels: {svg}");
+    assert!(svg.contains("prefers-color-scheme: dark"), "{svg}");
+    // 64 + 256 + 40 tokens of 6 sequences.
+    for tick in [">0<", ">50<", ">350<", ">5<", ">tokens<", ">sequences<"] {
+        assert!(svg.contains(tick), "{tick}: {svg}");
+    }
+}
+
+#[test]
+fn a_large_batch_is_drawn_by_node() {
+    let folder = TempDir::new().expect("a temporary folder");
+    let picture = folder.path().join("forest.svg");
+    stdout(&["plan", "--tree", "1,8,1024_64,256,32", "--profile", "h200", "--svg", text(&picture)]);
+    let svg = std::fs::read_to_string(&picture).expect("the picture is there");
+    assert_eq!(svg.matches("<polygon class=\"private\"").count(), 8, "one outline for each innermost node");
+    assert!(svg.matches("<rect").count() < 30 && svg.len() < 100_000, "{} bytes", svg.len());
+    assert!(svg.contains(">1000<") && svg.contains("1024 sequences in "), "{svg}");
 }
 
 #[test]
@@ -266,7 +282,7 @@ fn batches_without_tokens_are_legal() {
         let batch = file(&folder, "batch.json", batch);
         let report = json(&["run", "--batch", text(&batch), "--device", "cpu", "--json"]);
         assert_eq!(report["numerics"]["passed"], true, "{name}: {report}");
-        stdout(&["plan", "--batch", text(&batch), "--svg", text(&folder.path().join("empty.svg"))]);
+        stdout(&["plan", "--batch", text(&batch), "--svg", text(&folder.path().join(format!("{name}.svg")))]);
     }
 }
 
@@ -334,7 +350,7 @@ fn bad_batch_files_are_refused() {
         (r#"{"page_size":[16,32],"num_pages":4,"lengths":[1],"block_tables":[[0]]}"#, "invalid type: sequence"),
         (r#"{"page_size":0,"num_pages":4,"lengths":[1],"block_tables":[[0]]}"#, "page_size: got 0"),
         (r#"{"page_size":16,"num_pages":4,"lengths":[1],"block_tables":[[4]]}"#, "block_tables[0][0]: got 4"),
-        (r#"{"page_size":16,"num_pages":4,"lengths":[1],"block_tables":[[-1]]}"#, "invalid value"),
+        (r#"{"page_size":16,"num_pages":4,"lengths":[1],"block_tables":[[-1]]}"#, "block_tables[0][0]: got -1"),
         (r#"{"page_size":16,"num_pages":4,"lengths":[17],"block_tables":[[0]]}"#, "at least 2 for lengths[0] = 17"),
         (r#"{"page_size":16,"num_pages":4,"lengths":[1,1],"block_tables":[[0]]}"#, "got 1 tables, expected one per"),
     ] {
@@ -365,10 +381,13 @@ fn bad_traces_are_refused() {
         let path = file(&folder, "trace.jsonl", &lines);
         refused(&["plan", "--trace", text(&path), "--batch", "4"], &["--trace", text(&path), part]);
     }
-    refused(&["plan", "--trace", good, "--batch", "4"], &["batch_size: got 4 from request 0 on", "at most 3"]);
+    refused(
+        &["plan", "--trace", good, "--batch", "4"],
+        &["--batch", "batch_size: got 4 from request 0 on", "at most 3"],
+    );
     refused(&["plan", "--trace", good, "--batch", "0"], &["batch_size: got 0, expected at least 1"]);
     refused(&["plan", "--trace", good, "--batch", "many"], &["--batch: got \"many\""]);
-    refused(&["plan", "--trace", good, "--batch", "1", "--page-size", "48"], &["page_size: got 48", "a divisor of"]);
+    refused(&["plan", "--trace", good, "--page-size", "0"], &["--page-size", "page_size: got 0, expected at least 1"]);
     refused(&["plan", "--trace", "no/such.jsonl"], &["--trace no/such.jsonl", "No such file"]);
 }
 
@@ -381,7 +400,7 @@ fn bad_options_are_refused() {
         (["--mode", "best"], &["--mode: got \"best\", expected auto, flat, per-node, packed or fixed-chunk=TOKENS"]),
         (["--mode", "fixed-chunk="], &["--mode: got \"fixed-chunk=\""]),
         (["--mode", "fixed-chunk=0"], &["fixed chunk: got 0"]),
-        (["--mode", "fixed-chunk=33"], &["fixed chunk: got 33, expected a multiple of page_size = 32"]),
+        (["--mode", "fixed-chunk=33"], &["fixed chunk: got 33, expected a positive multiple of page_size = 32"]),
         (["--variants", "mma17"], &["--variants: got \"mma17\", expected some of mma16"]),
         (["--check", "some"], &["--check: got \"some\", expected auto, sample or none"]),
         (["--seed", "-1"], &["--seed"]),
@@ -417,8 +436,10 @@ fn a_missing_device_is_refused_only_where_it_was_asked_for() {
 #[test]
 fn a_batch_larger_than_memory_is_refused_before_anything_is_drawn() {
     let folder = TempDir::new().expect("a temporary folder");
-    let batch = r#"{"page_size": 16, "num_pages": 2000000000, "lengths": [1], "block_tables": [[0]]}"#;
-    let batch = file(&folder, "batch.json", batch);
+    let ids: Vec<u32> = (0..16_384).collect();
+    let batch =
+        format!(r#"{{"page_size": 65536, "num_pages": 16384, "lengths": [{}], "block_tables": [{ids:?}]}}"#, 1 << 30);
+    let batch = file(&folder, "batch.json", &batch);
     refused(&["run", "--batch", text(&batch), "--device", "cpu"], &["GB of memory", "--device cuda"]);
 }
 

@@ -52,7 +52,7 @@ fn pat(arguments: &[String]) -> std::process::Output {
 
 #[test]
 fn the_commands_shown_run_and_draw_the_pictures_shown() {
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let folder = tempfile::tempdir().expect("a temporary folder");
     let (mut shown, mut pictures) = (0, 0);
     for (file, text) in documents() {
         for shown_arguments in commands(&text, "$ cargo run --release -- ") {
@@ -61,7 +61,7 @@ fn the_commands_shown_run_and_draw_the_pictures_shown() {
             let mut arguments = shown_arguments.clone();
             let picture = arguments.iter().position(|argument| argument == "--svg").map(|option| option + 1);
             if let Some(index) = picture {
-                arguments[index] = folder.join(format!("{pictures}.svg")).display().to_string();
+                arguments[index] = folder.path().join(format!("{pictures}.svg")).display().to_string();
             }
             let output = pat(&arguments);
             assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));

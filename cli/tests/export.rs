@@ -41,7 +41,7 @@ fn the_manifest_names_the_batches_that_are_measured() {
         assert!(!sample.is_empty() && sample.iter().all(|pair| pair[0].as_u64() < Some(256)));
         assert!(sample.iter().all(|pair| pair[1].as_u64() < Some(kv_heads)));
         let file = configuration["batch"].as_str().expect("a file name");
-        assert_eq!(read_batch(&folder.path().join(file)).expect("a batch file"), expected);
+        assert_eq!(read_batch(&folder.path().join(file)).expect("a batch file").0, expected);
     }
 }
 

@@ -7,9 +7,9 @@ use pat_rs::{AttentionShape, DeviceProfile, Dtype, PlanOptions, Planner};
 use pat_workloads::{OwnedBatch, RaggedGroups, TreeSpec};
 use std::time::Duration;
 
-fn planner() -> Planner {
+fn planner(batch: &OwnedBatch) -> Planner {
     let shape = AttentionShape::new(32, 8, 128, Dtype::F16).expect("a valid shape");
-    Planner::new(shape, DeviceProfile::h200(), PlanOptions::default()).expect("a valid planner")
+    Planner::new(batch.problem(shape), DeviceProfile::h200(), PlanOptions::default()).expect("a valid planner")
 }
 
 fn batches() -> Vec<(String, OwnedBatch)> {
@@ -41,7 +41,7 @@ fn from_scratch(criterion: &mut Criterion) {
         let view = batch.view(&rows).expect("a valid batch");
         let mut forest = Forest::default();
         group.bench_function(BenchmarkId::from_parameter("forest"), |bencher| bencher.iter(|| forest.build(&view)));
-        let mut planner = planner();
+        let mut planner = planner(&batch);
         group.bench_function(BenchmarkId::from_parameter("plan"), |bencher| {
             bencher.iter(|| planner.plan(&view).expect("a plan"));
         });
@@ -78,7 +78,7 @@ fn advance(criterion: &mut Criterion) {
         for (name, after, hint) in cases {
             let (before_rows, after_rows) = (before.rows(), after.rows());
             let views = [after.view(&after_rows).expect("valid"), before.view(&before_rows).expect("valid")];
-            let mut planner = planner();
+            let mut planner = planner(&before);
             let mut plan = planner.plan(&views[1]).expect("a plan");
             for view in &views {
                 planner.advance(view, hint, &mut plan).expect("a plan");

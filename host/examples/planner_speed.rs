@@ -2,7 +2,7 @@
 //!
 //! `cargo run --release -p pat-rs --example planner_speed`
 
-use pat_rs::{AttentionShape, DecodeBatch, DeviceProfile, Dtype, Plan, PlanOptions, Planner};
+use pat_rs::{AttentionShape, DecodeBatch, DeviceProfile, Dtype, Plan, PlanOptions, Planner, Problem};
 use pat_workloads::{OwnedBatch, RaggedGroups};
 use std::time::{Duration, Instant};
 
@@ -23,7 +23,8 @@ fn median_us(mut run: impl FnMut()) -> f64 {
 
 fn planned(view: &DecodeBatch<'_>) -> pat_rs::Result<(Planner, Plan)> {
     let shape = AttentionShape::new(32, 8, 128, Dtype::F16)?;
-    let mut planner = Planner::new(shape, DeviceProfile::h200(), PlanOptions::default())?;
+    let mut planner =
+        Planner::new(Problem::new(shape, view.page_size()), DeviceProfile::h200(), PlanOptions::default())?;
     let plan = planner.plan(view)?;
     Ok((planner, plan))
 }

@@ -1,6 +1,6 @@
 //! A decode batch as the caller holds it: borrowed block tables and lengths, validated once.
 
-use crate::{Error, Result};
+use crate::{Error, Problem, Result};
 
 /// The block tables of a decode step, borrowed from the caller, checked on construction.
 ///
@@ -191,8 +191,9 @@ impl<'a> DecodeBatch<'a> {
     }
 
     fn validated(self) -> Result<Self> {
-        if self.page_size == 0 || self.page_size > 1 << 20 {
-            return Err(Error::invalid("page_size", self.page_size, "1 to 1048576 tokens"));
+        if !(1..=Problem::MAX_PAGE_SIZE).contains(&self.page_size) {
+            let expected = format!("1 to {} tokens", Problem::MAX_PAGE_SIZE);
+            return Err(Error::invalid("page_size", self.page_size, expected));
         }
         if self.num_pages > Self::MAX_TOKENS {
             return Err(Error::invalid("num_pages", self.num_pages, format!("at most {}", Self::MAX_TOKENS)));
@@ -219,9 +220,14 @@ impl<'a> DecodeBatch<'a> {
             let largest = row[..needed].iter().copied().max().unwrap_or(0);
             if needed > 0 && largest >= self.num_pages {
                 let position = row[..needed].iter().position(|&id| id >= self.num_pages).unwrap_or(0);
+                let id = match self.tables {
+                    // As the caller's matrix has it.
+                    Tables::Padded { .. } => i64::from(row[position] as i32),
+                    Tables::Rows(_) | Tables::Csr { .. } => i64::from(row[position]),
+                };
                 return Err(Error::invalid(
                     format!("block_tables[{sequence}][{position}]"),
-                    row[position] as i32,
+                    id,
                     format!("a page id below num_pages = {}", self.num_pages),
                 ));
             }

@@ -1,5 +1,7 @@
 //! The error type: every variant names the argument, what came and what is accepted.
 
+use crate::Reason;
+
 /// What can go wrong. Nothing has been launched or written when one of these is returned.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -14,6 +16,9 @@ pub enum Error {
         /// What is accepted.
         expected: String,
     },
+    /// No kernel can compute the problem.
+    #[error(transparent)]
+    Unsupported(#[from] Reason),
     /// A plan was used with something it was not made for (another shape, pool, capacity or generation).
     #[error("plan does not fit {what}: the plan has {plan}, the call has {call}")]
     PlanMismatch {
@@ -40,10 +45,51 @@ pub enum Error {
     },
 }
 
+/// What kind of error it is, for callers that cannot match on [`Error`]. Numbers and names stay what they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+#[repr(i32)]
+pub enum ErrorCode {
+    /// [`Error::InvalidArgument`].
+    InvalidArgument = 1,
+    /// [`Error::PlanMismatch`].
+    PlanMismatch = 2,
+    /// [`Error::CudaUnavailable`].
+    CudaUnavailable = 3,
+    /// [`Error::Cuda`].
+    Cuda = 4,
+    /// [`Error::Unsupported`].
+    Unsupported = 5,
+}
+
+impl ErrorCode {
+    /// The name, in snake case.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::InvalidArgument => "invalid_argument",
+            Self::PlanMismatch => "plan_mismatch",
+            Self::CudaUnavailable => "cuda_unavailable",
+            Self::Cuda => "cuda",
+            Self::Unsupported => "unsupported",
+        }
+    }
+}
+
 /// Result with [`Error`].
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
+    /// What kind of error it is.
+    pub fn code(&self) -> ErrorCode {
+        match self {
+            Self::InvalidArgument { .. } => ErrorCode::InvalidArgument,
+            Self::PlanMismatch { .. } => ErrorCode::PlanMismatch,
+            Self::CudaUnavailable { .. } => ErrorCode::CudaUnavailable,
+            Self::Cuda { .. } => ErrorCode::Cuda,
+            Self::Unsupported(_) => ErrorCode::Unsupported,
+        }
+    }
+
     /// Shorthand for [`Error::InvalidArgument`].
     pub fn invalid(argument: impl Into<String>, got: impl ToString, expected: impl Into<String>) -> Self {
         Self::InvalidArgument { argument: argument.into(), got: got.to_string(), expected: expected.into() }

@@ -12,12 +12,13 @@
 //! ```
 //! use half::f16;
 //! use pat_rs::{
-//!     AttentionShape, DecodeBatch, Dtype, Engine, HostTensors, KvStrides, PlanOptions, Planner, RowStrides,
+//!     AttentionShape, DecodeBatch, Dtype, Engine, HostTensors, PlanOptions, Planner, Problem,
 //! };
 //!
 //! # fn main() -> pat_rs::Result<()> {
 //! let (q_heads, kv_heads, head_dim, page_size, num_pages) = (8, 2, 64, 16, 4);
 //! let shape = AttentionShape::new(q_heads, kv_heads, head_dim, Dtype::F16)?;
+//! let problem = Problem::new(shape, page_size); // plain decode attention, scores scaled by 1 / sqrt(head_dim)
 //!
 //! // 40 and 45 tokens; pages 0 and 1 are full and shared, the last page is each sequence's own.
 //! let tables: [&[u32]; 2] = [&[0, 1, 2], &[0, 1, 3]];
@@ -25,24 +26,14 @@
 //!
 //! // Once per decode step:
 //! let engine = Engine::auto();
-//! let mut planner = Planner::new(shape, engine.profile()?, PlanOptions::default())?;
+//! let mut planner = Planner::new(problem, engine.profile()?, PlanOptions::default())?;
 //! let plan = planner.plan(&batch)?;
 //! assert!(plan.summary().sharing_factor > 1.5);
 //!
 //! // Once per layer. Equal values everywhere: the average of V is V.
 //! let pool = vec![f16::from_f32(0.5); (num_pages * page_size * kv_heads * head_dim) as usize];
 //! let q = vec![f16::ONE; (2 * q_heads * head_dim) as usize];
-//! let tensors = HostTensors {
-//!     q: &q,
-//!     k: &pool,
-//!     v: &pool,
-//!     q_strides: RowStrides::contiguous(q_heads, head_dim),
-//!     k_strides: KvStrides::nhd(page_size, kv_heads, head_dim),
-//!     v_strides: KvStrides::nhd(page_size, kv_heads, head_dim),
-//!     out_strides: RowStrides::contiguous(q_heads, head_dim),
-//!     lse_strides: RowStrides::lse(q_heads),
-//!     softmax_scale: 1.0 / (head_dim as f32).sqrt(),
-//! };
+//! let tensors = HostTensors::new(problem, &q, &pool, &pool); // contiguous; other strides: `with_kv_strides`
 //! let mut out = vec![f16::ZERO; q.len()];
 //! engine.run_host(&plan, &tensors, &mut out, None)?;
 //! assert!(out.iter().all(|x| (x.to_f32() - 0.5).abs() < 1e-3));
@@ -50,26 +41,32 @@
 //! # }
 //! ```
 //!
-//! A serving engine keeps its tensors on the device and calls [`cuda::CudaEngine::run`] with raw addresses and strides;
+//! A serving engine keeps its tensors on the device and binds each layer once ([`cuda::CudaEngine::bind`]) with raw addresses and
+//! strides;
 //! see [`cuda`]. [`supports`] answers without a device whether a model's attention can be served.
 
+mod arguments;
 pub mod batch;
 pub mod cpu;
 pub mod cuda;
+pub mod eligibility;
 pub mod engine;
 pub mod error;
 pub mod layout;
 pub mod plan;
+pub mod problem;
 pub mod profile;
 pub mod shape;
 
 pub use batch::DecodeBatch;
 pub use cpu::{Element, HostTensors};
-pub use engine::{Engine, Features, Reason, supports};
-pub use error::{Error, Result};
+pub use eligibility::{Part, Reason, supports};
+pub use engine::Engine;
+pub use error::{Error, ErrorCode, Result};
 pub use layout::{KvStrides, RowStrides};
 pub use pat_abi::{Dtype, TileVariant};
 pub use plan::{Plan, PlanOptions, Planner};
+pub use problem::{Problem, Score, Visibility};
 pub use profile::DeviceProfile;
 pub use shape::AttentionShape;
 

@@ -1,6 +1,7 @@
 //! What the planner knows of a device: plain numbers, no CUDA type.
 
-use crate::{Error, Result};
+use crate::eligibility::variant_supports;
+use crate::{Error, Problem, Result};
 use pat_abi::TileVariant;
 use serde::{Deserialize, Serialize};
 
@@ -253,17 +254,10 @@ impl DeviceProfile {
         Ok(())
     }
 
-    /// Tile variants that run on the device and can read pages of `page_size` tokens, smallest M first.
-    pub fn variants(&self, page_size: u32) -> Vec<TileVariant> {
-        TileVariant::ALL
-            .into_iter()
-            .filter(|v| v.supports_page_size(page_size))
-            .filter(|v| pat_abi::KERNELS.iter().any(|k| k.family == pat_abi::Family::Forward(*v)))
-            .filter(|v| match v.arch() {
-                pat_abi::Arch::Sm80 => self.compute_capability >= 80,
-                pat_abi::Arch::Sm90a => self.compute_capability == 90,
-            })
-            .collect()
+    /// Tile variants whose kernels can compute `problem` on the device, in the order of [`TileVariant::ALL`].
+    pub fn variants(&self, problem: &Problem) -> Vec<TileVariant> {
+        let can = |variant: &TileVariant| variant_supports(*variant, problem, self.compute_capability).is_ok();
+        TileVariant::ALL.into_iter().filter(can).collect()
     }
 }
 
@@ -275,14 +269,16 @@ fn is_device(name: &str, prefix: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{AttentionShape, Dtype};
 
     #[test]
     fn known_devices_are_found_by_either_name() {
+        let problem = Problem::new(AttentionShape::new(32, 8, 128, Dtype::F16).unwrap(), 16);
         for short in DeviceProfile::known_names() {
             let profile = DeviceProfile::by_name(short).unwrap();
             assert_eq!(DeviceProfile::by_name(&profile.name).unwrap(), profile);
             profile.validate().unwrap();
-            assert!(!profile.variants(16).is_empty(), "{short}");
+            assert!(!profile.variants(&problem).is_empty(), "{short}");
             let measured = profile.kernel_terms == KernelTerms::Measured;
             assert_eq!(measured, ["h100-sxm", "h200"].contains(&short), "{short}");
         }

@@ -5,14 +5,14 @@
 use pat_rs::plan::{PlanMode, PlanSummary};
 use pat_rs::{AttentionShape, DeviceProfile, Dtype, PlanOptions, Planner};
 use pat_tests::pat_schedule::{BLOCK_TOKENS, PatSchedule};
-use pat_workloads::{FIGURE_10_HEADS, FIGURE_10_TREES, OwnedBatch, TraceCut, TreeSpec};
+use pat_workloads::{FIGURE_10_HEADS, FIGURE_10_TREES, MOONCAKE_BLOCK_TOKENS, OwnedBatch, TraceCut, TreeSpec};
 use std::error::Error;
 use std::fs::File;
 use std::io::BufReader;
 
 fn summary(batch: &OwnedBatch, shape: AttentionShape, mode: PlanMode) -> pat_rs::Result<PlanSummary> {
     let rows = batch.rows();
-    let mut planner = Planner::new(shape, DeviceProfile::h200(), PlanOptions { mode, variants: None })?;
+    let mut planner = Planner::new(batch.problem(shape), DeviceProfile::h200(), mode.into())?;
     Ok(planner.plan(&batch.view(&rows)?)?.summary())
 }
 
@@ -32,9 +32,9 @@ fn main() -> Result<(), Box<dyn Error>> {
             let (auto, flat) = (summary(&batch, shape, PlanMode::Auto)?, summary(&batch, shape, PlanMode::Flat)?);
             let pat = PatSchedule::new(&spec, q_heads, kv_heads);
             let tokens = |bytes: u64| bytes / shape.kv_bytes_per_token();
-            let planner = Planner::new(shape, DeviceProfile::h200(), PlanOptions::default())?;
+            let planner = Planner::new(batch.problem(shape), DeviceProfile::h200(), PlanOptions::default())?;
             let unique_pages = batch.unique_pages() as u64;
-            let of_pat = planner.predict_packs(BLOCK_TOKENS, unique_pages, &pat.cost_packs(), pat.partials())?;
+            let of_pat = planner.predict_packs(unique_pages, &pat.cost_packs(), pat.partials())?;
             println!(
                 "| {} | {q_heads}/{kv_heads} | {} | {} | {} | {} | {} | {:.1} | {:.1} | {:.1} |",
                 index + 1,
@@ -85,7 +85,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let shape = AttentionShape::new(32, 8, 128, Dtype::F16)?;
     for batch_size in [32, 64, 128, 256] {
         for (first_request, step) in [(0, 0), (1000, 200)] {
-            let cut = TraceCut { first_request, batch_size, step, page_size: 16 };
+            let cut = TraceCut { first_request, batch_size, step, page_size: 16, block_tokens: MOONCAKE_BLOCK_TOKENS };
             let batch = cut.batch(BufReader::new(File::open(&trace)?))?;
             let (auto, flat) = (summary(&batch, shape, PlanMode::Auto)?, summary(&batch, shape, PlanMode::Flat)?);
             println!(

@@ -96,7 +96,8 @@ pub fn softmax_scale(shape: AttentionShape) -> f32 {
 pub fn run_cpu<T: Element>(case: &Case, options: PlanOptions, seed: u32) -> pat_rs::Result<Output<T>> {
     let tensors = Tensors::<T>::draw(&case.batch, case.shape, case.layout, seed)?;
     let rows = case.batch.rows();
-    let plan = Planner::new(case.shape, DeviceProfile::h200(), options)?.plan(&case.batch.view(&rows)?)?;
+    let plan =
+        Planner::new(case.batch.problem(case.shape), DeviceProfile::h200(), options)?.plan(&case.batch.view(&rows)?)?;
     let mut output = Output {
         out: vec![T::from_f32(f32::NAN); tensors.q.len()],
         lse: vec![f32::NAN; tensors.q.len() / case.shape.head_dim() as usize],

@@ -1,7 +1,7 @@
 //! Bad input at library level: an error that names the argument, the value and what is accepted; nothing is written.
 
 use half::{bf16, f16};
-use pat_rs::{AttentionShape, DecodeBatch, DeviceProfile, Dtype, HostTensors, PlanOptions, Planner};
+use pat_rs::{AttentionShape, DecodeBatch, DeviceProfile, Dtype, HostTensors, PlanOptions, Planner, Problem};
 use pat_workloads::{OwnedBatch, PoolLayout, Tensors};
 
 fn assert_names<V>(result: pat_rs::Result<V>, parts: &[&str]) {
@@ -16,7 +16,10 @@ fn shapes() {
     assert_names(AttentionShape::new(0, 8, 128, Dtype::F16), &["q_heads", "got 0"]);
     assert_names(AttentionShape::new(8, 0, 128, Dtype::F16), &["kv_heads", "got 0"]);
     assert_names(AttentionShape::new(30, 8, 128, Dtype::F16), &["q_heads", "got 30", "multiple of kv_heads (8)"]);
-    assert_names(AttentionShape::new(32, 8, 96, Dtype::F16), &["head_dim", "got 96", "64 or 128"]);
+    assert_names(AttentionShape::new(32, 8, 0, Dtype::F16), &["head_dim", "got 0", "1 to 65535"]);
+    let odd = Problem::new(AttentionShape::new(32, 8, 96, Dtype::F16).expect("a shape"), 16);
+    let planner = Planner::new(odd, DeviceProfile::h200(), PlanOptions::default());
+    assert_names(planner, &["head_dim", "got 96", "64 or 128"]);
 }
 
 #[test]
@@ -37,7 +40,7 @@ fn executor_arguments() {
     let shape = AttentionShape::new(4, 2, 64, Dtype::F16).expect("valid");
     let batch = OwnedBatch { page_size: 16, num_pages: 2, lengths: vec![17], block_tables: vec![vec![0, 1]] };
     let rows = batch.rows();
-    let plan = Planner::new(shape, DeviceProfile::h200(), PlanOptions::default())
+    let plan = Planner::new(batch.problem(shape), DeviceProfile::h200(), PlanOptions::default())
         .and_then(|mut planner| planner.plan(&batch.view(&rows)?))
         .expect("a plan");
     let drawn = Tensors::<f16>::draw(&batch, shape, PoolLayout::Nhd, 1).expect("valid");
@@ -50,13 +53,21 @@ fn executor_arguments() {
     };
     refuse(good, 255, 4, &["out", "got 255 elements", "at least 256"]);
     refuse(good, 256, 3, &["lse", "got 3 elements", "at least 4"]);
-    refuse(HostTensors { q: &good.q[1..], ..good }, 256, 4, &["q", "got 255 elements"]);
-    refuse(HostTensors { k: &good.k[..100], ..good }, 256, 4, &["k", "got 100 elements"]);
-    refuse(HostTensors { v: &good.v[..100], ..good }, 256, 4, &["v", "got 100 elements"]);
-    refuse(HostTensors { softmax_scale: f32::NAN, ..good }, 256, 4, &["softmax_scale", "NaN"]);
-    let mut strides = good.k_strides;
-    strides.token = -1;
-    refuse(HostTensors { k_strides: strides, ..good }, 256, 4, &["k_strides.token", "got -1"]);
+    let with = |change: &dyn Fn(&mut HostTensors<'_, f16>)| {
+        let mut tensors = good;
+        change(&mut tensors);
+        tensors
+    };
+    refuse(with(&|t| t.q = &t.q[1..]), 256, 4, &["q", "got 255 elements"]);
+    refuse(with(&|t| t.k = &t.k[..100]), 256, 4, &["k", "got 100 elements"]);
+    refuse(with(&|t| t.v = &t.v[..100]), 256, 4, &["v", "got 100 elements"]);
+    refuse(with(&|t| t.problem = t.problem.with_scale(f32::NAN)), 256, 4, &["softmax_scale", "NaN"]);
+    refuse(with(&|t| t.k_strides.token = -1), 256, 4, &["k_strides.token", "got -1"]);
+    refuse(with(&|t| t.out_strides.head = 0), 256, 4, &["out_strides.head", "got 0", "no two rows overlap"]);
+    // A plan for 4/2 heads of 64 elements does not run on 8/1 x 128 tensors, nor on pages of 32 tokens.
+    let other = AttentionShape::new(8, 1, 128, Dtype::F16).expect("valid");
+    refuse(with(&|t| t.problem = Problem::new(other, 16)), 256, 4, &["plan does not fit shape"]);
+    refuse(with(&|t| t.problem = Problem::new(shape, 32)), 256, 4, &["plan does not fit page_size"]);
 
     let other = Tensors::<bf16>::draw(&batch, shape, PoolLayout::Nhd, 1).expect("valid");
     let mut out = vec![bf16::from_f32(7.0); 256];

@@ -24,7 +24,7 @@ fn modes(page_size: u32) -> [PlanMode; 5] {
 }
 
 fn options(mode: PlanMode) -> PlanOptions {
-    PlanOptions { mode, ..PlanOptions::default() }
+    PlanOptions::from(mode)
 }
 
 fn case(seed: u64, dtype: Dtype) -> Case {

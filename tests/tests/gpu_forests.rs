@@ -4,7 +4,7 @@
 
 use half::{bf16, f16};
 use pat_rs::plan::PlanMode;
-use pat_rs::{Dtype, Element, Engine, HostTensors, PlanOptions, Planner, TileVariant};
+use pat_rs::{Dtype, Element, Engine, PlanOptions, Planner, TileVariant};
 use pat_tests::{Case, random_case, softmax_scale};
 use pat_workloads::{Oracle, RowSample, Tensors, check};
 use rand::SeedableRng;
@@ -29,14 +29,15 @@ fn run_forest<T: Element>(engine: &Engine, case: &Case, index: u64) -> Vec<TileV
     let chunk = PlanMode::FixedChunk { tokens: 2 * case.batch.page_size };
     let modes = [PlanMode::Auto, PlanMode::Packed, PlanMode::PerNode, PlanMode::Flat, chunk];
     let mode = modes[index as usize % modes.len()];
-    let variants = profile.variants(case.batch.page_size);
+    let variants = profile.variants(&case.batch.problem(case.shape));
     for &variant in &variants {
-        let options = PlanOptions { mode, variants: Some(vec![variant]) };
-        let plan = Planner::new(case.shape, profile.clone(), options).unwrap().plan(&view).unwrap();
+        let options = PlanOptions::from(mode).with_variants([variant]);
+        let plan = Planner::new(case.batch.problem(case.shape), profile.clone(), options).unwrap().plan(&view).unwrap();
         let run = |q: &[T]| {
             let mut out = vec![T::from_f32(f32::NAN); tensors.q.len()];
             let mut lse = vec![f32::NAN; tensors.q.len() / case.shape.head_dim() as usize];
-            let tensors = HostTensors { q, ..tensors.host(scale) };
+            let mut tensors = tensors.host(scale);
+            tensors.q = q;
             engine.run_host(&plan, &tensors, &mut out, Some(&mut lse)).unwrap();
             (out, lse)
         };
@@ -76,6 +77,7 @@ fn every_variant_agrees_with_the_oracle_on_random_forests() {
         let variants = match dtype {
             Dtype::F16 => run_forest::<f16>(&engine, &case, index),
             Dtype::Bf16 => run_forest::<bf16>(&engine, &case, index),
+            other => panic!("no case was drawn in {other:?}"),
         };
         for variant in variants {
             *runs.entry(variant).or_default() += 1;

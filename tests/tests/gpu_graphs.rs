@@ -4,9 +4,9 @@
 use half::f16;
 use pat_abi::generator::Tensor;
 use pat_rs::cuda::bench_support::{FillSpec, fill};
-use pat_rs::cuda::{CudaEngine, DeviceBuffer, PlanBuffers, RunArgs, Stream, Workspace};
+use pat_rs::cuda::{CudaEngine, DeviceBuffer, Graph, PlanBuffers, RunArgs, Stream, Uploaded, Workspace};
 use pat_rs::plan::{PlanCapacity, PlanChange, PlanMode};
-use pat_rs::{AttentionShape, Dtype, Engine, Error, KvStrides, PlanOptions, Planner, RowStrides, TileVariant};
+use pat_rs::{AttentionShape, Dtype, Engine, Error, KvStrides, PlanOptions, Planner, Problem, RowStrides, TileVariant};
 use pat_tests::softmax_scale;
 use pat_workloads::{Oracle, OwnedBatch, PoolLayout, RaggedGroups, RowSample, Tensors, check};
 
@@ -14,6 +14,10 @@ const SEED: u32 = 5;
 const PAGE_SIZE: u32 = 16;
 const POOL_PAGES: u32 = 1200;
 const ROWS: u32 = 32;
+
+fn problem() -> Problem {
+    Problem::new(shape(), PAGE_SIZE)
+}
 
 fn shape() -> AttentionShape {
     AttentionShape::new(32, 8, 128, Dtype::F16).expect("a valid shape")
@@ -85,25 +89,11 @@ impl Memory {
         }
     }
 
-    fn args(&self) -> RunArgs<'_> {
-        let rows = RowStrides::contiguous(shape().q_heads(), shape().head_dim());
-        RunArgs {
-            generation: None,
-            shape: shape(),
-            page_size: PAGE_SIZE,
-            num_pages: POOL_PAGES,
-            rows: ROWS,
-            q: self.q.span(),
-            q_strides: rows,
-            k: self.kv.span(),
-            k_strides: self.tensors.kv_strides,
-            v: self.kv.span().skip(2 * self.tensors.v_begin as u64).unwrap(),
-            v_strides: self.tensors.kv_strides,
-            out: self.out.span(),
-            out_strides: rows,
-            lse: Some((self.lse.span(), RowStrides::lse(shape().q_heads()))),
-            softmax_scale: softmax_scale(shape()),
-        }
+    fn args(&self) -> RunArgs {
+        let v = self.kv.span().skip(2 * self.tensors.v_begin as u64).unwrap();
+        RunArgs::new(problem(), POOL_PAGES, ROWS, (self.q.span(), self.kv.span(), v, self.out.span()))
+            .with_kv_strides(self.tensors.kv_strides, self.tensors.kv_strides)
+            .with_lse(self.lse.span(), RowStrides::lse(shape().q_heads()))
     }
 
     /// Puts something into the outputs that no plan computes: by a kernel, since the graph goes on borrowing them.
@@ -153,10 +143,9 @@ fn serve(engine: &Engine, options: &PlanOptions) {
     let cuda = engine.as_cuda().unwrap();
     let (batches, capacity) = (batches(), capacity(engine));
     let memory = Memory::new(cuda, &batches);
-    let planner = || Planner::new(shape(), engine.profile().unwrap(), options.clone()).unwrap();
+    let planner = || Planner::new(problem(), engine.profile().unwrap(), options.clone()).unwrap();
     let mut bounded = planner().with_capacity(capacity).unwrap();
-    let buffers =
-        PlanBuffers::for_capacity(cuda.device(), &capacity, &bounded.tile_variants(PAGE_SIZE).unwrap()).unwrap();
+    let mut buffers = PlanBuffers::for_capacity(cuda.device(), &capacity, &bounded.tile_variants()).unwrap();
     let workspace = Workspace::with_capacity(cuda.device(), capacity.partial_bytes(shape())).unwrap();
     let stream = cuda.device().new_stream().unwrap();
     memory.poison(cuda, &stream);
@@ -166,11 +155,11 @@ fn serve(engine: &Engine, options: &PlanOptions) {
     let rows = batches[0].rows();
     let mut plan = bounded.plan(&batches[0].view(&rows).unwrap()).unwrap();
     buffers.upload(&plan, &stream).unwrap();
-    cuda.prepare(&buffers).unwrap();
-    let graph = stream.capture(|| cuda.run(&buffers, &memory.args(), &workspace, &stream)).unwrap();
-    let replay = |what: &str, batch: &OwnedBatch| {
+    let run = cuda.bind(&buffers, &memory.args(), &workspace).unwrap();
+    let mut graph = Graph::capture(vec![run]).unwrap();
+    let mut replay = |what: &str, batch: &OwnedBatch, uploaded: Uploaded<'_>| {
         memory.poison(cuda, &stream);
-        graph.replay().unwrap();
+        graph.replay(uploaded, &stream).unwrap();
         stream.synchronize().unwrap();
         let outputs = memory.outputs();
         verify(batch, &outputs, &poison, what);
@@ -180,8 +169,8 @@ fn serve(engine: &Engine, options: &PlanOptions) {
         for (index, batch) in batches.iter().enumerate() {
             let rows = batch.rows();
             bounded.plan_into(&batch.view(&rows).unwrap(), &mut plan).unwrap();
-            buffers.upload(&plan, &stream).unwrap();
-            replay(&format!("round {round}, batch {index}, {options:?}"), batch);
+            let uploaded = buffers.upload(&plan, &stream).unwrap();
+            replay(&format!("round {round}, batch {index}, {options:?}"), batch, uploaded);
         }
     }
 
@@ -193,8 +182,8 @@ fn serve(engine: &Engine, options: &PlanOptions) {
     bounded.plan_into(&batches[0].view(&before).unwrap(), &mut plan).unwrap();
     let change = bounded.advance(&step.view(&after).unwrap(), None, &mut plan).unwrap();
     assert!(change == PlanChange::Lengths || change == PlanChange::Forest, "{change:?}");
-    buffers.upload(&plan, &stream).unwrap();
-    let last = replay("advanced", &step);
+    let uploaded = buffers.upload(&plan, &stream).unwrap();
+    let last = replay("advanced", &step, uploaded);
 
     // What exceeds the capacity is refused by the planner; a plan made without it, by the buffers. Neither changes what the
     // graph computes.
@@ -205,7 +194,7 @@ fn serve(engine: &Engine, options: &PlanOptions) {
     let unbounded = planner().plan(&more.view(&rows).unwrap()).unwrap();
     let refused = buffers.upload(&unbounded, &stream).unwrap_err();
     assert!(matches!(refused, Error::PlanMismatch { .. }) && refused.to_string().contains("sequences"), "{refused}");
-    assert_eq!(replay("after refusals", &step), last);
+    assert_eq!(replay("after refusals", &step, buffers.uploaded().unwrap()), last);
 }
 
 #[test]
@@ -215,9 +204,8 @@ fn a_graph_serves_every_plan_within_its_capacity() {
             // Several variants: several launches in one graph, empty ones among them.
             let several = vec![TileVariant::Mma16, TileVariant::Mma32, TileVariant::Mma64];
             for mode in [PlanMode::Auto, PlanMode::Packed] {
-                for variants in [None, Some(several.clone())] {
-                    serve(&engine, &PlanOptions { mode, variants });
-                }
+                serve(&engine, &mode.into());
+                serve(&engine, &PlanOptions::from(mode).with_variants(several.clone()));
             }
         }
         Err(reason) => eprintln!("skipped a_graph_serves_every_plan_within_its_capacity: {reason}"),

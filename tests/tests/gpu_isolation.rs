@@ -4,7 +4,10 @@
 
 use half::{bf16, f16};
 use pat_rs::plan::PlanMode;
-use pat_rs::{DeviceProfile, Dtype, Element, Engine, HostTensors, Plan, PlanOptions, Planner, TileVariant};
+use pat_rs::{
+    AttentionShape, DeviceProfile, Dtype, Element, Engine, HostTensors, Plan, PlanOptions, Planner, Problem,
+    TileVariant,
+};
 use pat_tests::{Case, random_case, softmax_scale};
 use pat_workloads::{Oracle, RowSample, Tensors, check};
 use rand::seq::IndexedRandom;
@@ -102,9 +105,9 @@ fn run_forest<T: Element>(
     let modes = [PlanMode::Packed, PlanMode::Packed, chunk, PlanMode::Auto];
     let mode = modes[index as usize % modes.len()];
     let (q_heads, head_dim) = (case.shape.q_heads() as usize, case.shape.head_dim() as usize);
-    for variant in profile.variants(case.batch.page_size) {
-        let options = PlanOptions { mode, variants: Some(vec![variant]) };
-        let plan = Planner::new(case.shape, profile.clone(), options).unwrap().plan(&view).unwrap();
+    for variant in profile.variants(&case.batch.problem(case.shape)) {
+        let options = PlanOptions::from(mode).with_variants([variant]);
+        let plan = Planner::new(case.batch.problem(case.shape), profile.clone(), options).unwrap().plan(&view).unwrap();
         let mut out = vec![T::from_f32(0.0); tensors.q.len()];
         let mut lse = vec![0f32; tensors.q.len() / head_dim];
         let host: HostTensors<'_, T> = tensors.host(scale);
@@ -138,10 +141,12 @@ fn check_isolation(engine: &Engine, profile: &DeviceProfile, forests: u64, seed:
         match dtype {
             Dtype::F16 => run_forest::<f16>(engine, profile, &mut rng, &case, index, &mut exposed),
             Dtype::Bf16 => run_forest::<bf16>(engine, profile, &mut rng, &case, index, &mut exposed),
+            other => panic!("no case was drawn in {other:?}"),
         }
     }
     println!("{forests} forests on {}, runs in which the element stood beside others: {exposed:?}", engine.name());
-    for variant in profile.variants(16) {
+    let problem = Problem::new(AttentionShape::new(8, 2, 128, Dtype::F16).unwrap(), 16);
+    for variant in profile.variants(&problem) {
         assert!(exposed.get(&variant).is_some_and(|&runs| runs * 20 > forests), "{variant:?}: {exposed:?}");
     }
 }

@@ -3,10 +3,10 @@
 
 use half::{bf16, f16};
 use pat_rs::cuda::{
-    CudaEngine, DeviceBuffer, DeviceSpan, LaunchGeometry, PlanBuffers, RunArgs, Workspace, bench_support,
+    CudaEngine, DeviceBuffer, DeviceSpan, Graph, LaunchGeometry, PlanBuffers, RunArgs, Workspace, bench_support,
 };
 use pat_rs::plan::PlanMode;
-use pat_rs::{AttentionShape, Dtype, Element, Engine, Error, Plan, PlanOptions, Planner, RowStrides, TileVariant};
+use pat_rs::{AttentionShape, Dtype, Element, Engine, Error, Plan, PlanOptions, Planner, Problem, TileVariant};
 use pat_tests::{Case, Output, judge, random_case, run_cpu, softmax_scale};
 use pat_workloads::{OwnedBatch, PoolLayout, Tensors};
 use rand::SeedableRng;
@@ -32,7 +32,10 @@ fn device(test: &str) -> Option<(Engine, MutexGuard<'static, ()>)> {
 fn plan(case: &Case, engine: &Engine, options: PlanOptions) -> Plan {
     let rows = case.batch.rows();
     let profile = engine.profile().unwrap();
-    Planner::new(case.shape, profile, options).unwrap().plan(&case.batch.view(&rows).unwrap()).unwrap()
+    Planner::new(case.batch.problem(case.shape), profile, options)
+        .unwrap()
+        .plan(&case.batch.view(&rows).unwrap())
+        .unwrap()
 }
 
 fn run_host<T: Element>(case: &Case, engine: &Engine, options: PlanOptions) -> Output<T> {
@@ -67,12 +70,12 @@ fn assert_agrees<T: Element>(case: &Case, output: &Output<T>, what: &str) {
 
 fn every_variant_agrees<T: Element>(engine: &Engine) {
     let case = shared_prefix_case(T::DTYPE, 16);
-    for variant in engine.profile().unwrap().variants(case.batch.page_size) {
+    for variant in engine.profile().unwrap().variants(&case.batch.problem(case.shape)) {
         if pat_abi::manifest::find(pat_abi::Family::Forward(variant), T::DTYPE, case.shape.head_dim()).is_none() {
             continue;
         }
         for mode in [PlanMode::Flat, PlanMode::PerNode, PlanMode::FixedChunk { tokens: 32 }] {
-            let options = PlanOptions { mode, variants: Some(vec![variant]) };
+            let options = PlanOptions::from(mode).with_variants([variant]);
             assert_agrees(&case, &run_host::<T>(&case, engine, options), &format!("{variant:?} {mode:?}"));
         }
     }
@@ -84,7 +87,7 @@ fn every_variant_agrees_with_the_oracle() {
     // Ahead of time, all that a planner may ask for.
     if let Some(cuda) = engine.as_cuda() {
         let shape = shared_prefix_case(Dtype::F16, 16).shape;
-        cuda.prepare_variants(shape, &engine.profile().unwrap().variants(16)).unwrap();
+        cuda.prepare_variants(shape, &engine.profile().unwrap().variants(&Problem::new(shape, 16))).unwrap();
     }
     every_variant_agrees::<f16>(&engine);
     every_variant_agrees::<bf16>(&engine);
@@ -133,13 +136,8 @@ fn fixed_chunks_give_a_sequence_the_same_bits_in_any_batch() {
         shape: AttentionShape::new(16, 2, 128, Dtype::F16).unwrap(),
         layout: PoolLayout::ALL[0],
     };
-    let run = |rows| {
-        run_host::<f16>(
-            &case(rows),
-            &engine,
-            PlanOptions { mode: PlanMode::FixedChunk { tokens: 2 * page_size }, variants: None },
-        )
-    };
+    let run =
+        |rows| run_host::<f16>(&case(rows), &engine, PlanOptions::from(PlanMode::FixedChunk { tokens: 2 * page_size }));
     let all = run(block_tables.len());
     assert_agrees(&case(block_tables.len()), &all, "all rows");
     for rows in [1, 2, 33, 34, 60, 81, 140, 200] {
@@ -170,25 +168,12 @@ impl OnDevice {
         }
     }
 
-    fn args(&self) -> RunArgs<'_> {
-        let rows = RowStrides::contiguous(self.case.shape.q_heads(), self.case.shape.head_dim());
-        RunArgs {
-            generation: None,
-            shape: self.case.shape,
-            page_size: self.case.batch.page_size,
-            num_pages: self.case.batch.num_pages,
-            rows: self.case.batch.lengths.len() as u32,
-            q: self.q.span(),
-            q_strides: rows,
-            k: self.kv.span(),
-            k_strides: self.tensors.kv_strides,
-            v: self.kv.span().skip(2 * self.tensors.v_begin as u64).unwrap(),
-            v_strides: self.tensors.kv_strides,
-            out: self.out.span(),
-            out_strides: rows,
-            lse: None,
-            softmax_scale: softmax_scale(self.case.shape),
-        }
+    fn args(&self) -> RunArgs {
+        let v = self.kv.span().skip(2 * self.tensors.v_begin as u64).unwrap();
+        let batch = &self.case.batch;
+        let spans = (self.q.span(), self.kv.span(), v, self.out.span());
+        RunArgs::new(batch.problem(self.case.shape), batch.num_pages, batch.lengths.len() as u32, spans)
+            .with_kv_strides(self.tensors.kv_strides, self.tensors.kv_strides)
     }
 
     fn output(&self) -> Vec<f16> {
@@ -204,12 +189,12 @@ fn a_captured_run_serves_later_plans() {
     let memory = OnDevice::new(shared_prefix_case(Dtype::F16, 16), engine.as_cuda().unwrap());
     let cuda = engine.as_cuda().unwrap();
     let stream = cuda.device().new_stream().unwrap();
-    let options = |mode| PlanOptions { mode, variants: Some(vec![TileVariant::Mma16]) };
+    let options = |mode| PlanOptions::from(mode).with_variants([TileVariant::Mma16]);
     let plans = [PlanMode::PerNode, PlanMode::Flat, PlanMode::FixedChunk { tokens: 32 }]
         .map(|mode| plan(&memory.case, &engine, options(mode)));
     let geometry = plans.iter().map(LaunchGeometry::of).reduce(LaunchGeometry::union).unwrap();
     let bytes = plans.iter().map(|plan| plan.bytes().len()).max().unwrap();
-    let buffers = PlanBuffers::with_fixed_geometry(cuda.device(), bytes, geometry).unwrap();
+    let mut buffers = PlanBuffers::with_fixed_geometry(cuda.device(), bytes, geometry).unwrap();
     let workspace_bytes = Workspace::bytes_for_slots(memory.case.shape, geometry.max_slots);
     let workspace = Workspace::with_capacity(cuda.device(), workspace_bytes).unwrap();
 
@@ -225,12 +210,12 @@ fn a_captured_run_serves_later_plans() {
         .collect();
 
     buffers.upload(&plans[0], &stream).unwrap();
-    cuda.prepare(&buffers).unwrap();
-    let graph = stream.capture(|| cuda.run(&buffers, &memory.args(), &workspace, &stream)).unwrap();
+    let run = cuda.bind(&buffers, &memory.args(), &workspace).unwrap();
+    let mut graph = Graph::capture(vec![run]).unwrap();
     for _ in 0..2 {
         for (plan, expected) in plans.iter().zip(&expected) {
-            buffers.upload(plan, &stream).unwrap();
-            graph.replay().unwrap();
+            let uploaded = buffers.upload(plan, &stream).unwrap();
+            graph.replay(uploaded, &stream).unwrap();
             stream.synchronize().unwrap();
             assert_eq!(&memory.output(), expected);
         }
@@ -249,18 +234,18 @@ fn bad_arguments_are_named_and_nothing_is_launched() {
     let empty = PlanBuffers::with_capacity(cuda.device(), plan.bytes().len()).unwrap();
     let error = cuda.run(&empty, &memory.args(), &workspace, &stream).unwrap_err();
     assert!(matches!(error, Error::PlanMismatch { .. }), "{error}");
-    let small = PlanBuffers::with_capacity(cuda.device(), 128).unwrap();
+    let mut small = PlanBuffers::with_capacity(cuda.device(), 128).unwrap();
     assert!(matches!(small.upload(&plan, &stream).unwrap_err(), Error::PlanMismatch { .. }));
 
     let buffers = cuda.upload(&plan, &stream).unwrap();
-    let misaligned = RunArgs { q: memory.q.span().skip(2).unwrap(), ..memory.args() };
-    let stale = RunArgs { num_pages: memory.case.batch.num_pages + 1, ..memory.args() };
-    let former = RunArgs {
-        generation: Some(self::plan(&memory.case, &engine, PlanOptions::default()).generation()),
-        ..memory.args()
-    };
-    let short = RunArgs { out: memory.out.span().skip(memory.out.bytes()).unwrap(), ..memory.args() };
-    for (args, name) in [(misaligned, "q"), (stale, "num_pages"), (former, "the plan uploaded last"), (short, "out")] {
+    let (mut misaligned, mut stale, mut short) = (memory.args(), memory.args(), memory.args());
+    misaligned.q = memory.q.span().skip(2).unwrap();
+    stale.num_pages += 1;
+    short.out = memory.out.span().skip(memory.out.bytes()).unwrap();
+    let former = self::plan(&memory.case, &engine, PlanOptions::default()).generation();
+    let error = buffers.uploaded().unwrap().expect(former).unwrap_err().to_string();
+    assert!(error.contains("the plan uploaded last"), "{error}");
+    for (args, name) in [(misaligned, "q"), (stale, "num_pages"), (short, "out")] {
         let error = cuda.run(&buffers, &args, &workspace, &stream).unwrap_err().to_string();
         assert!(error.contains(name), "{name}: {error}");
     }
@@ -277,7 +262,7 @@ fn the_device_draws_what_the_cpu_draws() {
     let strides = pat_rs::KvStrides::nhd(tokens, heads, head_dim);
     let count = (pages * tokens * heads * head_dim) as usize;
     let buffer = DeviceBuffer::zeroed(cuda.device(), 2 * count).unwrap();
-    let target: DeviceSpan<'_> = buffer.span();
+    let target: DeviceSpan = buffer.span();
     let tensor = pat_abi::generator::Tensor::K;
     let spec =
         bench_support::FillSpec { tensor, seed: SEED, dtype: Dtype::F16, pages, tokens, heads, head_dim, strides };

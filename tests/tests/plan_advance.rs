@@ -1,7 +1,7 @@
 //! Incremental planning: whatever a step changes, `advance` gives the plan that planning from scratch gives.
 
 use pat_rs::plan::{PlanChange, PlanMode};
-use pat_rs::{AttentionShape, DeviceProfile, Dtype, Plan, PlanOptions, Planner};
+use pat_rs::{AttentionShape, DeviceProfile, Dtype, Plan, Planner, Problem};
 use pat_workloads::{OwnedBatch, RaggedGroups};
 use proptest::prelude::*;
 use rand::seq::SliceRandom;
@@ -10,9 +10,9 @@ use rand_chacha::ChaCha8Rng;
 
 const POOL: u32 = 4096;
 
-fn planner(mode: PlanMode) -> Planner {
+fn planner(mode: PlanMode, page_size: u32) -> Planner {
     let shape = AttentionShape::new(32, 8, 128, Dtype::F16).expect("a valid shape");
-    Planner::new(shape, DeviceProfile::h200(), PlanOptions { mode, variants: None }).expect("a planner")
+    Planner::new(Problem::new(shape, page_size), DeviceProfile::h200(), mode.into()).expect("a planner")
 }
 
 fn from_scratch(planner: &mut Planner, batch: &OwnedBatch) -> Plan {
@@ -153,7 +153,7 @@ proptest! {
         let mut walk = Walk::new(seed);
         let chunk = PlanMode::FixedChunk { tokens: 3 * walk.batch.page_size };
         let mode = [PlanMode::Auto, PlanMode::Flat, PlanMode::PerNode, chunk][mode];
-        let [mut scratch, mut comparing, mut hinted] = [planner(mode), planner(mode), planner(mode)];
+        let [mut scratch, mut comparing, mut hinted] = [(); 3].map(|()| planner(mode, walk.batch.page_size));
         let mut compared = from_scratch(&mut comparing, &walk.batch);
         let mut told = from_scratch(&mut hinted, &walk.batch);
         for step in 0..200 {
@@ -177,7 +177,7 @@ fn a_plain_decode_step_changes_lengths_only() {
     let mut batch = spec.batch();
     // Away from page borders, and with a full page of their own.
     batch.lengths.iter_mut().for_each(|length| *length = *length / 16 * 16 - 12);
-    let mut planner = planner(PlanMode::Auto);
+    let mut planner = planner(PlanMode::Auto, 16);
     let mut plan = from_scratch(&mut planner, &batch);
     for _ in 0..11 {
         batch.lengths.iter_mut().for_each(|length| *length += 1);
@@ -188,7 +188,7 @@ fn a_plain_decode_step_changes_lengths_only() {
     batch.lengths[3] += 1;
     assert_eq!(advance(&mut planner, &batch, Some(&[]), &mut plan), PlanChange::Pages);
     assert_eq!(advance(&mut planner, &batch, None, &mut plan), PlanChange::Nothing);
-    assert_eq!(plan, from_scratch(&mut self::planner(PlanMode::Auto), &batch));
+    assert_eq!(plan, from_scratch(&mut self::planner(PlanMode::Auto, 16), &batch));
 }
 
 /// Engines de-duplicate after the fact: the entry changes, the length does not.
@@ -202,12 +202,12 @@ fn pages_replaced_in_the_middle_are_noticed() {
     for (at, expected) in [(12, PlanChange::Pages), (2, PlanChange::Forest), (4, PlanChange::Forest)] {
         for hint in [None, Some(&[row as u32][..])] {
             let mut batch = before.clone();
-            let mut planner = planner(PlanMode::Auto);
+            let mut planner = planner(PlanMode::Auto, 16);
             let mut plan = from_scratch(&mut planner, &batch);
             batch.block_tables[row][at] = replacement;
             assert_eq!(advance(&mut planner, &batch, hint, &mut plan), expected, "entry {at}, hint {hint:?}");
             assert!(plan.pages().contains(&replacement));
-            assert_eq!(plan, from_scratch(&mut self::planner(PlanMode::Auto), &batch));
+            assert_eq!(plan, from_scratch(&mut self::planner(PlanMode::Auto, 16), &batch));
         }
     }
 }
@@ -216,7 +216,7 @@ fn pages_replaced_in_the_middle_are_noticed() {
 fn a_plan_of_another_step_is_planned_from_scratch() {
     let spec = RaggedGroups { sequences: 8, groups: 2, shared_pages: 2, private_pages: 3, page_size: 16, seed: 1 };
     let (batch, other) = (spec.batch(), RaggedGroups { seed: 2, ..spec }.batch());
-    let mut planner = planner(PlanMode::Auto);
+    let mut planner = planner(PlanMode::Auto, 16);
     let mut stale = from_scratch(&mut planner, &batch);
     let expected = from_scratch(&mut planner, &other);
     assert_ne!(stale, expected);
@@ -228,7 +228,7 @@ fn a_plan_of_another_step_is_planned_from_scratch() {
 fn a_refused_step_leaves_the_plan_as_it_was() {
     let batch = RaggedGroups { sequences: 4, groups: 1, shared_pages: 2, private_pages: 3, page_size: 16, seed: 1 };
     let batch = batch.batch();
-    let mut planner = planner(PlanMode::Auto);
+    let mut planner = planner(PlanMode::Auto, 16);
     let mut plan = from_scratch(&mut planner, &batch);
     let before = plan.clone();
     let rows = batch.rows();

@@ -1,7 +1,7 @@
 //! Planning a batch that does not grow allocates nothing. A test of its own: the counting allocator is the program's.
 
 use pat_rs::plan::{PlanChange, PlanMode};
-use pat_rs::{AttentionShape, DeviceProfile, Dtype, PlanOptions, Planner};
+use pat_rs::{AttentionShape, DeviceProfile, Dtype, PlanOptions, Planner, Problem};
 use pat_workloads::{OwnedBatch, RaggedGroups, TreeSpec};
 
 fn batch(private_pages: u32, seed: u64) -> OwnedBatch {
@@ -12,8 +12,8 @@ fn batch(private_pages: u32, seed: u64) -> OwnedBatch {
 fn steps_allocate_nothing() {
     let shape = AttentionShape::new(32, 8, 128, Dtype::F16).expect("a valid shape");
     for mode in [PlanMode::Auto, PlanMode::Flat, PlanMode::PerNode, PlanMode::FixedChunk { tokens: 64 }] {
-        let options = PlanOptions { mode, variants: None };
-        let mut planner = Planner::new(shape, DeviceProfile::h200(), options).expect("a planner");
+        let problem = Problem::new(shape, 16);
+        let mut planner = Planner::new(problem, DeviceProfile::h200(), mode.into()).expect("a planner");
         // The larger batch first, and all steps once before they are counted: the memory is there then.
         let (large, small) = (batch(40, 1), batch(24, 2));
         let (large_rows, small_rows) = (large.rows(), small.rows());
@@ -52,7 +52,8 @@ fn batches_that_alternate_between_tile_variants_allocate_nothing() {
     let shape = AttentionShape::new(32, 8, 128, Dtype::F16).expect("a valid shape");
     let tree = |spec: &str| spec.parse::<TreeSpec>().expect("a tree").batch(32, Some(1)).expect("a batch");
     let batches = [tree("1,64_65536,256"), tree("256_1024")];
-    let mut planner = Planner::new(shape, DeviceProfile::h200(), PlanOptions::default()).expect("a planner");
+    let problem = Problem::new(shape, 32);
+    let mut planner = Planner::new(problem, DeviceProfile::h200(), PlanOptions::default()).expect("a planner");
     let mut plan = planner.plan(&batches[0].view(&batches[0].rows()).expect("valid")).expect("a plan");
     let mut variants = Vec::new();
     for counted in [false, false, true, true] {

@@ -2,7 +2,7 @@
 
 use pat_rs::cuda::LaunchGeometry;
 use pat_rs::plan::{PlanCapacity, PlanMode};
-use pat_rs::{AttentionShape, DeviceProfile, Dtype, PlanOptions, Planner, TileVariant};
+use pat_rs::{AttentionShape, DeviceProfile, Dtype, PlanOptions, Planner, Problem, TileVariant};
 use pat_tests::invariants::{check, random_forest};
 use pat_workloads::OwnedBatch;
 use rand::{Rng, SeedableRng};
@@ -12,9 +12,8 @@ fn shape() -> AttentionShape {
     AttentionShape::new(16, 2, 128, Dtype::F16).expect("a valid shape")
 }
 
-fn planner(mode: PlanMode) -> Planner {
-    let options = PlanOptions { mode, variants: None };
-    Planner::new(shape(), DeviceProfile::h200(), options).expect("a planner")
+fn planner(batch: &OwnedBatch, mode: PlanMode) -> Planner {
+    Planner::new(batch.problem(shape()), DeviceProfile::h200(), mode.into()).expect("a planner")
 }
 
 fn pages(batch: &OwnedBatch) -> u32 {
@@ -34,11 +33,11 @@ fn plans_stay_within_the_capacity() {
             max_slots: rng.random_range(0..80),
         };
         for mode in [PlanMode::Auto, PlanMode::Flat, PlanMode::Packed] {
-            let mut planner = planner(mode).with_capacity(capacity).expect("a valid capacity");
+            let mut planner = planner(&batch, mode).with_capacity(capacity).expect("a valid capacity");
             let rows = batch.rows();
             let plan = planner.plan(&batch.view(&rows).expect("a valid batch")).expect("an uncut plan at least");
             check(&plan, &batch, shape());
-            let variants = planner.tile_variants(batch.page_size).expect("variants");
+            let variants = planner.tile_variants();
             let (bounds, needed) = (LaunchGeometry::for_capacity(&capacity, &variants), LaunchGeometry::of(&plan));
             assert_eq!(bounds.union(needed), bounds, "{capacity:?}");
             assert!(plan.bytes().len() <= capacity.plan_bytes(), "{} bytes, {capacity:?}", plan.bytes().len());
@@ -56,8 +55,8 @@ fn a_capacity_that_is_large_enough_changes_nothing() {
         let capacity = PlanCapacity::for_batches(64, 64 * 64, &DeviceProfile::h200());
         let rows = batch.rows();
         let view = batch.view(&rows).expect("a valid batch");
-        let bounded = planner(PlanMode::Auto).with_capacity(capacity).expect("a valid capacity").plan(&view);
-        assert_eq!(bounded.expect("a plan"), planner(PlanMode::Auto).plan(&view).expect("a plan"));
+        let bounded = planner(&batch, PlanMode::Auto).with_capacity(capacity).expect("a valid capacity").plan(&view);
+        assert_eq!(bounded.expect("a plan"), planner(&batch, PlanMode::Auto).plan(&view).expect("a plan"));
     }
 }
 
@@ -73,10 +72,10 @@ fn what_exceeds_the_capacity_is_refused() {
     let rows = batch.rows();
     let view = batch.view(&rows).expect("a valid batch");
     let refusal = |mode, capacity: PlanCapacity| {
-        let planner = planner(mode).with_capacity(capacity);
+        let planner = planner(&batch, mode).with_capacity(capacity);
         planner.and_then(|mut planner| planner.plan(&view)).expect_err("refused").to_string()
     };
-    let mut planner = planner(PlanMode::Auto).with_capacity(fits).expect("a valid capacity");
+    let mut planner = planner(&batch, PlanMode::Auto).with_capacity(fits).expect("a valid capacity");
     let mut plan = planner.plan(&view).expect("a plan that fits");
     assert_eq!(plan.header().slot_count, 0);
     let before = plan.clone();
@@ -108,11 +107,10 @@ fn what_exceeds_the_capacity_is_refused() {
 #[test]
 fn groups_that_no_tile_holds_are_refused() {
     let wide = AttentionShape::new(129, 1, 128, Dtype::F16).expect("a valid shape");
-    let planner = Planner::new(wide, DeviceProfile::h200(), PlanOptions::default()).expect("a planner");
-    let message = planner.tile_variants(16).expect_err("refused").to_string();
-    assert!(message.contains("got 129") && message.contains("at most 128"), "{message}");
+    let planner = |shape| Planner::new(Problem::new(shape, 16), DeviceProfile::h200(), PlanOptions::default());
+    let message = planner(wide).expect_err("refused").to_string();
+    assert_eq!(message, "q_heads / kv_heads: got 129, expected 1 to 128");
     // More than a wgmma tile has rows for: mma.sync serves them.
     let falcon = AttentionShape::new(71, 1, 64, Dtype::F16).expect("a valid shape");
-    let planner = Planner::new(falcon, DeviceProfile::h200(), PlanOptions::default()).expect("a planner");
-    assert_eq!(planner.tile_variants(16).expect("variants"), [TileVariant::Mma128]);
+    assert_eq!(planner(falcon).expect("a planner").tile_variants(), [TileVariant::Mma128]);
 }

@@ -2,7 +2,7 @@
 //! B5).
 
 use pat_rs::plan::PlanMode;
-use pat_rs::{AttentionShape, DeviceProfile, Dtype, Plan, PlanOptions, Planner};
+use pat_rs::{AttentionShape, DeviceProfile, Dtype, Plan, Planner};
 use pat_tests::invariants::{check, modes};
 use pat_workloads::OwnedBatch;
 
@@ -17,8 +17,7 @@ fn shape(q_heads: u32, kv_heads: u32) -> AttentionShape {
 
 fn plan(batch: &OwnedBatch, shape: AttentionShape, mode: PlanMode) -> Plan {
     let rows = batch.rows();
-    let options = PlanOptions { mode, variants: None };
-    let mut planner = Planner::new(shape, DeviceProfile::h200(), options).expect("a planner");
+    let mut planner = Planner::new(batch.problem(shape), DeviceProfile::h200(), mode.into()).expect("a planner");
     planner.plan(&batch.view(&rows).expect("a valid batch")).expect("a plan")
 }
 

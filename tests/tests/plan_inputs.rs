@@ -3,7 +3,7 @@
 
 use half::f16;
 use pat_rs::plan::{PlanCapacity, PlanMode};
-use pat_rs::{AttentionShape, DecodeBatch, DeviceProfile, Dtype, Plan, PlanOptions, Planner};
+use pat_rs::{AttentionShape, DecodeBatch, DeviceProfile, Dtype, Plan, PlanOptions, Planner, Problem};
 use pat_tests::{Case, judge, random_case, run_cpu};
 use pat_workloads::{OwnedBatch, PoolLayout};
 use rand::{Rng, SeedableRng};
@@ -13,8 +13,12 @@ fn shape() -> AttentionShape {
     AttentionShape::new(8, 2, 64, Dtype::F16).expect("a valid shape")
 }
 
+fn problem(batch: &DecodeBatch<'_>) -> Problem {
+    Problem::new(shape(), batch.page_size())
+}
+
 fn plan(batch: &DecodeBatch<'_>) -> Plan {
-    let mut planner = Planner::new(shape(), DeviceProfile::h200(), PlanOptions::default()).expect("a planner");
+    let mut planner = Planner::new(problem(batch), DeviceProfile::h200(), PlanOptions::default()).expect("a planner");
     planner.plan(batch).expect("a plan")
 }
 
@@ -24,7 +28,7 @@ fn verify(page_size: u32, block_tables: Vec<Vec<u32>>, lengths: Vec<u32>) {
     let case = Case { batch, shape: shape(), layout: PoolLayout::Nhd };
     let fixed = PlanMode::FixedChunk { tokens: 2 * page_size };
     for mode in [PlanMode::Auto, PlanMode::Flat, PlanMode::PerNode, fixed] {
-        let output = run_cpu::<f16>(&case, PlanOptions { mode, variants: None }, 9).expect("a legal batch");
+        let output = run_cpu::<f16>(&case, PlanOptions::from(mode), 9).expect("a legal batch");
         let report = judge(&case, &output, 9).expect("a legal batch");
         assert!(report.passed, "{mode:?}: {report:?}\n{:?}", case.batch);
     }
@@ -167,8 +171,8 @@ fn offsets_that_do_not_fit_the_plan() {
     let rows: Vec<&[u32]> = vec![&ids; 1 << 14];
     let lengths = vec![1 << 13; 1 << 14];
     let batch = DecodeBatch::from_block_tables(&rows, &lengths, 1, 1).expect("valid");
-    let fixed = PlanOptions { mode: PlanMode::FixedChunk { tokens: 1 }, variants: None };
-    let mut planner = Planner::new(shape(), DeviceProfile::h200(), fixed).expect("a planner");
+    let fixed = PlanOptions::from(PlanMode::FixedChunk { tokens: 1 });
+    let mut planner = Planner::new(problem(&batch), DeviceProfile::h200(), fixed).expect("a planner");
     refusal(planner.plan(&batch), &["plan bytes", "fewer than 2^31"]);
     // The planner is as good as new.
     let small: &[&[u32]] = &[&[0]];
@@ -185,8 +189,8 @@ fn more_tokens_than_an_item_counts() {
     let batch = DecodeBatch::from_block_tables(&rows, &[1 << 30; 4], page_size, 4 * pages).expect("valid");
     let capacity = PlanCapacity { max_sequences: 4, max_pages: 4 * pages, max_items: 4, max_slots: 0 };
     let plan = |mode| {
-        let options = PlanOptions { mode, variants: None };
-        let planner = Planner::new(shape(), DeviceProfile::h200(), options).expect("a planner");
+        let options = PlanOptions::from(mode);
+        let planner = Planner::new(problem(&batch), DeviceProfile::h200(), options).expect("a planner");
         planner.with_capacity(capacity).expect("a valid capacity").plan(&batch)
     };
     refusal(plan(PlanMode::Packed), &["plan tokens of an item: got 4294967296", "fewer than 2^31"]);

@@ -3,7 +3,7 @@
 
 use pat_abi::TileVariant;
 use pat_rs::plan::PlanMode;
-use pat_rs::{AttentionShape, DeviceProfile, Dtype, Plan, PlanOptions, Planner};
+use pat_rs::{AttentionShape, DeviceProfile, Dtype, Plan, PlanOptions, Planner, Problem};
 use pat_tests::invariants::{check, modes};
 use pat_workloads::OwnedBatch;
 use proptest::prelude::*;
@@ -12,7 +12,7 @@ use proptest::sample::{Index, select};
 fn plan(batch: &OwnedBatch, shape: AttentionShape, options: &PlanOptions) -> Plan {
     let rows = batch.rows();
     let view = batch.view(&rows).unwrap();
-    Planner::new(shape, DeviceProfile::h200(), options.clone()).unwrap().plan(&view).unwrap()
+    Planner::new(batch.problem(shape), DeviceProfile::h200(), options.clone()).unwrap().plan(&view).unwrap()
 }
 
 /// How a sequence comes about: it continues the first pages of an earlier one, or of none.
@@ -96,7 +96,7 @@ proptest! {
     fn invariants_hold_on_random_forests(batch in forests(), (shape, variants) in shapes()) {
         let mut predicted = Vec::new();
         for mode in modes(batch.page_size) {
-            let options = PlanOptions { mode, variants: variants.clone() };
+            let options = variants.clone().into_iter().fold(PlanOptions::from(mode), PlanOptions::with_variants);
             let plan = plan(&batch, shape, &options);
             check(&plan, &batch, shape);
             predicted.push(plan.prediction().total_us());
@@ -129,26 +129,26 @@ proptest! {
 #[test]
 fn options_that_cannot_be_are_refused() {
     let shape = AttentionShape::new(32, 8, 128, Dtype::F16).unwrap();
-    let new = |mode, variants| Planner::new(shape, DeviceProfile::h200(), PlanOptions { mode, variants });
-    assert!(new(PlanMode::Auto, Some(vec![])).is_err());
-    assert!(new(PlanMode::FixedChunk { tokens: 0 }, None).is_err());
-    let a100 = DeviceProfile { compute_capability: 80, ..DeviceProfile::h200() };
-    let wgmma = PlanOptions { mode: PlanMode::Auto, variants: Some(vec![TileVariant::Wgmma64]) };
-    let error = Planner::new(shape, a100, wgmma.clone()).unwrap_err().to_string();
-    assert!(error.contains("wgmma64") && error.contains("mma16"), "{error}");
-    let batch = |page_size, tokens| OwnedBatch {
-        page_size,
-        num_pages: 2,
-        lengths: vec![tokens],
-        block_tables: vec![vec![0, 1]],
-    };
-    let odd = batch(1, 2);
-    let rows = odd.rows();
-    let mut planner = Planner::new(shape, DeviceProfile::h200(), wgmma).unwrap();
-    assert!(planner.plan(&odd.view(&rows).unwrap()).is_err());
-    let mut planner = new(PlanMode::FixedChunk { tokens: 24 }, None).unwrap();
-    let paged = batch(16, 20);
+    let (problem, h200) = (Problem::new(shape, 16), DeviceProfile::h200);
+    let refusal = |problem, profile, options| Planner::new(problem, profile, options).unwrap_err().to_string();
+    let none = refusal(problem, h200(), PlanOptions::default().with_variants([]));
+    assert_eq!(none, "variants: got none, expected at least one tile variant");
+    for tokens in [0, 24] {
+        let error = refusal(problem, h200(), PlanMode::FixedChunk { tokens }.into());
+        assert_eq!(error, format!("fixed chunk: got {tokens}, expected a positive multiple of page_size = 16"));
+    }
+    let mut a100 = h200();
+    a100.compute_capability = 80;
+    let wgmma = PlanOptions::default().with_variants([TileVariant::Wgmma64]);
+    let error = refusal(problem, a100, wgmma.clone());
+    assert!(error.starts_with("variants: got wgmma64, expected some of mma16, mma32"), "{error}");
+    assert!(error.ends_with("(wgmma64: compute_capability: got 80, expected 90)"), "{error}");
+    let error = refusal(Problem::new(shape, 1), h200(), wgmma.clone());
+    assert!(error.contains("(wgmma64: page_size: got 1, expected a power of two from 16"), "{error}");
+
+    let paged = OwnedBatch { page_size: 32, num_pages: 2, lengths: vec![20], block_tables: vec![vec![0]] };
     let rows = paged.rows();
+    let mut planner = Planner::new(problem, h200(), wgmma).unwrap();
     let error = planner.plan(&paged.view(&rows).unwrap()).unwrap_err().to_string();
-    assert!(error.contains("multiple of page_size"), "{error}");
+    assert_eq!(error, "page_size of the batch: got 32, expected the planner's page_size = 16");
 }

@@ -2,14 +2,14 @@
 
 use pat_rs::plan::cost::Pack;
 use pat_rs::plan::{PlanCapacity, PlanMode, PlanSummary};
-use pat_rs::{AttentionShape, DeviceProfile, Dtype, PlanOptions, Planner, TileVariant};
+use pat_rs::{AttentionShape, DeviceProfile, Dtype, PlanOptions, Planner, Problem, TileVariant};
 use pat_tests::pat_schedule::{BLOCK_TOKENS, PatSchedule};
 use pat_workloads::{FIGURE_10_HEADS, FIGURE_10_TREES, OwnedBatch, RaggedGroups, TreeSpec};
 
 fn summary(batch: &OwnedBatch, shape: AttentionShape, profile: &str, mode: PlanMode) -> PlanSummary {
     let rows = batch.rows();
     let profile = DeviceProfile::by_name(profile).expect("a known device");
-    let mut planner = Planner::new(shape, profile, PlanOptions { mode, variants: None }).expect("a planner");
+    let mut planner = Planner::new(batch.problem(shape), profile, mode.into()).expect("a planner");
     planner.plan(&batch.view(&rows).expect("a valid batch")).expect("a plan").summary()
 }
 
@@ -80,8 +80,9 @@ fn no_plan_is_predicted_to_be_slower_than_pat_s_by_more_than_masks_cost() {
         for profile in DeviceProfile::known_names() {
             let own_us = case.summary(profile, PlanMode::Auto).predicted_us;
             let known = DeviceProfile::by_name(profile).expect("a known device");
-            let planner = Planner::new(case.shape, known, PlanOptions::default()).expect("a planner");
-            let pat = planner.predict_packs(BLOCK_TOKENS, unique_pages, &packs, case.pat.partials());
+            let planner =
+                Planner::new(case.batch.problem(case.shape), known, PlanOptions::default()).expect("a planner");
+            let pat = planner.predict_packs(unique_pages, &packs, case.pat.partials());
             let pat_us = pat.expect("packs that fit").total_us();
             // PAT's packs have no masks, which the model charges streams of several sequences for: 10%, and more where latency counts.
             assert!(own_us <= 1.10 * pat_us, "{}, {profile}: {own_us} us, PAT {pat_us} us", case.name);
@@ -92,13 +93,13 @@ fn no_plan_is_predicted_to_be_slower_than_pat_s_by_more_than_masks_cost() {
 #[test]
 fn packs_that_no_tile_holds_are_refused() {
     let shape = AttentionShape::new(32, 8, 128, Dtype::F16).expect("a valid shape");
-    let planner = Planner::new(shape, DeviceProfile::h200(), PlanOptions::default()).expect("a planner");
+    let problem = Problem::new(shape, 16);
+    let planner = Planner::new(problem, DeviceProfile::h200(), PlanOptions::default()).expect("a planner");
     for sequences in [0, 17] {
         let packs = [Pack { sequences: 1, pages: 3 }, Pack { sequences, pages: 3 }];
-        let message = planner.predict_packs(16, 6, &packs, 0).expect_err("refused").to_string();
+        let message = planner.predict_packs(6, &packs, 0).expect_err("refused").to_string();
         assert!(message.contains(&format!("got {sequences}, expected 1 to 16")), "{message}");
     }
-    assert!(planner.predict_packs(1 << 17, 6, &[], 0).is_err());
 }
 
 #[test]
@@ -135,14 +136,15 @@ fn wide_tiles_serve_many_rows_behind_a_long_prefix() {
 
     // A captured graph has the kernels of all variants that plans may use: one is enough.
     let capacity = PlanCapacity { max_sequences: 64, max_pages: 1 << 18, max_items: 1 << 10, max_slots: 1 << 14 };
-    let mut planner = Planner::new(shape, DeviceProfile::h200(), PlanOptions::default()).expect("a planner");
+    let problem = long.problem(shape);
+    let mut planner = Planner::new(problem, DeviceProfile::h200(), PlanOptions::default()).expect("a planner");
     let both = [TileVariant::Wgmma64, TileVariant::Wgmma128];
-    assert_eq!(planner.tile_variants(BLOCK_TOKENS).expect("variants"), both);
+    assert_eq!(planner.tile_variants(), both);
     let rows = long.rows();
     let view = long.view(&rows).expect("a valid batch");
     assert!(!planner.plan(&view).expect("a plan").variant_items(TileVariant::Wgmma128).is_empty());
     // Also where the planner has planned without one before.
     let mut bounded = planner.with_capacity(capacity).expect("a capacity");
-    assert_eq!(bounded.tile_variants(BLOCK_TOKENS).expect("variants"), both[..1]);
+    assert_eq!(bounded.tile_variants(), both[..1]);
     assert!(bounded.plan(&view).expect("a plan").variant_items(TileVariant::Wgmma128).is_empty());
 }

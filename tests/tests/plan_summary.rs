@@ -1,7 +1,7 @@
 //! What a plan says of itself: predictions by variant, balance, and why shared nodes are read as often as they are.
 
 use pat_rs::plan::{PlanMode, PlanSummary, ReadReason, SharedNodes};
-use pat_rs::{AttentionShape, DeviceProfile, Dtype, PlanOptions, Planner, TileVariant};
+use pat_rs::{AttentionShape, DeviceProfile, Dtype, PlanOptions, Planner, Problem, TileVariant};
 use pat_tests::invariants::{modes, random_forest};
 use pat_workloads::{OwnedBatch, RaggedGroups, TreeSpec};
 use rand::SeedableRng;
@@ -11,10 +11,10 @@ fn shape(q_heads: u32, kv_heads: u32) -> AttentionShape {
     AttentionShape::new(q_heads, kv_heads, 128, Dtype::F16).expect("a valid shape")
 }
 
-fn planner(shape: AttentionShape, profile: &str, mode: PlanMode, variants: Option<&[TileVariant]>) -> Planner {
+fn planner(problem: Problem, profile: &str, mode: PlanMode, variants: Option<&[TileVariant]>) -> Planner {
     let profile = DeviceProfile::by_name(profile).expect("a known device");
-    let options = PlanOptions { mode, variants: variants.map(<[_]>::to_vec) };
-    Planner::new(shape, profile, options).expect("a planner")
+    let options = variants.into_iter().fold(PlanOptions::from(mode), PlanOptions::with_variants);
+    Planner::new(problem, profile, options).expect("a planner")
 }
 
 /// The summary of a batch's plan and all kinds of shared nodes.
@@ -37,7 +37,7 @@ fn figures_add_up_on_random_forests() {
         for mode in modes(batch.page_size) {
             for (profile, variants) in [("h200", None), ("a100-80", None), ("h200", Some(&TileVariant::ALL[..3]))] {
                 let shape = shape(16, 4);
-                let (summary, nodes) = explain(&mut planner(shape, profile, mode, variants), &batch);
+                let (summary, nodes) = explain(&mut planner(batch.problem(shape), profile, mode, variants), &batch);
                 // What is not read is what sharing saves.
                 let saved: u64 = nodes.iter().map(|node| u64::from(node.nodes) * node.saved_kv_bytes).sum();
                 assert_eq!(summary.flat_kv_bytes - summary.planned_kv_bytes, saved, "{mode:?}: {nodes:?}");
@@ -64,9 +64,9 @@ fn figures_add_up_on_random_forests() {
 fn balance_is_that_of_the_places_for_ctas() {
     // 132 multiprocessors with two CTAs each: 33 sequences x 8 heads fill them once.
     let imbalance = |batch: &str| {
-        explain(&mut planner(shape(32, 8), "h200", PlanMode::Flat, Some(&[TileVariant::Wgmma64])), &tree(batch))
-            .0
-            .imbalance
+        let batch = tree(batch);
+        let variants = Some(&[TileVariant::Wgmma64][..]);
+        explain(&mut planner(batch.problem(shape(32, 8)), "h200", PlanMode::Flat, variants), &batch).0.imbalance
     };
     // Uncut: a chunk is at least 128 tokens long.
     assert_eq!(imbalance("33_128"), 1.0);
@@ -77,7 +77,7 @@ fn balance_is_that_of_the_places_for_ctas() {
 #[test]
 fn reasons() {
     let kind = |mode, heads: (u32, u32), batch: &OwnedBatch| {
-        let (_, nodes) = explain(&mut planner(shape(heads.0, heads.1), "h200", mode, None), batch);
+        let (_, nodes) = explain(&mut planner(batch.problem(shape(heads.0, heads.1)), "h200", mode, None), batch);
         nodes[0]
     };
     let five = tree("1,4,256_32,256,32");
@@ -105,7 +105,7 @@ fn reasons() {
 fn sharing_that_costs_more_than_it_saves() {
     // Three sequences that share one page: one CTA per KV head would walk all three tails, one after the other.
     let batch = tree("1,3_32,512");
-    let (summary, nodes) = explain(&mut planner(shape(32, 8), "h200", PlanMode::Auto, None), &batch);
+    let (summary, nodes) = explain(&mut planner(batch.problem(shape(32, 8)), "h200", PlanMode::Auto, None), &batch);
     assert_eq!((nodes[0].reads, nodes[0].fewest_reads, nodes[0].reason), (3, 1, ReadReason::SharingCosts));
     assert_eq!(summary.planned_kv_bytes, summary.flat_kv_bytes);
 }
@@ -115,7 +115,7 @@ fn only_the_last_plan_is_explained() {
     let batch = tree("1,8_256,32");
     let rows = batch.rows();
     let view = batch.view(&rows).expect("a valid batch");
-    let mut planner = planner(shape(32, 8), "h200", PlanMode::Auto, None);
+    let mut planner = planner(batch.problem(shape(32, 8)), "h200", PlanMode::Auto, None);
     let former = planner.plan(&view).expect("a plan");
     let last = planner.plan(&view).expect("a plan");
     assert_eq!(planner.shared_nodes(&last, 1).expect("the last plan").len(), 1);

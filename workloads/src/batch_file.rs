@@ -1,25 +1,25 @@
-//! Batch files: a decode step's block tables, dumped from an engine.
-//!
-//! One JSON object with exactly these fields:
+//! Batch files: a decode step's block tables, dumped from an engine. `docs/batch-format.md` describes them.
 //!
 //! ```json
-//! {"page_size": 16, "num_pages": 4, "lengths": [33, 17], "block_tables": [[0, 1, 2], [0, 3]]}
+//! {"page_size": 16, "num_pages": 4, "lengths": [33, 17], "block_tables": [[0, 1, 2], [0, 3, -1]], "heads": "32/8"}
 //! ```
 //!
-//! `page_size`: tokens per page. `num_pages`: pages in the pool; every id is below it. `lengths[b]`: tokens of sequence
-//! `b`, the one being decoded included. `block_tables[b]`: its page ids in order, at least `ceil(lengths[b] / page_size)`
-//! of them; what stands behind those is ignored. Sequences share a prefix where their tables start with the same ids.
+//! `page_size`: tokens per page. `num_pages`: pages in the pool; every id that is needed is below it. `lengths[b]`: tokens of
+//! sequence `b`, the one being decoded included. `block_tables[b]`: its page ids in order, at least
+//! `ceil(lengths[b] / page_size)` of them; what follows those is ignored, as [`pat_rs::DecodeBatch::from_padded`] ignores it.
+//! Sequences share a prefix where their tables start with the same ids. `heads`, `head_dim` and `dtype` may be absent.
 
 use crate::OwnedBatch;
-use std::fs::File;
-use std::io::{BufReader, BufWriter, Write};
+use crate::model::{ModelParts, parse_dtype, parse_heads};
+use pat_rs::{DecodeBatch, Error};
+use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
 /// Why a batch file cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum BatchFileError {
-    /// The file cannot be read or written.
+    /// The file cannot be read.
     #[error("batch file {}: {source}", path.display())]
     Io {
         /// The file.
@@ -27,7 +27,7 @@ pub enum BatchFileError {
         /// The system's message.
         source: std::io::Error,
     },
-    /// It is not JSON, or not an object with the four fields.
+    /// It is not JSON, or not an object with the fields of a batch.
     #[error("batch file {}: {source} (expected {{\"page_size\", \"num_pages\", \"lengths\", \"block_tables\"}})", path.display())]
     Format {
         /// The file.
@@ -35,46 +35,95 @@ pub enum BatchFileError {
         /// What and where.
         source: serde_json::Error,
     },
-    /// The values contradict each other.
+    /// A value is not accepted, or the values contradict each other.
     #[error("batch file {}: {source}", path.display())]
     Values {
         /// The file.
         path: PathBuf,
         /// Which value, and what is accepted.
-        source: pat_rs::Error,
+        source: Error,
     },
 }
 
-/// Reads and validates a batch file.
+/// The file as JSON has it. Numbers are wider than what is accepted, so that errors can show them.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields, expecting = "an object with the fields of a batch")]
+struct Fields {
+    page_size: u32,
+    num_pages: u32,
+    lengths: Vec<i64>,
+    block_tables: Vec<Vec<i64>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    heads: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    head_dim: Option<u32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    dtype: Option<String>,
+}
+
+/// Reads and validates a batch file. Of each row only the ids that its length needs are kept.
 ///
 /// # Errors
 /// See [`BatchFileError`].
-pub fn read_batch(path: &Path) -> Result<OwnedBatch, BatchFileError> {
-    let io = |source| BatchFileError::Io { path: path.into(), source };
-    let file = File::open(path).map_err(io)?;
-    let batch: OwnedBatch = serde_json::from_reader(BufReader::new(file)).map_err(|source| {
-        if source.is_io() { io(source.into()) } else { BatchFileError::Format { path: path.into(), source } }
-    })?;
-    batch.view(&batch.rows()).map_err(|source| BatchFileError::Values { path: path.into(), source })?;
-    Ok(batch)
+pub fn read_batch(path: &Path) -> Result<(OwnedBatch, ModelParts), BatchFileError> {
+    let text = std::fs::read_to_string(path).map_err(|source| BatchFileError::Io { path: path.into(), source })?;
+    let fields: Fields =
+        serde_json::from_str(&text).map_err(|source| BatchFileError::Format { path: path.into(), source })?;
+    checked(fields).map_err(|source| BatchFileError::Values { path: path.into(), source })
 }
 
-/// Writes a batch file.
-///
-/// # Errors
-/// [`BatchFileError::Io`].
-pub fn write_batch(path: &Path, batch: &OwnedBatch) -> Result<(), BatchFileError> {
-    let io = |source| BatchFileError::Io { path: path.into(), source };
-    let mut writer = BufWriter::new(File::create(path).map_err(io)?);
-    serde_json::to_writer(&mut writer, batch).map_err(|source| io(source.into()))?;
-    writer.flush().map_err(io)
+/// The text of a batch file.
+pub fn batch_text(batch: &OwnedBatch, model: ModelParts) -> String {
+    let wide = |row: &Vec<u32>| row.iter().map(|&id| i64::from(id)).collect();
+    let fields = Fields {
+        page_size: batch.page_size,
+        num_pages: batch.num_pages,
+        lengths: batch.lengths.iter().map(|&length| i64::from(length)).collect(),
+        block_tables: batch.block_tables.iter().map(wide).collect(),
+        heads: model.heads.map(|(q, kv)| format!("{q}/{kv}")),
+        head_dim: model.head_dim,
+        dtype: model.dtype.map(|dtype| dtype.name().to_owned()),
+    };
+    serde_json::to_string(&fields).expect("texts, numbers and lists become JSON")
+}
+
+fn checked(fields: Fields) -> pat_rs::Result<(OwnedBatch, ModelParts)> {
+    let Fields { page_size, num_pages, lengths, block_tables, heads, head_dim, dtype } = fields;
+    let length = |(index, &length): (usize, &i64)| {
+        let most = DecodeBatch::MAX_TOKENS;
+        let accepted = u32::try_from(length).ok().filter(|length| *length <= most);
+        accepted.ok_or_else(|| Error::invalid(format!("lengths[{index}]"), length, format!("0 to {most}")))
+    };
+    let lengths = lengths.iter().enumerate().map(length).collect::<pat_rs::Result<Vec<u32>>>()?;
+    let needed_ids = |(row, table): (usize, &Vec<i64>)| {
+        // A page size of 0 is refused below.
+        let needed = lengths.get(row).map_or(0, |length| length.div_ceil(page_size.max(1)) as usize);
+        let id = |(column, &id): (usize, &i64)| {
+            u32::try_from(id).map_err(|_| {
+                let place = format!("block_tables[{row}][{column}]");
+                Error::invalid(place, id, format!("a page id below num_pages = {num_pages}"))
+            })
+        };
+        table.iter().take(needed).enumerate().map(id).collect::<pat_rs::Result<Vec<u32>>>()
+    };
+    let block_tables = block_tables.iter().enumerate().map(needed_ids).collect::<pat_rs::Result<Vec<_>>>()?;
+    let heads = heads
+        .map(|text| parse_heads(&text).ok_or_else(|| Error::invalid("heads", text, "QUERY/KV heads such as \"32/8\"")))
+        .transpose()?;
+    let dtype = dtype
+        .map(|text| parse_dtype(&text).ok_or_else(|| Error::invalid("dtype", text, "\"f16\" or \"bf16\"")))
+        .transpose()?;
+    let batch = OwnedBatch { page_size, num_pages, lengths, block_tables };
+    batch.view(&batch.rows())?;
+    Ok((batch, ModelParts { heads, head_dim, dtype }))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use pat_rs::Dtype;
 
-    fn read(text: &str) -> Result<OwnedBatch, BatchFileError> {
+    fn read(text: &str) -> Result<(OwnedBatch, ModelParts), BatchFileError> {
         let file = tempfile::NamedTempFile::new().expect("a temporary file");
         std::fs::write(file.path(), text).expect("writable");
         read_batch(file.path())
@@ -88,21 +137,55 @@ mod tests {
             lengths: vec![33, 17, 0],
             block_tables: vec![vec![0, 1, 2], vec![0, 3], vec![]],
         };
-        let file = tempfile::NamedTempFile::new().expect("a temporary file");
-        write_batch(file.path(), &batch).expect("written");
-        assert_eq!(read_batch(file.path()).expect("read"), batch);
+        let model = ModelParts { heads: Some((16, 2)), head_dim: Some(64), dtype: Some(Dtype::Bf16) };
+        for model in [ModelParts::default(), model] {
+            assert_eq!(read(&batch_text(&batch, model)).expect("read"), (batch.clone(), model));
+        }
+        assert!(!batch_text(&batch, ModelParts::default()).contains("heads"), "what is not known is not written");
+    }
+
+    #[test]
+    fn what_follows_the_needed_ids_is_ignored() {
+        let text = r#"{"page_size": 16, "num_pages": 12, "lengths": [39, 18, 0, 16],
+            "block_tables": [[4, 5, 6, -1], [4, 9, -1, 5000000000], [-1, -1, -1, -1], [3]]}"#;
+        let (batch, model) = read(text).expect("a padded batch");
+        assert_eq!(batch.block_tables, [vec![4, 5, 6], vec![4, 9], vec![], vec![3]]);
+        assert_eq!(model, ModelParts::default());
+        let empty = r#"{"page_size": 16, "num_pages": 4, "lengths": [0, 0], "block_tables": [[-1], []]}"#;
+        assert_eq!(read(empty).expect("rows that are all empty").0.block_tables, [[0; 0]; 2]);
     }
 
     #[test]
     fn errors_name_what_is_wrong() {
         for (text, part) in [
-            ("[1]", "page_size"),
+            ("[1]", "expected an object with the fields of a batch"),
             (r#"{"page_size":16,"num_pages":4,"lengths":[1]}"#, "missing field `block_tables`"),
             (r#"{"page_size":16,"num_pages":4,"lengths":[1],"block_tables":[[0]],"pages":1}"#, "unknown field `pages`"),
             (r#"{"page_size":16,"num_pages":4,"lengths":[1],"block_tables":[[9]]}"#, "block_tables[0][0]: got 9"),
+            (r#"{"page_size":16,"num_pages":4,"lengths":[1],"block_tables":[[-1]]}"#, "block_tables[0][0]: got -1,"),
+            (
+                r#"{"page_size":16,"num_pages":4,"lengths":[17],"block_tables":[[0,3000000000]]}"#,
+                "block_tables[0][1]: got 3000000000, expected a page id below num_pages = 4",
+            ),
+            (
+                r#"{"page_size":16,"num_pages":4,"lengths":[1],"block_tables":[[5000000000]]}"#,
+                "block_tables[0][0]: got 5000000000",
+            ),
             (r#"{"page_size":16,"num_pages":4,"lengths":[17],"block_tables":[[0]]}"#, "lengths[0] = 17"),
             (r#"{"page_size":0,"num_pages":4,"lengths":[1],"block_tables":[[0]]}"#, "page_size: got 0"),
-            (r#"{"page_size":1,"num_pages":4,"lengths":[-1],"block_tables":[[0]]}"#, "line 1"),
+            (
+                r#"{"page_size":1,"num_pages":4,"lengths":[-1],"block_tables":[[0]]}"#,
+                "lengths[0]: got -1, expected 0 to 2147483647",
+            ),
+            (r#"{"page_size":1,"num_pages":4,"lengths":[1,1],"block_tables":[[0]]}"#, "got 1 tables"),
+            (
+                r#"{"page_size":1,"num_pages":1,"lengths":[1],"block_tables":[[0]],"heads":"8"}"#,
+                "heads: got 8, expected QUERY/KV",
+            ),
+            (
+                r#"{"page_size":1,"num_pages":1,"lengths":[1],"block_tables":[[0]],"dtype":"f32"}"#,
+                "dtype: got f32, expected \"f16\" or \"bf16\"",
+            ),
         ] {
             let message = read(text).expect_err(text).to_string();
             assert!(message.contains(part), "{message}");

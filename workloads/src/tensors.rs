@@ -2,7 +2,7 @@
 
 use crate::OwnedBatch;
 use pat_abi::generator::{self, Tensor};
-use pat_rs::{AttentionShape, Element, HostTensors, KvStrides, RowStrides};
+use pat_rs::{AttentionShape, Element, HostTensors, KvStrides, Problem};
 use rayon::prelude::*;
 
 /// How K and V lie in memory.
@@ -44,7 +44,7 @@ pub struct Tensors<T> {
     pub v_begin: usize,
     /// Strides of K and of V.
     pub kv_strides: KvStrides,
-    shape: AttentionShape,
+    problem: Problem,
 }
 
 impl<T: Element> Tensors<T> {
@@ -89,23 +89,14 @@ impl<T: Element> Tensors<T> {
                 fill_page(Tensor::V, chunk - pages, values);
             }
         });
-        Ok(Self { q, kv, v_begin, kv_strides, shape })
+        Ok(Self { q, kv, v_begin, kv_strides, problem: batch.problem(shape) })
     }
 
     /// The tensors as the CPU executor takes them, with contiguous outputs.
     pub fn host(&self, softmax_scale: f32) -> HostTensors<'_, T> {
-        let rows = RowStrides::contiguous(self.shape.q_heads(), self.shape.head_dim());
-        HostTensors {
-            q: &self.q,
-            k: &self.kv,
-            v: &self.kv[self.v_begin.min(self.kv.len())..],
-            q_strides: rows,
-            k_strides: self.kv_strides,
-            v_strides: self.kv_strides,
-            out_strides: rows,
-            lse_strides: RowStrides::lse(self.shape.q_heads()),
-            softmax_scale,
-        }
+        let v = &self.kv[self.v_begin.min(self.kv.len())..];
+        HostTensors::new(self.problem.with_scale(softmax_scale), &self.q, &self.kv, v)
+            .with_kv_strides(self.kv_strides, self.kv_strides)
     }
 }
 

@@ -1,19 +1,19 @@
-//! Decode batches cut from a request trace in Mooncake's format (FAST'25, "Mooncake: A KVCache-centric Disaggregated
-//! Architecture for LLM Serving"): one JSON object per line with `timestamp` (ms), `input_length`, `output_length`
-//! (tokens) and `hash_ids`, the prefix-chained hashes of the prompt's blocks of 512 tokens. Equal ids mean an equal prefix
-//! up to there.
+//! Decode batches cut from a request trace in Mooncake's format (`docs/trace-format.md`; FAST'25, "Mooncake: A KVCache-centric
+//! Disaggregated Architecture for LLM Serving"): one JSON object per line with `input_length`, `output_length` (tokens) and
+//! `hash_ids`, the prefix-chained hashes of the prompt's blocks. Equal ids mean an equal prefix up to there. Other fields are
+//! passed over: a cut needs no time stamp.
 //!
-//! A batch is `batch_size` consecutive requests, each having generated `step` tokens (at most its `output_length`). Each
-//! hash id of a whole 512-token block is 512/page_size shared pages; the rest of the prompt and the generated tokens live
-//! in pages of the sequence's own.
+//! A batch is `batch_size` consecutive requests, each having generated `step` tokens (at most its `output_length`). A page that
+//! lies in whole blocks is shared by all requests with the same blocks up to its end; the rest of a prompt and the generated
+//! tokens live in pages of the sequence's own.
 
 use crate::OwnedBatch;
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 use std::collections::HashMap;
 use std::io::BufRead;
 
-/// Tokens per hash id.
-pub const BLOCK_TOKENS: u32 = 512;
+/// Tokens per hash id in Mooncake's own traces.
+pub const MOONCAKE_BLOCK_TOKENS: u32 = 512;
 
 /// Which requests of a trace, and when.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,8 +24,10 @@ pub struct TraceCut {
     pub batch_size: usize,
     /// Tokens each request has generated; a request whose output is shorter has generated all of it.
     pub step: u32,
-    /// Tokens per page, a divisor of 512.
+    /// Tokens per page.
     pub page_size: u32,
+    /// Tokens per hash id of the trace.
+    pub block_tokens: u32,
 }
 
 /// Why a trace cannot be cut.
@@ -40,10 +42,11 @@ pub enum TraceError {
         /// The system's message.
         source: std::io::Error,
     },
+    /// The file is compressed.
+    #[error("the trace is compressed by gzip, expected JSON lines: gunzip it first")]
+    Gzip,
     /// A line is not a request.
-    #[error(
-        "trace line {line}: {source} (expected {{\"timestamp\", \"input_length\", \"output_length\", \"hash_ids\"}})"
-    )]
+    #[error("trace line {line}: {source} (expected {{\"input_length\", \"output_length\", \"hash_ids\"}})")]
     Line {
         /// Line, from 1.
         line: usize,
@@ -58,12 +61,12 @@ pub enum TraceError {
         /// What and what is accepted.
         problem: String,
     },
-    /// The cut cannot be made.
+    /// The cut cannot be made of this trace.
     #[error("{argument}: got {got}, expected {expected}")]
     Cut {
-        /// Which field of [`TraceCut`].
+        /// The field of [`TraceCut`].
         argument: &'static str,
-        /// Its value.
+        /// What it is.
         got: String,
         /// What is accepted.
         expected: String,
@@ -72,11 +75,40 @@ pub enum TraceError {
 
 #[derive(Deserialize)]
 struct Request {
-    #[serde(rename = "timestamp")]
-    _timestamp_ms: f64,
+    #[serde(deserialize_with = "tokens")]
     input_length: u32,
+    #[serde(deserialize_with = "tokens")]
     output_length: u32,
     hash_ids: Vec<u64>,
+}
+
+/// A number of tokens; some writers make `513.0` of it.
+fn tokens<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
+    let number = f64::deserialize(deserializer)?;
+    if number.fract() == 0.0 && (0.0..f64::from(1u32 << 30)).contains(&number) {
+        Ok(number as u32)
+    } else {
+        Err(serde::de::Error::custom(format!("got {number} tokens, expected a whole number from 0 to below 2^30")))
+    }
+}
+
+/// Number of requests of a trace, which are not looked at.
+///
+/// # Errors
+/// [`TraceError::Io`] and [`TraceError::Gzip`].
+pub fn count_requests(mut trace: impl BufRead) -> Result<usize, TraceError> {
+    refuse_gzip(&mut trace)?;
+    let mut requests = 0;
+    for (index, text) in trace.lines().enumerate() {
+        let text = text.map_err(|source| TraceError::Io { line: index + 1, source })?;
+        requests += usize::from(!text.trim().is_empty());
+    }
+    Ok(requests)
+}
+
+fn refuse_gzip(trace: &mut impl BufRead) -> Result<(), TraceError> {
+    let begin = trace.fill_buf().map_err(|source| TraceError::Io { line: 1, source })?;
+    if begin.starts_with(&[0x1f, 0x8b]) { Err(TraceError::Gzip) } else { Ok(()) }
 }
 
 impl TraceCut {
@@ -84,18 +116,15 @@ impl TraceCut {
     ///
     /// # Errors
     /// See [`TraceError`].
-    pub fn batch(&self, trace: impl BufRead) -> Result<OwnedBatch, TraceError> {
-        if self.page_size == 0 || !BLOCK_TOKENS.is_multiple_of(self.page_size) {
-            return Err(TraceError::Cut {
-                argument: "page_size",
-                got: self.page_size.to_string(),
-                expected: format!("a divisor of the trace's block of {BLOCK_TOKENS} tokens"),
-            });
+    pub fn batch(&self, mut trace: impl BufRead) -> Result<OwnedBatch, TraceError> {
+        let counts = [("page_size", self.page_size), ("block_tokens", self.block_tokens)];
+        for (argument, got) in counts.map(|(name, value)| (name, u64::from(value))) {
+            self.require(argument, got)?;
         }
-        if self.batch_size == 0 {
-            return Err(TraceError::Cut { argument: "batch_size", got: "0".into(), expected: "at least 1".into() });
-        }
-        let mut pool = Pool { page_size: self.page_size, next_page: 0, blocks: HashMap::new() };
+        self.require("batch_size", self.batch_size as u64)?;
+        refuse_gzip(&mut trace)?;
+        let mut pool =
+            Pool { page_size: self.page_size, block_tokens: self.block_tokens, next_page: 0, pages: HashMap::new() };
         let mut batch =
             OwnedBatch { page_size: self.page_size, num_pages: 0, lengths: Vec::new(), block_tables: Vec::new() };
         let mut requests = 0;
@@ -119,6 +148,13 @@ impl TraceCut {
                 return Ok(batch);
             }
         }
+        if self.first_request > 0 && self.first_request >= requests {
+            return Err(TraceError::Cut {
+                argument: "first_request",
+                got: self.first_request.to_string(),
+                expected: format!("less than {requests}, the number of the trace's requests"),
+            });
+        }
         Err(TraceError::Cut {
             argument: "batch_size",
             got: format!("{} from request {} on", self.batch_size, self.first_request),
@@ -128,43 +164,54 @@ impl TraceCut {
             ),
         })
     }
+
+    fn require(&self, argument: &'static str, got: u64) -> Result<(), TraceError> {
+        match got {
+            0 => Err(TraceError::Cut { argument, got: "0".into(), expected: "at least 1".into() }),
+            _ => Ok(()),
+        }
+    }
 }
 
-/// Hands out pages; remembers the first page of each block.
+/// Hands out pages; remembers those that lie in whole blocks.
 struct Pool {
     page_size: u32,
+    block_tokens: u32,
     next_page: u32,
-    blocks: HashMap<u64, u32>,
+    /// By the id of the block that a page ends in, which stands for everything before it too, and the page's index.
+    pages: HashMap<(u64, u32), u32>,
 }
 
 impl Pool {
     fn place(&mut self, request: &Request, step: u32) -> Result<(u32, Vec<u32>), String> {
-        let blocks = request.input_length.div_ceil(BLOCK_TOKENS) as usize;
-        if request.hash_ids.len() != blocks {
+        let Request { input_length, output_length, ref hash_ids } = *request;
+        let blocks = input_length.div_ceil(self.block_tokens) as usize;
+        if hash_ids.len() != blocks {
             return Err(format!(
-                "hash_ids: got {} ids, expected {blocks} for input_length = {}",
-                request.hash_ids.len(),
-                request.input_length
+                "hash_ids: got {} ids, expected {blocks} for input_length = {input_length} in blocks of {} tokens{}",
+                hash_ids.len(),
+                self.block_tokens,
+                fitting_blocks(input_length, hash_ids.len())
             ));
         }
-        let generated = step.min(request.output_length);
-        let length = request
-            .input_length
-            .checked_add(generated)
-            .filter(|&length| length < 1 << 30)
-            .ok_or_else(|| format!("input_length: got {}, expected less than 2^30", request.input_length))?;
-        let pages_per_block = BLOCK_TOKENS / self.page_size;
+        let length =
+            input_length.checked_add(step.min(output_length)).filter(|&length| length < 1 << 30).ok_or_else(|| {
+                format!("input_length: got {input_length} and what was generated, expected less than 2^30")
+            })?;
+        let in_whole_blocks = input_length / self.block_tokens * self.block_tokens;
         let mut table = Vec::with_capacity(length.div_ceil(self.page_size) as usize);
-        for &hash in &request.hash_ids[..(request.input_length / BLOCK_TOKENS) as usize] {
-            let first = match self.blocks.get(&hash) {
-                Some(&first) => first,
+        for page in 0..in_whole_blocks / self.page_size {
+            let last_token = (page + 1) * self.page_size - 1;
+            let key = (hash_ids[(last_token / self.block_tokens) as usize], page);
+            let id = match self.pages.get(&key) {
+                Some(&id) => id,
                 None => {
-                    let first = self.allocate(pages_per_block)?;
-                    self.blocks.insert(hash, first);
-                    first
+                    let id = self.allocate(1)?;
+                    self.pages.insert(key, id);
+                    id
                 }
             };
-            table.extend(first..first + pages_per_block);
+            table.push(id);
         }
         let tail_pages = length.div_ceil(self.page_size) - table.len() as u32;
         let first = self.allocate(tail_pages)?;
@@ -182,6 +229,13 @@ impl Pool {
     }
 }
 
+/// In words, the block size that would explain the number of ids, if a power of two does.
+fn fitting_blocks(input_length: u32, ids: usize) -> String {
+    let powers = (0..20).map(|exponent| 1u32 << exponent);
+    let mut fitting = powers.filter(|&block| input_length.div_ceil(block) as usize == ids);
+    fitting.next_back().map_or_else(String::new, |block| format!(" ({ids} ids would be blocks of {block})"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -193,7 +247,7 @@ mod tests {
 "#;
 
     fn cut(batch_size: usize, step: u32) -> TraceCut {
-        TraceCut { first_request: 0, batch_size, step, page_size: 128 }
+        TraceCut { first_request: 0, batch_size, step, page_size: 128, block_tokens: MOONCAKE_BLOCK_TOKENS }
     }
 
     #[test]
@@ -210,14 +264,52 @@ mod tests {
     }
 
     #[test]
+    fn pages_are_shared_whatever_their_size_and_that_of_blocks() {
+        // 40 equal tokens in blocks of 16: two whole blocks are equal, the third ends in both prompts before it is full.
+        let line = |tail: u32| {
+            format!(
+                r#"{{"input_length": 40.0, "output_length": 9, "hash_ids": [7, 99999999999, {tail}], "delay": 850.0}}"#
+            )
+        };
+        let trace = [line(5), line(6)].join("\n");
+        for (page_size, shared) in [(1, 32), (5, 6), (16, 2), (24, 1), (32, 1), (33, 0), (64, 0)] {
+            let cut = TraceCut { page_size, block_tokens: 16, ..cut(2, 3) };
+            let batch = cut.batch(trace.as_bytes()).expect("a batch");
+            assert_eq!(batch.lengths, [43, 43]);
+            batch.view(&batch.rows()).expect("valid");
+            let tables = &batch.block_tables;
+            let common = tables[0].iter().zip(&tables[1]).take_while(|(a, b)| a == b).count();
+            assert_eq!(common, shared, "pages of {page_size}");
+            assert_eq!(batch.unique_pages(), batch.num_pages as usize);
+        }
+    }
+
+    #[test]
+    fn requests_without_tokens_are_rows_of_length_0() {
+        let trace = r#"{"timestamp": 0, "input_length": 0, "output_length": 0, "hash_ids": []}"#;
+        let batch = cut(1, 5).batch(trace.as_bytes()).expect("a batch");
+        assert_eq!((batch.lengths, batch.block_tables), (vec![0], vec![vec![]]));
+        assert_eq!(count_requests(TRACE.as_bytes()).expect("readable"), 3);
+    }
+
+    #[test]
     fn errors_name_line_or_argument() {
         let short = r#"{"timestamp": 0, "input_length": 1100, "output_length": 5, "hash_ids": [0]}"#;
         for (trace, cut, part) in [
             (format!("{TRACE}oops"), cut(4, 0), "trace line 5"),
-            (short.into(), cut(1, 0), "trace line 1: hash_ids: got 1 ids, expected 3"),
+            (
+                short.into(),
+                cut(1, 0),
+                "trace line 1: hash_ids: got 1 ids, expected 3 for input_length = 1100 in blocks of 512 tokens \
+                 (1 ids would be blocks of",
+            ),
             (TRACE.into(), cut(4, 0), "the trace has 3 requests"),
             (TRACE.into(), cut(0, 0), "batch_size: got 0"),
-            (TRACE.into(), TraceCut { page_size: 48, ..cut(1, 0) }, "page_size: got 48"),
+            (TRACE.into(), TraceCut { page_size: 0, ..cut(1, 0) }, "page_size: got 0"),
+            (TRACE.into(), TraceCut { block_tokens: 0, ..cut(1, 0) }, "block_tokens: got 0"),
+            (TRACE.into(), TraceCut { first_request: 3, ..cut(1, 0) }, "first_request: got 3, expected less than 3"),
+            (TRACE.replace("1100", "1100.5"), cut(1, 0), "got 1100.5 tokens, expected a whole number"),
+            (TRACE.replace("1100", "-1"), cut(1, 0), "got -1 tokens"),
             (r#"{"timestamp": 0, "input_length": 1}"#.into(), cut(1, 0), "missing field"),
         ] {
             let message = cut.batch(trace.as_bytes()).expect_err(part).to_string();

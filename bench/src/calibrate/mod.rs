@@ -33,7 +33,8 @@ impl Probe {
     /// The device does not run the probe's variant.
     pub fn plan(&self, profile: &DeviceProfile) -> Result<Plan> {
         let rows = self.batch.rows();
-        Planner::new(self.shape, profile.clone(), self.options.clone())?.plan(&self.batch.view(&rows)?)
+        Planner::new(self.batch.problem(self.shape), profile.clone(), self.options.clone())?
+            .plan(&self.batch.view(&rows)?)
     }
 
     /// Runs it on the device.

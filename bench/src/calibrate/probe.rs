@@ -2,7 +2,7 @@
 
 use pat_abi::{Family, TileVariant, manifest};
 use pat_rs::plan::PlanMode;
-use pat_rs::{AttentionShape, DeviceProfile, Dtype, Error, PlanOptions, Result};
+use pat_rs::{AttentionShape, DeviceProfile, Dtype, Error, PlanOptions, Problem, Result};
 use pat_workloads::OwnedBatch;
 
 /// Tokens per page: all variants read such pages.
@@ -83,7 +83,7 @@ impl Probe {
             quantity,
             batch,
             shape: AttentionShape::new(group * KV_HEADS, KV_HEADS, HEAD_DIM, Dtype::F16)?,
-            options: PlanOptions { mode, variants: Some(vec![variant]) },
+            options: PlanOptions::from(mode).with_variants([variant]),
         })
     }
 }
@@ -93,7 +93,8 @@ impl Probe {
 /// # Errors
 /// The profile is of no device that the kernels run on.
 pub fn probes(device: &DeviceProfile) -> Result<Vec<Probe>> {
-    let variants = device.variants(PAGE_SIZE);
+    let shape = AttentionShape::new(GROUP * KV_HEADS, KV_HEADS, HEAD_DIM, Dtype::F16)?;
+    let variants = device.variants(&Problem::new(shape, PAGE_SIZE));
     let wgmma = Some(TileVariant::Wgmma64).filter(|variant| variants.contains(variant));
     // What serves single sequences.
     let narrow = wgmma.unwrap_or(TileVariant::Mma16);

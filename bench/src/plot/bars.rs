@@ -1,5 +1,6 @@
 //! Figure 10: groups of bars, relative to one method.
 
+use super::ceiling::UNKNOWN;
 use super::data::{FIGURE_10, Figures, Point};
 use super::layout::{Header, MARGIN, Symbol};
 use super::theme::{MAX_SERIES, Theme, font};
@@ -39,7 +40,7 @@ pub(super) fn default_baseline(figures: &Figures) -> String {
         return "pat".into();
     }
     let slowness = |method: &String| {
-        let ratios = figures.points.iter().filter_map(|point| Some(point.cold_us.get(method)? / point.ceiling_us));
+        let ratios = figures.points.iter().filter_map(|point| Some(point.cold_us.get(method)? / point.ceiling_us?));
         geometric_mean(ratios)
     };
     let slowest = figures.peers().max_by(|a, b| slowness(a).total_cmp(&slowness(b)));
@@ -51,6 +52,8 @@ impl<'a> Bars<'a> {
         let baseline = baseline.map_or_else(|| default_baseline(figures), str::to_owned);
         if baseline != CEILING {
             figures.require_method(&baseline)?;
+        } else if figures.reached.is_none() {
+            return Err(PlotError::Empty(UNKNOWN));
         }
         let points: Vec<&Point> = figures.points.iter().filter(|point| point.suite == FIGURE_10).collect();
         if points.is_empty() {
@@ -107,10 +110,10 @@ impl<'a> Bars<'a> {
 
     fn relative(&self, point: &Point, method: &str) -> Option<f64> {
         let baseline_us = match self.baseline.as_str() {
-            CEILING => point.ceiling_us,
+            CEILING => point.ceiling_us?,
             baseline => *point.cold_us.get(baseline)?,
         };
-        Some(point.cold_us.get(method)? / baseline_us)
+        Some(point.cold_us.get(method)? / baseline_us).filter(|ratio| ratio.is_finite())
     }
 
     pub(super) fn draw<DB: DrawingBackend>(&self, area: &DrawingArea<DB, Shift>, theme: Theme) -> Drawn<DB> {
@@ -169,7 +172,7 @@ impl<'a> Bars<'a> {
                 area.draw(&Rectangle::new(corners, theme.series(index).filled()))?;
                 if value > LARGEST {
                     let inside = font(14)
-                        .color(&BLACK)
+                        .color(&theme.on(theme.series(index)))
                         .transform(FontTransform::Rotate270)
                         .pos(Pos::new(HPos::Right, VPos::Center));
                     let middle = (bar_left + bar_width / 2.0).round() as i32 - 1;

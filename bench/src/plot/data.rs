@@ -2,7 +2,8 @@
 
 use super::PlotError;
 use super::layout::Series;
-use crate::result::{self, METHOD, Record, RecordKey, ceiling_us};
+use crate::ceiling::{DeviceRates, Rates};
+use crate::result::{self, METHOD, Record, RecordKey};
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -19,6 +20,8 @@ pub(super) const FIGURE_10: &str = "figure10";
 pub struct Figures {
     /// Device of all figures.
     pub device: String,
+    /// The rates that its reachable times follow from.
+    pub reached: Option<Rates>,
     /// Where they are from, for a line below each picture.
     pub source: String,
     /// Methods with a time somewhere, in the order of legends.
@@ -40,10 +43,10 @@ pub struct Point {
     pub sequences: f64,
     /// Logical over unique KV bytes.
     pub sharing_factor: f64,
-    /// The reachable time.
-    pub ceiling_us: f64,
+    /// The reachable time, where the device's is known and the batch has work.
+    pub ceiling_us: Option<f64>,
     /// The reachable time of an implementation that reads every sequence's KV by itself.
-    pub unshared_ceiling_us: f64,
+    pub unshared_ceiling_us: Option<f64>,
     /// Cold L2, by method.
     pub cold_us: BTreeMap<String, f64>,
     /// Planning, by method.
@@ -63,7 +66,8 @@ impl Figures {
                 source += &format!(", {name}{value}");
             }
         }
-        let mut points: Vec<Point> = base.records.iter().map(Point::of).collect();
+        let reached = DeviceRates::of(&base.device).map(|rates| rates.reached);
+        let mut points: Vec<Point> = base.records.iter().map(|record| Point::of(record, reached)).collect();
         for other in others {
             let extra: Extra = result::read_as(other)?;
             if extra.device != base.device {
@@ -93,7 +97,7 @@ impl Figures {
         let known = KNOWN_METHODS.into_iter().filter(|method| found.contains(*method)).map(str::to_owned);
         let unknown = found.iter().filter(|method| !KNOWN_METHODS.contains(&method.as_str())).cloned();
         let methods = known.chain(unknown).collect();
-        Ok(Self { device: base.device, source, methods, points })
+        Ok(Self { device: base.device, reached, source, methods, points })
     }
 
     /// Drops all methods but these.
@@ -121,12 +125,13 @@ impl Figures {
         Err(PlotError::Method { name: name.into(), known: self.methods.join(", ") })
     }
 
-    /// What `point_of` makes of each configuration, by method; without the methods that have nothing.
+    /// What `point_of` makes of each configuration, by method; without the methods that have nothing. The axes are logarithmic:
+    /// only positive numbers have a place.
     pub(super) fn series(&self, point_of: impl Fn(&Point, &str) -> Option<(f64, f64)>) -> Vec<Series> {
         let series = self.methods.iter().enumerate().map(|(index, method)| Series {
             label: method.clone(),
             index,
-            points: self.points.iter().filter_map(|point| point_of(point, method)).collect(),
+            points: self.points.iter().filter_map(|point| point_of(point, method)).filter(has_place).collect(),
         });
         series.filter(|series| !series.points.is_empty()).collect()
     }
@@ -143,13 +148,15 @@ impl Figures {
 }
 
 impl Point {
-    fn of(record: &Record) -> Self {
+    fn of(record: &Record, reached: Option<Rates>) -> Self {
         let q_row_elements = f64::from(record.nheads_q) * f64::from(record.head_dim);
         // Two bytes an element, K and V.
         let token_bytes = 4.0 * f64::from(record.nheads_kv) * f64::from(record.head_dim);
         let logical_kv_bytes = record.flop / (4.0 * q_row_elements) * token_bytes;
+        // A batch without tokens shares nothing either.
+        let unique_kv_bytes = if record.sharing_factor > 0.0 { logical_kv_bytes / record.sharing_factor } else { 0.0 };
         // Q and O.
-        let rows_bytes = (record.bytes as f64 - logical_kv_bytes / record.sharing_factor).max(0.0);
+        let rows_bytes = (record.bytes as f64 - unique_kv_bytes).max(0.0);
         let sequences = match record.sequences {
             // Version 1 does not say it.
             0 => (rows_bytes / (4.0 * q_row_elements)).round(),
@@ -167,14 +174,17 @@ impl Point {
         };
         let mut plan_us = microseconds(&record.plan_latencies);
         plan_us.entry(METHOD.into()).or_insert(record.plan_us);
+        let positive = |us: Option<f64>| us.filter(|us| *us > 0.0);
         Self {
             suite: record.suite.clone(),
             name: record.tree.clone(),
             shape,
             sequences,
             sharing_factor: record.sharing_factor,
-            ceiling_us: record.ceiling_us,
-            unshared_ceiling_us: ceiling_us(logical_kv_bytes + rows_bytes, record.flop),
+            ceiling_us: positive(record.ceiling_us),
+            unshared_ceiling_us: positive(
+                reached.map(|rates| rates.time_us(logical_kv_bytes + rows_bytes, record.flop)),
+            ),
             cold_us: microseconds(&record.latencies),
             plan_us,
         }
@@ -200,6 +210,11 @@ struct ExtraRecord {
     latencies: BTreeMap<String, f64>,
     #[serde(default)]
     plan_latencies: BTreeMap<String, f64>,
+}
+
+/// Whether a point can be drawn on logarithmic axes.
+pub(super) fn has_place(&(x, y): &(f64, f64)) -> bool {
+    [x, y].iter().all(|value| value.is_finite() && *value > 0.0)
 }
 
 fn stem(file: &Path) -> String {

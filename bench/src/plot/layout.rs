@@ -101,7 +101,7 @@ pub(super) enum Reference {
 pub(super) struct Scatter {
     pub(super) title: String,
     pub(super) subtitle: String,
-    pub(super) x_label: &'static str,
+    pub(super) x_label: String,
     pub(super) y_label: &'static str,
     pub(super) series: Vec<Series>,
     pub(super) references: Vec<Reference>,
@@ -146,7 +146,7 @@ impl Scatter {
             .max_light_lines(0)
             .label_style(font(18).color(&text))
             .axis_desc_style(font(20).color(&text))
-            .x_desc(self.x_label)
+            .x_desc(self.x_label.as_str())
             .y_desc(self.y_label)
             .x_label_formatter(&|value| value.to_string())
             .y_label_formatter(&|value| value.to_string())
@@ -179,7 +179,7 @@ impl Scatter {
     }
 }
 
-/// From somewhat below the least value to somewhat above the largest.
+/// From somewhat below the least value to somewhat above the largest, of positive values.
 fn range(values: impl Iterator<Item = f64>) -> (f64, f64) {
     let (least, most) = values.fold((f64::INFINITY, 0f64), |(least, most), value| (least.min(value), most.max(value)));
     (least / 1.25, most * 1.25)

@@ -13,9 +13,10 @@ use theme::MAX_SERIES;
 pub use theme::Theme;
 
 use crate::result::ResultError;
+use image::ImageEncoder;
 use plotters::coord::Shift;
 use plotters::prelude::*;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// A picture.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -123,21 +124,16 @@ pub enum PlotError {
     /// The files have nothing that this picture shows.
     #[error("{0}")]
     Empty(&'static str),
-    /// The file cannot be written.
-    #[error("{}: {message}", file.display())]
-    Write {
-        /// The file.
-        file: PathBuf,
-        /// The system's message, or the drawing library's.
-        message: String,
-    },
+    /// The drawing library fails.
+    #[error("the picture cannot be drawn: {0}")]
+    Draw(String),
 }
 
-/// Draws a picture into a file, replacing it.
+/// Draws a picture: the contents of a file of the format asked for.
 ///
 /// # Errors
-/// See [`PlotError`]; of [`PlotError::Empty`] nothing is written.
-pub fn draw(picture: Picture, figures: &Figures, options: &Options, file: &Path) -> Result<(), PlotError> {
+/// See [`PlotError`].
+pub fn draw(picture: Picture, figures: &Figures, options: &Options) -> Result<Vec<u8>, PlotError> {
     if figures.methods.len() > MAX_SERIES {
         return Err(PlotError::TooMany { count: figures.methods.len(), what: "methods" });
     }
@@ -147,18 +143,25 @@ pub fn draw(picture: Picture, figures: &Figures, options: &Options, file: &Path)
         Picture::Sharing => Scene::Scatter(sharing::scatter(figures)?),
         Picture::Planning => Scene::Scatter(planning::scatter(figures)?),
     };
-    let write = |message: String| PlotError::Write { file: file.into(), message };
     match options.format {
         Format::Svg => {
             let mut text = String::new();
             let area = SVGBackend::with_string(&mut text, scene.size()).into_drawing_area();
-            scene.draw(&area, options.theme).map_err(|error| write(error.to_string()))?;
+            scene.draw(&area, options.theme).map_err(|error| PlotError::Draw(error.to_string()))?;
             drop(area);
-            std::fs::write(file, text).map_err(|error| write(error.to_string()))
+            Ok(text.into_bytes())
         }
         Format::Png => {
-            let area = BitMapBackend::new(file, scene.size()).into_drawing_area();
-            scene.draw(&area, options.theme).map_err(|error| write(error.to_string()))
+            let (width, height) = scene.size();
+            let mut pixels = vec![0; 3 * width as usize * height as usize];
+            let area = BitMapBackend::with_buffer(&mut pixels, (width, height)).into_drawing_area();
+            scene.draw(&area, options.theme).map_err(|error| PlotError::Draw(error.to_string()))?;
+            drop(area);
+            let mut file = Vec::new();
+            let encoder = image::codecs::png::PngEncoder::new(&mut file);
+            let written = encoder.write_image(&pixels, width, height, image::ColorType::Rgb8);
+            written.map_err(|error| PlotError::Draw(error.to_string()))?;
+            Ok(file)
         }
     }
 }

@@ -1,7 +1,8 @@
 //! Speed-up against the sharing factor.
 
 use super::PlotError;
-use super::data::{Figures, Point};
+use super::ceiling;
+use super::data::{Figures, Point, has_place};
 use super::layout::{Reference, Scatter, Series};
 use super::theme::MAX_SERIES;
 use crate::result::METHOD;
@@ -9,8 +10,8 @@ use crate::result::METHOD;
 pub(super) fn scatter(figures: &Figures) -> Result<Scatter, PlotError> {
     let has_peers = figures.peers().next().is_some();
     let speed_up = |point: &Point| {
-        let other = if has_peers { point.best_peer_us()? } else { point.unshared_ceiling_us };
-        Some((point.sharing_factor, other / point.cold_us.get(METHOD)?))
+        let other = if has_peers { point.best_peer_us()? } else { point.unshared_ceiling_us? };
+        Some((point.sharing_factor, other / point.cold_us.get(METHOD)?)).filter(has_place)
     };
     let mut series: Vec<Series> = Vec::new();
     for point in &figures.points {
@@ -20,6 +21,9 @@ pub(super) fn scatter(figures: &Figures) -> Result<Scatter, PlotError> {
             Some(series) => series.points.push(coordinates),
             None => series.push(Series { label, index: series.len(), points: vec![coordinates] }),
         }
+    }
+    if series.is_empty() && !has_peers && figures.reached.is_none() {
+        return Err(PlotError::Empty(ceiling::UNKNOWN));
     }
     if series.is_empty() {
         return Err(PlotError::Empty(
@@ -41,7 +45,7 @@ pub(super) fn scatter(figures: &Figures) -> Result<Scatter, PlotError> {
     Ok(Scatter {
         title: title.into(),
         subtitle: format!("{}; {}", figures.device, figures.source),
-        x_label: "sharing factor: KV bytes without sharing / unique KV bytes",
+        x_label: "sharing factor: KV bytes without sharing / unique KV bytes".into(),
         y_label,
         series,
         references: vec![Reference::Level(1.0, level)],

@@ -43,6 +43,17 @@ impl Theme {
         }
     }
 
+    /// Black or white, whichever is easier to read on a colour (by the contrast ratio of WCAG 2).
+    pub(super) fn on(self, color: RGBColor) -> RGBColor {
+        let linear = |channel: u8| {
+            let part = f64::from(channel) / 255.0;
+            if part <= 0.04045 { part / 12.92 } else { ((part + 0.055) / 1.055).powf(2.4) }
+        };
+        let luminance = 0.2126 * linear(color.0) + 0.7152 * linear(color.1) + 0.0722 * linear(color.2);
+        // Contrast is (lighter + 0.05) / (darker + 0.05).
+        if (luminance + 0.05) / 0.05 >= 1.05 / (luminance + 0.05) { BLACK } else { WHITE }
+    }
+
     /// Lines of the grid.
     pub(super) fn grid(self) -> RGBColor {
         match self {
@@ -107,5 +118,26 @@ pub(super) fn marker<DB: DrawingBackend>(
         5 => line((-s, -s), (s, s)).and_then(|()| line((-s, s), (s, -s))),
         6 => line((-wide, 0), (wide, 0)).and_then(|()| line((0, -wide), (0, wide))),
         _ => area.draw(&Circle::new((x, y), size, color.stroke_width(2))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn labels_stand_out_from_every_bar() {
+        for theme in Theme::ALL {
+            for index in 0..MAX_SERIES {
+                let color = theme.series(index);
+                let brightness = u32::from(color.0) + u32::from(color.1) + u32::from(color.2);
+                match theme.on(color) {
+                    BLACK => assert!(brightness > 200, "black on {color:?}"),
+                    other => assert!(other == WHITE && brightness < 400, "{other:?} on {color:?}"),
+                }
+            }
+        }
+        assert_eq!(Theme::Dark.on(RGBColor(0xe6, 0xed, 0xf3)), BLACK);
+        assert_eq!(Theme::Light.on(RGBColor(0x1f, 0x23, 0x28)), WHITE);
     }
 }

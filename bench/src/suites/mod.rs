@@ -5,17 +5,19 @@ mod trace;
 mod trees;
 
 pub use spec::{SpecError, realistic, spec_file};
-pub use trace::trace;
-pub use trees::{figure10, sweeps, unshared};
+pub use trace::{BATCH_SIZES, trace, trace_requests};
+pub use trees::{bf16, figure10, sweeps, tensor_parallel, unshared};
 
-use pat_rs::{AttentionShape, Dtype};
-use pat_workloads::{BatchFileError, NodeError, NodeSpec, OwnedBatch, TraceCut, TraceError, TreeError, TreeSpec};
+use pat_rs::{AttentionShape, Dtype, Error};
+use pat_workloads::{
+    BatchFileError, ModelParts, NodeError, NodeSpec, OwnedBatch, TraceCut, TraceError, TreeError, TreeSpec,
+};
 use std::fs::File;
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
 
 /// The suites that have a name: it, and what is in it.
-pub const SUITES: [(&str, &str); 5] = [
+pub const SUITES: [(&str, &str); 7] = [
     ("figure10", "PAT's Figure 10: 20 trees, each with 4 head configurations"),
     (
         "realistic",
@@ -23,7 +25,9 @@ pub const SUITES: [(&str, &str); 5] = [
     ),
     ("unshared", "one to 16 sequences of 1k to 128k tokens that share nothing"),
     ("sweeps", "one shared prefix: over the batch, over its length, over the sequences that share it"),
-    ("trace", "cut from a request trace (--trace FILE): batches of 32 to 256 at several steps"),
+    ("bf16", "Figure 10's trees in bf16, with 32/8 heads"),
+    ("tensor-parallel", "Figure 10's trees with the heads that one rank of a tensor-parallel model has: 8/1, 4/1, 8/2"),
+    ("trace", "cut from a request trace (--trace FILE): batches of 32 to 256, as far as it goes, at several steps"),
 ];
 
 /// One batch to measure, with the heads of the model. The batch is made when it is asked for.
@@ -37,6 +41,10 @@ pub struct Configuration {
     pub q_heads: u32,
     /// KV heads.
     pub kv_heads: u32,
+    /// Elements per head, where the configuration is of one number only.
+    pub head_dim: Option<u32>,
+    /// Element type, where the configuration is of one only.
+    pub dtype: Option<Dtype>,
     source: Source,
 }
 
@@ -100,12 +108,35 @@ impl Configuration {
         }
     }
 
-    /// The shape of its attention in a model with such heads.
+    /// The shape of its attention. Where neither the caller nor the configuration says, it is head dimension 128 and f16.
     ///
     /// # Errors
-    /// As [`AttentionShape::new`].
-    pub fn shape(&self, head_dim: u32, dtype: Dtype) -> pat_rs::Result<AttentionShape> {
-        AttentionShape::new(self.q_heads, self.kv_heads, head_dim, dtype)
+    /// The caller's value is another than the configuration's; else as [`AttentionShape::new`].
+    pub fn shape(&self, head_dim: Option<u32>, dtype: Option<Dtype>) -> pat_rs::Result<AttentionShape> {
+        let text = |dtype: Dtype| dtype.name().to_owned();
+        AttentionShape::new(
+            self.q_heads,
+            self.kv_heads,
+            self.agreed("head_dim", head_dim, self.head_dim, |head_dim| head_dim.to_string())?.unwrap_or(128),
+            self.agreed("dtype", dtype, self.dtype, text)?.unwrap_or(Dtype::F16),
+        )
+    }
+
+    /// What was asked for, or what the configuration is of.
+    fn agreed<T: Copy + PartialEq>(
+        &self,
+        argument: &str,
+        asked: Option<T>,
+        own: Option<T>,
+        text: impl Fn(T) -> String,
+    ) -> pat_rs::Result<Option<T>> {
+        match (asked, own) {
+            (Some(asked), Some(own)) if asked != own => {
+                let expected = format!("{} or nothing for {}: {}", text(own), self.suite, self.name);
+                Err(Error::invalid(argument, text(asked), expected))
+            }
+            _ => Ok(asked.or(own)),
+        }
     }
 
     /// `name Q/KV`: what filters and messages use.
@@ -114,11 +145,38 @@ impl Configuration {
     }
 }
 
-/// A batch file (docs/batch-format.md) as a configuration of suite `batch`, named as the file is.
+/// A batch file (docs/batch-format.md) as a configuration of suite `batch`, named as the file is. `heads` are those asked for;
+/// where neither they nor the file say, it is 32/8.
 ///
 /// # Errors
-/// See [`BatchFileError`].
-pub fn batch_file(file: &Path, (q_heads, kv_heads): (u32, u32)) -> Result<Configuration, BatchFileError> {
-    let source = Source::Batch(pat_workloads::read_batch(file)?);
-    Ok(Configuration { suite: "batch", name: file.display().to_string(), q_heads, kv_heads, source })
+/// See [`OwnBatchError`].
+pub fn batch_file(file: &Path, heads: Option<(u32, u32)>) -> Result<Configuration, OwnBatchError> {
+    let (batch, ModelParts { heads: own, head_dim, dtype }) = pat_workloads::read_batch(file)?;
+    let (q_heads, kv_heads) = match (heads, own) {
+        (Some(asked), Some(own)) if asked != own => {
+            return Err(OwnBatchError::Heads { file: file.into(), asked, own });
+        }
+        _ => heads.or(own).unwrap_or((32, 8)),
+    };
+    let name = file.display().to_string();
+    Ok(Configuration { suite: "batch", name, q_heads, kv_heads, head_dim, dtype, source: Source::Batch(batch) })
+}
+
+/// Why a batch file cannot be measured.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum OwnBatchError {
+    /// It cannot be used at all.
+    #[error(transparent)]
+    File(#[from] BatchFileError),
+    /// It is of a model with other heads.
+    #[error("heads: got {}/{}, expected {}/{} or nothing for batch file {}", asked.0, asked.1, own.0, own.1, file.display())]
+    Heads {
+        /// The file.
+        file: PathBuf,
+        /// Heads asked for.
+        asked: (u32, u32),
+        /// Heads the file names.
+        own: (u32, u32),
+    },
 }

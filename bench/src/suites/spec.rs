@@ -2,7 +2,7 @@
 
 use super::{Configuration, Source};
 use pat_rs::{AttentionShape, Dtype};
-use pat_workloads::NodeSpec;
+use pat_workloads::{NodeSpec, parse_heads};
 use serde::Deserialize;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -121,17 +121,15 @@ fn parse(suite: &'static str, text: &str, path: &Path) -> Result<Vec<Configurati
 /// Checks an entry, by making its batch once.
 fn configuration(suite: &'static str, entry: Entry, before: &[Configuration]) -> Result<Configuration, String> {
     let Entry { name, heads, page_size, seed, nodes, .. } = entry;
-    let (q_heads, kv_heads) = heads
-        .split_once('/')
-        .and_then(|(q, kv)| Some((q.parse().ok()?, kv.parse().ok()?)))
-        .ok_or_else(|| format!("heads: got {heads:?}, expected QUERY/KV heads such as \"32/8\""))?;
+    let (q_heads, kv_heads) =
+        parse_heads(&heads).ok_or_else(|| format!("heads: got {heads:?}, expected QUERY/KV heads such as \"32/8\""))?;
     AttentionShape::new(q_heads, kv_heads, 128, Dtype::F16).map_err(|error| format!("heads: {error}"))?;
     if name.trim().is_empty() {
         return Err("name: got nothing, expected a name".into());
     }
     pat_workloads::lay_out(&nodes, page_size, seed).map_err(|error| error.to_string())?;
-    let configuration =
-        Configuration { suite, name, q_heads, kv_heads, source: Source::Nodes { nodes, page_size, seed } };
+    let source = Source::Nodes { nodes, page_size, seed };
+    let configuration = Configuration { suite, name, q_heads, kv_heads, head_dim: None, dtype: None, source };
     if before.iter().any(|other| other.label() == configuration.label()) {
         return Err(format!("name: got {:?} again, expected one entry for these heads", configuration.name));
     }

@@ -1,6 +1,7 @@
 //! Suites of regular trees.
 
 use super::{Configuration, Source};
+use pat_rs::Dtype;
 use pat_workloads::{FIGURE_10_HEADS, FIGURE_10_TREES, TreeSpec};
 
 /// Tokens per page of these suites, as in PAT's benchmark.
@@ -11,6 +12,18 @@ const HEADS: (u32, u32) = (32, 8);
 /// PAT's Figure 10: each tree with each head configuration, in the paper's order.
 pub fn figure10() -> Vec<Configuration> {
     let with_heads = |tree: &'static str| FIGURE_10_HEADS.map(|heads| tree_of("figure10", tree, tree, heads));
+    FIGURE_10_TREES.into_iter().flat_map(with_heads).collect()
+}
+
+/// Figure 10's trees in bf16.
+pub fn bf16() -> Vec<Configuration> {
+    let of_tree = |tree| Configuration { dtype: Some(Dtype::Bf16), ..tree_of("bf16", tree, tree, HEADS) };
+    FIGURE_10_TREES.into_iter().map(of_tree).collect()
+}
+
+/// Figure 10's trees with the heads of one rank of a tensor-parallel model: 64/8 and 32/8 over 8 ranks, 32/8 over 4.
+pub fn tensor_parallel() -> Vec<Configuration> {
+    let with_heads = |tree| [(8, 1), (4, 1), (8, 2)].map(|heads| tree_of("tensor-parallel", tree, tree, heads));
     FIGURE_10_TREES.into_iter().flat_map(with_heads).collect()
 }
 
@@ -38,5 +51,13 @@ pub fn sweeps() -> Vec<Configuration> {
 
 fn tree_of(suite: &'static str, name: &str, tree: &str, (q_heads, kv_heads): (u32, u32)) -> Configuration {
     let tree: TreeSpec = tree.parse().expect("a tree written here");
-    Configuration { suite, name: name.into(), q_heads, kv_heads, source: Source::Tree(tree) }
+    Configuration {
+        suite,
+        name: name.into(),
+        q_heads,
+        kv_heads,
+        head_dim: None,
+        dtype: None,
+        source: Source::Tree(tree),
+    }
 }

@@ -1,6 +1,7 @@
 //! `pat bench compare`: two measurements side by side.
 
-use anyhow::{Result, bail};
+use crate::output;
+use anyhow::{Context, Result, bail};
 use comfy_table::{Table, presets};
 use pat_bench::compare::compare;
 use pat_bench::result::{self, ResultFile};
@@ -18,9 +19,18 @@ pub(crate) struct Args {
 
 /// Whether nothing has become slower by more than the noise.
 pub(crate) fn run(args: &Args) -> Result<bool> {
-    let read =
-        |files: &[PathBuf]| files.iter().map(|file| Ok(result::read(file)?)).collect::<Result<Vec<ResultFile>>>();
-    let comparison = compare(&read(&args.old)?, &read(&args.new)?);
+    let read = |files: &[PathBuf], argument: &'static str| {
+        files.iter().map(|file| result::read(file).context(argument)).collect::<Result<Vec<ResultFile>>>()
+    };
+    let comparison = compare(&read(&args.old, "OLD")?, &read(&args.new, "--new")?);
+    if let [first, others @ ..] = &comparison.devices[..]
+        && !others.is_empty()
+    {
+        output::print(format_args!(
+            "The files are of different devices ({first}, {}): the ratios compare these as well.",
+            others.join(", ")
+        ))?;
+    }
     if comparison.changes.is_empty() {
         bail!("the files have no configuration in common");
     }
@@ -36,14 +46,14 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
             if change.is_regression() { "slower".into() } else { String::new() },
         ]);
     }
-    println!("{table}");
+    output::print(table)?;
     let regressions = comparison.changes.iter().filter(|change| change.is_regression()).count();
-    println!(
+    output::print(format_args!(
         "{} configurations, geometric mean {:.3} of the old times, {regressions} slower by more than the noise, {} in only one \
          measurement",
         comparison.changes.len(),
         comparison.geometric_mean(),
         comparison.unmatched
-    );
+    ))?;
     Ok(regressions == 0)
 }

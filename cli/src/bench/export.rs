@@ -2,6 +2,7 @@
 
 use super::select::{Selection, shape};
 use crate::options::Model;
+use crate::output;
 use anyhow::{Context, Result};
 use pat_bench::exchange;
 use std::path::PathBuf;
@@ -25,12 +26,12 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     let shapes =
         configurations.iter().map(|configuration| shape(configuration, args.model)).collect::<Result<Vec<_>>>()?;
     let written = exchange::write(&args.output, configurations.iter().zip(shapes), args.force).context("--output")?;
-    println!(
+    output::print(format_args!(
         "{}: {} configurations, {} batches, {:.1} MB",
         args.output.display(),
         written.configurations,
         written.batches,
         written.bytes as f64 / 1e6
-    );
+    ))?;
     Ok(true)
 }

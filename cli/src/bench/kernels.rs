@@ -5,11 +5,12 @@ use super::output::{Output, begun_file, former_results};
 use super::select::{Selection, shape};
 use super::table::{Columns, duration};
 use crate::options::{Model, Planning};
+use crate::output;
 use crate::run::engine;
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use pat_bench::device::Repeats;
-use pat_bench::measure::{Target, batch_flop, dtype_name};
+use pat_bench::measure::{Target, batch_flop};
 use pat_bench::memory::pool_bytes;
 use pat_bench::result::{Method, RecordKey};
 use pat_bench::suites::Configuration;
@@ -17,6 +18,8 @@ use pat_rs::{AttentionShape, PlanOptions};
 use pat_workloads::OwnedBatch;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
+use std::sync::{Arc, mpsc};
+use std::thread;
 use std::time::{Duration, Instant};
 
 #[derive(clap::Args)]
@@ -41,7 +44,7 @@ pub(crate) struct Args {
     /// Fewer repetitions, and without the largest batches; on the CPU only small ones.
     #[arg(long)]
     quick: bool,
-    /// Stop before this many seconds have passed.
+    /// Stop when this many seconds have passed; the configuration in progress is lost.
     #[arg(long, value_name = "SECONDS")]
     time_limit: Option<u64>,
     #[command(flatten)]
@@ -53,7 +56,7 @@ pub(crate) struct Args {
 /// Whether every answer was verified.
 pub(crate) fn run(args: &Args) -> Result<bool> {
     if args.list {
-        println!("{}", list(&args.selection, args.model)?);
+        output::print(list(&args.selection, args.model)?)?;
         return Ok(true);
     }
     let options = args.planning.resolve()?;
@@ -78,22 +81,22 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
 
     let begin = Instant::now();
     let end = args.time_limit.map(|seconds| begin + Duration::from_secs(seconds));
-    let mut run = Run { target, options, repeats, output, end, selected: BTreeSet::new() };
+    let mut run = Run { target: Arc::new(target), options, repeats, output, end, selected: BTreeSet::new() };
     let (planned, left_out) = run.choose(&configurations, args.model, args.quick)?;
     let failures = run.measure(&planned)?;
-    let passed = run.summarise();
+    let passed = run.summarise()?;
     if left_out > 0 {
-        println!("--quick leaves out {left_out} larger ones");
+        output::print(format_args!("--quick leaves out {left_out} larger ones"))?;
     }
-    println!("{} in {}", run.target.name(), duration(begin.elapsed()));
+    output::print(format_args!("{} in {}", run.target.name(), duration(begin.elapsed())))?;
     if failures > 0 {
         bail!("{failures} of {} configurations could not be measured (see above)", planned.len());
     }
-    Ok(passed)
+    passed.context("nothing was measured: a longer --time-limit, or no --quick, measures more")
 }
 
 struct Run<'a> {
-    target: Target,
+    target: Arc<Target>,
     options: PlanOptions,
     repeats: Repeats,
     output: Output<'a>,
@@ -129,25 +132,28 @@ impl Run<'_> {
         let bar = ProgressBar::new(planned.len() as u64);
         let style = ProgressStyle::with_template("{pos}/{len} {msg} {elapsed} (left {eta})");
         bar.set_style(style.expect("a valid template"));
-        println!("{}", columns.header());
+        output::print(columns.header())?;
         let mut failures = 0;
         for (number, &(configuration, shape)) in (1..).zip(planned) {
-            if self.end.is_some_and(|end| Instant::now() > end) {
-                bar.suspend(|| println!("time limit reached: --resume continues"));
-                break;
-            }
             bar.set_message(configuration.label());
+            let (target, options, repeats) = (Arc::clone(&self.target), self.options.clone(), self.repeats);
             let batch = configuration.batch()?;
-            let name = (configuration.suite, configuration.name.as_str());
-            match self.target.measure(name, &batch, shape, &self.options, self.repeats) {
+            let (suite, name) = (configuration.suite, configuration.name.clone());
+            let measured = within(self.end, move || target.measure((suite, &name), &batch, shape, &options, repeats));
+            let Some(measured) = measured else {
+                let advice = if self.output.path.is_some() { ": --resume continues" } else { "" };
+                bar.suspend(|| output::print(format_args!("time limit reached{advice}")))?;
+                break;
+            };
+            match measured {
                 Ok(record) => {
-                    bar.suspend(|| println!("{}", columns.row((number, planned.len()), &record)));
+                    bar.suspend(|| output::print(columns.row((number, planned.len()), &record)))?;
                     self.output.file.records.push(record);
                     self.output.write()?;
                 }
                 // A batch that is too large for this machine does not keep the others from being measured.
                 Err(error) => {
-                    bar.suspend(|| eprintln!("{}: not measured: {error}", configuration.label()));
+                    bar.suspend(|| output::note(format!("{}: not measured: {error}", configuration.label())));
                     failures += 1;
                 }
             }
@@ -157,20 +163,40 @@ impl Run<'_> {
         Ok(failures)
     }
 
-    /// Prints what the selected records come to, by suite; whether all are verified.
-    fn summarise(&self) -> bool {
+    /// Prints what the selected records come to, by suite; whether all are verified, if there are any.
+    fn summarise(&self) -> Result<Option<bool>> {
         let mut by_suite: BTreeMap<&str, Vec<_>> = BTreeMap::new();
         for record in self.output.file.records.iter().filter(|record| self.selected.contains(&record.key())) {
             by_suite.entry(&record.suite).or_default().push(record);
         }
         for (suite, records) in &by_suite {
-            println!("{}", self.columns().summary(suite, records));
+            output::print(self.columns().summary(suite, records))?;
         }
-        by_suite.values().flatten().all(|record| record.is_verified())
+        let all_verified = by_suite.values().flatten().all(|record| record.is_verified());
+        Ok((!by_suite.is_empty()).then_some(all_verified))
     }
 
     fn columns(&self) -> Columns {
         if self.target.is_cuda() { Columns::Cuda } else { Columns::Cpu }
+    }
+}
+
+/// Does the work, or gives up waiting for it at `end`: what is being measured then is lost, and its thread ends with the
+/// program.
+fn within<T: Send + 'static>(end: Option<Instant>, work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+    let Some(end) = end else { return Some(work()) };
+    let (sender, receiver) = mpsc::channel();
+    let worker = thread::spawn(move || {
+        // Nobody waits any more where this fails.
+        let _ = sender.send(work());
+    });
+    match receiver.recv_timeout(end.saturating_duration_since(Instant::now())) {
+        Ok(done) => Some(done),
+        Err(mpsc::RecvTimeoutError::Timeout) => None,
+        Err(mpsc::RecvTimeoutError::Disconnected) => match worker.join() {
+            Ok(()) => None,
+            Err(panic) => std::panic::resume_unwind(panic),
+        },
     }
 }
 
@@ -181,7 +207,7 @@ fn key(configuration: &Configuration, shape: AttentionShape) -> RecordKey {
         nheads_q: shape.q_heads(),
         nheads_kv: shape.kv_heads(),
         head_dim: shape.head_dim(),
-        dtype: dtype_name(shape.dtype()).into(),
+        dtype: shape.dtype().name().into(),
     }
 }
 

@@ -4,6 +4,7 @@ use anyhow::{Context, Result, bail};
 use pat_bench::measure::Target;
 use pat_bench::provenance;
 use pat_bench::result::{self, METHOD, Method, ResultFile, SCHEMA_VERSION};
+use pat_workloads::{Existing, WriteError, whole_file};
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -22,12 +23,16 @@ impl Output<'_> {
 
 /// What the output file holds already, if it is to be continued.
 pub(super) fn former_results(path: Option<&Path>, resume: bool, force: bool) -> Result<Option<(&Path, ResultFile)>> {
-    match path {
-        Some(path) if path.exists() && resume => Ok(Some((path, result::read(path).context("--resume")?))),
-        Some(path) if path.exists() && !force => {
-            bail!("{} exists: --resume continues it, --force overwrites it", path.display())
+    let Some(path) = path else { return Ok(None) };
+    // A device or a pipe holds nothing.
+    if path.is_file() && resume {
+        return Ok(Some((path, result::read(path).context("--resume")?)));
+    }
+    match whole_file::check(path, Existing::replaced_if(force)) {
+        Err(WriteError::Exists(path)) => {
+            bail!("--output: {} exists: --resume continues it, --force overwrites it", path.display())
         }
-        _ => Ok(None),
+        checked => checked.map(|()| None).context("--output"),
     }
 }
 

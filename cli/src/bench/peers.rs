@@ -1,5 +1,6 @@
 //! `pat bench peers`: the methods of a result file side by side, as Markdown.
 
+use crate::output;
 use anyhow::{Result, bail};
 use comfy_table::{Cell, CellAlignment, Table, presets};
 use pat_bench::peers::versus;
@@ -47,7 +48,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
             entry.slower.to_string(),
         ]);
     }
-    println!("{table}");
+    output::print(table)?;
     if args.all {
         let fixed = ["configuration", "heads"].map(str::to_owned);
         let mut table = markdown(fixed.into_iter().chain(figures.methods.iter().map(|method| format!("{method}, us"))));
@@ -61,7 +62,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
             let name = format!("`{}`", point.name);
             table.add_row([name, point.shape.clone()].into_iter().chain(times));
         }
-        println!("\n{table}");
+        output::print(format_args!("\n{table}"))?;
     }
     Ok(true)
 }

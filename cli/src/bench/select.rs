@@ -1,8 +1,9 @@
 //! Which configurations to measure.
 
-use crate::options::{Model, parse_heads};
+use crate::options::{Model, TraceBlock, option_of, parse_heads, supported};
+use crate::output::note;
 use anyhow::{Context, Result, bail};
-use pat_bench::suites::{self, Configuration, SUITES};
+use pat_bench::suites::{self, BATCH_SIZES, Configuration, SUITES};
 use pat_rs::AttentionShape;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -14,15 +15,17 @@ pub(crate) struct Selection {
     /// A workload specification of one's own (docs/workload-spec.md).
     #[arg(long, value_name = "FILE")]
     spec: Option<PathBuf>,
-    /// A request trace in Mooncake's format (JSON lines), for the suite trace.
+    /// A request trace in Mooncake's format, JSON lines (docs/trace-format.md), for the suite trace.
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
+    #[command(flatten)]
+    block: TraceBlock,
     /// Batch files of one's own (docs/batch-format.md).
     #[arg(long, value_delimiter = ',', value_name = "FILE,...")]
     batch: Vec<PathBuf>,
-    /// Query heads / KV heads of --batch.
-    #[arg(long, default_value = "32/8", value_name = "Q/KV", requires = "batch", allow_hyphen_values = true)]
-    heads: String,
+    /// Query heads / KV heads of --batch [default: the batch file's, else 32/8].
+    #[arg(long, value_name = "Q/KV", requires = "batch", allow_hyphen_values = true)]
+    heads: Option<String>,
     /// Only configurations whose `name Q/KV` contains this text.
     #[arg(long, default_value = "")]
     filter: String,
@@ -31,9 +34,15 @@ pub(crate) struct Selection {
 /// The shape of a configuration's attention.
 pub(super) fn shape(configuration: &Configuration, model: Model) -> Result<AttentionShape> {
     let Model { head_dim, dtype } = model;
-    configuration
-        .shape(head_dim, dtype)
-        .with_context(|| format!("{} with --head-dim {head_dim}", configuration.label()))
+    configuration.shape(head_dim, dtype).and_then(supported).map_err(|error| {
+        let error = anyhow::Error::new(error);
+        let option = match (option_of(&error), head_dim) {
+            (Some("--head-dim"), Some(head_dim)) => format!("--head-dim {head_dim}: "),
+            (Some("--dtype"), _) => "--dtype: ".into(),
+            _ => String::new(),
+        };
+        error.context(format!("{option}{}", configuration.label()))
+    })
 }
 
 fn suite_names() -> String {
@@ -60,6 +69,7 @@ impl Selection {
         if suites.is_empty() && self.spec.is_none() && self.batch.is_empty() {
             suites.push("figure10");
         }
+        let heads = self.heads.as_deref().map(parse_heads).transpose()?;
         let mut configurations = Vec::new();
         for name in suites {
             match name {
@@ -70,7 +80,9 @@ impl Selection {
                     }
                 }
                 "trace" if self.trace.is_none() => {
-                    bail!("--suite trace: give a request trace in Mooncake's format (JSON lines) by --trace FILE.jsonl")
+                    bail!(
+                        "--suite trace: give a request trace in Mooncake's format (docs/trace-format.md) by --trace FILE.jsonl"
+                    )
                 }
                 suite => configurations.extend(self.suite(suite)?),
             }
@@ -79,7 +91,10 @@ impl Selection {
             configurations.extend(suites::spec_file(file).context("--spec")?);
         }
         for file in &self.batch {
-            configurations.push(suites::batch_file(file, parse_heads(&self.heads)?).context("--batch")?);
+            configurations.push(suites::batch_file(file, heads).map_err(|error| {
+                let option = if let suites::OwnBatchError::Heads { .. } = error { "--heads" } else { "--batch" };
+                anyhow::Error::new(error).context(option)
+            })?);
         }
         configurations.retain(|configuration| configuration.label().contains(&self.filter));
         if configurations.is_empty() {
@@ -90,15 +105,35 @@ impl Selection {
         Ok(configurations)
     }
 
-    /// One suite. That of traces has the same configurations whatever the file: it is read when a batch is made.
+    /// One suite. Without a file, that of traces has the configurations of a long one.
     pub(crate) fn suite(&self, name: &str) -> Result<Vec<Configuration>> {
         match name {
             "figure10" => Ok(suites::figure10()),
             "realistic" => Ok(suites::realistic()),
             "unshared" => Ok(suites::unshared()),
             "sweeps" => Ok(suites::sweeps()),
-            "trace" => Ok(suites::trace(self.trace.as_deref().unwrap_or(Path::new("")))),
+            "bf16" => Ok(suites::bf16()),
+            "tensor-parallel" => Ok(suites::tensor_parallel()),
+            "trace" => self.of_trace(),
             _ => bail!("--suite: got {name:?}, expected some of {}, or all", suite_names()),
         }
+    }
+
+    fn of_trace(&self) -> Result<Vec<Configuration>> {
+        let block_tokens = self.block.tokens();
+        let Some(file) = &self.trace else {
+            return Ok(suites::trace(Path::new(""), block_tokens, usize::MAX));
+        };
+        let requests = suites::trace_requests(file).context("--trace")?;
+        let configurations = suites::trace(file, block_tokens, requests);
+        if configurations.is_empty() {
+            bail!("--trace: {} has no requests", file.display());
+        }
+        let left_out: Vec<_> = BATCH_SIZES.iter().filter(|&&size| size > requests).map(ToString::to_string).collect();
+        if !left_out.is_empty() {
+            let file = file.display();
+            note(format!("{file} has {requests} requests: batches of {} are left out", left_out.join(", ")));
+        }
+        Ok(configurations)
     }
 }

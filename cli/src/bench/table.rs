@@ -45,15 +45,16 @@ impl Columns {
         match self {
             Self::Cuda => {
                 let time = |us: Option<f64>| us.map_or("-".into(), |us| format!("{us:.1}"));
+                let multiple = record.multiple_of_ceiling();
                 format!(
-                    "{progress:>7} {:48} {heads:>6} {:>8.1} {:>8} {:>8} {:>8.1} {:>7.2} {:>4.0}% {:>7.0} {:>7.1} {items:>8}  {check}",
+                    "{progress:>7} {:48} {heads:>6} {:>8.1} {:>8} {:>8} {:>8} {:>7} {:>5} {:>7.0} {:>7.1} {items:>8}  {check}",
                     record.tree,
                     record.cold_us,
                     time(record.warm_us),
                     time(record.graph_us),
-                    record.ceiling_us,
-                    record.cold_us / record.ceiling_us,
-                    100.0 * record.ceiling_us / record.cold_us,
+                    time(record.ceiling_us),
+                    multiple.map_or("-".into(), |multiple| format!("{multiple:.2}")),
+                    multiple.map_or("-".into(), |multiple| format!("{:.0}%", 100.0 / multiple)),
                     record.plan_us,
                     record.flop / record.cold_us / 1e6,
                 )
@@ -72,12 +73,14 @@ impl Columns {
     pub(crate) fn summary(self, suite: &str, records: &[&Record]) -> String {
         let verified = records.iter().filter(|record| record.is_verified()).count();
         let mut line = format!("{suite}: {verified} of {} verified", records.len());
-        if let Self::Cuda = self {
-            let ratios = records.iter().map(|record| record.cold_us / record.ceiling_us);
+        let ratios: Vec<f64> = records.iter().filter_map(|record| record.multiple_of_ceiling()).collect();
+        if !ratios.is_empty() {
             line += &format!(", geometric mean of cold/ceiling {:.3}", geometric_mean(ratios));
             if let Some((factor, extra_us)) = aim(suite) {
-                let within =
-                    records.iter().filter(|record| record.cold_us <= factor * record.ceiling_us + extra_us).count();
+                let within = records
+                    .iter()
+                    .filter(|record| record.ceiling_us.is_some_and(|us| record.cold_us <= factor * us + extra_us))
+                    .count();
                 line += &format!(", {within} within {factor} x ceiling + {extra_us} us");
             }
         }

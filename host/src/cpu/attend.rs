@@ -30,12 +30,13 @@ pub(super) fn attend<T: Element>(
 ) -> ItemOutput {
     let head_dim = plan.shape().head_dim() as usize;
     let rows = item.row_count as usize;
+    let scale = tensors.problem.score().scale;
     let mut q = vec![0f32; rows * head_dim];
     for (row, values) in q.chunks_exact_mut(head_dim).enumerate() {
         let (query, head) = query_and_head(plan, item, kv_head, row);
         T::widen(&tensors.q[offset(tensors.q_strides, query.sequence, head)..][..head_dim], values);
         // Folded into Q once instead of into every score.
-        values.iter_mut().for_each(|value| *value *= tensors.softmax_scale);
+        values.iter_mut().for_each(|value| *value *= scale);
     }
 
     let mut out = vec![0f32; rows * head_dim];
@@ -120,7 +121,7 @@ fn segments(plan: &Plan, item: &WorkItem) -> Vec<Segment> {
     segments
 }
 
-/// Position of a token's row. `arguments::check` has made sure that it is inside the slice and not negative.
+/// Position of a token's row. `super::check` has made sure that it is inside the slice and not negative.
 fn kv_offset(plan: &Plan, item: &WorkItem, strides: KvStrides, token: usize, kv_head: usize) -> usize {
     let page_size = plan.page_size() as usize;
     let page = plan.pages()[item.page_begin as usize + token / page_size];

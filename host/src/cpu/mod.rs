@@ -3,11 +3,11 @@
 //! Every (item, KV head) is one task whose arithmetic does not depend on how tasks are spread over threads, and results
 //! are stored and merged in the plan's order: the bits of the output are the same for any number of threads.
 
-mod arguments;
 mod attend;
 mod element;
 
-use crate::{KvStrides, Plan, Result, RowStrides};
+use crate::arguments::{RunTensors, same};
+use crate::{KvStrides, Plan, Problem, Result, RowStrides};
 use attend::{ItemOutput, attend};
 pub use element::Element;
 use pat_abi::{DIRECT_SLOT, WorkItem};
@@ -16,9 +16,13 @@ use rayon::prelude::*;
 /// Tasks whose results are held before they are stored: bounds the memory beyond the plan's partials.
 const TASKS_IN_FLIGHT: usize = 4096;
 
-/// Inputs of [`run`] and the layout of its outputs. Strides are in elements and must not be negative.
+/// Inputs of [`run`] and the layout of its outputs. Strides are in elements: those of Q, K, V and O 0 or positive multiples
+/// of 8, as the kernels want them too.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct HostTensors<'a, T> {
+    /// What is computed; must be what the plan was made for, but for what happens to scores.
+    pub problem: Problem,
     /// Queries, `[sequences, q_heads, head_dim]`; more sequences than the plan has are allowed and ignored.
     pub q: &'a [T],
     /// Key pool, `[num_pages, page_size, kv_heads, head_dim]` in the order that `k_strides` gives.
@@ -35,23 +39,51 @@ pub struct HostTensors<'a, T> {
     pub out_strides: RowStrides,
     /// Layout of the log-sum-exps.
     pub lse_strides: RowStrides,
-    /// Factor of the scores, usually `1/sqrt(head_dim)`.
-    pub softmax_scale: f32,
+}
+
+impl<'a, T> HostTensors<'a, T> {
+    /// Contiguous rows of Q, O and LSE, and pools `[num_pages, page_size, kv_heads, head_dim]`.
+    pub fn new(problem: Problem, q: &'a [T], k: &'a [T], v: &'a [T]) -> Self {
+        let shape = problem.shape();
+        let pool = |head_dim| KvStrides::nhd(problem.page_size(), shape.kv_heads(), head_dim);
+        Self {
+            problem,
+            q,
+            k,
+            v,
+            q_strides: RowStrides::contiguous(shape.q_heads(), shape.head_dim()),
+            k_strides: pool(shape.head_dim()),
+            v_strides: pool(shape.v_head_dim()),
+            out_strides: RowStrides::contiguous(shape.q_heads(), shape.v_head_dim()),
+            lse_strides: RowStrides::lse(shape.q_heads()),
+        }
+    }
+
+    /// With pools of other layouts.
+    pub fn with_kv_strides(self, k_strides: KvStrides, v_strides: KvStrides) -> Self {
+        Self { k_strides, v_strides, ..self }
+    }
+
+    /// With other layouts of Q and O.
+    pub fn with_row_strides(self, q_strides: RowStrides, out_strides: RowStrides) -> Self {
+        Self { q_strides, out_strides, ..self }
+    }
 }
 
 /// Executes `plan`: writes the output of every sequence to `out` and, where asked, the natural log-sum-exp of its scores
 /// to `lse`. An empty sequence gets output 0 and log-sum-exp −inf. Elements between the strided rows keep their values.
 ///
 /// # Errors
-/// [`crate::Error::PlanMismatch`] when `T` is not the plan's element type; [`crate::Error::InvalidArgument`] when a slice
-/// is too short for the plan and its strides, a stride is negative, or the scale is not finite. Nothing is written then.
+/// [`crate::Error::PlanMismatch`] when the plan was made for another problem or element type; [`crate::Error::Unsupported`]
+/// when no kernel can compute the problem with such pools; [`crate::Error::InvalidArgument`] when a slice is too short for
+/// the plan and its strides, or a stride is not accepted. Nothing is written then.
 pub fn run<T: Element>(
     plan: &Plan,
     tensors: &HostTensors<'_, T>,
     out: &mut [T],
     mut lse: Option<&mut [f32]>,
 ) -> Result<()> {
-    arguments::check(plan, tensors, out.len(), lse.as_deref().map(<[f32]>::len))?;
+    check(plan, tensors, out.len(), lse.as_deref().map(<[f32]>::len))?;
     let shape = plan.shape();
     let (q_heads, kv_heads, head_dim) =
         (shape.q_heads() as usize, shape.kv_heads() as usize, shape.head_dim() as usize);
@@ -98,6 +130,28 @@ pub fn run<T: Element>(
     Ok(())
 }
 
+/// See [`run`] for the errors.
+pub(crate) fn check<T: Element>(
+    plan: &Plan,
+    tensors: &HostTensors<'_, T>,
+    out_len: usize,
+    lse_len: Option<usize>,
+) -> Result<()> {
+    same("the element type", plan.shape().dtype(), T::DTYPE)?;
+    let len = |slice: &[T]| slice.len() as u64;
+    let tensors = RunTensors {
+        problem: tensors.problem,
+        num_pages: plan.num_pages(),
+        rows: plan.sequence_count(),
+        q: (len(tensors.q), tensors.q_strides),
+        k: (len(tensors.k), tensors.k_strides),
+        v: (len(tensors.v), tensors.v_strides),
+        out: (out_len as u64, tensors.out_strides),
+        lse: lse_len.map(|len| (len as u64, tensors.lse_strides)),
+    };
+    tensors.check(plan.problem().planned()).map(|_| ())
+}
+
 /// Combines the partials at `rows` into `merged` and returns their joint log-sum-exp: 0 and −inf where there are none.
 fn merge(
     rows: impl Iterator<Item = usize> + Clone,
@@ -121,7 +175,7 @@ fn merge(
     maximum + total.ln()
 }
 
-/// Position of a row. `arguments::check` has made sure that it is inside the slice and not negative.
+/// Position of a row. [`check`] has made sure that it is inside the slice and not negative.
 fn offset(strides: RowStrides, sequence: u32, head: usize) -> usize {
     (i64::from(sequence) * strides.sequence + head as i64 * strides.head) as usize
 }

@@ -1,49 +1,61 @@
-//! The arguments of a run: raw device memory with explicit strides, checked before anything is launched.
+//! The arguments of a run: device memory with explicit strides, checked before anything is launched.
 
-use super::plan_buffers::{PlanBuffers, Uploaded, Workspace};
+use super::CudaDevice;
+use super::plan_buffers::{BindingTerms, PlanTerms, Workspace};
 use super::tensor_map::TensorMapSpec;
-use crate::plan::PlanGeneration;
-use crate::{AttentionShape, Error, KvStrides, Result, RowStrides};
+use crate::arguments::{Accessed, LSE_BYTES, RunTensors};
+use crate::eligibility::VECTOR_BYTES;
+use crate::{AttentionShape, Error, KvStrides, Problem, Result, RowStrides};
 use pat_abi::{FastDivisor, ForwardParams, MergeParams, TileVariant};
-use std::marker::PhantomData;
+use std::any::Any;
+use std::sync::Arc;
 
-/// Bytes of an element of Q, K, V and O.
-const ELEMENT_BYTES: i64 = 2;
-/// Bytes of an element of LSE.
-const LSE_BYTES: i64 = 4;
-/// What the kernels' 128-bit loads, cp.async and TMA need of addresses and strides.
-const VECTOR_BYTES: u64 = 16;
-
-/// A range of device memory, borrowed from a [`DeviceBuffer`](super::DeviceBuffer) or vouched for by the caller.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct DeviceSpan<'a> {
+/// A range of device memory, and whatever keeps it allocated.
+///
+/// Spans of a [`DeviceBuffer`](super::DeviceBuffer) keep the buffer's memory. Those of other libraries' memory
+/// ([`Self::from_raw`]) can be given an owner ([`Self::with_owner`]), which a [`BoundRun`](super::BoundRun) then holds.
+#[derive(Clone, Debug)]
+pub struct DeviceSpan {
+    /// Unknown for memory of other libraries.
+    device: Option<CudaDevice>,
     address: u64,
     bytes: u64,
-    owner: PhantomData<&'a ()>,
+    owner: Option<Arc<dyn Any + Send + Sync>>,
 }
 
-impl<'a> DeviceSpan<'a> {
+impl DeviceSpan {
     /// `bytes` bytes of device memory at `address`, allocated by somebody else (torch, candle, an engine).
     ///
     /// # Safety
-    /// The range is accessible from the device's primary context, and stays allocated until all work that was given
-    /// the span (graphs that captured it included) has finished. Where it is given as an output or workspace, nothing
-    /// else accesses it meanwhile.
+    /// The range is accessible from the primary context of the device it is used with, and stays allocated until all work
+    /// that was given the span has finished: runs, bound runs and graphs that hold them. An owner ([`Self::with_owner`])
+    /// that keeps the range allocated as long as it lives fulfils the latter. Where it is given as an output or workspace,
+    /// nothing else accesses it meanwhile.
     pub unsafe fn from_raw(address: u64, bytes: u64) -> Self {
-        Self::borrowed(address, bytes)
+        Self { device: None, address, bytes, owner: None }
     }
 
-    pub(super) fn borrowed(address: u64, bytes: u64) -> Self {
-        Self { address, bytes, owner: PhantomData }
+    pub(super) fn owned(device: CudaDevice, address: u64, bytes: u64, owner: Arc<dyn Any + Send + Sync>) -> Self {
+        Self { device: Some(device), address, bytes, owner: Some(owner) }
+    }
+
+    /// The same range; `owner` is kept as long as the span, its clones, and the runs bound to it. It may be dropped on any
+    /// thread.
+    pub fn with_owner(self, owner: Arc<dyn Any + Send + Sync>) -> Self {
+        let owner = match self.owner {
+            None => owner,
+            Some(former) => Arc::new((former, owner)),
+        };
+        Self { owner: Some(owner), ..self }
     }
 
     /// Device address of the first byte.
-    pub fn address(self) -> u64 {
+    pub fn address(&self) -> u64 {
         self.address
     }
 
     /// Length in bytes.
-    pub fn bytes(self) -> u64 {
+    pub fn bytes(&self) -> u64 {
         self.bytes
     }
 
@@ -51,11 +63,27 @@ impl<'a> DeviceSpan<'a> {
     ///
     /// # Errors
     /// `offset_bytes` is beyond the end.
-    pub fn skip(self, offset_bytes: u64) -> Result<Self> {
+    pub fn skip(&self, offset_bytes: u64) -> Result<Self> {
         if offset_bytes > self.bytes {
             return Err(Error::invalid("offset_bytes", offset_bytes, format!("at most {} bytes", self.bytes)));
         }
-        Ok(Self { address: self.address + offset_bytes, bytes: self.bytes - offset_bytes, owner: PhantomData })
+        Ok(Self { address: self.address + offset_bytes, bytes: self.bytes - offset_bytes, ..self.clone() })
+    }
+
+    pub(super) fn owner(&self) -> Option<&Arc<dyn Any + Send + Sync>> {
+        self.owner.as_ref()
+    }
+
+    /// Refuses memory that is known to be another device's.
+    pub(super) fn check_device(&self, name: &str, device: CudaDevice) -> Result<()> {
+        match self.device {
+            Some(own) if own != device => Err(Error::invalid(
+                name,
+                format!("memory of device {}", own.ordinal()),
+                format!("memory of device {}", device.ordinal()),
+            )),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -63,39 +91,33 @@ impl<'a> DeviceSpan<'a> {
 ///
 /// Base addresses of Q, K, V and O are multiples of 16 bytes, their strides multiples of 8 elements, all strides 0 or
 /// positive; the innermost dimension is contiguous.
-#[derive(Clone, Copy, Debug)]
-pub struct RunArgs<'a> {
-    /// The plan that is meant ([`crate::Plan::generation`]): a run is refused where another one is uploaded, so that a
-    /// plan of an earlier step is not taken for this one's. `None`: whatever is uploaded, as a captured graph must.
-    pub generation: Option<PlanGeneration>,
-    /// The model's attention shape; must be the plan's.
-    pub shape: AttentionShape,
-    /// Tokens per page; must be the plan's.
-    pub page_size: u32,
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct RunArgs {
+    /// What is computed; must be what the plan was made for, but for what happens to scores.
+    pub problem: Problem,
     /// Pages in the K and V pools; must be the plan's.
     pub num_pages: u32,
     /// Rows of Q, O and LSE: at least the plan's; rows beyond the plan's are not touched.
     pub rows: u32,
     /// Queries: 16-bit `[rows, q_heads, head_dim]`.
-    pub q: DeviceSpan<'a>,
+    pub q: DeviceSpan,
     /// Strides of Q.
     pub q_strides: RowStrides,
     /// Key pool: 16-bit `[num_pages, page_size, kv_heads, head_dim]`, in any order of the outer dimensions.
-    pub k: DeviceSpan<'a>,
+    pub k: DeviceSpan,
     /// Strides of K.
     pub k_strides: KvStrides,
     /// Value pool, as the key pool; may lie inside it.
-    pub v: DeviceSpan<'a>,
+    pub v: DeviceSpan,
     /// Strides of V.
     pub v_strides: KvStrides,
     /// Output: 16-bit `[rows, q_heads, head_dim]`.
-    pub out: DeviceSpan<'a>,
+    pub out: DeviceSpan,
     /// Strides of O.
     pub out_strides: RowStrides,
     /// Log-sum-exp output: f32 `[rows, q_heads]`, natural logarithm.
-    pub lse: Option<(DeviceSpan<'a>, RowStrides)>,
-    /// Factor on Q·K, usually `1 / sqrt(head_dim)`.
-    pub softmax_scale: f32,
+    pub lse: Option<(DeviceSpan, RowStrides)>,
 }
 
 /// A run whose every check has passed: what the launch functions accept. Made by [`RunArgs::prepare`] only.
@@ -110,21 +132,56 @@ pub(super) struct PreparedRun {
     pub(super) shape: AttentionShape,
 }
 
-impl RunArgs<'_> {
-    /// Checks everything that can be checked on the host.
-    pub(super) fn prepare(&self, plan: &PlanBuffers, workspace: &Workspace<'_>) -> Result<PreparedRun> {
-        let uploaded = plan.uploaded()?;
-        self.check(&uploaded, workspace.span(), plan.address())
+impl RunArgs {
+    /// A run without LSE on contiguous rows of Q and O and pools
+    /// `[num_pages, page_size, kv_heads, head_dim]`; `(q, k, v, out)` are the tensors.
+    pub fn new(
+        problem: Problem,
+        num_pages: u32,
+        rows: u32,
+        (q, k, v, out): (DeviceSpan, DeviceSpan, DeviceSpan, DeviceSpan),
+    ) -> Self {
+        let shape = problem.shape();
+        let pool = |head_dim| KvStrides::nhd(problem.page_size(), shape.kv_heads(), head_dim);
+        Self {
+            problem,
+            num_pages,
+            rows,
+            q,
+            q_strides: RowStrides::contiguous(shape.q_heads(), shape.head_dim()),
+            k,
+            k_strides: pool(shape.head_dim()),
+            v,
+            v_strides: pool(shape.v_head_dim()),
+            out,
+            out_strides: RowStrides::contiguous(shape.q_heads(), shape.v_head_dim()),
+            lse: None,
+        }
     }
 
-    fn check(&self, plan: &Uploaded, workspace: DeviceSpan<'_>, plan_address: u64) -> Result<PreparedRun> {
-        let shape = self.shape;
-        if let Some(meant) = self.generation {
-            same("the plan uploaded last", plan.generation, meant)?;
-        }
-        same("shape", plan.shape, shape)?;
-        same("page_size", plan.page_size, self.page_size)?;
-        same("num_pages", plan.num_pages, self.num_pages)?;
+    /// With pools of other layouts.
+    pub fn with_kv_strides(self, k_strides: KvStrides, v_strides: KvStrides) -> Self {
+        Self { k_strides, v_strides, ..self }
+    }
+
+    /// With other layouts of Q and O.
+    pub fn with_row_strides(self, q_strides: RowStrides, out_strides: RowStrides) -> Self {
+        Self { q_strides, out_strides, ..self }
+    }
+
+    /// With log-sum-exps.
+    pub fn with_lse(self, lse: DeviceSpan, strides: RowStrides) -> Self {
+        Self { lse: Some((lse, strides)), ..self }
+    }
+
+    pub(super) fn terms(&self) -> PlanTerms {
+        PlanTerms { planned: self.problem.planned(), num_pages: self.num_pages }
+    }
+
+    /// Checks everything that can be checked on the host, for plans of these arguments' [terms](Self::terms) at `plan_address`.
+    pub(super) fn prepare(&self, plan: &BindingTerms, plan_address: u64, workspace: &Workspace) -> Result<PreparedRun> {
+        let shape = self.problem.shape();
+        plan.terms.check_are(&self.terms(), "the plan")?;
         if self.rows < plan.limits.max_sequences {
             return Err(Error::invalid(
                 "rows",
@@ -132,33 +189,8 @@ impl RunArgs<'_> {
                 format!("at least the plan's {}", plan.limits.max_sequences),
             ));
         }
-        // The kernels scale the running maximum, which only a positive factor keeps a maximum.
-        if !(self.softmax_scale.is_finite() && self.softmax_scale > 0.0) {
-            return Err(Error::invalid("softmax_scale", self.softmax_scale, "a positive finite number"));
-        }
-        let row_counts = [u64::from(self.rows), u64::from(shape.q_heads())];
-        let head_dim = u64::from(shape.head_dim());
-        let rows = |name, span, strides: RowStrides| {
-            let dims = [("sequence", row_counts[0], strides.sequence), ("head", row_counts[1], strides.head)];
-            check_tensor(name, span, &dims, head_dim, ELEMENT_BYTES, VECTOR_BYTES)
-        };
-        rows("q", self.q, self.q_strides)?;
-        rows("out", self.out, self.out_strides)?;
-        let pool = |name, span, strides: KvStrides| {
-            let dims = [
-                ("page", u64::from(self.num_pages), strides.page),
-                ("token", u64::from(self.page_size), strides.token),
-                ("head", u64::from(shape.kv_heads()), strides.head),
-            ];
-            check_tensor(name, span, &dims, head_dim, ELEMENT_BYTES, VECTOR_BYTES)
-        };
-        pool("k", self.k, self.k_strides)?;
-        pool("v", self.v, self.v_strides)?;
-        if let Some((span, strides)) = self.lse {
-            let dims = [("sequence", row_counts[0], strides.sequence), ("head", row_counts[1], strides.head)];
-            check_tensor("lse", span, &dims, 1, LSE_BYTES, LSE_BYTES as u64)?;
-        }
-        let (partial_out, partial_lse) = Workspace::layout(workspace, shape, plan.limits.max_slots)?;
+        self.check_memory(&self.tensors().check(plan.terms.planned)?, workspace)?;
+        let (partial_out, partial_lse) = workspace.layout(shape, plan.limits.max_slots)?;
 
         let mut forward_grids = [0; TileVariant::ALL.len()];
         for variant in TileVariant::ALL {
@@ -170,8 +202,13 @@ impl RunArgs<'_> {
                     Error::invalid(format!("plan items of {}", variant.name()), items, "fewer than 2^31 / kv_heads")
                 })?;
         }
-        let (lse, lse_strides) = self.lse.map_or((0, RowStrides { sequence: 0, head: 0 }), |(s, t)| (s.address, t));
-        // `check_tensor` has shown that every stride in bytes fits.
+        let (lse, lse_strides) = self
+            .lse
+            .as_ref()
+            .map_or((0, RowStrides { sequence: 0, head: 0 }), |(span, strides)| (span.address, *strides));
+        // `RunTensors::check` has shown that every stride in bytes fits.
+        let [q_bytes, kv_bytes, out_bytes] =
+            [shape.dtype(), shape.kv_dtype(), shape.out_dtype()].map(|dtype| i64::from(dtype.bytes()));
         let forward = ForwardParams {
             plan: plan_address,
             q: self.q.address,
@@ -181,22 +218,22 @@ impl RunArgs<'_> {
             lse,
             partial_out,
             partial_lse,
-            q_sequence_stride: self.q_strides.sequence * ELEMENT_BYTES,
-            q_head_stride: self.q_strides.head * ELEMENT_BYTES,
-            k_page_stride: self.k_strides.page * ELEMENT_BYTES,
-            k_token_stride: self.k_strides.token * ELEMENT_BYTES,
-            k_head_stride: self.k_strides.head * ELEMENT_BYTES,
-            v_page_stride: self.v_strides.page * ELEMENT_BYTES,
-            v_token_stride: self.v_strides.token * ELEMENT_BYTES,
-            v_head_stride: self.v_strides.head * ELEMENT_BYTES,
-            out_sequence_stride: self.out_strides.sequence * ELEMENT_BYTES,
-            out_head_stride: self.out_strides.head * ELEMENT_BYTES,
-            lse_sequence_stride: lse_strides.sequence * LSE_BYTES,
-            lse_head_stride: lse_strides.head * LSE_BYTES,
-            scale_log2: self.softmax_scale * std::f32::consts::LOG2_E,
+            q_sequence_stride: self.q_strides.sequence * q_bytes,
+            q_head_stride: self.q_strides.head * q_bytes,
+            k_page_stride: self.k_strides.page * kv_bytes,
+            k_token_stride: self.k_strides.token * kv_bytes,
+            k_head_stride: self.k_strides.head * kv_bytes,
+            v_page_stride: self.v_strides.page * kv_bytes,
+            v_token_stride: self.v_strides.token * kv_bytes,
+            v_head_stride: self.v_strides.head * kv_bytes,
+            out_sequence_stride: self.out_strides.sequence * out_bytes,
+            out_head_stride: self.out_strides.head * out_bytes,
+            lse_sequence_stride: lse_strides.sequence * i64::from(LSE_BYTES),
+            lse_head_stride: lse_strides.head * i64::from(LSE_BYTES),
+            scale_log2: self.problem.scale_log2(),
             kv_heads: shape.kv_heads(),
             group: FastDivisor::new(shape.group()),
-            page_size: FastDivisor::new(self.page_size),
+            page_size: FastDivisor::new(self.problem.page_size()),
             kv_heads_divisor: FastDivisor::new(shape.kv_heads()),
             num_pages: self.num_pages,
             reserved: 0,
@@ -221,64 +258,102 @@ impl RunArgs<'_> {
         Ok(PreparedRun { forward, merge, forward_grids, merge_rows, shape })
     }
 
+    /// The tensors as both executors check them.
+    fn tensors(&self) -> RunTensors {
+        let shape = self.problem.shape();
+        let elements = |span: &DeviceSpan, element_bytes: u32| span.bytes / u64::from(element_bytes);
+        RunTensors {
+            problem: self.problem,
+            num_pages: self.num_pages,
+            rows: self.rows,
+            q: (elements(&self.q, shape.dtype().bytes()), self.q_strides),
+            k: (elements(&self.k, shape.kv_dtype().bytes()), self.k_strides),
+            v: (elements(&self.v, shape.kv_dtype().bytes()), self.v_strides),
+            out: (elements(&self.out, shape.out_dtype().bytes()), self.out_strides),
+            lse: self.lse.as_ref().map(|(span, strides)| (elements(span, LSE_BYTES), *strides)),
+        }
+    }
+
+    /// Checks where the tensors lie: aligned, and what is written apart from everything else.
+    fn check_memory(&self, accessed: &Accessed, workspace: &Workspace) -> Result<()> {
+        let shape = self.problem.shape();
+        let kv_bytes = shape.kv_dtype().bytes();
+        let q = Used::new("q", &self.q, accessed.q, shape.dtype().bytes(), VECTOR_BYTES)?;
+        let k = Used::new("k", &self.k, accessed.k, kv_bytes, VECTOR_BYTES)?;
+        let v = Used::new("v", &self.v, accessed.v, kv_bytes, VECTOR_BYTES)?;
+        let out = Used::new("out", &self.out, accessed.out, shape.out_dtype().bytes(), VECTOR_BYTES)?;
+        let lse = match &self.lse {
+            Some((span, _)) => Used::new("lse", span, accessed.lse, LSE_BYTES, LSE_BYTES)?,
+            None => Used { name: "lse", address: 0, bytes: 0 },
+        };
+        let workspace = workspace.span();
+        let workspace = Used { name: "workspace", address: workspace.address, bytes: workspace.bytes };
+        for (written, others) in
+            [(out, &[q, k, v, lse, workspace][..]), (lse, &[q, k, v, workspace]), (workspace, &[q, k, v])]
+        {
+            others.iter().try_for_each(|other| written.check_apart_from(other))?;
+        }
+        Ok(())
+    }
+
+    /// Every span with its name.
+    pub(super) fn spans(&self) -> impl Iterator<Item = (&'static str, &DeviceSpan)> {
+        let fixed = [("q", &self.q), ("k", &self.k), ("v", &self.v), ("out", &self.out)];
+        fixed.into_iter().chain(self.lse.iter().map(|(span, _)| ("lse", span)))
+    }
+
     /// The tensor maps of K and V, in the order the kernels take them.
     pub(super) fn tensor_maps(&self) -> Result<[TensorMapSpec; 2]> {
-        let map = |name, span: DeviceSpan<'_>, strides| {
-            TensorMapSpec::new(name, span.address, strides, self.shape, self.page_size, self.num_pages)
+        let map = |name, span: &DeviceSpan, strides| {
+            TensorMapSpec::new(name, span.address, strides, self.problem, self.num_pages)
         };
-        Ok([map("k", self.k, self.k_strides)?, map("v", self.v, self.v_strides)?])
+        Ok([map("k", &self.k, self.k_strides)?, map("v", &self.v, self.v_strides)?])
     }
 }
 
-fn same<T: PartialEq + std::fmt::Debug>(what: &str, plan: T, call: T) -> Result<()> {
-    if plan == call {
+/// # Errors
+/// The span starts at 0, or not at a multiple of `alignment` bytes.
+pub(super) fn check_address(name: &str, span: &DeviceSpan, alignment: u32) -> Result<()> {
+    if span.address != 0 && span.address.is_multiple_of(u64::from(alignment)) {
         return Ok(());
     }
-    Err(Error::PlanMismatch { what: what.into(), plan: format!("{plan:?}"), call: format!("{call:?}") })
+    let expected = format!("a device address that is a multiple of {alignment} bytes");
+    Err(Error::invalid(name, format!("address {:#x}", span.address), expected))
 }
 
-/// Checks the address, the strides and that the furthest element lies inside the span. `dims` are (name, size, stride
-/// in elements), `row` is the length of the contiguous innermost dimension.
-pub(super) fn check_tensor(
-    name: &str,
-    span: DeviceSpan<'_>,
-    dims: &[(&str, u64, i64)],
-    row: u64,
-    element_bytes: i64,
-    alignment: u64,
-) -> Result<()> {
-    let mut last = i128::from(row) - 1;
-    for &(dim, size, stride) in dims {
-        let aligned =
-            stride.checked_mul(element_bytes).is_some_and(|b| b >= 0 && b.unsigned_abs().is_multiple_of(alignment));
-        if !aligned {
-            return Err(Error::invalid(
-                format!("{name}_strides.{dim}"),
-                format!("{stride} elements"),
-                format!("0 or a positive multiple of {} elements", alignment / element_bytes.unsigned_abs()),
-            ));
+/// The memory that a run uses of a tensor, from its first byte to its last.
+#[derive(Clone, Copy, Debug)]
+struct Used {
+    name: &'static str,
+    address: u64,
+    bytes: u64,
+}
+
+impl Used {
+    /// The first `elements` elements of `span`, which holds them.
+    ///
+    /// # Errors
+    /// There are some, and the span starts at 0 or not at a multiple of `alignment` bytes.
+    fn new(name: &'static str, span: &DeviceSpan, elements: u64, element_bytes: u32, alignment: u32) -> Result<Self> {
+        if elements > 0 {
+            check_address(name, span, alignment)?;
         }
-        last += (i128::from(size) - 1).max(0) * i128::from(stride);
+        Ok(Self { name, address: span.address, bytes: elements * u64::from(element_bytes) })
     }
-    if dims.iter().any(|&(_, size, _)| size == 0) {
-        return Ok(());
+
+    /// # Errors
+    /// The two share a byte.
+    fn check_apart_from(&self, other: &Self) -> Result<()> {
+        let end = |used: &Self| used.address.saturating_add(used.bytes);
+        if self.bytes == 0 || other.bytes == 0 || self.address >= end(other) || other.address >= end(self) {
+            return Ok(());
+        }
+        Err(Error::invalid(
+            self.name,
+            format!("{} bytes from {:#x} on", self.bytes, self.address),
+            format!("memory apart from that of {}, {} bytes from {:#x} on", other.name, other.bytes, other.address),
+        ))
     }
-    if span.address == 0 || !span.address.is_multiple_of(alignment) {
-        return Err(Error::invalid(
-            name,
-            format!("address {:#x}", span.address),
-            format!("a device address that is a multiple of {alignment} bytes"),
-        ));
-    }
-    let needed = (last + 1) * i128::from(element_bytes);
-    if needed > i128::from(span.bytes) {
-        return Err(Error::invalid(
-            name,
-            format!("{} bytes", span.bytes),
-            format!("at least {needed} bytes, which its sizes and strides span"),
-        ));
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -286,43 +361,31 @@ mod tests {
     use super::*;
     use crate::Dtype;
 
-    fn span(address: u64, elements: u64) -> DeviceSpan<'static> {
-        DeviceSpan::borrowed(address, elements * 2)
+    /// Nothing is launched here.
+    fn bytes_at(address: u64, bytes: u64) -> DeviceSpan {
+        DeviceSpan { device: None, address, bytes, owner: None }
     }
 
-    fn valid() -> (RunArgs<'static>, Uploaded, DeviceSpan<'static>) {
-        let shape = AttentionShape::new(8, 2, 128, Dtype::F16).unwrap();
-        let strides = RowStrides::contiguous(8, 128);
-        let pool = KvStrides::nhd(16, 2, 128);
-        let generation = PlanGeneration::next();
-        let args = RunArgs {
-            generation: Some(generation),
-            shape,
-            page_size: 16,
-            num_pages: 10,
-            rows: 4,
-            q: span(0x1000, 4 * 8 * 128),
-            q_strides: strides,
-            k: span(0x10_0000, 10 * 16 * 2 * 128),
-            k_strides: pool,
-            v: span(0x20_0000, 10 * 16 * 2 * 128),
-            v_strides: pool,
-            out: span(0x30_0000, 4 * 8 * 128),
-            out_strides: strides,
-            lse: Some((DeviceSpan::borrowed(0x40_0004, 4 * 8 * 4), RowStrides::lse(8))),
-            softmax_scale: 0.125,
-        };
+    fn span(address: u64, elements: u64) -> DeviceSpan {
+        bytes_at(address, elements * 2)
+    }
+
+    fn valid() -> (RunArgs, BindingTerms, Workspace) {
+        let problem = Problem::new(AttentionShape::new(8, 2, 128, Dtype::F16).unwrap(), 16);
+        let (rows, pages) = (4 * 8 * 128, 10 * 16 * 2 * 128);
+        let spans = (span(0x1000, rows), span(0x10_0000, pages), span(0x20_0000, pages), span(0x30_0000, rows));
+        let args = RunArgs::new(problem, 10, 4, spans).with_lse(bytes_at(0x40_0004, 4 * 8 * 4), RowStrides::lse(8));
         let mut limits = super::super::LaunchGeometry { max_sequences: 3, max_slots: 5, ..Default::default() };
         limits.max_items[TileVariant::Mma16.index()] = 6;
         limits.max_merge_rows = 2;
-        let uploaded = Uploaded { generation, shape, page_size: 16, num_pages: 10, limits };
-        (args, uploaded, DeviceSpan::borrowed(0x50_0000, 5 * 8 * 129 * 4))
+        let plan = BindingTerms { terms: args.terms(), limits, generation: None };
+        (args, plan, Workspace::from_span(bytes_at(0x50_0000, 5 * 8 * 129 * 4)))
     }
 
     #[test]
     fn valid_arguments_become_byte_strides_and_grids() {
         let (args, plan, workspace) = valid();
-        let run = args.check(&plan, workspace, 0x60_0000).unwrap();
+        let run = args.prepare(&plan, 0x60_0000, &workspace).unwrap();
         assert_eq!(run.forward.k_page_stride, 16 * 2 * 128 * 2);
         assert_eq!(run.forward.lse_sequence_stride, 32);
         assert_eq!(run.forward.group.divisor, 4);
@@ -334,16 +397,16 @@ mod tests {
     #[test]
     fn every_bad_argument_is_named() {
         let (good, plan, workspace) = valid();
-        let with = |change: &dyn Fn(&mut RunArgs<'static>)| {
-            let mut args = good;
+        let with = |change: &dyn Fn(&mut RunArgs)| {
+            let mut args = good.clone();
             change(&mut args);
             args
         };
-        let q_span = good.q;
+        let q_bytes = good.q.bytes();
         let cases = [
             ("q:", with(&|a| a.q = span(0x1008, 1 << 20))),
             ("q:", with(&|a| a.q = span(0, 1 << 20))),
-            ("q:", with(&|a| a.q = DeviceSpan::borrowed(q_span.address(), q_span.bytes() - 2))),
+            ("q:", with(&|a| a.q = bytes_at(0x1000, q_bytes - 2))),
             ("k:", with(&|a| a.k = span(0x10_0000, 10 * 16 * 2 * 128 - 1))),
             ("v:", with(&|a| a.v = span(0x20_0002, 1 << 20))),
             ("out:", with(&|a| a.out = span(0x30_0000, 8))),
@@ -351,20 +414,29 @@ mod tests {
             ("q_strides.sequence", with(&|a| a.q_strides.sequence = -1024)),
             ("k_strides.page", with(&|a| a.k_strides.page = i64::MAX)),
             ("v_strides.token", with(&|a| a.v_strides.token = 4)),
-            ("lse:", with(&|a| a.lse = Some((DeviceSpan::borrowed(0x2, 1 << 20), RowStrides::lse(8))))),
-            ("softmax_scale", with(&|a| a.softmax_scale = f32::NAN)),
-            ("the plan uploaded last", with(&|a| a.generation = Some(PlanGeneration::next()))),
+            ("lse:", with(&|a| a.lse = Some((bytes_at(0x2, 1 << 20), RowStrides::lse(8))))),
+            ("softmax_scale", with(&|a| a.problem = a.problem.with_scale(f32::NAN))),
             ("rows", with(&|a| a.rows = 2)),
             ("num_pages", with(&|a| a.num_pages = 11)),
-            ("page_size", with(&|a| a.page_size = 32)),
-            ("shape", with(&|a| a.shape = AttentionShape::new(8, 4, 128, Dtype::F16).unwrap())),
+            ("page_size", with(&|a| a.problem = Problem::new(a.problem.shape(), 32))),
+            ("shape", with(&|a| a.problem = Problem::new(AttentionShape::new(8, 4, 128, Dtype::F16).unwrap(), 16))),
+            ("out_strides.sequence", with(&|a| a.out_strides.sequence = 0)),
+            (
+                "out: got 8192 bytes from 0x2ff0 on, expected memory apart from that of q",
+                with(&|a| a.out = span(0x2ff0, 1 << 20)),
+            ),
+            ("out: got", with(&|a| a.out = span(0x20_0000 + 2 * 10 * 16 * 2 * 128 - 16, 1 << 20))),
+            ("out: got 8192 bytes from 0x4fe010 on", with(&|a| a.out = span(0x4f_e010, 1 << 20))),
+            ("lse: got 128 bytes from 0x1000 on", with(&|a| a.lse = Some((span(0x1000, 64), RowStrides::lse(8))))),
         ];
         for (name, args) in cases {
-            let error = args.check(&plan, workspace, 0x60_0000).unwrap_err().to_string();
+            let error = args.prepare(&plan, 0x60_0000, &workspace).unwrap_err().to_string();
             assert!(error.contains(name), "{name}: {error}");
         }
-        let small = DeviceSpan::borrowed(workspace.address(), workspace.bytes() - 4);
-        let error = good.check(&plan, small, 0x60_0000).unwrap_err().to_string();
+        // Side by side is apart.
+        with(&|a| a.out = span(0x3000, 4 * 8 * 128)).prepare(&plan, 0x60_0000, &workspace).unwrap();
+        let small = Workspace::from_span(bytes_at(0x50_0000, 5 * 8 * 129 * 4 - 4));
+        let error = good.prepare(&plan, 0x60_0000, &small).unwrap_err().to_string();
         assert!(error.contains("workspace"), "{error}");
     }
 
@@ -375,7 +447,7 @@ mod tests {
         args.k = span(0x10_0000, 10 * 16 * 2 * 256);
         args.v = args.k.skip(256).unwrap();
         (args.k_strides, args.v_strides) = (pool, pool);
-        args.check(&plan, workspace, 0x60_0000).unwrap();
+        args.prepare(&plan, 0x60_0000, &workspace).unwrap();
         assert!(args.k.skip(args.k.bytes() + 1).is_err());
     }
 }

@@ -1,13 +1,13 @@
 //! What measurements need beside the engine: drawing tensors on the device, a cold L2, events.
 
-use super::args::check_tensor;
-use super::driver::{self, DeviceBuffer, Kernel, Stream, failed};
+use super::args::check_address;
+use super::driver::{self, DeviceBuffer, Event, Kernel, Stream};
 use super::{CudaDevice, DeviceSpan};
+use crate::arguments::check_tensor;
+use crate::eligibility::VECTOR_BYTES;
 use crate::{Dtype, Error, KvStrides, Result};
-use cudarc::driver::{CudaEvent, sys};
 use pat_abi::generator::Tensor;
 use pat_abi::{Arch, Family, FastDivisor, FillParams, FlushParams, KernelSpec, manifest};
-use std::sync::Arc;
 
 /// CTAs of the support kernels, per multiprocessor: their launch bounds ask for as many to fit.
 const CTAS_PER_SM: u32 = 4;
@@ -38,7 +38,7 @@ pub struct FillSpec {
 ///
 /// # Errors
 /// A size, a stride or the span does not fit, or the driver refuses the launch.
-pub fn fill(device: &CudaDevice, target: DeviceSpan<'_>, spec: FillSpec, stream: &Stream) -> Result<()> {
+pub fn fill(device: &CudaDevice, target: DeviceSpan, spec: FillSpec, stream: &Stream) -> Result<()> {
     let rows = u64::from(spec.pages) * u64::from(spec.tokens) * u64::from(spec.heads);
     if spec.tokens == 0 || spec.heads == 0 || rows >= 1 << 31 {
         let got = format!("{} * {} * {}", spec.pages, spec.tokens, spec.heads);
@@ -52,14 +52,16 @@ pub fn fill(device: &CudaDevice, target: DeviceSpan<'_>, spec: FillSpec, stream:
         return Err(Error::invalid("head_dim", spec.head_dim, "a power of two, at least 8"));
     }
     let dims = [
-        ("page", u64::from(spec.pages), spec.strides.page),
-        ("token", u64::from(spec.tokens), spec.strides.token),
-        ("head", u64::from(spec.heads), spec.strides.head),
+        ("page", spec.pages, spec.strides.page),
+        ("token", spec.tokens, spec.strides.token),
+        ("head", spec.heads, spec.strides.head),
     ];
-    check_tensor("target", target, &dims, u64::from(spec.head_dim), 2, 16)?;
+    target.check_device("target", *device)?;
+    check_tensor("target", target.bytes() / u64::from(spec.dtype.bytes()), &dims, spec.head_dim, spec.dtype)?;
     if rows == 0 {
         return Ok(());
     }
+    check_address("target", &target, VECTOR_BYTES)?;
     let params = FillParams {
         base: target.address(),
         page_stride: spec.strides.page * 2,
@@ -73,7 +75,7 @@ pub fn fill(device: &CudaDevice, target: DeviceSpan<'_>, spec: FillSpec, stream:
         tensor: spec.tensor as u32,
     };
     let kernel = device.kernel(support_kernel(Family::Fill, spec.dtype)?)?;
-    driver::launch_fill(&kernel, &CheckedFill(params), CTAS_PER_SM * device.sm_count()?, stream)
+    driver::launch_fill(kernel, &CheckedFill(params), CTAS_PER_SM * device.sm_count(), stream.enter(*device)?)
 }
 
 /// Parameters of a fill whose target was checked to hold them.
@@ -83,7 +85,8 @@ pub(super) struct CheckedFill(pub(super) FillParams);
 /// back during the next measurement.
 #[derive(Debug)]
 pub struct L2Flush {
-    kernel: Arc<Kernel>,
+    device: CudaDevice,
+    kernel: &'static Kernel,
     buffer: DeviceBuffer,
     sums: DeviceBuffer,
     ctas: u32,
@@ -93,9 +96,10 @@ impl L2Flush {
     /// # Errors
     /// The driver cannot allocate four times the L2's size or load the kernel.
     pub fn new(device: &CudaDevice) -> Result<Self> {
-        let ctas = CTAS_PER_SM * device.sm_count()?;
+        let ctas = CTAS_PER_SM * device.sm_count();
         let bytes = usize::try_from(4 * device.l2_bytes()?).unwrap_or(usize::MAX).next_multiple_of(16).max(64 << 20);
         Ok(Self {
+            device: *device,
             kernel: device.kernel(support_kernel(Family::Flush, Dtype::F16)?)?,
             buffer: DeviceBuffer::zeroed(device, bytes)?,
             sums: DeviceBuffer::zeroed(device, ctas as usize * size_of::<u32>())?,
@@ -108,7 +112,7 @@ impl L2Flush {
     /// # Errors
     /// The driver refuses the launch.
     pub fn enqueue(&self, stream: &Stream) -> Result<()> {
-        driver::launch_flush(&self.kernel, self, self.ctas, stream)
+        driver::launch_flush(self.kernel, self, self.ctas, stream.enter(self.device)?)
     }
 
     pub(super) fn params(&self) -> FlushParams {
@@ -123,24 +127,22 @@ impl L2Flush {
 /// A point in a stream, for timing. Create it once and record it as often as needed.
 #[derive(Debug)]
 pub struct TimingEvent {
-    event: CudaEvent,
+    event: Event,
 }
 
 impl TimingEvent {
     /// # Errors
     /// The driver cannot create one.
     pub fn new(device: &CudaDevice) -> Result<Self> {
-        let event =
-            device.context().new_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT)).map_err(failed("cuEventCreate"))?;
-        Ok(Self { event })
+        Ok(Self { event: Event::with_time(*device)? })
     }
 
     /// Marks the stream's present end.
     ///
     /// # Errors
-    /// The driver refuses it (another device's stream, for one).
+    /// The driver refuses it; the stream is another device's.
     pub fn record(&self, stream: &Stream) -> Result<()> {
-        self.event.record(stream.cudarc()).map_err(failed("cuEventRecord"))
+        self.event.record(stream)
     }
 
     /// Waits for this event and tells the GPU time that passed since `start`, in microseconds.
@@ -148,9 +150,7 @@ impl TimingEvent {
     /// # Errors
     /// One of the two was never recorded, or work before it failed.
     pub fn elapsed_us_since(&self, start: &Self) -> Result<f64> {
-        self.event.synchronize().map_err(failed("cuEventSynchronize"))?;
-        let elapsed_ms = start.event.elapsed_ms(&self.event).map_err(failed("cuEventElapsedTime"))?;
-        Ok(f64::from(elapsed_ms) * 1e3)
+        self.event.elapsed_us_since(&start.event)
     }
 }
 

@@ -1,42 +1,84 @@
 //! One CUDA device: its primary context, its profile, its loaded kernels.
 
-use super::driver::{self, Kernel, Stream, failed};
+use super::driver::{self, DriverCall, Kernel, Stream, attempt, attempt_for};
 use super::ptx;
 use crate::profile::{Datasheet, H200_DATASHEET};
 use crate::{DeviceProfile, Error, Result};
 use cudarc::driver::sys::{CUDA_VERSION, CUdevice_attribute as Attribute};
 use cudarc::driver::{CudaContext, CudaStream};
-use pat_abi::{Arch, KernelSpec};
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use pat_abi::{Arch, KERNELS, KernelSpec};
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 /// Oldest driver that has every entry point used here: CUDA 12.0 (cuLaunchKernelEx, cuTensorMapEncodeTiled). Bindings of
 /// CUDA 13, which only a build with the feature `yield-cuda-linking` can have, read event times by an entry point of 12.8.
 const MIN_DRIVER_VERSION: i32 = if CUDA_VERSION < 13_000 { 12_000 } else { 12_080 };
 
-/// A device and the kernels loaded on it. Clones share both.
-#[derive(Clone, Debug)]
+/// A device and the kernels loaded on it: one per process and ordinal, kept as long as the process runs. So no kernel is
+/// unloaded under a run or a graph, and each is compiled once.
+#[derive(Clone, Copy)]
 pub struct CudaDevice {
-    inner: Arc<Inner>,
+    inner: &'static Inner,
 }
 
-#[derive(Debug)]
 struct Inner {
     context: Arc<CudaContext>,
     name: String,
     /// Major * 10 + minor.
     compute_capability: u32,
-    /// By entry name. A kernel is compiled by the driver when a plan first names it.
-    kernels: Mutex<HashMap<&'static str, Arc<Kernel>>>,
+    sm_count: u32,
+    /// One per entry of the manifest.
+    kernels: Vec<KernelSlot>,
+    /// Held for writing by a capture of ours, for reading by what waits for the whole device: a wait would spoil the capture.
+    capturing: RwLock<()>,
 }
 
+/// A kernel is compiled by the driver when a plan first names it; meanwhile only those wait that want the same one.
+#[derive(Default)]
+struct KernelSlot {
+    kernel: OnceLock<Kernel>,
+    compiling: Mutex<()>,
+}
+
+/// The devices that were opened.
+static OPEN: Mutex<BTreeMap<usize, CudaDevice>> = Mutex::new(BTreeMap::new());
+
+impl fmt::Debug for CudaDevice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "CudaDevice({}, {})", self.ordinal(), self.name())
+    }
+}
+
+impl PartialEq for CudaDevice {
+    fn eq(&self, other: &Self) -> bool {
+        std::ptr::eq(self.inner, other.inner)
+    }
+}
+
+impl Eq for CudaDevice {}
+
 impl CudaDevice {
-    /// Retains the primary context of device `ordinal` (the context torch, candle and the CUDA runtime use).
+    /// Retains the primary context of device `ordinal` (the context torch, candle and the CUDA runtime use), at the first
+    /// call; later ones give the same device.
     ///
     /// # Errors
     /// No driver, a driver older than CUDA 12.0, no device, no device of that number, or one older than compute
     /// capability 8.0.
     pub fn new(ordinal: usize) -> Result<Self> {
+        // A panic elsewhere leaves the map as it was before or after an insertion: both are fine.
+        let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(device) = open.get(&ordinal) {
+            return Ok(*device);
+        }
+        let device = Self { inner: Box::leak(Box::new(Inner::open(ordinal)?)) };
+        open.insert(ordinal, device);
+        Ok(device)
+    }
+}
+
+impl Inner {
+    fn open(ordinal: usize) -> Result<Self> {
         let unavailable = |reason: String| Error::CudaUnavailable { reason };
         if !driver::library_is_present() {
             return Err(unavailable("libcuda is not there: install the NVIDIA driver".into()));
@@ -58,17 +100,30 @@ impl CudaDevice {
         if usize::try_from(count).is_ok_and(|count| ordinal >= count) {
             return Err(Error::invalid("ordinal", ordinal, format!("a device from 0 to {}", count - 1)));
         }
-        let context =
-            CudaContext::new(ordinal).map_err(failed(format!("retaining the context of device {ordinal}")))?;
-        let name = context.name().map_err(failed("cuDeviceGetName"))?;
-        let (major, minor) = context.compute_capability().map_err(failed("cuDeviceGetAttribute"))?;
+        let about = || format!("device {ordinal}");
+        let context = attempt_for(DriverCall::DevicePrimaryCtxRetain, about, || CudaContext::new(ordinal))?;
+        let name = attempt(DriverCall::DeviceGetName, || context.name())?;
+        let (major, minor) = attempt(DriverCall::DeviceGetAttribute, || context.compute_capability())?;
         let compute_capability = (major * 10 + minor).unsigned_abs();
         if compute_capability < 80 {
             return Err(unavailable(format!(
                 "device {ordinal} ({name}) has compute capability {major}.{minor}, the kernels need 8.0 or later"
             )));
         }
-        Ok(Self { inner: Arc::new(Inner { context, name, compute_capability, kernels: Mutex::default() }) })
+        let sm_count = attribute(&context, Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        let kernels = KERNELS.iter().map(|_| KernelSlot::default()).collect();
+        Ok(Self { context, name, compute_capability, sm_count, kernels, capturing: RwLock::new(()) })
+    }
+}
+
+fn attribute(context: &CudaContext, which: Attribute) -> Result<u32> {
+    attempt(DriverCall::DeviceGetAttribute, || context.attribute(which)).map(i32::unsigned_abs)
+}
+
+impl CudaDevice {
+    /// Its number among the devices that the process sees.
+    pub fn ordinal(&self) -> usize {
+        self.inner.context.ordinal()
     }
 
     /// The driver's name of the device.
@@ -102,7 +157,7 @@ impl CudaDevice {
         let measured = Facts {
             name: self.inner.name.clone(),
             compute_capability: self.inner.compute_capability,
-            sm_count: self.sm_count()?,
+            sm_count: self.sm_count(),
             sm_clock_khz: self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_CLOCK_RATE)?,
             memory_clock_khz: self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE)?,
             memory_bus_bits: self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH)?,
@@ -112,11 +167,8 @@ impl CudaDevice {
     }
 
     /// Streaming multiprocessors.
-    ///
-    /// # Errors
-    /// The driver cannot be asked.
-    pub fn sm_count(&self) -> Result<u32> {
-        self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
+    pub fn sm_count(&self) -> u32 {
+        self.inner.sm_count
     }
 
     /// L2 capacity in bytes.
@@ -128,7 +180,7 @@ impl CudaDevice {
     }
 
     fn attribute(&self, which: Attribute) -> Result<u32> {
-        self.context().attribute(which).map(i32::unsigned_abs).map_err(failed("cuDeviceGetAttribute"))
+        attribute(self.context(), which)
     }
 
     /// A new stream that does not synchronise with the default stream.
@@ -136,12 +188,12 @@ impl CudaDevice {
     /// # Errors
     /// The driver cannot create it.
     pub fn new_stream(&self) -> Result<Stream> {
-        self.context().new_stream().map(Stream::new).map_err(failed("cuStreamCreate"))
+        Stream::create(*self)
     }
 
     /// The default stream.
     pub fn default_stream(&self) -> Stream {
-        Stream::new(self.context().default_stream())
+        Stream::default_of(*self)
     }
 
     /// A cudarc stream of the caller's.
@@ -153,25 +205,40 @@ impl CudaDevice {
             let got = format!("one of device {}", stream.context().ordinal());
             return Err(Error::invalid("stream", got, format!("one of device {}", self.context().ordinal())));
         }
-        Ok(Stream::new(stream))
+        Ok(Stream::from_cudarc(*self, stream))
     }
 
-    /// A `CUstream` of another library (torch's `current_stream().cuda_stream`), as an integer.
+    /// A `CUstream` of another library (torch's `current_stream().cuda_stream`), as an integer. Costs nothing, so that it may
+    /// be done per call.
     ///
     /// # Safety
-    /// The handle names a stream of this device's primary context (or is 0, 1 or 2: the default streams), and its owner
-    /// keeps it alive as long as the returned value or a clone of it is used.
-    pub unsafe fn stream_from_raw(&self, handle: u64) -> Stream {
-        // SAFETY: passed on.
-        unsafe { Stream::from_raw(self.context(), handle) }
+    /// The handle names a stream of this device's primary context (or is 0 or 1: the default stream), and its owner keeps it
+    /// alive as long as the returned value or a clone of it is used, which [`PlanBuffers`](super::PlanBuffers) do with the
+    /// stream of their last upload. Graphs that somebody captures from it with runs in them are replayed in order with
+    /// uploads into those runs' buffers: on the stream of the upload, or behind it.
+    ///
+    /// # Errors
+    /// The handle is 2: the driver takes it for another stream in each thread.
+    pub unsafe fn stream_from_raw(&self, handle: u64) -> Result<Stream> {
+        if handle == 2 {
+            return Err(Error::invalid("handle", handle, "a stream that is the same one in every thread"));
+        }
+        Ok(Stream::borrowed(*self, handle))
     }
 
     /// The loaded kernel, compiled now if this is its first use.
-    pub(super) fn kernel(&self, spec: &'static KernelSpec) -> Result<Arc<Kernel>> {
-        // A panic elsewhere leaves the map as it was before or after an insertion: both are fine.
-        let mut kernels = self.inner.kernels.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(kernel) = kernels.get(spec.entry) {
-            return Ok(kernel.clone());
+    pub(super) fn kernel(&self, spec: &'static KernelSpec) -> Result<&'static Kernel> {
+        let slot = KERNELS.iter().zip(&self.inner.kernels).find(|(known, _)| known.entry == spec.entry);
+        let Some((_, slot)) = slot else {
+            return Err(Error::invalid("kernel", spec.entry, "an entry of the manifest"));
+        };
+        if let Some(kernel) = slot.kernel.get() {
+            return Ok(kernel);
+        }
+        // Nothing is behind the lock: a panic elsewhere leaves no kernel, and the next one compiles it.
+        let _alone = slot.compiling.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(kernel) = slot.kernel.get() {
+            return Ok(kernel);
         }
         if spec.arch == Arch::Sm90a && self.inner.compute_capability != 90 {
             return Err(Error::PlanMismatch {
@@ -181,15 +248,19 @@ impl CudaDevice {
             });
         }
         let start = std::time::Instant::now();
-        let kernel = Arc::new(Kernel::load(
-            self.context(),
-            spec,
-            ptx::cut(ptx::text(spec.arch), spec.entry)?,
-            self.sm_count()?,
-        )?);
+        let kernel = Kernel::load(*self, spec, ptx::cut(ptx::text(spec.arch), spec.entry)?, self.sm_count())?;
         tracing::debug!(entry = spec.entry, load_ms = start.elapsed().as_secs_f64() * 1e3, "kernel loaded");
-        kernels.insert(spec.entry, kernel.clone());
-        Ok(kernel)
+        Ok(slot.kernel.get_or_init(|| kernel))
+    }
+
+    /// Held by what waits for the whole device.
+    pub(super) fn no_capture(&self) -> RwLockReadGuard<'static, ()> {
+        self.inner.capturing.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Held by a capture of ours.
+    pub(super) fn capture_alone(&self) -> RwLockWriteGuard<'static, ()> {
+        self.inner.capturing.write().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

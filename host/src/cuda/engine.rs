@@ -1,23 +1,17 @@
-//! Launching a plan.
+//! Binding and launching a plan.
 
 use super::CudaDevice;
 use super::args::{PreparedRun, RunArgs};
-use super::driver::{self, Stream, TensorMap};
+use super::bound_run::{BoundRun, RunKernels};
+use super::driver::{self, Stream};
 use super::plan_buffers::{PlanBuffers, Workspace};
-use super::tensor_map::TensorMapSpec;
 use crate::{AttentionShape, Error, Plan, Result};
 use pat_abi::{Arch, Family, KernelSpec, TileVariant, manifest};
-use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
-
-/// Pools whose maps are kept: two per layer of any model; a caller whose pools keep moving does not grow the cache.
-const MAX_CACHED_TENSOR_MAPS: usize = 4096;
 
 /// Runs plans on a device. `Send` and `Sync`; one serves all layers, streams and threads.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct CudaEngine {
     device: CudaDevice,
-    tensor_maps: Mutex<HashMap<TensorMapSpec, TensorMap>>,
 }
 
 impl CudaEngine {
@@ -31,7 +25,7 @@ impl CudaEngine {
 
     /// An engine on an open device.
     pub fn on(device: CudaDevice) -> Self {
-        Self { device, tensor_maps: Mutex::default() }
+        Self { device }
     }
 
     /// The device.
@@ -44,103 +38,78 @@ impl CudaEngine {
     /// # Errors
     /// The driver cannot allocate or copy.
     pub fn upload(&self, plan: &Plan, stream: &Stream) -> Result<PlanBuffers> {
-        let buffers = PlanBuffers::with_capacity(&self.device, plan.bytes().len())?;
+        let mut buffers = PlanBuffers::with_capacity(&self.device, plan.bytes().len())?;
         buffers.upload(plan, stream)?;
         Ok(buffers)
     }
 
-    /// Loads the kernels that [`Self::run`] would launch for these buffers: the driver compiles them at their first
-    /// use, which takes up to a second and cannot happen while a stream is captured.
-    ///
-    /// # Errors
-    /// Nothing was uploaded, there is no kernel for the plan's shape and variants on this device, or the driver rejects
-    /// the PTX (with its log).
-    pub fn prepare(&self, plan: &PlanBuffers) -> Result<()> {
-        let uploaded = plan.uploaded()?;
-        self.load(uploaded.shape, &uploaded.limits.max_items, uploaded.limits.max_merge_rows > 0)
-    }
-
-    /// As [`Self::prepare`], for all plans in these tile variants: at the start, with those that a planner may use
-    /// ([`crate::Planner::tile_variants`]), it spares the first batch that needs another one the wait.
+    /// Loads the kernels of all plans in these tile variants: the driver compiles them at their first use, which takes up to
+    /// a second. At the start, with the variants that a planner may use ([`crate::Planner::tile_variants`]), it spares the
+    /// first batch the wait.
     ///
     /// # Errors
     /// There is no kernel for the shape and a variant on this device, or the driver rejects the PTX (with its log).
     pub fn prepare_variants(&self, shape: AttentionShape, variants: &[TileVariant]) -> Result<()> {
-        let mut launched = [0; TileVariant::ALL.len()];
-        variants.iter().for_each(|variant| launched[variant.index()] = 1);
-        self.load(shape, &launched, true)
-    }
-
-    /// Loads the forward kernels of which `launched` says that something is launched, and the merge behind them.
-    fn load(&self, shape: AttentionShape, launched: &[u32], has_merge: bool) -> Result<()> {
-        for variant in TileVariant::ALL.into_iter().filter(|variant| launched[variant.index()] > 0) {
+        for &variant in variants {
             self.device.kernel(find(Family::Forward(variant), shape)?)?;
         }
-        if has_merge {
-            self.device.kernel(merge_kernel(shape, launched)?)?;
-        }
-        Ok(())
+        let launched = TileVariant::ALL.map(|variant| u32::from(variants.contains(&variant)));
+        self.device.kernel(merge_kernel(shape, &launched)?).map(drop)
     }
 
-    /// Enqueues the forward launches of the plan's tile variants and the merge. Allocates nothing on the device, waits
-    /// for nothing; outputs are there when the stream has passed.
+    /// Checks the arguments of a run, once, and compiles its kernels if this is their first use. The result owns what it uses.
+    /// Buffers of fixed geometry may still be empty.
     ///
     /// # Errors
-    /// An argument is refused (nothing has been launched), a kernel cannot be loaded (likewise), or the driver refuses
-    /// a launch.
-    pub fn run(
-        &self,
-        plan: &PlanBuffers,
-        args: &RunArgs<'_>,
-        workspace: &Workspace<'_>,
-        stream: &Stream,
-    ) -> Result<()> {
-        let run = args.prepare(plan, workspace)?;
-        // Everything that can fail comes before the first launch.
-        self.prepare(plan)?;
-        let maps = self.tensor_maps(&run, args)?;
-        for variant in TileVariant::ALL {
-            if run.forward_grids[variant.index()] > 0 {
-                let spec = find(Family::Forward(variant), run.shape)?;
-                let maps = if spec.tensor_maps > 0 { maps.as_slice() } else { &[] };
-                driver::launch_forward(&*self.device.kernel(spec)?, &run, maps, stream)?;
-            }
+    /// An argument is refused or of another device, nothing was uploaded into buffers of exact geometry, there is no kernel for the plan's shape and variants
+    /// on this device, or the driver rejects the PTX (with its log).
+    pub fn bind(&self, plan: &PlanBuffers, args: &RunArgs, workspace: &Workspace) -> Result<BoundRun> {
+        driver::drop_released();
+        self.check_devices(plan, args, workspace)?;
+        let terms = plan.binding_terms(args.terms())?;
+        let run = args.prepare(&terms, plan.memory().address(), workspace)?;
+        let kernels = self.kernels(&run, args)?;
+        if plan.has_fixed_geometry() {
+            plan.settle_terms(args.terms())?;
         }
-        if run.merge_rows > 0 {
-            let kernel = self.device.kernel(merge_kernel(run.shape, &run.forward_grids)?)?;
-            driver::launch_merge(&kernel, &run, stream)?;
-        }
-        Ok(())
+        Ok(BoundRun::new(plan, terms.generation, args, workspace, run, kernels))
     }
 
-    /// The maps of K and V if a kernel of the run takes them; encoded once per pool.
-    fn tensor_maps(&self, run: &PreparedRun, args: &RunArgs<'_>) -> Result<Vec<TensorMap>> {
-        let wanted = |variant: TileVariant| {
-            run.forward_grids[variant.index()] > 0
-                && manifest::find(Family::Forward(variant), run.shape.dtype(), run.shape.head_dim())
-                    .is_some_and(|spec| spec.tensor_maps > 0)
+    /// Binds and runs: for a single call. What is run more than once, as the layers of a model are at each step, is bound once.
+    ///
+    /// # Errors
+    /// As [`Self::bind`] and [`BoundRun::run`]; nothing has been launched where an argument is refused.
+    pub fn run(&self, plan: &PlanBuffers, args: &RunArgs, workspace: &Workspace, stream: &Stream) -> Result<()> {
+        self.bind(plan, args, workspace)?.run(plan.uploaded()?, stream)
+    }
+
+    fn check_devices(&self, plan: &PlanBuffers, args: &RunArgs, workspace: &Workspace) -> Result<()> {
+        let of_plan = plan.device();
+        if of_plan != self.device {
+            return Err(Error::invalid(
+                "plan",
+                format!("buffers of device {}", of_plan.ordinal()),
+                format!("buffers of device {}", self.device.ordinal()),
+            ));
+        }
+        let workspace = [("workspace", workspace.span())];
+        args.spans().chain(workspace).try_for_each(|(name, span)| span.check_device(name, self.device))
+    }
+
+    fn kernels(&self, run: &PreparedRun, args: &RunArgs) -> Result<RunKernels> {
+        let launched = TileVariant::ALL.into_iter().filter(|variant| run.forward_grids[variant.index()] > 0);
+        let specs = launched.map(|variant| find(Family::Forward(variant), run.shape)).collect::<Result<Vec<_>>>()?;
+        let maps = if specs.iter().any(|spec| spec.tensor_maps > 0) {
+            args.tensor_maps()?.iter().map(driver::encode_tensor_map).collect::<Result<_>>()?
+        } else {
+            Vec::new()
         };
-        if !TileVariant::ALL.into_iter().any(wanted) {
-            return Ok(Vec::new());
-        }
-        // A panic elsewhere leaves the cache as it was before or after an insertion: both are fine.
-        let mut cache = self.tensor_maps.lock().unwrap_or_else(PoisonError::into_inner);
-        if cache.len() >= MAX_CACHED_TENSOR_MAPS {
-            cache.clear();
-        }
-        let mut maps = Vec::with_capacity(2);
-        for spec in args.tensor_maps()? {
-            let map = match cache.get(&spec) {
-                Some(map) => *map,
-                None => {
-                    let map = driver::encode_tensor_map(&spec)?;
-                    cache.insert(spec, map);
-                    map
-                }
-            };
-            maps.push(map);
-        }
-        Ok(maps)
+        let merge = (run.merge_rows > 0).then(|| merge_kernel(run.shape, &run.forward_grids)).transpose()?;
+        Ok(RunKernels {
+            maps,
+            forward: specs.into_iter().map(|spec| self.device.kernel(spec)).collect::<Result<_>>()?,
+            merge: merge.map(|spec| self.device.kernel(spec)).transpose()?,
+        })
     }
 }
 

@@ -2,11 +2,13 @@
 
 use super::CudaDevice;
 use super::args::DeviceSpan;
-use super::driver::{DeviceBuffer, StagingRing, Stream};
+use super::driver::{Allocation, CaptureStatus, DeviceBuffer, Event, StagingRing, Stream};
+use crate::arguments::same;
 use crate::plan::{PlanCapacity, PlanGeneration};
+use crate::problem::Planned;
 use crate::{AttentionShape, Error, Plan, Result};
 use pat_abi::{MAX_TILE_VARIANTS, TileVariant};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// Upper bounds of what a launch covers. CUDA graphs need one that does not change from plan to plan: kernels exit where
 /// a plan has less.
@@ -76,33 +78,59 @@ impl LaunchGeometry {
     }
 }
 
-/// What the plan in a [`PlanBuffers`] was made for, and what a launch must cover.
+/// What a plan is for: bound runs, and graphs that hold them, have it in their launches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Uploaded {
-    pub(super) generation: PlanGeneration,
-    pub(super) shape: AttentionShape,
-    pub(super) page_size: u32,
+pub(super) struct PlanTerms {
+    pub(super) planned: Planned,
     pub(super) num_pages: u32,
+}
+
+impl PlanTerms {
+    /// Refuses others, by name. `what` has these terms.
+    pub(super) fn check_are(&self, other: &Self, what: &str) -> Result<()> {
+        self.planned.check_is(&other.planned, what)?;
+        same(&format!("the num_pages of {what}"), self.num_pages, other.num_pages)
+    }
+}
+
+/// The plan in a [`PlanBuffers`].
+#[derive(Clone, Copy, Debug)]
+struct UploadedPlan {
+    generation: PlanGeneration,
+    terms: PlanTerms,
+    /// What its launches cover.
+    limits: LaunchGeometry,
+}
+
+/// What a run is bound to.
+pub(super) struct BindingTerms {
+    pub(super) terms: PlanTerms,
     pub(super) limits: LaunchGeometry,
+    /// The one plan it serves; `None` where it serves every plan.
+    pub(super) generation: Option<PlanGeneration>,
 }
 
 /// A plan in device memory, at an address that never changes, with two pinned staging buffers before it.
 ///
-/// Upload once per decode step, run once per layer, on one stream (or order the streams yourself). Uploading takes a
-/// shared reference, because a captured graph goes on borrowing the buffers.
+/// Upload once per decode step, run once per layer. An upload needs the buffers for itself, and gives an [`Uploaded`] that
+/// borrows them: while runs are enqueued with it, no thread can upload another plan. Threads that share buffers put them
+/// behind a lock of theirs. On the device all uploads and runs of the buffers are done in the order they were enqueued in,
+/// whatever the streams; so that a workspace which all runs of one `PlanBuffers` share is safe, too.
 #[derive(Debug)]
 pub struct PlanBuffers {
     /// At least [`pat_abi::PlanHeader::LEAST_BUFFER_BYTES`], whatever the capacity.
-    device: DeviceBuffer,
+    memory: DeviceBuffer,
     capacity_bytes: usize,
     fixed: Option<LaunchGeometry>,
-    state: Mutex<State>,
-}
-
-#[derive(Debug)]
-struct State {
+    /// With a fixed geometry: what all plans have in common, settled by the first upload or the first run that is bound.
+    terms: OnceLock<PlanTerms>,
     staging: StagingRing,
-    uploaded: Option<Uploaded>,
+    /// `None` before the first upload, and where a copy has failed.
+    uploaded: Option<UploadedPlan>,
+    /// The stream of the last upload. All work on the buffers is done before what this stream does next.
+    home: Option<Stream>,
+    /// Orders one stream behind another.
+    crossing: Mutex<Event>,
 }
 
 impl PlanBuffers {
@@ -113,15 +141,19 @@ impl PlanBuffers {
     pub fn with_capacity(device: &CudaDevice, bytes: usize) -> Result<Self> {
         let bytes = bytes.max(size_of::<pat_abi::PlanHeader>()).next_multiple_of(16);
         Ok(Self {
-            device: DeviceBuffer::zeroed(device, bytes.max(pat_abi::PlanHeader::LEAST_BUFFER_BYTES as usize))?,
+            memory: DeviceBuffer::zeroed(device, bytes.max(pat_abi::PlanHeader::LEAST_BUFFER_BYTES as usize))?,
             capacity_bytes: bytes,
             fixed: None,
-            state: Mutex::new(State { staging: StagingRing::new(device, bytes)?, uploaded: None }),
+            terms: OnceLock::new(),
+            staging: StagingRing::new(*device, bytes)?,
+            uploaded: None,
+            home: None,
+            crossing: Mutex::new(Event::new(*device)?),
         })
     }
 
     /// As [`Self::with_capacity`], for CUDA graphs: every launch covers `geometry`, whatever the plan, so that a captured
-    /// run serves every later upload. All uploads must have the first one's shape, page size and pool.
+    /// run serves every later upload. All uploads and bound runs must have the first one's shape, page size and pool.
     ///
     /// # Errors
     /// The driver cannot allocate.
@@ -143,81 +175,165 @@ impl PlanBuffers {
         self.capacity_bytes
     }
 
-    /// Enqueues one asynchronous copy. Waits only where both staging buffers are still being read by earlier copies.
+    /// Whether every launch covers the same geometry, as CUDA graphs need it.
+    pub fn has_fixed_geometry(&self) -> bool {
+        self.fixed.is_some()
+    }
+
+    /// The device.
+    pub fn device(&self) -> CudaDevice {
+        self.memory.memory().device()
+    }
+
+    /// Enqueues one asynchronous copy, behind all runs of the buffers. The host waits only where both staging buffers are
+    /// still being read by earlier copies. Between replays of a graph that another library captured, upload on the stream
+    /// that replays it: that order is the caller's.
     ///
     /// # Errors
-    /// The plan is larger than the capacity or exceeds the fixed geometry, or (fixed geometry) was made for another
-    /// shape, page size or pool: nothing has been copied and the former plan stays. The driver's copy fails: no plan.
-    pub fn upload(&self, plan: &Plan, stream: &Stream) -> Result<()> {
-        if plan.bytes().len() > self.capacity_bytes() {
+    /// The stream is another device's or is captured; the plan is larger than the capacity or exceeds the fixed geometry, or
+    /// (fixed geometry) was made for another shape, page size or pool: nothing has been copied and the former plan stays. The
+    /// driver's copy fails: no plan.
+    pub fn upload(&mut self, plan: &Plan, stream: &Stream) -> Result<Uploaded<'_>> {
+        if plan.bytes().len() > self.capacity_bytes {
             return Err(Error::PlanMismatch {
                 what: "the capacity of the plan buffers".into(),
                 plan: format!("{} bytes", plan.bytes().len()),
-                call: format!("{} bytes", self.capacity_bytes()),
+                call: format!("{} bytes", self.capacity_bytes),
             });
         }
         let exact = LaunchGeometry::of(plan);
+        let terms = PlanTerms { planned: plan.problem().planned(), num_pages: plan.num_pages() };
         if let Some(fixed) = &self.fixed {
             fixed.check_covers(&exact)?;
+            self.check_terms(&terms)?;
         }
-        let uploaded = Uploaded {
-            generation: plan.generation(),
-            shape: plan.shape(),
-            page_size: plan.page_size(),
-            num_pages: plan.num_pages(),
-            limits: self.fixed.unwrap_or(exact),
-        };
-        let mut state = self.state();
-        // A captured graph has the strides' meaning, the page size and the pool's extent baked in.
-        if let (Some(_), Some(former)) = (self.fixed, state.uploaded)
-            && (Uploaded { generation: uploaded.generation, ..former }) != uploaded
-        {
-            return Err(Error::PlanMismatch {
-                what: "the plans these buffers were captured with".into(),
-                plan: format!("{uploaded:?}"),
-                call: format!("{former:?}"),
-            });
+        not_captured(stream, self.device(), "uploads are not captured: upload before, and between replays")?;
+        if let Some(home) = self.home.as_ref().filter(|home| !home.is(stream)) {
+            self.order(home, stream)?;
         }
+        self.home = Some(stream.clone());
         // Nothing is there until the copy has been enqueued.
-        state.uploaded = None;
-        state.staging.upload(plan.bytes(), &self.device, stream)?;
-        state.uploaded = Some(uploaded);
-        Ok(())
+        self.uploaded = None;
+        self.staging.upload(plan.bytes(), self.memory.memory(), stream)?;
+        if self.fixed.is_some() {
+            self.settle_terms(terms)?;
+        }
+        let limits = self.fixed.unwrap_or(exact);
+        self.uploaded = Some(UploadedPlan { generation: plan.generation(), terms, limits });
+        self.uploaded()
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        // `uploaded` is `None` while an upload is under way: a panic there leaves buffers without a plan.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The plan that was uploaded last.
+    ///
+    /// # Errors
+    /// Nothing was uploaded yet, or the last copy failed.
+    pub fn uploaded(&self) -> Result<Uploaded<'_>> {
+        match (&self.uploaded, &self.home) {
+            (Some(plan), Some(home)) => Ok(Uploaded { buffers: self, plan, home }),
+            _ => Err(Error::PlanMismatch {
+                what: "the plan buffers".into(),
+                plan: "nothing uploaded".into(),
+                call: "a run".into(),
+            }),
+        }
     }
 
-    pub(super) fn uploaded(&self) -> Result<Uploaded> {
-        self.state().uploaded.ok_or_else(|| Error::PlanMismatch {
-            what: "the plan buffers".into(),
-            plan: "nothing uploaded".into(),
-            call: "a run".into(),
-        })
+    /// What a run with `terms` would be bound to.
+    pub(super) fn binding_terms(&self, terms: PlanTerms) -> Result<BindingTerms> {
+        if let Some(limits) = self.fixed {
+            self.check_terms(&terms)?;
+            return Ok(BindingTerms { terms, limits, generation: None });
+        }
+        let UploadedPlan { generation, terms: of_plan, limits } = *self.uploaded()?.plan;
+        of_plan.check_are(&terms, "the uploaded plan")?;
+        Ok(BindingTerms { terms, limits, generation: Some(generation) })
     }
 
-    pub(super) fn address(&self) -> u64 {
-        self.device.span().address()
+    /// From now on buffers of fixed geometry take no other terms.
+    pub(super) fn settle_terms(&self, terms: PlanTerms) -> Result<()> {
+        self.terms.get_or_init(|| terms).check_are(&terms, "what these buffers are bound to")
+    }
+
+    fn check_terms(&self, terms: &PlanTerms) -> Result<()> {
+        self.terms.get().map_or(Ok(()), |settled| settled.check_are(terms, "what these buffers are bound to"))
+    }
+
+    pub(super) fn memory(&self) -> &Arc<Allocation> {
+        self.memory.memory()
+    }
+
+    /// What `later` is given from now on starts after what `earlier` was given so far.
+    fn order(&self, earlier: &Stream, later: &Stream) -> Result<()> {
+        not_captured(earlier, self.device(), "the stream of the last upload: finish its capture first")?;
+        // The event is only a carrier: a panic elsewhere leaves nothing behind in it.
+        let event = self.crossing.lock().unwrap_or_else(PoisonError::into_inner);
+        event.record(earlier)?;
+        event.hold_back(later)
+    }
+}
+
+fn not_captured(stream: &Stream, device: CudaDevice, accepted: &str) -> Result<()> {
+    match stream.enter(device)?.capture_status()? {
+        CaptureStatus::None => Ok(()),
+        status => Err(Error::invalid("stream", format!("one that is captured ({status:?})"), accepted)),
+    }
+}
+
+/// A plan that is in its buffers, and stays there as long as this lives. Runs take it.
+#[derive(Clone, Copy, Debug)]
+pub struct Uploaded<'a> {
+    buffers: &'a PlanBuffers,
+    plan: &'a UploadedPlan,
+    home: &'a Stream,
+}
+
+impl<'a> Uploaded<'a> {
+    /// Which plan it is ([`Plan::generation`]).
+    pub fn generation(self) -> PlanGeneration {
+        self.plan.generation
+    }
+
+    /// The same, if it is the plan that is meant: so that a plan of an earlier step is not taken for this one's.
+    ///
+    /// # Errors
+    /// Another plan was uploaded last.
+    pub fn expect(self, generation: PlanGeneration) -> Result<Self> {
+        same("the plan uploaded last", self.plan.generation, generation)?;
+        Ok(self)
+    }
+
+    pub(super) fn buffers(self) -> &'a PlanBuffers {
+        self.buffers
+    }
+
+    /// Refuses a stream on which work is recorded instead of run.
+    pub(super) fn check_not_captured(self, stream: &Stream) -> Result<()> {
+        not_captured(stream, self.buffers.device(), "a stream that is not captured")
+    }
+
+    /// Enqueues work that reads the plan on `stream`, in order with uploads and with all other runs.
+    pub(super) fn enqueue_on(self, stream: &Stream, enqueue: impl FnOnce() -> Result<()>) -> Result<()> {
+        if self.home.is(stream) {
+            return enqueue();
+        }
+        self.buffers.order(self.home, stream)?;
+        let enqueued = enqueue();
+        // Also where a later launch failed: what was launched reads the plan.
+        self.buffers.order(stream, self.home)?;
+        enqueued
     }
 }
 
 /// Memory for partial outputs and their log-sum-exps: owned, or the caller's own.
 ///
-/// One workspace serves any number of runs in stream order; runs that may overlap need one each.
-#[derive(Debug)]
-pub struct Workspace<'a> {
-    memory: Memory<'a>,
+/// One workspace serves all runs of one [`PlanBuffers`], and any number of runs in stream order; runs that may overlap need one
+/// each.
+#[derive(Clone, Debug)]
+pub struct Workspace {
+    span: DeviceSpan,
 }
 
-#[derive(Debug)]
-enum Memory<'a> {
-    Owned(DeviceBuffer),
-    Borrowed(DeviceSpan<'a>),
-}
-
-impl<'a> Workspace<'a> {
+impl Workspace {
     /// Bytes a run of `plan` needs.
     pub fn bytes_for(plan: &Plan) -> u64 {
         Self::bytes_for_slots(plan.shape(), plan.header().slot_count)
@@ -234,25 +350,23 @@ impl<'a> Workspace<'a> {
     /// The driver cannot allocate.
     pub fn with_capacity(device: &CudaDevice, bytes: u64) -> Result<Self> {
         let bytes = usize::try_from(bytes).map_err(|_| Error::invalid("bytes", bytes, "an address range"))?;
-        Ok(Self { memory: Memory::Owned(DeviceBuffer::zeroed(device, bytes.max(16))?) })
+        Ok(Self::from_span(DeviceBuffer::zeroed(device, bytes.max(16))?.span()))
     }
 
     /// Uses memory of the caller; 16-byte aligned.
-    pub fn from_span(span: DeviceSpan<'a>) -> Self {
-        Self { memory: Memory::Borrowed(span) }
+    pub fn from_span(span: DeviceSpan) -> Self {
+        Self { span }
     }
 
     /// The memory.
-    pub fn span(&self) -> DeviceSpan<'_> {
-        match &self.memory {
-            Memory::Owned(buffer) => buffer.span(),
-            Memory::Borrowed(span) => *span,
-        }
+    pub fn span(&self) -> &DeviceSpan {
+        &self.span
     }
 
     /// Addresses of (partial outputs, partial LSEs). They depend on the workspace and the shape alone, not on the plan,
     /// so that a captured graph stays valid when the plan changes.
-    pub(super) fn layout(span: DeviceSpan<'_>, shape: AttentionShape, slots: u32) -> Result<(u64, u64)> {
+    pub(super) fn layout(&self, shape: AttentionShape, slots: u32) -> Result<(u64, u64)> {
+        let span = &self.span;
         if slots > 0 && !span.address().is_multiple_of(16) {
             return Err(Error::invalid(
                 "workspace",

@@ -4,7 +4,8 @@
 //! bytes that one swizzle row spans) of up to 64 tokens of one head of one page. Page `num_pages` is out of range, so a
 //! kernel that names it gets zeros.
 
-use crate::{AttentionShape, Dtype, Error, KvStrides, Result};
+use crate::eligibility::{accepted_strides, is_stride};
+use crate::{Dtype, Error, KvStrides, Problem, Result};
 
 /// Elements per box row: the 128-byte swizzle spans this much.
 const BOX_ELEMENTS: u32 = 64;
@@ -28,31 +29,26 @@ impl TensorMapSpec {
     /// The map of one pool (K or V).
     ///
     /// # Errors
-    /// A stride is negative, not a multiple of 16 bytes, or 2^40 bytes or more (limits of tensor maps).
+    /// A stride is not accepted.
     pub(super) fn new(
         tensor: &str,
         address: u64,
         strides: KvStrides,
-        shape: AttentionShape,
-        page_size: u32,
+        problem: Problem,
         num_pages: u32,
     ) -> Result<Self> {
+        let (shape, page_size) = (problem.shape(), problem.page_size());
+        let element_bytes = shape.kv_dtype().bytes();
         let stride_bytes = |name: &str, elements: i64| {
-            elements
-                .checked_mul(2)
-                .and_then(|bytes| u64::try_from(bytes).ok())
-                .filter(|bytes| bytes % 16 == 0 && *bytes < 1 << 40)
-                .ok_or_else(|| {
-                    Error::invalid(
-                        format!("{tensor}_strides.{name}"),
-                        format!("{elements} elements"),
-                        "a multiple of 8 elements from 0 up to 2^39 (tensor maps)",
-                    )
-                })
+            if is_stride(elements, element_bytes) {
+                return Ok(elements.unsigned_abs() * u64::from(element_bytes));
+            }
+            let got = format!("{elements} elements");
+            Err(Error::invalid(format!("{tensor}_strides.{name}"), got, accepted_strides(element_bytes)))
         };
         Ok(Self {
             address,
-            dtype: shape.dtype(),
+            dtype: shape.kv_dtype(),
             dims: [
                 u64::from(shape.head_dim()),
                 u64::from(page_size),
@@ -72,22 +68,23 @@ impl TensorMapSpec {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::AttentionShape;
 
     #[test]
     fn dims_and_strides_follow_the_convention() {
-        let shape = AttentionShape::new(32, 8, 128, Dtype::F16).unwrap();
-        let map = TensorMapSpec::new("k", 0x1000, KvStrides::nhd(32, 8, 128), shape, 32, 7).unwrap();
+        let problem = |page_size| Problem::new(AttentionShape::new(32, 8, 128, Dtype::F16).unwrap(), page_size);
+        let map = TensorMapSpec::new("k", 0x1000, KvStrides::nhd(32, 8, 128), problem(32), 7).unwrap();
         assert_eq!(map.dims, [128, 32, 8, 7]);
         assert_eq!(map.strides_bytes, [8 * 128 * 2, 128 * 2, 32 * 8 * 128 * 2]);
         assert_eq!(map.box_dims, [64, 32, 1, 1]);
-        let map = TensorMapSpec::new("k", 0x1000, KvStrides::hnd(256, 8, 128), shape, 256, 7).unwrap();
+        let map = TensorMapSpec::new("k", 0x1000, KvStrides::hnd(256, 8, 128), problem(256), 7).unwrap();
         assert_eq!(map.strides_bytes, [128 * 2, 256 * 128 * 2, 256 * 8 * 128 * 2]);
         assert_eq!(map.box_dims[1], 64);
     }
 
     #[test]
     fn strides_that_tensor_maps_cannot_express_are_refused() {
-        let shape = AttentionShape::new(32, 8, 128, Dtype::F16).unwrap();
+        let problem = Problem::new(AttentionShape::new(32, 8, 128, Dtype::F16).unwrap(), 32);
         let good = KvStrides::nhd(32, 8, 128);
         for bad in [
             KvStrides { token: 1025, ..good },
@@ -95,7 +92,7 @@ mod tests {
             KvStrides { page: 1 << 39, ..good },
             KvStrides { page: i64::MAX, ..good },
         ] {
-            assert!(TensorMapSpec::new("k", 0x1000, bad, shape, 32, 7).is_err(), "{bad:?}");
+            assert!(TensorMapSpec::new("k", 0x1000, bad, problem, 7).is_err(), "{bad:?}");
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use super::PlanGeneration;
 use super::cost::Prediction;
-use crate::{AttentionShape, DecodeBatch, DeviceProfile, Error, Result};
+use crate::{AttentionShape, DecodeBatch, DeviceProfile, Error, Problem, Result};
 use pat_abi::{
     MAX_TILE_VARIANTS, MergeRow, NO_MASKS, PLAN_MAGIC, PackQuery, PageMask, PlanHeader, TileVariant, WorkItem,
 };
@@ -121,7 +121,7 @@ pub struct Plan {
     generation: PlanGeneration,
     /// 16-byte units, so that the records are aligned.
     words: Vec<[u64; 2]>,
-    shape: AttentionShape,
+    problem: Problem,
     profile: Arc<DeviceProfile>,
     num_pages: u32,
     logical_tokens: u64,
@@ -134,7 +134,7 @@ impl fmt::Debug for Plan {
         // The records are many; the header counts them.
         f.debug_struct("Plan")
             .field("generation", &self.generation)
-            .field("shape", &self.shape)
+            .field("problem", &self.problem)
             .field("profile", &self.profile.name)
             .field("num_pages", &self.num_pages)
             .field("logical_tokens", &self.logical_tokens)
@@ -146,10 +146,10 @@ impl fmt::Debug for Plan {
 
 impl PartialEq for Plan {
     fn eq(&self, other: &Self) -> bool {
-        let Self { generation: _, words, shape, profile, num_pages, logical_tokens, unique_kv_bytes, prediction } =
+        let Self { generation: _, words, problem, profile, num_pages, logical_tokens, unique_kv_bytes, prediction } =
             self;
         *words == other.words
-            && *shape == other.shape
+            && *problem == other.problem
             && *profile == other.profile
             && *num_pages == other.num_pages
             && *logical_tokens == other.logical_tokens
@@ -168,11 +168,11 @@ pub(super) fn checked_count(what: &str, n: u64) -> Result<u32> {
 
 impl Plan {
     /// A plan that nothing has been written to.
-    pub(super) fn empty(shape: AttentionShape, profile: Arc<DeviceProfile>) -> Self {
+    pub(super) fn empty(problem: Problem, profile: Arc<DeviceProfile>) -> Self {
         Self {
             generation: PlanGeneration::next(),
             words: Vec::new(),
-            shape,
+            problem,
             profile,
             num_pages: 0,
             logical_tokens: 0,
@@ -188,7 +188,7 @@ impl Plan {
     /// An offset or count does not fit its record; the plan is as before.
     pub(super) fn write(
         &mut self,
-        shape: AttentionShape,
+        problem: Problem,
         profile: &Arc<DeviceProfile>,
         batch: &DecodeBatch<'_>,
         records: &Records,
@@ -257,13 +257,13 @@ impl Plan {
         }
         let logical_tokens = (0..batch.sequence_count()).map(|sequence| u64::from(batch.length(sequence))).sum();
         self.generation = PlanGeneration::next();
-        self.shape = shape;
+        self.problem = problem;
         self.profile.clone_from(profile);
         self.num_pages = batch.num_pages();
         self.logical_tokens = logical_tokens;
         // Only full pages are shared.
         let repeated_tokens = repeated_pages * u64::from(batch.page_size());
-        self.unique_kv_bytes = (logical_tokens - repeated_tokens) * self.shape.kv_bytes_per_token();
+        self.unique_kv_bytes = (logical_tokens - repeated_tokens) * self.shape().kv_bytes_per_token();
         self.prediction = prediction;
         Ok(())
     }
@@ -294,7 +294,7 @@ impl Plan {
         }
         self.generation = PlanGeneration::next();
         self.logical_tokens = self.logical_tokens.wrapping_add_signed(grown);
-        let grown_bytes = grown * self.shape.kv_bytes_per_token() as i64;
+        let grown_bytes = grown * self.shape().kv_bytes_per_token() as i64;
         self.unique_kv_bytes = self.unique_kv_bytes.wrapping_add_signed(grown_bytes);
     }
 
@@ -372,9 +372,14 @@ impl Plan {
         self.records(self.header().merges_offset_bytes, self.header().merge_count)
     }
 
+    /// What the plan was made for.
+    pub fn problem(&self) -> Problem {
+        self.problem
+    }
+
     /// The shape the plan was made for.
     pub fn shape(&self) -> AttentionShape {
-        self.shape
+        self.problem.shape()
     }
 
     /// The device the plan was made for, as its cost model saw it.
@@ -389,7 +394,7 @@ impl Plan {
 
     /// Tokens per page.
     pub fn page_size(&self) -> u32 {
-        self.header().page_size
+        self.problem.page_size()
     }
 
     /// Rows of the batch, empty ones included.
@@ -399,7 +404,7 @@ impl Plan {
 
     /// Bytes of partial outputs and partial LSEs that executing the plan needs.
     pub fn partial_bytes(&self) -> u64 {
-        u64::from(self.header().slot_count) * self.shape.partial_bytes()
+        u64::from(self.header().slot_count) * self.shape().partial_bytes()
     }
 
     fn records<T: bytemuck::Pod>(&self, offset_bytes: u32, count: u32) -> &[T] {

@@ -1,8 +1,9 @@
 //! The cost model: what a tiling is predicted to take. Every term has a name and a unit; the rates are the device
 //! profile's.
 
+use super::choice::TileChoice;
 use super::deal::Deal;
-use super::tiling::{TileChoice, TileClass, TilingRule};
+use super::tiling::{TileClass, TilingRule};
 use crate::{AttentionShape, DeviceProfile};
 use pat_abi::{Arch, Family, TileVariant};
 use serde::Serialize;
@@ -29,17 +30,6 @@ impl Prediction {
     pub fn total_us(&self) -> f64 {
         self.launch_us + self.busy_us + self.merge_us
     }
-
-    /// Whether multiplying takes so much of the forward pass that wider tiles may help.
-    pub(super) fn is_bound_by_tensor_cores(&self) -> bool {
-        self.tensor_us >= LEAST_TENSOR_PART * self.busy_us
-    }
-
-    /// Whether this plan, in wider tiles, is to be preferred to `usual`: it must be faster, and read clearly less. (Where it reads as
-    /// much, wide tiles are slower than predicted: docs/planner-quality.md.)
-    pub(super) fn is_worth_wider_tiles_than(&self, usual: &Self) -> bool {
-        self.total_us() < usual.total_us() && self.memory_us <= MOST_WIDE_MEMORY * usual.memory_us
-    }
 }
 
 /// Sequences that are served together, as another planner packs them.
@@ -63,12 +53,6 @@ pub(super) struct VariantTerms {
     /// Least time of a step, in parts of the profile's ([`DeviceProfile::tile_latency_us`]).
     step_latency: f64,
 }
-
-/// Part of the forward pass that the tensor cores must take before wider tiles are looked at (likewise docs/planner-quality.md).
-const LEAST_TENSOR_PART: f64 = 0.6;
-
-/// Memory time that wider tiles may take, in parts of what the usual ones take.
-const MOST_WIDE_MEMORY: f64 = 0.95;
 
 /// What a step of `wgmma128` takes at least, in parts of one of `wgmma64`, which has half as many keys (measured on an H100).
 const WIDE_STEP_LATENCY: f64 = 2.3;

@@ -1,8 +1,9 @@
 //! Row tiles to the records of a plan: streams, masks, launch order, slots.
 
 use super::buffer::{self, Records, Tail};
+use super::choice::TileChoice;
 use super::forest::Forest;
-use super::tiling::{Extent, RowTile, TileChoice};
+use super::tiling::{Extent, RowTile};
 use crate::{AttentionShape, DecodeBatch, Result};
 use pat_abi::{DIRECT_SLOT, MergeRow, NO_MASKS, PackQuery, PageMask, WorkItem};
 use std::cmp::Reverse;

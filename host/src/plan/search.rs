@@ -1,9 +1,10 @@
 //! The search for a tiling: candidates are compared by prediction, from counts alone; only the winner is made.
 
 use super::capacity::PlanCapacity;
+use super::choice::TileChoice;
 use super::cost::{CostModel, Prediction, Work};
 use super::deal::Deal;
-use super::tiling::{self, Extent, TileChoice, TileClass, TilingRule};
+use super::tiling::{self, Extent, TileClass, TilingRule};
 
 /// Chunk lengths that are tried: each slot would get so many items, if all were equal.
 const ROUNDS: [u64; 3] = [1, 2, 6];

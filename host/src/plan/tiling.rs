@@ -4,8 +4,7 @@
 //! page that one of them reads, once: a shared node is read once per tile, and each row attends to its own pages only.
 
 use super::forest::Forest;
-use crate::{DecodeBatch, Error, Result};
-use pat_abi::TileVariant;
+use crate::DecodeBatch;
 
 /// One sequence, in forest order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -166,61 +165,5 @@ impl From<RowTile> for TileClass {
     fn from(tile: RowTile) -> Self {
         let RowTile { page_count, common_pages, .. } = tile;
         Self { sequences: tile.sequence_count(), page_count, common_pages, count: 1 }
-    }
-}
-
-/// Which tile variant serves how many sequences, for one group size and page size.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct TileChoice {
-    page_size: u32,
-    /// For 1, 2, ... sequences, up to as many as the largest variant holds.
-    by_sequences: Vec<TileVariant>,
-    /// The variants in use, narrowest first.
-    distinct: Vec<TileVariant>,
-    /// Pages of the key tile, by [`TileVariant::index`].
-    key_tile_pages: [u32; TileVariant::ALL.len()],
-}
-
-impl TileChoice {
-    /// The smallest of `variants` that holds the rows of each number of sequences.
-    ///
-    /// # Errors
-    /// No variant holds the rows of one sequence.
-    pub(super) fn new(variants: &[TileVariant], group: u32, page_size: u32) -> Result<Self> {
-        let most_rows = variants.iter().map(|variant| variant.rows()).max().unwrap_or(0);
-        if group > most_rows {
-            let expected = format!("at most {most_rows}, the rows of the largest tile");
-            return Err(Error::invalid("q_heads / kv_heads", group, expected));
-        }
-        let smallest = |rows| variants.iter().copied().filter(|v| v.rows() >= rows).min_by_key(|v| v.rows());
-        let by_sequences: Vec<_> =
-            (1..=most_rows / group).filter_map(|sequences| smallest(sequences * group)).collect();
-        let distinct = by_sequences.chunk_by(|a, b| a == b).map(|equal| equal[0]).collect();
-        let key_tile_pages = TileVariant::ALL.map(|variant| (variant.keys() / page_size).max(1));
-        Ok(Self { page_size, by_sequences, distinct, key_tile_pages })
-    }
-
-    pub(super) fn page_size(&self) -> u32 {
-        self.page_size
-    }
-
-    /// Most sequences of a tile.
-    pub(super) fn widest(&self) -> u32 {
-        self.by_sequences.len() as u32
-    }
-
-    /// The variant for `sequences` sequences, 1 to [`Self::widest`].
-    pub(super) fn variant(&self, sequences: u32) -> TileVariant {
-        self.by_sequences[sequences as usize - 1]
-    }
-
-    /// The variants in use, narrowest first.
-    pub(super) fn variants(&self) -> impl Iterator<Item = TileVariant> {
-        self.distinct.iter().copied()
-    }
-
-    /// Pages of the variant's key tile.
-    pub(super) fn key_tile_pages(&self, variant: TileVariant) -> u32 {
-        self.key_tile_pages[variant.index()]
     }
 }

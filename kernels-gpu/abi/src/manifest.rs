@@ -13,13 +13,38 @@ pub const MERGE_COLUMNS: u32 = 128;
 /// Threads of a CTA of the kernels of tests and benchmarks.
 pub const SUPPORT_THREADS: u32 = 256;
 
-/// Element type of Q, K, V and O.
+/// Element type of Q, K, V or O.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Dtype {
     /// IEEE 754 binary16.
     F16,
     /// bfloat16.
     Bf16,
+    /// 8 bits, 4 of exponent and 3 of fraction, no infinities.
+    E4m3,
+    /// 8 bits, 5 of exponent and 2 of fraction.
+    E5m2,
+}
+
+impl Dtype {
+    /// Bytes of an element.
+    pub const fn bytes(self) -> u32 {
+        match self {
+            Self::F16 | Self::Bf16 => 2,
+            Self::E4m3 | Self::E5m2 => 1,
+        }
+    }
+
+    /// Short name, as used in options and reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+            Self::E4m3 => "e4m3",
+            Self::E5m2 => "e5m2",
+        }
+    }
 }
 
 /// Which PTX file holds a kernel.
@@ -64,6 +89,7 @@ impl Arch {
 /// A tile shape the planner can choose for a work item. The discriminant indexes `PlanHeader::variant_*`.
 #[repr(u8)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
 pub enum TileVariant {
     /// mma.sync, 16 rows, four warps that split the KV tokens between them. Any page size.
     Mma16 = 0,

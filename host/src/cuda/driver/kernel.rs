@@ -1,0 +1,256 @@
+//! Kernels: compiling, launching, and the tensor maps they take.
+
+use super::call::{DriverCall, attempt_for};
+use super::context::{WhileOthersCapture, make_current};
+use super::stream::CurrentStream;
+use crate::cuda::CudaDevice;
+use crate::cuda::args::PreparedRun;
+use crate::cuda::bench_support::{CheckedFill, L2Flush};
+use crate::cuda::tensor_map::TensorMapSpec;
+use crate::{Dtype, Error, Result};
+use bytemuck::NoUninit;
+use cudarc::driver::{result, sys};
+use pat_abi::{Arch, Family, KernelSpec};
+use std::ffi::{CString, c_void};
+
+/// An encoded tensor map: 128 bytes, aligned as the driver wants it.
+pub(crate) type TensorMap = sys::CUtensorMap;
+
+/// One loaded kernel. Those of a [`CudaDevice`] stay loaded as long as the process runs.
+#[derive(Debug)]
+pub(crate) struct Kernel {
+    device: CudaDevice,
+    module: sys::CUmodule,
+    function: sys::CUfunction,
+    spec: &'static KernelSpec,
+    /// Largest useful grid: persistent kernels step through their work with the CTAs that fit the device.
+    max_grid: u32,
+}
+
+// SAFETY: the handles are process-wide names of driver objects; the driver's module and launch calls are thread-safe, and
+// every use has the context current on the calling thread.
+unsafe impl Send for Kernel {}
+// SAFETY: as above; no method changes the handles.
+unsafe impl Sync for Kernel {}
+
+impl Kernel {
+    /// Compiles a module of one kernel (see `ptx::cut`) for the device.
+    pub(crate) fn load(device: CudaDevice, spec: &'static KernelSpec, ptx: String, sm_count: u32) -> Result<Self> {
+        make_current(device)?;
+        let _allowed = WhileOthersCapture::enter()?;
+        let image = CString::new(ptx).map_err(|e| Error::invalid("ptx", e, "text without a NUL byte"))?;
+        let name = CString::new(spec.entry).map_err(|e| Error::invalid("entry", e, "text without a NUL byte"))?;
+        let mut log = vec![0u8; 16 * 1024];
+        let mut options =
+            [sys::CUjit_option::CU_JIT_ERROR_LOG_BUFFER, sys::CUjit_option::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
+        let mut values = [log.as_mut_ptr().cast::<c_void>(), std::ptr::without_provenance_mut(log.len())];
+        let mut module = std::ptr::null_mut();
+        let loaded = attempt_for(
+            DriverCall::ModuleLoad,
+            || spec.entry.into(),
+            || {
+                // SAFETY: `image` is NUL-terminated; `options` and `values` have the two entries announced, and the log buffer
+                // has the length announced; all outlive the call. The context is current.
+                unsafe {
+                    sys::cuModuleLoadDataEx(
+                        &mut module,
+                        image.as_ptr().cast(),
+                        options.len() as u32,
+                        options.as_mut_ptr(),
+                        values.as_mut_ptr(),
+                    )
+                }
+                .result()
+            },
+        );
+        loaded.map_err(|error| with_log(error, &log))?;
+        // From here on dropping `kernel` unloads the module.
+        let max_grid = match spec.family {
+            Family::Forward(variant) if variant.is_persistent() => sm_count * spec.min_ctas_per_sm,
+            // Its CTAs step through the rows, too.
+            Family::Merge => sm_count * spec.min_ctas_per_sm,
+            _ => u32::MAX,
+        };
+        let mut kernel = Self { device, module, function: std::ptr::null_mut(), spec, max_grid };
+        // SAFETY: the module has just been loaded and is owned by `kernel`.
+        kernel.function = attempt_for(
+            DriverCall::ModuleGetFunction,
+            || spec.entry.into(),
+            || unsafe { result::module::get_function(module, name) },
+        )?;
+        if spec.smem_bytes > 0 {
+            let about = || format!("{} bytes of shared memory for {}", spec.smem_bytes, spec.entry);
+            // SAFETY: the function belongs to the module loaded above.
+            attempt_for(DriverCall::FuncSetAttribute, about, || unsafe {
+                result::function::set_function_attribute(
+                    kernel.function,
+                    sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                    spec.smem_bytes as i32,
+                )
+            })?;
+        }
+        Ok(kernel)
+    }
+
+    /// # Safety
+    /// `params` point to values of the types that the kernel takes, in order, and every address in them is valid for
+    /// what the kernel does with it until it has finished. The stream is one of the kernel's device.
+    unsafe fn launch(
+        &self,
+        grid: u32,
+        params: &mut [*mut c_void],
+        programmatic: bool,
+        stream: CurrentStream<'_>,
+    ) -> Result<()> {
+        let grid = grid.min(self.max_grid);
+        if grid == 0 {
+            return Ok(());
+        }
+        let mut attribute = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: grid,
+            gridDimY: 1,
+            gridDimZ: 1,
+            blockDimX: self.spec.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: self.spec.smem_bytes,
+            hStream: stream.raw(),
+            attrs: &mut attribute,
+            numAttrs: u32::from(programmatic),
+        };
+        let about = || format!("{} with {grid} CTAs", self.spec.entry);
+        attempt_for(DriverCall::LaunchKernel, about, || {
+            // SAFETY: the function's module is loaded as long as `self` lives; the parameters are the caller's promise.
+            unsafe { sys::cuLaunchKernelEx(&config, self.function, params.as_mut_ptr(), std::ptr::null_mut()) }.result()
+        })
+    }
+}
+
+impl Drop for Kernel {
+    fn drop(&mut self) {
+        if make_current(self.device).is_ok() {
+            // SAFETY: loaded in `load`, unloaded only here: a kernel that a device keeps is never dropped, so that this one
+            // was never launched.
+            let _ = unsafe { result::module::unload(self.module) };
+        }
+    }
+}
+
+/// What the driver's compiler said behind what the driver said.
+fn with_log(error: Error, log: &[u8]) -> Error {
+    let log = String::from_utf8_lossy(log);
+    match (error, log.trim_end_matches('\0').trim()) {
+        (Error::Cuda { call, reason }, log) if !log.is_empty() => {
+            Error::Cuda { call, reason: format!("{reason}: {log}") }
+        }
+        (error, _) => error,
+    }
+}
+
+/// Launches a forward kernel over its share of a prepared run.
+pub(crate) fn launch_forward(
+    kernel: &Kernel,
+    run: &PreparedRun,
+    maps: &[TensorMap],
+    stream: CurrentStream<'_>,
+) -> Result<()> {
+    let Family::Forward(variant) = kernel.spec.family else {
+        return Err(Error::invalid("kernel", kernel.spec.entry, "a forward kernel"));
+    };
+    let Some(maps) = maps.get(..kernel.spec.tensor_maps as usize) else {
+        return Err(Error::invalid("tensor maps", maps.len(), format!("{}", kernel.spec.tensor_maps)));
+    };
+    let mut params = parameter_pointers(&run.forward, maps);
+    let grid = run.forward_grids[variant.index()];
+    // SAFETY: the manifest says that this family takes ForwardParams and `tensor_maps` maps. `run` was checked against
+    // the memory its addresses name, and the plan it points to was validated against the pool when it was made. Kernel and
+    // stream are of the bound run's device.
+    unsafe { kernel.launch(grid, &mut params.0[..params.1], false, stream) }
+}
+
+/// Launches a merge kernel. The sm_90a ones wait (`griddepcontrol.wait`) for the launch before them on their own, so that
+/// theirs may overlap its end; the others must not start before it has finished.
+pub(crate) fn launch_merge(kernel: &Kernel, run: &PreparedRun, stream: CurrentStream<'_>) -> Result<()> {
+    if kernel.spec.family != Family::Merge {
+        return Err(Error::invalid("kernel", kernel.spec.entry, "a merge kernel"));
+    }
+    let programmatic = kernel.spec.arch == Arch::Sm90a;
+    let grid = run.merge_rows as u32;
+    let mut params = [(&raw const run.merge).cast_mut().cast::<c_void>()];
+    // SAFETY: merge kernels take MergeParams alone; the driver reads, never writes, parameters. Addresses as in
+    // `launch_forward`. The grid fits: `RunArgs::prepare` keeps `merge_rows` below 2^31.
+    unsafe { kernel.launch(grid, &mut params, programmatic, stream) }
+}
+
+/// Launches a fill kernel.
+pub(crate) fn launch_fill(kernel: &Kernel, fill: &CheckedFill, ctas: u32, stream: CurrentStream<'_>) -> Result<()> {
+    if kernel.spec.family != Family::Fill {
+        return Err(Error::invalid("kernel", kernel.spec.entry, "a fill kernel"));
+    }
+    let mut params = [(&raw const fill.0).cast_mut().cast::<c_void>()];
+    // SAFETY: fill kernels take FillParams alone; `CheckedFill` says that the target holds what they write.
+    unsafe { kernel.launch(ctas, &mut params, false, stream) }
+}
+
+/// Launches the L2 flush.
+pub(crate) fn launch_flush(kernel: &Kernel, flush: &L2Flush, ctas: u32, stream: CurrentStream<'_>) -> Result<()> {
+    if kernel.spec.family != Family::Flush {
+        return Err(Error::invalid("kernel", kernel.spec.entry, "the flush kernel"));
+    }
+    let record = flush.params();
+    let mut params = [(&raw const record).cast_mut().cast::<c_void>()];
+    // SAFETY: the flush kernel takes FlushParams alone; `L2Flush` owns both buffers, with one sum per CTA, and freeing
+    // them waits for the device.
+    unsafe { kernel.launch(ctas, &mut params, false, stream) }
+}
+
+/// The parameter pointers of a kernel that takes one record and up to two tensor maps, on the stack.
+fn parameter_pointers<P: NoUninit>(record: &P, maps: &[TensorMap]) -> ([*mut c_void; 3], usize) {
+    let mut params = [std::ptr::null_mut(); 3];
+    params[0] = (&raw const *record).cast_mut().cast();
+    for (slot, map) in params[1..].iter_mut().zip(maps) {
+        *slot = (&raw const *map).cast_mut().cast();
+    }
+    (params, 1 + maps.len())
+}
+
+/// Encodes a tensor map: 128-byte swizzle, no L2 promotion (measured to be slower), zeros out of range.
+pub(crate) fn encode_tensor_map(spec: &TensorMapSpec) -> Result<TensorMap> {
+    let mut map = sys::CUtensorMap { opaque: [0; 16] };
+    let dtype = match spec.dtype {
+        Dtype::F16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+        Dtype::Bf16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        other => return Err(Error::invalid("kv_dtype", other.name(), "f16 or bf16 (tensor maps)")),
+    };
+    attempt_for(
+        DriverCall::TensorMapEncode,
+        || format!("{spec:?}"),
+        || {
+            // SAFETY: the arrays have the lengths that rank 4 asks for (4 dims, 3 strides, 4 box and element strides). The
+            // address is only recorded here.
+            unsafe {
+                sys::cuTensorMapEncodeTiled(
+                    &mut map,
+                    dtype,
+                    4,
+                    std::ptr::without_provenance_mut(spec.address as usize),
+                    spec.dims.as_ptr(),
+                    spec.strides_bytes.as_ptr(),
+                    spec.box_dims.as_ptr(),
+                    [1u32; 4].as_ptr(),
+                    sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                    sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                    sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_NONE,
+                    sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+                )
+            }
+            .result()
+        },
+    )?;
+    Ok(map)
+}

@@ -1,0 +1,407 @@
+//! Which kernels can compute a problem: the one validator that [`supports`], the planner, both executors and the tool ask.
+//!
+//! It says what *can* run; which of the kernels that can is best is the planner's choice.
+
+use crate::{KvStrides, Problem};
+use pat_abi::{Arch, Family, KERNELS, KernelSpec, TileVariant};
+use std::fmt;
+
+/// What the kernels' 128-bit loads, cp.async and TMA need of addresses and of strides in bytes.
+pub(crate) const VECTOR_BYTES: u32 = 16;
+/// Strides of pools and rows are shorter: what a tensor map can express.
+pub(crate) const STRIDE_BYTES_END: i64 = 1 << 40;
+
+/// Why a problem cannot be computed: what of it, and what would be accepted.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{part}: got {got}, expected {accepted}")]
+#[non_exhaustive]
+pub struct Reason {
+    /// What stands in the way.
+    pub part: Part,
+    /// Its value.
+    pub got: String,
+    /// What the kernels that come closest accept.
+    pub accepted: String,
+}
+
+/// What of a problem (or of where it is to run) a kernel may refuse, in the order in which it is looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
+pub enum Part {
+    /// The device's compute capability.
+    ComputeCapability,
+    /// Element type of Q.
+    QDtype,
+    /// Element type of K and V.
+    KvDtype,
+    /// Element type of O.
+    OutDtype,
+    /// Elements per head of Q and K.
+    HeadDim,
+    /// Elements per head of V and O.
+    VHeadDim,
+    /// Query tokens per sequence.
+    QueryTokens,
+    /// A tree of query tokens.
+    QueryTree,
+    /// A sliding window.
+    Window,
+    /// A soft cap of the scores.
+    SoftCap,
+    /// ALiBi.
+    Alibi,
+    /// Attention sinks.
+    Sinks,
+    /// The factor of the scores.
+    Scale,
+    /// Rows per KV head: query heads of a group times query tokens.
+    Group,
+    /// Tokens per page.
+    PageSize,
+    /// A stride.
+    Stride {
+        /// `q`, `k`, `v` or `out`.
+        tensor: &'static str,
+        /// `page`, `token`, `sequence` or `head`.
+        dimension: &'static str,
+    },
+}
+
+impl fmt::Display for Part {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::ComputeCapability => "compute_capability",
+            Self::QDtype => "dtype",
+            Self::KvDtype => "kv_dtype",
+            Self::OutDtype => "out_dtype",
+            Self::HeadDim => "head_dim",
+            Self::VHeadDim => "v_head_dim",
+            Self::QueryTokens => "query_tokens",
+            Self::QueryTree => "query tree",
+            Self::Window => "window",
+            Self::SoftCap => "soft_cap",
+            Self::Alibi => "alibi",
+            Self::Sinks => "sinks",
+            Self::Scale => "softmax_scale",
+            Self::Group => "q_heads / kv_heads",
+            Self::PageSize => "page_size",
+            Self::Stride { tensor, dimension } => return write!(f, "{tensor}_strides.{dimension}"),
+        })
+    }
+}
+
+/// What is asked of a kernel.
+#[derive(Clone, Copy, Debug)]
+struct Asked<'a> {
+    problem: &'a Problem,
+    kv_strides: Option<(KvStrides, KvStrides)>,
+    compute_capability: Option<u32>,
+}
+
+/// Whether some kernel can compute `problem`: with K and V in pools of these strides, where they are given, and on a device
+/// of this compute capability (major * 10 + minor), or else on one that suits. Asks no device, so that an adapter can decide
+/// anywhere. What it accepts, [`crate::Planner::new`] and the executors accept; what it refuses, they refuse.
+///
+/// # Errors
+/// What stands in the way of the kernels that come closest.
+pub fn supports(
+    problem: &Problem,
+    kv_strides: Option<(KvStrides, KvStrides)>,
+    compute_capability: Option<u32>,
+) -> Result<(), Reason> {
+    Asked { problem, kv_strides, compute_capability }.one_of(forward_kernels())
+}
+
+/// Whether the kernels of one variant can compute `problem` on a device of this compute capability.
+///
+/// # Errors
+/// What stands in their way.
+pub(crate) fn variant_supports(variant: TileVariant, problem: &Problem, compute_capability: u32) -> Result<(), Reason> {
+    let asked = Asked { problem, kv_strides: None, compute_capability: Some(compute_capability) };
+    asked.one_of(forward_kernels().filter(|(_, other)| *other == variant))
+}
+
+fn forward_kernels() -> impl Iterator<Item = (&'static KernelSpec, TileVariant)> + Clone {
+    KERNELS.iter().filter_map(|kernel| match kernel.family {
+        Family::Forward(variant) => Some((kernel, variant)),
+        _ => None,
+    })
+}
+
+impl Asked<'_> {
+    /// # Errors
+    /// None of `kernels` can; the reason is that of those that come closest.
+    fn one_of<'k>(self, kernels: impl Iterator<Item = (&'k KernelSpec, TileVariant)> + Clone) -> Result<(), Reason> {
+        // Where all is well, and on the way of every run it is, nothing is allocated.
+        let mut closest = Part::ComputeCapability;
+        for (kernel, variant) in kernels.clone() {
+            match self.obstacle(kernel, variant) {
+                None => return Ok(()),
+                Some(part) => closest = closest.max(part),
+            }
+        }
+        let mut accepted = Accepted::Listed(Vec::new());
+        for (kernel, variant) in kernels.filter(|(kernel, variant)| self.obstacle(kernel, *variant) == Some(closest)) {
+            accepted = accepted.or(accepted_by(kernel, variant, closest));
+        }
+        Err(Reason { part: closest, got: self.value(closest), accepted: accepted.to_string() })
+    }
+
+    /// The first thing that stands in the way of a kernel.
+    fn obstacle(self, kernel: &KernelSpec, variant: TileVariant) -> Option<Part> {
+        let Self { problem, kv_strides, compute_capability } = self;
+        let (shape, visibility, score) = (problem.shape(), problem.visibility(), problem.score());
+        let scale_log2 = problem.scale_log2();
+        let obstacles = [
+            (Part::ComputeCapability, compute_capability.is_some_and(|capability| !runs_on(kernel.arch, capability))),
+            (Part::QDtype, shape.dtype() != kernel.dtype),
+            (Part::KvDtype, shape.kv_dtype() != kernel.dtype),
+            (Part::OutDtype, shape.out_dtype() != kernel.dtype),
+            (Part::HeadDim, shape.head_dim() != kernel.head_dim),
+            (Part::VHeadDim, shape.v_head_dim() != kernel.head_dim),
+            (Part::QueryTokens, visibility.query_tokens != 1),
+            (Part::QueryTree, visibility.is_tree),
+            (Part::Window, visibility.window.is_some()),
+            (Part::SoftCap, score.soft_cap.is_some()),
+            (Part::Alibi, score.has_alibi),
+            (Part::Sinks, problem.has_sinks()),
+            // The kernels scale the running maximum, which only a positive factor keeps a maximum.
+            (Part::Scale, !(scale_log2.is_finite() && scale_log2 > 0.0)),
+            (Part::Group, shape.group() > variant.rows()),
+            (
+                Part::PageSize,
+                problem.page_size() > Problem::MAX_PAGE_SIZE || !variant.supports_page_size(problem.page_size()),
+            ),
+        ];
+        let first = obstacles.into_iter().find(|(_, is_there)| *is_there).map(|(part, _)| part);
+        first.or_else(|| kv_strides.and_then(|(k, v)| kv_stride_obstacle(problem, k, v)).map(|(part, _)| part))
+    }
+
+    /// The value of a part, for messages.
+    fn value(self, part: Part) -> String {
+        let (shape, visibility, score) = (self.problem.shape(), self.problem.visibility(), self.problem.score());
+        match part {
+            Part::ComputeCapability => self.compute_capability.unwrap_or_default().to_string(),
+            Part::QDtype => shape.dtype().name().into(),
+            Part::KvDtype => shape.kv_dtype().name().into(),
+            Part::OutDtype => shape.out_dtype().name().into(),
+            Part::HeadDim => shape.head_dim().to_string(),
+            Part::VHeadDim => shape.v_head_dim().to_string(),
+            Part::QueryTokens => visibility.query_tokens.to_string(),
+            Part::QueryTree | Part::Alibi | Part::Sinks => "yes".into(),
+            Part::Window => visibility.window.unwrap_or_default().to_string(),
+            Part::SoftCap => score.soft_cap.unwrap_or_default().to_string(),
+            Part::Scale => score.scale.to_string(),
+            Part::Group => shape.group().to_string(),
+            Part::PageSize => self.problem.page_size().to_string(),
+            Part::Stride { .. } => {
+                let obstacle = self.kv_strides.and_then(|(k, v)| kv_stride_obstacle(self.problem, k, v));
+                obstacle.map_or(String::new(), |(_, stride)| format!("{stride} elements"))
+            }
+        }
+    }
+}
+
+fn runs_on(arch: Arch, compute_capability: u32) -> bool {
+    match arch {
+        Arch::Sm80 => compute_capability >= 80,
+        Arch::Sm90a => compute_capability == 90,
+    }
+}
+
+/// What a kernel accepts of one part.
+fn accepted_by(kernel: &KernelSpec, variant: TileVariant, part: Part) -> Accepted {
+    let one = |value: String| Accepted::Listed(vec![value]);
+    match part {
+        Part::ComputeCapability => match kernel.arch {
+            Arch::Sm80 => Accepted::Range(80, None),
+            Arch::Sm90a => one("90".into()),
+        },
+        Part::QDtype | Part::KvDtype | Part::OutDtype => one(kernel.dtype.name().into()),
+        Part::HeadDim | Part::VHeadDim => one(kernel.head_dim.to_string()),
+        Part::QueryTokens => one("1".into()),
+        Part::QueryTree | Part::Window | Part::SoftCap | Part::Alibi | Part::Sinks => one("none".into()),
+        Part::Scale => one("a positive number, finite also where log2(e) multiplies it".into()),
+        Part::Group => Accepted::Range(1, Some(variant.rows())),
+        Part::PageSize if variant.supports_page_size(1) => Accepted::Range(1, Some(Problem::MAX_PAGE_SIZE)),
+        Part::PageSize => one(format!("a power of two from 16 to {}", Problem::MAX_PAGE_SIZE)),
+        Part::Stride { .. } => one(accepted_strides(kernel.dtype.bytes())),
+    }
+}
+
+/// The strides [`is_stride`] accepts, in words.
+pub(crate) fn accepted_strides(element_bytes: u32) -> String {
+    let least = VECTOR_BYTES / element_bytes;
+    format!(
+        "0 or a positive multiple of {least} elements below 2^{}",
+        (STRIDE_BYTES_END / i64::from(element_bytes)).ilog2()
+    )
+}
+
+/// Whether the kernels can follow a stride of so many elements.
+pub(crate) fn is_stride(elements: i64, element_bytes: u32) -> bool {
+    elements
+        .checked_mul(i64::from(element_bytes))
+        .is_some_and(|bytes| (0..STRIDE_BYTES_END).contains(&bytes) && bytes % i64::from(VECTOR_BYTES) == 0)
+}
+
+/// The first stride of the pools that the kernels cannot follow.
+fn kv_stride_obstacle(problem: &Problem, k: KvStrides, v: KvStrides) -> Option<(Part, i64)> {
+    let element_bytes = problem.shape().kv_dtype().bytes();
+    let of = |tensor, strides: KvStrides| {
+        [("page", strides.page), ("token", strides.token), ("head", strides.head)]
+            .map(|(dimension, stride)| (Part::Stride { tensor, dimension }, stride))
+    };
+    of("k", k).into_iter().chain(of("v", v)).find(|(_, stride)| !is_stride(*stride, element_bytes))
+}
+
+/// What several kernels accept.
+#[derive(Clone, Debug)]
+enum Accepted {
+    /// From the first number to the second, where there is one.
+    Range(u32, Option<u32>),
+    /// One of these.
+    Listed(Vec<String>),
+}
+
+impl Accepted {
+    /// What either accepts: the wider range, or both lists.
+    fn or(self, other: Self) -> Self {
+        match (self, other) {
+            (Self::Range(a, a_end), Self::Range(b, b_end)) => {
+                Self::Range(a.min(b), a_end.zip(b_end).map(|(a_end, b_end)| a_end.max(b_end)))
+            }
+            (range @ Self::Range(..), _) | (_, range @ Self::Range(..)) => range,
+            (Self::Listed(mut all), Self::Listed(more)) => {
+                all.extend(more);
+                // Numbers by size.
+                all.sort_by(|a, b| (a.len(), a).cmp(&(b.len(), b)));
+                all.dedup();
+                Self::Listed(all)
+            }
+        }
+    }
+}
+
+impl fmt::Display for Accepted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Range(least, Some(most)) => write!(f, "{least} to {most}"),
+            Self::Range(least, None) => write!(f, "{least} or more"),
+            Self::Listed(values) => f.write_str(&values.join(" or ")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{AttentionShape, Dtype};
+
+    fn problem(q_heads: u32, kv_heads: u32, head_dim: u32, dtype: Dtype, page_size: u32) -> Problem {
+        Problem::new(AttentionShape::new(q_heads, kv_heads, head_dim, dtype).unwrap(), page_size)
+    }
+
+    fn usual() -> Problem {
+        problem(32, 8, 128, Dtype::F16, 16)
+    }
+
+    fn refusal(problem: Problem, compute_capability: Option<u32>) -> String {
+        supports(&problem, None, compute_capability).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn every_head_dim_and_plain_layout_is_supported() {
+        for dtype in [Dtype::F16, Dtype::Bf16] {
+            for head_dim in [64, 128] {
+                for page_size in [1, 7, 16, 32, Problem::MAX_PAGE_SIZE] {
+                    let problem = problem(12, 4, head_dim, dtype, page_size);
+                    let strides = (KvStrides::nhd(page_size, 4, head_dim), KvStrides::hnd(page_size, 4, head_dim));
+                    for compute_capability in [None, Some(80), Some(89), Some(90), Some(120)] {
+                        assert_eq!(supports(&problem, Some(strides), compute_capability), Ok(()));
+                    }
+                }
+            }
+        }
+        assert_eq!(supports(&problem(128, 1, 64, Dtype::F16, 1), None, None), Ok(()));
+    }
+
+    #[test]
+    fn refusals_say_which_part_and_what_would_be_accepted() {
+        let usual = usual();
+        let shape = usual.shape();
+        let of = |shape| refusal(Problem::new(shape, 16), None);
+        assert_eq!(of(shape.with_kv_dtype(Dtype::E4m3)), "kv_dtype: got e4m3, expected f16");
+        assert_eq!(of(shape.with_out_dtype(Dtype::Bf16)), "out_dtype: got bf16, expected f16");
+        assert_eq!(of(shape.with_v_head_dim(64).unwrap()), "v_head_dim: got 64, expected 128");
+        let cases = [
+            (problem(8, 8, 96, Dtype::Bf16, 16), "head_dim: got 96, expected 64 or 128"),
+            (problem(8, 8, 128, Dtype::E5m2, 16), "dtype: got e5m2, expected f16 or bf16"),
+            (problem(129, 1, 128, Dtype::F16, 16), "q_heads / kv_heads: got 129, expected 1 to 128"),
+            (problem(32, 8, 128, Dtype::F16, 0), "page_size: got 0, expected 1 to 65536"),
+            (problem(32, 8, 128, Dtype::F16, 65_537), "page_size: got 65537, expected 1 to 65536"),
+            (usual.with_soft_cap(30.0), "soft_cap: got 30, expected none"),
+            (usual.with_window(4096), "window: got 4096, expected none"),
+            (usual.with_query_tokens(4), "query_tokens: got 4, expected 1"),
+            (usual.with_query_tree(1), "query tree: got yes, expected none"),
+            (usual.with_alibi(), "alibi: got yes, expected none"),
+            (usual.with_sinks(), "sinks: got yes, expected none"),
+        ];
+        for (problem, message) in cases {
+            assert_eq!(refusal(problem, None), message);
+        }
+        for scale in [0.0, -1.0, f32::NAN, f32::INFINITY, f32::MAX] {
+            let message = refusal(usual.with_scale(scale), None);
+            assert!(message.starts_with(&format!("softmax_scale: got {scale}, expected a positive")), "{message}");
+        }
+        assert_eq!(refusal(usual, Some(75)), "compute_capability: got 75, expected 80 or more");
+    }
+
+    #[test]
+    fn strides_that_kernels_cannot_follow_are_refused_everywhere() {
+        let good = KvStrides::nhd(16, 8, 128);
+        let reason = |k, v| supports(&usual(), Some((k, v)), None).unwrap_err();
+        for stride in [-8, 1, 1025, 1 << 39, 1 << 40, i64::MAX, i64::MIN] {
+            let bad = KvStrides { token: stride, ..good };
+            assert_eq!(reason(good, bad).part, Part::Stride { tensor: "v", dimension: "token" });
+            let message = reason(KvStrides { page: stride, ..good }, bad).to_string();
+            let expected = "expected 0 or a positive multiple of 8 elements below 2^39";
+            assert_eq!(message, format!("k_strides.page: got {stride} elements, {expected}"));
+        }
+        let longest = KvStrides { page: (1 << 39) - 8, ..good };
+        assert_eq!(supports(&usual(), Some((longest, longest)), None), Ok(()));
+    }
+
+    #[test]
+    fn variants_differ_in_what_they_accept() {
+        let of = |variant, problem, compute_capability| variant_supports(variant, &problem, compute_capability);
+        let [odd, wide] = [problem(8, 8, 128, Dtype::F16, 48), problem(71, 1, 64, Dtype::F16, 16)];
+        assert_eq!(of(TileVariant::Mma16, odd, 90), Ok(()));
+        let reason = of(TileVariant::Wgmma64, odd, 90).unwrap_err().to_string();
+        assert_eq!(reason, "page_size: got 48, expected a power of two from 16 to 65536");
+        assert_eq!(of(TileVariant::Wgmma64, wide, 90).unwrap_err().part, Part::Group);
+        assert_eq!(of(TileVariant::Wgmma128, wide, 90), Ok(()));
+        let reason = of(TileVariant::Wgmma64, usual(), 80).unwrap_err().to_string();
+        assert_eq!(reason, "compute_capability: got 80, expected 90");
+    }
+
+    #[test]
+    fn a_problem_is_supported_where_one_variant_is() {
+        for problem in
+            [usual(), usual().with_sinks(), problem(8, 8, 96, Dtype::F16, 16), problem(71, 1, 64, Dtype::F16, 3)]
+        {
+            for capability in [75, 80, 90, 120] {
+                let one = TileVariant::ALL.into_iter().any(|v| variant_supports(v, &problem, capability).is_ok());
+                assert_eq!(one, supports(&problem, None, Some(capability)).is_ok(), "{problem:?} {capability}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_forward_kernel_has_a_merge() {
+        for (kernel, _) in forward_kernels() {
+            let merge = pat_abi::manifest::find(Family::Merge, kernel.dtype, kernel.head_dim);
+            assert!(merge.is_some(), "{}", kernel.entry);
+        }
+    }
+}

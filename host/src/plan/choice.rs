@@ -1,0 +1,162 @@
+//! Preference: which of the variants that could serve a batch are looked at, how many sequences to a tile, and when wide
+//! tiles are worth it. What *can* serve it is [`crate::eligibility`]'s to say.
+
+use super::cost::Prediction;
+use super::{PlanMode, PlanOptions};
+use crate::eligibility::{Part, variant_supports};
+use crate::{DeviceProfile, Error, Problem, Result, supports};
+use pat_abi::TileVariant;
+
+/// Part of the forward pass that the tensor cores must take before wider tiles are looked at (docs/planner-quality.md).
+const LEAST_TENSOR_PART: f64 = 0.6;
+
+/// Memory time that wider tiles may take, in parts of what the usual ones take.
+const MOST_WIDE_MEMORY: f64 = 0.95;
+
+/// What tiles a batch may be cut into.
+#[derive(Clone, Debug)]
+pub(super) struct TileChoices {
+    pub(super) usual: TileChoice,
+    /// Tiles with more rows, for batches whose tensor cores are the limit.
+    wide: Option<TileChoice>,
+    /// Whether the plan made last has wide ones.
+    is_wide_in_use: bool,
+}
+
+impl TileChoices {
+    /// # Errors
+    /// No variant can serve the problem on the device, or one of those that are asked for cannot.
+    pub(super) fn new(problem: &Problem, profile: &DeviceProfile, options: &PlanOptions) -> Result<Self> {
+        supports(problem, None, Some(profile.compute_capability))?;
+        let possible = profile.variants(problem);
+        let (group, page_size) = (problem.shape().group(), problem.page_size());
+        let only = |variants: &[TileVariant]| Self {
+            usual: TileChoice::new(variants, group, page_size),
+            wide: None,
+            is_wide_in_use: false,
+        };
+        if let Some(forced) = &options.variants {
+            return Self::check_forced(forced, &possible, problem, profile).map(|()| only(forced));
+        }
+        // The wgmma stream serves leaves as fast as the narrow tiles do, and shared nodes in the same launch.
+        if possible.contains(&TileVariant::Wgmma64) {
+            // No other mode has a choice.
+            let has_wide = possible.contains(&TileVariant::Wgmma128) && options.mode == PlanMode::Auto;
+            let wide = has_wide.then(|| TileChoice::new(&[TileVariant::Wgmma128], group, page_size));
+            return Ok(Self { wide, ..only(&[TileVariant::Wgmma64]) });
+        }
+        Ok(only(&possible))
+    }
+
+    /// Of the variants that are asked for, those with fewer rows than one sequence needs may stand beside others.
+    fn check_forced(
+        forced: &[TileVariant],
+        possible: &[TileVariant],
+        problem: &Problem,
+        profile: &DeviceProfile,
+    ) -> Result<()> {
+        if forced.is_empty() {
+            return Err(Error::invalid("variants", "none", "at least one tile variant"));
+        }
+        let reason = |variant: TileVariant| variant_supports(variant, problem, profile.compute_capability).err();
+        let has_possible = forced.iter().any(|variant| possible.contains(variant));
+        let mut refused = forced.iter().filter_map(|variant| Some((variant, reason(*variant)?)));
+        match refused.find(|(_, reason)| reason.part != Part::Group || !has_possible) {
+            None => Ok(()),
+            Some((variant, reason)) => {
+                let names: Vec<_> = possible.iter().map(|variant| variant.name()).collect();
+                let expected = format!("some of {} ({}: {reason})", names.join(", "), variant.name());
+                Err(Error::invalid("variants", variant.name(), expected))
+            }
+        }
+    }
+
+    /// Without wide tiles.
+    pub(super) fn without_wide(self) -> Self {
+        Self { wide: None, is_wide_in_use: false, ..self }
+    }
+
+    /// Takes the usual tiles or the wide ones.
+    pub(super) fn take(&mut self, wide: bool) {
+        self.is_wide_in_use = wide;
+    }
+
+    /// The wide tiles, where they may help a batch whose plan in the usual ones is predicted so.
+    pub(super) fn wide_for(&self, usual: &Prediction) -> Option<&TileChoice> {
+        self.wide.as_ref().filter(|_| usual.tensor_us >= LEAST_TENSOR_PART * usual.busy_us)
+    }
+
+    /// Those that the plan made last has.
+    pub(super) fn in_use(&self) -> &TileChoice {
+        self.wide.as_ref().filter(|_| self.is_wide_in_use).unwrap_or(&self.usual)
+    }
+
+    /// Every variant that a plan may use, in the order of [`TileVariant::ALL`].
+    pub(super) fn variants(&self) -> Vec<TileVariant> {
+        let mut variants: Vec<_> =
+            self.usual.variants().chain(self.wide.iter().flat_map(TileChoice::variants)).collect();
+        variants.sort_unstable();
+        variants
+    }
+}
+
+/// Whether a plan in wide tiles is to be preferred: it must be faster, and read clearly less. (Where it reads as much, wide
+/// tiles are slower than predicted: docs/planner-quality.md.)
+pub(super) fn is_wide_better(wide: &Prediction, usual: &Prediction) -> bool {
+    wide.total_us() < usual.total_us() && wide.memory_us <= MOST_WIDE_MEMORY * usual.memory_us
+}
+
+/// Sequences per tile that are tried, where more than one. Wide ones first: what they take spares looking at narrower ones that
+/// read more than that.
+pub(super) fn widths(widest: u32) -> impl Iterator<Item = u32> {
+    std::iter::successors(Some(widest), |width| Some(width.div_ceil(2))).take_while(|width| *width > 1)
+}
+
+/// Which tile variant serves how many sequences, for one group size and page size.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct TileChoice {
+    page_size: u32,
+    /// For 1, 2, ... sequences, up to as many as the largest variant holds.
+    by_sequences: Vec<TileVariant>,
+    /// The variants in use, narrowest first.
+    distinct: Vec<TileVariant>,
+    /// Pages of the key tile, by [`TileVariant::index`].
+    key_tile_pages: [u32; TileVariant::ALL.len()],
+}
+
+impl TileChoice {
+    /// The smallest of `variants` that holds the rows of each number of sequences; one at least holds those of one.
+    fn new(variants: &[TileVariant], group: u32, page_size: u32) -> Self {
+        let most_rows = variants.iter().map(|variant| variant.rows()).max().unwrap_or(0);
+        let smallest = |rows| variants.iter().copied().filter(|v| v.rows() >= rows).min_by_key(|v| v.rows());
+        let by_sequences: Vec<_> =
+            (1..=most_rows / group).filter_map(|sequences| smallest(sequences * group)).collect();
+        let distinct = by_sequences.chunk_by(|a, b| a == b).map(|equal| equal[0]).collect();
+        let key_tile_pages = TileVariant::ALL.map(|variant| (variant.keys() / page_size).max(1));
+        Self { page_size, by_sequences, distinct, key_tile_pages }
+    }
+
+    pub(super) fn page_size(&self) -> u32 {
+        self.page_size
+    }
+
+    /// Most sequences of a tile.
+    pub(super) fn widest(&self) -> u32 {
+        self.by_sequences.len() as u32
+    }
+
+    /// The variant for `sequences` sequences, 1 to [`Self::widest`].
+    pub(super) fn variant(&self, sequences: u32) -> TileVariant {
+        self.by_sequences[sequences as usize - 1]
+    }
+
+    /// The variants in use, narrowest first.
+    pub(super) fn variants(&self) -> impl Iterator<Item = TileVariant> {
+        self.distinct.iter().copied()
+    }
+
+    /// Pages of the variant's key tile.
+    pub(super) fn key_tile_pages(&self, variant: TileVariant) -> u32 {
+        self.key_tile_pages[variant.index()]
+    }
+}

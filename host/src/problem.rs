@@ -1,0 +1,166 @@
+//! What is computed: everything a kernel must know of a model's attention but the tensors themselves.
+
+use crate::arguments::same;
+use crate::{AttentionShape, Result};
+use pat_abi::PageMask;
+
+/// A layer's attention: shape of the tensors, page size, what a row sees, what happens to a score.
+///
+/// Made for plain decode attention ([`Self::new`]) and changed from there:
+///
+/// ```
+/// use pat_rs::{AttentionShape, Dtype, Problem};
+///
+/// # fn main() -> pat_rs::Result<()> {
+/// let plain = Problem::new(AttentionShape::new(32, 8, 128, Dtype::Bf16)?, 16);
+/// assert_eq!(plain.score().scale, 1.0 / 128f32.sqrt());
+/// pat_rs::supports(&plain, None, None)?;
+/// let reason = pat_rs::supports(&plain.with_soft_cap(50.0), None, None).unwrap_err();
+/// assert_eq!(reason.to_string(), "soft_cap: got 50, expected none");
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Problem {
+    shape: AttentionShape,
+    page_size: u32,
+    visibility: Visibility,
+    score: Score,
+    has_sinks: bool,
+}
+
+/// Which tokens of its sequence a row attends to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub struct Visibility {
+    /// Only so many tokens, the last one included.
+    pub window: Option<u32>,
+    /// Query tokens per sequence, the last tokens of it, each of which sees the tokens up to itself.
+    pub query_tokens: u32,
+    /// Whether the query tokens form a tree (speculative decoding) instead of a chain.
+    pub is_tree: bool,
+}
+
+/// What becomes of a product Q·K before the softmax.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct Score {
+    /// Its factor.
+    pub scale: f32,
+    /// Capped behind the scale: `cap * tanh(score / cap)`.
+    pub soft_cap: Option<f32>,
+    /// Whether a bias that is linear in the distance is added (ALiBi).
+    pub has_alibi: bool,
+}
+
+impl Problem {
+    /// Largest page size: what a page mask can count.
+    pub const MAX_PAGE_SIZE: u32 = PageMask::MAX_TOKENS;
+
+    /// Plain decode attention over pages of `page_size` tokens: one query token that sees its whole sequence, scores
+    /// scaled by `1 / sqrt(head_dim)`.
+    pub fn new(shape: AttentionShape, page_size: u32) -> Self {
+        Self {
+            shape,
+            page_size,
+            visibility: Visibility { window: None, query_tokens: 1, is_tree: false },
+            score: Score { scale: 1.0 / (shape.head_dim() as f32).sqrt(), soft_cap: None, has_alibi: false },
+            has_sinks: false,
+        }
+    }
+
+    /// With another factor of the scores.
+    pub fn with_scale(mut self, scale: f32) -> Self {
+        self.score.scale = scale;
+        self
+    }
+
+    /// With scores capped by `soft_cap * tanh(score / soft_cap)`.
+    pub fn with_soft_cap(mut self, soft_cap: f32) -> Self {
+        self.score.soft_cap = Some(soft_cap);
+        self
+    }
+
+    /// With a bias that is linear in the distance (ALiBi).
+    pub fn with_alibi(mut self) -> Self {
+        self.score.has_alibi = true;
+        self
+    }
+
+    /// Attending to the last `tokens` tokens only.
+    pub fn with_window(mut self, tokens: u32) -> Self {
+        self.visibility.window = Some(tokens);
+        self
+    }
+
+    /// With `tokens` query tokens per sequence under a causal mask.
+    pub fn with_query_tokens(mut self, tokens: u32) -> Self {
+        self.visibility.query_tokens = tokens;
+        self
+    }
+
+    /// With `tokens` query tokens per sequence that form a tree.
+    pub fn with_query_tree(mut self, tokens: u32) -> Self {
+        self.visibility.is_tree = true;
+        self.with_query_tokens(tokens)
+    }
+
+    /// With attention sinks: one more term per head in the softmax's denominator.
+    pub fn with_sinks(mut self) -> Self {
+        self.has_sinks = true;
+        self
+    }
+
+    /// Heads, head dimensions and types.
+    pub fn shape(&self) -> AttentionShape {
+        self.shape
+    }
+
+    /// Tokens per page.
+    pub fn page_size(&self) -> u32 {
+        self.page_size
+    }
+
+    /// What a row sees.
+    pub fn visibility(&self) -> Visibility {
+        self.visibility
+    }
+
+    /// What happens to a score.
+    pub fn score(&self) -> Score {
+        self.score
+    }
+
+    /// Whether there are attention sinks.
+    pub fn has_sinks(&self) -> bool {
+        self.has_sinks
+    }
+
+    /// What a kernel multiplies the products Q·K with, whose weights are powers of 2: the scale times log2(e).
+    pub(crate) fn scale_log2(&self) -> f32 {
+        self.score.scale * std::f32::consts::LOG2_E
+    }
+
+    /// What a plan depends on: plans serve layers that differ in the rest.
+    pub(crate) fn planned(&self) -> Planned {
+        Planned { shape: self.shape, page_size: self.page_size, visibility: self.visibility }
+    }
+}
+
+/// The part of a problem that its plan depends on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Planned {
+    pub(crate) shape: AttentionShape,
+    pub(crate) page_size: u32,
+    pub(crate) visibility: Visibility,
+}
+
+impl Planned {
+    /// # Errors
+    /// A call is about something else; `what` is what `self` is of.
+    pub(crate) fn check_is(&self, call: &Self, what: &str) -> Result<()> {
+        same(&format!("the shape of {what}"), self.shape, call.shape)?;
+        same(&format!("the page_size of {what}"), self.page_size, call.page_size)?;
+        same(&format!("the visibility of {what}"), self.visibility, call.visibility)
+    }
+}

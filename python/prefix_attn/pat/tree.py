@@ -1,0 +1,227 @@
+"""The prefix tree of a batch, as PAT programs hold it: block tables and lengths, the plan made of them, PAT's tables."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+import prefix_attn
+
+from .schedule import DEFAULT_TILES, packs, tile_of
+
+_planning = threading.Lock()
+_planners: dict[tuple, prefix_attn.Planner] = {}
+#: What a program called last with, by (block size, query heads per KV head, KV heads, device): what the next step is
+#: planned for before its tensors are there.
+_last_geometry: dict[tuple, tuple] = {}
+_background: ThreadPoolExecutor | None = None
+
+
+class PrefixTreeCPP:
+    """A decode batch over a paged KV cache with blocks of ``block_size`` tokens."""
+
+    def __init__(self, block_size: int):
+        if not isinstance(block_size, int) or block_size < 1:
+            raise ValueError(f"block_size: {block_size!r}, expected a positive number of tokens")
+        self.block_size = block_size
+        self.kernel_info = KernelInfo(self)
+        self._lengths: list[int] = []
+        self._block_table = torch.empty(0, 0, dtype=torch.int32)
+        self._group, self._kv_heads = 1, 8
+        self._tiles = list(DEFAULT_TILES)
+        self._plans: dict[tuple, prefix_attn.Plan] = {}
+
+    def build_radix_tree(self, seq_lens: Sequence[int] | torch.Tensor, block_table: torch.Tensor) -> None:
+        """Takes the batch over; the caller may change its tensors afterwards.
+
+        Args:
+            seq_lens: Tokens of each sequence, the one being decoded included: B integers, or an int32 CPU tensor [B].
+            block_table: int32 CPU tensor [B, blocks]: block ids, padded on the right with anything.
+
+        Raises:
+            TypeError, ValueError: Other types, shapes or devices; a negative length; a row with too few blocks.
+        """
+        if isinstance(seq_lens, torch.Tensor):
+            _check_host_int32("seq_lens", seq_lens, 1)
+            seq_lens = seq_lens.tolist()
+        _check_host_int32("block_table", block_table, 2)
+        if len(seq_lens) != block_table.shape[0]:
+            raise ValueError(f"seq_lens: {len(seq_lens)} lengths, expected one per row of block_table ({block_table.shape[0]})")
+        most = block_table.shape[1] * self.block_size
+        for sequence, length in enumerate(seq_lens):
+            if not 0 <= length <= most:
+                raise ValueError(f"seq_lens[{sequence}]: {length}, expected 0 to {most}, what a row of block_table holds")
+        self._lengths = list(seq_lens)
+        self._block_table = block_table.clone()
+        self._forget()
+
+    def pack_schedule(
+        self,
+        MNWs: Sequence[Sequence[int]] | None = None,
+        HRatio: int = 1,
+        kvHead: int = 8,
+        use_compute_model: bool = False,
+    ) -> None:
+        """Says what the batch is scheduled for: ``HRatio`` query heads for each of ``kvHead`` KV heads. Again: from anew.
+
+        ``MNWs`` (M, N, warps) restricts the tiles that ``kernel_info`` names; ``use_compute_model`` is ignored, as in PAT's
+        compiled scheduler. Neither changes what runs.
+        """
+        if HRatio < 1 or kvHead < 1:
+            raise ValueError(f"HRatio, kvHead: {HRatio}, {kvHead}, expected positive numbers of heads")
+        self._tiles = [tuple(tile) for tile in MNWs] if MNWs else list(DEFAULT_TILES)
+        if any(len(tile) != 3 or min(tile) < 1 for tile in self._tiles):
+            raise ValueError(f"MNWs: {MNWs!r}, expected [M, N, warps] triples of positive numbers")
+        self._group, self._kv_heads = HRatio, kvHead
+        self._forget()
+
+    def _forget(self) -> None:
+        self._plans = {}
+        self.kernel_info._forget()
+
+    def _plan_ahead(self, device: torch.device) -> None:
+        """Plans for the tensors of the last call, where there was one: a model's do not change from step to step."""
+        geometry = _last_geometry.get((self.block_size, self._group, self._kv_heads, device))
+        if geometry is not None:
+            # Where the guess is wrong, the call will tell what is wrong with the batch, if anything.
+            with contextlib.suppress(ValueError):
+                self._plan(*geometry)
+
+    def _plan(
+        self, q_heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, num_blocks: int
+    ) -> prefix_attn.Plan:
+        """The plan of the batch for such tensors: made once, for all layers."""
+        geometry = (q_heads, kv_heads, head_dim, dtype, device, num_blocks)
+        plan = self._plans.get(geometry)
+        if plan is None:
+            with _planning:
+                planner = _planners.get(geometry[:-1])
+                if planner is None:
+                    shape = prefix_attn.AttentionShape(q_heads, kv_heads, head_dim, dtype)
+                    planner = _planners.setdefault(geometry[:-1], prefix_attn.Planner(shape, device))
+                plan = planner.plan(self._block_table, self._lengths, self.block_size, num_blocks)
+                _last_geometry[self.block_size, q_heads // kv_heads, kv_heads, device] = geometry
+            self._plans[geometry] = plan
+        return plan
+
+
+class PrefixTree(PrefixTreeCPP):
+    """PAT's Python scheduler: here the same as the compiled one."""
+
+
+class KernelInfo:
+    """PAT's tables of a schedule, made when they are first looked at; what runs does not need them.
+
+    ``num_split_per_seq``: int32 [B]. By group of packs with one tile: ``query_tables`` [packs, queries], ``block_tables``
+    [packs, blocks] (padded with 0), ``num_seqs_per_CTAs``, ``CTA_ranks`` and ``kv_in_CTAs`` [packs], all int32, and ``MNW``
+    [M, N, warps]. ``max_split_per_seq``, ``max_seqs_in_CTA``, ``max_blocks_in_CTA``: their maxima.
+    """
+
+    _TABLES = ("query_tables", "block_tables", "num_seqs_per_CTAs", "CTA_ranks", "kv_in_CTAs")
+    _FIELDS = (*_TABLES, "num_split_per_seq", "MNW", "max_split_per_seq", "max_seqs_in_CTA", "max_blocks_in_CTA")
+
+    def __init__(self, tree: PrefixTreeCPP):
+        self._tree = tree
+        self._device = torch.device("cpu")
+
+    def to_gpu(self, device: torch.device | str | int) -> None:
+        """Plans the batch for ``device`` (a CPU is one too), as far as it is known what for, and moves the tables there."""
+        device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        if device != self._device:
+            self._device = device
+            self._forget()
+        self._tree._plan_ahead(device)
+
+    def __getattr__(self, name: str):
+        if name not in self._FIELDS:
+            raise AttributeError(f"KernelInfo has no attribute {name!r}")
+        self._fill()
+        return self.__dict__[name]
+
+    def _forget(self) -> None:
+        for name in self._FIELDS:
+            self.__dict__.pop(name, None)
+
+    def _fill(self) -> None:
+        tree = self._tree
+        most_queries = max(1, max(tile[0] for tile in tree._tiles) // tree._group)
+        groups: dict[tuple, list] = {}
+        splits = [0] * len(tree._lengths)
+        for pack in packs(tree._lengths, tree._block_table.tolist(), tree.block_size, most_queries):
+            tile = tile_of(len(pack.queries) * tree._group, pack.kv_tokens, tree.block_size, tree._tiles)
+            groups.setdefault(tile, []).append(pack)
+            for query in pack.queries:
+                splits[query] += 1
+        order = sorted(groups, key=tree._tiles.index)
+        self.MNW = [list(tile) for tile in order]
+        self.max_split_per_seq = max(splits, default=0)
+        self.max_seqs_in_CTA = max((len(pack.queries) for group in groups.values() for pack in group), default=0)
+        self.max_blocks_in_CTA = max((len(pack.blocks) for group in groups.values() for pack in group), default=0)
+        self.num_split_per_seq = self._table(splits)
+        grouped = [groups[tile] for tile in order]
+        self.query_tables = [self._padded([pack.queries for pack in group]) for group in grouped]
+        self.block_tables = [self._padded([pack.blocks for pack in group]) for group in grouped]
+        self.num_seqs_per_CTAs = [self._table([len(pack.queries) for pack in group]) for group in grouped]
+        self.CTA_ranks = [self._table([pack.rank for pack in group]) for group in grouped]
+        self.kv_in_CTAs = [self._table([pack.kv_tokens for pack in group]) for group in grouped]
+        # A program passes the tables on: the tree is found by them again.
+        self.num_split_per_seq._prefix_attn_tree = tree
+
+    def _table(self, rows: list) -> torch.Tensor:
+        return torch.tensor(rows, dtype=torch.int32).to(self._device)
+
+    def _padded(self, rows: list[list[int]]) -> torch.Tensor:
+        width = max(map(len, rows))
+        return self._table([row + [0] * (width - len(row)) for row in rows])
+
+
+class AsyncTree:
+    """A tree that is built and planned in the background, beside what the GPU does. The batch is taken over at once."""
+
+    def __init__(
+        self,
+        block_size: int,
+        seq_lens: Sequence[int] | torch.Tensor,
+        table: torch.Tensor,
+        MNWs: Sequence[Sequence[int]] | None,
+        HRatio: int,
+        kvHead: int,
+        device: torch.device | str | int,
+    ):
+        global _background
+        if _background is None:
+            _background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefix_attn-tree")
+        tree = PrefixTreeCPP(block_size)
+        lengths = seq_lens.clone() if isinstance(seq_lens, torch.Tensor) else list(seq_lens)
+        self._future: Future[PrefixTreeCPP] = _background.submit(
+            self._build, tree, lengths, table.clone(), MNWs, HRatio, kvHead, device
+        )
+
+    @staticmethod
+    def _build(tree: PrefixTreeCPP, lengths, table, MNWs, HRatio, kvHead, device) -> PrefixTreeCPP:
+        tree.build_radix_tree(lengths, table)
+        tree.pack_schedule(MNWs, HRatio, kvHead)
+        tree.kernel_info.to_gpu(device)
+        return tree
+
+    @property
+    def tree(self) -> PrefixTreeCPP:
+        """The tree; waits for it, and raises what building it raised."""
+        return self._future.result()
+
+
+def _check_host_int32(name: str, tensor: torch.Tensor, dims: int) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name}: {type(tensor).__name__}, expected an int32 CPU tensor of {dims} dimensions")
+    if tensor.dtype != torch.int32:
+        raise TypeError(f"{name}: {tensor.dtype}, expected torch.int32")
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{name}: on {tensor.device}, expected on the CPU: planning never waits for a device")
+    if tensor.dim() != dims:
+        raise ValueError(f"{name}: {tensor.dim()} dimensions, expected {dims}")

@@ -1,0 +1,242 @@
+//! The border that foreign pointers cross, and the only file of the package with `unsafe`.
+//!
+//! What makes it sound: a [`Tensor`] is read from a live Python object that it then holds, its sizes and strides are the
+//! producer's own, and Python code, which alone could resize the memory, does not run between reading and use, because the
+//! thread stays attached to the interpreter. Device memory is used after that; the engine's contract is torch's own: whoever
+//! enqueued work on a stream keeps its tensors until the stream has passed.
+
+use crate::device::Device;
+use crate::errors::{Failure, Result, invalid, wrong_type};
+use crate::operands::{Operands, Span};
+use crate::tensor::{Element, MAX_RANK, Tensor, check_rank};
+use bytemuck::Pod;
+use pat_rs::cuda::{BoundRun, CudaDevice, DeviceSpan, Stream, Uploaded};
+use pat_rs::{Element as HostElement, HostTensors, Plan};
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::types::{PyCapsule, PyDict};
+use std::ffi::{CStr, c_void};
+use std::slice;
+
+/// The elements of a CPU tensor, from the first to the last one that its strides reach.
+pub(crate) fn elements<'a, T: Pod>(tensor: &'a Tensor<'_>, element: &Element) -> Result<&'a [T]> {
+    tensor.expect_element(element)?;
+    if tensor.device != Device::Cpu {
+        let expected = "host memory: a copy from the device would have to wait for it";
+        return Err(invalid(tensor.name, format!("a tensor on {}", tensor.device), expected));
+    }
+    let span = Span::of(tensor)?;
+    let elements = span.host_elements::<T>(tensor.name)?;
+    if elements == 0 {
+        return Ok(&[]);
+    }
+    // SAFETY: the element type was compared, alignment and length were checked by `host_elements`; the producer's sizes and
+    // strides lie inside its memory, which `tensor` holds and nobody writes while this thread is attached.
+    Ok(unsafe { slice::from_raw_parts(std::ptr::with_exposed_provenance(span.address as usize), elements) })
+}
+
+/// Executes a plan on host memory. `_held` are the tensors that `operands` were taken from: they keep the memory.
+pub(crate) fn run_host<T: HostElement>(plan: &Plan, operands: &Operands, _held: &[&Tensor<'_>]) -> Result<()> {
+    operands.check_outputs_are_apart()?;
+    let input = |span: Span, name| -> Result<&[T]> {
+        let elements = span.host_elements::<T>(name)?;
+        if elements == 0 {
+            return Ok(&[]);
+        }
+        // SAFETY: alignment and length were checked by `host_elements`; `Operands` has compared the element type; `_held`
+        // keeps the memory; no output overlaps it (checked above), and this thread stays attached.
+        Ok(unsafe { slice::from_raw_parts(std::ptr::with_exposed_provenance(span.address as usize), elements) })
+    };
+    let (q, k, v) = (input(operands.q, "q")?, input(operands.k, "k_cache")?, input(operands.v, "v_cache")?);
+    let mut tensors = HostTensors::new(operands.problem(), q, k, v)
+        .with_kv_strides(operands.k_strides, operands.v_strides)
+        .with_row_strides(operands.q_strides, operands.out_strides);
+    if let Some((_, strides)) = operands.lse {
+        tensors.lse_strides = strides;
+    }
+    let out = output::<T>(operands.out, "out")?;
+    let lse = operands.lse.map(|(span, _)| output::<f32>(span, "lse")).transpose()?;
+    // Their extents are disjoint from each other and from the inputs' (checked above).
+    Ok(pat_rs::cpu::run(plan, &tensors, out, lse)?)
+}
+
+/// Called by [`run_host`] alone, after the checks that its comments name.
+fn output<'a, T: Pod>(span: Span, name: &str) -> Result<&'a mut [T]> {
+    let elements = span.host_elements::<T>(name)?;
+    if elements == 0 {
+        return Ok(&mut []);
+    }
+    // SAFETY: as for the inputs; the tensor is writable (`Operands`), and its range meets no other one of the call.
+    Ok(unsafe { slice::from_raw_parts_mut(std::ptr::with_exposed_provenance_mut(span.address as usize), elements) })
+}
+
+/// Device memory of a tensor that the caller goes on holding.
+pub(crate) fn device_span(span: Span) -> DeviceSpan {
+    // SAFETY: the range is the producer's own (`Span::of`). It stays allocated until the work enqueued with it has finished:
+    // torch frees memory in the order of the stream it was allocated on, which is the caller's to keep as for every
+    // operation of torch; a bound run holds its tensors. `run_ptr` documents that its caller vouches for the addresses.
+    unsafe { DeviceSpan::from_raw(span.address, span.bytes) }
+}
+
+/// A stream of torch's (or of another library that uses the device's primary context).
+pub(crate) fn stream(device: &CudaDevice, handle: u64) -> Result<Stream> {
+    // SAFETY: torch's streams live as long as the process; a caller who names another library's stream keeps it as long as
+    // plans that were uploaded on it are used, and replays graphs in the order of uploads (documented at the argument).
+    Ok(unsafe { device.stream_from_raw(handle) }?)
+}
+
+/// A bound run with other memory for Q and O.
+pub(crate) fn run_with(
+    run: &BoundRun,
+    uploaded: Uploaded<'_>,
+    (q_address, out_address): (u64, u64),
+    stream: &Stream,
+) -> Result<()> {
+    // SAFETY: the caller of `run_ptr` vouches for the addresses, as its documentation says.
+    Ok(unsafe { run.run_with(uploaded, q_address, out_address, stream) }?)
+}
+
+#[repr(C)]
+struct DlDevice {
+    kind: i32,
+    id: i32,
+}
+
+#[repr(C)]
+struct DlType {
+    code: u8,
+    bits: u8,
+    lanes: u16,
+}
+
+/// `DLTensor` of dlpack.h.
+#[repr(C)]
+struct DlTensor {
+    data: *mut c_void,
+    device: DlDevice,
+    ndim: i32,
+    dtype: DlType,
+    shape: *const i64,
+    strides: *const i64,
+    byte_offset: u64,
+}
+
+/// `DLManagedTensorVersioned`.
+#[repr(C)]
+struct DlVersioned {
+    major: u32,
+    minor: u32,
+    manager: *mut c_void,
+    deleter: Option<unsafe extern "C" fn(*mut c_void)>,
+    flags: u64,
+    tensor: DlTensor,
+}
+
+const READ_ONLY: u64 = 1;
+const IS_COPIED: u64 = 2;
+const CAPSULE: &CStr = c"dltensor";
+const VERSIONED_CAPSULE: &CStr = c"dltensor_versioned";
+
+/// Reads any producer of DLPack. The capsule is kept unconsumed: dropping it gives the tensor back to its producer.
+pub(crate) fn read_dlpack<'py>(
+    name: &'static str,
+    object: &Bound<'py, PyAny>,
+    stream: Option<u64>,
+) -> Result<Tensor<'py>> {
+    let py = object.py();
+    let expected = "a torch tensor or a producer of DLPack (numpy, cupy, jax)";
+    if !object.hasattr(intern!(py, "__dlpack__"))? {
+        return Err(wrong_type(name, object.get_type().name()?, expected));
+    }
+    let options = PyDict::new(py);
+    let (kind, _): (i32, i32) = object.call_method0(intern!(py, "__dlpack_device__"))?.extract()?;
+    if kind == 2 {
+        // The protocol's name of the legacy default stream is 1.
+        options.set_item("stream", stream.filter(|handle| *handle > 0).unwrap_or(1))?;
+    }
+    let unversioned = options.copy()?;
+    options.set_item("max_version", (1, 0))?;
+    let capsule = object.call_method(intern!(py, "__dlpack__"), (), Some(&options)).or_else(|error| {
+        // Producers from before version 1 of the protocol do not know the argument.
+        if !error.is_instance_of::<pyo3::exceptions::PyTypeError>(py) {
+            return Err(error);
+        }
+        object.call_method(intern!(py, "__dlpack__"), (), Some(&unversioned))
+    })?;
+    let capsule = capsule.cast::<PyCapsule>().map_err(PyErr::from)?;
+    let is_versioned = capsule.is_valid_checked(Some(VERSIONED_CAPSULE));
+    let mut is_writable = true;
+    let tensor: &DlTensor = if is_versioned {
+        let pointer = capsule.pointer_checked(Some(VERSIONED_CAPSULE))?.cast::<DlVersioned>();
+        // SAFETY: a capsule of this name holds a `DLManagedTensorVersioned` (the protocol), which lives as long as the
+        // unconsumed capsule, which the result holds.
+        let managed = unsafe { pointer.as_ref() };
+        if managed.major != 1 {
+            return Err(invalid(name, format!("DLPack version {}.{}", managed.major, managed.minor), "version 1"));
+        }
+        if managed.flags & IS_COPIED != 0 {
+            return Err(invalid(name, "a copy that DLPack has made", "memory that can be used in place"));
+        }
+        is_writable = managed.flags & READ_ONLY == 0;
+        &managed.tensor
+    } else {
+        let pointer = capsule.pointer_checked(Some(CAPSULE))?.cast::<DlTensor>();
+        // SAFETY: a capsule of this name holds a `DLManagedTensor`, whose first member is the tensor; lifetime as above.
+        unsafe { pointer.as_ref() }
+    };
+    let rank = usize::try_from(tensor.ndim).unwrap_or(usize::MAX);
+    check_rank(name, rank)?;
+    let device = match tensor.device.kind {
+        // 1 is the CPU, 3 pinned host memory, 2 CUDA.
+        1 | 3 => Device::Cpu,
+        2 => Device::Cuda(usize::try_from(tensor.device.id).unwrap_or(0)),
+        other => return Err(invalid(name, format!("memory of DLPack device {other}"), "one on cpu or cuda")),
+    };
+    let element = match (tensor.dtype.code, tensor.dtype.bits, tensor.dtype.lanes) {
+        (2, 16, 1) => Element::F16,
+        (4, 16, 1) => Element::Bf16,
+        (2, 32, 1) => Element::F32,
+        (0, 32, 1) => Element::I32,
+        (0, 64, 1) => Element::I64,
+        (code, bits, lanes) => Element::Other(format!("DLPack type {code} of {bits} bits in {lanes} lanes")),
+    };
+    let mut read = Tensor {
+        name,
+        address: tensor.data as u64 + tensor.byte_offset,
+        element,
+        device,
+        is_writable,
+        rank,
+        sizes: [0; MAX_RANK],
+        strides: [0; MAX_RANK],
+        _owner: capsule.clone().into_any(),
+    };
+    if rank > 0 {
+        // SAFETY: `shape` has `ndim` entries (the protocol); the capsule is held.
+        read.sizes[..rank].copy_from_slice(unsafe { slice::from_raw_parts(tensor.shape, rank) });
+        if tensor.strides.is_null() {
+            // Compact and row-major.
+            let mut stride = 1;
+            for dim in (0..rank).rev() {
+                read.strides[dim] = stride;
+                stride *= read.sizes[dim].max(1);
+            }
+        } else {
+            // SAFETY: so has `strides` where it is there.
+            read.strides[..rank].copy_from_slice(unsafe { slice::from_raw_parts(tensor.strides, rank) });
+        }
+    }
+    Ok(read)
+}
+
+impl Span {
+    /// Elements of `T` in host memory, once it is known that they can be addressed as such.
+    fn host_elements<T>(self, name: &str) -> std::result::Result<usize, Failure> {
+        let elements = self.bytes as usize / size_of::<T>();
+        if elements > 0 && (self.address == 0 || !(self.address as usize).is_multiple_of(align_of::<T>())) {
+            let expected = format!("an address that is a multiple of {} bytes", align_of::<T>());
+            return Err(invalid(name, format!("address {:#x}", self.address), expected));
+        }
+        Ok(elements)
+    }
+}

@@ -1,0 +1,303 @@
+//! The tensors of one call, checked in the caller's terms before anything is enqueued or written.
+
+use crate::device::Device;
+use crate::errors::{Result, invalid, wrong_type};
+use crate::foreign;
+use crate::tensor::{Element, Tensor};
+use pat_rs::cuda::RunArgs;
+use pat_rs::{AttentionShape, KvStrides, Plan, Problem, RowStrides};
+use pyo3::prelude::*;
+
+/// What the kernels' 16-byte accesses need of addresses.
+const ALIGNMENT_BYTES: u64 = 16;
+/// And of strides.
+const STRIDE_ELEMENTS: i64 = 8;
+
+/// A range of memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Span {
+    pub(crate) address: u64,
+    pub(crate) bytes: u64,
+}
+
+impl Span {
+    /// What a tensor's sizes and strides reach.
+    pub(crate) fn of(tensor: &Tensor<'_>) -> Result<Self> {
+        Ok(Self { address: tensor.address, bytes: tensor.span_elements()? * tensor.element.bytes() })
+    }
+
+    fn overlaps(self, other: Self) -> bool {
+        self.address < other.address + other.bytes && other.address < self.address + self.bytes
+    }
+}
+
+/// What a plan, or the plans of one set of buffers, asks of a call's tensors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Facts {
+    pub(crate) shape: AttentionShape,
+    pub(crate) page_size: u32,
+    pub(crate) num_pages: u32,
+    /// Least rows of Q, O and LSE.
+    pub(crate) rows: u32,
+    /// Where the plan is to run, if that is fixed.
+    pub(crate) device: Option<Device>,
+}
+
+impl Facts {
+    pub(crate) fn of(plan: &Plan, device: Option<Device>) -> Self {
+        Self {
+            shape: plan.shape(),
+            page_size: plan.page_size(),
+            num_pages: plan.num_pages(),
+            rows: plan.sequence_count(),
+            device,
+        }
+    }
+}
+
+/// The order of the dimensions of a KV cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum KvLayout {
+    /// `[pages, page_size, kv_heads, head_dim]`.
+    Nhd,
+    /// `[pages, kv_heads, page_size, head_dim]`.
+    Hnd,
+}
+
+impl KvLayout {
+    pub(crate) fn parse(text: &str) -> Result<Self> {
+        match text {
+            "NHD" => Ok(Self::Nhd),
+            "HND" => Ok(Self::Hnd),
+            other => Err(invalid("kv_layout", format!("{other:?}"), "\"NHD\" or \"HND\"")),
+        }
+    }
+}
+
+/// The tensors of a call.
+pub(crate) struct Tensors<'py> {
+    pub(crate) q: Tensor<'py>,
+    pub(crate) k: Tensor<'py>,
+    pub(crate) v: Tensor<'py>,
+    pub(crate) out: Tensor<'py>,
+    pub(crate) lse: Option<Tensor<'py>>,
+}
+
+impl Tensors<'_> {
+    pub(crate) fn all(&self) -> Vec<&Tensor<'_>> {
+        [&self.q, &self.k, &self.v, &self.out].into_iter().chain(&self.lse).collect()
+    }
+}
+
+/// Addresses, extents and strides of a call whose every check has passed.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Operands {
+    pub(crate) shape: AttentionShape,
+    page_size: u32,
+    num_pages: u32,
+    pub(crate) device: Device,
+    rows: u32,
+    pub(crate) q: Span,
+    pub(crate) q_strides: RowStrides,
+    pub(crate) k: Span,
+    pub(crate) k_strides: KvStrides,
+    pub(crate) v: Span,
+    pub(crate) v_strides: KvStrides,
+    pub(crate) out: Span,
+    pub(crate) out_strides: RowStrides,
+    pub(crate) lse: Option<(Span, RowStrides)>,
+    pub(crate) scale: f32,
+}
+
+impl Operands {
+    /// Checks types, devices, sizes, strides, addresses and the scale.
+    pub(crate) fn new(facts: &Facts, tensors: &Tensors<'_>, layout: KvLayout, scale: Option<f64>) -> Result<Self> {
+        let Tensors { q, k, v, out, lse } = tensors;
+        if let Some(device) = facts.device {
+            q.expect_device(device, "where the plan is to run")?;
+        }
+        let device = q.device;
+        let (shape, element) = (facts.shape, Element::from(facts.shape.dtype()));
+        for tensor in [q, k, v, out] {
+            tensor.expect_element(&element)?;
+            tensor.expect_device(device, "as q")?;
+        }
+        out.expect_writable()?;
+        let head_dim = i64::from(shape.head_dim());
+        let rows = |tensor: &Tensor<'_>| row_strides(tensor, facts.rows, shape.q_heads(), Some(head_dim));
+        let mut least_rows = q.sizes[0].min(out.sizes[0]);
+        let (q_strides, out_strides) = (rows(q)?, rows(out)?);
+        check_distinct_rows(out, &out_strides)?;
+        let pool = |tensor: &Tensor<'_>| kv_strides(tensor, facts, layout);
+        let (k_strides, v_strides) = (pool(k)?, pool(v)?);
+        let lse = match lse {
+            None => None,
+            Some(lse) => {
+                lse.expect_element(&Element::F32)?;
+                lse.expect_device(device, "as q")?;
+                lse.expect_writable()?;
+                let strides = row_strides(lse, facts.rows, shape.q_heads(), None)?;
+                check_distinct_rows(lse, &strides)?;
+                least_rows = least_rows.min(lse.sizes[0]);
+                Some((Span::of(lse)?, strides))
+            }
+        };
+        let scale = scale.unwrap_or_else(|| f64::from(shape.head_dim()).sqrt().recip()) as f32;
+        if !(scale.is_finite() && scale > 0.0) {
+            return Err(invalid("scale", scale, "a positive finite number"));
+        }
+        Ok(Self {
+            shape,
+            page_size: facts.page_size,
+            num_pages: facts.num_pages,
+            device,
+            rows: u32::try_from(least_rows).unwrap_or(u32::MAX),
+            q: Span::of(q)?,
+            q_strides,
+            k: Span::of(k)?,
+            k_strides,
+            v: Span::of(v)?,
+            v_strides,
+            out: Span::of(out)?,
+            out_strides,
+            lse,
+            scale,
+        })
+    }
+
+    /// The call on device memory.
+    pub(crate) fn args(&self) -> RunArgs {
+        let spans = [self.q, self.k, self.v, self.out].map(foreign::device_span);
+        let args = RunArgs::new(self.problem(), self.num_pages, self.rows, spans.into())
+            .with_kv_strides(self.k_strides, self.v_strides)
+            .with_row_strides(self.q_strides, self.out_strides);
+        match self.lse {
+            Some((span, strides)) => args.with_lse(foreign::device_span(span), strides),
+            None => args,
+        }
+    }
+
+    /// What is computed.
+    pub(crate) fn problem(&self) -> Problem {
+        Problem::new(self.shape, self.page_size).with_scale(self.scale)
+    }
+
+    /// Refuses outputs that share memory with an input or with each other.
+    pub(crate) fn check_outputs_are_apart(&self) -> Result<()> {
+        let inputs = [("q", self.q), ("k_cache", self.k), ("v_cache", self.v)];
+        let lse = self.lse.map(|(span, _)| ("lse", span));
+        for (name, output) in std::iter::once(("out", self.out)).chain(lse) {
+            let others = inputs.into_iter().chain(lse);
+            if let Some((other, _)) = others.filter(|other| other.0 != name).find(|other| other.1.overlaps(output)) {
+                return Err(invalid(name, format!("memory of {other}"), "memory of its own"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Executes on host memory.
+    pub(crate) fn run_host(&self, plan: &Plan, tensors: &Tensors<'_>) -> Result<()> {
+        let held = tensors.all();
+        match self.shape.dtype() {
+            pat_rs::Dtype::F16 => foreign::run_host::<half::f16>(plan, self, &held),
+            pat_rs::Dtype::Bf16 => foreign::run_host::<half::bf16>(plan, self, &held),
+            other => Err(invalid("q", other.name(), "float16 or bfloat16")),
+        }
+    }
+}
+
+/// Strides of Q or O, `[rows, q_heads, head_dim]`, or of LSE, `[rows, q_heads]`.
+fn row_strides(tensor: &Tensor<'_>, rows: u32, q_heads: u32, head_dim: Option<i64>) -> Result<RowStrides> {
+    let inner = head_dim.map_or(String::new(), |dim| format!(", {dim}"));
+    let sizes = &tensor.sizes[..tensor.rank];
+    let fits = match *sizes {
+        [of_rows, heads] => head_dim.is_none() && of_rows >= i64::from(rows) && heads == i64::from(q_heads),
+        [of_rows, heads, dim] => Some(dim) == head_dim && of_rows >= i64::from(rows) && heads == i64::from(q_heads),
+        _ => false,
+    };
+    if !fits {
+        let expected = format!("[rows, {q_heads}{inner}] with at least the plan's {rows} rows");
+        return Err(invalid(tensor.name, format!("shape {}", tensor.shape()), expected));
+    }
+    check_strides(tensor, head_dim.is_some())?;
+    Ok(RowStrides { sequence: tensor.strides[0], head: tensor.strides[1] })
+}
+
+/// Strides of a KV cache.
+fn kv_strides(tensor: &Tensor<'_>, facts: &Facts, layout: KvLayout) -> Result<KvStrides> {
+    let (page_size, kv_heads) = (i64::from(facts.page_size), i64::from(facts.shape.kv_heads()));
+    let head_dim = i64::from(facts.shape.head_dim());
+    let wanted = match layout {
+        KvLayout::Nhd => [page_size, kv_heads, head_dim],
+        KvLayout::Hnd => [kv_heads, page_size, head_dim],
+    };
+    if tensor.rank != 4 || tensor.sizes[1..] != wanted || tensor.sizes[0] < i64::from(facts.num_pages) {
+        let expected = format!(
+            "[pages, {}, {}, {}] ({layout:?}) with at least the plan's {} pages",
+            wanted[0], wanted[1], wanted[2], facts.num_pages
+        );
+        return Err(invalid(tensor.name, format!("shape {}", tensor.shape()), expected));
+    }
+    check_strides(tensor, true)?;
+    let [page, second, third, _] = tensor.strides;
+    Ok(match layout {
+        KvLayout::Nhd => KvStrides { page, token: second, head: third },
+        KvLayout::Hnd => KvStrides { page, token: third, head: second },
+    })
+}
+
+/// Refuses strides and addresses that no kernel can follow; a tensor of rows has a contiguous last dimension.
+fn check_strides(tensor: &Tensor<'_>, has_rows: bool) -> Result<()> {
+    let (sizes, strides) = (&tensor.sizes[..tensor.rank], &tensor.strides[..tensor.rank]);
+    let is_empty = sizes.contains(&0);
+    if is_empty {
+        return Ok(());
+    }
+    let (outer, unit) = if has_rows {
+        let inner = tensor.rank - 1;
+        if strides[inner] != 1 {
+            let expected = "a contiguous last dimension (stride 1)";
+            return Err(invalid(tensor.name, format!("strides {strides:?}"), expected));
+        }
+        (&strides[..inner], STRIDE_ELEMENTS)
+    } else {
+        (strides, 1)
+    };
+    // A dimension of one entry has no stride that matters; torch gives it any number.
+    let bad = |(&size, &stride): (&i64, &i64)| stride < 0 || (size > 1 && stride % unit != 0);
+    if sizes.iter().zip(outer).any(bad) {
+        let expected = format!("multiples of {unit} elements from 0 up in front of the last dimension");
+        return Err(invalid(tensor.name, format!("strides {strides:?}"), expected));
+    }
+    let alignment = if has_rows { ALIGNMENT_BYTES } else { tensor.element.bytes() };
+    if tensor.device != Device::Cpu && !tensor.address.is_multiple_of(alignment) {
+        let expected = format!("an address that is a multiple of {alignment} bytes");
+        return Err(invalid(tensor.name, format!("address {:#x}", tensor.address), expected));
+    }
+    Ok(())
+}
+
+/// Refuses outputs whose rows lie on top of each other, as an expanded tensor's do.
+fn check_distinct_rows(tensor: &Tensor<'_>, strides: &RowStrides) -> Result<()> {
+    let inner = if tensor.rank == 3 { tensor.sizes[2] } else { 1 };
+    let dims = [(tensor.sizes[0], strides.sequence), (tensor.sizes[1], strides.head)];
+    let [slow, fast] = if strides.sequence >= strides.head { dims } else { [dims[1], dims[0]] };
+    let fast_is_apart = fast.0 <= 1 || fast.1 >= inner;
+    let fast_extent = (fast.0.max(1) - 1).saturating_mul(fast.1).saturating_add(inner);
+    let slow_is_apart = slow.0 <= 1 || slow.1 >= fast_extent;
+    // Interleaved rows, [a, b] with strides like (64, 96), are apart as well in rare cases; nobody lays out tensors so.
+    if fast_is_apart && slow_is_apart {
+        return Ok(());
+    }
+    let strides = &tensor.strides[..tensor.rank];
+    Err(invalid(tensor.name, format!("strides {strides:?}"), "rows that do not overlap"))
+}
+
+/// The scale as Python gives it.
+pub(crate) fn read_scale(scale: Option<&Bound<'_, PyAny>>) -> Result<Option<f64>> {
+    let Some(scale) = scale else { return Ok(None) };
+    scale.extract::<f64>().map(Some).map_err(|_| {
+        let got = scale.get_type().name().map_or_else(|_| "an object".into(), |name| name.to_string());
+        wrong_type("scale", got, "a number")
+    })
+}

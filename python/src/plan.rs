@@ -1,0 +1,125 @@
+//! `Plan`.
+
+use crate::device::Device;
+use crate::errors::{Result, invalid};
+use crate::resident::{Pool, Resident};
+use crate::tables::Tables;
+use pat_rs::plan::PlanCapacity;
+use pat_rs::{AttentionShape, DeviceProfile, Plan, PlanOptions, Planner, Problem};
+use pyo3::prelude::*;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// What a planner was made with: makes another one that plans alike.
+#[derive(Clone, Debug)]
+pub(crate) struct Origin {
+    pub(crate) shape: AttentionShape,
+    pub(crate) profile: DeviceProfile,
+    pub(crate) options: PlanOptions,
+    pub(crate) capacity: Option<PlanCapacity>,
+}
+
+impl Origin {
+    /// For pages of `page_size` tokens.
+    pub(crate) fn planner(&self, page_size: u32) -> pat_rs::Result<Planner> {
+        let problem = Problem::new(self.shape, page_size);
+        let planner = Planner::new(problem, self.profile.clone(), self.options.clone())?;
+        match self.capacity {
+            None => Ok(planner),
+            Some(capacity) => planner.with_capacity(capacity),
+        }
+    }
+}
+
+/// Who is served together in one decode step, for all layers. Made by :meth:`Planner.plan`.
+#[pyclass(frozen, module = "prefix_attn", name = "Plan")]
+pub(crate) struct PyPlan {
+    state: Mutex<PlanState>,
+    pub(crate) device: Option<Device>,
+    pub(crate) origin: Arc<Origin>,
+    pool: Arc<Pool>,
+}
+
+/// What :meth:`Planner.advance` changes.
+pub(crate) struct PlanState {
+    pub(crate) plan: Plan,
+    /// The batch that it is of.
+    pub(crate) tables: Tables,
+    /// Its copy on a device.
+    pub(crate) resident: Option<Resident>,
+}
+
+impl PyPlan {
+    pub(crate) fn new(
+        plan: Plan,
+        tables: Tables,
+        device: Option<Device>,
+        origin: Arc<Origin>,
+        pool: Arc<Pool>,
+    ) -> Self {
+        Self { state: Mutex::new(PlanState { plan, tables, resident: None }), device, origin, pool }
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, PlanState> {
+        // A plan is written as a whole or left as it was: a panic elsewhere leaves one of the two.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn pages(&self) -> (u32, u32) {
+        let state = self.lock();
+        (state.plan.page_size(), state.plan.num_pages())
+    }
+
+    pub(crate) fn pool(&self) -> &Arc<Pool> {
+        &self.pool
+    }
+}
+
+impl Drop for PyPlan {
+    fn drop(&mut self) {
+        if let Some(resident) = self.lock().resident.take() {
+            self.pool.give_back(resident);
+        }
+    }
+}
+
+#[pymethods]
+impl PyPlan {
+    /// The plan in numbers: sequences, sharing factor, KV bytes read with sharing and without, work items by tile variant,
+    /// predicted time in us.
+    #[pyo3(signature = () -> "dict[str, object]")]
+    fn summary<'py>(&self, py: Python<'py>) -> Result<Bound<'py, PyAny>> {
+        let text = serde_json::to_string(&self.lock().plan.summary())
+            .map_err(|error| invalid("plan", error, "finite numbers"))?;
+        Ok(py.import("json")?.call_method1("loads", (text,))?)
+    }
+
+    /// Rows of the batch, empty ones included.
+    #[getter]
+    fn sequence_count(&self) -> u32 {
+        self.lock().plan.sequence_count()
+    }
+
+    /// A number that no two results of planning in this process share; :meth:`Planner.advance` changes it unless it returns
+    /// ``"nothing"``.
+    #[getter]
+    fn generation(&self) -> u64 {
+        self.lock().plan.generation().number()
+    }
+
+    /// Tokens per page.
+    #[getter]
+    fn page_size(&self) -> u32 {
+        self.pages().0
+    }
+
+    /// Pages of the K and V caches.
+    #[getter]
+    fn num_pages(&self) -> u32 {
+        self.pages().1
+    }
+
+    fn __repr__(&self) -> String {
+        let state = self.lock();
+        format!("Plan(sequences={}, generation={})", state.plan.sequence_count(), state.plan.generation())
+    }
+}

@@ -1,0 +1,343 @@
+//! `Planner` and `PlanFuture`.
+
+use crate::capacity::PyCapacity;
+use crate::device::Device;
+use crate::errors::{Failure, Result, invalid, wrong_type};
+use crate::plan::{Origin, PyPlan};
+use crate::profile::PyProfile;
+use crate::resident::Pool;
+use crate::shape::PyShape;
+use crate::tables::{Tables, read_integers};
+use pat_rs::plan::{PlanCapacity, PlanChange, PlanMode};
+use pat_rs::{Plan, PlanOptions, Planner, TileVariant};
+use pyo3::exceptions::PyRuntimeError;
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+/// Makes plans for one shape on one device: once per decode step, for all layers. It keeps its scratch memory, so that a step
+/// of a batch that does not grow allocates little.
+///
+/// Args:
+///     shape: the model's attention.
+///     device: where plans will run: ``"cuda:0"``, ``"cpu"``, a torch.device. A :class:`DeviceProfile` plans for that device;
+///         such plans run wherever the tensors are. By default the current CUDA device.
+///     mode: ``"auto"`` takes what is predicted to be fastest; ``"flat"`` shares nothing; ``"packed"`` and ``"per-node"``
+///         share as much as tiles hold; ``"fixed-chunk:TOKENS"`` shares nothing and cuts every TOKENS tokens, so that the bits
+///         of a sequence's output do not depend on the rest of the batch.
+///     capacity: bounds of the plans; needed for :class:`PlanBuffers`.
+///     variants: names of the only tile variants to use; by default the best of those that the device runs.
+///
+/// Raises:
+///     ValueError: a mode or variant that is not known, or not possible on the device.
+///     CudaUnavailable: the device is not there.
+#[pyclass(frozen, module = "prefix_attn", name = "Planner")]
+pub(crate) struct PyPlanner {
+    pub(crate) shape: PyShape,
+    device: Option<Device>,
+    capacity: Option<PlanCapacity>,
+    origin: Arc<Origin>,
+    planner: Arc<Mutex<PagedPlanner>>,
+    pool: Arc<Pool>,
+}
+
+#[pymethods]
+impl PyPlanner {
+    #[new]
+    #[pyo3(signature = (shape: "AttentionShape", device: "DeviceProfile | torch.device | str | None" = None, *, mode = "auto", capacity: "Capacity | None" = None, variants = None))]
+    fn new(
+        py: Python<'_>,
+        shape: &Bound<'_, PyShape>,
+        device: Option<&Bound<'_, PyAny>>,
+        mode: &str,
+        capacity: Option<&Bound<'_, PyCapacity>>,
+        variants: Option<Vec<String>>,
+    ) -> Result<Self> {
+        let (device, profile) = match device.map(|device| (device, device.cast::<PyProfile>())) {
+            Some((_, Ok(profile))) => (None, profile.get().inner.clone()),
+            given => {
+                let device = Device::parse_or_current(py, given.map(|(device, _)| device))?;
+                (Some(device), PyProfile::of(device)?.inner)
+            }
+        };
+        let variants: Option<Vec<_>> =
+            variants.map(|names| names.iter().map(|name| parse_variant(name)).collect()).transpose()?;
+        let options = variants.into_iter().fold(PlanOptions::from(parse_mode(mode)?), PlanOptions::with_variants);
+        let shape = *shape.get();
+        let capacity = capacity.map(|capacity| capacity.get().inner);
+        let origin = Origin { shape: shape.inner, profile, options, capacity };
+        let origin = Arc::new(origin);
+        let planner = Arc::new(Mutex::new(PagedPlanner::new(origin.clone())?));
+        Ok(Self { shape, device, capacity, origin, planner, pool: Arc::default() })
+    }
+
+    /// Plans a batch. The interpreter is free for other threads meanwhile.
+    ///
+    /// Args:
+    ///     block_tables: the page ids of each sequence, in order: a list of lists; a 2-D int32 CPU tensor or array
+    ///         ``[rows, columns]``, where anything may stand behind the pages that a length needs; or a tuple
+    ///         ``(indptr, ids)`` of 1-D int32 arrays. Data on a CUDA device is refused: a copy would have to wait for it.
+    ///     lengths: tokens of each sequence, the one being decoded included: a list or a 1-D int32 CPU tensor. Rows of
+    ///         length 0 are allowed; their output is 0 and their LSE -inf.
+    ///     page_size: tokens per page.
+    ///     num_pages: pages of the K and V caches.
+    ///
+    /// Raises:
+    ///     TypeError: an argument is of another type (integers of another width included).
+    ///     ValueError: an argument has a value that is not accepted: the message names it, with its index.
+    #[pyo3(signature = (block_tables, lengths, page_size, num_pages) -> "Plan")]
+    fn plan(
+        &self,
+        py: Python<'_>,
+        block_tables: &Bound<'_, PyAny>,
+        lengths: &Bound<'_, PyAny>,
+        page_size: u32,
+        num_pages: u32,
+    ) -> Result<PyPlan> {
+        let tables = Tables::read(block_tables, lengths, page_size, num_pages)?;
+        let plan = py.detach(|| tables.with_batch(|batch| self.lock().for_pages(page_size)?.plan(batch)))?;
+        Ok(self.made(plan, tables))
+    }
+
+    /// Makes ``plan``, the plan that this planner made last, the plan of the next decode step, in place: equal to planning
+    /// the batch from scratch, and much faster where little has changed.
+    ///
+    /// Args:
+    ///     plan: a plan of this planner. An older one than the last is planned from scratch.
+    ///     block_tables, lengths: as in :meth:`plan`, for pages of the plan's size and a pool of its number of pages.
+    ///     changed_rows: the rows whose table entries *that were in use before* may differ: a list or 1-D int32 tensor. A
+    ///         row that only grew is not among them. ``None``: all entries are compared.
+    ///
+    /// Returns:
+    ///     ``"nothing"``, ``"lengths"``, ``"pages"`` or ``"forest"``: how much has changed.
+    ///
+    /// Raises:
+    ///     TypeError, ValueError: as :meth:`plan`; the plan is as before.
+    #[pyo3(signature = (plan: "Plan", block_tables, lengths, changed_rows = None) -> "str")]
+    fn advance(
+        &self,
+        py: Python<'_>,
+        plan: &Bound<'_, PyPlan>,
+        block_tables: &Bound<'_, PyAny>,
+        lengths: &Bound<'_, PyAny>,
+        changed_rows: Option<&Bound<'_, PyAny>>,
+    ) -> Result<&'static str> {
+        let plan = plan.get();
+        if plan.origin.shape != self.shape.inner {
+            return Err(invalid("plan", format!("one for {:?}", plan.origin.shape), "a plan of this planner's shape"));
+        }
+        let (page_size, num_pages) = plan.pages();
+        let tables = Tables::read(block_tables, lengths, page_size, num_pages)?;
+        let changed_rows = changed_rows.map(|rows| read_rows(rows)).transpose()?;
+        let change = py.detach(|| -> pat_rs::Result<PlanChange> {
+            let mut planner = self.lock();
+            let mut state = plan.lock();
+            let planner = planner.for_pages(page_size)?;
+            let change = tables.with_batch(|batch| planner.advance(batch, changed_rows.as_deref(), &mut state.plan))?;
+            state.tables = tables;
+            Ok(change)
+        })?;
+        Ok(match change {
+            PlanChange::Nothing => "nothing",
+            PlanChange::Lengths => "lengths",
+            PlanChange::Pages => "pages",
+            PlanChange::Forest => "forest",
+        })
+    }
+
+    /// As :meth:`plan`, on a thread of its own. The arguments are read before this returns, and may be changed then.
+    ///
+    /// Returns:
+    ///     An object with ``done()`` and ``result()``; ``result()`` waits, and raises what planning raised.
+    ///
+    /// Raises:
+    ///     TypeError, ValueError: an argument cannot be read.
+    #[pyo3(signature = (block_tables, lengths, page_size, num_pages) -> "PlanFuture")]
+    fn plan_async(
+        &self,
+        block_tables: &Bound<'_, PyAny>,
+        lengths: &Bound<'_, PyAny>,
+        page_size: u32,
+        num_pages: u32,
+    ) -> Result<PyPlanFuture> {
+        let tables = Tables::read(block_tables, lengths, page_size, num_pages)?;
+        let planner = self.planner.clone();
+        let work = move || {
+            let plan = tables.with_batch(|batch| lock(&planner).for_pages(page_size)?.plan(batch))?;
+            Ok((plan, tables))
+        };
+        let thread = std::thread::Builder::new()
+            .name("prefix-attn-plan".into())
+            .spawn(work)
+            .map_err(|error| PyRuntimeError::new_err(format!("no thread to plan on: {error}")))?;
+        let (device, origin, pool) = (self.device, self.origin.clone(), self.pool.clone());
+        Ok(PyPlanFuture { thread: Mutex::new(Some(thread)), planned: PyOnceLock::new(), device, origin, pool })
+    }
+
+    /// The shape that is planned for.
+    #[getter]
+    fn shape(&self) -> PyShape {
+        self.shape
+    }
+
+    /// Where its plans run: ``"cpu"``, ``"cuda:N"``, or None where it was made from a profile.
+    #[getter]
+    fn device(&self) -> Option<String> {
+        self.device.map(|device| device.to_string())
+    }
+
+    /// The profile that plans are made for.
+    #[getter]
+    fn profile(&self) -> PyProfile {
+        PyProfile { inner: self.origin.profile.clone() }
+    }
+
+    /// The bounds of its plans, or None.
+    #[getter]
+    fn capacity(&self) -> Option<PyCapacity> {
+        self.capacity.map(|inner| PyCapacity { inner })
+    }
+
+    fn __repr__(&self) -> String {
+        let device = self.device().unwrap_or_else(|| self.origin.profile.name.clone());
+        format!("Planner({}, device=\"{device}\")", self.shape.__repr__())
+    }
+}
+
+impl PyPlanner {
+    fn lock(&self) -> MutexGuard<'_, PagedPlanner> {
+        lock(&self.planner)
+    }
+
+    fn made(&self, plan: Plan, tables: Tables) -> PyPlan {
+        PyPlan::new(plan, tables, self.device, self.origin.clone(), self.pool.clone())
+    }
+
+    pub(crate) fn fixed_capacity(&self) -> Result<PlanCapacity> {
+        self.capacity.ok_or_else(|| invalid("planner", "one without capacity", "a Planner with capacity=Capacity(...)"))
+    }
+
+    pub(crate) fn fixed_device(&self) -> Result<Device> {
+        let expected = "a Planner for a device (\"cuda:0\" or \"cpu\")";
+        self.device.ok_or_else(|| invalid("planner", "one that was made from a profile", expected))
+    }
+
+    /// The tile variants that its plans may use.
+    pub(crate) fn tile_variants(&self, page_size: u32) -> Result<Vec<TileVariant>> {
+        Ok(self.lock().for_pages(page_size)?.tile_variants())
+    }
+}
+
+/// The planner; after a panic elsewhere it is what it was before that plan, which it then makes from scratch.
+fn lock(planner: &Mutex<PagedPlanner>) -> MutexGuard<'_, PagedPlanner> {
+    planner.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A planner of whatever page size: batches name theirs.
+struct PagedPlanner {
+    origin: Arc<Origin>,
+    /// For the page size of the last batch.
+    planner: Option<Planner>,
+}
+
+impl PagedPlanner {
+    /// Page size that every variant can read: what is refused with it is refused with every other one.
+    const ANY_PAGE_SIZE: u32 = 32;
+
+    fn new(origin: Arc<Origin>) -> Result<Self> {
+        let any_mode = Origin { options: origin.options.clone().with_mode(PlanMode::Auto), ..(*origin).clone() };
+        any_mode.planner(Self::ANY_PAGE_SIZE)?;
+        Ok(Self { origin, planner: None })
+    }
+
+    fn for_pages(&mut self, page_size: u32) -> pat_rs::Result<&mut Planner> {
+        let planner = match self.planner.take().filter(|planner| planner.problem().page_size() == page_size) {
+            Some(planner) => planner,
+            None => self.origin.planner(page_size)?,
+        };
+        Ok(self.planner.insert(planner))
+    }
+}
+
+fn parse_mode(text: &str) -> Result<PlanMode> {
+    let expected = "auto, flat, per-node, packed or fixed-chunk:TOKENS";
+    Ok(match text {
+        "auto" => PlanMode::Auto,
+        "flat" => PlanMode::Flat,
+        "per-node" => PlanMode::PerNode,
+        "packed" => PlanMode::Packed,
+        _ => match text.strip_prefix("fixed-chunk:").map(str::parse) {
+            Some(Ok(tokens)) => PlanMode::FixedChunk { tokens },
+            _ => return Err(invalid("mode", format!("{text:?}"), expected)),
+        },
+    })
+}
+
+fn parse_variant(name: &str) -> Result<TileVariant> {
+    TileVariant::ALL.into_iter().find(|variant| variant.name() == name).ok_or_else(|| {
+        let names: Vec<_> = TileVariant::ALL.iter().map(|variant| variant.name()).collect();
+        invalid("variants", format!("{name:?}"), format!("one of {}", names.join(", ")))
+    })
+}
+
+fn read_rows(rows: &Bound<'_, PyAny>) -> Result<Vec<u32>> {
+    read_integers("changed_rows", rows)?
+        .into_iter()
+        .enumerate()
+        .map(|(i, row)| {
+            u32::try_from(row).map_err(|_| invalid(format!("changed_rows[{i}]"), row, "a row of the batch"))
+        })
+        .collect()
+}
+
+/// A plan in the making (:meth:`Planner.plan_async`).
+#[pyclass(frozen, module = "prefix_attn", name = "PlanFuture")]
+pub(crate) struct PyPlanFuture {
+    /// Until somebody waits for it.
+    thread: Mutex<Option<PlanThread>>,
+    planned: PyOnceLock<std::result::Result<Py<PyPlan>, PyErr>>,
+    device: Option<Device>,
+    origin: Arc<Origin>,
+    pool: Arc<Pool>,
+}
+
+type PlanThread = JoinHandle<pat_rs::Result<(Plan, Tables)>>;
+
+#[pymethods]
+impl PyPlanFuture {
+    /// Whether :meth:`result` would not wait.
+    fn done(&self, py: Python<'_>) -> bool {
+        let thread = || self.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        self.planned.get(py).is_some() || thread().as_ref().is_some_and(JoinHandle::is_finished)
+    }
+
+    /// The plan; waits for it, and lets other threads of the program run meanwhile.
+    ///
+    /// Raises:
+    ///     ValueError: what :meth:`Planner.plan` raises.
+    #[pyo3(signature = () -> "Plan")]
+    fn result(&self, py: Python<'_>) -> Result<Py<PyPlan>> {
+        let planned = self.planned.get_or_init(py, || {
+            let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+            let joined = py.detach(|| thread.map(JoinHandle::join));
+            let (plan, tables) = joined
+                .and_then(std::result::Result::ok)
+                .ok_or_else(|| PyRuntimeError::new_err("the planning thread ended without a plan"))?
+                .map_err(|error| PyErr::from(Failure::from(error)))?;
+            Py::new(py, PyPlan::new(plan, tables, self.device, self.origin.clone(), self.pool.clone()))
+        });
+        match planned {
+            Ok(plan) => Ok(plan.clone_ref(py)),
+            Err(error) => Err(error.clone_ref(py).into()),
+        }
+    }
+}
+
+/// Refuses what is no plan.
+pub(crate) fn expect_plan<'a, 'py>(plan: &'a Bound<'py, PyAny>) -> Result<&'a Bound<'py, PyPlan>> {
+    plan.cast::<PyPlan>().map_err(|_| {
+        let got = plan.get_type().name().map_or_else(|_| "an object".into(), |name| name.to_string());
+        wrong_type("plan", got, "a Plan")
+    })
+}

@@ -1,0 +1,94 @@
+//! `run`: one layer of one decode step.
+
+use crate::device::Device;
+use crate::errors::Result;
+use crate::operands::{Facts, KvLayout, Operands, Tensors, read_scale};
+use crate::planner::expect_plan;
+use crate::resident;
+use crate::tensor::Tensor;
+use crate::torch;
+use crate::workspace::PyWorkspace;
+use pyo3::prelude::*;
+
+/// Decode attention of one layer: for row b, query head h and KV head g = h / (q_heads / kv_heads),
+/// ``out[b, h] = sum_t softmax_t(scale * q[b, h] . k[t, g]) v[t, g]`` over the tokens that the plan's block table of b names.
+///
+/// On CUDA it enqueues on torch's current stream and waits for nothing; the first run of a plan uploads it. On the CPU it
+/// computes with all threads before it returns, and holds the interpreter's lock meanwhile: for tests and tools.
+///
+/// Args:
+///     plan: of :meth:`Planner.plan`.
+///     q: ``[rows, q_heads, head_dim]``, at least the plan's rows; what is behind them is not touched.
+///     k_cache, v_cache: ``[pages, page_size, kv_heads, head_dim]`` ("NHD") or ``[pages, kv_heads, page_size, head_dim]``
+///         ("HND"), with any strides in front of a contiguous last dimension; v_cache may lie inside k_cache's rows.
+///     out: memory for the output, as q; by default new.
+///     lse: memory for the log-sum-exps, float32 ``[rows, q_heads]``, natural logarithm.
+///     scale: factor on the scores; by default ``head_dim ** -0.5``.
+///     return_lse: return ``(out, lse)``; lse is new where it is not given.
+///     kv_layout: order of the dimensions of the caches.
+///     workspace: memory for partial results; by default the plan has its own.
+///     stream: handle of a CUDA stream of the device's primary context, to use instead of torch's current one; it has to live
+///         until the call returns.
+///
+/// Tensors are torch's, or any DLPack producer's (numpy, cupy, jax; then ``out`` must be given). Device addresses are
+/// multiples of 16 bytes, strides multiples of 8 elements.
+///
+/// Returns:
+///     out, or ``(out, lse)``. Rows of length 0 get 0 and -inf.
+///
+/// Raises:
+///     TypeError: another element type, or no tensor.
+///     ValueError: a shape, stride, device, address or value that is not accepted. The message names the argument; nothing
+///         has been written.
+///     CudaError: the driver refuses a launch.
+#[pyfunction]
+#[pyo3(signature = (plan: "Plan", q: "torch.Tensor", k_cache: "torch.Tensor", v_cache: "torch.Tensor", out: "torch.Tensor | None" = None, lse: "torch.Tensor | None" = None, *, scale: "float | None" = None, return_lse = false, kv_layout = "NHD", workspace: "Workspace | None" = None, stream = None) -> "torch.Tensor | tuple[torch.Tensor, torch.Tensor]")]
+#[expect(clippy::too_many_arguments, reason = "the Python signature")]
+pub(crate) fn run<'py>(
+    py: Python<'py>,
+    plan: &Bound<'py, PyAny>,
+    q: &Bound<'py, PyAny>,
+    k_cache: &Bound<'py, PyAny>,
+    v_cache: &Bound<'py, PyAny>,
+    out: Option<Bound<'py, PyAny>>,
+    lse: Option<Bound<'py, PyAny>>,
+    scale: Option<&Bound<'py, PyAny>>,
+    return_lse: bool,
+    kv_layout: &str,
+    workspace: Option<&Bound<'py, PyWorkspace>>,
+    stream: Option<u64>,
+) -> Result<Bound<'py, PyAny>> {
+    let plan = expect_plan(plan)?.get();
+    let layout = KvLayout::parse(kv_layout)?;
+    let scale = read_scale(scale)?;
+    let read_q = Tensor::read("q", q, stream)?;
+    let handle = torch::stream_of(py, read_q.device, stream)?;
+    let out = out.map_or_else(|| torch::empty_like(q), Ok)?;
+    let lse = match lse {
+        None if return_lse && read_q.rank >= 2 => Some(torch::empty_lse(q, &read_q)?),
+        lse => lse,
+    };
+    let tensors = Tensors {
+        k: Tensor::read("k_cache", k_cache, Some(handle))?,
+        v: Tensor::read("v_cache", v_cache, Some(handle))?,
+        out: Tensor::read("out", &out, Some(handle))?,
+        lse: lse.as_ref().map(|lse| Tensor::read("lse", lse, Some(handle))).transpose()?,
+        q: read_q,
+    };
+    let mut state = plan.lock();
+    let facts = Facts::of(&state.plan, plan.device);
+    let operands = Operands::new(&facts, &tensors, layout, scale)?;
+    match operands.device {
+        Device::Cpu => operands.run_host(&state.plan, &tensors)?,
+        Device::Cuda(ordinal) => {
+            operands.check_outputs_are_apart()?;
+            let workspace = workspace.map(|workspace| workspace.get().on_cuda(ordinal)).transpose()?;
+            let state = &mut *state;
+            resident::run(&mut state.resident, plan.pool(), &state.plan, &operands, (ordinal, workspace, handle))?;
+        }
+    }
+    match lse {
+        Some(lse) if return_lse => Ok((out, lse).into_pyobject(py)?.into_any()),
+        _ => Ok(out),
+    }
+}

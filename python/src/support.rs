@@ -1,0 +1,62 @@
+//! `supports`.
+
+use crate::errors::{Result, invalid};
+use crate::shape::{PyShape, parse_stored};
+use pat_rs::Problem;
+use pyo3::prelude::*;
+
+/// Whether the kernels compute a model's attention. Asks no device.
+///
+/// Args:
+///     shape: heads, head dimension and type.
+///     page_size: tokens per page.
+///     window: tokens that a sliding window leaves, if the model has one.
+///     softcap: the cap of scores, if the model has one.
+///     sinks: whether it has attention sinks.
+///     kv_dtype: the type of the KV cache, where it is not that of Q.
+///     query_tokens: query tokens of each sequence.
+///     alibi: whether it has linear position biases.
+///     value_head_dim: elements per head of V, where they are not those of K.
+///
+/// Returns:
+///     None if it can, else the reason why not.
+#[pyfunction]
+#[pyo3(signature = (shape: "AttentionShape", page_size, *, window: "int | None" = None, softcap: "float | None" = None, sinks = false, kv_dtype: "torch.dtype | str | None" = None, query_tokens = 1, alibi = false, value_head_dim: "int | None" = None) -> "str | None")]
+#[expect(clippy::too_many_arguments, reason = "the Python signature")]
+pub(crate) fn supports(
+    shape: &Bound<'_, PyShape>,
+    page_size: u32,
+    window: Option<u64>,
+    softcap: Option<f64>,
+    sinks: bool,
+    kv_dtype: Option<&Bound<'_, PyAny>>,
+    query_tokens: u32,
+    alibi: bool,
+    value_head_dim: Option<u32>,
+) -> Result<Option<String>> {
+    let shape = shape.get();
+    if query_tokens == 0 {
+        return Err(invalid("query_tokens", 0, "at least 1"));
+    }
+    let mut inner = shape.inner;
+    if let Some(head_dim) = value_head_dim {
+        inner = inner.with_v_head_dim(head_dim)?;
+    }
+    if let Some(dtype) = kv_dtype {
+        inner = inner.with_kv_dtype(parse_stored("kv_dtype", dtype)?);
+    }
+    let mut problem = Problem::new(inner, page_size).with_query_tokens(query_tokens);
+    if let Some(cap) = softcap {
+        problem = problem.with_soft_cap(cap as f32);
+    }
+    if let Some(tokens) = window {
+        problem = problem.with_window(u32::try_from(tokens).unwrap_or(u32::MAX));
+    }
+    if sinks {
+        problem = problem.with_sinks();
+    }
+    if alibi {
+        problem = problem.with_alibi();
+    }
+    Ok(pat_rs::supports(&problem, None, None).err().map(|reason| reason.to_string()))
+}

@@ -1,0 +1,194 @@
+//! Block tables and lengths, copied out of what Python hands over, so that planning needs no Python.
+
+use crate::errors::{Result, invalid, wrong_type};
+use crate::foreign;
+use crate::tensor::{Element, Tensor};
+use pat_rs::DecodeBatch;
+use pyo3::prelude::*;
+use pyo3::types::{PyList, PyTuple};
+
+/// The used part of a batch's block tables.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Tables {
+    /// Page ids of all rows, those that the lengths need.
+    ids: Vec<u32>,
+    /// Where each row ends in `ids`.
+    ends: Vec<usize>,
+    lengths: Vec<u32>,
+    page_size: u32,
+    num_pages: u32,
+}
+
+const FORMS: &str = "a list of lists of page ids, a 2-D int32 tensor or array, or a tuple (indptr, ids) of them";
+
+impl Tables {
+    pub(crate) fn read(
+        block_tables: &Bound<'_, PyAny>,
+        lengths: &Bound<'_, PyAny>,
+        page_size: u32,
+        num_pages: u32,
+    ) -> Result<Self> {
+        let lengths = read_lengths(lengths)?;
+        let mut tables = Self { ids: Vec::new(), ends: Vec::new(), lengths, page_size, num_pages };
+        if let Ok(rows) = block_tables.cast::<PyList>() {
+            tables.read_rows(rows.len(), rows.iter())?;
+        } else if let Ok(pair) = block_tables.cast::<PyTuple>() {
+            tables.read_csr(pair)?;
+        } else {
+            tables.read_padded(&Tensor::read("block_tables", block_tables, None)?)?;
+        }
+        Ok(tables)
+    }
+
+    /// Hands the batch to `use_it`; borrows only what is here.
+    pub(crate) fn with_batch<R>(
+        &self,
+        use_it: impl FnOnce(&DecodeBatch<'_>) -> pat_rs::Result<R>,
+    ) -> pat_rs::Result<R> {
+        let mut begin = 0;
+        let rows: Vec<&[u32]> =
+            self.ends.iter().map(|&end| &self.ids[std::mem::replace(&mut begin, end)..end]).collect();
+        use_it(&DecodeBatch::from_block_tables(&rows, &self.lengths, self.page_size, self.num_pages)?)
+    }
+
+    /// Entries of row `row` that its length needs, of `available`.
+    fn needed(&self, row: usize, available: usize) -> usize {
+        // A page size of 0 is refused with the batch.
+        let needed = self.lengths[row]
+            .checked_div(self.page_size)
+            .map_or(available, |_| self.lengths[row].div_ceil(self.page_size) as usize);
+        needed.min(available)
+    }
+
+    fn check_rows(&self, rows: usize) -> Result<()> {
+        if rows == self.lengths.len() {
+            return Ok(());
+        }
+        Err(invalid("block_tables", format!("{rows} rows"), format!("one per length ({})", self.lengths.len())))
+    }
+
+    fn read_rows<'py>(&mut self, count: usize, rows: impl Iterator<Item = Bound<'py, PyAny>>) -> Result<()> {
+        self.check_rows(count)?;
+        for (row, entries) in rows.enumerate() {
+            if entries.is_instance_of::<PyList>() || entries.is_instance_of::<PyTuple>() {
+                let needed = self.needed(row, entries.len()?);
+                for position in 0..needed {
+                    let id = entries.get_item(position)?;
+                    let id: i64 = id.extract().map_err(|_| {
+                        wrong_type(&format!("block_tables[{row}][{position}]"), kind(&id), "an integer")
+                    })?;
+                    self.ids.push(self.page_id(row, position, id)?);
+                }
+            } else {
+                let tensor = Tensor::read("block_tables", &entries, None)?;
+                if tensor.rank != 1 {
+                    return Err(invalid(format!("block_tables[{row}]"), format!("shape {}", tensor.shape()), FORMS));
+                }
+                let values = foreign::elements::<i32>(&tensor, &Element::I32)?;
+                let stride = tensor.strides[0] as usize;
+                let needed = self.needed(row, tensor.sizes[0] as usize);
+                for position in 0..needed {
+                    let id = self.page_id(row, position, i64::from(values[position * stride]))?;
+                    self.ids.push(id);
+                }
+            }
+            self.ends.push(self.ids.len());
+        }
+        Ok(())
+    }
+
+    fn read_padded(&mut self, tensor: &Tensor<'_>) -> Result<()> {
+        if tensor.rank != 2 {
+            return Err(invalid("block_tables", format!("shape {}", tensor.shape()), FORMS));
+        }
+        let values = foreign::elements::<i32>(tensor, &Element::I32)?;
+        let (rows, columns) = (tensor.sizes[0] as usize, tensor.sizes[1] as usize);
+        let (row_stride, stride) = (tensor.strides[0] as usize, tensor.strides[1] as usize);
+        self.check_rows(rows)?;
+        for row in 0..rows {
+            let needed = self.needed(row, columns);
+            if stride == 1 {
+                let used = values.get(row * row_stride..).unwrap_or(&[]);
+                // A negative id becomes one of 2^31 or more, which is never below `num_pages`.
+                self.ids.extend(used[..needed].iter().map(|&id| id as u32));
+            } else {
+                self.ids.extend((0..needed).map(|column| values[row * row_stride + column * stride] as u32));
+            }
+            self.ends.push(self.ids.len());
+        }
+        Ok(())
+    }
+
+    fn read_csr(&mut self, pair: &Bound<'_, PyTuple>) -> Result<()> {
+        if pair.len() != 2 {
+            return Err(wrong_type("block_tables", format!("a tuple of {}", pair.len()), FORMS));
+        }
+        let indptr = read_integers("block_tables[0]", &pair.get_item(0)?)?;
+        let ids = read_integers("block_tables[1]", &pair.get_item(1)?)?;
+        if indptr.first() != Some(&0) {
+            let got = indptr.first().map_or("nothing".into(), ToString::to_string);
+            return Err(invalid("block_tables[0] (indptr)", got, "a first entry of 0"));
+        }
+        self.check_rows(indptr.len() - 1)?;
+        for (row, pair) in indptr.windows(2).enumerate() {
+            let (begin, end) = (pair[0], pair[1]);
+            if end < begin || end > ids.len() as i64 {
+                let expected = format!("{begin} to the number of ids, {}", ids.len());
+                return Err(invalid(format!("block_tables[0][{}] (indptr)", row + 1), end, expected));
+            }
+            let needed = self.needed(row, (end - begin) as usize);
+            for position in 0..needed {
+                let id = self.page_id(row, position, ids[begin as usize + position])?;
+                self.ids.push(id);
+            }
+            self.ends.push(self.ids.len());
+        }
+        Ok(())
+    }
+
+    fn page_id(&self, row: usize, position: usize, id: i64) -> Result<u32> {
+        u32::try_from(id).ok().filter(|id| *id < self.num_pages).ok_or_else(|| {
+            let expected = format!("a page id below num_pages = {}", self.num_pages);
+            invalid(format!("block_tables[{row}][{position}]"), id, expected)
+        })
+    }
+}
+
+fn read_lengths(lengths: &Bound<'_, PyAny>) -> Result<Vec<u32>> {
+    read_integers("lengths", lengths)?
+        .into_iter()
+        .enumerate()
+        .map(|(row, length)| {
+            u32::try_from(length)
+                .ok()
+                .filter(|length| *length <= DecodeBatch::MAX_TOKENS)
+                .ok_or_else(|| invalid(format!("lengths[{row}]"), length, format!("0 to {}", DecodeBatch::MAX_TOKENS)))
+        })
+        .collect()
+}
+
+/// A list or tuple of integers, or a 1-D int32 tensor.
+pub(crate) fn read_integers(name: &'static str, values: &Bound<'_, PyAny>) -> Result<Vec<i64>> {
+    if values.is_instance_of::<PyList>() || values.is_instance_of::<PyTuple>() {
+        let count = values.len()?;
+        let mut read = Vec::with_capacity(count);
+        for position in 0..count {
+            let value = values.get_item(position)?;
+            let name = || format!("{name}[{position}]");
+            read.push(value.extract().map_err(|_| wrong_type(&name(), kind(&value), "an integer"))?);
+        }
+        return Ok(read);
+    }
+    let tensor = Tensor::read(name, values, None)?;
+    if tensor.rank != 1 {
+        return Err(invalid(name, format!("shape {}", tensor.shape()), "one dimension"));
+    }
+    let elements = foreign::elements::<i32>(&tensor, &Element::I32)?;
+    let stride = tensor.strides[0] as usize;
+    Ok((0..tensor.sizes[0] as usize).map(|index| i64::from(elements[index * stride])).collect())
+}
+
+/// The name of a value's type, for errors.
+fn kind(value: &Bound<'_, PyAny>) -> String {
+    value.get_type().name().map_or_else(|_| "an object".into(), |name| name.to_string())
+}

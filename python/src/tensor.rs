@@ -1,0 +1,213 @@
+//! Reading the tensors of other libraries: torch's by their attributes, everybody else's by DLPack.
+
+use crate::device::Device;
+use crate::errors::{Result, invalid, wrong_type};
+use crate::foreign;
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::{PyTuple, PyType};
+use std::fmt;
+
+/// Most dimensions of a tensor that is taken: those of a KV cache.
+pub(crate) const MAX_RANK: usize = 4;
+
+/// The element types that anything here takes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Element {
+    F16,
+    Bf16,
+    F32,
+    I32,
+    I64,
+    Other(String),
+}
+
+impl Element {
+    pub(crate) fn bytes(&self) -> u64 {
+        match self {
+            Self::F16 | Self::Bf16 => 2,
+            Self::F32 | Self::I32 => 4,
+            Self::I64 => 8,
+            Self::Other(_) => 0,
+        }
+    }
+}
+
+impl From<pat_rs::Dtype> for Element {
+    fn from(dtype: pat_rs::Dtype) -> Self {
+        match dtype {
+            pat_rs::Dtype::F16 => Self::F16,
+            pat_rs::Dtype::Bf16 => Self::Bf16,
+            other => Self::Other(crate::shape::dtype_name(other).into()),
+        }
+    }
+}
+
+impl fmt::Display for Element {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::F16 => "float16",
+            Self::Bf16 => "bfloat16",
+            Self::F32 => "float32",
+            Self::I32 => "int32",
+            Self::I64 => "int64",
+            Self::Other(name) => name,
+        })
+    }
+}
+
+/// A tensor as it was when it was read. It stays what it is as long as this lives and no other Python code runs: `_owner` holds
+/// the memory, and only Python code can resize it.
+#[derive(Debug)]
+pub(crate) struct Tensor<'py> {
+    /// The argument's name, for errors.
+    pub(crate) name: &'static str,
+    pub(crate) address: u64,
+    pub(crate) element: Element,
+    pub(crate) device: Device,
+    pub(crate) is_writable: bool,
+    pub(crate) rank: usize,
+    pub(crate) sizes: [i64; MAX_RANK],
+    /// In elements.
+    pub(crate) strides: [i64; MAX_RANK],
+    /// The tensor, or the DLPack capsule that holds it.
+    pub(crate) _owner: Bound<'py, PyAny>,
+}
+
+impl<'py> Tensor<'py> {
+    /// Reads a torch tensor or a DLPack producer. `stream` is what work on a DLPack producer's memory is going to be ordered
+    /// by: it makes that stream wait for its own.
+    pub(crate) fn read(name: &'static str, object: &Bound<'py, PyAny>, stream: Option<u64>) -> Result<Self> {
+        if is_torch(object)? { Self::read_torch(name, object) } else { foreign::read_dlpack(name, object, stream) }
+    }
+
+    fn read_torch(name: &'static str, tensor: &Bound<'py, PyAny>) -> Result<Self> {
+        let py = tensor.py();
+        if tensor.getattr(intern!(py, "requires_grad"))?.is_truthy()? {
+            let expected = "a tensor without gradient (tensor.detach()): there is no backward pass";
+            return Err(invalid(name, "a tensor with requires_grad=True", expected));
+        }
+        let device = if tensor.getattr(intern!(py, "is_cuda"))?.is_truthy()? {
+            Device::Cuda(tensor.call_method0(intern!(py, "get_device"))?.extract()?)
+        } else if tensor.getattr(intern!(py, "is_cpu"))?.is_truthy()? {
+            Device::Cpu
+        } else {
+            return Err(invalid(name, format!("a tensor on {}", tensor.getattr("device")?), "one on cpu or cuda"));
+        };
+        let shape = tensor.getattr(intern!(py, "shape"))?;
+        let strides = tensor.call_method0(intern!(py, "stride"))?;
+        let (shape, strides) =
+            (shape.cast::<PyTuple>().map_err(PyErr::from)?, strides.cast::<PyTuple>().map_err(PyErr::from)?);
+        let rank = shape.len();
+        check_rank(name, rank)?;
+        let mut read = Self {
+            name,
+            address: tensor.call_method0(intern!(py, "data_ptr"))?.extract()?,
+            element: torch_element(&tensor.getattr(intern!(py, "dtype"))?)?,
+            device,
+            is_writable: true,
+            rank,
+            sizes: [0; MAX_RANK],
+            strides: [0; MAX_RANK],
+            _owner: tensor.clone(),
+        };
+        for dim in 0..rank {
+            read.sizes[dim] = shape.get_item(dim)?.extract()?;
+            read.strides[dim] = strides.get_item(dim)?.extract()?;
+        }
+        Ok(read)
+    }
+
+    /// The sizes, as Python shows them.
+    pub(crate) fn shape(&self) -> String {
+        format!("{:?}", &self.sizes[..self.rank])
+    }
+
+    /// Elements from the first to the last one that is addressed, or why they are no range from the address on.
+    pub(crate) fn span_elements(&self) -> Result<u64> {
+        let (sizes, strides) = (&self.sizes[..self.rank], &self.strides[..self.rank]);
+        if sizes.contains(&0) {
+            return Ok(0);
+        }
+        let mut last = 0i128;
+        for (&size, &stride) in sizes.iter().zip(strides) {
+            if stride < 0 {
+                return Err(invalid(self.name, format!("strides {strides:?}"), "none below 0"));
+            }
+            last += i128::from(size - 1) * i128::from(stride);
+        }
+        u64::try_from(last + 1)
+            .ok()
+            .filter(|elements| elements.checked_mul(self.element.bytes()).is_some_and(|bytes| bytes < 1 << 63))
+            .ok_or_else(|| invalid(self.name, format!("strides {strides:?}"), "what memory can hold"))
+    }
+
+    /// Refuses another element type.
+    pub(crate) fn expect_element(&self, expected: &Element) -> Result<()> {
+        if self.element == *expected {
+            return Ok(());
+        }
+        Err(wrong_type(self.name, format!("a tensor of {}", self.element), &expected.to_string()))
+    }
+
+    /// Refuses another device.
+    pub(crate) fn expect_device(&self, expected: Device, why: &str) -> Result<()> {
+        if self.device == expected {
+            return Ok(());
+        }
+        Err(invalid(self.name, format!("a tensor on {}", self.device), format!("one on {expected}, {why}")))
+    }
+
+    /// Refuses memory that must not be written.
+    pub(crate) fn expect_writable(&self) -> Result<()> {
+        if self.is_writable {
+            return Ok(());
+        }
+        Err(invalid(self.name, "read-only memory", "memory that can be written"))
+    }
+}
+
+/// Refuses tensors of more dimensions than any argument has.
+pub(crate) fn check_rank(name: &str, rank: usize) -> Result<()> {
+    if rank <= MAX_RANK {
+        return Ok(());
+    }
+    Err(invalid(name, format!("{rank} dimensions"), format!("at most {MAX_RANK}")))
+}
+
+/// Whether it is a `torch.Tensor`. torch is not imported for it.
+pub(crate) fn is_torch(object: &Bound<'_, PyAny>) -> Result<bool> {
+    static TENSOR: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+    let py = object.py();
+    if TENSOR.get(py).is_none() && !torch_is_imported(py)? {
+        return Ok(false);
+    }
+    Ok(object.is_instance(TENSOR.import(py, "torch", "Tensor")?)?)
+}
+
+/// Whether the program has imported torch.
+pub(crate) fn torch_is_imported(py: Python<'_>) -> Result<bool> {
+    Ok(py.import(intern!(py, "sys"))?.getattr(intern!(py, "modules"))?.contains(intern!(py, "torch"))?)
+}
+
+/// torch has one object for each of its dtypes.
+fn torch_element(dtype: &Bound<'_, PyAny>) -> Result<Element> {
+    static KNOWN: PyOnceLock<[(Py<PyAny>, Element); 5]> = PyOnceLock::new();
+    let py = dtype.py();
+    let known = KNOWN.get_or_try_init(py, || -> PyResult<_> {
+        let torch = py.import("torch")?;
+        let dtype = |name: &str| torch.getattr(name).map(Bound::unbind);
+        Ok([
+            (dtype("float16")?, Element::F16),
+            (dtype("bfloat16")?, Element::Bf16),
+            (dtype("float32")?, Element::F32),
+            (dtype("int32")?, Element::I32),
+            (dtype("int64")?, Element::I64),
+        ])
+    })?;
+    match known.iter().find(|(object, _)| object.is(dtype)) {
+        Some((_, element)) => Ok(element.clone()),
+        None => Ok(Element::Other(dtype.str()?.to_string_lossy().trim_start_matches("torch.").to_owned())),
+    }
+}

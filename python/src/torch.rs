@@ -1,0 +1,60 @@
+//! What is asked of torch itself: its current stream, and memory for results. torch is never imported for it.
+
+use crate::device::Device;
+use crate::errors::{Result, invalid};
+use crate::tensor::{Tensor, is_torch, torch_is_imported};
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::PyDict;
+
+/// The handle of the stream that torch's operations on a device go to now; the legacy default stream without torch.
+pub(crate) fn current_stream(py: Python<'_>, ordinal: usize) -> Result<u64> {
+    static RAW: PyOnceLock<Option<Py<PyAny>>> = PyOnceLock::new();
+    if RAW.get(py).is_none() && !torch_is_imported(py)? {
+        return Ok(0);
+    }
+    // The call of torch's own compiled code: it makes no stream object. Not part of torch's documented interface.
+    let raw = RAW.get_or_try_init(py, || -> PyResult<_> {
+        let bindings = py.import("torch")?.getattr("_C")?;
+        Ok(bindings.getattr_opt("_cuda_getCurrentRawStream")?.map(Bound::unbind))
+    })?;
+    if let Some(raw) = raw {
+        return Ok(raw.bind(py).call1((ordinal,))?.extract()?);
+    }
+    let stream = py.import("torch")?.getattr("cuda")?.call_method1("current_stream", (ordinal,))?;
+    Ok(stream.getattr("cuda_stream")?.extract()?)
+}
+
+/// Memory for the output: as q, in torch's caching allocator.
+pub(crate) fn empty_like<'py>(q: &Bound<'py, PyAny>) -> Result<Bound<'py, PyAny>> {
+    static EMPTY_LIKE: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    let py = q.py();
+    if !is_torch(q)? {
+        return Err(invalid("out", "None", "memory for the output, where q is no torch tensor"));
+    }
+    Ok(EMPTY_LIKE.import(py, "torch", "empty_like")?.call1((q,))?)
+}
+
+/// Memory for LSE, `[rows, q_heads]` of float32, beside q.
+pub(crate) fn empty_lse<'py>(q: &Bound<'py, PyAny>, read: &Tensor<'py>) -> Result<Bound<'py, PyAny>> {
+    let py = q.py();
+    if !is_torch(q)? {
+        return Err(invalid("lse", "None", "memory for the LSE, where q is no torch tensor"));
+    }
+    let torch = py.import(intern!(py, "torch"))?;
+    let options = PyDict::new(py);
+    options.set_item("dtype", torch.getattr("float32")?)?;
+    options.set_item("device", q.getattr("device")?)?;
+    Ok(torch.call_method("empty", ((read.sizes[0], read.sizes[1]),), Some(&options))?)
+}
+
+/// The stream of a call: the one that was named, else the current one. 0 on the CPU.
+pub(crate) fn stream_of(py: Python<'_>, device: Device, named: Option<u64>) -> Result<u64> {
+    match (device, named) {
+        (Device::Cpu, None) => Ok(0),
+        (Device::Cpu, Some(stream)) => Err(invalid("stream", stream, "None for tensors on the CPU")),
+        (Device::Cuda(_), Some(stream)) => Ok(stream),
+        (Device::Cuda(ordinal), None) => current_stream(py, ordinal),
+    }
+}

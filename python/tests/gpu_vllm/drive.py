@@ -1,0 +1,303 @@
+#!/usr/bin/env python3
+"""One engine, several tasks: tokens with log-probs, step times, a profile. Writes JSON; `compare.py` judges.
+
+  drive.py OUT.json --backend CUSTOM --shape small --mode eager|graph|piecewise TASK ...
+
+Tasks, run in order:
+  tokens:PROMPTSxSHARED+OWN:OUT[:BATCH]   greedy tokens with their log-probs; BATCH prompts at a time (default: all)
+  churn:OUT:SCHEDULE                      200 requests with 4 system prompts: joins, leaves, aborts, preemption, chunked prefill;
+                                          SCHEDULE seeds when they arrive and are aborted
+  time:PROMPTSxSHARED+OWN:OUT             median time of the steps in which every prompt yields a token
+  profile:PROMPTSxSHARED+OWN              kernels and idle time of a few such steps
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import time
+
+SHAPES = {
+    "small": dict(hidden_size=1024, num_hidden_layers=4, num_attention_heads=16, num_key_value_heads=4, intermediate_size=3072, vocab_size=32000),
+    "8b": dict(hidden_size=4096, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, intermediate_size=12288, vocab_size=151936),
+}
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out")
+    parser.add_argument("tasks", nargs="+")
+    parser.add_argument("--backend", default="CUSTOM")
+    parser.add_argument("--shape", default="small", choices=list(SHAPES))
+    parser.add_argument("--model", default="qwen3", choices=["qwen3", "llama"])
+    parser.add_argument("--kv-heads", type=int)
+    parser.add_argument("--mode", default="eager", choices=["eager", "graph", "piecewise"])
+    parser.add_argument("--sizes", default="8,64", help="captured batch sizes")
+    parser.add_argument("--seqs", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=8192, help="max_num_batched_tokens")
+    parser.add_argument("--kv-gib", type=float, default=0)
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--dcp", type=int, default=1)
+    parser.add_argument("--break-lengths", action="store_true", help="negative control: rows miss their newest token")
+    return parser.parse_args()
+
+
+def config(a):
+    c = dict(
+        SHAPES[a.shape], head_dim=128, hidden_act="silu", max_position_embeddings=40960, rms_norm_eps=1e-6, rope_theta=1000000,
+        attention_bias=False, tie_word_embeddings=False, torch_dtype="bfloat16", use_cache=True, bos_token_id=1, eos_token_id=2,
+        initializer_range=0.02,
+    )  # fmt: skip
+    if a.kv_heads:
+        c["num_key_value_heads"] = a.kv_heads
+    if a.model == "qwen3":
+        c.update(architectures=["Qwen3ForCausalLM"], model_type="qwen3", sliding_window=None, use_sliding_window=False)
+    else:
+        c.update(architectures=["LlamaForCausalLM"], model_type="llama")
+    return c
+
+
+def make_engine(a, c):
+    from vllm import LLM
+
+    folder = "/tmp/pat-vllm-%s-%s-%d" % (a.shape, a.model, c["num_key_value_heads"])
+    os.makedirs(folder, exist_ok=True)
+    with open(folder + "/config.json.%d" % os.getpid(), "w") as f:
+        json.dump(c, f)
+    os.replace(f.name, folder + "/config.json")
+    sizes = sorted({int(size) for size in a.sizes.split(",")})
+    more = {}
+    if a.mode == "eager":
+        more["enforce_eager"] = True
+    elif a.mode == "graph":
+        more["compilation_config"] = dict(mode=0, cudagraph_mode="FULL_DECODE_ONLY", cudagraph_capture_sizes=sizes)
+    else:
+        more["compilation_config"] = dict(cudagraph_mode="PIECEWISE", cudagraph_capture_sizes=sizes)
+    if a.kv_gib:
+        more["kv_cache_memory_bytes"] = int(a.kv_gib * 2**30)
+    if a.tp > 1:
+        more["tensor_parallel_size"] = a.tp
+    if a.dcp > 1:
+        more["decode_context_parallel_size"] = a.dcp
+    return LLM(
+        model=folder, skip_tokenizer_init=True, load_format="dummy", dtype="bfloat16", seed=0, enable_prefix_caching=True,
+        max_model_len=4096, max_num_seqs=a.seqs, max_num_batched_tokens=a.tokens, gpu_memory_utilization=0.2 if a.shape == "small" else 0.85,
+        attention_config={"backend": a.backend}, disable_log_stats=True, **more,
+    ).llm_engine  # fmt: skip
+
+
+def prompts(count, shared, own, tag, vocab):
+    r = random.Random(tag)
+    prefix = [r.randrange(10, vocab) for _ in range(shared)]
+    return [prefix + [r.randrange(10, vocab) for _ in range(own)] for _ in range(count)]
+
+
+def read_size(text):
+    count, _, rest = text.partition("x")
+    shared, _, own = rest.partition("+")
+    return int(count), int(shared), int(own)
+
+
+class Requests:
+    """Adds requests and keeps what they yield."""
+
+    def __init__(self, engine, logprobs):
+        self.engine, self.logprobs = engine, logprobs
+        self.made, self.result, self.order = {}, {}, []
+
+    def add(self, name, prompt, out):
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0.0, max_tokens=out, ignore_eos=True, detokenize=False, logprobs=self.logprobs)
+        self.engine.add_request(name, {"prompt_token_ids": prompt}, params)
+        self.order.append(name)
+
+    def step(self):
+        """Returns the seconds and the number of tokens that came."""
+        start = time.perf_counter()
+        outputs = self.engine.step()
+        took = time.perf_counter() - start
+        before = sum(self.made.values())
+        for output in outputs:
+            completion = output.outputs[0]
+            self.made[output.request_id] = len(completion.token_ids)
+            if output.finished:
+                self.result[output.request_id] = dict(tokens=list(completion.token_ids), top=self.top(completion))
+        return took, sum(self.made.values()) - before
+
+    def top(self, completion):
+        """Per token: log-prob of the token taken, and the lead over the next one."""
+        if not completion.logprobs:
+            return None
+        top = []
+        for token, candidates in zip(completion.token_ids, completion.logprobs):
+            others = [c.logprob for t, c in candidates.items() if t != token]
+            top.append((candidates[token].logprob, candidates[token].logprob - max(others)))
+        return top
+
+    def drain(self):
+        while self.engine.has_unfinished_requests():
+            self.step()
+
+    def in_order(self):
+        return [self.result.get(name) for name in self.order]
+
+
+def tokens(engine, vocab, text):
+    size, out, *rest = text.split(":")
+    count, shared, own = read_size(size)
+    batch = int(rest[0]) if rest else count
+    every = prompts(count, shared, own, "tokens", vocab)
+    result = []
+    for begin in range(0, count, batch):
+        requests = Requests(engine, 2)
+        for i, prompt in enumerate(every[begin : begin + batch]):
+            requests.add("tokens-%s-%d" % (text, begin + i), prompt, int(out))
+        requests.drain()
+        result += requests.in_order()
+    engine.reset_prefix_cache()
+    return dict(requests=result)
+
+
+def churn(engine, vocab, text):
+    """Requests arrive, finish, are aborted and preempted, the same way for every backend."""
+    out, schedule = map(int, text.split(":"))
+    r = random.Random("churn")
+    systems = [[r.randrange(10, vocab) for _ in range(n)] for n in (1500, 700, 333, 64)]
+    requests, waiting, aborted = Requests(engine, 2), [], set()
+    for i in range(200):
+        own = [r.randrange(10, vocab) for _ in range(r.choice([3, 17, 90, 400, 1200]))]
+        waiting.append(("churn-%d" % i, r.choice(systems) + own, r.randint(2, 2 * out)))
+    r = random.Random(schedule)
+    step = 0
+    while waiting or engine.has_unfinished_requests():
+        for _ in range(r.choice([0, 0, 1, 2, 5])):
+            if waiting:
+                requests.add(*waiting.pop(0))
+        if step % 9 == 5 and requests.made:
+            name = r.choice(requests.order)
+            if name not in requests.result and name not in aborted:
+                aborted.add(name)
+                engine.abort_request([name])
+        if engine.has_unfinished_requests():
+            requests.step()
+        step += 1
+    engine.reset_prefix_cache()
+    return dict(requests=requests.in_order(), steps=step, aborted=len(aborted))
+
+
+def full_steps(engine, vocab, text, tag, at_full=None):
+    size, _, out = text.partition(":")
+    count, shared, own = read_size(size)
+    requests = Requests(engine, None)
+    for i, prompt in enumerate(prompts(count, shared, own, tag, vocab)):
+        requests.add("%s-%s-%d" % (tag, text, i), prompt, int(out or 40))
+    times = []
+    while engine.has_unfinished_requests():
+        took, made = requests.step()
+        if made == count:
+            times.append(took)
+            if at_full and at_full(len(times), requests):
+                at_full = None
+    engine.reset_prefix_cache()
+    return count, times
+
+
+def time_steps(engine, vocab, text):
+    count, times = full_steps(engine, vocab, text, "time")
+    times = times[4:]
+    median = statistics.median(times)
+    spread = sorted(times)[len(times) // 10], sorted(times)[len(times) * 9 // 10]
+    return dict(sequences=count, steps=len(times), step_ms=1e3 * median, p10_ms=1e3 * spread[0], p90_ms=1e3 * spread[1])
+
+
+def profile(engine, vocab, text):
+    """CUDA activity of 6 full steps: kernels of ours and of FlashAttention, and how long the device idles in each step."""
+    import torch
+    from torch.profiler import ProfilerActivity
+
+    found = {}
+
+    def at_full(index, requests):
+        if index < 6:
+            return False
+        with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as prof:
+            start = time.perf_counter()
+            for _ in range(6):
+                requests.step()
+            torch.cuda.synchronize()
+            wall = time.perf_counter() - start
+        spans = sorted(
+            (e.start_ns(), e.start_ns() + e.duration_ns(), e.name())
+            for e in prof.profiler.kineto_results.events()
+            if "CUDA" in str(e.device_type())
+        )
+        names = {}
+        for begin, end, name in spans:
+            calls, ns = names.get(name, (0, 0))
+            names[name] = calls + 1, ns + end - begin
+        # Idle: between the first and the last activity, what no activity covers; gaps under 2 us lie inside graphs.
+        idle = longest = 0
+        reach = spans[0][1]
+        gaps = []
+        for begin, end, _ in spans:
+            if begin > reach:
+                gaps.append(begin - reach)
+            reach = max(reach, end)
+        idle = sum(gap for gap in gaps if gap > 2000)
+        longest = max(gaps, default=0)
+        span = reach - spans[0][0]
+        found.update(
+            wall_ms=1e3 * wall, span_ms=span / 1e6, idle_ms=idle / 1e6, longest_gap_us=longest / 1e3,
+            gaps_over_20us=sum(gap > 20000 for gap in gaps), small_gaps_ms=sum(g for g in gaps if g <= 2000) / 1e6,
+            kernels=sorted(([name[:90], *calls] for name, calls in names.items()), key=lambda k: -k[2])[:25],
+        )  # fmt: skip
+        return True
+
+    full_steps(engine, vocab, text + ":40", "profile", at_full)
+    return found
+
+
+TASKS = dict(tokens=tokens, churn=churn, time=time_steps, profile=profile)
+
+
+def main():
+    a = arguments()
+    c = config(a)
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")
+    if a.tp == 1:
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    else:
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    start = time.time()
+    engine = make_engine(a, c)
+    print("engine up after %.1f s" % (time.time() - start), flush=True)
+    if a.break_lengths:
+        from prefix_attn.vllm.builder import Builder
+
+        right = Builder._lengths
+        Builder._lengths = lambda self, *args: (right(self, *args) - 1).clip(0)
+    record = dict(args=vars(a), tasks={})
+    for task in a.tasks:
+        kind, _, text = task.partition(":")
+        start = time.time()
+        record["tasks"][task] = TASKS[kind](engine, c["vocab_size"], text)
+        print("%s: %.1f s" % (task, time.time() - start), flush=True)
+    if a.backend == "CUSTOM":
+        import dataclasses
+
+        from prefix_attn.vllm import metrics
+
+        record["metrics"] = dataclasses.asdict(metrics.totals())
+        print("metrics", record["metrics"], flush=True)
+    with open(a.out, "w") as f:
+        json.dump(record, f)
+    print("DONE", flush=True)
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()
+    os._exit(0)  # engines of this process have nothing left to save

@@ -1,0 +1,31 @@
+#!/usr/bin/env python3
+"""Step times of two engines side by side, and what their profiles say: table.py STOCK.json OURS.json"""
+
+import json
+import sys
+
+stock, ours = (json.load(open(name)) for name in sys.argv[1:3])
+print("sequences x (shared + own)   stock ms (p10-p90)        ours ms (p10-p90)         ours / stock")
+for task, a in stock["tasks"].items():
+    b = ours["tasks"][task]
+    if task.startswith("time"):
+        cells = ["%8.3f (%.3f-%.3f)" % (t["step_ms"], t["p10_ms"], t["p90_ms"]) for t in (a, b)]
+        print("%-26s %-25s %-25s %.3f" % (task.split(":")[1], *cells, b["step_ms"] / a["step_ms"]))
+for name, record in (("stock", stock), ("ours", ours)):
+    for task, p in record["tasks"].items():
+        if not task.startswith("profile"):
+            continue
+        print(
+            "%s, 6 steps of %s: wall %.2f ms, device span %.2f ms, idle %.3f ms (gaps over 2 us), %.3f ms in smaller gaps, longest gap "
+            "%.1f us, %d gaps over 20 us"
+            % (name, task[8:], p["wall_ms"], p["span_ms"], p["idle_ms"], p["small_gaps_ms"], p["longest_gap_us"], p["gaps_over_20us"])
+        )
+        for kernel, calls, ns in p["kernels"][:7]:
+            print("    %6d calls %9.2f us each  %s" % (calls, ns / calls / 1e3, kernel))
+own = [k for t, p in ours["tasks"].items() if t.startswith("profile") for k in p["kernels"]]
+our_kernels = [k for k in own if k[0].startswith("pat_forward")]
+stock_kernels = [k for k in own if "FlashAttn" in k[0] or "flash::" in k[0]]
+if own:
+    counts = [sum(k[1] for k in kernels) for kernels in (our_kernels, stock_kernels)]
+    print("our kernels: %d calls; FlashAttention: %d calls" % tuple(counts))
+    sys.exit(not our_kernels or bool(stock_kernels))

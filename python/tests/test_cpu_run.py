@@ -1,0 +1,101 @@
+"""Execution on torch CPU tensors against torch's attention in float64."""
+
+import pytest
+import torch
+from conftest import SHAPE, caches, queries, random_forest, reference, tolerance
+
+import prefix_attn as pa
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("seed", range(6))
+def test_random_forests_equal_torch(dtype, layout, seed):
+    batch = random_forest(seed, page_size=[1, 7, 16, 32][seed % 4])
+    planner = pa.Planner(pa.AttentionShape(**SHAPE, dtype=dtype), device="cpu")
+    plan = planner.plan(batch.block_tables, batch.lengths, batch.page_size, batch.num_pages)
+    q, (k, v) = queries(len(batch.lengths), dtype), caches(batch, dtype, layout)
+    out, lse = pa.run(plan, q, k, v, return_lse=True, kv_layout=layout)
+    expected, expected_lse = reference(batch, q, k, v, layout)
+    assert out.dtype == dtype and out.shape == q.shape and lse.dtype == torch.float32
+    torch.testing.assert_close(out.double(), expected, atol=tolerance(dtype), rtol=0)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["auto", "flat", "per-node", "packed", "fixed-chunk:32"])
+def test_modes_agree(mode):
+    batch = random_forest(3)
+    planner = pa.Planner(pa.AttentionShape(**SHAPE, dtype="float16"), device="cpu", mode=mode)
+    plan = planner.plan(batch.block_tables, batch.lengths, batch.page_size, batch.num_pages)
+    q, (k, v) = queries(len(batch.lengths)), caches(batch)
+    out = pa.run(plan, q, k, v, scale=0.2)
+    expected, _ = reference(batch, q, k, v, scale=0.2)
+    torch.testing.assert_close(out.double(), expected, atol=tolerance(torch.float16), rtol=0)
+
+
+def test_outputs_are_written_in_place_and_nothing_else_is(planner):
+    batch = random_forest(5)
+    rows = len(batch.lengths)
+    plan = planner.plan(batch.padded, torch.tensor(batch.lengths, dtype=torch.int32), 16, batch.num_pages)
+    # Rows 0 to `rows` of every second head group of a larger tensor, with rows to spare.
+    memory = torch.full((rows + 3, 2, 8, 64), 7.0, dtype=torch.float16)
+    out = memory[:, 1]
+    lse = torch.full((8, rows + 3), 7.0).t()
+    q, (k, v) = queries(rows + 3), caches(batch)
+    assert pa.run(plan, q, k, v, out, lse) is out
+    expected, expected_lse = reference(batch, q, k, v)
+    torch.testing.assert_close(out[:rows].double(), expected[:rows], atol=3e-3, rtol=0)
+    torch.testing.assert_close(lse[:rows].double(), expected_lse[:rows], atol=1e-3, rtol=0)
+    assert (memory[:, 0] == 7).all() and (memory[rows:] == 7).all() and (lse[rows:] == 7).all()
+
+
+def test_v_may_lie_inside_the_rows_of_k(planner):
+    batch = random_forest(7)
+    plan = planner.plan(batch.block_tables, batch.lengths, 16, batch.num_pages)
+    k, v = caches(batch)
+    both = torch.cat([k, v], dim=-1)
+    q = queries(len(batch.lengths))
+    assert torch.equal(pa.run(plan, q, both[..., :64], both[..., 64:]), pa.run(plan, q, k, v))
+
+
+def test_forms_of_block_tables_give_the_same_plan(planner):
+    import numpy
+
+    batch = random_forest(11)
+    padded = batch.padded
+    lengths = torch.tensor(batch.lengths, dtype=torch.int32)
+    indptr = [0]
+    for row in batch.block_tables:
+        indptr.append(indptr[-1] + len(row))
+    flat = [page for row in batch.block_tables for page in row]
+    read_only = padded.numpy().copy()
+    read_only.flags.writeable = False
+    forms = [
+        batch.block_tables,
+        [tuple(row) for row in batch.block_tables],
+        [torch.tensor(row, dtype=torch.int32) for row in batch.block_tables],
+        padded,
+        padded.t().contiguous().t(),
+        padded.numpy(),
+        read_only,
+        (indptr, flat),
+        (numpy.array(indptr, dtype=numpy.int32), torch.tensor(flat, dtype=torch.int32)),
+    ]
+    summaries = [
+        planner.plan(form, length, 16, batch.num_pages).summary()
+        for form in forms
+        for length in (batch.lengths, tuple(batch.lengths), lengths, lengths.numpy())
+    ]
+    assert all(summary == summaries[0] for summary in summaries)
+    assert summaries[0]["sequences"] == len(batch.lengths)
+
+
+def test_numpy_through_dlpack(planner):
+    numpy = pytest.importorskip("numpy")
+    batch = random_forest(13)
+    plan = planner.plan(batch.block_tables, batch.lengths, 16, batch.num_pages)
+    q, (k, v) = queries(len(batch.lengths)), caches(batch)
+    out, lse = numpy.empty(q.shape, numpy.float16), numpy.empty(q.shape[:2], numpy.float32)
+    assert pa.run(plan, q.numpy(), k.numpy(), v.numpy(), out, lse) is out
+    expected, expected_lse = pa.run(plan, q, k, v, return_lse=True)
+    assert torch.equal(torch.from_numpy(out), expected) and torch.equal(torch.from_numpy(lse), expected_lse)

@@ -1,0 +1,304 @@
+"""PAT's API: its examples of schedules, its cases against torch in float64, and what PAT gets wrong."""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import prefix_attn
+from prefix_attn import AsyncTree, PrefixTree, PrefixTreeCPP, generate_tree_seqs, prefix_attn_with_kvcache
+from prefix_attn.pat.schedule import DEFAULT_TILES, packs, tile_of
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+DRAWN = [(seed, block_size) for seed in range(12) for block_size in (16, 32)]
+
+
+def table_of(rows):
+    width = max(map(len, rows))
+    return torch.tensor([row + [-1] * (width - len(row)) for row in rows], dtype=torch.int32)
+
+
+def tree_of(lengths, rows, block_size, group=4, kv_heads=2, tree_class=PrefixTreeCPP):
+    tree = tree_class(block_size)
+    tree.build_radix_tree(lengths, table_of(rows))
+    tree.pack_schedule(None, group, kv_heads)
+    tree.kernel_info.to_gpu("cpu")
+    return tree
+
+
+def tensors_of(batch, num_blocks, block_size, q_heads=8, kv_heads=2, head_dim=64, dtype=torch.float16):
+    generator = torch.Generator().manual_seed(batch * num_blocks)
+    q = torch.randn(batch, 1, q_heads, head_dim, generator=generator).to(dtype)
+    k, v = (torch.randn(num_blocks, block_size, kv_heads, head_dim, generator=generator).to(dtype) for _ in range(2))
+    return q, k, v
+
+
+def expected_of(q, k, v, lengths, rows):
+    out = torch.zeros(q.shape, dtype=torch.float64)
+    for sequence, (length, row) in enumerate(zip(lengths, rows)):
+        if length:
+            blocks = torch.tensor(row[: -(-length // k.shape[1])])
+            keys, values = (t[blocks].flatten(0, 1)[:length].transpose(0, 1)[None].double() for t in (k, v))
+            query = q[sequence].transpose(0, 1)[None].double()
+            out[sequence] = F.scaled_dot_product_attention(query, keys, values, enable_gqa=True)[0].transpose(0, 1)
+    return out
+
+
+def tables_of(info):
+    return [
+        info.num_split_per_seq,
+        info.query_tables,
+        info.block_tables,
+        info.num_seqs_per_CTAs,
+        info.CTA_ranks,
+        info.kv_in_CTAs,
+        info.MNW,
+        info.max_split_per_seq,
+        info.max_seqs_in_CTA,
+        info.max_blocks_in_CTA,
+    ]
+
+
+def ragged(seed, block_size):
+    """A batch with prefixes of prefixes, ragged ends, equal rows, empty rows and rows that end in another's prefix."""
+    draw = random.Random(seed)
+    rows, lengths, blocks = [], [], iter(range(1 << 20))
+    for _ in range(draw.randint(1, 40)):
+        kept = draw.choice(rows)[: draw.randint(0, 6)] if rows else []
+        row = kept + [next(blocks) for _ in range(draw.randint(0, 5))]
+        least = len(kept) * block_size
+        rows.append(row)
+        lengths.append(draw.randint(least, len(row) * block_size))
+    return lengths, rows, next(blocks) + 1
+
+
+def test_the_schedules_of_pats_worked_examples():
+    def scheduled(lengths, rows, block_size, group):
+        result = []
+        for pack in packs(lengths, rows, block_size, 64 // group):
+            tile = tile_of(len(pack.queries) * group, pack.kv_tokens, block_size, list(DEFAULT_TILES))
+            result.append((pack.queries, pack.kv_tokens, pack.blocks[0], pack.rank, tile[:2]))
+        return result
+
+    rows = [
+        [0, 1, 2, 3, 4, 5, 13, 14, 15],
+        [0, 1, 2, 3, 4, 5, 16],
+        [0, 1, 2, 7, 8, 9, 17, 18, 19],
+        [0, 1, 2, 7, 8, 9, 20],
+        [0, 1, 2, 7, 8, 9, 21, 22, 23, 24],
+        [0, 1, 2, 10, 11, 12, 25],
+    ]
+    assert sorted(scheduled([32 * len(row) - 5 for row in rows], rows, 32, 4)) == sorted(
+        [
+            ([0, 1, 2, 3, 4, 5], 96, 0, 0, (32, 64)),
+            ([0, 1], 96, 3, 1, (16, 64)),
+            ([2, 3, 4], 96, 7, 1, (16, 64)),
+            ([5], 123, 10, 1, (16, 64)),
+            ([0], 91, 13, 2, (16, 64)),
+            ([2], 91, 17, 2, (16, 64)),
+            ([4], 123, 21, 2, (16, 64)),
+            ([1], 27, 16, 2, (16, 16)),
+            ([3], 27, 20, 2, (16, 16)),
+        ]
+    )
+    # Both groups of 16 read the one block above them themselves.
+    groups = [[0, *range(1 + 8 * g, 9 + 8 * g), 100 + s] for g in range(2) for s in range(16 * g, 16 * g + 16)]
+    merged = scheduled([9 * 32 + 7] * 32, groups, 32, 4)
+    sizes = sorted((len(queries), kv_tokens, rank) for queries, kv_tokens, _, rank, _ in merged)
+    assert sizes == [(1, 7, 1)] * 32 + [(16, 288, 0)] * 2
+    assert [pack[:4] for pack in scheduled([64, 32, 96], [[0, 1], [0], [0, 1, 2]], 32, 4)] == [
+        ([0, 1, 2], 32, 0, 0),
+        ([0, 2], 32, 1, 1),
+        ([2], 32, 2, 2),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tree", "group", "pack_count", "splits", "kv_tokens"),
+    [
+        ("1,256_256,32", 8, 288, 2, 16384),
+        ("1,4,256_32,256,32", 4, 272, 2, 12800),
+        ("1,4,16,64,256,1024_256,32,256,64,32,256", 2, 1376, 4, 291840),
+        ("1,16,32,64,256,1024_256,128,64,32,32,32", 1, 1360, 4, 53248),
+        ("4,16,256,512_512,32,128,32", 1, 792, 4, 53760),
+        ("8,16,32,256_512,512,256,32", 4, 304, 3, 32768),
+        ("256_1024", 8, 256, 1, 262144),
+    ],
+)
+def test_schedules_of_pats_benchmark(tree, group, pack_count, splits, kv_tokens):
+    lengths, table, _ = generate_tree_seqs(tree, 32, seed=1)
+    schedule = packs(lengths, table.tolist(), 32, 64 // group)
+    assert (len(schedule), sum(pack.kv_tokens for pack in schedule)) == (pack_count, kv_tokens)
+    assert 1 + max(pack.rank for pack in schedule) == splits
+
+
+@pytest.mark.parametrize(("seed", "block_size"), DRAWN)
+@pytest.mark.parametrize("group", [1, 4, 8])
+def test_tables_are_a_schedule(seed, block_size, group):
+    lengths, rows, num_blocks = ragged(seed, block_size)
+    info = tree_of(lengths, rows, block_size, group).kernel_info
+    covered = [[] for _ in lengths]
+    slots = [[] for _ in lengths]
+    for queries, blocks, counts, ranks, kv_counts, tile in zip(
+        *(map(torch.Tensor.tolist, tables) for tables in tables_of(info)[1:6]), info.MNW
+    ):
+        for query_row, block_row, count, rank, kv_tokens in zip(queries, blocks, counts, ranks, kv_counts):
+            assert 1 <= count * group <= tile[0]
+            used = block_row[: -(-kv_tokens // block_size)]
+            assert len(used) <= info.max_blocks_in_CTA and count <= info.max_seqs_in_CTA
+            for query in query_row[:count]:
+                slots[query].append(rank)
+                tail = kv_tokens % block_size or block_size
+                covered[query] += [(block, block_size) for block in used[:-1]] + [(used[-1], tail)]
+    for sequence, (length, row) in enumerate(zip(lengths, rows)):
+        count = -(-length // block_size)
+        full = [(block, block_size) for block in row[: length // block_size]]
+        tail = [(row[count - 1], length % block_size)] if length % block_size else []
+        assert sorted(covered[sequence]) == sorted(full + tail)
+        assert sorted(slots[sequence]) == list(range(info.num_split_per_seq[sequence]))
+    assert info.max_split_per_seq == max(map(len, slots)) <= 32
+    assert num_blocks > max((block for row in covered for block, _ in row), default=0)
+
+
+def test_a_chain_of_prefixes_stays_within_pats_32_splits():
+    rows = [list(range(depth)) for depth in range(1, 60)]
+    info = tree_of([1024 * len(row) for row in rows], rows, 1024, 1).kernel_info
+    assert info.max_split_per_seq == 32
+
+
+@pytest.mark.parametrize(("seed", "block_size"), DRAWN)
+@pytest.mark.parametrize("form", ["tree", "tables", "foreign tables"])
+def test_ragged_batches_in_all_forms(seed, block_size, form):
+    lengths, rows, num_blocks = ragged(seed, block_size)
+    dtype = torch.bfloat16 if seed % 2 else torch.float16
+    q, k, v = tensors_of(len(rows), num_blocks, block_size, dtype=dtype)
+    tree = tree_of(lengths, rows, block_size, tree_class=PrefixTree if seed % 3 else PrefixTreeCPP)
+    out = torch.full_like(q, torch.nan)
+    if form == "tree":
+        prefix_attn_with_kvcache(q, k, v, tree, 64**-0.5, out)
+    else:
+        tables = tables_of(tree.kernel_info)
+        if form == "foreign tables":
+            tables = [tables[0].clone(), *([part.clone() for part in group] for group in tables[1:6]), *tables[6:]]
+        for _ in range(2):
+            prefix_attn_with_kvcache(q, k, v, *tables, 64**-0.5, out, timing_=None)
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 2e-3
+    torch.testing.assert_close(out.double(), expected_of(q, k, v, lengths, rows), atol=tolerance, rtol=0)
+
+
+def test_pats_program_says_its_success_line():
+    shrunk = ["--device", "cpu", "--most-sequences", "8", "--nheads-q", "8", "--nheads-kv", "2"]
+    # Run from anywhere else, the package is the installed one.
+    environment = os.environ | {"PYTHONPATH": str(Path(prefix_attn.__file__).parents[1])}
+    program = [sys.executable, EXAMPLES / "pat_program.py", *shrunk]
+    run = subprocess.run(program, capture_output=True, text=True, check=False, env=environment)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.rstrip().endswith("successfully pass")
+    assert run.stdout.count(" tables: ") == 15
+
+
+def check_tree(lengths, rows, num_blocks, block_size, strided_v=False):
+    q, k, v = tensors_of(len(rows), num_blocks, block_size)
+    if strided_v:
+        v = torch.cat([k, v], dim=-1)[..., k.shape[-1] :]
+    out = torch.full_like(q, torch.nan)
+    prefix_attn_with_kvcache(q, k, v, tree_of(lengths, rows, block_size), 64**-0.5, out)
+    torch.testing.assert_close(out.double(), expected_of(q, k, v, lengths, rows), atol=2e-3, rtol=0)
+
+
+def test_what_pat_gets_wrong_is_right():
+    # Uneven splits behind a long prefix: PAT's partials collide.
+    prefix, free = list(range(32)), iter(range(32, 1000))
+    tails = [2000, 100, 300, 700]
+    rows = [prefix + [next(free) for _ in range(-(-tail // 32))] for tail in tails]
+    check_tree([1024 + tail for tail in tails], rows, 1000, 32)
+    # No sharing, and packs of two tile groups: PAT runs the first group alone.
+    check_tree([100, 300], [[0, 1, 2, 3], list(range(4, 14))], 14, 32)
+    # A shared last block of which each sequence has another part.
+    check_tree([40, 50, 64], [[0, 1], [0, 1], [0, 1]], 2, 32)
+    # A sequence without tokens.
+    check_tree([0, 33], [[], [0, 1]], 2, 32)
+    # More splits than PAT's merge takes.
+    short = [[i * 4 + j for j in range(4)] for i in range(6)]
+    check_tree([128] * 6 + [20000], short + [list(range(24, 24 + 625))], 649, 32)
+    # V's own strides; block sizes that are not a multiple of 16; groups other than 1, 2, 4, 8.
+    check_tree([33, 65], [[0, 1], [0, 2, 3]], 4, 32, strided_v=True)
+    check_tree([13, 25], [[0, 1, 2], [0, 1, 3, 4, 5]], 6, 5)
+
+
+def test_trees_are_rebuilt_and_batches_are_taken_over():
+    q, k, v = tensors_of(2, 4, 16)
+    tree = PrefixTreeCPP(16)
+    for lengths, rows in (([20, 30], [[0, 1], [0, 2]]), ([5, 6], [[3], [2]])):
+        table = table_of(rows)
+        tree.build_radix_tree(torch.tensor(lengths, dtype=torch.int32), table)
+        # Again, as a program that schedules twice: PAT then runs every pack twice.
+        tree.pack_schedule(None, 4, 2)
+        tree.pack_schedule(None, 4, 2)
+        later = AsyncTree(16, lengths, table, [[16, 64, 1], [64, 64, 4]], 4, 2, "cpu")
+        table.fill_(7)
+        for one in (tree, later.tree):
+            out = torch.empty_like(q)
+            prefix_attn_with_kvcache(q, k, v, one, 64**-0.5, out)
+            torch.testing.assert_close(out.double(), expected_of(q, k, v, lengths, rows), atol=2e-3, rtol=0)
+    assert [sorted(tile) for tile in later.tree.kernel_info.MNW] == [[1, 16, 64]]
+
+
+def test_bad_input_names_the_argument():
+    q, k, v = tensors_of(2, 4, 16)
+    out = torch.empty_like(q)
+    tree = tree_of([20, 30], [[0, 1], [0, 2]], 16)
+
+    def call(*, q=q, k=k, v=v, tree=tree, scale=0.125, out=out):
+        prefix_attn_with_kvcache(q, k, v, tree, scale, out)
+
+    for name, bad in [
+        ("q", {"q": q[:1], "out": out[:1]}),
+        ("q, out", {"q": q.expand(2, 3, 8, 64), "out": out.expand(2, 3, 8, 64)}),
+        ("q", {"q": q[:, 0]}),
+        ("q, out", {"out": out[:1]}),
+        ("k_cache_paged", {"k": k[:, :8]}),
+        ("out", {"out": out.bfloat16()}),
+        ("dtype", {"q": q.float(), "out": out.float()}),
+        ("v_cache", {"v": v[..., :32]}),
+        ("block_tables", {"k": k[:2], "v": v[:2]}),
+    ]:
+        out.fill_(7)
+        with pytest.raises((ValueError, TypeError), match=f"^{name}"):
+            call(**bad)
+        assert bool((out == 7).all())
+    with pytest.raises(ValueError, match=r"seq_lens\[1\]"):
+        tree_of([20, -1], [[0, 1], [0, 2]], 16)
+    with pytest.raises(ValueError, match=r"seq_lens\[0\]"):
+        tree_of([33, 1], [[0, 1], [0, 2]], 16)
+    with pytest.raises(TypeError, match="block_table"):
+        PrefixTreeCPP(16).build_radix_tree([1], torch.zeros(1, 1, dtype=torch.int64))
+    with pytest.raises(TypeError, match="seq_lens"):
+        PrefixTreeCPP(16).build_radix_tree(torch.ones(1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int32))
+    with pytest.raises(ValueError, match="block_size"):
+        PrefixTreeCPP(0)
+    with pytest.raises(ValueError, match="MNWs"):
+        PrefixTreeCPP(16).pack_schedule([[16, 0, 1]])
+    with pytest.raises(ValueError, match="tree"):
+        generate_tree_seqs("1,3,4_32,32,32", 32)
+    with pytest.raises(ValueError, match="seq_lens"):
+        AsyncTree(16, [99], torch.zeros(1, 1, dtype=torch.int32), None, 4, 2, "cpu").tree  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("name", "group", "position", "value"),
+    [("query_tables", 0, 0, 9), ("CTA_ranks", 0, 0, 3), ("kv_in_CTAs", 0, 0, 1000), ("num_seqs_per_CTAs", 0, 0, 7)],
+)
+def test_tables_that_are_no_schedule_are_refused(name, group, position, value):
+    q, k, v = tensors_of(2, 4, 16)
+    info = tree_of([20, 30], [[0, 1], [0, 2]], 16).kernel_info
+    tables = tables_of(info)
+    table = getattr(info, name)[group]
+    table.view(-1)[position] = value
+    with pytest.raises(ValueError, match=name):
+        prefix_attn_with_kvcache(q, k, v, *tables, 0.125, torch.empty_like(q))

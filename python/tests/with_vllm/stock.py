@@ -1,0 +1,54 @@
+"""FlashAttention's kernels in torch, for the stock path of the tests."""
+
+import torch
+from vllm.v1.attention.backends import flash_attn
+
+
+def install(monkeypatch) -> list:
+    """Put the stand-ins where `flash_attn` would have the kernels.
+
+    Returns:
+        A list that grows by (sequences, longest query) with each call of the attention kernel.
+    """
+    calls = []
+
+    def attention(q, k, v, out, cu_seqlens_q, max_seqlen_q, seqused_k, block_table, softmax_scale, causal, **kwargs):
+        calls.append((len(cu_seqlens_q) - 1, max_seqlen_q))
+        assert causal is True and kwargs["softcap"] == 0 and tuple(kwargs["window_size"]) == (-1, -1)
+        ends = cu_seqlens_q.tolist()
+        for row, (begin, end) in enumerate(zip(ends, ends[1:])):
+            tokens = int(seqused_k[row])
+            pages = block_table[row, : -(-tokens // k.shape[1])].long()
+            keys, values = (cache[pages].flatten(0, 1)[:tokens] for cache in (k, v))
+            out[begin:end] = attend(q[begin:end], keys, values, softmax_scale)
+        return out
+
+    def write(key, value, key_cache, value_cache, slot_mapping, *_):
+        page_size = key_cache.shape[1]
+        is_real = slot_mapping >= 0
+        slots = slot_mapping[is_real]
+        key_cache[slots // page_size, slots % page_size] = key[: len(is_real)][is_real]
+        value_cache[slots // page_size, slots % page_size] = value[: len(is_real)][is_real]
+
+    monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", attention, raising=False)
+    monkeypatch.setattr(flash_attn, "reshape_and_cache_flash", write, raising=False)
+    monkeypatch.setattr(flash_attn.FlashAttentionImpl, "vllm_flash_attn_version", property(_three, _ignore), raising=False)
+    return calls
+
+
+def attend(q, keys, values, scale):
+    """The last ``len(q)`` tokens of a sequence against all of it: torch's SDPA in float32."""
+    queries, tokens = len(q), len(keys)
+    mask = torch.arange(tokens)[None, :] <= torch.arange(tokens - queries, tokens)[:, None]
+    out = torch.nn.functional.scaled_dot_product_attention(
+        *(x.float().transpose(0, 1)[None] for x in (q, keys, values)), attn_mask=mask, scale=scale, enable_gqa=True
+    )
+    return out[0].transpose(0, 1).to(q.dtype)
+
+
+def _three(self):
+    return 3
+
+
+def _ignore(self, value):
+    pass
