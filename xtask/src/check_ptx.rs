@@ -6,6 +6,7 @@ use crate::toolchain::Toolchain;
 use crate::{build_ptx, ptxas, workspace};
 use anyhow::{Context, Result, bail};
 use pat_abi::{Arch, Family, KERNELS, KernelSpec, Switches};
+use std::collections::BTreeMap;
 use std::fs;
 
 #[derive(clap::Args)]
@@ -63,9 +64,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
                     let resources = assembled.resources.get(kernel.entry).copied().unwrap_or_default();
                     let mut violations = entry.violations();
                     violations.extend(limits(kernel, resources, entry.barriers()));
-                    let instructions =
-                        |module: &ptxas::Assembled| module.code.get(kernel.entry).map(|code| operations(code));
-                    if switches == Switches::OFF && instructions(&assembled) != instructions(&plain) {
+                    let code = |module: &ptxas::Assembled| module.code.get(kernel.entry).cloned().unwrap_or_default();
+                    if switches == Switches::OFF && !are_alike(&code(&assembled), &code(&plain)) {
                         violations.push("with all switches off not the instructions of a build without them".into());
                     }
                     rows.push(Row {
@@ -110,14 +110,18 @@ fn specialised(text: &str, switches: Switches) -> String {
     switches.values().iter().fold(text.to_owned(), |text, (symbol, value)| text.replace(symbol, value))
 }
 
-/// The operations of a kernel's instructions, sorted. ptxas chooses registers, and the order of neighbours that do not depend on each
-/// other, by the names in the PTX too: those of two builds differ in a few instructions of thousands.
-fn operations(code: &[u8]) -> Vec<u16> {
-    // An instruction has 16 bytes and begins with the 12 bits of its operation.
-    let mut operations: Vec<u16> =
-        code.chunks_exact(16).map(|word| u16::from_le_bytes([word[0], word[1]]) & 0xfff).collect();
-    operations.sort_unstable();
-    operations
+/// Whether two kernels have as many instructions, and as many of each operation but for one in a thousand: ptxas chooses registers, the
+/// order of neighbours that do not depend on each other, and how to copy a register by the names in the PTX, too.
+fn are_alike(a: &[u8], b: &[u8]) -> bool {
+    let mut counts = BTreeMap::<u16, i64>::new();
+    for (code, sign) in [(a, 1), (b, -1)] {
+        // An instruction has 16 bytes and begins with the 12 bits of its operation.
+        for word in code.chunks_exact(16) {
+            *counts.entry(u16::from_le_bytes([word[0], word[1]]) & 0xfff).or_default() += sign;
+        }
+    }
+    let others = counts.values().map(|count| count.unsigned_abs()).sum::<u64>() / 2;
+    !a.is_empty() && a.len() == b.len() && others * 1000 <= (a.len() / 16) as u64
 }
 
 fn describe(switches: Switches) -> String {

@@ -3,7 +3,7 @@
 //!
 //! Device code moves a symbol into a register. The PTX does not define the symbol: whoever assembles a kernel replaces it in the text of
 //! that kernel by a number. `cargo xtask check-ptx` proves that with all switches off a kernel has the instructions of a build without
-//! them.
+//! them, but for one in a thousand that ptxas chooses differently.
 
 /// The symbol of [`Switches::soft_cap`], as a literal.
 #[macro_export]
