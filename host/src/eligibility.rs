@@ -50,8 +50,6 @@ pub enum Part {
     SoftCap,
     /// ALiBi.
     Alibi,
-    /// Attention sinks.
-    Sinks,
     /// The factor of the scores.
     Scale,
     /// Rows per KV head: query heads of a group times query tokens.
@@ -81,7 +79,6 @@ impl fmt::Display for Part {
             Self::Window => "window",
             Self::SoftCap => "soft_cap",
             Self::Alibi => "alibi",
-            Self::Sinks => "sinks",
             Self::Scale => "softmax_scale",
             Self::Group => "q_heads / kv_heads",
             Self::PageSize => "page_size",
@@ -142,7 +139,7 @@ impl Asked<'_> {
         }
         let mut accepted = Accepted::Listed(Vec::new());
         for (kernel, variant) in kernels.filter(|(kernel, variant)| self.obstacle(kernel, *variant) == Some(closest)) {
-            accepted = accepted.or(accepted_by(kernel, variant, closest));
+            accepted = accepted.or(accepted_by(self.problem, kernel, variant, closest));
         }
         Err(Reason { part: closest, got: self.value(closest), accepted: accepted.to_string() })
     }
@@ -153,7 +150,7 @@ impl Asked<'_> {
         let (shape, visibility, score) = (problem.shape(), problem.visibility(), problem.score());
         let scale_log2 = problem.scale_log2();
         let obstacles = [
-            (Part::ComputeCapability, compute_capability.is_some_and(|capability| !runs_on(kernel.arch, capability))),
+            (Part::ComputeCapability, compute_capability.is_some_and(|capability| !kernel.arch.runs_on(capability))),
             (Part::QDtype, shape.dtype() != kernel.dtype),
             (Part::KvDtype, shape.kv_dtype() != kernel.dtype),
             (Part::OutDtype, shape.out_dtype() != kernel.dtype),
@@ -162,11 +159,10 @@ impl Asked<'_> {
             (Part::QueryTokens, visibility.query_tokens != 1),
             (Part::QueryTree, visibility.is_tree),
             (Part::Window, visibility.window.is_some()),
-            (Part::SoftCap, score.soft_cap.is_some()),
+            (Part::SoftCap, !is_soft_cap(problem) || !variant.serves(problem.switches())),
             (Part::Alibi, score.has_alibi),
-            (Part::Sinks, problem.has_sinks()),
             // The kernels scale the running maximum, which only a positive factor keeps a maximum.
-            (Part::Scale, !(scale_log2.is_finite() && scale_log2 > 0.0)),
+            (Part::Scale, ![scale_log2, score.scale].iter().all(|scale| scale.is_finite() && *scale > 0.0)),
             (Part::Group, shape.group() > variant.rows()),
             (
                 Part::PageSize,
@@ -188,7 +184,7 @@ impl Asked<'_> {
             Part::HeadDim => shape.head_dim().to_string(),
             Part::VHeadDim => shape.v_head_dim().to_string(),
             Part::QueryTokens => visibility.query_tokens.to_string(),
-            Part::QueryTree | Part::Alibi | Part::Sinks => "yes".into(),
+            Part::QueryTree | Part::Alibi => "yes".into(),
             Part::Window => visibility.window.unwrap_or_default().to_string(),
             Part::SoftCap => score.soft_cap.unwrap_or_default().to_string(),
             Part::Scale => score.scale.to_string(),
@@ -202,15 +198,14 @@ impl Asked<'_> {
     }
 }
 
-fn runs_on(arch: Arch, compute_capability: u32) -> bool {
-    match arch {
-        Arch::Sm80 => compute_capability >= 80,
-        Arch::Sm90a => compute_capability == 90,
-    }
+/// Whether a cap, if there is one, is one that scores can be divided and multiplied by.
+fn is_soft_cap(problem: &Problem) -> bool {
+    let factors = [problem.scale_log2(), problem.soft_cap_scale()];
+    problem.score().soft_cap.is_none() || factors.iter().all(|factor| factor.is_finite() && *factor > 0.0)
 }
 
 /// What a kernel accepts of one part.
-fn accepted_by(kernel: &KernelSpec, variant: TileVariant, part: Part) -> Accepted {
+fn accepted_by(problem: &Problem, kernel: &KernelSpec, variant: TileVariant, part: Part) -> Accepted {
     let one = |value: String| Accepted::Listed(vec![value]);
     match part {
         Part::ComputeCapability => match kernel.arch {
@@ -220,7 +215,11 @@ fn accepted_by(kernel: &KernelSpec, variant: TileVariant, part: Part) -> Accepte
         Part::QDtype | Part::KvDtype | Part::OutDtype => one(kernel.dtype.name().into()),
         Part::HeadDim | Part::VHeadDim => one(kernel.head_dim.to_string()),
         Part::QueryTokens => one("1".into()),
-        Part::QueryTree | Part::Window | Part::SoftCap | Part::Alibi | Part::Sinks => one("none".into()),
+        Part::QueryTree | Part::Window | Part::Alibi => one("none".into()),
+        Part::SoftCap if variant.serves(problem.switches()) => {
+            one("a positive number, finite also beside the scale".into())
+        }
+        Part::SoftCap => one("none".into()),
         Part::Scale => one("a positive number, finite also where log2(e) multiplies it".into()),
         Part::Group => Accepted::Range(1, Some(variant.rows())),
         Part::PageSize if variant.supports_page_size(1) => Accepted::Range(1, Some(Problem::MAX_PAGE_SIZE)),
@@ -340,12 +339,15 @@ mod tests {
             (problem(129, 1, 128, Dtype::F16, 16), "q_heads / kv_heads: got 129, expected 1 to 128"),
             (problem(32, 8, 128, Dtype::F16, 0), "page_size: got 0, expected 1 to 65536"),
             (problem(32, 8, 128, Dtype::F16, 65_537), "page_size: got 65537, expected 1 to 65536"),
-            (usual.with_soft_cap(30.0), "soft_cap: got 30, expected none"),
+            (usual.with_soft_cap(0.0), "soft_cap: got 0, expected a positive number, finite also beside the scale"),
+            (
+                usual.with_soft_cap(f32::INFINITY),
+                "soft_cap: got inf, expected a positive number, finite also beside the scale",
+            ),
             (usual.with_window(4096), "window: got 4096, expected none"),
             (usual.with_query_tokens(4), "query_tokens: got 4, expected 1"),
             (usual.with_query_tree(1), "query tree: got yes, expected none"),
             (usual.with_alibi(), "alibi: got yes, expected none"),
-            (usual.with_sinks(), "sinks: got yes, expected none"),
         ];
         for (problem, message) in cases {
             assert_eq!(refusal(problem, None), message);
@@ -388,7 +390,7 @@ mod tests {
     #[test]
     fn a_problem_is_supported_where_one_variant_is() {
         for problem in
-            [usual(), usual().with_sinks(), problem(8, 8, 96, Dtype::F16, 16), problem(71, 1, 64, Dtype::F16, 3)]
+            [usual(), usual().with_alibi(), problem(8, 8, 96, Dtype::F16, 16), problem(71, 1, 64, Dtype::F16, 3)]
         {
             for capability in [75, 80, 90, 120] {
                 let one = TileVariant::ALL.into_iter().any(|v| variant_supports(v, &problem, capability).is_ok());

@@ -57,7 +57,7 @@ impl PyPlanBuffers {
                 let engine = device::engine(ordinal)?;
                 let buffers = PlanBuffers::for_capacity(engine.device(), &capacity, &variants)?;
                 // The driver compiles them now, not while a stream is captured.
-                engine.prepare_variants(shape, &variants)?;
+                engine.prepare_variants(&Problem::new(shape, page_size), &variants)?;
                 Memory::Cuda { ordinal, engine, buffers: RwLock::new(buffers) }
             }
         };

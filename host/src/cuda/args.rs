@@ -3,7 +3,7 @@
 use super::CudaDevice;
 use super::plan_buffers::{BindingTerms, PlanTerms, Workspace};
 use super::tensor_map::TensorMapSpec;
-use crate::arguments::{Accessed, LSE_BYTES, RunTensors};
+use crate::arguments::{Accessed, LSE_BYTES, RunTensors, SINK_BYTES};
 use crate::eligibility::VECTOR_BYTES;
 use crate::{AttentionShape, Error, KvStrides, Problem, Result, RowStrides};
 use pat_abi::{FastDivisor, ForwardParams, MergeParams, TileVariant};
@@ -118,6 +118,8 @@ pub struct RunArgs {
     pub out_strides: RowStrides,
     /// Log-sum-exp output: f32 `[rows, q_heads]`, natural logarithm.
     pub lse: Option<(DeviceSpan, RowStrides)>,
+    /// Attention sinks: f32 `[q_heads]`; given where the problem has some.
+    pub sinks: Option<DeviceSpan>,
 }
 
 /// A run whose every check has passed: what the launch functions accept. Made by [`RunArgs::prepare`] only.
@@ -156,6 +158,7 @@ impl RunArgs {
             out,
             out_strides: RowStrides::contiguous(shape.q_heads(), shape.v_head_dim()),
             lse: None,
+            sinks: None,
         }
     }
 
@@ -172,6 +175,11 @@ impl RunArgs {
     /// With log-sum-exps.
     pub fn with_lse(self, lse: DeviceSpan, strides: RowStrides) -> Self {
         Self { lse: Some((lse, strides)), ..self }
+    }
+
+    /// With attention sinks.
+    pub fn with_sinks(self, sinks: DeviceSpan) -> Self {
+        Self { sinks: Some(sinks), ..self }
     }
 
     pub(super) fn terms(&self) -> PlanTerms {
@@ -218,6 +226,7 @@ impl RunArgs {
             lse,
             partial_out,
             partial_lse,
+            sinks: self.sinks.as_ref().map_or(0, |span| span.address),
             q_sequence_stride: self.q_strides.sequence * q_bytes,
             q_head_stride: self.q_strides.head * q_bytes,
             k_page_stride: self.k_strides.page * kv_bytes,
@@ -236,7 +245,7 @@ impl RunArgs {
             page_size: FastDivisor::new(self.problem.page_size()),
             kv_heads_divisor: FastDivisor::new(shape.kv_heads()),
             num_pages: self.num_pages,
-            reserved: 0,
+            soft_cap_scale: self.problem.soft_cap_scale(),
         };
         let merge = MergeParams {
             plan: plan_address,
@@ -244,6 +253,7 @@ impl RunArgs {
             lse,
             partial_out,
             partial_lse,
+            sinks: forward.sinks,
             out_sequence_stride: forward.out_sequence_stride,
             out_head_stride: forward.out_head_stride,
             lse_sequence_stride: forward.lse_sequence_stride,
@@ -271,6 +281,7 @@ impl RunArgs {
             v: (elements(&self.v, shape.kv_dtype().bytes()), self.v_strides),
             out: (elements(&self.out, shape.out_dtype().bytes()), self.out_strides),
             lse: self.lse.as_ref().map(|(span, strides)| (elements(span, LSE_BYTES), *strides)),
+            sinks: self.sinks.as_ref().map(|span| elements(span, SINK_BYTES)),
         }
     }
 
@@ -286,11 +297,17 @@ impl RunArgs {
             Some((span, _)) => Used::new("lse", span, accessed.lse, LSE_BYTES, LSE_BYTES)?,
             None => Used { name: "lse", address: 0, bytes: 0 },
         };
+        let sinks = match &self.sinks {
+            Some(span) => Used::new("sinks", span, u64::from(shape.q_heads()), SINK_BYTES, SINK_BYTES)?,
+            None => Used { name: "sinks", address: 0, bytes: 0 },
+        };
         let workspace = workspace.span();
         let workspace = Used { name: "workspace", address: workspace.address, bytes: workspace.bytes };
-        for (written, others) in
-            [(out, &[q, k, v, lse, workspace][..]), (lse, &[q, k, v, workspace]), (workspace, &[q, k, v])]
-        {
+        for (written, others) in [
+            (out, &[q, k, v, sinks, lse, workspace][..]),
+            (lse, &[q, k, v, sinks, workspace]),
+            (workspace, &[q, k, v, sinks]),
+        ] {
             others.iter().try_for_each(|other| written.check_apart_from(other))?;
         }
         Ok(())
@@ -299,7 +316,8 @@ impl RunArgs {
     /// Every span with its name.
     pub(super) fn spans(&self) -> impl Iterator<Item = (&'static str, &DeviceSpan)> {
         let fixed = [("q", &self.q), ("k", &self.k), ("v", &self.v), ("out", &self.out)];
-        fixed.into_iter().chain(self.lse.iter().map(|(span, _)| ("lse", span)))
+        let lse = self.lse.iter().map(|(span, _)| ("lse", span));
+        fixed.into_iter().chain(lse).chain(self.sinks.iter().map(|span| ("sinks", span)))
     }
 
     /// The tensor maps of K and V, in the order the kernels take them.
@@ -415,6 +433,8 @@ mod tests {
             ("k_strides.page", with(&|a| a.k_strides.page = i64::MAX)),
             ("v_strides.token", with(&|a| a.v_strides.token = 4)),
             ("lse:", with(&|a| a.lse = Some((bytes_at(0x2, 1 << 20), RowStrides::lse(8))))),
+            ("sinks", with(&|a| a.problem = a.problem.with_sinks())),
+            ("sinks", with(&|a| a.sinks = Some(bytes_at(0x70_0000, 32)))),
             ("softmax_scale", with(&|a| a.problem = a.problem.with_scale(f32::NAN))),
             ("rows", with(&|a| a.rows = 2)),
             ("num_pages", with(&|a| a.num_pages = 11)),
