@@ -8,11 +8,11 @@ use crate::softmax::{normaliser, subtrahend};
 
 /// What the output of a row is multiplied with, and its log-sum-exp, base 2.
 #[derive(Clone, Copy)]
-pub struct Finish {
+pub(crate) struct Finish {
     /// 1 over the denominator, relative to the row's reference; 0 where there is none.
-    pub scale: f32,
+    pub(crate) scale: f32,
     /// Logarithm of the denominator.
-    pub lse_log2: f32,
+    pub(crate) lse_log2: f32,
 }
 
 impl Finish {
@@ -22,7 +22,7 @@ impl Finish {
     /// # Safety
     /// A f32 lies at `sink` if it is not 0.
     #[inline(always)]
-    pub unsafe fn new(max: f32, sum: f32, sink: u64) -> Self {
+    pub(crate) unsafe fn new(max: f32, sum: f32, sink: u64) -> Self {
         if sink == 0 {
             return Self { scale: normaliser(sum), lse_log2: max + math::log2(sum) };
         }
