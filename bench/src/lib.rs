@@ -1,5 +1,7 @@
 //! Measuring attention: batches to measure, the protocol on a CUDA device and on the CPU, the result file, the exchange with
 //! peers, the calibration of the cost model.
+#![forbid(unsafe_code)]
+#![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::panic, clippy::unreachable))]
 
 pub mod calibrate;
 pub mod ceiling;

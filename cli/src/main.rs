@@ -2,7 +2,9 @@
 //!
 //! Exit status: 0 when all went well, 1 when a result failed verification or became slower, 2 on bad input, a missing device,
 //! or when nothing could be measured.
+#![forbid(unsafe_code)]
 #![deny(clippy::print_stdout, clippy::print_stderr)]
+#![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::panic, clippy::unreachable))]
 
 mod bench;
 mod calibrate;

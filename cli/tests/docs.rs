@@ -33,6 +33,37 @@ fn relative_links_lead_to_files() {
     }
 }
 
+#[test]
+fn lines_are_short_enough_to_read() {
+    for (file, text) in documents() {
+        let mut is_code = false;
+        for (number, line) in (1..).zip(text.lines()) {
+            if line.starts_with("```") {
+                is_code = !is_code;
+            }
+            let may_be_long = is_code || line.trim_start().starts_with(['|', '<']);
+            let length = line.chars().count();
+            assert!(may_be_long || length <= 130, "{}:{number}: {length} characters", file.display());
+        }
+    }
+}
+
+/// Phrases of a translation that readers have stumbled over.
+#[test]
+fn the_text_is_plain() {
+    const STUMBLES: [&str; 6] = ["to be had", "whoever", "under way", "to and fro", "what repairs", "place for a CTA"];
+    for (file, text) in documents() {
+        // The log is history.
+        if file.ends_with("performance-log.md") {
+            continue;
+        }
+        let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+        for phrase in STUMBLES {
+            assert!(!text.contains(phrase), "{}: {phrase:?}", file.display());
+        }
+    }
+}
+
 /// The arguments of the commands in `text` that begin with `prompt`, continued lines joined.
 fn commands(text: &str, prompt: &str) -> Vec<Vec<String>> {
     let joined = text.replace("\\\n", " ");

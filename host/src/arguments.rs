@@ -72,12 +72,7 @@ impl RunTensors {
         }
         if let Some((elements, strides)) = lse {
             let dims = row_dims(strides);
-            let end = STRIDE_BYTES_END / i64::from(LSE_BYTES);
-            if let Some((dimension, _, stride)) = dims.iter().find(|(_, _, stride)| !(0..end).contains(stride)) {
-                let (got, expected) = (format!("{stride} elements"), format!("0 or more, below 2^{}", end.ilog2()));
-                return Err(Error::invalid(format!("lse_strides.{dimension}"), got, expected));
-            }
-            accessed.lse = check_extent("lse", elements, &dims, 1)?;
+            accessed.lse = check_lse("lse", elements, &dims)?;
             check_apart("lse", &dims, 1)?;
         }
         Ok(accessed)
@@ -94,7 +89,7 @@ pub(crate) fn same<T: PartialEq + std::fmt::Debug>(what: &str, plan: T, call: T)
 }
 
 /// A dimension: name, count, stride in elements.
-type Dimension = (&'static str, u32, i64);
+pub(crate) type Dimension = (&'static str, u32, i64);
 
 /// Whether the kernels can follow a tensor's strides and its elements hold what they span; how many that is. `innermost` is
 /// the length of the contiguous dimension.
@@ -107,6 +102,16 @@ pub(crate) fn check_tensor(
 ) -> Result<u64> {
     check_strides(tensor, dimensions, dtype.bytes())?;
     check_extent(tensor, elements, dimensions, innermost)
+}
+
+/// Likewise of log-sum-exps, whose strides are any.
+pub(crate) fn check_lse(tensor: &str, elements: u64, dimensions: &[Dimension]) -> Result<u64> {
+    let end = STRIDE_BYTES_END / i64::from(LSE_BYTES);
+    if let Some((dimension, _, stride)) = dimensions.iter().find(|(_, _, stride)| !(0..end).contains(stride)) {
+        let (got, expected) = (format!("{stride} elements"), format!("0 or more, below 2^{}", end.ilog2()));
+        return Err(Error::invalid(format!("{tensor}_strides.{dimension}"), got, expected));
+    }
+    check_extent(tensor, elements, dimensions, 1)
 }
 
 fn check_strides(tensor: &str, dimensions: &[Dimension], element_bytes: u32) -> Result<()> {
@@ -137,7 +142,7 @@ fn check_extent(tensor: &str, elements: u64, dimensions: &[Dimension], innermost
 }
 
 /// Whether no two rows of an output share an element: each dimension steps over all of the one within it.
-fn check_apart(tensor: &str, dimensions: &[Dimension], innermost: u32) -> Result<()> {
+pub(crate) fn check_apart(tensor: &str, dimensions: &[Dimension], innermost: u32) -> Result<()> {
     if dimensions.iter().any(|&(_, count, _)| count == 0) {
         return Ok(());
     }

@@ -44,6 +44,10 @@
 //! A serving engine keeps its tensors on the device and binds each layer once ([`cuda::CudaEngine::bind`]) with raw addresses and
 //! strides;
 //! see [`cuda`]. [`supports`] answers without a device whether a model's attention can be served.
+// `cuda/driver/` and the three entry points for raw handles carry the allowances.
+#![deny(unsafe_code)]
+// Bad input is an error; an `expect` states what no input can change.
+#![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::panic, clippy::unreachable))]
 
 mod arguments;
 pub mod batch;

@@ -27,7 +27,9 @@ from ._native import (
     PlanFuture,
     Planner,
     Workspace,
+    append_kv,
     doctor,
+    merge_states,
     run,
     supports,
 )
@@ -55,7 +57,9 @@ __all__ = [
     "PlanFuture",
     "Planner",
     "Workspace",
+    "append_kv",
     "doctor",
+    "merge_states",
     "run",
     "supports",
 ]

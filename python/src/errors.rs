@@ -27,7 +27,9 @@ impl From<pat_rs::Error> for Failure {
     fn from(error: pat_rs::Error) -> Self {
         let text = error.to_string();
         Self(match error {
-            pat_rs::Error::InvalidArgument { .. } | pat_rs::Error::PlanMismatch { .. } => PyValueError::new_err(text),
+            pat_rs::Error::InvalidArgument { .. }
+            | pat_rs::Error::PlanMismatch { .. }
+            | pat_rs::Error::Unsupported(_) => PyValueError::new_err(text),
             pat_rs::Error::CudaUnavailable { .. } => own("CudaUnavailable", text),
             pat_rs::Error::Cuda { .. } => own("CudaError", text),
             _ => PyRuntimeError::new_err(text),

@@ -5,16 +5,20 @@
 //! thread stays attached to the interpreter. Device memory is used after that; the engine's contract is torch's own: whoever
 //! enqueued work on a stream keeps its tensors until the stream has passed.
 
+use crate::append::Append;
 use crate::device::Device;
 use crate::errors::{Failure, Result, invalid, wrong_type};
+use crate::merge;
 use crate::operands::{Operands, Span};
 use crate::tensor::{Element, MAX_RANK, Tensor, check_rank};
 use bytemuck::Pod;
-use pat_rs::cuda::{BoundRun, CudaDevice, DeviceSpan, Stream, Uploaded};
+use pat_rs::cpu::{NewRows, State, append_rows, merge_states};
+use pat_rs::cuda::{AppendArgs, BoundRun, CudaDevice, DeviceSpan, Stream, Uploaded};
 use pat_rs::{Element as HostElement, HostTensors, Plan};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyCapsule, PyDict};
+use std::cell::Cell;
 use std::ffi::{CStr, c_void};
 use std::slice;
 
@@ -68,6 +72,46 @@ fn output<'a, T: Pod>(span: Span, name: &str) -> Result<&'a mut [T]> {
     }
     // SAFETY: as for the inputs; the tensor is writable (`Operands`), and its range meets no other one of the call.
     Ok(unsafe { slice::from_raw_parts_mut(std::ptr::with_exposed_provenance_mut(span.address as usize), elements) })
+}
+
+/// The memory of a CPU tensor, which others may share.
+fn cells<'a, T: Pod>(tensor: &'a Tensor<'_>) -> Result<&'a [Cell<T>]> {
+    let span = Span::of(tensor)?;
+    let elements = span.host_elements::<T>(tensor.name)?;
+    if elements == 0 {
+        return Ok(&[]);
+    }
+    let start = std::ptr::with_exposed_provenance_mut::<T>(span.address as usize).cast::<Cell<T>>();
+    // SAFETY: alignment and length were checked by `host_elements`, element types and writability by the caller of this file's
+    // functions; `Cell<T>` lies in memory as `T` does, may be written through several references, and does not leave the
+    // thread; `tensor` holds the memory, and this thread stays attached.
+    Ok(unsafe { slice::from_raw_parts(start, elements) })
+}
+
+/// Writes new rows into caches in host memory. `args` are of these tensors.
+pub(crate) fn append_host<T: HostElement>(tensors: &Append<'_>, args: &AppendArgs) -> Result<()> {
+    let slots = elements::<i64>(&tensors.slots, &Element::I64)?;
+    let new = |rows, strides| -> Result<NewRows<'_, T>> { Ok(NewRows { rows: cells(rows)?, strides, slots }) };
+    let (k, v) = (new(&tensors.k_new, args.k_new_strides)?, new(&tensors.v_new, args.v_new_strides)?);
+    append_rows(&k, &args.k_layout, cells(&tensors.k_cache)?)?;
+    Ok(append_rows(&v, &args.v_layout, cells(&tensors.v_cache)?)?)
+}
+
+/// Merges attention states in host memory.
+pub(crate) fn merge_host<T: HostElement>(
+    sizes: (u32, u32, u32),
+    [a, b]: [&merge::State<'_>; 2],
+    merged: &merge::State<'_>,
+) -> Result<()> {
+    fn state<'a, T: HostElement>(state: &'a merge::State<'_>) -> Result<State<'a, T>> {
+        Ok(State {
+            out: cells(&state.out)?,
+            out_strides: state.out_strides(),
+            lse: cells(&state.lse)?,
+            lse_strides: state.lse_strides(),
+        })
+    }
+    Ok(merge_states::<T>(sizes, [&state(a)?, &state(b)?], &state(merged)?)?)
 }
 
 /// Device memory of a tensor that the caller goes on holding.

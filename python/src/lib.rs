@@ -1,11 +1,13 @@
 //! `prefix_attn._native`: the Python package's extension module. The package itself, `python/prefix_attn`, re-exports it.
 
+mod append;
 mod buffers;
 mod capacity;
 mod device;
 mod doctor;
 mod errors;
 mod foreign;
+mod merge;
 mod operands;
 mod plan;
 mod planner;
@@ -26,11 +28,15 @@ use pyo3::prelude::*;
 #[pymodule(gil_used = true)]
 mod _native {
     #[pymodule_export]
+    use super::append::append_kv;
+    #[pymodule_export]
     use super::buffers::{PyBoundRun, PyPlanBuffers};
     #[pymodule_export]
     use super::capacity::PyCapacity;
     #[pymodule_export]
     use super::doctor::doctor;
+    #[pymodule_export]
+    use super::merge::merge_states;
     #[pymodule_export]
     use super::plan::PyPlan;
     #[pymodule_export]

@@ -26,7 +26,8 @@ impl Span {
         Ok(Self { address: tensor.address, bytes: tensor.span_elements()? * tensor.element.bytes() })
     }
 
-    fn overlaps(self, other: Self) -> bool {
+    /// Whether the two share memory.
+    pub(crate) fn overlaps(self, other: Self) -> bool {
         self.address < other.address + other.bytes && other.address < self.address + self.bytes
     }
 }
@@ -127,7 +128,7 @@ impl Operands {
         let rows = |tensor: &Tensor<'_>| row_strides(tensor, facts.rows, shape.q_heads(), Some(head_dim));
         let mut least_rows = q.sizes[0].min(out.sizes[0]);
         let (q_strides, out_strides) = (rows(q)?, rows(out)?);
-        check_distinct_rows(out, &out_strides)?;
+        check_distinct_rows(out)?;
         let pool = |tensor: &Tensor<'_>| kv_strides(tensor, facts, layout);
         let (k_strides, v_strides) = (pool(k)?, pool(v)?);
         let lse = match lse {
@@ -137,7 +138,7 @@ impl Operands {
                 lse.expect_device(device, "as q")?;
                 lse.expect_writable()?;
                 let strides = row_strides(lse, facts.rows, shape.q_heads(), None)?;
-                check_distinct_rows(lse, &strides)?;
+                check_distinct_rows(lse)?;
                 least_rows = least_rows.min(lse.sizes[0]);
                 Some((Span::of(lse)?, strides))
             }
@@ -207,7 +208,7 @@ impl Operands {
 }
 
 /// Strides of Q or O, `[rows, q_heads, head_dim]`, or of LSE, `[rows, q_heads]`.
-fn row_strides(tensor: &Tensor<'_>, rows: u32, q_heads: u32, head_dim: Option<i64>) -> Result<RowStrides> {
+pub(crate) fn row_strides(tensor: &Tensor<'_>, rows: u32, q_heads: u32, head_dim: Option<i64>) -> Result<RowStrides> {
     let inner = head_dim.map_or(String::new(), |dim| format!(", {dim}"));
     let sizes = &tensor.sizes[..tensor.rank];
     let fits = match *sizes {
@@ -247,7 +248,7 @@ fn kv_strides(tensor: &Tensor<'_>, facts: &Facts, layout: KvLayout) -> Result<Kv
 }
 
 /// Refuses strides and addresses that no kernel can follow; a tensor of rows has a contiguous last dimension.
-fn check_strides(tensor: &Tensor<'_>, has_rows: bool) -> Result<()> {
+pub(crate) fn check_strides(tensor: &Tensor<'_>, has_rows: bool) -> Result<()> {
     let (sizes, strides) = (&tensor.sizes[..tensor.rank], &tensor.strides[..tensor.rank]);
     let is_empty = sizes.contains(&0);
     if is_empty {
@@ -278,10 +279,10 @@ fn check_strides(tensor: &Tensor<'_>, has_rows: bool) -> Result<()> {
 }
 
 /// Refuses outputs whose rows lie on top of each other, as an expanded tensor's do.
-fn check_distinct_rows(tensor: &Tensor<'_>, strides: &RowStrides) -> Result<()> {
+pub(crate) fn check_distinct_rows(tensor: &Tensor<'_>) -> Result<()> {
     let inner = if tensor.rank == 3 { tensor.sizes[2] } else { 1 };
-    let dims = [(tensor.sizes[0], strides.sequence), (tensor.sizes[1], strides.head)];
-    let [slow, fast] = if strides.sequence >= strides.head { dims } else { [dims[1], dims[0]] };
+    let dims = [(tensor.sizes[0], tensor.strides[0]), (tensor.sizes[1], tensor.strides[1])];
+    let [slow, fast] = if dims[0].1 >= dims[1].1 { dims } else { [dims[1], dims[0]] };
     let fast_is_apart = fast.0 <= 1 || fast.1 >= inner;
     let fast_extent = (fast.0.max(1) - 1).saturating_mul(fast.1).saturating_add(inner);
     let slow_is_apart = slow.0 <= 1 || slow.1 >= fast_extent;

@@ -106,13 +106,19 @@ impl Tables {
         let (row_stride, stride) = (tensor.strides[0] as usize, tensor.strides[1] as usize);
         self.check_rows(rows)?;
         for row in 0..rows {
-            let needed = self.needed(row, columns);
+            let (begin, needed) = (self.ids.len(), self.needed(row, columns));
             if stride == 1 {
                 let used = values.get(row * row_stride..).unwrap_or(&[]);
                 // A negative id becomes one of 2^31 or more, which is never below `num_pages`.
                 self.ids.extend(used[..needed].iter().map(|&id| id as u32));
             } else {
                 self.ids.extend((0..needed).map(|column| values[row * row_stride + column * stride] as u32));
+            }
+            // The maximum first: one vectorised pass, and the offender is looked for only when there is one.
+            let ids = &self.ids[begin..];
+            if ids.iter().max().is_some_and(|&largest| largest >= self.num_pages) {
+                let position = ids.iter().position(|&id| id >= self.num_pages).unwrap_or(0);
+                self.page_id(row, position, i64::from(ids[position].cast_signed()))?;
             }
             self.ends.push(self.ids.len());
         }

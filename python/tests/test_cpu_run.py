@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import SHAPE, caches, queries, random_forest, reference, tolerance
+from support import SHAPE, caches, queries, random_forest, reference, tolerance
 
 import prefix_attn as pa
 

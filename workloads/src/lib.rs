@@ -1,5 +1,7 @@
 //! What to run pat-rs on, and how to judge the result: batches from trees, rules, traces and files, request workloads for serving,
 //! deterministic tensors, an f64 oracle, and the numerics rule.
+#![forbid(unsafe_code)]
+#![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::panic, clippy::unreachable))]
 
 pub mod batch_file;
 pub mod model;

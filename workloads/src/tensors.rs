@@ -33,7 +33,7 @@ impl PoolLayout {
     }
 }
 
-/// Inputs of a decode step. KV rows that no sequence of the batch owns are NaN: whoever reads one shows it.
+/// Inputs of a decode step. KV rows that no sequence of the batch owns are NaN, so that reading one shows.
 #[derive(Clone, Debug)]
 pub struct Tensors<T> {
     /// Queries, `[sequences, q_heads, head_dim]`.

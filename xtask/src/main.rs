@@ -1,4 +1,5 @@
 //! Build tasks: device code to PTX, its checks, the bundle for GPU machines without cargo.
+#![forbid(unsafe_code)]
 
 mod build_ptx;
 mod check_cuda_linking;
@@ -11,9 +12,11 @@ mod gpu_bundle;
 mod lint_kernels;
 mod ptx;
 mod ptxas;
+mod stubs;
 mod sysroot;
 mod test_long;
 mod toolchain;
+mod wheel;
 mod workspace;
 
 use clap::{Parser, Subcommand};
@@ -40,6 +43,10 @@ enum Command {
     Doctor,
     /// Collect test executables, the tool and a runner in one folder for a GPU machine without cargo.
     GpuBundle(gpu_bundle::Args),
+    /// Build the Python package as a wheel, and list what is in it.
+    Wheel(wheel::Args),
+    /// Write the type stubs of the Python extension.
+    Stubs(stubs::Args),
     /// Run the long property tests.
     TestLong,
 }
@@ -52,6 +59,8 @@ fn main() -> anyhow::Result<()> {
         Command::LintKernels => lint_kernels::run(),
         Command::Doctor => doctor::run(),
         Command::GpuBundle(args) => gpu_bundle::run(&args),
+        Command::Wheel(args) => wheel::run(&args),
+        Command::Stubs(args) => stubs::run(&args),
         Command::TestLong => test_long::run(),
     }
 }

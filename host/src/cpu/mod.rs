@@ -3,13 +3,17 @@
 //! Every (item, KV head) is one task whose arithmetic does not depend on how tasks are spread over threads, and results
 //! are stored and merged in the plan's order: the bits of the output are the same for any number of threads.
 
+mod append;
 mod attend;
 mod element;
+mod merge_states;
 
 use crate::arguments::{RunTensors, same};
 use crate::{KvStrides, Plan, Problem, Result, RowStrides};
+pub use append::{CacheLayout, NewRows, append_rows};
 use attend::{ItemOutput, attend};
 pub use element::Element;
+pub use merge_states::{State, merge_states};
 use pat_abi::{DIRECT_SLOT, WorkItem};
 use rayon::prelude::*;
 

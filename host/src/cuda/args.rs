@@ -31,12 +31,19 @@ impl DeviceSpan {
     /// that was given the span has finished: runs, bound runs and graphs that hold them. An owner ([`Self::with_owner`])
     /// that keeps the range allocated as long as it lives fulfils the latter. Where it is given as an output or workspace,
     /// nothing else accesses it meanwhile.
+    #[allow(unsafe_code, reason = "the caller vouches for a raw handle")]
     pub unsafe fn from_raw(address: u64, bytes: u64) -> Self {
         Self { device: None, address, bytes, owner: None }
     }
 
     pub(super) fn owned(device: CudaDevice, address: u64, bytes: u64, owner: Arc<dyn Any + Send + Sync>) -> Self {
         Self { device: Some(device), address, bytes, owner: Some(owner) }
+    }
+
+    /// A span that nothing is launched with.
+    #[cfg(test)]
+    pub(super) fn of_nothing(address: u64, bytes: u64) -> Self {
+        Self { device: None, address, bytes, owner: None }
     }
 
     /// The same range; `owner` is kept as long as the span, its clones, and the runs bound to it. It may be dropped on any
@@ -379,25 +386,21 @@ mod tests {
     use super::*;
     use crate::Dtype;
 
-    /// Nothing is launched here.
-    fn bytes_at(address: u64, bytes: u64) -> DeviceSpan {
-        DeviceSpan { device: None, address, bytes, owner: None }
-    }
-
     fn span(address: u64, elements: u64) -> DeviceSpan {
-        bytes_at(address, elements * 2)
+        DeviceSpan::of_nothing(address, elements * 2)
     }
 
     fn valid() -> (RunArgs, BindingTerms, Workspace) {
         let problem = Problem::new(AttentionShape::new(8, 2, 128, Dtype::F16).unwrap(), 16);
         let (rows, pages) = (4 * 8 * 128, 10 * 16 * 2 * 128);
         let spans = (span(0x1000, rows), span(0x10_0000, pages), span(0x20_0000, pages), span(0x30_0000, rows));
-        let args = RunArgs::new(problem, 10, 4, spans).with_lse(bytes_at(0x40_0004, 4 * 8 * 4), RowStrides::lse(8));
+        let args = RunArgs::new(problem, 10, 4, spans)
+            .with_lse(DeviceSpan::of_nothing(0x40_0004, 4 * 8 * 4), RowStrides::lse(8));
         let mut limits = super::super::LaunchGeometry { max_sequences: 3, max_slots: 5, ..Default::default() };
         limits.max_items[TileVariant::Mma16.index()] = 6;
         limits.max_merge_rows = 2;
         let plan = BindingTerms { terms: args.terms(), limits, generation: None };
-        (args, plan, Workspace::from_span(bytes_at(0x50_0000, 5 * 8 * 129 * 4)))
+        (args, plan, Workspace::from_span(DeviceSpan::of_nothing(0x50_0000, 5 * 8 * 129 * 4)))
     }
 
     #[test]
@@ -424,7 +427,7 @@ mod tests {
         let cases = [
             ("q:", with(&|a| a.q = span(0x1008, 1 << 20))),
             ("q:", with(&|a| a.q = span(0, 1 << 20))),
-            ("q:", with(&|a| a.q = bytes_at(0x1000, q_bytes - 2))),
+            ("q:", with(&|a| a.q = DeviceSpan::of_nothing(0x1000, q_bytes - 2))),
             ("k:", with(&|a| a.k = span(0x10_0000, 10 * 16 * 2 * 128 - 1))),
             ("v:", with(&|a| a.v = span(0x20_0002, 1 << 20))),
             ("out:", with(&|a| a.out = span(0x30_0000, 8))),
@@ -432,9 +435,9 @@ mod tests {
             ("q_strides.sequence", with(&|a| a.q_strides.sequence = -1024)),
             ("k_strides.page", with(&|a| a.k_strides.page = i64::MAX)),
             ("v_strides.token", with(&|a| a.v_strides.token = 4)),
-            ("lse:", with(&|a| a.lse = Some((bytes_at(0x2, 1 << 20), RowStrides::lse(8))))),
+            ("lse:", with(&|a| a.lse = Some((DeviceSpan::of_nothing(0x2, 1 << 20), RowStrides::lse(8))))),
             ("sinks", with(&|a| a.problem = a.problem.with_sinks())),
-            ("sinks", with(&|a| a.sinks = Some(bytes_at(0x70_0000, 32)))),
+            ("sinks", with(&|a| a.sinks = Some(DeviceSpan::of_nothing(0x70_0000, 32)))),
             ("softmax_scale", with(&|a| a.problem = a.problem.with_scale(f32::NAN))),
             ("rows", with(&|a| a.rows = 2)),
             ("num_pages", with(&|a| a.num_pages = 11)),
@@ -455,7 +458,7 @@ mod tests {
         }
         // Side by side is apart.
         with(&|a| a.out = span(0x3000, 4 * 8 * 128)).prepare(&plan, 0x60_0000, &workspace).unwrap();
-        let small = Workspace::from_span(bytes_at(0x50_0000, 5 * 8 * 129 * 4 - 4));
+        let small = Workspace::from_span(DeviceSpan::of_nothing(0x50_0000, 5 * 8 * 129 * 4 - 4));
         let error = good.prepare(&plan, 0x60_0000, &small).unwrap_err().to_string();
         assert!(error.contains("workspace"), "{error}");
     }

@@ -95,6 +95,7 @@ impl BoundRun {
     /// # Safety
     /// At both addresses is memory as [`DeviceSpan::from_raw`](super::DeviceSpan::from_raw) wants it, with the sizes and strides
     /// that the run was bound with. Under a capture it stays allocated as long as the graph.
+    #[allow(unsafe_code, reason = "the caller vouches for a raw handle")]
     pub unsafe fn run_with(
         &self,
         uploaded: Uploaded<'_>,

@@ -219,6 +219,7 @@ impl CudaDevice {
     ///
     /// # Errors
     /// The handle is 2: the driver takes it for another stream in each thread.
+    #[allow(unsafe_code, reason = "the caller vouches for a raw handle")]
     pub unsafe fn stream_from_raw(&self, handle: u64) -> Result<Stream> {
         if handle == 2 {
             return Err(Error::invalid("handle", handle, "a stream that is the same one in every thread"));

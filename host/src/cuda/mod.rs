@@ -45,6 +45,7 @@ mod engine;
 mod graph;
 mod plan_buffers;
 mod ptx;
+mod row_ops;
 mod tensor_map;
 
 pub use args::{DeviceSpan, RunArgs};
@@ -55,3 +56,4 @@ pub use engine::CudaEngine;
 pub use graph::Graph;
 pub use plan_buffers::{LaunchGeometry, PlanBuffers, Uploaded, Workspace};
 pub use ptx::check_embedded_ptx;
+pub use row_ops::{AppendArgs, DeviceState};

@@ -12,6 +12,7 @@ pub mod layout;
 pub mod manifest;
 pub mod params;
 pub mod plan;
+pub mod row_params;
 pub mod switches;
 pub mod tile;
 
@@ -20,5 +21,6 @@ pub use params::{FastDivisor, FillParams, FlushParams, ForwardParams, MergeParam
 pub use plan::{
     DIRECT_SLOT, MAX_TILE_VARIANTS, MergeRow, NO_MASKS, PLAN_MAGIC, PackQuery, PageMask, PlanHeader, WorkItem,
 };
+pub use row_params::{AppendParams, MergeStatesParams, StateParams};
 pub use switches::Switches;
 pub use tile::{NamedBarrier, SmemLayout, TileConfig};

@@ -175,6 +175,10 @@ pub enum Family {
     Fill,
     /// Evicts the L2 cache by reading (benchmarks). Any element type and head dimension: its row says F16 and 0.
     Flush,
+    /// Writes new rows of K and V into a cache. Any 16-bit type and head dimension: its row says F16 and 0.
+    Append,
+    /// Merges two attention states. Any head dimension: its rows say 0.
+    MergeStates,
 }
 
 /// One compiled kernel.
@@ -243,10 +247,13 @@ const MERGE: [&[KernelSpec]; Arch::ALL.len()] = [
     kernel_shapes!(kernels! { merge, Family::Merge, Sm90a, "pat_merge_pdl" }),
 ];
 
-const SUPPORT: [KernelSpec; 3] = [
+const SUPPORT: [KernelSpec; 6] = [
     support("pat_fill_f16", Family::Fill, Dtype::F16),
     support("pat_fill_bf16", Family::Fill, Dtype::Bf16),
     support("pat_flush_l2", Family::Flush, Dtype::F16),
+    support("pat_append_kv", Family::Append, Dtype::F16),
+    support("pat_merge_states_f16", Family::MergeStates, Dtype::F16),
+    support("pat_merge_states_bf16", Family::MergeStates, Dtype::Bf16),
 ];
 
 /// Bytes of an element of Q, K, V and O.

@@ -5,10 +5,15 @@
 
 Tasks, run in order:
   tokens:PROMPTSxSHARED+OWN:OUT[:BATCH]   greedy tokens with their log-probs; BATCH prompts at a time (default: all)
+  again:... (as tokens)                   the same once more
+  broken:... (as tokens)                  negative control: every row misses its newest token
   churn:OUT:SCHEDULE                      200 requests with 4 system prompts: joins, leaves, aborts, preemption, chunked prefill;
                                           SCHEDULE seeds when they arrive and are aborted
   time:PROMPTSxSHARED+OWN:OUT             median time of the steps in which every prompt yields a token
   profile:PROMPTSxSHARED+OWN              kernels and idle time of a few such steps
+  oom:PROMPTSxSHARED+OWN                  the device has no memory for our workspace: the engine's step must raise CudaError
+  restart:[PROMPTSxSHARED+OWN]            this engine goes, in the middle of such requests; another one does the tasks behind
+  kill:PROMPTSxSHARED+OWN                 a worker process is killed (--tp 2 or more): the engine must say so, within a minute
 """
 
 import argparse
@@ -40,7 +45,7 @@ def arguments():
     parser.add_argument("--kv-gib", type=float, default=0)
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--dcp", type=int, default=1)
-    parser.add_argument("--break-lengths", action="store_true", help="negative control: rows miss their newest token")
+    parser.add_argument("--wait", help="tasks begin when this file exists: until then other engines have the device")
     return parser.parse_args()
 
 
@@ -83,7 +88,9 @@ def make_engine(a, c):
         more["decode_context_parallel_size"] = a.dcp
     return LLM(
         model=folder, skip_tokenizer_init=True, load_format="dummy", dtype="bfloat16", seed=0, enable_prefix_caching=True,
-        max_model_len=4096, max_num_seqs=a.seqs, max_num_batched_tokens=a.tokens, gpu_memory_utilization=0.2 if a.shape == "small" else 0.85,
+        max_model_len=4096, max_num_seqs=a.seqs, max_num_batched_tokens=a.tokens,
+        # With a KV cache of a given size this is only what must be free at the start.
+        gpu_memory_utilization=0.85 if not a.kv_gib else 0.02 if a.shape == "small" else 0.26 / a.tp,
         attention_config={"backend": a.backend}, disable_log_stats=True, **more,
     ).llm_engine  # fmt: skip
 
@@ -260,7 +267,85 @@ def profile(engine, vocab, text):
     return found
 
 
-TASKS = dict(tokens=tokens, churn=churn, time=time_steps, profile=profile)
+def broken(engine, vocab, text):
+    from prefix_attn.vllm.builder import Builder
+
+    right = Builder._lengths
+    Builder._lengths = lambda self, *args: (right(self, *args) - 1).clip(0)
+    try:
+        return tokens(engine, vocab, text)
+    finally:
+        Builder._lengths = right
+
+
+def begin_decoding(engine, vocab, text, tag):
+    """Requests that all decode, with many tokens to go."""
+    count, shared, own = read_size(text)
+    requests = Requests(engine, None)
+    for i, prompt in enumerate(prompts(count, shared, own, tag, vocab)):
+        requests.add("%s-%d" % (tag, i), prompt, 800)
+    while len(requests.made) < count:
+        requests.step()
+    return requests
+
+
+def out_of_memory(engine, vocab, text):
+    """Few prompts, so that plans of a size come that the engine's own warm-up has not made room for."""
+    import prefix_attn as pa
+    from prefix_attn.vllm import decoder
+
+    right = decoder.DecodeRows.workspace
+    decoder.DecodeRows.workspace = lambda self, planner: pa.Workspace(1 << 46, self.group.device)
+    try:
+        begin_decoding(engine, vocab, text, "oom").step()
+    except pa.CudaError as error:
+        return dict(error=str(error))
+    finally:
+        decoder.DecodeRows.workspace = right
+    raise AssertionError("no error without a workspace")
+
+
+def restart(engine, vocab, text, again):
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    if text:
+        begin_decoding(engine, vocab, text, "restart").step()
+    engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
+    return again()
+
+
+def kill_worker(engine, vocab, text):
+    import signal
+
+    import psutil
+
+    requests = begin_decoding(engine, vocab, text, "kill")
+    processes = psutil.Process().children(recursive=True)
+    workers = [p for p in processes if "Worker" in " ".join(p.cmdline())]
+    assert len(workers) >= 2, [p.cmdline() for p in processes]
+    workers[-1].send_signal(signal.SIGKILL)
+    start = time.time()
+    try:
+        requests.drain()
+    except Exception as error:
+        return dict(error=repr(error)[:300], seconds=time.time() - start)
+    raise AssertionError("the engine went on without a worker")
+
+
+TASKS = dict(
+    tokens=tokens, again=tokens, broken=broken, churn=churn, time=time_steps, profile=profile, oom=out_of_memory,
+    restart=restart, kill=kill_worker,
+)  # fmt: skip
+
+
+def counters(worker=None):
+    """What a process has counted."""
+    import dataclasses
+
+    from prefix_attn.vllm import metrics
+
+    return dataclasses.asdict(metrics.totals())
 
 
 def main():
@@ -271,30 +356,47 @@ def main():
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     else:
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+        # For `counters`.
+        os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     start = time.time()
     engine = make_engine(a, c)
     print("engine up after %.1f s" % (time.time() - start), flush=True)
-    if a.break_lengths:
-        from prefix_attn.vllm.builder import Builder
-
-        right = Builder._lengths
-        Builder._lengths = lambda self, *args: (right(self, *args) - 1).clip(0)
+    while a.wait and not os.path.exists(a.wait):
+        time.sleep(0.05)
     record = dict(args=vars(a), tasks={})
     for task in a.tasks:
         kind, _, text = task.partition(":")
+        if kind == "kill":
+            count(record, a, engine)
         start = time.time()
-        record["tasks"][task] = TASKS[kind](engine, c["vocab_size"], text)
-        print("%s: %.1f s" % (task, time.time() - start), flush=True)
-    if a.backend == "CUSTOM":
-        import dataclasses
-
-        from prefix_attn.vllm import metrics
-
-        record["metrics"] = dataclasses.asdict(metrics.totals())
-        print("metrics", record["metrics"], flush=True)
-    with open(a.out, "w") as f:
-        json.dump(record, f)
+        if kind == "restart":
+            engine = restart(engine, c["vocab_size"], text, lambda: make_engine(a, c))
+            result = {}
+        else:
+            result = TASKS[kind](engine, c["vocab_size"], text)
+        record["tasks"][task] = result
+        shown = {key: round(value, 3) for key, value in result.items() if isinstance(value, (int, float))}
+        print("%s: %s%s %.1f s" % (task, shown, result.get("error", ""), time.time() - start), flush=True)
+        save(a.out, record)
+    count(record, a, engine)
+    save(a.out, record)
     print("DONE", flush=True)
+
+
+def count(record, a, engine):
+    """Ours must have run, in each worker process."""
+    if a.backend != "CUSTOM" or "metrics" in record:
+        return
+    record["metrics"] = [counters()] if a.tp == 1 else engine.collective_rpc(counters)
+    print("metrics", record["metrics"], flush=True)
+    assert len(record["metrics"]) == a.tp and all(m["decode_steps"] and m["kernel_calls"] for m in record["metrics"])
+
+
+def save(path, record):
+    """Whole or not at all: what was measured before a failure is not lost."""
+    with open(path + ".part", "w") as f:
+        json.dump(record, f)
+    os.replace(f.name, path)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 #!/bin/bash
-# run.sh smoke|more|tp: vLLM 0.26 with this package on a GPU machine without a network. One folder holds this one, the wheel of
-# prefix_attn, and beside it vllm026/ (parts of a reduced vLLM with setup.py and env.sh). Logs and JSON under $OUT/<job>/.
-#   smoke  about 5 minutes, one GPU: tokens, step times, profile
-#   more   about 4 minutes, one GPU: churn with preemption and aborts, piecewise graphs, another model
-#   tp     about 4 minutes, two GPUs: tensor parallel 2, decode context parallel 2
+# run.sh JOB: vLLM 0.26 with this package on a GPU machine without a network. One folder holds this one, the wheel of prefix_attn,
+# and beside it vllm026/ (parts of a reduced vLLM with setup.py and env.sh). Logs and JSON under $OUT/vllm-JOB/.
+#   smoke   2 minutes, one GPU: tokens of a small model, eager and in FULL graphs
+#   big     3 minutes, one GPU: step times of the 8B shape, profile
+#   tokens  2.5 minutes, one GPU: tokens of the 8B shape in FULL graphs, of a small model in PIECEWISE graphs; restart, no memory
+#   more    2 minutes, one GPU: churn with preemption and aborts, another model
+#   tp      3 minutes, TP GPUs (2, or 4): tensor parallel, decode context parallel 2, step times of the 8B shape, a killed worker
 set -u
 job=$1
 here=$(cd "$(dirname "$0")" && pwd)
@@ -40,59 +42,117 @@ judge() { # title, arguments...
 
 smoke() {
     local t=tokens:64x1000+77:48
-    # Five engines of the small model at a time: 16 cores import vLLM as fast as one does.
+    # Engines of the small model at a time: 16 cores import vLLM as fast as one does.
     local small="--shape small --kv-gib 4 --seqs 64"
     drive small-fa $small --backend FLASH_ATTN $t $t:16 &
-    PREFIX_ATTN_CHECK=1 drive small-ours $small $t $t:16 &
+    drive small-triton $small --backend TRITON_ATTN $t &
+    PREFIX_ATTN_CHECK=1 drive small-ours $small $t $t:16 broken:${t#*:} &
     drive small-graph $small --mode graph --sizes 8,16,64 $t $t:16 &
-    drive small-broken $small --break-lengths $t &
     wait
-    failed_in_background "$out"/small-{fa,ours,graph,broken}.json
-    judge "small, eager, with lengths and tables checked against the device's: as stock?" "$out"/small-fa.json "$out"/small-ours.json $t --self $t:16
-    judge "small, eager, 16 at a time: as stock?" "$out"/small-fa.json "$out"/small-ours.json $t:16 --self $t
-    judge "small, FULL graphs: as stock?" "$out"/small-fa.json "$out"/small-graph.json $t --self $t:16
-    judge "small, one token left out of every row: must be found" "$out"/small-fa.json "$out"/small-broken.json $t --self $t:16 --expect-different
-    local t8=tokens:64x1500+100:24 big="--shape 8b --mode graph --seqs 256 --sizes 8,32,64,112,128,256"
-    local times="time:64x2496+528:48 time:128x2496+528:40 time:256x2496+528:36 profile:64x2496+528 time:64x0+3000:40 time:112x0+3000:36"
-    drive 8b-fa $big --backend FLASH_ATTN $t8 $t8:32 $times
-    drive 8b-ours $big $t8 $t8:32 $times
-    judge "8B shape, FULL graphs: as stock?" "$out"/8b-fa.json "$out"/8b-ours.json $t8 --self $t8:32
+    failed_in_background "$out"/small-{fa,triton,ours,graph}.json
+    local noise="--noise $out/small-triton.json $t --noise $out/small-fa.json $t:16"
+    judge "small, eager, with lengths and tables checked against the device's: as stock?" "$out"/small-fa.json "$out"/small-ours.json $t $noise
+    judge "small, eager, 16 at a time: as stock?" "$out"/small-fa.json "$out"/small-ours.json $t:16 --noise "$out"/small-fa.json $t
+    judge "small, FULL graphs: as stock?" "$out"/small-fa.json "$out"/small-graph.json $t $noise
+    judge "small, one token left out of every row: must be found" "$out"/small-fa.json "$out"/small-ours.json $t $noise \
+        --task-of-ours broken:${t#*:} --expect-different
+}
+
+big() {
+    local big="--shape 8b --mode graph --seqs 256 --sizes 8,32,64,112,128,256"
+    local times="time:64x2496+528:48 time:128x2496+528:40 time:256x2496+528:36 profile:64x2496+528 time:64x0+3000:40 time:112x0+3000:80"
+    drive 8b-fa $big --backend FLASH_ATTN $times
+    drive 8b-ours $big $times
     python3 table.py "$out"/8b-fa.json "$out"/8b-ours.json || failed=1
 }
 
+tokens() {
+    local t8=tokens:64x1500+100:24 t=tokens:64x1000+77:32
+    local big="--shape 8b --mode graph --kv-gib 2.5 --seqs 64 --tokens 4096 --sizes 8,32,64"
+    local piecewise="--shape small --mode piecewise --kv-gib 0.7 --seqs 64 --tokens 4096 --sizes 8,16,64"
+    local eager="--shape small --kv-gib 0.7 --seqs 64 --tokens 4096"
+    # All at a time: three engines of the 8B shape take 60 GB.
+    drive 8b-fa $big --backend FLASH_ATTN $t8 $t8:32 &
+    drive 8b-triton $big --backend TRITON_ATTN $t8 &
+    drive 8b-ours $big $t8 broken:${t8#*:} &
+    drive piecewise-fa $piecewise --backend FLASH_ATTN $t $t:16 &
+    drive piecewise-triton $piecewise --backend TRITON_ATTN $t &
+    drive piecewise-ours $piecewise $t broken:${t#*:} &
+    drive eager-fa $eager --backend FLASH_ATTN $t $t:16 &
+    drive eager-restarts $eager $t restart:5x100+20 oom:3x100+20 restart: again:${t#*:} &
+    wait
+    failed_in_background "$out"/{8b,piecewise}-{fa,triton,ours}.json "$out"/eager-{fa,restarts}.json
+    local noise="--noise $out/8b-triton.json $t8 --noise $out/8b-fa.json $t8:32"
+    judge "8B shape, FULL graphs: as stock?" "$out"/8b-fa.json "$out"/8b-ours.json $t8 $noise
+    judge "8B shape, one token left out of every row: must be found" "$out"/8b-fa.json "$out"/8b-ours.json $t8 $noise \
+        --task-of-ours broken:${t8#*:} --expect-different
+    noise="--noise $out/piecewise-triton.json $t --noise $out/piecewise-fa.json $t:16"
+    judge "small, PIECEWISE graphs: as stock in PIECEWISE graphs?" "$out"/piecewise-fa.json "$out"/piecewise-ours.json $t $noise
+    judge "small, PIECEWISE, one token left out of every row: must be found" "$out"/piecewise-fa.json "$out"/piecewise-ours.json $t $noise \
+        --task-of-ours broken:${t#*:} --expect-different
+    judge "small, eager, behind two restarts and a step without memory: as stock?" "$out"/eager-fa.json "$out"/eager-restarts.json $t \
+        --task-of-ours again:${t#*:} --noise "$out"/eager-fa.json $t:16
+}
+
 more() {
-    local t=tokens:64x1000+77:32 small="--shape small --kv-gib 0.12 --seqs 48 --tokens 1024"
-    drive churn-fa $small --backend FLASH_ATTN churn:40:1 churn:40:2 $t $t:16 &
-    PREFIX_ATTN_CHECK=1 drive churn-eager $small churn:40:1 $t &
-    drive churn-graph $small --mode graph --sizes 1,2,4,8,16,24,32,48 churn:40:1 $t &
-    drive churn-piecewise $small --mode piecewise --sizes 8,16,32,48 churn:40:1 $t &
+    local t=tokens:64x1000+77:32 c=churn:40:1 small="--shape small --kv-gib 0.12 --seqs 48 --tokens 1024"
+    drive churn-fa $small --backend FLASH_ATTN $c churn:40:2 &
+    drive churn-triton $small --backend TRITON_ATTN $c &
+    PREFIX_ATTN_CHECK=1 drive churn-eager $small $c &
+    drive churn-graph $small --mode graph --sizes 1,2,4,8,16,24,32,48 $c &
+    drive churn-piecewise-fa $small --mode piecewise --sizes 8,16,32,48 --backend FLASH_ATTN $c churn:40:2 &
+    drive churn-piecewise-triton $small --mode piecewise --sizes 8,16,32,48 --backend TRITON_ATTN $c &
+    drive churn-piecewise $small --mode piecewise --sizes 8,16,32,48 $c &
     drive llama-fa $small --model llama --backend FLASH_ATTN $t $t:16 &
+    drive llama-triton $small --model llama --backend TRITON_ATTN $t &
     drive llama-graph $small --model llama --mode graph --sizes 8,16,48 $t &
     wait
-    failed_in_background "$out"/{churn-fa,churn-eager,churn-graph,churn-piecewise,llama-fa,llama-graph}.json
-    for mode in eager graph piecewise; do
-        judge "200 requests, $mode: as stock?" "$out"/churn-fa.json "$out"/churn-$mode.json churn:40:1 --self churn:40:2
-        judge "64 prompts, $mode: as stock?" "$out"/churn-fa.json "$out"/churn-$mode.json $t --self $t:16
+    failed_in_background "$out"/churn-{fa,triton,eager,graph,piecewise-fa,piecewise-triton,piecewise}.json "$out"/llama-{fa,triton,graph}.json
+    for mode in eager graph; do
+        judge "200 requests, $mode: as stock?" "$out"/churn-fa.json "$out"/churn-$mode.json $c \
+            --noise "$out"/churn-fa.json churn:40:2 --noise "$out"/churn-triton.json $c
     done
-    judge "Llama, FULL graphs: as stock?" "$out"/llama-fa.json "$out"/llama-graph.json $t --self $t:16
+    judge "200 requests, PIECEWISE graphs: as stock in PIECEWISE graphs?" "$out"/churn-piecewise-fa.json "$out"/churn-piecewise.json $c \
+        --noise "$out"/churn-piecewise-fa.json churn:40:2 --noise "$out"/churn-piecewise-triton.json $c
+    judge "Llama, FULL graphs: as stock?" "$out"/llama-fa.json "$out"/llama-graph.json $t \
+        --noise "$out"/llama-fa.json $t:16 --noise "$out"/llama-triton.json $t
 }
 
 tp() {
-    local t=tokens:64x1000+77:32 small="--shape small --kv-gib 4 --seqs 64"
-    drive tp2-fa $small --tp 2 --mode graph --sizes 8,16,64 --backend FLASH_ATTN $t $t:16
-    drive tp2-ours $small --tp 2 --mode graph --sizes 8,16,64 $t $t:16
-    judge "TP 2, FULL graphs: as stock?" "$out"/tp2-fa.json "$out"/tp2-ours.json $t --self $t:16
-    drive dcp2-fa $small --kv-heads 1 --tp 2 --dcp 2 --backend FLASH_ATTN $t $t:16
-    drive dcp2-ours $small --kv-heads 1 --tp 2 --dcp 2 $t $t:16
-    judge "DCP 2, one KV head, eager: as stock?" "$out"/dcp2-fa.json "$out"/dcp2-ours.json $t --self $t:16
-    local times="time:64x2496+528:40 time:256x2496+528:40" big="--shape 8b --tp 2 --mode graph --seqs 256 --sizes 8,64,256"
-    drive 8b-tp2-fa $big --backend FLASH_ATTN $times
-    drive 8b-tp2-ours $big $times
-    python3 table.py "$out"/8b-tp2-fa.json "$out"/8b-tp2-ours.json || failed=1
+    local ranks=${TP:-2} t=tokens:64x1000+77:32
+    local graph="--shape small --kv-gib 1 --seqs 64 --tokens 4096 --tp $ranks --mode graph --sizes 8,16,64"
+    # Ranks share a KV head in twos: what decode context parallelism asks for.
+    local shared="--shape small --kv-gib 1 --seqs 64 --tokens 4096 --tp $ranks --kv-heads $((ranks / 2))"
+    local times="time:64x2496+528:40 time:256x2496+528:40"
+    local big="--shape 8b --kv-gib $((24 / ranks)) --tp $ranks --mode graph --seqs 256 --sizes 8,64,256"
+    rm -f "$out"/go-*
+    # A second apart: each looks for a free port.
+    drive tp-fa $graph --backend FLASH_ATTN $t $t:16 & local small=$!
+    sleep 1; drive tp-triton $graph --backend TRITON_ATTN $t & small="$small $!"
+    sleep 1; drive tp-ours $graph $t kill:16x100+20 & small="$small $!"
+    sleep 1; drive shared-fa $shared --backend FLASH_ATTN $t $t:16 & small="$small $!"
+    sleep 1; drive dcp-fa $shared --dcp 2 --backend FLASH_ATTN $t & small="$small $!"
+    sleep 1; drive dcp-ours $shared --dcp 2 $t & small="$small $!"
+    sleep 1; drive 8b-tp-fa $big --wait "$out"/go-fa --backend FLASH_ATTN $times & local stock=$!
+    sleep 1; drive 8b-tp-ours $big --wait "$out"/go-ours $times & local ours=$!
+    wait $small
+    # One engine measures at a time.
+    touch "$out"/go-fa
+    wait $stock
+    touch "$out"/go-ours
+    wait $ours
+    rm -f "$out"/go-*
+    failed_in_background "$out"/{tp-fa,tp-triton,tp-ours,shared-fa,dcp-fa,dcp-ours,8b-tp-fa,8b-tp-ours}.json
+    judge "TP $ranks, FULL graphs: as stock?" "$out"/tp-fa.json "$out"/tp-ours.json $t \
+        --noise "$out"/tp-fa.json $t:16 --noise "$out"/tp-triton.json $t
+    judge "DCP 2, eager: as stock with DCP 2?" "$out"/dcp-fa.json "$out"/dcp-ours.json $t --noise "$out"/shared-fa.json $t
+    judge "DCP 2, eager: as stock without DCP?" "$out"/shared-fa.json "$out"/dcp-ours.json $t \
+        --noise "$out"/dcp-fa.json $t --noise "$out"/shared-fa.json $t:16
+    python3 table.py "$out"/8b-tp-fa.json "$out"/8b-tp-ours.json || failed=1
 }
 
-failed_in_background() { # a drive in the background cannot set `failed`
-    for file; do [ -s "$file" ] || failed=1; done
+failed_in_background() { # a drive in the background cannot set `failed`: its log ends with DONE, or not
+    for file; do grep -qx DONE "${file%.json}.log" || { failed=1; echo "== failed: $file"; }; done
 }
 
 $job

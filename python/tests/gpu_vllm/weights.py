@@ -9,27 +9,46 @@ import zlib
 
 
 def register():
-    """Replace the dummy loader's initialisation. Weights depend on the parameter's name and shape alone: ranks agree."""
+    """Replace the dummy loader's initialisation."""
     from vllm.model_executor.model_loader import dummy_loader
 
     dummy_loader.initialize_dummy_weights = initialize
 
 
 def initialize(module, *_, **__):
-    """The loader calls this for the model, then for each module of it: the first call has set all of them."""
-    import torch
+    """Set the weights of a model: a function of their names, shapes and tensor-parallel rank.
 
-    if getattr(initialize, "is_done", False):
+    The loader calls this for the model, then for each module of it: the first call has set all of them.
+    """
+    import torch
+    from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+
+    if getattr(module, "pat_is_set", False):
         return
-    initialize.is_done = True
+    ranks, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
     for name, parameter in module.state_dict().items():
-        if not torch.is_floating_point(parameter):
+        # Scalars are scales of quantisation, 1 where there is none.
+        if not torch.is_floating_point(parameter) or parameter.dim() == 0:
             continue
-        generator = torch.Generator(device=parameter.device).manual_seed(zlib.crc32(name.encode()))
         if parameter.dim() == 1:
             parameter.fill_(2.0 if "q_norm" in name or "k_norm" in name else 1.0)
         else:
             # Without norms of queries and keys (Llama) the projections make them as large.
             gain = 2.0 if "qkv_proj" in name else 1.5 if "lm_head" in name else 1.0
-            fan_in = 1 if "embed" in name else parameter.shape[-1]
-            parameter.normal_(0.0, gain * fan_in**-0.5, generator=generator)
+            # These are cut along the dimension that is summed over.
+            cuts = ranks if "o_proj" in name or "down_proj" in name else 1
+            fan_in = 1 if "embed" in name else parameter.shape[-1] * cuts
+            parameter.normal_(0.0, gain * fan_in**-0.5, generator=_generator(parameter, f"{name} {rank}"))
+    for name, part in module.named_modules():
+        part.pat_is_set = True
+        if getattr(part, "num_kv_head_replicas", 1) > 1:
+            # Ranks that share a KV head have its projection in common.
+            shared = part.weight.data[part.num_heads * part.head_size :]
+            group = rank // part.num_kv_head_replicas
+            shared.normal_(0.0, 2.0 * shared.shape[-1] ** -0.5, generator=_generator(shared, f"{name} KV {group}"))
+
+
+def _generator(tensor, name: str):
+    import torch
+
+    return torch.Generator(device=tensor.device).manual_seed(zlib.crc32(name.encode()))

@@ -6,6 +6,7 @@ use super::stream::CurrentStream;
 use crate::cuda::CudaDevice;
 use crate::cuda::args::PreparedRun;
 use crate::cuda::bench_support::{CheckedFill, L2Flush};
+use crate::cuda::row_ops::{CheckedAppend, CheckedMergeStates};
 use crate::cuda::tensor_map::TensorMapSpec;
 use crate::{Dtype, Error, Result};
 use bytemuck::NoUninit;
@@ -207,6 +208,31 @@ pub(crate) fn launch_flush(kernel: &Kernel, flush: &L2Flush, ctas: u32, stream: 
     // SAFETY: the flush kernel takes FlushParams alone; `L2Flush` owns both buffers, with one sum per CTA, and freeing
     // them waits for the device.
     unsafe { kernel.launch(ctas, &mut params, false, stream) }
+}
+
+/// Launches the append kernel.
+pub(crate) fn launch_append(kernel: &Kernel, append: &CheckedAppend, stream: CurrentStream<'_>) -> Result<()> {
+    if kernel.spec.family != Family::Append {
+        return Err(Error::invalid("kernel", kernel.spec.entry, "the append kernel"));
+    }
+    let mut params = [(&raw const append.0).cast_mut().cast::<c_void>()];
+    // SAFETY: the kernel takes AppendParams alone; `CheckedAppend` says that the tensors hold what it reads and writes, and
+    // slots beyond the cache are skipped.
+    unsafe { kernel.launch(append.1, &mut params, false, stream) }
+}
+
+/// Launches a kernel that merges attention states.
+pub(crate) fn launch_merge_states(
+    kernel: &Kernel,
+    merge: &CheckedMergeStates,
+    stream: CurrentStream<'_>,
+) -> Result<()> {
+    if kernel.spec.family != Family::MergeStates {
+        return Err(Error::invalid("kernel", kernel.spec.entry, "a kernel that merges states"));
+    }
+    let mut params = [(&raw const merge.0).cast_mut().cast::<c_void>()];
+    // SAFETY: the kernels take MergeStatesParams alone; `CheckedMergeStates` says that the states hold what they access.
+    unsafe { kernel.launch(merge.1, &mut params, false, stream) }
 }
 
 /// The parameter pointers of a kernel that takes one record and up to two tensor maps, on the stack.

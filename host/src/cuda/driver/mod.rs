@@ -4,6 +4,7 @@
 //! arguments were checked, a [`DeviceSpan`](super::DeviceSpan) only for memory that is owned or that somebody vouches for, a
 //! [`Kernel`] only for an entry of the manifest, whose parameter types the manifest's family fixes, a [`CurrentStream`] only
 //! for a live stream whose context is current. All calls pass `call`.
+#![allow(unsafe_code, reason = "the border to the driver")]
 
 mod call;
 mod context;
@@ -18,7 +19,8 @@ pub(super) use context::{driver_version, library_is_present};
 pub(super) use event::Event;
 pub(super) use graph::{GraphExec, drop_released, retain_in_capture};
 pub(super) use kernel::{
-    Kernel, TensorMap, encode_tensor_map, launch_fill, launch_flush, launch_forward, launch_merge,
+    Kernel, TensorMap, encode_tensor_map, launch_append, launch_fill, launch_flush, launch_forward, launch_merge,
+    launch_merge_states,
 };
 pub(super) use memory::{Allocation, StagingRing};
 pub(super) use stream::{CaptureStatus, CurrentStream};

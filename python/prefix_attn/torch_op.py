@@ -1,0 +1,152 @@
+"""The same calls as torch custom operators, for ``torch.compile`` and piecewise CUDA graphs.
+
+An operator takes tensors and numbers, no plans. So a model holds a :class:`PlanSlot`, a number as far as the compiler is
+concerned, and the engine puts the plan of each step into it::
+
+    slot = torch_op.PlanSlot()
+
+    class Attention(torch.nn.Module):
+        def forward(self, q, k_cache, v_cache):
+            return torch_op.decode(q, k_cache, v_cache, slot)
+
+    slot.plan = planner.plan(...)   # before each step
+
+Importing this module imports torch (2.9 or later) and registers ``torch.ops.prefix_attn.decode``, ``decode_out`` and
+``append_kv``, with fake implementations and with the arguments they write to.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+
+import torch
+from torch import Tensor
+
+from . import _native
+
+_slots: weakref.WeakValueDictionary[int, PlanSlot] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+class PlanSlot:
+    """Where compiled code finds the plan of the step.
+
+    Attributes:
+        number: what the operators are called with; no two slots of a process share it.
+        plan: the plan that the next runs use. Setting it recompiles nothing.
+    """
+
+    def __init__(self, plan: _native.Plan | None = None):
+        self.number = next(_numbers)
+        self.plan = plan
+        _slots[self.number] = self
+
+
+def _plan(number: int) -> _native.Plan:
+    slot = _slots.get(number)
+    if slot is None:
+        raise ValueError(f"slot: got number {number}, expected that of a PlanSlot that is alive")
+    if slot.plan is None:
+        raise ValueError("slot: got a PlanSlot without a plan, expected slot.plan = planner.plan(...) before the step")
+    return slot.plan
+
+
+@torch.library.custom_op("prefix_attn::decode", mutates_args=())
+def _decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, slot: int, scale: float | None = None, kv_layout: str = "NHD"
+) -> tuple[Tensor, Tensor]:
+    return _native.run(_plan(slot), q, k_cache, v_cache, scale=scale, return_lse=True, kv_layout=kv_layout)
+
+
+@_decode.register_fake
+def _(q, k_cache, v_cache, slot, scale=None, kv_layout="NHD"):
+    return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+@torch.library.custom_op("prefix_attn::decode_out", mutates_args=("out", "lse"))
+def _decode_out(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    out: Tensor,
+    slot: int,
+    lse: Tensor | None = None,
+    scale: float | None = None,
+    kv_layout: str = "NHD",
+) -> None:
+    _native.run(_plan(slot), q, k_cache, v_cache, out, lse, scale=scale, kv_layout=kv_layout)
+
+
+@_decode_out.register_fake
+def _(q, k_cache, v_cache, out, slot, lse=None, scale=None, kv_layout="NHD"):
+    return None
+
+
+@torch.library.custom_op("prefix_attn::append_kv", mutates_args=("k_cache", "v_cache"))
+def _append_kv(
+    k_new: Tensor, v_new: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, kv_layout: str = "NHD"
+) -> None:
+    _native.append_kv(k_new, v_new, k_cache, v_cache, slots, kv_layout=kv_layout)
+
+
+@_append_kv.register_fake
+def _(k_new, v_new, k_cache, v_cache, slots, kv_layout="NHD"):
+    return None
+
+
+def decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot: PlanSlot,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    kv_layout: str = "NHD",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`prefix_attn.run` of the slot's plan, for compiled code.
+
+    Args:
+        q: ``[rows, q_heads, head_dim]``.
+        k_cache, v_cache, scale, return_lse, kv_layout: as in :func:`prefix_attn.run`.
+        slot: holds the plan of the step.
+
+    Returns:
+        out, or ``(out, lse)``.
+
+    Raises:
+        ValueError: the slot has no plan; and what :func:`prefix_attn.run` raises.
+    """
+    out, lse = torch.ops.prefix_attn.decode(q, k_cache, v_cache, slot.number, scale, kv_layout)
+    return (out, lse) if return_lse else out
+
+
+def decode_out(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    out: Tensor,
+    slot: PlanSlot,
+    *,
+    lse: Tensor | None = None,
+    scale: float | None = None,
+    kv_layout: str = "NHD",
+) -> None:
+    """As :func:`decode`, into memory that is there: ``out`` as q and perhaps ``lse``, float32 ``[rows, q_heads]``.
+
+    Raises:
+        ValueError: as :func:`decode`.
+    """
+    torch.ops.prefix_attn.decode_out(q, k_cache, v_cache, out, slot.number, lse, scale, kv_layout)
+
+
+def append_kv(
+    k_new: Tensor, v_new: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, *, kv_layout: str = "NHD"
+) -> None:
+    """:func:`prefix_attn.append_kv` for compiled code, with the same arguments.
+
+    Raises:
+        ValueError: as :func:`prefix_attn.append_kv`.
+    """
+    torch.ops.prefix_attn.append_kv(k_new, v_new, k_cache, v_cache, slots, kv_layout)

@@ -1,0 +1,174 @@
+//! `append_kv`.
+
+use crate::device::{self, Device};
+use crate::errors::{Result, invalid, wrong_type};
+use crate::foreign;
+use crate::operands::{KvLayout, Span, check_strides};
+use crate::tensor::{Element, Tensor};
+use crate::torch;
+use pat_rs::cpu::CacheLayout;
+use pat_rs::cuda::AppendArgs;
+use pat_rs::{KvStrides, RowStrides};
+use pyo3::prelude::*;
+
+/// Writes new rows of K and V into their slots of a paged cache, in place.
+///
+/// On CUDA it enqueues one launch on torch's current stream.
+///
+/// Args:
+///     k_new, v_new: ``[rows, kv_heads, head_dim]``, float16 or bfloat16.
+///     k_cache, v_cache: as in :func:`run`, of the same type; v_cache may lie inside k_cache's rows.
+///     slots: int64 ``[rows]`` beside the tensors: ``page * page_size + token in the page``. Rows with a negative slot are
+///         not written. A slot beyond the cache is refused on the CPU; on CUDA, where the host cannot look at it, the row is
+///         not written. No two rows have the same slot.
+///     kv_layout: order of the dimensions of the caches, "NHD" or "HND".
+///     stream: handle of a CUDA stream, instead of torch's current one.
+///
+/// Raises:
+///     TypeError: another element type, or no tensor.
+///     ValueError: a shape, stride, device or address that is not accepted; the message names the argument, and nothing has
+///         been written.
+///     CudaError: the driver refuses the launch.
+#[pyfunction]
+#[pyo3(signature = (k_new: "torch.Tensor", v_new: "torch.Tensor", k_cache: "torch.Tensor", v_cache: "torch.Tensor", slots: "torch.Tensor", *, kv_layout = "NHD", stream: "int | None" = None))]
+#[expect(clippy::too_many_arguments, reason = "the Python signature")]
+pub(crate) fn append_kv(
+    py: Python<'_>,
+    k_new: &Bound<'_, PyAny>,
+    v_new: &Bound<'_, PyAny>,
+    k_cache: &Bound<'_, PyAny>,
+    v_cache: &Bound<'_, PyAny>,
+    slots: &Bound<'_, PyAny>,
+    kv_layout: &str,
+    stream: Option<u64>,
+) -> Result<()> {
+    let layout = KvLayout::parse(kv_layout)?;
+    let k_new = Tensor::read("k_new", k_new, stream)?;
+    let handle = torch::stream_of(py, k_new.device, stream)?;
+    let read = |name, object| Tensor::read(name, object, Some(handle));
+    let tensors = Append {
+        v_new: read("v_new", v_new)?,
+        k_cache: read("k_cache", k_cache)?,
+        v_cache: read("v_cache", v_cache)?,
+        slots: read("slots", slots)?,
+        k_new,
+    };
+    let args = tensors.check(layout)?;
+    match tensors.k_new.device {
+        Device::Cpu => match tensors.k_new.element {
+            Element::Bf16 => foreign::append_host::<half::bf16>(&tensors, &args),
+            _ => foreign::append_host::<half::f16>(&tensors, &args),
+        },
+        Device::Cuda(ordinal) => {
+            let engine = device::engine(ordinal)?;
+            Ok(engine.append_kv(&args, &foreign::stream(engine.device(), handle)?)?)
+        }
+    }
+}
+
+/// The tensors of a call.
+pub(crate) struct Append<'py> {
+    pub(crate) k_new: Tensor<'py>,
+    pub(crate) v_new: Tensor<'py>,
+    pub(crate) k_cache: Tensor<'py>,
+    pub(crate) v_cache: Tensor<'py>,
+    pub(crate) slots: Tensor<'py>,
+}
+
+impl Append<'_> {
+    /// Checks everything but the slots' values.
+    fn check(&self, layout: KvLayout) -> Result<AppendArgs> {
+        let Self { k_new, v_new, k_cache, v_cache, slots } = self;
+        if !matches!(k_new.element, Element::F16 | Element::Bf16) {
+            return Err(wrong_type("k_new", format!("a tensor of {}", k_new.element), "float16 or bfloat16"));
+        }
+        for tensor in [v_new, k_cache, v_cache] {
+            tensor.expect_element(&k_new.element)?;
+        }
+        slots.expect_element(&Element::I64)?;
+        for tensor in [v_new, k_cache, v_cache, slots] {
+            tensor.expect_device(k_new.device, "as k_new")?;
+        }
+        let (k_layout, v_layout) = (cache_layout(k_cache, layout)?, cache_layout(v_cache, layout)?);
+        if (CacheLayout { strides: k_layout.strides, ..v_layout }) != k_layout {
+            let expected = format!("that of k_cache, {}", k_cache.shape());
+            return Err(invalid("v_cache", format!("shape {}", v_cache.shape()), expected));
+        }
+        for cache in [k_cache, v_cache] {
+            cache.expect_writable()?;
+            let cached = Span::of(cache)?;
+            for rows in [k_new, v_new] {
+                if Span::of(rows)?.overlaps(cached) {
+                    return Err(invalid(rows.name, format!("memory of {}", cache.name), "memory of its own"));
+                }
+            }
+        }
+        if slots.rank != 1 {
+            return Err(invalid("slots", format!("shape {}", slots.shape()), "one dimension"));
+        }
+        let rows = slots.sizes[0];
+        if rows > 1 && slots.strides[0] != 1 {
+            return Err(invalid("slots", format!("stride {}", slots.strides[0]), "a contiguous tensor"));
+        }
+        let (heads, dim) = (k_layout.kv_heads, k_layout.head_dim);
+        for tensor in [k_new, v_new] {
+            if tensor.rank != 3 || tensor.sizes[1..3] != [i64::from(heads), i64::from(dim)] {
+                let expected = format!("[rows, {heads}, {dim}]");
+                return Err(invalid(tensor.name, format!("shape {}", tensor.shape()), expected));
+            }
+            check_strides(tensor, true)?;
+        }
+        if v_new.sizes[0] != k_new.sizes[0] {
+            let expected = format!("as many rows as k_new ({})", k_new.sizes[0]);
+            return Err(invalid("v_new", format!("{} rows", v_new.sizes[0]), expected));
+        }
+        if rows != k_new.sizes[0] {
+            return Err(invalid("slots", format!("{rows} slots"), format!("one per row ({})", k_new.sizes[0])));
+        }
+        let row_strides = |tensor: &Tensor<'_>| RowStrides { sequence: tensor.strides[0], head: tensor.strides[1] };
+        Ok(AppendArgs {
+            rows: u32::try_from(rows).map_err(|_| invalid("slots", rows, "fewer than 2^32"))?,
+            k_new: foreign::device_span(Span::of(k_new)?),
+            k_new_strides: row_strides(k_new),
+            v_new: foreign::device_span(Span::of(v_new)?),
+            v_new_strides: row_strides(v_new),
+            k_cache: foreign::device_span(Span::of(k_cache)?),
+            k_layout,
+            v_cache: foreign::device_span(Span::of(v_cache)?),
+            v_layout,
+            slots: foreign::device_span(Span::of(slots)?),
+        })
+    }
+}
+
+/// Extent and strides of a cache.
+fn cache_layout(cache: &Tensor<'_>, layout: KvLayout) -> Result<CacheLayout> {
+    if cache.rank != 4 {
+        return Err(invalid(cache.name, format!("shape {}", cache.shape()), "four dimensions"));
+    }
+    check_strides(cache, true)?;
+    let size = |dim: usize| {
+        let what = format!("shape {}", cache.shape());
+        u32::try_from(cache.sizes[dim]).map_err(|_| invalid(cache.name, what, "sizes below 2^32"))
+    };
+    let [page, second, third, _] = cache.strides;
+    let (token_dim, head_dim) = match layout {
+        KvLayout::Nhd => (1, 2),
+        KvLayout::Hnd => (2, 1),
+    };
+    let strides = match layout {
+        KvLayout::Nhd => KvStrides { page, token: second, head: third },
+        KvLayout::Hnd => KvStrides { page, token: third, head: second },
+    };
+    let layout = CacheLayout {
+        num_pages: size(0)?,
+        page_size: size(token_dim)?,
+        kv_heads: size(head_dim)?,
+        head_dim: size(3)?,
+        strides,
+    };
+    if layout.page_size == 0 || layout.kv_heads == 0 || layout.head_dim == 0 {
+        return Err(invalid(cache.name, format!("shape {}", cache.shape()), "no dimension of 0"));
+    }
+    Ok(layout)
+}

@@ -1,0 +1,32 @@
+"""Tests that need a CUDA device. Without one they are skipped, with the reason; `run.py` counts that as not passed."""
+
+import pytest
+import torch
+
+import prefix_attn as pa
+
+HERE = __file__.rsplit("/", 1)[0]
+
+
+def why_not():
+    """The reason why nothing can run here, or None."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    try:
+        pa.DeviceProfile.detect("cuda:0")
+    except (pa.CudaUnavailable, pa.CudaError) as error:
+        return str(error)
+    return None
+
+
+def pytest_collection_modifyitems(items):
+    here = [item for item in items if str(item.path).startswith(HERE)]
+    reason = why_not() if here else None
+    for item in here if reason else []:
+        item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def no_tf32():
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False

@@ -1,0 +1,404 @@
+"""The CUDA executor from Python: ragged forests against torch in float32, streams, graphs, bound runs, refusals."""
+
+import gc
+import sys
+
+import pytest
+import torch
+
+sys.path.insert(0, __file__.rsplit("/gpu/", 1)[0])
+
+from support import Batch, caches, queries, random_forest, reference, tolerance  # noqa: E402
+
+import prefix_attn as pa  # noqa: E402
+
+DEVICE = "cuda:0"
+#         q_heads, kv_heads, head_dim, page_size, layout
+SHAPES = [
+    (8, 2, 64, 16, "NHD"),
+    (32, 8, 128, 16, "HND"),
+    (32, 32, 128, 32, "NHD"),
+    (16, 1, 128, 64, "HND"),
+    (10, 2, 128, 7, "NHD"),
+    (14, 2, 64, 1, "HND"),
+    (8, 8, 64, 24, "NHD"),
+    (64, 8, 128, 16, "NHD"),
+    (12, 4, 64, 128, "HND"),
+    (5, 1, 128, 32, "NHD"),
+]
+FORESTS_PER_SHAPE = 50
+
+
+def problem(seed, q_heads, kv_heads, head_dim, page_size, layout, dtype):
+    batch = random_forest(seed, page_size)
+    k, v = caches(batch, dtype, layout, seed, kv_heads, head_dim, DEVICE)
+    return batch, queries(len(batch.lengths), dtype, seed + 1, q_heads, head_dim, DEVICE), k, v
+
+
+def check(batch, q, k, v, layout, out, lse):
+    expected, expected_lse = reference(batch, q, k, v, layout, dtype=torch.float32)
+    torch.testing.assert_close(out.float(), expected, atol=tolerance(q.dtype), rtol=0)
+    if lse is not None:
+        torch.testing.assert_close(lse, expected_lse, atol=2e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", range(len(SHAPES)))
+def test_500_ragged_forests_equal_torch_in_float32(case, no_tf32):
+    q_heads, kv_heads, head_dim, page_size, layout = SHAPES[case]
+    for dtype in (torch.float16, torch.bfloat16):
+        planner = pa.Planner(pa.AttentionShape(q_heads, kv_heads, head_dim, dtype), DEVICE)
+        for seed in range(case * 1000, case * 1000 + FORESTS_PER_SHAPE // 2):
+            batch, q, k, v = problem(seed, q_heads, kv_heads, head_dim, page_size, layout, dtype)
+            plan = planner.plan(batch.padded, batch.lengths, page_size, batch.num_pages)
+            out, lse = pa.run(plan, q, k, v, return_lse=True, kv_layout=layout)
+            check(batch, q, k, v, layout, out, lse)
+
+
+@pytest.mark.parametrize("mode", ["flat", "per-node", "packed", "fixed-chunk:64"])
+def test_modes_equal_torch(mode, no_tf32):
+    planner = pa.Planner(pa.AttentionShape(32, 8, 128, torch.float16), DEVICE, mode=mode)
+    for seed in range(10):
+        batch, q, k, v = problem(seed, 32, 8, 128, 16, "NHD", torch.float16)
+        plan = planner.plan(batch.block_tables, batch.lengths, 16, batch.num_pages)
+        check(batch, q, k, v, "NHD", *pa.run(plan, q, k, v, return_lse=True))
+
+
+def test_strided_tensors_and_spare_rows(no_tf32):
+    batch, q, k, v = problem(4, 8, 2, 64, 16, "NHD", torch.float16)
+    planner = pa.Planner(pa.AttentionShape(8, 2, 64, torch.float16), DEVICE)
+    plan = planner.plan(batch.block_tables, batch.lengths, 16, batch.num_pages)
+    rows = len(batch.lengths)
+    qkv = torch.zeros((rows + 2, 3, 8, 64), dtype=torch.float16, device=DEVICE)
+    qkv[:rows, 1] = q
+    memory = torch.full((rows + 2, 2, 8, 64), 7.0, dtype=torch.float16, device=DEVICE)
+    lse = torch.full((8, rows + 2), 7.0, device=DEVICE).t()
+    both = torch.cat([k, v], dim=-1)
+    assert pa.run(plan, qkv[:, 1], both[..., :64], both[..., 64:], memory[:, 1], lse) is not None
+    check(batch, q, k, v, "NHD", memory[:rows, 1], lse[:rows])
+    assert (memory[:, 0] == 7).all() and (memory[rows:] == 7).all() and (lse[rows:] == 7).all()
+
+
+def test_another_stream_than_the_default_one(no_tf32):
+    """The run waits for what its stream was given before, and not for the default stream, which is kept busy."""
+    batch, q, k, v = problem(6, 32, 8, 128, 16, "NHD", torch.float16)
+    planner = pa.Planner(pa.AttentionShape(32, 8, 128, torch.float16), DEVICE)
+    plan = planner.plan(batch.block_tables, batch.lengths, 16, batch.num_pages)
+    pa.run(plan, q, k, v)
+    late_q = torch.zeros_like(q)
+    torch.cuda.synchronize()
+    side, done = torch.cuda.Stream(), torch.cuda.Event()
+    torch.cuda._sleep(2_000_000_000)
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(10_000_000)
+        late_q.copy_(q)
+        out, lse = pa.run(plan, late_q, k, v, return_lse=True)
+        done.record()
+    done.synchronize()
+    assert not torch.cuda.default_stream().query(), "the default stream should still sleep"
+    with torch.cuda.stream(side):
+        check(batch, q, k, v, "NHD", out, lse)
+    torch.cuda.synchronize()
+
+
+def test_a_stream_by_its_handle(no_tf32):
+    batch, q, k, v = problem(6, 32, 8, 128, 16, "NHD", torch.float16)
+    planner = pa.Planner(pa.AttentionShape(32, 8, 128, torch.float16), DEVICE)
+    plan = planner.plan(batch.block_tables, batch.lengths, 16, batch.num_pages)
+    side = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    out = pa.run(plan, q, k, v, torch.zeros_like(q), stream=side.cuda_stream)
+    side.synchronize()
+    check(batch, q, k, v, "NHD", out, None)
+
+
+def test_streams_in_turn_share_a_plan(no_tf32):
+    batch, q, k, v = problem(6, 32, 8, 128, 16, "NHD", torch.float16)
+    planner = pa.Planner(pa.AttentionShape(32, 8, 128, torch.float16), DEVICE)
+    plan = planner.plan(batch.block_tables, batch.lengths, 16, batch.num_pages)
+    torch.cuda.synchronize()
+    outputs = []
+    for _ in range(20):
+        for stream in (torch.cuda.Stream(), torch.cuda.default_stream()):
+            with torch.cuda.stream(stream):
+                outputs.append(pa.run(plan, q, k, v))
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, outputs[0]) for out in outputs)
+    check(batch, q, k, v, "NHD", outputs[0], None)
+
+
+def test_many_steps_in_a_row_reuse_memory(no_tf32):
+    """Plans come and go while their runs are still enqueued; the memory of one is the next one's."""
+    planner = pa.Planner(pa.AttentionShape(32, 8, 128, torch.float16), DEVICE)
+    steps = [problem(seed, 32, 8, 128, 16, "NHD", torch.float16) for seed in range(30)]
+    outputs = []
+    for batch, q, k, v in steps * 3:
+        plan = planner.plan(batch.block_tables, batch.lengths, 16, batch.num_pages)
+        outputs.append(pa.run(plan, q, k, v))
+        del plan
+    for (batch, q, k, v), out in zip(steps * 3, outputs):
+        check(batch, q, k, v, "NHD", out, None)
+
+
+def test_advance_reaches_the_device(no_tf32):
+    planner = pa.Planner(pa.AttentionShape(8, 2, 64, torch.float16), DEVICE)
+    batch, q, k, v = problem(12, 8, 2, 64, 16, "NHD", torch.float16)
+    plan = planner.plan(batch.block_tables, batch.lengths, 16, batch.num_pages)
+    for _ in range(30):
+        full = [len(ids) * 16 for ids in batch.block_tables]
+        batch.lengths = [min(length + 1, most) if length else 0 for length, most in zip(batch.lengths, full)]
+        planner.advance(plan, batch.block_tables, batch.lengths)
+        out, lse = pa.run(plan, q, k, v, return_lse=True)
+        check(batch, q, k, v, "NHD", out, lse)
+
+
+class Engine:
+    """What a serving engine holds: capacity, buffers, one workspace, two bound layers."""
+
+    def __init__(self, rows=32, num_pages=256):
+        shape = pa.AttentionShape(32, 8, 128, torch.bfloat16)
+        self.rows, self.num_pages = rows, num_pages
+        self.planner = pa.Planner(shape, DEVICE, capacity=pa.Capacity(rows, rows * 64, DEVICE))
+        self.buffers = pa.PlanBuffers(self.planner, 16, num_pages)
+        self.workspace = pa.Workspace.for_planner(self.planner)
+        self.layers = []
+        for seed in range(2):
+            batch = Batch([], [], 16, num_pages)
+            k, v = caches(batch, torch.bfloat16, "NHD", seed, 8, 128, DEVICE)
+            q = queries(rows, torch.bfloat16, seed + 7, 32, 128, DEVICE)
+            out, lse = torch.zeros_like(q), torch.zeros((rows, 32), device=DEVICE)
+            bound = self.buffers.bind(k, v, q, out, lse, workspace=self.workspace)
+            self.layers.append((q, k, v, out, lse, bound))
+
+    def step(self, seed):
+        batch = random_forest(seed)
+        batch.block_tables = [[page % self.num_pages for page in ids] for ids in batch.block_tables]
+        batch.num_pages = self.num_pages
+        return batch, self.planner.plan(batch.block_tables, batch.lengths, 16, self.num_pages)
+
+    def check(self, batch):
+        rows = len(batch.lengths)
+        for q, k, v, out, lse, _ in self.layers:
+            check(batch, q[:rows], k, v, "NHD", out[:rows], lse[:rows])
+
+
+def test_bound_runs_serve_every_upload(no_tf32):
+    engine = Engine()
+    for seed in range(10):
+        batch, plan = engine.step(seed)
+        engine.buffers.upload(plan)
+        for *_, bound in engine.layers:
+            bound.run()
+        engine.check(batch)
+
+
+def test_run_ptr_takes_other_memory(no_tf32):
+    engine = Engine()
+    batch, plan = engine.step(3)
+    engine.buffers.upload(plan)
+    q, k, v, _, lse, bound = engine.layers[0]
+    other_q, out = torch.roll(q, 1, 0).contiguous(), torch.zeros_like(q)
+    bound.run_ptr(other_q.data_ptr(), out.data_ptr())
+    rows = len(batch.lengths)
+    check(batch, other_q[:rows], k, v, "NHD", out[:rows], lse[:rows])
+    for bad in (0, q.data_ptr() + 8):
+        with pytest.raises(ValueError, match="multiple of 16"):
+            bound.run_ptr(bad, out.data_ptr())
+
+
+@pytest.mark.parametrize("replay_on_side_stream", [False, True])
+def test_a_torch_graph_with_plans_refreshed_between_replays(replay_on_side_stream, no_tf32):
+    engine = Engine()
+    batch, plan = engine.step(0)
+    engine.buffers.upload(plan)
+    for *_, bound in engine.layers:
+        bound.run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for *_, bound in engine.layers:
+            bound.run()
+    stream = torch.cuda.Stream() if replay_on_side_stream else torch.cuda.default_stream()
+    for seed in range(1, 20):
+        batch, plan = engine.step(seed)
+        for *_, out, _, _ in engine.layers:
+            out.zero_()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            engine.buffers.upload(plan)
+            graph.replay()
+        torch.cuda.synchronize()
+        engine.check(batch)
+    # Everything but the graph and the tensors goes: what was captured stays.
+    layers = engine.layers
+    tensors = [layer[:5] for layer in layers]
+    expected = [out.clone() for *_, out, _ in tensors]
+    engine.layers = layers = None
+    del engine.buffers, engine.workspace, engine.planner, bound
+    gc.collect()
+    torch.cuda.empty_cache()
+    filler = [torch.full((1 << 20,), float("nan"), device=DEVICE) for _ in range(64)]
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, was) for (*_, out, _), was in zip(tensors, expected)) and filler
+
+
+def test_a_plan_without_fixed_geometry_is_not_captured():
+    batch, q, k, v = problem(6, 32, 8, 128, 16, "NHD", torch.float16)
+    planner = pa.Planner(pa.AttentionShape(32, 8, 128, torch.float16), DEVICE)
+    plan = planner.plan(batch.block_tables, batch.lengths, 16, batch.num_pages)
+    out = pa.run(plan, q, k, v)
+    torch.cuda.synchronize()
+    before = out.clone()
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(ValueError, match="captur"), torch.cuda.graph(graph):
+        pa.run(plan, q, k, v, out)
+    torch.cuda.synchronize()
+    assert torch.equal(pa.run(plan, q, k, v), before)
+
+
+@pytest.mark.parametrize("name", [0, 1, 2, 3, 4], ids=["q", "k", "v", "out", "lse"])
+def test_resized_tensors_are_noticed(name):
+    engine = Engine()
+    _, plan = engine.step(1)
+    engine.buffers.upload(plan)
+    tensor = engine.layers[0][name]
+    tensor.resize_([4 * tensor.shape[0], *tensor.shape[1:]])
+    with pytest.raises(ValueError, match="resized"):
+        engine.layers[0][-1].run()
+
+
+def test_plan_async_overlaps_with_runs(no_tf32):
+    planner = pa.Planner(pa.AttentionShape(32, 8, 128, torch.float16), DEVICE)
+    steps = [problem(seed, 32, 8, 128, 16, "NHD", torch.float16) for seed in range(20)]
+    ahead = lambda step: planner.plan_async(step[0].padded, step[0].lengths, 16, step[0].num_pages)  # noqa: E731
+    future, outputs = ahead(steps[0]), []
+    for index, (batch, q, k, v) in enumerate(steps):
+        plan = future.result()
+        if index + 1 < len(steps):
+            future = ahead(steps[index + 1])
+        outputs.append(pa.run(plan, q, k, v))
+    for (batch, q, k, v), out in zip(steps, outputs):
+        check(batch, q, k, v, "NHD", out, None)
+
+
+REFUSALS = [
+    ("q", "a tensor on cpu", dict(q=lambda t: t.cpu())),
+    ("k_cache", "a tensor on cpu", dict(k_cache=lambda t: t.cpu())),
+    ("out", "a tensor on cpu", dict(out=lambda t: t.cpu())),
+    ("q", "address", dict(q=lambda t: torch.empty(t.numel() + 4, dtype=t.dtype, device=DEVICE)[4:].view(t.shape))),
+    ("out", "memory of q", dict(out=lambda t: "q")),
+    ("workspace", "one on cpu", dict(workspace=lambda _: pa.Workspace(1 << 20, "cpu"))),
+    ("workspace", "bytes", dict(workspace=lambda _: pa.Workspace(16, DEVICE))),
+]
+
+
+@pytest.mark.parametrize("argument, text, change", REFUSALS, ids=[f"{r[0]}-{i}" for i, r in enumerate(REFUSALS)])
+def test_a_run_refuses(argument, text, change):
+    tokens = 16 * 1024
+    tables = [list(range(1024))]
+    planner = pa.Planner(pa.AttentionShape(32, 8, 128, torch.float16), DEVICE)
+    plan = planner.plan(tables, [tokens], 16, 1024)
+    cache = torch.zeros((1024, 16, 8, 128), dtype=torch.float16, device=DEVICE)
+    q = queries(1, torch.float16, 0, 32, 128, DEVICE)
+    arguments = dict(q=q, k_cache=cache, v_cache=cache, out=torch.full_like(q, 7.0), workspace=None)
+    for name, make in change.items():
+        arguments[name] = make(arguments[name])
+        if isinstance(arguments[name], str):
+            arguments[name] = arguments["q"]
+    with pytest.raises(ValueError) as raised:
+        pa.run(plan, **arguments)
+    assert str(raised.value).startswith(argument) and text in str(raised.value)
+    torch.cuda.synchronize()
+
+
+def test_tables_on_the_device_are_refused():
+    planner = pa.Planner(pa.AttentionShape(32, 8, 128, torch.float16), DEVICE)
+    tables = torch.zeros((1, 1), dtype=torch.int32, device=DEVICE)
+    with pytest.raises(ValueError, match="^block_tables: got a tensor on cuda:0, expected host memory"):
+        planner.plan(tables, [1], 16, 1)
+    with pytest.raises(ValueError, match="^lengths: got a tensor on cuda:0"):
+        planner.plan([[0]], tables[0], 16, 1)
+
+
+def test_a_cpu_plan_refuses_device_tensors():
+    batch, q, k, v = problem(6, 32, 8, 128, 16, "NHD", torch.float16)
+    planner = pa.Planner(pa.AttentionShape(32, 8, 128, torch.float16), "cpu")
+    plan = planner.plan(batch.block_tables, batch.lengths, 16, batch.num_pages)
+    with pytest.raises(ValueError, match="^q: got a tensor on cuda:0, expected one on cpu"):
+        pa.run(plan, q, k, v)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_append_kv_equals_the_cpu(dtype, layout, head_dim):
+    batch = Batch([], [], 16, 40)
+    k, v = caches(batch, dtype, layout, 0, 4, head_dim)
+    new = [torch.randn(100, 4, head_dim).to(dtype) for _ in range(2)]
+    slots = torch.randperm(40 * 16)[:100] - 20
+    on_device = [tensor.to(DEVICE) for tensor in (*new, k, v, slots)]
+    pa.append_kv(*new, k, v, slots, kv_layout=layout)
+    # Beyond the cache: refused on the CPU, skipped on the device.
+    on_device[4][0] = 41 * 16
+    pa.append_kv(*new, k, v, torch.where(torch.arange(100) == 0, -1, slots), kv_layout=layout)
+    pa.append_kv(*on_device, kv_layout=layout)
+    skipped = slots[0].item()
+    for cache, got, rows in zip((k, v), on_device[2:4], new):
+        if skipped >= 0:
+            at = cache[skipped // 16, skipped % 16] if layout == "NHD" else cache[skipped // 16, :, skipped % 16]
+            was = got[skipped // 16, skipped % 16] if layout == "NHD" else got[skipped // 16, :, skipped % 16]
+            assert torch.equal(at, rows[0])
+            at.copy_(was)
+        assert torch.equal(got.cpu().nan_to_num(), cache.nan_to_num())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_merge_states_equals_the_cpu(dtype, head_dim):
+    rows, heads = 300, 7
+    states = []
+    for seed in range(2):
+        generator = torch.Generator().manual_seed(seed)
+        out = torch.randn((rows, heads, head_dim), generator=generator).to(dtype)
+        lse = 20 * torch.randn((rows, heads), generator=generator)
+        empty = torch.rand((rows, heads), generator=generator) < 0.2
+        lse[empty] = float("-inf")
+        out[empty] = float("nan")
+        states += [out, lse]
+    expected, expected_lse = pa.merge_states(*states)
+    on_device = [tensor.to(DEVICE) for tensor in states]
+    got, got_lse = pa.merge_states(*on_device)
+    torch.testing.assert_close(got.cpu().float(), expected.float(), atol=0, rtol=2 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(got_lse.cpu(), expected_lse, atol=1e-5, rtol=1e-5)
+    pa.merge_states(*on_device, on_device[0], on_device[1])
+    assert torch.equal(on_device[0], got) and torch.equal(on_device[1], got_lse)
+
+
+def test_the_operator_under_compile_on_the_device(no_tf32):
+    from prefix_attn import torch_op
+
+    batch, q, k, v = problem(6, 32, 8, 128, 16, "NHD", torch.float16)
+    planner = pa.Planner(pa.AttentionShape(32, 8, 128, torch.float16), DEVICE)
+    slot = torch_op.PlanSlot(planner.plan(batch.block_tables, batch.lengths, 16, batch.num_pages))
+    layer = torch.compile(lambda q, k, v: torch_op.decode(q, k, v, slot) + 0, fullgraph=True, backend="aot_eager")
+    check(batch, q, k, v, "NHD", layer(q, k, v), None)
+
+
+@pytest.mark.parametrize("ordinal", range(1, torch.cuda.device_count()) if torch.cuda.is_available() else [])
+def test_two_devices(ordinal, no_tf32):
+    other = f"cuda:{ordinal}"
+    shape = pa.AttentionShape(32, 8, 128, torch.float16)
+    batch, q, k, v = problem(6, 32, 8, 128, 16, "NHD", torch.float16)
+    planners = [pa.Planner(shape, device) for device in (DEVICE, other)]
+    plans = [p.plan(batch.block_tables, batch.lengths, 16, batch.num_pages) for p in planners]
+    moved = [tensor.to(other) for tensor in (q, k, v)]
+    for _ in range(5):
+        here, there = pa.run(plans[0], q, k, v), pa.run(plans[1], *moved)
+        check(batch, q, k, v, "NHD", here, None)
+        assert torch.equal(there.cpu(), here.cpu())
+    with pytest.raises(ValueError, match=f"^q: got a tensor on {other}"):
+        pa.run(plans[0], *moved)
+    with pytest.raises(ValueError, match=f"^k_cache: got a tensor on {DEVICE}"):
+        pa.run(plans[1], moved[0], k, moved[2])
+    with pytest.raises(ValueError, match="^workspace: got one on"):
+        pa.run(plans[0], q, k, v, workspace=pa.Workspace(1 << 20, other))

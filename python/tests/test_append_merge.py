@@ -1,0 +1,139 @@
+"""append_kv and merge_states against plain torch."""
+
+import numpy
+import pytest
+import torch
+from support import SHAPE, caches, queries, random_forest, reference, tolerance
+
+import prefix_attn as pa
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+def test_rows_go_to_their_slots(dtype, layout):
+    batch = random_forest(1)
+    k, v = caches(batch, dtype, layout)
+    before = k.clone(), v.clone()
+    new = [torch.randn(5, 2, 64).to(dtype) for _ in range(2)]
+    slots = torch.tensor([17, -1, 0, 35, -100], dtype=torch.int64)
+    pa.append_kv(*new, k, v, slots, kv_layout=layout)
+    for cache, old, rows in zip((k, v), before, new):
+        at = (lambda c, s: c[s // 16, s % 16]) if layout == "NHD" else (lambda c, s: c[s // 16, :, s % 16])
+        for row, slot in enumerate(slots.tolist()):
+            if slot >= 0:
+                assert torch.equal(at(cache, slot), rows[row])
+                at(old, slot).copy_(rows[row])
+        assert torch.equal(cache.nan_to_num(), old.nan_to_num())
+
+
+def test_v_inside_the_rows_of_k():
+    both = torch.zeros(4, 16, 2, 128, dtype=torch.float16)
+    ones = torch.ones(1, 2, 64, dtype=torch.float16)
+    pa.append_kv(ones, 2 * ones, both[..., :64], both[..., 64:], torch.tensor([20]))
+    assert (both[1, 4, :, :64] == 1).all() and (both[1, 4, :, 64:] == 2).all() and both.sum() == 3 * 128
+
+
+def append(**changes):
+    new = torch.ones(2, 2, 64, dtype=torch.float16)
+    cache = torch.zeros(4, 16, 2, 64, dtype=torch.float16)
+    arguments = dict(k_new=new, v_new=new, k_cache=cache, v_cache=cache.clone(), slots=torch.tensor([0, 1]))
+    arguments |= changes
+    try:
+        pa.append_kv(**arguments)
+    except Exception:
+        assert (arguments["k_cache"] == 0).all() and (arguments["v_cache"] == 0).all(), "something was written"
+        raise
+
+
+@pytest.mark.parametrize(
+    "argument, error, changes",
+    [
+        ("slots", TypeError, dict(slots=torch.tensor([0, 1], dtype=torch.int32))),
+        ("slots", ValueError, dict(slots=torch.tensor([0]))),
+        ("slots", ValueError, dict(slots=torch.tensor([[0, 1]]))),
+        ("slots[1]", ValueError, dict(slots=torch.tensor([0, 64]))),
+        ("k_new", TypeError, dict(k_new=torch.ones(2, 2, 64))),
+        ("k_new", ValueError, dict(k_new=torch.ones(2, 2, 32, dtype=torch.float16))),
+        ("v_new", ValueError, dict(v_new=torch.ones(3, 2, 64, dtype=torch.float16))),
+        ("v_cache", ValueError, dict(v_cache=torch.zeros(5, 16, 2, 64, dtype=torch.float16))),
+        ("k_cache", ValueError, dict(k_cache=torch.zeros(4, 16, 128, dtype=torch.float16))),
+        ("k_cache", TypeError, dict(k_cache=torch.zeros(4, 16, 2, 64, dtype=torch.float64))),
+        ("k_new", ValueError, dict(k_new=torch.ones(2, 2, 64, dtype=torch.float16).requires_grad_())),
+    ],
+)
+def test_append_refuses(argument, error, changes):
+    with pytest.raises(error) as raised:
+        append(**changes)
+    assert str(raised.value).startswith(argument)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_merging_two_halves_gives_the_whole(dtype):
+    """Attention over the first and over the last pages of each sequence, merged, is attention over all."""
+    shape = pa.AttentionShape(**SHAPE, dtype=dtype)
+    batch = random_forest(17)
+    planner = pa.Planner(shape, "cpu")
+    q, (k, v) = queries(len(batch.lengths), dtype), caches(batch, dtype)
+    halves = []
+    for part in range(2):
+        tables, lengths = [], []
+        for ids, length in zip(batch.block_tables, batch.lengths):
+            cut = (len(ids) // 2) * 16
+            tables.append(ids[: len(ids) // 2] if part == 0 else ids[len(ids) // 2 :])
+            lengths.append(min(length, cut) if part == 0 else max(length - cut, 0))
+        plan = planner.plan(tables, lengths, 16, batch.num_pages)
+        halves.append(pa.run(plan, q, k, v, return_lse=True))
+    out, lse = pa.merge_states(*halves[0], *halves[1])
+    expected, expected_lse = reference(batch, q, k, v)
+    torch.testing.assert_close(out.double(), expected, atol=2 * tolerance(dtype), rtol=0)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=1e-3, rtol=0)
+
+
+def test_empty_states_are_neutral():
+    out = torch.randn(3, 8, 64).half()
+    lse = torch.randn(3, 8)
+    nothing, minus_infinity = torch.full_like(out, float("nan")), torch.full_like(lse, float("-inf"))
+    for one, two in (((out, lse), (nothing, minus_infinity)), ((nothing, minus_infinity), (out, lse))):
+        merged, merged_lse = pa.merge_states(*one, *two)
+        assert torch.equal(merged, out) and torch.equal(merged_lse, lse)
+    merged, merged_lse = pa.merge_states(nothing, minus_infinity, nothing, minus_infinity)
+    assert (merged == 0).all() and (merged_lse == float("-inf")).all()
+
+
+def test_merging_in_place_and_into_strided_memory():
+    a, b = torch.randn(3, 8, 64).half(), torch.randn(3, 8, 64).half()
+    lse_a, lse_b = torch.randn(8, 3).t(), torch.randn(3, 8)
+    expected, expected_lse = pa.merge_states(a, lse_a, b, lse_b)
+    memory = torch.zeros(3, 16, 64, dtype=torch.float16)
+    out, lse = pa.merge_states(a, lse_a, b, lse_b, memory[:, ::2], torch.zeros(8, 3).t())
+    assert torch.equal(out, expected) and torch.equal(lse, expected_lse) and (memory[:, 1::2] == 0).all()
+    pa.merge_states(a, lse_a, b, lse_b, a, lse_a)
+    assert torch.equal(a, expected) and torch.equal(lse_a, expected_lse)
+
+
+@pytest.mark.parametrize(
+    "argument, error, changes",
+    [
+        ("lse_a", TypeError, dict(lse_a=torch.zeros(3, 8, dtype=torch.float64))),
+        ("out_b", TypeError, dict(out_b=torch.zeros(3, 8, 64, dtype=torch.bfloat16))),
+        ("out_b", ValueError, dict(out_b=torch.zeros(2, 8, 64, dtype=torch.float16))),
+        ("lse_b", ValueError, dict(lse_b=torch.zeros(3, 4))),
+        ("out_a", TypeError, dict(out_a=torch.zeros(3, 8, 64))),
+        ("out_a", ValueError, dict(out_a=torch.zeros(3, 512, dtype=torch.float16))),
+        ("out", ValueError, dict(out=torch.zeros(1, 8, 64, dtype=torch.float16).expand(3, 8, 64))),
+    ],
+)
+def test_merging_refuses(argument, error, changes):
+    half, single = torch.zeros(3, 8, 64, dtype=torch.float16), torch.zeros(3, 8)
+    arguments = dict(out_a=half, lse_a=single, out_b=half.clone(), lse_b=single.clone()) | changes
+    with pytest.raises(error) as raised:
+        pa.merge_states(**arguments)
+    assert str(raised.value).startswith(argument)
+
+
+def test_numpy_states():
+    a, b = (numpy.random.default_rng(seed).standard_normal((3, 8, 64)).astype(numpy.float16) for seed in range(2))
+    lse = numpy.zeros((3, 8), numpy.float32)
+    out, out_lse = pa.merge_states(a, lse, b, lse, numpy.empty_like(a), numpy.empty_like(lse))
+    numpy.testing.assert_allclose(out, (a.astype("f4") + b) / 2, atol=2e-3)
+    numpy.testing.assert_allclose(out_lse, numpy.log(2), rtol=1e-6)

@@ -1,0 +1,161 @@
+"""Bad input raises ValueError or TypeError that names the argument, and writes nothing."""
+
+import numpy
+import pytest
+import torch
+from support import SHAPE, caches, queries, random_forest
+
+import prefix_attn as pa
+
+BATCH = random_forest(2)
+ROWS = len(BATCH.lengths)
+
+
+def call(planner, **changes):
+    """One run with everything right but `changes`; the output must be as it was if it raises."""
+    plan = planner.plan(BATCH.block_tables, BATCH.lengths, 16, BATCH.num_pages)
+    k, v = caches(BATCH)
+    arguments = dict(plan=plan, q=queries(ROWS), k_cache=k, v_cache=v)
+    arguments |= dict(out=torch.full((ROWS, 8, 64), 7.0, dtype=torch.float16), lse=torch.full((ROWS, 8), 7.0))
+    arguments |= {name: change(arguments) if callable(change) else change for name, change in changes.items()}
+    try:
+        return pa.run(**arguments)
+    except Exception:
+        for name in ("out", "lse"):
+            if isinstance(arguments[name], torch.Tensor) and arguments[name].device.type == "cpu":
+                assert (arguments[name].float() == 7).all(), "something was written"
+        raise
+
+
+def expanded(out):
+    return out[:1].expand(ROWS, 8, 64)
+
+
+RUNS = [
+    ("q", TypeError, "float32", dict(q=queries(ROWS).float())),
+    ("q", TypeError, "bfloat16", dict(q=queries(ROWS).bfloat16())),
+    ("k_cache", TypeError, "bfloat16", dict(k_cache=lambda a: a["k_cache"].bfloat16())),
+    ("v_cache", TypeError, "int32", dict(v_cache=lambda a: a["v_cache"].int())),
+    ("out", TypeError, "float32", dict(out=torch.full((ROWS, 8, 64), 7.0))),
+    ("lse", TypeError, "float16", dict(lse=torch.full((ROWS, 8), 7.0, dtype=torch.float16))),
+    ("q", ValueError, "[rows, 8, 64]", dict(q=queries(ROWS)[:, :4])),
+    ("q", ValueError, "rows", dict(q=queries(ROWS)[:-1])),
+    ("q", ValueError, "[rows, 8, 64]", dict(q=queries(ROWS)[0])),
+    ("q", ValueError, "at most 4", dict(q=queries(ROWS)[None, None, None])),
+    ("out", ValueError, "[rows, 8, 64]", dict(out=torch.full((ROWS, 8, 32), 7.0, dtype=torch.float16))),
+    ("lse", ValueError, "[rows, 8]", dict(lse=torch.full((ROWS, 4), 7.0))),
+    ("k_cache", ValueError, "pages", dict(k_cache=lambda a: a["k_cache"][:1, :8])),
+    ("k_cache", ValueError, "plan's", dict(k_cache=lambda a: a["k_cache"][: BATCH.num_pages - 1])),
+    ("v_cache", ValueError, "Hnd", dict(kv_layout="HND", k_cache=lambda a: a["k_cache"].transpose(1, 2))),
+    ("q", ValueError, "contiguous last", dict(q=queries(ROWS).transpose(1, 2).contiguous().transpose(1, 2))),
+    ("k_cache", ValueError, "contiguous last", dict(k_cache=lambda a: torch.cat([a["k_cache"]] * 2, -1)[..., ::2])),
+    ("q", ValueError, "multiples of 8", dict(q=torch.zeros(ROWS, 8, 68, dtype=torch.float16)[..., :64])),
+    ("out", ValueError, "overlap", dict(out=lambda a: expanded(a["out"]))),
+    ("out", ValueError, "memory of its own", dict(out=lambda a: a["q"].fill_(7))),
+    ("out", ValueError, "memory of its own", dict(out=lambda a: a["k_cache"].fill_(7).view(-1)[: ROWS * 512].view(ROWS, 8, 64))),
+    ("q", ValueError, "requires_grad", dict(q=queries(ROWS).requires_grad_())),
+    ("k_cache", ValueError, "requires_grad", dict(k_cache=lambda a: torch.nn.Parameter(a["k_cache"]))),
+    ("q", ValueError, "meta", dict(q=torch.empty((ROWS, 8, 64), dtype=torch.float16, device="meta"))),
+    ("q", TypeError, "list", dict(q=[1.0, 2.0])),
+    ("plan", TypeError, "NoneType", dict(plan=None)),
+    ("scale", ValueError, "NaN", dict(scale=float("nan"))),
+    ("scale", ValueError, "-1", dict(scale=-1.0)),
+    ("scale", TypeError, "str", dict(scale="half")),
+    ("kv_layout", ValueError, "NDH", dict(kv_layout="NDH")),
+    ("stream", ValueError, "CPU", dict(stream=7)),
+    ("out", ValueError, "memory for the output", dict(q=queries(ROWS).numpy(), out=None)),
+    ("out", ValueError, "None", dict(q=queries(ROWS).numpy(), out=None, lse=None, return_lse=True)),
+]
+
+
+@pytest.mark.parametrize("argument, error, text, changes", RUNS, ids=[f"{r[0]}-{i}" for i, r in enumerate(RUNS)])
+def test_a_run_refuses(planner, argument, error, text, changes):
+    with pytest.raises(error) as raised:
+        call(planner, **changes)
+    assert str(raised.value).startswith(argument) and text in str(raised.value)
+
+
+def test_a_read_only_output_is_refused(planner):
+    out = numpy.full((ROWS, 8, 64), 7, numpy.float16)
+    out.flags.writeable = False
+    with pytest.raises(ValueError, match="out: got read-only memory"):
+        call(planner, out=out)
+
+
+def test_an_unaligned_tensor_is_refused(planner):
+    """safetensors may hand out tensors whose address is odd."""
+    raw = torch.zeros(ROWS * 8 * 64 * 2 + 1, dtype=torch.uint8)
+    q = torch.from_numpy(numpy.frombuffer(raw.numpy()[1:].data, dtype=numpy.float16).reshape(ROWS, 8, 64))
+    with pytest.raises(ValueError, match="q: got address"):
+        call(planner, q=q)
+
+
+def test_a_cuda_plan_refuses_cpu_tensors_and_the_reverse():
+    shape = pa.AttentionShape(**SHAPE, dtype=torch.float16)
+    with pytest.raises((pa.CudaUnavailable, ValueError)):
+        pa.Planner(shape, device="cuda:99")
+    profile = pa.Planner(shape, device=pa.DeviceProfile.named("h200"))
+    assert profile.device is None and call(profile).shape == (ROWS, 8, 64)
+    with pytest.raises(ValueError, match="q: got a tensor on meta"):
+        call(profile, q=torch.empty((ROWS, 8, 64), dtype=torch.float16, device="meta"))
+
+
+T32 = torch.int32
+PLANS = [
+    ("lengths[1]", ValueError, "-1", dict(lengths=[16, -1])),
+    ("lengths[0]", ValueError, "-3", dict(lengths=torch.tensor([-3, 16], dtype=T32))),
+    ("lengths", TypeError, "int64", dict(lengths=torch.tensor([16, 16]))),
+    ("lengths", TypeError, "float32", dict(lengths=torch.tensor([16.0, 16.0]))),
+    ("lengths[1]", TypeError, "str", dict(lengths=[16, "16"])),
+    ("lengths", ValueError, "one dimension", dict(lengths=torch.zeros((2, 1), dtype=T32))),
+    ("lengths", TypeError, "int", dict(lengths=16)),
+    ("block_tables", ValueError, "one per length", dict(lengths=[16])),
+    ("block_tables[1]", ValueError, "at least 3", dict(lengths=[16, 33])),
+    ("block_tables[0][1]", ValueError, "below num_pages = 8", dict(block_tables=[[0, 8], [1, 2]])),
+    ("block_tables[0][0]", ValueError, "-1", dict(block_tables=[[-1, 1], [1, 2]])),
+    ("block_tables[0][0]", ValueError, "-1", dict(block_tables=torch.tensor([[-1, 1], [1, 2]], dtype=T32))),
+    ("block_tables[0][0]", TypeError, "float", dict(block_tables=[[0.5, 1], [1, 2]])),
+    ("block_tables", TypeError, "int64", dict(block_tables=torch.tensor([[0, 1], [1, 2]]))),
+    ("block_tables", TypeError, "8 bits", dict(block_tables=numpy.zeros((2, 2), numpy.uint8))),
+    ("block_tables", ValueError, "shape [4]", dict(block_tables=torch.zeros(4, dtype=T32))),
+    ("block_tables", TypeError, "dict", dict(block_tables={})),
+    ("block_tables", TypeError, "tuple of 3", dict(block_tables=([0], [1], [2]))),
+    ("block_tables[0]", ValueError, "first entry of 0", dict(block_tables=([1, 2, 3], [0, 1, 2]))),
+    ("block_tables[0][1]", ValueError, "number of ids", dict(block_tables=([0, 9, 9], [0, 1, 2]))),
+    ("block_tables[0][2]", ValueError, "2 to", dict(block_tables=([0, 2, 1], [0, 1, 2]))),
+    ("page_size", ValueError, "got 0", dict(page_size=0)),
+    ("num_pages", OverflowError, "", dict(num_pages=-1)),
+]
+
+
+@pytest.mark.parametrize("argument, error, text, changes", PLANS, ids=[f"{p[0]}-{i}" for i, p in enumerate(PLANS)])
+@pytest.mark.parametrize("background", [False, True], ids=["plan", "plan_async"])
+def test_planning_refuses(planner, argument, error, text, changes, background):
+    arguments = dict(block_tables=[[0, 1], [0, 2]], lengths=[32, 20], page_size=16, num_pages=8) | changes
+    with pytest.raises(error) as raised:
+        planner.plan_async(**arguments).result() if background else planner.plan(**arguments)
+    assert text in str(raised.value)
+    assert error is OverflowError or str(raised.value).startswith(argument)
+
+
+OBJECTS = [
+    ("head_dim", ValueError, lambda: pa.Planner(pa.AttentionShape(8, 2, 63, "float16"), "cpu")),
+    ("kv_heads", ValueError, lambda: pa.AttentionShape(8, 0, 64, "float16")),
+    ("q_heads", ValueError, lambda: pa.AttentionShape(7, 2, 64, "float16")),
+    ("dtype", ValueError, lambda: pa.AttentionShape(8, 2, 64, torch.float32)),
+    ("device", ValueError, lambda: pa.DeviceProfile.detect("tpu")),
+    ("device", TypeError, lambda: pa.DeviceProfile.detect(3.5)),
+    ("device profile", ValueError, lambda: pa.DeviceProfile.named("b1000")),
+    ("text", ValueError, lambda: pa.DeviceProfile.from_json("{}")),
+    ("max_items", ValueError, lambda: pa.Capacity(8, 64, pa.DeviceProfile.named("h200"), max_items=4)),
+    ("mode", ValueError, lambda: pa.Planner(pa.AttentionShape(8, 2, 64, "float16"), "cpu", mode="best")),
+    ("variants", ValueError, lambda: pa.Planner(pa.AttentionShape(8, 2, 64, "float16"), "cpu", variants=["mma7"])),
+    ("planner", ValueError, lambda: pa.PlanBuffers(pa.Planner(pa.AttentionShape(8, 2, 64, "float16"), "cpu"), 16, 8)),
+]
+
+
+@pytest.mark.parametrize("argument, error, make", OBJECTS, ids=[o[0] + str(i) for i, o in enumerate(OBJECTS)])
+def test_objects_are_not_made_of(argument, error, make):
+    with pytest.raises(error) as raised:
+        make()
+    assert str(raised.value).startswith(argument)

@@ -1,0 +1,205 @@
+"""Planning: invariants that can be seen from Python, steps, background planning, other threads."""
+
+import threading
+import time
+
+import pytest
+import torch
+from support import SHAPE, Batch, caches, queries, random_forest, reference
+
+import prefix_attn as pa
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_figures_of_random_forests(planner, seed):
+    batch = random_forest(seed)
+    plan = planner.plan(batch.block_tables, batch.lengths, batch.page_size, batch.num_pages)
+    summary = plan.summary()
+    token_bytes = 2 * 2 * SHAPE["kv_heads"] * SHAPE["head_dim"]
+    # Full pages under one prefix count once; every other token counts for its sequence.
+    prefixes, partial = set(), 0
+    for ids, length in zip(batch.block_tables, batch.lengths):
+        full = length // batch.page_size
+        prefixes |= {tuple(ids[: page + 1]) for page in range(full)}
+        partial += length % batch.page_size
+    assert summary["sequences"] == plan.sequence_count == len(batch.lengths)
+    assert summary["flat_kv_bytes"] == sum(batch.lengths) * token_bytes
+    assert summary["unique_kv_bytes"] == (len(prefixes) * batch.page_size + partial) * token_bytes
+    assert summary["unique_kv_bytes"] <= summary["planned_kv_bytes"] <= summary["flat_kv_bytes"]
+    flat = pa.Planner(planner.shape, "cpu", mode="flat").plan(batch.block_tables, batch.lengths, 16, batch.num_pages)
+    assert flat.summary()["planned_kv_bytes"] == summary["flat_kv_bytes"]
+    assert summary["predicted_us"] <= flat.summary()["predicted_us"] * (1 + 1e-9)
+
+
+def test_the_order_of_sequences_changes_nothing(planner):
+    batch = random_forest(8)
+    order = torch.randperm(len(batch.lengths), generator=torch.Generator().manual_seed(0)).tolist()
+    permuted = Batch([batch.block_tables[i] for i in order], [batch.lengths[i] for i in order], 16, batch.num_pages)
+    one, two = (planner.plan(b.block_tables, b.lengths, 16, b.num_pages).summary() for b in (batch, permuted))
+    assert one == two
+
+
+def test_advance_equals_planning_from_scratch(planner):
+    batch = random_forest(21)
+    plan = planner.plan(batch.block_tables, batch.lengths, 16, batch.num_pages)
+    fresh = pa.Planner(planner.shape, "cpu")
+    seen, pages = set(), batch.num_pages
+    for step in range(40):
+        generation = plan.generation
+        if step % 7 == 6:
+            # A page in the middle of a table is replaced by another one.
+            row = max(range(len(batch.lengths)), key=lambda row: len(batch.block_tables[row]))
+            batch.block_tables[row] = [pages, *batch.block_tables[row][1:]]
+            pages += 1
+        elif step % 5 != 0:
+            for row in range(len(batch.lengths)):
+                if batch.lengths[row] == len(batch.block_tables[row]) * 16:
+                    batch.block_tables[row] = [*batch.block_tables[row], pages]
+                    pages += 1
+                batch.lengths[row] += 1
+        if pages > batch.num_pages:
+            batch.num_pages = 2 * pages
+            plan = planner.plan(batch.block_tables, batch.lengths, 16, batch.num_pages)
+            continue
+        change = planner.advance(plan, batch.block_tables, batch.lengths)
+        seen.add(change)
+        assert (plan.generation == generation) == (change == "nothing")
+        expected = fresh.plan(batch.block_tables, batch.lengths, 16, batch.num_pages)
+        assert plan.summary() == expected.summary()
+    assert {"nothing", "lengths", "forest"} <= seen
+
+
+def test_advance_takes_the_rows_that_changed(planner):
+    tables, lengths = [[0, 1], [0, 2]], [20, 20]
+    plan = planner.plan(tables, lengths, 16, 8)
+    assert planner.advance(plan, tables, [21, 21], changed_rows=[]) == "lengths"
+    assert planner.advance(plan, [[0, 1], [0, 3]], [21, 21], changed_rows=[1]) == "pages"
+    with pytest.raises(ValueError, match=r"changed_rows\[0\]: got -1"):
+        planner.advance(plan, tables, [22, 22], changed_rows=[-1])
+    with pytest.raises(TypeError, match="changed_rows: got a tensor of int64"):
+        planner.advance(plan, tables, [22, 22], changed_rows=torch.tensor([1]))
+    other = pa.Planner(pa.AttentionShape(4, 2, 64, "float16"), "cpu")
+    with pytest.raises(ValueError, match="^plan: got one for"):
+        other.advance(plan, tables, [22, 22])
+
+
+def test_a_refused_step_leaves_the_plan(planner):
+    plan = planner.plan([[0, 1], [0, 2]], [20, 20], 16, 8)
+    before = plan.summary(), plan.generation
+    with pytest.raises(ValueError, match=r"block_tables\[1\]\[0\]"):
+        planner.advance(plan, [[0, 1], [9, 2]], [20, 20])
+    assert (plan.summary(), plan.generation) == before
+
+
+def test_capacity_bounds_batches():
+    shape = pa.AttentionShape(**SHAPE, dtype="float16")
+    planner = pa.Planner(shape, "cpu", capacity=pa.Capacity(2, 4, "cpu"))
+    assert planner.plan([[0, 1], [0, 2]], [20, 20], 16, 8).sequence_count == 2
+    with pytest.raises(ValueError, match="max_sequences = 2"):
+        planner.plan([[0], [1], [2]], [1, 1, 1], 16, 8)
+    with pytest.raises(ValueError, match="max_pages = 4"):
+        planner.plan([[0, 1, 2], [3, 4]], [48, 32], 16, 8)
+
+
+def large_batch():
+    rows, columns = 512, 400
+    tables = torch.arange(rows * columns, dtype=torch.int32).reshape(rows, columns)
+    tables[:, :100] = torch.arange(100, dtype=torch.int32)
+    return tables, torch.full((rows,), columns * 16, dtype=torch.int32), 16, rows * columns
+
+
+def test_plan_async_reads_its_arguments_at_once(planner):
+    tables, lengths, page_size, num_pages = large_batch()
+    expected = planner.plan(tables, lengths, page_size, num_pages).summary()
+    future = planner.plan_async(tables, lengths, page_size, num_pages)
+    tables.fill_(-1)
+    plan = future.result()
+    assert plan.summary() == expected and future.done() and future.result() is plan
+
+
+def test_results_of_one_future_in_many_threads(planner):
+    future = planner.plan_async(*large_batch())
+    plans = []
+    threads = [threading.Thread(target=lambda: plans.append(future.result())) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    while not future.done():
+        time.sleep(0)
+    for thread in threads:
+        thread.join(timeout=60)
+    assert len(plans) == 8 and all(plan is plans[0] for plan in plans)
+
+
+def test_other_threads_run_while_planning(planner):
+    """The interpreter is free while a plan is made: a thread that waits for it counts on meanwhile."""
+    batch, counted, stop = large_batch(), 0, threading.Event()
+
+    def count():
+        nonlocal counted
+        while not stop.is_set():
+            counted += 1
+            time.sleep(0)
+
+    # Larger than any plan: without release the other thread would not run at all between two plans.
+    interval = __import__("sys").getswitchinterval()
+    __import__("sys").setswitchinterval(1000)
+    try:
+        thread = threading.Thread(target=count)
+        thread.start()
+        before = counted
+        for _ in range(20):
+            planner.plan(*batch)
+        during = counted - before
+    finally:
+        stop.set()
+        thread.join()
+        __import__("sys").setswitchinterval(interval)
+    assert during > 0
+
+
+def test_threads_share_a_planner_and_plans(planner):
+    batches = [random_forest(seed) for seed in range(8)]
+    expected = [planner.plan(b.block_tables, b.lengths, 16, b.num_pages).summary() for b in batches]
+    failures = []
+
+    def work(index):
+        batch = batches[index]
+        for _ in range(30):
+            plan = planner.plan(batch.block_tables, batch.lengths, 16, batch.num_pages)
+            planner.advance(plan, batch.block_tables, batch.lengths)
+            if plan.summary() != expected[index]:
+                failures.append(index)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert not failures and not any(thread.is_alive() for thread in threads)
+
+
+def test_reprs_say_what_it_is(planner):
+    plan = planner.plan([[0, 1]], [20], 16, 8)
+    assert repr(planner.shape) == 'AttentionShape(q_heads=8, kv_heads=2, head_dim=64, dtype="float16")'
+    assert "device=\"cpu\"" in repr(planner) and repr(plan).startswith("Plan(sequences=1, generation=")
+    assert plan.page_size == 16 and plan.num_pages == 8 and planner.capacity is None
+    assert "h200" not in repr(planner.profile) and planner.profile.sm_count == 132
+
+
+def test_shapes_are_values():
+    one, two = (pa.AttentionShape(8, 2, 64, dtype) for dtype in ("float16", torch.float16))
+    assert one == two and hash(one) == hash(two) and one != pa.AttentionShape(8, 2, 64, "bfloat16")
+
+
+def test_profiles_are_read_back():
+    profile = pa.DeviceProfile.named("h100-sxm")
+    assert pa.DeviceProfile.from_json(profile.to_json()) == profile and profile.compute_capability == 90
+
+
+def test_padding_rows_give_zero_and_minus_infinity(planner):
+    batch = Batch([[0, 1], [], [0, 2]], [20, 0, 32], 16, 4)
+    plan = planner.plan(batch.padded, batch.lengths, 16, 4)
+    q, (k, v) = queries(3), caches(batch)
+    out, lse = pa.run(plan, q, k, v, return_lse=True)
+    assert (out[1] == 0).all() and (lse[1] == float("-inf")).all()
+    torch.testing.assert_close(out.double(), reference(batch, q, k, v)[0], atol=3e-3, rtol=0)
