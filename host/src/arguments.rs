@@ -45,7 +45,7 @@ impl RunTensors {
     pub(crate) fn check(&self, plan: Planned) -> Result<Accessed> {
         let Self { problem, num_pages, rows, q, k, v, out, lse, sinks } = *self;
         let shape = problem.shape();
-        plan.check_is(&problem.planned(), "the plan")?;
+        plan.check_is(&problem.planned(), "the run")?;
         supports(&problem, Some((k.1, v.1)), None)?;
         let row_dims =
             |strides: RowStrides| [("sequence", rows, strides.sequence), ("head", shape.q_heads(), strides.head)];
@@ -257,12 +257,12 @@ mod tests {
         let problem = good().problem;
         let with = |problem| refusal(RunTensors { problem, ..good() });
         let other = AttentionShape::new(8, 2, 64, Dtype::F16).unwrap();
-        assert!(with(Problem::new(other, 16)).starts_with("plan does not fit the shape of the plan"));
+        assert!(with(Problem::new(other, 16)).starts_with("plan does not fit the shape of the run"));
         assert!(
             with(Problem::new(problem.shape(), 32))
-                .starts_with("plan does not fit the page_size of the plan: the plan has 16")
+                .starts_with("plan does not fit the page_size of the run: the plan has 16")
         );
-        assert!(with(problem.with_window(9)).starts_with("plan does not fit the visibility of the plan"));
+        assert!(with(problem.with_window(9)).starts_with("plan does not fit the visibility of the run"));
         assert!(with(problem.with_soft_cap(-9.0)).starts_with("soft_cap: got -9"));
         assert!(with(problem.with_sinks()).starts_with("sinks: got none, expected at least 4 elements"));
         let sinks = RunTensors { sinks: Some(3), problem: problem.with_sinks(), ..good() };

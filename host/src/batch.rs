@@ -18,14 +18,52 @@ pub struct DecodeBatch<'a> {
 #[derive(Clone, Copy, Debug)]
 enum Tables<'a> {
     Rows(&'a [&'a [u32]]),
-    Padded { ids: &'a [u32], row_stride: usize },
-    Csr { indptr: &'a [u32], ids: &'a [u32] },
+    Padded { ids: Integers<'a>, row_stride: usize },
+    Csr { indptr: Integers<'a>, ids: Integers<'a> },
 }
 
 #[derive(Clone, Copy, Debug)]
 enum Lengths<'a> {
-    Tokens(&'a [u32]),
-    LastPage { indptr: &'a [u32], last_page_len: &'a [u32] },
+    Tokens(Integers<'a>),
+    LastPage { indptr: Integers<'a>, last_page_len: Integers<'a> },
+}
+
+/// Lengths, ids or offsets as the caller holds them. Of signed ones, a negative becomes 2^31 or more, which nothing may be.
+#[derive(Clone, Copy, Debug)]
+struct Integers<'a> {
+    values: &'a [u32],
+    are_signed: bool,
+}
+
+impl<'a> Integers<'a> {
+    fn of<I: Int32>(integers: &'a [I]) -> Self {
+        Self { values: bytemuck::cast_slice(integers), are_signed: I::IS_SIGNED }
+    }
+
+    /// The value as the caller has it.
+    fn given(self, value: u32) -> i64 {
+        if self.are_signed { i64::from(value as i32) } else { i64::from(value) }
+    }
+}
+
+/// A 32-bit integer: `u32`, or `i32` as torch and most engines hold lengths and page ids.
+pub trait Int32: bytemuck::Pod + sealed::Sealed {
+    /// Whether it can be negative.
+    const IS_SIGNED: bool;
+}
+
+impl Int32 for u32 {
+    const IS_SIGNED: bool = false;
+}
+
+impl Int32 for i32 {
+    const IS_SIGNED: bool = true;
+}
+
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for u32 {}
+    impl Sealed for i32 {}
 }
 
 impl<'a> DecodeBatch<'a> {
@@ -35,11 +73,11 @@ impl<'a> DecodeBatch<'a> {
     /// One slice of page ids per sequence.
     ///
     /// # Errors
-    /// Numbers of tables and lengths differ; a table is shorter than its length needs; a page id that is needed is not
+    /// Numbers of tables and lengths differ; a length is negative or above [`Self::MAX_TOKENS`]; a table is shorter than its length needs; a page id that is needed is not
     /// below `num_pages`; `page_size` or `num_pages` is out of range.
-    pub fn from_block_tables(
+    pub fn from_block_tables<L: Int32>(
         tables: &'a [&'a [u32]],
-        lengths: &'a [u32],
+        lengths: &'a [L],
         page_size: u32,
         num_pages: u32,
     ) -> Result<Self> {
@@ -50,18 +88,19 @@ impl<'a> DecodeBatch<'a> {
                 format!("one per length ({})", lengths.len()),
             ));
         }
-        Self { tables: Tables::Rows(tables), lengths: Lengths::Tokens(lengths), page_size, num_pages }.validated()
+        let lengths = Lengths::Tokens(Integers::of(lengths));
+        Self { tables: Tables::Rows(tables), lengths, page_size, num_pages }.validated()
     }
 
-    /// A row-major padded matrix, `[rows, row_stride]`, as engines keep it (vLLM, transformers): `i32`, padded with
+    /// A row-major padded matrix, `[rows, row_stride]`, as engines keep it (vLLM, transformers), padded with
     /// anything. `rows` is `lengths.len()`.
     ///
     /// # Errors
     /// As [`Self::from_block_tables`]; also when `ids` holds fewer than `rows * row_stride` entries.
-    pub fn from_padded(
-        ids: &'a [i32],
+    pub fn from_padded<I: Int32, L: Int32>(
+        ids: &'a [I],
         row_stride: usize,
-        lengths: &'a [u32],
+        lengths: &'a [L],
         page_size: u32,
         num_pages: u32,
     ) -> Result<Self> {
@@ -73,10 +112,8 @@ impl<'a> DecodeBatch<'a> {
                 format!("at least rows*row_stride = {needed}"),
             ));
         }
-        // A negative id becomes one of 2^31 or more, which is never below `num_pages`.
-        let ids = bytemuck::cast_slice(ids);
-        Self { tables: Tables::Padded { ids, row_stride }, lengths: Lengths::Tokens(lengths), page_size, num_pages }
-            .validated()
+        let tables = Tables::Padded { ids: Integers::of(ids), row_stride };
+        Self { tables, lengths: Lengths::Tokens(Integers::of(lengths)), page_size, num_pages }.validated()
     }
 
     /// FlashInfer's form: sequence `b` owns `indices[indptr[b]..indptr[b+1]]`; its last page holds `last_page_len[b]`
@@ -85,35 +122,37 @@ impl<'a> DecodeBatch<'a> {
     /// # Errors
     /// As [`Self::from_block_tables`]; also when `indptr` does not ascend from 0 within `indices`, or has not one entry
     /// more than `last_page_len`.
-    pub fn from_csr(
-        indptr: &'a [u32],
-        indices: &'a [u32],
-        last_page_len: &'a [u32],
+    pub fn from_csr<I: Int32>(
+        indptr: &'a [I],
+        indices: &'a [I],
+        last_page_len: &'a [I],
         page_size: u32,
         num_pages: u32,
     ) -> Result<Self> {
-        if indptr.len() != last_page_len.len() + 1 {
+        let (indptr, ids, last_page_len) = (Integers::of(indptr), Integers::of(indices), Integers::of(last_page_len));
+        if indptr.values.len() != last_page_len.values.len() + 1 {
             return Err(Error::invalid(
                 "indptr",
-                format!("{} entries", indptr.len()),
-                format!("one more than last_page_len ({})", last_page_len.len()),
+                format!("{} entries", indptr.values.len()),
+                format!("one more than last_page_len ({})", last_page_len.values.len()),
             ));
         }
-        if indptr[0] != 0 {
-            return Err(Error::invalid("indptr[0]", indptr[0], "0"));
+        if indptr.values[0] != 0 {
+            return Err(Error::invalid("indptr[0]", indptr.given(indptr.values[0]), "0"));
         }
-        for (b, pair) in indptr.windows(2).enumerate() {
+        for (b, pair) in indptr.values.windows(2).enumerate() {
             if pair[1] < pair[0] || pair[1] as usize > indices.len() {
                 return Err(Error::invalid(
                     format!("indptr[{}]", b + 1),
-                    pair[1],
+                    indptr.given(pair[1]),
                     format!("between {} and indices.len() = {}", pair[0], indices.len()),
                 ));
             }
-            if pair[1] > pair[0] && !(1..=page_size).contains(&last_page_len[b]) {
+            let last = last_page_len.values[b];
+            if pair[1] > pair[0] && !(1..=page_size).contains(&last) {
                 return Err(Error::invalid(
                     format!("last_page_len[{b}]"),
-                    last_page_len[b],
+                    last_page_len.given(last),
                     format!("1 to page_size = {page_size}"),
                 ));
             }
@@ -127,7 +166,7 @@ impl<'a> DecodeBatch<'a> {
             }
         }
         Self {
-            tables: Tables::Csr { indptr, ids: indices },
+            tables: Tables::Csr { indptr, ids },
             lengths: Lengths::LastPage { indptr, last_page_len },
             page_size,
             num_pages,
@@ -138,8 +177,8 @@ impl<'a> DecodeBatch<'a> {
     /// Number of rows, empty ones included.
     pub fn sequence_count(&self) -> usize {
         match self.lengths {
-            Lengths::Tokens(lengths) => lengths.len(),
-            Lengths::LastPage { last_page_len, .. } => last_page_len.len(),
+            Lengths::Tokens(lengths) => lengths.values.len(),
+            Lengths::LastPage { last_page_len, .. } => last_page_len.values.len(),
         }
     }
 
@@ -149,11 +188,13 @@ impl<'a> DecodeBatch<'a> {
     /// When `sequence` is not below [`Self::sequence_count`].
     pub fn length(&self, sequence: usize) -> u32 {
         match self.lengths {
-            Lengths::Tokens(lengths) => lengths[sequence],
-            Lengths::LastPage { indptr, last_page_len } => match indptr[sequence + 1] - indptr[sequence] {
-                0 => 0,
-                pages => (pages - 1) * self.page_size + last_page_len[sequence],
-            },
+            Lengths::Tokens(lengths) => lengths.values[sequence],
+            Lengths::LastPage { indptr, last_page_len } => {
+                match indptr.values[sequence + 1] - indptr.values[sequence] {
+                    0 => 0,
+                    pages => (pages - 1) * self.page_size + last_page_len.values[sequence],
+                }
+            }
         }
     }
 
@@ -185,8 +226,10 @@ impl<'a> DecodeBatch<'a> {
     fn row(&self, sequence: usize) -> &'a [u32] {
         match self.tables {
             Tables::Rows(rows) => rows[sequence],
-            Tables::Padded { ids, row_stride } => &ids[sequence * row_stride..][..row_stride],
-            Tables::Csr { indptr, ids } => &ids[indptr[sequence] as usize..indptr[sequence + 1] as usize],
+            Tables::Padded { ids, row_stride } => &ids.values[sequence * row_stride..][..row_stride],
+            Tables::Csr { indptr, ids } => {
+                &ids.values[indptr.values[sequence] as usize..indptr.values[sequence + 1] as usize]
+            }
         }
     }
 
@@ -201,10 +244,14 @@ impl<'a> DecodeBatch<'a> {
         for sequence in 0..self.sequence_count() {
             let length = self.length(sequence);
             if length > Self::MAX_TOKENS {
+                let given = match self.lengths {
+                    Lengths::Tokens(lengths) => lengths.given(length),
+                    Lengths::LastPage { .. } => i64::from(length),
+                };
                 return Err(Error::invalid(
                     format!("lengths[{sequence}]"),
-                    length,
-                    format!("at most {}", Self::MAX_TOKENS),
+                    given,
+                    format!("0 to {}", Self::MAX_TOKENS),
                 ));
             }
             let needed = length.div_ceil(self.page_size) as usize;
@@ -221,9 +268,8 @@ impl<'a> DecodeBatch<'a> {
             if needed > 0 && largest >= self.num_pages {
                 let position = row[..needed].iter().position(|&id| id >= self.num_pages).unwrap_or(0);
                 let id = match self.tables {
-                    // As the caller's matrix has it.
-                    Tables::Padded { .. } => i64::from(row[position] as i32),
-                    Tables::Rows(_) | Tables::Csr { .. } => i64::from(row[position]),
+                    Tables::Padded { ids, .. } | Tables::Csr { ids, .. } => ids.given(row[position]),
+                    Tables::Rows(_) => i64::from(row[position]),
                 };
                 return Err(Error::invalid(
                     format!("block_tables[{sequence}][{position}]"),

@@ -3,7 +3,7 @@
 //! It says what *can* run; which of the kernels that can is best is the planner's choice.
 
 use crate::{KvStrides, Problem};
-use pat_abi::{Arch, Family, KERNELS, KernelSpec, TileVariant};
+use pat_abi::{Arch, DeviceLimits, Family, KERNELS, KernelSpec, TileVariant};
 use std::fmt;
 
 /// What the kernels' 128-bit loads, cp.async and TMA need of addresses and of strides in bytes.
@@ -30,6 +30,8 @@ pub struct Reason {
 pub enum Part {
     /// The device's compute capability.
     ComputeCapability,
+    /// The device's shared memory.
+    SharedMemory,
     /// Element type of Q.
     QDtype,
     /// Element type of K and V.
@@ -69,6 +71,7 @@ impl fmt::Display for Part {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::ComputeCapability => "compute_capability",
+            Self::SharedMemory => "shared memory of a CTA",
             Self::QDtype => "dtype",
             Self::KvDtype => "kv_dtype",
             Self::OutDtype => "out_dtype",
@@ -151,6 +154,7 @@ impl Asked<'_> {
         let scale_log2 = problem.scale_log2();
         let obstacles = [
             (Part::ComputeCapability, compute_capability.is_some_and(|capability| !kernel.arch.runs_on(capability))),
+            (Part::SharedMemory, self.smem_per_cta_bytes().is_some_and(|bytes| kernel.smem_bytes > bytes)),
             (Part::QDtype, shape.dtype() != kernel.dtype),
             (Part::KvDtype, shape.kv_dtype() != kernel.dtype),
             (Part::OutDtype, shape.out_dtype() != kernel.dtype),
@@ -173,11 +177,17 @@ impl Asked<'_> {
         first.or_else(|| kv_strides.and_then(|(k, v)| kv_stride_obstacle(problem, k, v)).map(|(part, _)| part))
     }
 
+    /// What a CTA may have on devices of this kind.
+    fn smem_per_cta_bytes(self) -> Option<u32> {
+        self.compute_capability.map(|capability| DeviceLimits::of(capability).smem_per_cta_bytes)
+    }
+
     /// The value of a part, for messages.
     fn value(self, part: Part) -> String {
         let (shape, visibility, score) = (self.problem.shape(), self.problem.visibility(), self.problem.score());
         match part {
             Part::ComputeCapability => self.compute_capability.unwrap_or_default().to_string(),
+            Part::SharedMemory => format!("{} bytes", self.smem_per_cta_bytes().unwrap_or_default()),
             Part::QDtype => shape.dtype().name().into(),
             Part::KvDtype => shape.kv_dtype().name().into(),
             Part::OutDtype => shape.out_dtype().name().into(),
@@ -212,6 +222,7 @@ fn accepted_by(problem: &Problem, kernel: &KernelSpec, variant: TileVariant, par
             Arch::Sm80 => Accepted::Range(80, None),
             Arch::Sm90a => one("90".into()),
         },
+        Part::SharedMemory => one(format!("{} bytes or more", kernel.smem_bytes)),
         Part::QDtype | Part::KvDtype | Part::OutDtype => one(kernel.dtype.name().into()),
         Part::HeadDim | Part::VHeadDim => one(kernel.head_dim.to_string()),
         Part::QueryTokens => one("1".into()),
@@ -385,6 +396,19 @@ mod tests {
         assert_eq!(of(TileVariant::Wgmma128, wide, 90), Ok(()));
         let reason = of(TileVariant::Wgmma64, usual(), 80).unwrap_err().to_string();
         assert_eq!(reason, "compute_capability: got 80, expected 90");
+    }
+
+    #[test]
+    fn a_kernel_that_no_multiprocessor_holds_is_refused() {
+        let (kernel, variant) = forward_kernels().find(|(_, variant)| *variant == TileVariant::Mma64).unwrap();
+        let large = KernelSpec { smem_bytes: 120_000, ..*kernel };
+        let asked = |capability| {
+            Asked { problem: &usual(), kv_strides: None, compute_capability: Some(capability) }
+                .one_of([(&large, variant)].into_iter())
+        };
+        let reason = asked(89).unwrap_err().to_string();
+        assert_eq!(reason, "shared memory of a CTA: got 101376 bytes, expected 120000 bytes or more");
+        assert_eq!((asked(80), asked(90)), (Ok(()), Ok(())));
     }
 
     #[test]

@@ -62,7 +62,7 @@ pub mod problem;
 pub mod profile;
 pub mod shape;
 
-pub use batch::DecodeBatch;
+pub use batch::{DecodeBatch, Int32};
 pub use cpu::{Element, HostTensors};
 pub use eligibility::{Part, Reason, supports};
 pub use engine::Engine;

@@ -2,7 +2,7 @@
 
 use crate::eligibility::variant_supports;
 use crate::{Error, Problem, Result};
-use pat_abi::TileVariant;
+use pat_abi::{Arch, DeviceLimits, TileVariant};
 use serde::{Deserialize, Serialize};
 
 /// Rates and sizes the cost model works with. Times in microseconds, rates in bytes or FLOP per microsecond.
@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 /// reads. [`crate::Planner::new`] refuses one that is not plausible ([`Self::validate`]).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[non_exhaustive]
 pub struct DeviceProfile {
     /// Name, for reports.
     pub name: String,
@@ -27,6 +28,15 @@ pub struct DeviceProfile {
     pub l2_bytes_per_us: f64,
     /// L2 capacity in bytes.
     pub l2_bytes: u64,
+    /// Shared memory of a multiprocessor; where it is not said, what the compute capability has ([`DeviceLimits::of`]).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub smem_per_sm_bytes: Option<u32>,
+    /// Registers of a multiprocessor, likewise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub registers_per_sm: Option<u32>,
+    /// Resident threads of a multiprocessor, likewise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub threads_per_sm: Option<u32>,
     /// Dense 16-bit tensor throughput that attention kernels reach on the device, by mma.sync.
     pub mma_flop_per_us: f64,
     /// The same by wgmma (0 where there is none).
@@ -148,6 +158,9 @@ impl DeviceProfile {
             hbm_bytes_per_us: 4.55e6,
             l2_bytes_per_us: 8.7e6,
             l2_bytes: H200_DATASHEET.l2_bytes,
+            smem_per_sm_bytes: None,
+            registers_per_sm: None,
+            threads_per_sm: None,
             mma_flop_per_us: 280e6,
             wgmma_flop_per_us: 520e6,
             launch_us: 2.2,
@@ -210,7 +223,11 @@ impl DeviceProfile {
             l2_bytes_per_us: h200.l2_bytes_per_us * cores,
             l2_bytes: device.l2_bytes,
             mma_flop_per_us: h200.mma_flop_per_us * cores,
-            wgmma_flop_per_us: if device.compute_capability == 90 { h200.wgmma_flop_per_us * cores } else { 0.0 },
+            wgmma_flop_per_us: if Arch::Sm90a.runs_on(device.compute_capability) {
+                h200.wgmma_flop_per_us * cores
+            } else {
+                0.0
+            },
             ..h200
         }
     }
@@ -226,6 +243,12 @@ impl DeviceProfile {
             ("sm_count", u64::from(self.sm_count), 1, 10_000),
             ("l2_bytes", self.l2_bytes, 1 << 16, 1 << 40),
         ];
+        let limits = self.limits();
+        let whole = whole.into_iter().chain([
+            ("smem_per_sm_bytes", u64::from(limits.smem_per_sm_bytes), 32 << 10, 1 << 24),
+            ("registers_per_sm", u64::from(limits.registers_per_sm), 1 << 14, 1 << 24),
+            ("threads_per_sm", u64::from(limits.threads_per_sm), 512, 1 << 16),
+        ]);
         for (field, value, least, most) in whole {
             if !(least..=most).contains(&value) {
                 return Err(Error::invalid(format!("device profile: {field}"), value, format!("{least} to {most}")));
@@ -234,7 +257,7 @@ impl DeviceProfile {
         const BYTES_PER_US: [f64; 2] = [1e4, 1e9];
         const FLOP_PER_US: [f64; 2] = [1e5, 1e11];
         const LATENCY_US: [f64; 2] = [1e-3, 1e4];
-        let has_wgmma = self.compute_capability == 90;
+        let has_wgmma = Arch::Sm90a.runs_on(self.compute_capability);
         let terms = [
             ("hbm_bytes_per_us", self.hbm_bytes_per_us, BYTES_PER_US),
             ("l2_bytes_per_us", self.l2_bytes_per_us, BYTES_PER_US),
@@ -252,6 +275,17 @@ impl DeviceProfile {
             }
         }
         Ok(())
+    }
+
+    /// What a multiprocessor has: as the profile says, and otherwise as its compute capability has it.
+    pub fn limits(&self) -> DeviceLimits {
+        let usual = DeviceLimits::of(self.compute_capability);
+        DeviceLimits {
+            smem_per_sm_bytes: self.smem_per_sm_bytes.unwrap_or(usual.smem_per_sm_bytes),
+            registers_per_sm: self.registers_per_sm.unwrap_or(usual.registers_per_sm),
+            threads_per_sm: self.threads_per_sm.unwrap_or(usual.threads_per_sm),
+            ..usual
+        }
     }
 
     /// Tile variants whose kernels can compute `problem` on the device, in the order of [`TileVariant::ALL`].
@@ -297,6 +331,10 @@ mod tests {
             let profile = DeviceProfile::by_name(short).unwrap();
             let text = serde_json::to_string(&profile).unwrap();
             assert_eq!(serde_json::from_str::<DeviceProfile>(&text).unwrap(), profile);
+            let mut smaller = profile.clone();
+            smaller.smem_per_sm_bytes = Some(100 << 10);
+            let of_file = serde_json::from_str::<DeviceProfile>(&serde_json::to_string(&smaller).unwrap()).unwrap();
+            assert_eq!((of_file.limits().smem_per_sm_bytes, &of_file), (100 << 10, &smaller));
             let foreign = text.replacen('{', r#"{"hbm_gb_s":4600,"#, 1);
             let error = serde_json::from_str::<DeviceProfile>(&foreign).unwrap_err().to_string();
             assert!(error.contains("unknown field `hbm_gb_s`"), "{error}");
@@ -306,10 +344,13 @@ mod tests {
     #[test]
     fn implausible_numbers_are_named() {
         type Change = fn(&mut DeviceProfile);
-        let cases: [(&str, Change); 12] = [
+        let cases: [(&str, Change); 15] = [
             ("compute_capability: got 75", |p| p.compute_capability = 75),
             ("sm_count: got 0", |p| p.sm_count = 0),
             ("l2_bytes: got 0", |p| p.l2_bytes = 0),
+            ("smem_per_sm_bytes: got 228,", |p| p.smem_per_sm_bytes = Some(228)), // KiB
+            ("registers_per_sm: got 64,", |p| p.registers_per_sm = Some(64)),
+            ("threads_per_sm: got 0,", |p| p.threads_per_sm = Some(0)),
             ("hbm_bytes_per_us: got 4600,", |p| p.hbm_bytes_per_us = 4600.0), // GB/s
             ("l2_bytes_per_us: got inf", |p| p.l2_bytes_per_us = f64::INFINITY),
             ("mma_flop_per_us: got -1", |p| p.mma_flop_per_us = -1.0),

@@ -3,7 +3,7 @@
 pub mod invariants;
 pub mod pat_schedule;
 
-use pat_rs::{AttentionShape, DeviceProfile, Dtype, Element, PlanOptions, Planner};
+use pat_rs::{AttentionShape, DeviceProfile, Dtype, Element, Plan, PlanOptions, Planner};
 use pat_workloads::{NumericsReport, Oracle, OwnedBatch, PoolLayout, RowSample, Tensors};
 use rand::Rng;
 use rand::seq::{IndexedRandom, SliceRandom};
@@ -95,14 +95,34 @@ pub fn softmax_scale(shape: AttentionShape) -> f32 {
 /// Of planning and execution.
 pub fn run_cpu<T: Element>(case: &Case, options: PlanOptions, seed: u32) -> pat_rs::Result<Output<T>> {
     let tensors = Tensors::<T>::draw(&case.batch, case.shape, case.layout, seed)?;
+    run_tensors(case, options, &tensors, softmax_scale(case.shape))
+}
+
+/// The plan of a case for an H200.
+///
+/// # Errors
+/// Of planning.
+pub fn plan(case: &Case, options: PlanOptions) -> pat_rs::Result<Plan> {
     let rows = case.batch.rows();
-    let plan =
-        Planner::new(case.batch.problem(case.shape), DeviceProfile::h200(), options)?.plan(&case.batch.view(&rows)?)?;
+    Planner::new(case.batch.problem(case.shape), DeviceProfile::h200(), options)?.plan(&case.batch.view(&rows)?)
+}
+
+/// Plans and executes a case on the CPU, with these tensors and this scale of the scores.
+///
+/// # Errors
+/// Of planning and execution.
+pub fn run_tensors<T: Element>(
+    case: &Case,
+    options: PlanOptions,
+    tensors: &Tensors<T>,
+    scale: f32,
+) -> pat_rs::Result<Output<T>> {
+    let plan = plan(case, options)?;
     let mut output = Output {
         out: vec![T::from_f32(f32::NAN); tensors.q.len()],
         lse: vec![f32::NAN; tensors.q.len() / case.shape.head_dim() as usize],
     };
-    pat_rs::cpu::run(&plan, &tensors.host(softmax_scale(case.shape)), &mut output.out, Some(&mut output.lse))?;
+    pat_rs::cpu::run(&plan, &tensors.host(scale), &mut output.out, Some(&mut output.lse))?;
     Ok(output)
 }
 

@@ -32,6 +32,16 @@ fn batches() {
     assert_names(batch(&[&[0]], &[1, 1], 16), &["block_tables", "got 1 tables"]);
     assert_names(batch(&[&[0]], &[1], 0), &["page_size", "got 0"]);
     assert_names(DecodeBatch::from_padded(&[-1], 1, &[1], 16, 4), &["block_tables[0][0]", "got -1"]);
+    // As the caller has them: negative where the type is signed, large where it is not.
+    assert_names(DecodeBatch::from_padded(&[u32::MAX - 1], 1, &[1], 16, 4), &["block_tables[0][0]", "got 4294967294"]);
+    let one: [&[u32]; 2] = [&[0], &[3_000_000_000]];
+    assert_names(DecodeBatch::from_block_tables(&one, &[1, 1], 16, 4), &["block_tables[1][0]", "got 3000000000"]);
+    assert_names(DecodeBatch::from_block_tables(&one, &[1, -7], 16, 4), &["lengths[1]", "got -7", "0 to 2147483647"]);
+    assert_names(DecodeBatch::from_padded(&[0, 0], 1, &[-1, 1], 16, 4), &["lengths[0]", "got -1"]);
+    assert_names(DecodeBatch::from_padded(&[0], 1, &[1u32 << 31], 16, 4), &["lengths[0]", "got 2147483648"]);
+    assert_names(DecodeBatch::from_csr(&[0, -2], &[0], &[1], 16, 4), &["indptr[1]", "got -2"]);
+    assert_names(DecodeBatch::from_csr(&[0, 1], &[-5], &[1], 16, 4), &["block_tables[0][0]", "got -5"]);
+    assert_names(DecodeBatch::from_csr(&[0, 1], &[0], &[-3], 16, 4), &["last_page_len[0]", "got -3"]);
     assert_names(DecodeBatch::from_csr(&[0, 1], &[0], &[17], 16, 4), &["last_page_len[0]", "got 17", "page_size = 16"]);
 }
 
@@ -66,8 +76,8 @@ fn executor_arguments() {
     refuse(with(&|t| t.out_strides.head = 0), 256, 4, &["out_strides.head", "got 0", "no two rows overlap"]);
     // A plan for 4/2 heads of 64 elements does not run on 8/1 x 128 tensors, nor on pages of 32 tokens.
     let other = AttentionShape::new(8, 1, 128, Dtype::F16).expect("valid");
-    refuse(with(&|t| t.problem = Problem::new(other, 16)), 256, 4, &["plan does not fit shape"]);
-    refuse(with(&|t| t.problem = Problem::new(shape, 32)), 256, 4, &["plan does not fit page_size"]);
+    refuse(with(&|t| t.problem = Problem::new(other, 16)), 256, 4, &["plan does not fit the shape of the run"]);
+    refuse(with(&|t| t.problem = Problem::new(shape, 32)), 256, 4, &["plan does not fit the page_size of the run"]);
 
     let other = Tensors::<bf16>::draw(&batch, shape, PoolLayout::Nhd, 1).expect("valid");
     let mut out = vec![bf16::from_f32(7.0); 256];

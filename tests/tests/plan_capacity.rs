@@ -105,6 +105,15 @@ fn what_exceeds_the_capacity_is_refused() {
 }
 
 #[test]
+fn capacities_of_any_size_are_numbers() {
+    let mut profile = DeviceProfile::h200();
+    profile.sm_count = u32::MAX;
+    let capacity = PlanCapacity::for_batches(u32::MAX, u32::MAX, &profile);
+    assert_eq!((capacity.max_items, capacity.max_slots), (u32::MAX, u32::MAX));
+    assert!(capacity.plan_bytes() > 1 << 36 && capacity.partial_bytes(shape()) > 1 << 40);
+}
+
+#[test]
 fn groups_that_no_tile_holds_are_refused() {
     let wide = AttentionShape::new(129, 1, 128, Dtype::F16).expect("a valid shape");
     let planner = |shape| Planner::new(Problem::new(shape, 16), DeviceProfile::h200(), PlanOptions::default());

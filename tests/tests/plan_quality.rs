@@ -100,6 +100,12 @@ fn packs_that_no_tile_holds_are_refused() {
         let message = planner.predict_packs(6, &packs, 0).expect_err("refused").to_string();
         assert!(message.contains(&format!("got {sequences}, expected 1 to 16")), "{message}");
     }
+    let long = [Pack { sequences: 1, pages: 1 << 27 }];
+    let message = planner.predict_packs(6, &long, 0).expect_err("refused").to_string();
+    assert_eq!(message, "pages of a pack: got 134217728, expected at most 134217727, 2147483647 tokens");
+    // However many there are, the answer is a number.
+    let most = planner.predict_packs(u64::MAX, &[Pack { sequences: 16, pages: (1 << 27) - 1 }], u64::MAX);
+    assert!(most.expect("packs that fit").total_us().is_finite());
 }
 
 #[test]

@@ -75,6 +75,28 @@ fn balance_is_that_of_the_places_for_ctas() {
 }
 
 #[test]
+fn places_are_those_that_the_device_has_shared_memory_for() {
+    // Equal items of 65,792 bytes at head dimension 64: two per multiprocessor of an A100, one where there are 100 KiB.
+    let shape = AttentionShape::new(16, 4, 64, Dtype::F16).expect("a valid shape");
+    let imbalance = |profile: DeviceProfile, sequences: u32| {
+        let batch = tree(&format!("{sequences}_128"));
+        let options = PlanOptions::from(PlanMode::Flat).with_variants([TileVariant::Mma16]);
+        let mut planner = Planner::new(batch.problem(shape), profile, options).expect("a planner");
+        planner.plan(&batch.view(&batch.rows()).expect("a valid batch")).expect("a plan").summary().imbalance
+    };
+    let a100 = || DeviceProfile::by_name("a100-80").expect("a known device");
+    assert_eq!(imbalance(a100(), 54), 1.0);
+    assert_eq!(imbalance(a100(), 81), 2.0 / 1.5);
+    let mut l40s = a100();
+    (l40s.compute_capability, l40s.sm_count) = (89, 142);
+    assert_eq!(imbalance(l40s.clone(), 71), 1.0);
+    assert_eq!(imbalance(l40s.clone(), 36), 2.0 / (144.0 / 142.0));
+    // What the profile says counts, whatever the compute capability.
+    l40s.smem_per_sm_bytes = Some(164 << 10);
+    assert_eq!(imbalance(l40s, 36), 1.0 / (144.0 / 284.0));
+}
+
+#[test]
 fn reasons() {
     let kind = |mode, heads: (u32, u32), batch: &OwnedBatch| {
         let (_, nodes) = explain(&mut planner(batch.problem(shape(heads.0, heads.1)), "h200", mode, None), batch);

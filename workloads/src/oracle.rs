@@ -1,7 +1,7 @@
 //! The f64 oracle: rows of the exact output, straight from the generator (no pool in memory).
 
-use crate::OwnedBatch;
 use crate::tensors::fill_row;
+use crate::{OwnedBatch, Tensors};
 use pat_abi::generator::{self, Tensor};
 use pat_rs::{AttentionShape, Element, Problem};
 use rayon::prelude::*;
@@ -83,13 +83,8 @@ impl Oracle {
         softmax_scale: f32,
         sample: RowSample,
     ) -> pat_rs::Result<Self> {
-        Self::compute_problem::<T>(
-            batch,
-            Problem::new(shape, batch.page_size).with_scale(softmax_scale),
-            None,
-            seed,
-            sample,
-        )
+        let problem = Problem::new(shape, batch.page_size).with_scale(softmax_scale);
+        Self::compute_problem::<T>(batch, problem, None, seed, sample)
     }
 
     /// As [`Self::compute`], of a problem that may cap scores and have sinks, one for each query head.
@@ -106,24 +101,58 @@ impl Oracle {
         seed: u32,
         sample: RowSample,
     ) -> pat_rs::Result<Self> {
+        let fill = |(tensor, page, token, head): Place, row: &mut [T]| {
+            fill_row(generator::row_key(seed, tensor as u32, page, token, head), row);
+        };
+        Self::from_rows(batch, (problem, sinks), fill, sample)
+    }
+
+    /// As [`Self::compute`], of tensors that may have been changed since they were drawn for the batch.
+    ///
+    /// # Errors
+    /// As [`Self::compute`].
+    ///
+    /// # Panics
+    /// As [`Self::compute`]; or the tensors are another batch's.
+    pub fn of_tensors<T: Element>(
+        batch: &OwnedBatch,
+        tensors: &Tensors<T>,
+        softmax_scale: f32,
+        sample: RowSample,
+    ) -> pat_rs::Result<Self> {
+        let problem = Problem::new(tensors.shape(), batch.page_size).with_scale(softmax_scale);
+        let fill = |(tensor, page, token, head): Place, row: &mut [T]| {
+            row.copy_from_slice(tensors.row(tensor, page, token, head));
+        };
+        Self::from_rows(batch, (problem, None), fill, sample)
+    }
+
+    /// `fill` gives a row of Q, K or V.
+    fn from_rows<T: Element>(
+        batch: &OwnedBatch,
+        asked: Asked<'_>,
+        fill: impl Fn(Place, &mut [T]) + Sync,
+        sample: RowSample,
+    ) -> pat_rs::Result<Self> {
         batch.view(&batch.rows())?;
-        let rows = sample
-            .pairs
-            .par_iter()
-            .flat_map_iter(|&(sequence, kv_head)| expected_rows::<T>(batch, problem, sinks, seed, sequence, kv_head))
-            .collect();
+        let of_pair = |&pair: &(u32, u32)| expected_rows(batch, asked, &fill, pair);
+        let rows = sample.pairs.par_iter().flat_map_iter(of_pair).collect();
         Ok(Self { sample, rows })
     }
 }
 
+/// What is computed, and the sinks, one for each query head.
+type Asked<'a> = (Problem, Option<&'a [f32]>);
+
+/// A row of a tensor: page (of Q: sequence), token (of Q: 0), head.
+type Place = (Tensor, u32, u32, u32);
+
 /// The rows of all query heads of one KV head.
 fn expected_rows<T: Element>(
     batch: &OwnedBatch,
-    problem: Problem,
-    sinks: Option<&[f32]>,
-    seed: u32,
-    sequence: u32,
-    kv_head: u32,
+    (problem, sinks): Asked<'_>,
+    fill: &impl Fn(Place, &mut [T]),
+    (sequence, kv_head): (u32, u32),
 ) -> Vec<ExpectedRow> {
     let (shape, score) = (problem.shape(), problem.score());
     let head_dim = shape.head_dim() as usize;
@@ -131,7 +160,7 @@ fn expected_rows<T: Element>(
     let table = &batch.block_tables[sequence as usize];
     let mut narrow = vec![T::zeroed(); head_dim];
     let mut draw = |tensor: Tensor, page: u32, token: u32, head: u32, row: &mut [f32]| {
-        fill_row(generator::row_key(seed, tensor as u32, page, token, head), &mut narrow);
+        fill((tensor, page, token, head), &mut narrow);
         T::widen(&narrow, row);
     };
     let mut kv_row = vec![0f32; head_dim];

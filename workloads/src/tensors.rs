@@ -92,6 +92,34 @@ impl<T: Element> Tensors<T> {
         Ok(Self { q, kv, v_begin, kv_strides, problem: batch.problem(shape) })
     }
 
+    /// Heads, head dimension and element type.
+    pub fn shape(&self) -> AttentionShape {
+        self.problem.shape()
+    }
+
+    /// A row of Q (`page` is the sequence, `token` 0), K or V.
+    pub fn row(&self, tensor: Tensor, page: u32, token: u32, head: u32) -> &[T] {
+        let begin = self.row_begin(tensor, page, token, head);
+        let elements = if tensor == Tensor::Q { &self.q } else { &self.kv };
+        &elements[begin..][..self.shape().head_dim() as usize]
+    }
+
+    /// As [`Self::row`], to be changed.
+    pub fn row_mut(&mut self, tensor: Tensor, page: u32, token: u32, head: u32) -> &mut [T] {
+        let (begin, head_dim) = (self.row_begin(tensor, page, token, head), self.shape().head_dim() as usize);
+        let elements = if tensor == Tensor::Q { &mut self.q } else { &mut self.kv };
+        &mut elements[begin..][..head_dim]
+    }
+
+    fn row_begin(&self, tensor: Tensor, page: u32, token: u32, head: u32) -> usize {
+        if tensor == Tensor::Q {
+            return (page * self.shape().q_heads() + head) as usize * self.shape().head_dim() as usize;
+        }
+        let KvStrides { page: of_page, token: of_token, head: of_head } = self.kv_strides;
+        let offset = i64::from(page) * of_page + i64::from(token) * of_token + i64::from(head) * of_head;
+        offset as usize + if tensor == Tensor::V { self.v_begin } else { 0 }
+    }
+
     /// The tensors as the CPU executor takes them, with contiguous outputs.
     pub fn host(&self, softmax_scale: f32) -> HostTensors<'_, T> {
         let v = &self.kv[self.v_begin.min(self.kv.len())..];

@@ -44,17 +44,15 @@ pub fn fit(device: &DeviceProfile, samples: &[Sample]) -> Result<DeviceProfile> 
     let item_latency_us = over_waves.slope - tile_latency_us;
     let l2_bytes_per_us = highest_rate(samples, |_, kv_bytes, _| Some(kv_bytes))?;
     let family = |arch| highest_rate(samples, move |of, _, flop| (of == arch).then_some(flop));
-    let mut profile = DeviceProfile {
-        kernel_terms: KernelTerms::Measured,
-        hbm_bytes_per_us: 1.0 / over_bytes.slope,
-        l2_bytes_per_us,
-        mma_flop_per_us: family(Arch::Sm80)?,
-        wgmma_flop_per_us: if device.compute_capability == 90 { family(Arch::Sm90a)? } else { 0.0 },
-        launch_us: over_steps.intercept - 2.0 * item_latency_us,
-        item_latency_us,
-        tile_latency_us,
-        ..device.clone()
-    };
+    let mut profile = device.clone();
+    profile.kernel_terms = KernelTerms::Measured;
+    profile.hbm_bytes_per_us = 1.0 / over_bytes.slope;
+    profile.l2_bytes_per_us = l2_bytes_per_us;
+    profile.mma_flop_per_us = family(Arch::Sm80)?;
+    profile.wgmma_flop_per_us = if Arch::Sm90a.runs_on(device.compute_capability) { family(Arch::Sm90a)? } else { 0.0 };
+    profile.launch_us = over_steps.intercept - 2.0 * item_latency_us;
+    profile.item_latency_us = item_latency_us;
+    profile.tile_latency_us = tile_latency_us;
     profile.merge_us = merge_us(samples, &profile)?;
     profile.validate()?;
     Ok(profile)
@@ -169,8 +167,11 @@ mod tests {
 
     /// What a calibration starts from: everything that is measured is wrong.
     fn unknown(truth: &DeviceProfile) -> DeviceProfile {
-        let DeviceProfile { name, compute_capability, sm_count, l2_bytes, .. } = truth.clone();
-        DeviceProfile { name, compute_capability, sm_count, l2_bytes, ..device("a100-40") }
+        let mut unknown = device("a100-40");
+        unknown.name.clone_from(&truth.name);
+        (unknown.compute_capability, unknown.sm_count) = (truth.compute_capability, truth.sm_count);
+        unknown.l2_bytes = truth.l2_bytes;
+        unknown
     }
 
     #[test]
@@ -186,20 +187,15 @@ mod tests {
 
     #[test]
     fn other_terms_are_found_as_well() {
-        let truth = DeviceProfile {
-            hbm_bytes_per_us: 3.1e6,
-            l2_bytes_per_us: 5.7e6,
-            mma_flop_per_us: 211e6,
-            wgmma_flop_per_us: 360e6,
-            launch_us: 4.2,
-            merge_us: 2.6,
-            item_latency_us: 1.5,
-            tile_latency_us: 0.55,
-            ..device("h100-sxm")
-        };
+        let mut truth = device("h100-sxm");
+        (truth.hbm_bytes_per_us, truth.l2_bytes_per_us) = (3.1e6, 5.7e6);
+        (truth.mma_flop_per_us, truth.wgmma_flop_per_us) = (211e6, 360e6);
+        (truth.launch_us, truth.merge_us) = (4.2, 2.6);
+        (truth.item_latency_us, truth.tile_latency_us) = (1.5, 0.55);
         assert_close(&fit(&unknown(&truth), &predicted(&truth, |_| 1.0)).expect("a profile"), &truth, 1e-6, 0.0);
         // Here the tensor cores take nearly as long for a wave of short items as latencies do.
-        let slow = DeviceProfile { wgmma_flop_per_us: 333e6, item_latency_us: 1.3, ..truth };
+        let mut slow = truth;
+        (slow.wgmma_flop_per_us, slow.item_latency_us) = (333e6, 1.3);
         assert_close(&fit(&unknown(&slow), &predicted(&slow, |_| 1.0)).expect("a profile"), &slow, 0.01, 0.0);
     }
 

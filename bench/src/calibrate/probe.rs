@@ -157,7 +157,7 @@ pub fn probes(device: &DeviceProfile) -> Result<Vec<Probe>> {
 fn sequences(device: &DeviceProfile, variant: TileVariant, waves: u32) -> Result<u32> {
     let kernel = manifest::find(Family::Forward(variant), Dtype::F16, HEAD_DIM)
         .ok_or_else(|| Error::invalid("variant", variant.name(), "one of the manifest"))?;
-    Ok(device.sm_count * kernel.min_ctas_per_sm * (waves / KV_HEADS))
+    Ok(device.sm_count * device.limits().occupancy(kernel) * (waves / KV_HEADS))
 }
 
 /// K and V of all heads.

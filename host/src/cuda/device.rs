@@ -162,6 +162,9 @@ impl CudaDevice {
             memory_clock_khz: self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE)?,
             memory_bus_bits: self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH)?,
             l2_bytes: self.l2_bytes()?,
+            smem_per_sm_bytes: self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)?,
+            registers_per_sm: self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_REGISTERS_PER_MULTIPROCESSOR)?,
+            threads_per_sm: self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR)?,
         };
         Ok(measured.profile())
     }
@@ -275,6 +278,9 @@ struct Facts {
     memory_clock_khz: u32,
     memory_bus_bits: u32,
     l2_bytes: u64,
+    smem_per_sm_bytes: u32,
+    registers_per_sm: u32,
+    threads_per_sm: u32,
 }
 
 impl Facts {
@@ -291,16 +297,19 @@ impl Facts {
             0 => H200_DATASHEET.sm_clock_mhz,
             khz => f64::from(khz) * 1e-3,
         };
-        let scaled = DeviceProfile::scaled(
-            &self.name,
-            Datasheet {
-                compute_capability: self.compute_capability,
-                sm_count: self.sm_count,
-                sm_clock_mhz,
-                dram_bytes_per_us,
-                l2_bytes: self.l2_bytes,
-            },
-        );
+        let datasheet = Datasheet {
+            compute_capability: self.compute_capability,
+            sm_count: self.sm_count,
+            sm_clock_mhz,
+            dram_bytes_per_us,
+            l2_bytes: self.l2_bytes,
+        };
+        let scaled = DeviceProfile {
+            smem_per_sm_bytes: Some(self.smem_per_sm_bytes),
+            registers_per_sm: Some(self.registers_per_sm),
+            threads_per_sm: Some(self.threads_per_sm),
+            ..DeviceProfile::scaled(&self.name, datasheet)
+        };
         if dram_bytes_per_us > 0.0 {
             return scaled;
         }
@@ -323,6 +332,9 @@ mod tests {
             memory_clock_khz: 1_593_000,
             memory_bus_bits: 5120,
             l2_bytes: 40 << 20,
+            smem_per_sm_bytes: 164 << 10,
+            registers_per_sm: 1 << 16,
+            threads_per_sm: 2048,
         }
     }
 
@@ -337,7 +349,7 @@ mod tests {
         // Datasheet: 2.039 TB/s.
         assert!((1.8e6..2.04e6).contains(&a100.hbm_bytes_per_us), "{a100:?}");
         assert_eq!(a100.wgmma_flop_per_us, 0.0);
-        assert_eq!(a100.sm_count, 108);
+        assert_eq!((a100.sm_count, a100.limits()), (108, pat_abi::DeviceLimits::of(80)));
         for sm_clock_khz in [1_410_000, 0] {
             let silent = Facts { sm_clock_khz, memory_clock_khz: 0, ..facts("some vGPU", 80) }.profile();
             assert!(silent.hbm_bytes_per_us > 1e6, "{silent:?}");

@@ -23,7 +23,7 @@ impl PlanCapacity {
     /// For batches of up to `max_sequences` rows with `max_pages` pages in all: as many items and slots as it takes to keep
     /// every CTA slot of the device busy for several waves.
     pub fn for_batches(max_sequences: u32, max_pages: u32, profile: &DeviceProfile) -> Self {
-        let busy = 16 * profile.sm_count;
+        let busy = profile.sm_count.saturating_mul(16);
         let max_items = max_sequences.saturating_add(busy);
         Self { max_sequences, max_pages, max_items, max_slots: max_sequences.saturating_mul(2).saturating_add(busy) }
     }

@@ -84,7 +84,7 @@ impl VariantTerms {
             };
             let step_latency = if variant == TileVariant::Wgmma128 { WIDE_STEP_LATENCY } else { 1.0 };
             let flop = 4.0 * f64::from(variant.rows()) * f64::from(variant.keys()) * f64::from(shape.head_dim());
-            let ctas_per_sm = kernel.map_or(1, |kernel| kernel.min_ctas_per_sm);
+            let ctas_per_sm = kernel.map_or(1, |kernel| profile.limits().occupancy(kernel)).max(1);
             Self { slots: profile.sm_count * ctas_per_sm, ctas_per_sm, tensor_per_step_us: flop / rate, step_latency }
         })
     }
@@ -210,7 +210,7 @@ impl CostModel<'_> {
     }
 
     fn partial_bytes(&self, partials: u64) -> f64 {
-        (partials * self.shape.partial_bytes()) as f64
+        partials as f64 * self.shape.partial_bytes() as f64
     }
 
     fn merge_us(&self, totals: Totals) -> f64 {

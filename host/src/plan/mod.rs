@@ -212,7 +212,7 @@ impl Planner {
     /// with `partials` partials in all, of a batch with `unique_pages` distinct pages.
     ///
     /// # Errors
-    /// No tile holds a pack.
+    /// No tile holds a pack, or it has more than [`DecodeBatch::MAX_TOKENS`] tokens.
     pub fn predict_packs(&self, unique_pages: u64, packs: &[cost::Pack], partials: u64) -> Result<cost::Prediction> {
         let choice = &self.choices.usual;
         if let Some(pack) = packs.iter().find(|pack| !(1..=choice.widest()).contains(&pack.sequences)) {
@@ -221,6 +221,11 @@ impl Planner {
         }
         let (profile, shape, variants) = (&*self.profile, self.problem.shape(), &self.variants);
         let page_size = self.problem.page_size();
+        let most_pages = DecodeBatch::MAX_TOKENS / page_size;
+        if let Some(pack) = packs.iter().find(|pack| pack.pages > most_pages) {
+            let expected = format!("at most {most_pages}, {} tokens", DecodeBatch::MAX_TOKENS);
+            return Err(Error::invalid("pages of a pack", pack.pages, expected));
+        }
         // Which pages are read again is not known: as if all were.
         let model = CostModel { profile, shape, page_size, variants, unique_pages, shared_pages: unique_pages };
         Ok(model.predict_packs(packs, partials, choice))

@@ -10,6 +10,7 @@
 pub mod generator;
 pub mod layout;
 pub mod manifest;
+pub mod occupancy;
 pub mod params;
 pub mod plan;
 pub mod row_params;
@@ -17,6 +18,7 @@ pub mod switches;
 pub mod tile;
 
 pub use manifest::{Arch, Dtype, Family, KERNELS, KernelSpec, TileVariant};
+pub use occupancy::DeviceLimits;
 pub use params::{FastDivisor, FillParams, FlushParams, ForwardParams, MergeParams};
 pub use plan::{
     DIRECT_SLOT, MAX_TILE_VARIANTS, MergeRow, NO_MASKS, PLAN_MAGIC, PackQuery, PageMask, PlanHeader, WorkItem,

@@ -53,8 +53,15 @@ class DecodeRows:
             lengths: int32 tokens of each row; 0 where there is none.
 
         Raises:
-            ValueError: a table names a page outside the pool.
+            ValueError: a table names a page outside the pool, or there are more rows, or longer ones, than the group has.
+            CudaError: the device has no memory for the plan.
         """
+        pages = -(-int(lengths.max(initial=0)) // self.group.page_size)
+        if len(lengths) > self.group.max_rows or pages > self.group.max_row_pages:
+            raise ValueError(
+                f"prefix_attn: a step of {len(lengths)} rows, the longest of {pages} pages; plans are sized for "
+                f"{self.group.max_rows} rows of {self.group.max_row_pages} pages"
+            )
         rows = tables.rows(lengths, self._tables)
         capacity = self._capacity(len(lengths))
         plan = capacity.advance(rows, lengths)

@@ -45,6 +45,23 @@ class Counts:
         pass
 
 
+#: Block tables by the address that vLLM gives its kernel.
+by_address = {}
+
+
+class Gather:
+    """The kernel that gives a batch's rows their tables."""
+
+    def __getitem__(self, grid):
+        return self
+
+    def __call__(self, idx_mapping, addresses, *_, **__):
+        tables = by_address[addresses.tolist()[0]]
+        for row, request in enumerate(idx_mapping.tolist()):
+            used = tables.num_blocks.np[0, request]
+            tables.input_block_tables[0][row, :used] = tables.block_tables[0].gpu[request, :used]
+
+
 def make_tables(monkeypatch, requests: int, width: int) -> BlockTables:
     """vLLM's block tables of one group."""
     # Importing the backend has wrapped BlockTables before any is made, as in a worker process.
@@ -56,15 +73,7 @@ def make_tables(monkeypatch, requests: int, width: int) -> BlockTables:
     kernel_blocks = {"kernel_block_sizes": [BLOCK]} if "kernel_block_sizes" in signature(BlockTables).parameters else {}
     tables = BlockTables([BLOCK], requests, 4096, [width], torch.device("cpu"), **kernel_blocks)
 
-    class Gather:
-        def __getitem__(self, grid):
-            return self
-
-        def __call__(self, idx_mapping, *_, **__):
-            for row, request in enumerate(idx_mapping.tolist()):
-                used = tables.num_blocks.np[0, request]
-                tables.input_block_tables[0][row, :used] = tables.block_tables[0].gpu[request, :used]
-
+    by_address[tables.block_tables[0].gpu.data_ptr()] = tables
     monkeypatch.setattr(block_table, "_gather_block_tables_kernel", Gather())
     return tables
 
@@ -150,8 +159,8 @@ class Engine:
         return scheduled
 
 
-def prepare(tables: BlockTables, scheduled, attn_groups, pad_to: int = 0, mode=CUDAGraphMode.NONE):
-    """The runner's preparation of a step.
+def prepare(tables: BlockTables, scheduled, attn_groups, pad_to: int = 0, mode=CUDAGraphMode.NONE, is_dummy=False):
+    """The runner's preparation of a step; of a dummy run, which has no requests, with `is_dummy`.
 
     Returns:
         Metadata by layer, slot mapping, and the step's input batch.
@@ -193,7 +202,10 @@ def prepare(tables: BlockTables, scheduled, attn_groups, pad_to: int = 0, mode=C
         fast_prefill=None,
         pcp=None,
     )
-    block_tables = tables.gather_block_tables(torch.from_numpy(slots), rows)
+    if is_dummy:
+        block_tables = tables.get_dummy_block_tables(rows)
+    else:
+        block_tables = tables.gather_block_tables(torch.from_numpy(slots), rows)
     slot_mappings = torch.tensor([slot_mapping], dtype=torch.int64)
     state = SimpleNamespace(
         max_model_len=1024, supports_mm_inputs=False, encoder_cache=None, model_config=SimpleNamespace(is_mm_prefix_lm=False)
