@@ -323,7 +323,7 @@ mod tests {
     #[test]
     fn every_head_dim_and_plain_layout_is_supported() {
         for dtype in [Dtype::F16, Dtype::Bf16] {
-            for head_dim in [64, 128] {
+            for head_dim in [64, 128, 256] {
                 for page_size in [1, 7, 16, 32, Problem::MAX_PAGE_SIZE] {
                     let problem = problem(12, 4, head_dim, dtype, page_size);
                     let strides = (KvStrides::nhd(page_size, 4, head_dim), KvStrides::hnd(page_size, 4, head_dim));
@@ -345,7 +345,7 @@ mod tests {
         assert_eq!(of(shape.with_out_dtype(Dtype::Bf16)), "out_dtype: got bf16, expected f16");
         assert_eq!(of(shape.with_v_head_dim(64).unwrap()), "v_head_dim: got 64, expected 128");
         let cases = [
-            (problem(8, 8, 96, Dtype::Bf16, 16), "head_dim: got 96, expected 64 or 128"),
+            (problem(8, 8, 96, Dtype::Bf16, 16), "head_dim: got 96, expected 64 or 128 or 256"),
             (problem(8, 8, 128, Dtype::E5m2, 16), "dtype: got e5m2, expected f16 or bf16"),
             (problem(129, 1, 128, Dtype::F16, 16), "q_heads / kv_heads: got 129, expected 1 to 128"),
             (problem(32, 8, 128, Dtype::F16, 0), "page_size: got 0, expected 1 to 65536"),
