@@ -350,10 +350,13 @@ mod tests {
             (problem(129, 1, 128, Dtype::F16, 16), "q_heads / kv_heads: got 129, expected 1 to 128"),
             (problem(32, 8, 128, Dtype::F16, 0), "page_size: got 0, expected 1 to 65536"),
             (problem(32, 8, 128, Dtype::F16, 65_537), "page_size: got 65537, expected 1 to 65536"),
-            (usual.with_soft_cap(0.0), "soft_cap: got 0, expected a positive number, finite also beside the scale"),
+            (
+                usual.with_soft_cap(0.0),
+                "soft_cap: got 0, expected none or a positive number, finite also beside the scale",
+            ),
             (
                 usual.with_soft_cap(f32::INFINITY),
-                "soft_cap: got inf, expected a positive number, finite also beside the scale",
+                "soft_cap: got inf, expected none or a positive number, finite also beside the scale",
             ),
             (usual.with_window(4096), "window: got 4096, expected none"),
             (usual.with_query_tokens(4), "query_tokens: got 4, expected 1"),
