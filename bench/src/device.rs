@@ -5,7 +5,7 @@
 //! themselves.
 
 use crate::statistics::{median, quartiles};
-use pat_rs::cuda::bench_support::{FillSpec, L2Flush, TimingEvent, fill};
+use pat_rs::cuda::bench_support::{FillSpec, HostTimes, L2Flush, TimingEvent, fill, host_times};
 use pat_rs::cuda::{
     BoundRun, CudaEngine, DeviceBuffer, Graph, LaunchGeometry, PlanBuffers, RunArgs, Stream, Workspace,
 };
@@ -145,6 +145,7 @@ impl<'a> DeviceCase<'a> {
             case: self,
             run: self.engine.bind(&buffers, &self.args(), &workspace)?,
             buffers,
+            workspace,
             start: TimingEvent::new(device)?,
             end: TimingEvent::new(device)?,
         })
@@ -195,6 +196,7 @@ pub struct PreparedCase<'a> {
     case: &'a DeviceCase<'a>,
     run: BoundRun,
     buffers: PlanBuffers,
+    workspace: Workspace,
     start: TimingEvent,
     end: TimingEvent,
 }
@@ -220,6 +222,30 @@ impl PreparedCase<'_> {
     pub fn times_us(&self, flush: Option<&L2Flush>, repeats: Repeats) -> Result<Vec<f64>> {
         (0..repeats.warm_ups).try_for_each(|_| self.run_us(flush).map(drop))?;
         (0..repeats.timed).map(|_| self.run_us(flush)).collect()
+    }
+
+    /// Host times of runs, and of the bare driver calls they make.
+    ///
+    /// # Errors
+    /// As [`Self::run_us`].
+    pub fn host_times(&self, calls: u32) -> Result<HostTimes> {
+        host_times(&self.run, self.buffers.uploaded()?, &self.case.stream, calls)
+    }
+
+    /// Host time of one call that binds and runs.
+    ///
+    /// # Errors
+    /// As [`Self::run_us`].
+    pub fn bind_and_run_us(&self, calls: u32) -> Result<Vec<f64>> {
+        let case = self.case;
+        let mut times = Vec::new();
+        for _ in 0..calls {
+            case.stream.synchronize()?;
+            let begin = Instant::now();
+            case.engine.run(&self.buffers, &case.args(), &self.workspace, &case.stream)?;
+            times.push(begin.elapsed().as_secs_f64() * 1e6);
+        }
+        Ok(times)
     }
 
     /// GPU time of what `enqueue` puts into the stream.

@@ -1,17 +1,22 @@
 //! Small random ragged forests on a device: every tile variant against the f64 oracle, NaN in every KV row that no
-//! sequence owns, bits equal from run to run whatever ran in between. `PAT_GPU_FORESTS` sets how many (default 2,000),
-//! `PAT_GPU_SEED` which.
+//! sequence owns, bits equal from run to run whatever ran in between. Half of the forests have logits of 16 or 64 times the
+//! usual scale, so that running maxima grow by more than the kernels let pass, and outputs are corrected. `PAT_GPU_FORESTS` sets
+//! how many forests (default 2,000), `PAT_GPU_SEED` which.
 
 use half::{bf16, f16};
 use pat_rs::plan::PlanMode;
-use pat_rs::{Dtype, Element, Engine, PlanOptions, Planner, TileVariant};
-use pat_tests::{Case, random_case, softmax_scale};
+use pat_rs::{AttentionShape, Dtype, Element, Engine, PlanOptions, Planner, Problem, TileVariant};
+use pat_tests::{Case, device_test, random_case, softmax_scale};
 use pat_workloads::{Oracle, RowSample, Tensors, check};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use std::collections::BTreeMap;
+use std::process::ExitCode;
 
 const SEED: u32 = 11;
+
+/// Factors on the usual scale of the logits, taken in turn.
+const LOUDNESS: [f32; 4] = [1.0, 16.0, 1.0, 64.0];
 
 fn from_env(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|value| value.parse().ok()).unwrap_or(default)
@@ -19,10 +24,15 @@ fn from_env(name: &str, default: u64) -> u64 {
 
 /// Runs one forest through every variant; returns the variants that ran.
 fn run_forest<T: Element>(engine: &Engine, case: &Case, index: u64) -> Vec<TileVariant> {
-    let scale = softmax_scale(case.shape);
+    // Each element type sees each of them.
+    let scale = softmax_scale(case.shape) * LOUDNESS[(index / 2) as usize % LOUDNESS.len()];
     let tensors = Tensors::<T>::draw(&case.batch, case.shape, case.layout, SEED).unwrap();
-    let everything = RowSample::for_batch(&case.batch, case.shape);
-    let oracle = Oracle::compute::<T>(&case.batch, case.shape, SEED, scale, everything).unwrap();
+    let compute = |scale| {
+        let everything = RowSample::for_batch(&case.batch, case.shape);
+        Oracle::compute::<T>(&case.batch, case.shape, SEED, scale, everything).unwrap()
+    };
+    let oracle = compute(scale);
+    let louder = index.is_multiple_of(16).then(|| compute(-32.0 * scale));
     let profile = engine.profile().unwrap();
     let rows = case.batch.rows();
     let view = case.batch.view(&rows).unwrap();
@@ -41,13 +51,17 @@ fn run_forest<T: Element>(engine: &Engine, case: &Case, index: u64) -> Vec<TileV
             engine.run_host(&plan, &tensors, &mut out, Some(&mut lse)).unwrap();
             (out, lse)
         };
+        let verify = |oracle: &Oracle, out: &[T], lse: &[f32]| {
+            let report = check(oracle, case.shape.q_heads(), out, Some(lse));
+            assert!(report.passed, "forest {index}, {variant:?}, {mode:?}, scale {scale}: {report:?}\n{case:?}");
+        };
         let (out, lse) = run(&tensors.q);
-        let report = check(&oracle, case.shape.q_heads(), &out, Some(&lse));
-        assert!(report.passed, "forest {index}, {variant:?}, {mode:?}: {report:?}\n{case:?}");
-        if index.is_multiple_of(16) {
+        verify(&oracle, &out, &lse);
+        if let Some(louder) = &louder {
             // In between, larger queries: what they leave in shared memory must not matter.
             let loud: Vec<T> = tensors.q.iter().map(|q| T::from_f32(-32.0 * q.to_f32())).collect();
-            run(&loud);
+            let (out_loud, lse_loud) = run(&loud);
+            verify(louder, &out_loud, &lse_loud);
             let (again, lse_again) = run(&tensors.q);
             assert!(
                 bytemuck::cast_slice::<T, u16>(&out) == bytemuck::cast_slice::<T, u16>(&again)
@@ -59,15 +73,7 @@ fn run_forest<T: Element>(engine: &Engine, case: &Case, index: u64) -> Vec<TileV
     variants
 }
 
-#[test]
-fn every_variant_agrees_with_the_oracle_on_random_forests() {
-    let engine = match Engine::cuda(0) {
-        Ok(engine) => engine,
-        Err(reason) => {
-            eprintln!("skipped random forests on a device: {reason}");
-            return;
-        }
-    };
+fn every_variant_agrees_with_the_oracle_on_random_forests(engine: &Engine) {
     let forests = from_env("PAT_GPU_FORESTS", 2_000);
     let mut rng = ChaCha8Rng::seed_from_u64(from_env("PAT_GPU_SEED", 1));
     let mut runs: BTreeMap<TileVariant, u64> = BTreeMap::new();
@@ -75,14 +81,24 @@ fn every_variant_agrees_with_the_oracle_on_random_forests() {
         let dtype = if index.is_multiple_of(2) { Dtype::F16 } else { Dtype::Bf16 };
         let case = random_case(&mut rng, dtype);
         let variants = match dtype {
-            Dtype::F16 => run_forest::<f16>(&engine, &case, index),
-            Dtype::Bf16 => run_forest::<bf16>(&engine, &case, index),
+            Dtype::F16 => run_forest::<f16>(engine, &case, index),
+            Dtype::Bf16 => run_forest::<bf16>(engine, &case, index),
             other => panic!("no case was drawn in {other:?}"),
         };
         for variant in variants {
             *runs.entry(variant).or_default() += 1;
         }
     }
-    println!("{forests} forests on {}, runs by variant: {runs:?}", engine.name());
-    assert_eq!(runs.get(&TileVariant::Mma16).copied().unwrap_or(0), forests);
+    eprintln!("{forests} forests on {}, runs by variant: {runs:?}", engine.name());
+    // Every variant of the device had its share: those of any page size all forests, the others those whose pages suit them.
+    let problem = Problem::new(AttentionShape::new(8, 2, 128, Dtype::F16).unwrap(), 64);
+    for variant in engine.profile().unwrap().variants(&problem) {
+        let expected = if variant.supports_page_size(1) { forests } else { forests / 2 };
+        let count = runs.get(&variant).copied().unwrap_or(0);
+        assert!(count >= expected, "{variant:?} ran {count} of {forests} forests");
+    }
+}
+
+fn main() -> ExitCode {
+    pat_tests::device_tests::main([device_test!(every_variant_agrees_with_the_oracle_on_random_forests)])
 }

@@ -8,12 +8,13 @@ use pat_rs::{
     AttentionShape, DeviceProfile, Dtype, Element, Engine, HostTensors, Plan, PlanOptions, Planner, Problem,
     TileVariant,
 };
-use pat_tests::{Case, random_case, softmax_scale};
+use pat_tests::{Case, device_test, random_case, softmax_scale};
 use pat_workloads::{Oracle, RowSample, Tensors, check};
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::collections::BTreeMap;
+use std::process::ExitCode;
 
 const SEED: u32 = 13;
 
@@ -144,27 +145,25 @@ fn check_isolation(engine: &Engine, profile: &DeviceProfile, forests: u64, seed:
             other => panic!("no case was drawn in {other:?}"),
         }
     }
-    println!("{forests} forests on {}, runs in which the element stood beside others: {exposed:?}", engine.name());
+    eprintln!("{forests} forests on {}, runs in which the element stood beside others: {exposed:?}", engine.name());
     let problem = Problem::new(AttentionShape::new(8, 2, 128, Dtype::F16).unwrap(), 16);
     for variant in profile.variants(&problem) {
         assert!(exposed.get(&variant).is_some_and(|&runs| runs * 20 > forests), "{variant:?}: {exposed:?}");
     }
 }
 
-#[test]
-fn a_sequences_nan_and_inf_reach_no_other_sequence_on_the_cpu() {
-    check_isolation(&Engine::cpu(), &DeviceProfile::h200(), 120, 1);
+fn a_sequences_nan_and_inf_reach_no_other_sequence_on_the_cpu(engine: &Engine) {
+    check_isolation(engine, &DeviceProfile::h200(), 120, 1);
 }
 
-#[test]
-fn a_sequences_nan_and_inf_reach_no_other_sequence() {
-    let engine = match Engine::cuda(0) {
-        Ok(engine) => engine,
-        Err(reason) => {
-            eprintln!("skipped isolation on a device: {reason}");
-            return;
-        }
-    };
+fn a_sequences_nan_and_inf_reach_no_other_sequence(engine: &Engine) {
     let profile = engine.profile().unwrap();
-    check_isolation(&engine, &profile, from_env("PAT_GPU_FORESTS", 400), from_env("PAT_GPU_SEED", 1));
+    check_isolation(engine, &profile, from_env("PAT_GPU_FORESTS", 400), from_env("PAT_GPU_SEED", 1));
+}
+
+fn main() -> ExitCode {
+    pat_tests::device_tests::main([
+        device_test!(a_sequences_nan_and_inf_reach_no_other_sequence_on_the_cpu).on_the_cpu(),
+        device_test!(a_sequences_nan_and_inf_reach_no_other_sequence),
+    ])
 }

@@ -1,42 +1,17 @@
 //! The CUDA engine on a device: against the CPU executor and the oracle, on streams, in graphs, with bad arguments.
-//! Skipped, with the reason, where no device can be used.
 
 use half::{bf16, f16};
-use pat_rs::cuda::{
-    CudaEngine, DeviceBuffer, DeviceSpan, Graph, LaunchGeometry, PlanBuffers, RunArgs, Workspace, bench_support,
-};
+use pat_rs::cuda::{DeviceBuffer, DeviceSpan, Graph, LaunchGeometry, PlanBuffers, Workspace, bench_support};
 use pat_rs::plan::PlanMode;
-use pat_rs::{AttentionShape, Dtype, Element, Engine, Error, Plan, PlanOptions, Planner, Problem, TileVariant};
-use pat_tests::{Case, Output, judge, random_case, run_cpu, softmax_scale};
+use pat_rs::{AttentionShape, Dtype, Element, Engine, Error, PlanOptions, Problem, TileVariant};
+use pat_tests::on_device::{OnDevice, plan};
+use pat_tests::{Case, Output, device_test, judge, random_case, run_cpu, softmax_scale};
 use pat_workloads::{OwnedBatch, PoolLayout, Tensors};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::process::ExitCode;
 
 const SEED: u32 = 5;
-
-/// One test at a time: waiting for the device is an error while another thread captures one of its streams.
-static DEVICE: Mutex<()> = Mutex::new(());
-
-fn device(test: &str) -> Option<(Engine, MutexGuard<'static, ()>)> {
-    let alone = DEVICE.lock().unwrap_or_else(PoisonError::into_inner);
-    match Engine::cuda(0) {
-        Ok(engine) => Some((engine, alone)),
-        Err(reason) => {
-            eprintln!("skipped {test}: {reason}");
-            None
-        }
-    }
-}
-
-fn plan(case: &Case, engine: &Engine, options: PlanOptions) -> Plan {
-    let rows = case.batch.rows();
-    let profile = engine.profile().unwrap();
-    Planner::new(case.batch.problem(case.shape), profile, options)
-        .unwrap()
-        .plan(&case.batch.view(&rows).unwrap())
-        .unwrap()
-}
 
 fn run_host<T: Element>(case: &Case, engine: &Engine, options: PlanOptions) -> Output<T> {
     let tensors = Tensors::<T>::draw(&case.batch, case.shape, case.layout, SEED).unwrap();
@@ -44,7 +19,7 @@ fn run_host<T: Element>(case: &Case, engine: &Engine, options: PlanOptions) -> O
         out: vec![T::from_f32(f32::NAN); tensors.q.len()],
         lse: vec![f32::NAN; tensors.q.len() / case.shape.head_dim() as usize],
     };
-    let plan = plan(case, engine, options);
+    let plan = plan(case, engine.as_cuda().unwrap(), options).unwrap();
     engine
         .run_host(&plan, &tensors.host(softmax_scale(case.shape)), &mut output.out, Some(&mut output.lse))
         .unwrap_or_else(|error| panic!("{error}: {case:?}"));
@@ -81,34 +56,28 @@ fn every_variant_agrees<T: Element>(engine: &Engine) {
     }
 }
 
-#[test]
-fn every_variant_agrees_with_the_oracle() {
-    let Some((engine, _alone)) = device("every_variant_agrees_with_the_oracle") else { return };
+fn every_variant_agrees_with_the_oracle(engine: &Engine) {
     // Ahead of time, all that a planner may ask for.
     if let Some(cuda) = engine.as_cuda() {
         let problem = Problem::new(shared_prefix_case(Dtype::F16, 16).shape, 16);
         cuda.prepare_variants(&problem, &engine.profile().unwrap().variants(&problem)).unwrap();
     }
-    every_variant_agrees::<f16>(&engine);
-    every_variant_agrees::<bf16>(&engine);
+    every_variant_agrees::<f16>(engine);
+    every_variant_agrees::<bf16>(engine);
 }
 
-#[test]
-fn random_forests_agree_with_the_oracle() {
-    let Some((engine, _alone)) = device("random_forests_agree_with_the_oracle") else { return };
+fn random_forests_agree_with_the_oracle(engine: &Engine) {
     let mut rng = ChaCha8Rng::seed_from_u64(17);
     for _ in 0..40 {
         let case = random_case(&mut rng, Dtype::F16);
-        assert_agrees(&case, &run_host::<f16>(&case, &engine, PlanOptions::default()), "random forest");
+        assert_agrees(&case, &run_host::<f16>(&case, engine, PlanOptions::default()), "random forest");
     }
 }
 
-#[test]
-fn both_executors_give_the_same_log_sum_exps() {
-    let Some((engine, _alone)) = device("both_executors_give_the_same_log_sum_exps") else { return };
+fn both_executors_give_the_same_log_sum_exps(engine: &Engine) {
     let case = shared_prefix_case(Dtype::F16, 32);
     let cpu = run_cpu::<f16>(&case, PlanOptions::default(), SEED).unwrap();
-    let gpu = run_host::<f16>(&case, &engine, PlanOptions::default());
+    let gpu = run_host::<f16>(&case, engine, PlanOptions::default());
     for (row, (a, b)) in cpu.lse.iter().zip(&gpu.lse).enumerate() {
         assert!(a == b || (a - b).abs() < 1e-4, "row {row}: {a} on the CPU, {b} on the device");
     }
@@ -116,9 +85,7 @@ fn both_executors_give_the_same_log_sum_exps() {
 
 /// What mode `fixed-chunk` is for. Few rows are merged by whole CTAs, more by single warps, many by warps that take four at a
 /// time: here are batches of each kind, with rows of up to eight partials, of more, and of more than 32.
-#[test]
-fn fixed_chunks_give_a_sequence_the_same_bits_in_any_batch() {
-    let Some((engine, _alone)) = device("fixed_chunks_give_a_sequence_the_same_bits_in_any_batch") else { return };
+fn fixed_chunks_give_a_sequence_the_same_bits_in_any_batch(engine: &Engine) {
     let page_size = 16;
     // Chunks of two pages: 36 of them, then 1 to 12, then up to 8.
     let page_counts =
@@ -137,7 +104,7 @@ fn fixed_chunks_give_a_sequence_the_same_bits_in_any_batch() {
         layout: PoolLayout::ALL[0],
     };
     let run =
-        |rows| run_host::<f16>(&case(rows), &engine, PlanOptions::from(PlanMode::FixedChunk { tokens: 2 * page_size }));
+        |rows| run_host::<f16>(&case(rows), engine, PlanOptions::from(PlanMode::FixedChunk { tokens: 2 * page_size }));
     let all = run(block_tables.len());
     assert_agrees(&case(block_tables.len()), &all, "all rows");
     for rows in [1, 2, 33, 34, 60, 81, 140, 200] {
@@ -147,51 +114,13 @@ fn fixed_chunks_give_a_sequence_the_same_bits_in_any_batch() {
     }
 }
 
-/// A case in device memory, with contiguous outputs.
-struct OnDevice {
-    case: Case,
-    q: DeviceBuffer,
-    kv: DeviceBuffer,
-    out: DeviceBuffer,
-    tensors: Tensors<f16>,
-}
-
-impl OnDevice {
-    fn new(case: Case, engine: &CudaEngine) -> Self {
-        let tensors = Tensors::<f16>::draw(&case.batch, case.shape, case.layout, SEED).unwrap();
-        Self {
-            q: DeviceBuffer::from_slice(engine.device(), &tensors.q).unwrap(),
-            kv: DeviceBuffer::from_slice(engine.device(), &tensors.kv).unwrap(),
-            out: DeviceBuffer::zeroed(engine.device(), tensors.q.len() * 2).unwrap(),
-            case,
-            tensors,
-        }
-    }
-
-    fn args(&self) -> RunArgs {
-        let v = self.kv.span().skip(2 * self.tensors.v_begin as u64).unwrap();
-        let batch = &self.case.batch;
-        let spans = (self.q.span(), self.kv.span(), v, self.out.span());
-        RunArgs::new(batch.problem(self.case.shape), batch.num_pages, batch.lengths.len() as u32, spans)
-            .with_kv_strides(self.tensors.kv_strides, self.tensors.kv_strides)
-    }
-
-    fn output(&self) -> Vec<f16> {
-        let mut out = vec![f16::ZERO; self.tensors.q.len()];
-        self.out.read(0, &mut out).unwrap();
-        out
-    }
-}
-
-#[test]
-fn a_captured_run_serves_later_plans() {
-    let Some((engine, _alone)) = device("a_captured_run_serves_later_plans") else { return };
-    let memory = OnDevice::new(shared_prefix_case(Dtype::F16, 16), engine.as_cuda().unwrap());
+fn a_captured_run_serves_later_plans(engine: &Engine) {
+    let memory = OnDevice::<f16>::new(shared_prefix_case(Dtype::F16, 16), engine.as_cuda().unwrap(), SEED).unwrap();
     let cuda = engine.as_cuda().unwrap();
     let stream = cuda.device().new_stream().unwrap();
     let options = |mode| PlanOptions::from(mode).with_variants([TileVariant::Mma16]);
     let plans = [PlanMode::PerNode, PlanMode::Flat, PlanMode::FixedChunk { tokens: 32 }]
-        .map(|mode| plan(&memory.case, &engine, options(mode)));
+        .map(|mode| memory.plan(cuda, options(mode)).unwrap());
     let geometry = plans.iter().map(LaunchGeometry::of).reduce(LaunchGeometry::union).unwrap();
     let bytes = plans.iter().map(|plan| plan.bytes().len()).max().unwrap();
     let mut buffers = PlanBuffers::with_fixed_geometry(cuda.device(), bytes, geometry).unwrap();
@@ -199,13 +128,13 @@ fn a_captured_run_serves_later_plans() {
     let workspace = Workspace::with_capacity(cuda.device(), workspace_bytes).unwrap();
 
     // What each plan gives without a graph.
-    let expected: Vec<Vec<f16>> = plans
+    let expected: Vec<Output<f16>> = plans
         .iter()
         .map(|plan| {
             let exact = cuda.upload(plan, &stream).unwrap();
             cuda.run(&exact, &memory.args(), &workspace, &stream).unwrap();
             stream.synchronize().unwrap();
-            memory.output()
+            memory.output().unwrap()
         })
         .collect();
 
@@ -217,18 +146,16 @@ fn a_captured_run_serves_later_plans() {
             let uploaded = buffers.upload(plan, &stream).unwrap();
             graph.replay(uploaded, &stream).unwrap();
             stream.synchronize().unwrap();
-            assert_eq!(&memory.output(), expected);
+            assert!(&memory.output().unwrap() == expected);
         }
     }
 }
 
-#[test]
-fn bad_arguments_are_named_and_nothing_is_launched() {
-    let Some((engine, _alone)) = device("bad_arguments_are_named_and_nothing_is_launched") else { return };
+fn bad_arguments_are_named_and_nothing_is_launched(engine: &Engine) {
     let cuda = engine.as_cuda().unwrap();
-    let memory = OnDevice::new(shared_prefix_case(Dtype::F16, 16), cuda);
+    let memory = OnDevice::<f16>::new(shared_prefix_case(Dtype::F16, 16), cuda, SEED).unwrap();
     let stream = cuda.device().new_stream().unwrap();
-    let plan = plan(&memory.case, &engine, PlanOptions::default());
+    let plan = memory.plan(cuda, PlanOptions::default()).unwrap();
     let workspace = Workspace::with_capacity(cuda.device(), Workspace::bytes_for(&plan)).unwrap();
 
     let empty = PlanBuffers::with_capacity(cuda.device(), plan.bytes().len()).unwrap();
@@ -242,7 +169,7 @@ fn bad_arguments_are_named_and_nothing_is_launched() {
     misaligned.q = memory.q.span().skip(2).unwrap();
     stale.num_pages += 1;
     short.out = memory.out.span().skip(memory.out.bytes()).unwrap();
-    let former = self::plan(&memory.case, &engine, PlanOptions::default()).generation();
+    let former = memory.plan(cuda, PlanOptions::default()).unwrap().generation();
     let error = buffers.uploaded().unwrap().expect(former).unwrap_err().to_string();
     assert!(error.contains("the plan uploaded last"), "{error}");
     for (args, name) in [(misaligned, "q"), (stale, "num_pages"), (short, "out")] {
@@ -250,13 +177,11 @@ fn bad_arguments_are_named_and_nothing_is_launched() {
         assert!(error.contains(name), "{name}: {error}");
     }
     stream.synchronize().unwrap();
-    assert!(memory.output().iter().all(|&x| x == f16::ZERO), "something was launched");
+    assert!(memory.output().unwrap().out.iter().all(|&x| x == f16::ZERO), "something was launched");
     assert!(pat_rs::cuda::CudaDevice::new(1 << 20).unwrap_err().to_string().contains("ordinal"));
 }
 
-#[test]
-fn the_device_draws_what_the_cpu_draws() {
-    let Some((engine, _alone)) = device("the_device_draws_what_the_cpu_draws") else { return };
+fn the_device_draws_what_the_cpu_draws(engine: &Engine) {
     let cuda = engine.as_cuda().unwrap();
     let (pages, tokens, heads, head_dim) = (5, 16, 2, 128);
     let strides = pat_rs::KvStrides::nhd(tokens, heads, head_dim);
@@ -283,4 +208,16 @@ fn the_device_draws_what_the_cpu_draws() {
             (0..head_dim).map(|dim| f16::from_f32(pat_abi::generator::element(key, dim))).collect();
         assert_eq!(values, expected, "row {row}, head {head}");
     }
+}
+
+fn main() -> ExitCode {
+    pat_tests::device_tests::main([
+        device_test!(every_variant_agrees_with_the_oracle),
+        device_test!(random_forests_agree_with_the_oracle),
+        device_test!(both_executors_give_the_same_log_sum_exps),
+        device_test!(fixed_chunks_give_a_sequence_the_same_bits_in_any_batch),
+        device_test!(a_captured_run_serves_later_plans),
+        device_test!(bad_arguments_are_named_and_nothing_is_launched),
+        device_test!(the_device_draws_what_the_cpu_draws),
+    ])
 }

@@ -27,7 +27,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     for (name, file) in executables(&build, &commit)? {
         install(&file, &folder.join(name))?;
     }
-    let tests = ["test", "--release", "--no-run", "--package", "pat-tests", "--package", "pat-rs"];
+    let faults = ["--features", "pat-tests/fault-injection"];
+    let tests =
+        ["test", "--release", "--no-run", "--package", "pat-tests", "--package", "pat-rs", faults[0], faults[1]];
     // The others need no GPU.
     let wanted = |name: &str| name.starts_with("gpu_") || name == "pat_rs";
     for (name, file) in executables(&tests, &commit)?.into_iter().filter(|(name, _)| wanted(name)) {

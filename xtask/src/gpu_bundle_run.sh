@@ -4,6 +4,8 @@
 # A finished section leaves .done-SECTION behind and is skipped next time; FORCE=1 runs it again.
 set -u
 cd "$(dirname "$0")"
+# A device test that cannot run fails here: elsewhere it is ignored.
+export PAT_REQUIRE_GPU=1
 passed=0
 failed=0
 skipped=0
@@ -21,10 +23,10 @@ step() { # name, command...
     fi
 }
 
-tests_like() { # pattern: the test executables it names
+tests_like() { # pattern: the test executables it names; without one the section fails
     local file
     for file in tests/$1; do
-        [ -x "$file" ] && step "$(basename "$file")" "$file" --test-threads=1 --nocapture
+        step "$(basename "$file")" "$file" --test-threads=1 --nocapture
     done
 }
 
@@ -34,6 +36,8 @@ section() {
         tests_like 'pat_rs'
         tests_like 'gpu_smoke'
         tests_like 'gpu_graphs'
+        tests_like 'gpu_launches'
+        tests_like 'gpu_faults'
         ;;
     forests) tests_like 'gpu_forests' ;;
     # Verified before they are timed; a run that was cut off goes on where it stopped.
@@ -70,4 +74,8 @@ for name in "$@"; do
     [ $section_ok = 1 ] && touch ".done-$name"
 done
 echo "$passed passed, $failed failed, $skipped skipped"
+if [ $((passed + failed + skipped)) = 0 ]; then
+    echo "nothing ran"
+    exit 1
+fi
 [ $failed = 0 ]

@@ -1,13 +1,14 @@
 //! What measurements need beside the engine: drawing tensors on the device, a cold L2, events.
 
 use super::args::check_address;
-use super::driver::{self, DeviceBuffer, Event, Kernel, Stream};
-use super::{CudaDevice, DeviceSpan};
+use super::driver::{self, DeviceBuffer, DriverCall, Event, Kernel, Stream, attempt};
+use super::{BoundRun, CudaDevice, DeviceSpan, Uploaded};
 use crate::arguments::check_tensor;
 use crate::eligibility::VECTOR_BYTES;
 use crate::{Dtype, Error, KvStrides, Result};
 use pat_abi::generator::Tensor;
 use pat_abi::{Arch, Family, FastDivisor, FillParams, FlushParams, KernelSpec, Switches, manifest};
+use std::time::Instant;
 
 /// CTAs of the support kernels, per multiprocessor: their launch bounds ask for as many to fit.
 const CTAS_PER_SM: u32 = 4;
@@ -152,6 +153,43 @@ impl TimingEvent {
     pub fn elapsed_us_since(&self, start: &Self) -> Result<f64> {
         self.event.elapsed_us_since(&start.event)
     }
+}
+
+/// Host times of one call each, in microseconds.
+#[derive(Clone, Debug, Default)]
+pub struct HostTimes {
+    /// Of [`BoundRun::run`].
+    pub run_us: Vec<f64>,
+    /// Of the driver calls that it makes, alone: same kernels, grids and parameters.
+    pub bare_us: Vec<f64>,
+    /// How many driver calls those are.
+    pub launches: usize,
+}
+
+/// Times `calls` runs, and as many times their bare driver calls in between. Every few calls it waits for the device, untimed, so
+/// that no call waits for a place in the queue.
+///
+/// # Errors
+/// Those of the run.
+pub fn host_times(run: &BoundRun, uploaded: Uploaded<'_>, stream: &Stream, calls: u32) -> Result<HostTimes> {
+    const CALLS_IN_FLIGHT: u32 = 16;
+    let mut bare = run.bare_launches(stream.enter(run.device())?);
+    let mut times = HostTimes { launches: bare.len(), ..HostTimes::default() };
+    let elapsed_us = |begin: Instant| begin.elapsed().as_secs_f64() * 1e6;
+    for call in 0..calls {
+        if call % CALLS_IN_FLIGHT == 0 {
+            stream.synchronize()?;
+        }
+        let begin = Instant::now();
+        run.run(uploaded, stream)?;
+        times.run_us.push(elapsed_us(begin));
+        let begin = Instant::now();
+        let launched = bare.iter_mut().try_for_each(driver::BareLaunch::enqueue);
+        times.bare_us.push(elapsed_us(begin));
+        attempt(DriverCall::LaunchKernel, || launched)?;
+    }
+    stream.synchronize()?;
+    Ok(times)
 }
 
 fn support_kernel(family: Family, dtype: Dtype) -> Result<&'static KernelSpec> {

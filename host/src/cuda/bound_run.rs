@@ -2,7 +2,7 @@
 
 use super::CudaDevice;
 use super::args::{PreparedRun, RunArgs};
-use super::driver::{self, Allocation, CaptureStatus, CurrentStream, Kernel, Stream, TensorMap};
+use super::driver::{self, Allocation, BareLaunch, CaptureStatus, CurrentStream, Kernel, Stream, TensorMap};
 use super::plan_buffers::{PlanBuffers, Uploaded, Workspace};
 use crate::eligibility::VECTOR_BYTES;
 use crate::plan::PlanGeneration;
@@ -185,6 +185,13 @@ impl BoundRun {
     /// Enqueues the launches as they were bound, for a graph of ours.
     pub(super) fn launch_bound(&self, stream: CurrentStream<'_>) -> Result<()> {
         self.launch(&self.inner.run, stream)
+    }
+
+    /// The driver calls of a run alone.
+    pub(super) fn bare_launches(&self, stream: CurrentStream<'_>) -> Vec<BareLaunch<'_>> {
+        let Inner { run, maps, .. } = &*self.inner;
+        let forward = self.inner.forward.iter().filter_map(|kernel| BareLaunch::forward(kernel, run, maps, stream));
+        forward.chain(self.inner.merge.and_then(|kernel| BareLaunch::merge(kernel, run, stream))).collect()
     }
 
     fn launch(&self, run: &PreparedRun, stream: CurrentStream<'_>) -> Result<()> {

@@ -42,6 +42,8 @@ mod bound_run;
 mod device;
 mod driver;
 mod engine;
+#[cfg(feature = "fault-injection")]
+pub mod faults;
 mod graph;
 mod plan_buffers;
 mod ptx;

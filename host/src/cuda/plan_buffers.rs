@@ -319,8 +319,12 @@ impl<'a> Uploaded<'a> {
         self.buffers.order(self.home, stream)?;
         let enqueued = enqueue();
         // Also where a later launch failed: what was launched reads the plan.
-        self.buffers.order(stream, self.home)?;
-        enqueued
+        let ordered = self.buffers.order(stream, self.home);
+        if ordered.is_err() {
+            // An upload must not overtake what was launched.
+            stream.synchronize()?;
+        }
+        enqueued.and(ordered)
     }
 }
 

@@ -44,15 +44,21 @@ def prompts(count, system_prompts=4, system_tokens=70, seed=0):
     return [draw.choice(systems) + [draw.randrange(512) for _ in range(draw.randint(1, 30))] for _ in range(count)]
 
 
-def generate(model, requests, *, new_tokens=12, page_size=16, num_blocks=256, **settings):
-    """Tokens by request; 8 requests are in a batch at most, so that the others join as some leave."""
+def configurations(*, new_tokens=12, page_size=16, num_blocks=256, **settings):
+    """Greedy generation; 8 requests are in a batch at most, so that the others join as some leave."""
     settings = {"max_requests_per_batch": 8, "max_batch_tokens": 128, "max_blocks_per_request": 16, **settings}
     settings |= {PAGE_SIZE_NAME: page_size, "num_blocks": num_blocks}
-    outputs = model.generate_batch(
-        requests,
-        generation_config=GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0),
-        continuous_batching_config=ContinuousBatchingConfig(**settings),
-    )
+    return {
+        "generation_config": GenerationConfig(
+            max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
+        ),
+        "continuous_batching_config": ContinuousBatchingConfig(**settings),
+    }
+
+
+def generate(model, requests, **settings):
+    """Tokens by request."""
+    outputs = model.generate_batch(requests, **configurations(**settings))
     errors = [output.error for output in outputs.values() if output.error is not None]
     assert not errors, errors
     return [output.generated_tokens for output in outputs.values()]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from batching import generate, llama, prompts, qwen3
+from batching import configurations, generate, llama, prompts, qwen3
 from greedy import check_greedy
 
 import prefix_attn
@@ -18,10 +18,13 @@ def decode_here(model, requests, **settings):
     return tokens, prefix_attn.hf.stats()
 
 
-@pytest.mark.parametrize("make_model", [llama, qwen3])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_requests_that_join_and_leave(make_model, dtype, cpu_fast_path, shared_plans):
-    requests = prompts(48)
+@pytest.mark.parametrize(
+    ("make_model", "dtype", "count"),
+    [(llama, torch.float16, 200), (llama, torch.bfloat16, 40), (qwen3, torch.float16, 40), (qwen3, torch.bfloat16, 40)],
+)
+def test_requests_that_join_and_leave(make_model, dtype, count, cpu_fast_path, shared_plans):
+    """Prompts longer than what is left of a batch are computed in parts."""
+    requests = prompts(count)
     stock = generate(make_model(dtype), requests)
     model = make_model(dtype)
     tokens, stats = decode_here(model, requests)
@@ -121,6 +124,53 @@ def test_block_ids_and_lengths_are_what_transformers_gives_its_own_kernel(cpu_fa
     # Requests with equal tokens fill equal blocks, of which one is kept.
     assert sum(replaced) >= 3
     assert view.page_stride == (1 if transformers.__version__ < "5.18" else 6)
+
+
+def test_a_request_is_aborted_in_the_middle(cpu_fast_path, monkeypatch):
+    requests = prompts(6)
+    model = llama()
+    assert prefix_attn.hf.enable(model) is None
+    step, counted = steps.EagerBatch.step, []
+
+    def cancelling_step(batch, *args):
+        counted.append(args)
+        if len(counted) == 4:
+            manager.cancel_request("request 1")
+        return step(batch, *args)
+
+    monkeypatch.setattr(steps.EagerBatch, "step", cancelling_step)
+    results = {}
+    with model.continuous_batching_context_manager(**configurations(new_tokens=20)) as manager:
+        for index, request in enumerate(requests):
+            manager.add_request(request, request_id=f"request {index}")
+        while len(results) < len(requests) - 1:
+            output = manager.get_result(timeout=60)
+            assert output is not None and output.error is None
+            if output.request_id != "request 1":
+                results[output.request_id] = output.generated_tokens
+    left = [index for index in range(len(requests)) if index != 1]
+    kept, tokens = [requests[index] for index in left], [results[f"request {index}"] for index in left]
+    assert {len(each) for each in tokens} == {20}
+    assert check_greedy(model, kept, tokens, generate(llama(), kept, new_tokens=20)) >= 4
+
+
+@pytest.mark.parametrize("where", ["plan", "layer"])
+def test_a_failure_is_the_requests_error_and_the_next_batch_runs(where, cpu_fast_path, monkeypatch):
+    requests = prompts(3)
+    model = llama()
+    assert prefix_attn.hf.enable(model) is None
+
+    def fail(*args, **kwargs):
+        raise prefix_attn.CudaError("out of memory")
+
+    with monkeypatch.context() as broken:
+        if where == "layer":
+            broken.setattr(prefix_attn, "append_kv", fail)
+        else:
+            broken.setattr(steps.EagerBatch, "step", fail)
+        outputs = model.generate_batch(requests, **configurations())
+    assert all("out of memory" in str(output.error) for output in outputs.values())
+    assert check_greedy(model, requests, generate(model, requests), generate(llama(), requests)) >= 2
 
 
 def test_models_with_what_the_kernels_lack_keep_their_stock_path(caplog, cpu_fast_path):

@@ -1,4 +1,4 @@
-//! The one place that every driver call passes: it names the call in errors.
+//! The one place that every driver call passes: it names the call in errors, and lets tests make one fail.
 
 use crate::{Error, Result};
 use cudarc::driver::DriverError;
@@ -52,7 +52,7 @@ impl fmt::Display for DriverCall {
 
 /// Makes a driver call.
 pub(crate) fn attempt<T>(call: DriverCall, make: impl FnOnce() -> std::result::Result<T, DriverError>) -> Result<T> {
-    make().map_err(|error| Error::Cuda { call: call.to_string(), reason: describe(error) })
+    made(call, make).map_err(|error| Error::Cuda { call: call.to_string(), reason: describe(error) })
 }
 
 /// Makes a driver call; its error says what it was about.
@@ -61,7 +61,26 @@ pub(crate) fn attempt_for<T>(
     about: impl FnOnce() -> String,
     make: impl FnOnce() -> std::result::Result<T, DriverError>,
 ) -> Result<T> {
-    make().map_err(|error| Error::Cuda { call: format!("{call} ({})", about()), reason: describe(error) })
+    made(call, make).map_err(|error| Error::Cuda { call: format!("{call} ({})", about()), reason: describe(error) })
+}
+
+#[cfg(not(feature = "fault-injection"))]
+fn made<T>(
+    _call: DriverCall,
+    make: impl FnOnce() -> std::result::Result<T, DriverError>,
+) -> std::result::Result<T, DriverError> {
+    make()
+}
+
+#[cfg(feature = "fault-injection")]
+fn made<T>(
+    call: DriverCall,
+    make: impl FnOnce() -> std::result::Result<T, DriverError>,
+) -> std::result::Result<T, DriverError> {
+    if crate::cuda::faults::is_due(call) {
+        return Err(DriverError(cudarc::driver::sys::CUresult::CUDA_ERROR_UNKNOWN));
+    }
+    make()
 }
 
 pub(crate) fn describe(error: DriverError) -> String {

@@ -23,14 +23,17 @@ pub(crate) fn driver_version() -> Result<i32> {
 
 /// Makes the device's primary context this thread's current one; nothing where it is already.
 pub(crate) fn make_current(device: CudaDevice) -> Result<()> {
+    attempt(DriverCall::CtxSetCurrent, || try_make_current(device))
+}
+
+/// As [`make_current`], for what is being dropped.
+pub(crate) fn try_make_current(device: CudaDevice) -> std::result::Result<(), DriverError> {
     let wanted = device.context().cu_ctx();
-    attempt(DriverCall::CtxSetCurrent, || {
-        if result::ctx::get_current()? == Some(wanted) {
-            return Ok(());
-        }
-        // SAFETY: a `CudaDevice` retains its primary context as long as the process runs.
-        unsafe { result::ctx::set_current(wanted) }
-    })
+    if result::ctx::get_current()? == Some(wanted) {
+        return Ok(());
+    }
+    // SAFETY: a `CudaDevice` retains its primary context as long as the process runs.
+    unsafe { result::ctx::set_current(wanted) }
 }
 
 /// Lets this thread allocate, free and wait for events while another thread captures a stream in the driver's strictest mode
@@ -41,9 +44,12 @@ pub(crate) struct WhileOthersCapture {
 
 impl WhileOthersCapture {
     pub(crate) fn enter() -> Result<Self> {
-        attempt(DriverCall::ThreadExchangeStreamCaptureMode, || {
-            exchange(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED).map(|former| Self { former })
-        })
+        attempt(DriverCall::ThreadExchangeStreamCaptureMode, Self::try_enter)
+    }
+
+    /// As [`Self::enter`], for what is being dropped.
+    pub(crate) fn try_enter() -> std::result::Result<Self, DriverError> {
+        exchange(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED).map(|former| Self { former })
     }
 }
 

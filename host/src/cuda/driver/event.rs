@@ -5,7 +5,7 @@ use super::context::{WhileOthersCapture, make_current};
 use super::stream::Stream;
 use crate::cuda::CudaDevice;
 use crate::{Error, Result};
-use cudarc::driver::{CudaEvent, result, sys};
+use cudarc::driver::{CudaEvent, DriverError, result, sys};
 
 /// An event of one device.
 #[derive(Debug)]
@@ -30,6 +30,10 @@ impl Event {
         Ok(Self { device, event })
     }
 
+    pub(crate) fn device(&self) -> CudaDevice {
+        self.device
+    }
+
     /// Marks the stream's present end.
     pub(crate) fn record(&self, stream: &Stream) -> Result<()> {
         let current = stream.enter(self.device)?;
@@ -51,8 +55,13 @@ impl Event {
     pub(crate) fn synchronize(&self) -> Result<()> {
         make_current(self.device)?;
         let _allowed = WhileOthersCapture::enter()?;
+        attempt(DriverCall::EventSynchronize, || self.try_synchronize())
+    }
+
+    /// As [`Self::synchronize`], for what is being dropped. The context is current.
+    pub(crate) fn try_synchronize(&self) -> std::result::Result<(), DriverError> {
         // SAFETY: the event lives as long as `self`, and no capture of ours records it.
-        attempt(DriverCall::EventSynchronize, || unsafe { result::event::synchronize(self.event.cu_event()) })
+        unsafe { result::event::synchronize(self.event.cu_event()) }
     }
 
     /// GPU time from `start` to this event, in microseconds; waits for both. Both come from [`Self::with_time`].

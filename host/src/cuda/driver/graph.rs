@@ -1,7 +1,7 @@
 //! Graphs: our own, and what a graph that somebody else captures has to keep alive.
 
 use super::call::{DriverCall, attempt};
-use super::context::{WhileOthersCapture, make_current};
+use super::context::{WhileOthersCapture, try_make_current};
 use super::stream::{CurrentStream, Stream};
 use crate::cuda::CudaDevice;
 use crate::{Error, Result};
@@ -53,7 +53,7 @@ impl GraphExec {
 
 impl Drop for GraphExec {
     fn drop(&mut self) {
-        if make_current(self.device).is_ok() {
+        if try_make_current(self.device).is_ok() {
             // SAFETY: as in `launch`; the driver lets a launch that is under way finish.
             let _ = unsafe { result::graph::exec_destroy(self.exec) };
         }
@@ -89,8 +89,10 @@ impl<'a> Capture<'a> {
     }
 
     fn end(mut self) -> Result<CapturedGraph> {
-        self.open = false;
-        self.end_now()
+        let graph = self.end_now();
+        // Where it failed, once more when dropped: the driver refuses that if the capture has ended all the same.
+        self.open = graph.is_err();
+        graph
     }
 
     fn end_now(&self) -> Result<CapturedGraph> {

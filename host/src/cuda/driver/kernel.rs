@@ -1,7 +1,7 @@
 //! Kernels: compiling, launching, and the tensor maps they take.
 
 use super::call::{DriverCall, attempt_for};
-use super::context::{WhileOthersCapture, make_current};
+use super::context::{WhileOthersCapture, make_current, try_make_current};
 use super::stream::CurrentStream;
 use crate::cuda::CudaDevice;
 use crate::cuda::args::PreparedRun;
@@ -107,12 +107,23 @@ impl Kernel {
         if grid == 0 {
             return Ok(());
         }
-        let mut attribute = sys::CUlaunchAttribute {
-            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-            pad: [0; 4],
-            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
-        };
-        let config = sys::CUlaunchConfig {
+        let mut attribute = overlapping();
+        let config = self.configuration(grid, &mut attribute, programmatic, stream);
+        let about = || format!("{} with {grid} CTAs", self.spec.entry);
+        attempt_for(DriverCall::LaunchKernel, about, || {
+            // SAFETY: the function's module is loaded as long as `self` lives; the parameters are the caller's promise.
+            unsafe { sys::cuLaunchKernelEx(&config, self.function, params.as_mut_ptr(), std::ptr::null_mut()) }.result()
+        })
+    }
+
+    fn configuration(
+        &self,
+        grid: u32,
+        attribute: *mut sys::CUlaunchAttribute,
+        programmatic: bool,
+        stream: CurrentStream<'_>,
+    ) -> sys::CUlaunchConfig {
+        sys::CUlaunchConfig {
             gridDimX: grid,
             gridDimY: 1,
             gridDimZ: 1,
@@ -121,20 +132,24 @@ impl Kernel {
             blockDimZ: 1,
             sharedMemBytes: self.spec.smem_bytes,
             hStream: stream.raw(),
-            attrs: &mut attribute,
+            attrs: attribute,
             numAttrs: u32::from(programmatic),
-        };
-        let about = || format!("{} with {grid} CTAs", self.spec.entry);
-        attempt_for(DriverCall::LaunchKernel, about, || {
-            // SAFETY: the function's module is loaded as long as `self` lives; the parameters are the caller's promise.
-            unsafe { sys::cuLaunchKernelEx(&config, self.function, params.as_mut_ptr(), std::ptr::null_mut()) }.result()
-        })
+        }
+    }
+}
+
+/// Lets a launch begin while the one before it drains.
+fn overlapping() -> sys::CUlaunchAttribute {
+    sys::CUlaunchAttribute {
+        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+        pad: [0; 4],
+        value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
     }
 }
 
 impl Drop for Kernel {
     fn drop(&mut self) {
-        if make_current(self.device).is_ok() {
+        if try_make_current(self.device).is_ok() {
             // SAFETY: loaded in `load`, unloaded only here: a kernel that a device keeps is never dropped, so that this one
             // was never launched.
             let _ = unsafe { result::module::unload(self.module) };
@@ -233,6 +248,57 @@ pub(crate) fn launch_merge_states(
     let mut params = [(&raw const merge.0).cast_mut().cast::<c_void>()];
     // SAFETY: the kernels take MergeStatesParams alone; `CheckedMergeStates` says that the states hold what they access.
     unsafe { kernel.launch(merge.1, &mut params, false, stream) }
+}
+
+/// The driver call of one launch, made ready ahead: a measurement compares runs with the bare calls.
+pub(crate) struct BareLaunch<'a> {
+    kernel: &'a Kernel,
+    config: sys::CUlaunchConfig,
+    /// `config` points to it.
+    _attribute: Box<sys::CUlaunchAttribute>,
+    params: [*mut c_void; 3],
+}
+
+impl<'a> BareLaunch<'a> {
+    pub(crate) fn forward(
+        kernel: &'a Kernel,
+        run: &'a PreparedRun,
+        maps: &'a [TensorMap],
+        stream: CurrentStream<'_>,
+    ) -> Option<Self> {
+        let Family::Forward(variant) = kernel.spec.family else { return None };
+        let maps = maps.get(..kernel.spec.tensor_maps as usize)?;
+        let (params, _) = parameter_pointers(&run.forward, maps);
+        Some(Self::new(kernel, run.forward_grids[variant.index()], params, false, stream))
+    }
+
+    pub(crate) fn merge(kernel: &'a Kernel, run: &'a PreparedRun, stream: CurrentStream<'_>) -> Option<Self> {
+        let (params, _) = parameter_pointers(&run.merge, &[]);
+        let programmatic = kernel.spec.arch == Arch::Sm90a;
+        (kernel.spec.family == Family::Merge)
+            .then(|| Self::new(kernel, run.merge_rows as u32, params, programmatic, stream))
+    }
+
+    fn new(
+        kernel: &'a Kernel,
+        grid: u32,
+        params: [*mut c_void; 3],
+        programmatic: bool,
+        stream: CurrentStream<'_>,
+    ) -> Self {
+        let mut attribute = Box::new(overlapping());
+        let config = kernel.configuration(grid.min(kernel.max_grid), &mut *attribute, programmatic, stream);
+        Self { kernel, config, _attribute: attribute, params }
+    }
+
+    /// Nothing but the call. The stream it was made for is alive and its context current.
+    pub(crate) fn enqueue(&mut self) -> std::result::Result<(), cudarc::driver::DriverError> {
+        // SAFETY: as in `launch_forward` and `launch_merge`, whose parameters these are; they live as long as `'a`.
+        unsafe {
+            sys::cuLaunchKernelEx(&self.config, self.kernel.function, self.params.as_mut_ptr(), std::ptr::null_mut())
+        }
+        .result()
+    }
 }
 
 /// The parameter pointers of a kernel that takes one record and up to two tensor maps, on the stack.

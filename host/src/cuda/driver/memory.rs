@@ -1,7 +1,7 @@
 //! Device memory and pinned host memory.
 
 use super::call::{DriverCall, attempt, attempt_for};
-use super::context::{WhileOthersCapture, make_current, synchronize};
+use super::context::{WhileOthersCapture, make_current, synchronize, try_make_current};
 use super::event::Event;
 use super::stream::Stream;
 use crate::cuda::{CudaDevice, DeviceSpan};
@@ -41,8 +41,8 @@ impl Allocation {
 
 impl Drop for Allocation {
     fn drop(&mut self) {
-        let Ok(()) = make_current(self.device) else { return };
-        let Ok(_allowed) = WhileOthersCapture::enter() else { return };
+        let Ok(()) = try_make_current(self.device) else { return };
+        let _allowed = WhileOthersCapture::try_enter();
         // `cuMemFree` waits for work that is under way on the device, so that kernels which still use the memory finish first.
         // SAFETY: allocated in `DeviceBuffer::zeroed`, freed only here. Whatever names the address holds a reference: spans,
         // bound runs, and graphs through their runs.
@@ -234,10 +234,10 @@ impl StagingRing {
 
 impl Drop for StagingRing {
     fn drop(&mut self) {
-        let _allowed = WhileOthersCapture::enter();
+        let _allowed = WhileOthersCapture::try_enter();
         // The pinned memory must outlive the copies that read it.
         for slot in self.slots.drain(..) {
-            let _ = slot.copied.synchronize();
+            let _ = try_make_current(slot.copied.device()).and_then(|()| slot.copied.try_synchronize());
         }
     }
 }

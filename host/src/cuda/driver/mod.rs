@@ -19,8 +19,8 @@ pub(super) use context::{driver_version, library_is_present};
 pub(super) use event::Event;
 pub(super) use graph::{GraphExec, drop_released, retain_in_capture};
 pub(super) use kernel::{
-    Kernel, TensorMap, encode_tensor_map, launch_append, launch_fill, launch_flush, launch_forward, launch_merge,
-    launch_merge_states,
+    BareLaunch, Kernel, TensorMap, encode_tensor_map, launch_append, launch_fill, launch_flush, launch_forward,
+    launch_merge, launch_merge_states,
 };
 pub(super) use memory::{Allocation, StagingRing};
 pub(super) use stream::{CaptureStatus, CurrentStream};

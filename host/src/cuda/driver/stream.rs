@@ -1,7 +1,7 @@
 //! Streams: our own, another library's, the default one.
 
 use super::call::{DriverCall, attempt};
-use super::context::{WhileOthersCapture, make_current};
+use super::context::{WhileOthersCapture, make_current, try_make_current};
 use crate::cuda::CudaDevice;
 use crate::{Error, Result};
 use cudarc::driver::{CudaStream, result, sys};
@@ -39,7 +39,7 @@ struct OwnStream {
 
 impl Drop for OwnStream {
     fn drop(&mut self) {
-        if make_current(self.device).is_ok() {
+        if try_make_current(self.device).is_ok() {
             // SAFETY: created in `Stream::create`, destroyed only here; work that is under way goes on to its end.
             let _ = unsafe { result::stream::destroy(raw(self.handle)) };
         }

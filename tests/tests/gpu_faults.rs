@@ -1,0 +1,160 @@
+//! Every driver call that the engine makes, failing once, at each place where it is made: an error that names the call, no memory
+//! lost, and an engine that works as before. Needs the feature `fault-injection`.
+
+use half::f16;
+use pat_rs::cuda::bench_support::L2Flush;
+use pat_rs::cuda::faults::Fault;
+use pat_rs::cuda::{CudaEngine, Graph, LaunchGeometry, PlanBuffers, Workspace};
+use pat_rs::plan::PlanMode;
+use pat_rs::{AttentionShape, Dtype, Engine, Plan};
+use pat_tests::on_device::OnDevice;
+use pat_tests::{Case, Output, device_test, judge};
+use pat_workloads::{OwnedBatch, PoolLayout};
+use std::process::ExitCode;
+
+const SEED: u32 = 5;
+/// Device memory that the driver keeps for itself may vary by so much, in bytes.
+const SLACK_BYTES: usize = 8 << 20;
+
+/// Those that compile a kernel first: later ones find it compiled.
+const CALLS: [&str; 20] = [
+    "cuModuleLoad",
+    "cuModuleGetFunction",
+    "cuFuncSetAttribute",
+    "cuTensorMapEncode",
+    "cuCtxSetCurrent",
+    "cuCtxSynchronize",
+    "cuMemAlloc",
+    "cuMemHostAlloc",
+    "cuMemsetD8Async",
+    "cuMemcpyHtoDAsync",
+    "cuMemcpyDtoH",
+    "cuEventCreate",
+    "cuEventRecord",
+    "cuEventSynchronize",
+    "cuStreamCreate",
+    "cuStreamIsCapturing",
+    "cuStreamSynchronize",
+    "cuStreamWaitEvent",
+    "cuThreadExchangeStreamCaptureMode",
+    "cuLaunchKernel",
+];
+const GRAPH_CALLS: [&str; 4] = ["cuStreamBeginCapture", "cuStreamEndCapture", "cuGraphInstantiate", "cuGraphLaunch"];
+
+fn case() -> Case {
+    let page_size = 16;
+    let table = |own: std::ops::Range<u32>| (0..8).chain(own).collect::<Vec<u32>>();
+    let block_tables = vec![table(8..12), table(12..30), table(30..30)];
+    let lengths = block_tables.iter().map(|t: &Vec<u32>| t.len() as u32 * page_size - 3).collect();
+    Case {
+        batch: OwnedBatch { page_size, num_pages: 31, lengths, block_tables },
+        shape: AttentionShape::new(16, 2, 128, Dtype::F16).unwrap(),
+        layout: PoolLayout::ALL[0],
+    }
+}
+
+/// All that an engine does with a plan: memory, uploads and runs on two streams, a graph.
+fn serve(engine: &CudaEngine, plan: &Plan) -> pat_rs::Result<Output<f16>> {
+    let device = engine.device();
+    let memory = OnDevice::<f16>::new(case(), engine, SEED)?;
+    let (stream, other) = (device.new_stream()?, device.new_stream()?);
+    let mut buffers = PlanBuffers::with_fixed_geometry(device, plan.bytes().len(), LaunchGeometry::of(plan))?;
+    let workspace = Workspace::with_capacity(device, Workspace::bytes_for(plan))?;
+    let run = engine.bind(&buffers, &memory.args(), &workspace)?;
+    // Three uploads: the third waits for the first.
+    for stream in [&stream, &other, &stream] {
+        run.run(buffers.upload(plan, stream)?, stream)?;
+    }
+    run.run(buffers.uploaded()?, &other)?;
+    let mut graph = Graph::capture(vec![run])?;
+    graph.replay(buffers.uploaded()?, &stream)?;
+    stream.synchronize()?;
+    memory.output()
+}
+
+fn free_bytes(engine: &CudaEngine) -> usize {
+    engine.device().context().mem_get_info().unwrap().0
+}
+
+fn a_driver_call_that_fails_is_an_error_and_nothing_is_lost(engine: &Engine) {
+    let engine = engine.as_cuda().unwrap();
+    let options = PlanMode::FixedChunk { tokens: 64 }.into();
+    let plan = pat_tests::on_device::plan(&case(), engine, options).unwrap();
+    let mut expected: Option<Output<f16>> = None;
+    let mut free: Option<usize> = None;
+    let mut faults = 0;
+    for call in CALLS.into_iter().chain(GRAPH_CALLS) {
+        let mut before = 0;
+        loop {
+            let fault = Fault::arm(call, before);
+            let result = serve(engine, &plan);
+            let has_happened = fault.has_happened();
+            drop(fault);
+            if !has_happened {
+                break;
+            }
+            let error =
+                result.err().unwrap_or_else(|| panic!("{call} failed, behind {before} others, and nobody said so"));
+            assert!(error.to_string().contains(call), "{call}: {error}");
+            let output = serve(engine, &plan).unwrap_or_else(|error| panic!("after {call} had failed: {error}"));
+            let report = judge(&case(), &output, SEED).unwrap();
+            assert!(report.passed, "after {call}: {report:?}");
+            let expected = expected.get_or_insert_with(|| output.clone());
+            assert!(*expected == output, "after {call}: other bits");
+            // The first rounds load kernels.
+            if call == "cuTensorMapEncode" || free.is_some() {
+                let free_now = free_bytes(engine);
+                let free_first = *free.get_or_insert(free_now);
+                assert!(free_now + SLACK_BYTES >= free_first, "{call}: {free_first} bytes were free, now {free_now}");
+            }
+            before += 1;
+            faults += 1;
+            assert!(before < 500, "{call} goes on failing");
+        }
+        assert!(before > 0, "{call} is never made");
+    }
+    eprintln!("{faults} faults");
+}
+
+fn a_measurement_that_fails_is_an_error(engine: &Engine) {
+    let engine = engine.as_cuda().unwrap();
+    let fault = Fault::arm("cuMemAlloc", 0);
+    let error = L2Flush::new(engine.device()).unwrap_err().to_string();
+    assert!(fault.has_happened() && error.contains("cuMemAlloc"), "{error}");
+    drop(fault);
+    let stream = engine.device().new_stream().unwrap();
+    let flush = L2Flush::new(engine.device()).unwrap();
+    flush.enqueue(&stream).unwrap();
+    stream.synchronize().unwrap();
+}
+
+/// A failed copy leaves no plan; fixed buffers still take plans for their model only.
+fn a_failed_upload_leaves_fixed_buffers_as_strict_as_before(engine: &Engine) {
+    let engine = engine.as_cuda().unwrap();
+    let plan = |case: &Case| pat_tests::on_device::plan(case, engine, Default::default()).unwrap();
+    let own = plan(&case());
+    let mut bigger_pool = case();
+    bigger_pool.batch.num_pages += 1;
+    let other = plan(&bigger_pool);
+    let stream = engine.device().new_stream().unwrap();
+    let bytes = own.bytes().len().max(other.bytes().len());
+    let geometry = LaunchGeometry::of(&own).union(LaunchGeometry::of(&other));
+    let mut buffers = PlanBuffers::with_fixed_geometry(engine.device(), bytes, geometry).unwrap();
+    buffers.upload(&own, &stream).unwrap();
+    let fault = Fault::arm("cuMemcpyHtoDAsync", 0);
+    let error = buffers.upload(&own, &stream).unwrap_err().to_string();
+    assert!(fault.has_happened() && error.contains("cuMemcpyHtoDAsync"), "{error}");
+    drop(fault);
+    assert!(buffers.uploaded().is_err(), "a plan that was not copied");
+    let error = buffers.upload(&other, &stream).unwrap_err().to_string();
+    assert!(error.contains("num_pages"), "{error}");
+    buffers.upload(&own, &stream).unwrap();
+}
+
+fn main() -> ExitCode {
+    pat_tests::device_tests::main([
+        device_test!(a_driver_call_that_fails_is_an_error_and_nothing_is_lost),
+        device_test!(a_measurement_that_fails_is_an_error),
+        device_test!(a_failed_upload_leaves_fixed_buffers_as_strict_as_before),
+    ])
+}
