@@ -4,12 +4,13 @@
 use half::{bf16, f16};
 use pat_rs::plan::PlanMode;
 use pat_rs::{DeviceProfile, Dtype, Element, Engine, PlanOptions, Planner, Problem, TileVariant};
-use pat_tests::{Case, random_case, softmax_scale};
+use pat_tests::{Case, device_test, random_case, softmax_scale};
 use pat_workloads::{Oracle, RowSample, Tensors, check};
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::collections::BTreeMap;
+use std::process::ExitCode;
 
 const SEED: u32 = 17;
 
@@ -87,20 +88,15 @@ fn check_scores(engine: &Engine, profile: &DeviceProfile, forests: u64, seed: u6
     }
 }
 
-#[test]
-fn caps_and_sinks_agree_with_the_oracle_on_the_cpu() {
-    check_scores(&Engine::cpu(), &DeviceProfile::h200(), 100, 1);
+fn on_the_cpu(engine: &Engine) {
+    check_scores(engine, &DeviceProfile::h200(), 100, 1);
 }
 
-#[test]
-fn caps_and_sinks_agree_with_the_oracle() {
-    let engine = match Engine::cuda(0) {
-        Ok(engine) => engine,
-        Err(reason) => {
-            eprintln!("skipped caps and sinks on a device: {reason}");
-            return;
-        }
-    };
+fn on_a_device(engine: &Engine) {
     let profile = engine.profile().unwrap();
-    check_scores(&engine, &profile, from_env("PAT_GPU_FORESTS", 400), from_env("PAT_GPU_SEED", 1));
+    check_scores(engine, &profile, from_env("PAT_GPU_FORESTS", 400), from_env("PAT_GPU_SEED", 1));
+}
+
+fn main() -> ExitCode {
+    pat_tests::device_tests::main([device_test!(on_the_cpu).on_the_cpu(), device_test!(on_a_device)])
 }
