@@ -45,6 +45,8 @@ pub enum ExchangeError {
     #[error(transparent)]
     Write(#[from] WriteError),
     /// The folder cannot be made or read.
+    ///
+    /// Fix: check that the folder can be made and read.
     #[error("{path}: {source}")]
     Io {
         /// The folder.
@@ -56,6 +58,8 @@ pub enum ExchangeError {
     #[error(transparent)]
     Batch(#[from] SuiteError),
     /// The folder has something in it.
+    ///
+    /// Fix: give another folder, or `--force`.
     #[error("{0} is not empty: --force overwrites what has the same names")]
     NotEmpty(PathBuf),
 }

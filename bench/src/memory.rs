@@ -4,6 +4,8 @@ use pat_rs::{AttentionShape, Plan};
 use pat_workloads::OwnedBatch;
 
 /// A batch that is too large to be executed on the CPU here.
+///
+/// Fix: use fewer or shorter sequences, another machine, or `--device cuda`.
 #[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
 #[error(
     "the batch needs {:.1} GB of memory for its KV pool and partials, this machine has {:.1} GB left: use fewer sequences, \

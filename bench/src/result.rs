@@ -196,6 +196,8 @@ impl Record {
 #[non_exhaustive]
 pub enum ResultError {
     /// Reading failed.
+    ///
+    /// Fix: check the path and its permissions.
     #[error("{file}: {source}")]
     Io {
         /// The file.
@@ -207,6 +209,8 @@ pub enum ResultError {
     #[error(transparent)]
     Write(#[from] WriteError),
     /// Not a result file.
+    ///
+    /// Fix: give a file that `pat bench kernels --output` wrote.
     #[error("{file} is not a result file of this tool: {source}")]
     Json {
         /// The file.
@@ -215,6 +219,8 @@ pub enum ResultError {
         source: serde_json::Error,
     },
     /// From a newer version, or from none there was.
+    ///
+    /// Fix: read the file with the version of the tool that wrote it, or a newer one.
     #[error("{file} has schema version {found}, this tool reads 1 to {SCHEMA_VERSION}: use a newer tool")]
     Version {
         /// The file.

@@ -40,7 +40,7 @@ enum Command {
   pat run --batch batch.json --device cuda
 
 Takes: about as long as the oracle, on the CPU: 5 GFLOP at most, a few seconds on two cores; on the CPU executor besides, what
-drawing the pool and computing the batch take (the first example: under a second). --check none leaves the oracle out.")]
+drawing the pool and computing the batch take (the first example: about a second). --check none leaves the oracle out.")]
     Run(run::Args),
     /// Show the prefix forest of a batch, how often each part of it is read, and the predicted time.
     #[command(

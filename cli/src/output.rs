@@ -5,6 +5,8 @@ use std::fmt::Display;
 use std::io::{self, Write};
 
 /// Standard output does not take what is printed.
+///
+/// Fix: make space where standard output goes. A reader that closes the pipe is no error.
 #[derive(Debug, thiserror::Error)]
 #[error("standard output: {0}")]
 pub(crate) struct OutputError(#[source] io::Error);

@@ -1,6 +1,7 @@
 //! The tool where things go wrong or are unusual: full disks, closed pipes, padded and sparse batches, traces of other kinds,
 //! nothing to measure. Everything runs on the CPU.
 
+use pat_rs::{AttentionShape, Dtype, Problem, supports};
 use serde_json::Value;
 use std::fs;
 use std::io::Read;
@@ -360,6 +361,27 @@ fn errors_name_the_option() {
         (&["bench", "compare", "none.json", "--new", "none.json"], &["error: OLD: none.json"]),
     ] {
         refused(args, parts);
+    }
+}
+
+/// One validator: what `supports` refuses, every command refuses with the same words, after the option that gave it.
+#[test]
+fn the_commands_and_supports_agree_on_every_limit() {
+    for (heads, page_size) in [((192, 1), 16), ((129, 1), 16), ((32, 8), 100_000), ((32, 8), 65_537)] {
+        let shape = AttentionShape::new(heads.0, heads.1, 128, Dtype::F16).expect("a shape");
+        let reason = supports(&Problem::new(shape, page_size), None, None).expect_err("a limit").to_string();
+        let (heads, page_size) = (format!("{}/{}", heads.0, heads.1), page_size.to_string());
+        let option = if page_size == "16" { "--heads" } else { "--page-size" };
+        for command in [&["plan"][..], &["run", "--device", "cpu"]] {
+            let args = [command, &["--tree", "1_32", "--heads", &heads, "--page-size", &page_size]].concat();
+            refused(&args, &[option, &reason]);
+        }
+    }
+    for (heads, page_size) in [((128, 1), 16), ((32, 8), 65_536)] {
+        let shape = AttentionShape::new(heads.0, heads.1, 128, Dtype::F16).expect("a shape");
+        supports(&Problem::new(shape, page_size), None, None).expect("within the limits");
+        let (heads, page_size) = (format!("{}/{}", heads.0, heads.1), page_size.to_string());
+        stdout(&["plan", "--tree", "1_32", "--heads", &heads, "--page-size", &page_size]);
     }
 }
 

@@ -12,6 +12,9 @@ pub(crate) const VECTOR_BYTES: u32 = 16;
 pub(crate) const STRIDE_BYTES_END: i64 = 1 << 40;
 
 /// Why a problem cannot be computed: what of it, and what would be accepted.
+///
+/// Fix: change what the message names, or use another attention for this model; `supports` tells it before anything is
+/// allocated.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{part}: got {got}, expected {accepted}")]
 #[non_exhaustive]

@@ -7,6 +7,8 @@ use crate::Reason;
 #[non_exhaustive]
 pub enum Error {
     /// An argument has a value that is not accepted.
+    ///
+    /// Fix: give the argument a value that the message accepts. In the tool the message begins with the option.
     #[error("{argument}: got {got}, expected {expected}")]
     InvalidArgument {
         /// The argument's name, with indices where it is a list (`lengths[3]`).
@@ -20,6 +22,9 @@ pub enum Error {
     #[error(transparent)]
     Unsupported(#[from] Reason),
     /// A plan was used with something it was not made for (another shape, pool, capacity or generation).
+    ///
+    /// Fix: run the plan with the shape, page size and pool it was made for, or plan again; upload it again if another
+    /// plan was uploaded in between.
     #[error("plan does not fit {what}: the plan has {plan}, the call has {call}")]
     PlanMismatch {
         /// What differs.
@@ -30,12 +35,18 @@ pub enum Error {
         call: String,
     },
     /// No usable CUDA device or driver.
+    ///
+    /// Fix: install an NVIDIA driver for CUDA 12.0 or later, or start the container with GPU access; `pat doctor` says
+    /// more. Without a GPU use `Engine::cpu`.
     #[error("CUDA is not usable: {reason}")]
     CudaUnavailable {
         /// Why, and what would repair it.
         reason: String,
     },
     /// A CUDA driver call failed.
+    ///
+    /// Fix: read the driver's message. If it is out of memory, use a smaller pool or batch; if it is an illegal access,
+    /// an address or stride given to an `unsafe` entry point is wrong.
     #[error("{call} failed: {reason}")]
     Cuda {
         /// The driver call and what it was about.

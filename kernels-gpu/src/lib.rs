@@ -1,7 +1,7 @@
 //! Decode-attention kernels for NVIDIA GPUs, compiled by rustc to PTX.
 //!
 //! The tree follows the hardware: `ptx` has one wrapper per instruction, `tile` builds register and shared-memory tiles
-//! on it, `kernels` has one file per kernel family. `--cfg pat_sm90a` (set by the xtask) selects the wgmma kernels
+//! on it, `kernels` has the entry points. `--cfg pat_sm90a` (set by the xtask) selects the wgmma kernels
 //! instead of the mma.sync ones: each PTX file holds the kernels of one architecture.
 #![no_std]
 #![feature(abi_ptx, asm_experimental_arch, stdarch_nvptx, link_llvm_intrinsics)]

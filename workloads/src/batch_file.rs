@@ -20,6 +20,8 @@ use std::path::{Path, PathBuf};
 #[non_exhaustive]
 pub enum BatchFileError {
     /// The file cannot be read.
+    ///
+    /// Fix: check the path and its permissions.
     #[error("batch file {}: {source}", path.display())]
     Io {
         /// The file.
@@ -28,6 +30,8 @@ pub enum BatchFileError {
         source: std::io::Error,
     },
     /// It is not JSON, or not an object with the fields of a batch.
+    ///
+    /// Fix: write the file as docs/batch-format.md shows it; line and column say where it differs.
     #[error("batch file {}: {source} (expected {{\"page_size\", \"num_pages\", \"lengths\", \"block_tables\"}})", path.display())]
     Format {
         /// The file.
@@ -36,6 +40,9 @@ pub enum BatchFileError {
         source: serde_json::Error,
     },
     /// A value is not accepted, or the values contradict each other.
+    ///
+    /// Fix: correct the value that the message names; a padded table may have anything after the ids that `lengths`
+    /// needs.
     #[error("batch file {}: {source}", path.display())]
     Values {
         /// The file.

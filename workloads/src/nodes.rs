@@ -100,6 +100,8 @@ impl Draw {
 }
 
 /// Why a specification gives no batch.
+///
+/// Fix: correct the field of the specification that the message names (docs/workload-spec.md).
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{argument}: got {got}, expected {expected}")]
 pub struct NodeError {

@@ -35,6 +35,8 @@ pub struct TraceCut {
 #[non_exhaustive]
 pub enum TraceError {
     /// Reading failed.
+    ///
+    /// Fix: check the file; a trace is UTF-8 text.
     #[error("trace line {line}: {source}")]
     Io {
         /// Line, from 1.
@@ -43,9 +45,13 @@ pub enum TraceError {
         source: std::io::Error,
     },
     /// The file is compressed.
+    ///
+    /// Fix: unpack the file with `gunzip` first.
     #[error("the trace is compressed by gzip, expected JSON lines: gunzip it first")]
     Gzip,
     /// A line is not a request.
+    ///
+    /// Fix: write one JSON object per line as docs/trace-format.md shows it.
     #[error("trace line {line}: {source} (expected {{\"input_length\", \"output_length\", \"hash_ids\"}})")]
     Line {
         /// Line, from 1.
@@ -54,6 +60,9 @@ pub enum TraceError {
         source: serde_json::Error,
     },
     /// A request contradicts itself.
+    ///
+    /// Fix: give the size of the trace's blocks by `--trace-block` if it is not the one in the message; otherwise
+    /// correct the line.
     #[error("trace line {line}: {problem}")]
     Request {
         /// Line, from 1.
@@ -62,6 +71,8 @@ pub enum TraceError {
         problem: String,
     },
     /// The cut cannot be made of this trace.
+    ///
+    /// Fix: ask for requests that the trace has, by `--batch` and `--first-request`.
     #[error("{argument}: got {got}, expected {expected}")]
     Cut {
         /// The field of [`TraceCut`].

@@ -42,6 +42,9 @@ pub struct TreeSpec {
 }
 
 /// Why a tree cannot be used.
+///
+/// Fix: write the tree as nodes per level `_` tokens per level, such as `1,4,256_32,256,32`; shared levels are
+/// multiples of the page size.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("tree {tree:?}: {problem}")]
 pub struct TreeError {

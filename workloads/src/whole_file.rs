@@ -29,6 +29,8 @@ impl Existing {
 #[non_exhaustive]
 pub enum WriteError {
     /// The system refuses.
+    ///
+    /// Fix: check that the folder exists, may be written to and has space. The file is as it was before.
     #[error("{}: {source}", path.display())]
     Io {
         /// The file.
@@ -37,11 +39,21 @@ pub enum WriteError {
         source: io::Error,
     },
     /// There is such a file, and it is to stay.
-    #[error("{} exists: --force overwrites it", .0.display())]
-    Exists(PathBuf),
+    ///
+    /// Fix: give another name, or `--force`.
+    #[error("{} exists: --force overwrites it", path.display())]
+    Exists {
+        /// The file.
+        path: PathBuf,
+    },
     /// The name is that of a folder.
-    #[error("{} is a folder, expected a file", .0.display())]
-    Folder(PathBuf),
+    ///
+    /// Fix: give the name of a file in the folder.
+    #[error("{} is a folder, expected a file", path.display())]
+    Folder {
+        /// The folder.
+        path: PathBuf,
+    },
 }
 
 /// Contents that wait for their name.
@@ -66,8 +78,8 @@ enum Contents {
 /// See [`WriteError`].
 pub fn check(path: &Path, existing: Existing) -> Result<(), WriteError> {
     match fs::metadata(path) {
-        Ok(kind) if kind.is_dir() => Err(WriteError::Folder(path.into())),
-        Ok(kind) if kind.is_file() && existing == Existing::Keep => Err(WriteError::Exists(path.into())),
+        Ok(kind) if kind.is_dir() => Err(WriteError::Folder { path: path.into() }),
+        Ok(kind) if kind.is_file() && existing == Existing::Keep => Err(WriteError::Exists { path: path.into() }),
         Ok(_) => Ok(()),
         Err(_) => {
             fs::metadata(folder_of(path)).map(drop).map_err(|source| WriteError::Io { path: path.into(), source })
@@ -122,7 +134,7 @@ impl Staged {
             },
         };
         written.map_err(|source| match source.kind() {
-            io::ErrorKind::AlreadyExists => WriteError::Exists(path),
+            io::ErrorKind::AlreadyExists => WriteError::Exists { path },
             _ => WriteError::Io { path, source },
         })
     }
@@ -172,7 +184,7 @@ mod tests {
         assert_eq!(names(folder.path()), [""; 0]);
         let staged = stage(&path, b"one", Existing::Keep).expect("staged");
         fs::write(&path, "mine").expect("writable");
-        assert!(matches!(staged.commit(), Err(WriteError::Exists(_))), "it came in between");
+        assert!(matches!(staged.commit(), Err(WriteError::Exists { .. })), "it came in between");
         assert_eq!(fs::read(&path).expect("readable"), b"mine");
         assert_eq!(names(folder.path()), ["file"]);
     }

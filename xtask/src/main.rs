@@ -8,6 +8,7 @@ mod core_source;
 #[cfg(test)]
 mod dependencies;
 mod doctor;
+mod error_doc;
 mod gpu_bundle;
 mod lint_kernels;
 mod ptx;
@@ -39,7 +40,9 @@ enum Command {
     CheckCudaLinking,
     /// Format check and clippy for the device crate.
     LintKernels,
-    /// Say what works on this machine, and what repairs what does not.
+    /// Write docs/errors.md from the error types.
+    ErrorDoc(error_doc::Args),
+    /// Say what works on this machine, and how to fix what does not.
     Doctor,
     /// Collect test executables, the tool and a runner in one folder for a GPU machine without cargo.
     GpuBundle(gpu_bundle::Args),
@@ -57,6 +60,7 @@ fn main() -> anyhow::Result<()> {
         Command::CheckPtx(args) => check_ptx::run(&args),
         Command::CheckCudaLinking => check_cuda_linking::run(),
         Command::LintKernels => lint_kernels::run(),
+        Command::ErrorDoc(args) => error_doc::run(&args),
         Command::Doctor => doctor::run(),
         Command::GpuBundle(args) => gpu_bundle::run(&args),
         Command::Wheel(args) => wheel::run(&args),

@@ -96,6 +96,8 @@ pub enum PlotError {
     #[error(transparent)]
     Result(#[from] ResultError),
     /// Two files are of different devices.
+    ///
+    /// Fix: draw files of one device together.
     #[error("{}: measured on {device}, the others on {expected}", file.display())]
     Device {
         /// The file.
@@ -106,6 +108,8 @@ pub enum PlotError {
         expected: String,
     },
     /// A method that is not there.
+    ///
+    /// Fix: name a method of the files, in `--methods` or `--baseline`.
     #[error("got {name:?}, expected one of the methods of the files: {known}")]
     Method {
         /// What was asked for.
@@ -114,6 +118,8 @@ pub enum PlotError {
         known: String,
     },
     /// More series than there are colours.
+    ///
+    /// Fix: choose some by `--methods`, or draw a file with fewer head configurations.
     #[error("{count} {what}, expected at most {MAX_SERIES}: choose some of them")]
     TooMany {
         /// How many there are.
@@ -122,9 +128,13 @@ pub enum PlotError {
         what: &'static str,
     },
     /// The files have nothing that this picture shows.
+    ///
+    /// Fix: measure what the picture shows, or ask for other pictures by `--picture`.
     #[error("{0}")]
     Empty(&'static str),
     /// The drawing library fails.
+    ///
+    /// Fix: report it: the drawing library failed.
     #[error("the picture cannot be drawn: {0}")]
     Draw(String),
 }

@@ -65,6 +65,8 @@ pub enum SuiteError {
     #[error(transparent)]
     Tree(#[from] TreeError),
     /// A specification cannot be laid out.
+    ///
+    /// Fix: correct the entry of the specification (docs/workload-spec.md).
     #[error("{name}: {source}")]
     Nodes {
         /// The configuration.
@@ -73,6 +75,8 @@ pub enum SuiteError {
         source: NodeError,
     },
     /// A trace cannot be opened.
+    ///
+    /// Fix: check the path given to `--trace`.
     #[error("trace {}: {source}", file.display())]
     OpenTrace {
         /// The file.
@@ -81,6 +85,8 @@ pub enum SuiteError {
         source: std::io::Error,
     },
     /// A trace cannot be cut.
+    ///
+    /// Fix: read the cause behind the file's name: it is one of `TraceError`.
     #[error("trace {}: {source}", file.display())]
     Trace {
         /// The file.
@@ -170,6 +176,8 @@ pub enum OwnBatchError {
     #[error(transparent)]
     File(#[from] BatchFileError),
     /// It is of a model with other heads.
+    ///
+    /// Fix: leave `--heads` out, or give those of the file.
     #[error("heads: got {}/{}, expected {}/{} or nothing for batch file {}", asked.0, asked.1, own.0, own.1, file.display())]
     Heads {
         /// The file.

@@ -35,6 +35,8 @@ struct Entry {
 #[non_exhaustive]
 pub enum SpecError {
     /// It cannot be read.
+    ///
+    /// Fix: check the path and its permissions.
     #[error("specification {}: {source}", path.display())]
     Io {
         /// The file.
@@ -43,6 +45,8 @@ pub enum SpecError {
         source: std::io::Error,
     },
     /// It is not JSON, or not an object with a list of entries.
+    ///
+    /// Fix: write one object with a list of entries, as docs/workload-spec.md shows it.
     #[error("specification {}: {source} (expected {{\"entries\": [...]}})", path.display())]
     Format {
         /// The file.
@@ -51,12 +55,16 @@ pub enum SpecError {
         source: serde_json::Error,
     },
     /// It has nothing to measure.
+    ///
+    /// Fix: add an entry.
     #[error("specification {}: entries: got none, expected at least one", path.display())]
     Empty {
         /// The file.
         path: PathBuf,
     },
     /// An entry lacks a field, or has one too many, or one of another type.
+    ///
+    /// Fix: correct the field that the message names (docs/workload-spec.md).
     #[error("specification {}: entry {entry}: {source}", path.display())]
     Entry {
         /// The file.
@@ -67,6 +75,8 @@ pub enum SpecError {
         source: serde_json::Error,
     },
     /// An entry's value is not accepted.
+    ///
+    /// Fix: correct the value that the message names (docs/workload-spec.md).
     #[error("specification {}: entry {entry}: {problem}", path.display())]
     Value {
         /// The file.

@@ -29,7 +29,7 @@ pub(super) fn former_results(path: Option<&Path>, resume: bool, force: bool) -> 
         return Ok(Some((path, result::read(path).context("--resume")?)));
     }
     match whole_file::check(path, Existing::replaced_if(force)) {
-        Err(WriteError::Exists(path)) => {
+        Err(WriteError::Exists { path }) => {
             bail!("--output: {} exists: --resume continues it, --force overwrites it", path.display())
         }
         checked => checked.map(|()| None).context("--output"),

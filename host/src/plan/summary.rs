@@ -30,7 +30,7 @@ pub struct PlanSummary {
     pub max_splits: u32,
     /// Work items by tile variant, of the variants used.
     pub variants: Vec<VariantSummary>,
-    /// How uneven the work lies on the device: the largest load of a place for a CTA over the mean load, in main-loop steps,
+    /// How uneven the work lies on the device: the largest load of a resident CTA over the mean load, in main-loop steps,
     /// when the items are dealt out in launch order, and one launch runs behind the other. 1 is even; places without work
     /// count, so a plan of fewer CTAs than the device has places for is above 1.
     pub imbalance: f64,
@@ -167,7 +167,7 @@ impl fmt::Display for PlanSummary {
                 variant.predicted_share * 100.0
             )?;
         }
-        writeln!(f, "imbalance        {:.2} (largest over mean load of the places for CTAs)", self.imbalance)?;
+        writeln!(f, "imbalance        {:.2} (largest over mean load of the resident CTAs)", self.imbalance)?;
         let p = &self.prediction;
         writeln!(f, "upload           {} bytes", self.upload_bytes)?;
         write!(

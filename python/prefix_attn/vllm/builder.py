@@ -1,12 +1,12 @@
 """The metadata builder: plans the decode rows of a step, and gives FlashAttention's builder the other rows.
 
-Under full CUDA graphs vLLM calls the builder before each replay and no Python of the layers: the upload of the plan, enqueued here
-before the replay, is all that changes from step to step.
+Under full CUDA graphs vLLM calls the builder before each replay and no Python of the layers: the upload of the plan, enqueued
+here before the replay, is all that changes from step to step.
 
 Lengths are ``seq_lens_cpu_upper_bound``. It is the sum of what the scheduler has counted and what it has scheduled, and exact
 unless tokens are taken back later: drafts that are refused, or tokens of a KV connector that failed to load. Engines with either
-take the stock path (:mod:`prefix_attn.vllm.eligibility`). ``PREFIX_ATTN_CHECK=1`` compares lengths and tables of each step with the
-device's, and waits for it.
+take the stock path (:mod:`prefix_attn.vllm.eligibility`). ``PREFIX_ATTN_CHECK=1`` compares lengths and tables of each step with
+the device's, and waits for it.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """The decode rows of one KV cache group: one plan per step, run once per layer.
 
-A plan's launches under CUDA graphs cover a capacity, whatever the step. Capacities are powers of two of rows, so that the graph of
-8 rows does not launch what 256 rows may need; each has its planner and its plan buffers, made when a step or a capture first
+A plan's launches under CUDA graphs cover a capacity, whatever the step. Capacities are powers of two of rows, so that the graph
+of 8 rows does not launch what 256 rows may need; each has its planner and its plan buffers, made when a step or a capture first
 needs it. Steps run in stream order, so that one workspace serves all.
 """
 

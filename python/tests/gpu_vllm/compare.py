@@ -3,9 +3,9 @@
 
   compare.py STOCK.json OURS.json TASK --noise RECORD.json TASK ... [--expect-different] [--task-of-ours TASK]
 
-Both decode the same prompts greedily. A request is compared up to its first differing token: up to there both engines have seen the
-same tokens. The noise is what another correct engine makes of the same prompts, given by --noise: the stock engine at another batch
-size, another stock backend; the largest counts.
+Both decode the same prompts greedily. A request is compared up to its first differing token: up to there both engines have
+seen the same tokens. The noise is what another correct engine makes of the same prompts, given by --noise: the stock engine at
+another batch size, another stock backend; the largest counts.
 """
 
 import argparse

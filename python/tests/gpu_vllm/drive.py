@@ -25,8 +25,14 @@ import sys
 import time
 
 SHAPES = {
-    "small": dict(hidden_size=1024, num_hidden_layers=4, num_attention_heads=16, num_key_value_heads=4, intermediate_size=3072, vocab_size=32000),
-    "8b": dict(hidden_size=4096, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, intermediate_size=12288, vocab_size=151936),
+    "small": dict(
+        hidden_size=1024, num_hidden_layers=4, num_attention_heads=16, num_key_value_heads=4,
+        intermediate_size=3072, vocab_size=32000,
+    ),
+    "8b": dict(
+        hidden_size=4096, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
+        intermediate_size=12288, vocab_size=151936,
+    ),
 }
 
 

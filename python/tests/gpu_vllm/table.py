@@ -16,9 +16,12 @@ for name, record in (("stock", stock), ("ours", ours)):
         if not task.startswith("profile"):
             continue
         print(
-            "%s, 6 steps of %s: wall %.2f ms, device span %.2f ms, idle %.3f ms (gaps over 2 us), %.3f ms in smaller gaps, longest gap "
-            "%.1f us, %d gaps over 20 us"
-            % (name, task[8:], p["wall_ms"], p["span_ms"], p["idle_ms"], p["small_gaps_ms"], p["longest_gap_us"], p["gaps_over_20us"])
+            "%s, 6 steps of %s: wall %.2f ms, device span %.2f ms, idle %.3f ms (gaps over 2 us), %.3f ms in smaller gaps, "
+            "longest gap %.1f us, %d gaps over 20 us"
+            % (
+                name, task[8:], p["wall_ms"], p["span_ms"], p["idle_ms"], p["small_gaps_ms"], p["longest_gap_us"],
+                p["gaps_over_20us"],
+            )  # fmt: skip
         )
         for kernel, calls, ns in p["kernels"][:7]:
             print("    %6d calls %9.2f us each  %s" % (calls, ns / calls / 1e3, kernel))

@@ -1,7 +1,7 @@
 """Tests against vLLM 0.33 without a GPU: its own builders, block tables, metadata and attention layer, on CPU tensors.
 
-What needs a GPU in vLLM is stood in for: the three FlashAttention kernels by torch, the device tables by CPU tensors. The CI job that
-has vLLM runs this folder by name, so that it cannot be skipped unseen.
+What needs a GPU in vLLM is stood in for: the three FlashAttention kernels by torch, the device tables by CPU tensors. The CI job
+that has vLLM runs this folder by name, so that it cannot be skipped unseen.
 """
 
 import json

@@ -82,7 +82,10 @@ def test_two_ranks_are_one(monkeypatch, model_folder, seeded, ranks, stock_kerne
     worlds = []
     for rank in range(RANKS):
         ranks.rank.value = rank
-        config = {"parallel_config.decode_context_parallel_size": RANKS, "parallel_config.cp_kv_cache_interleave_size": interleave}
+        config = {
+            "parallel_config.decode_context_parallel_size": RANKS,
+            "parallel_config.cp_kv_cache_interleave_size": interleave,
+        }
         world = World(monkeypatch, model_folder, heads=(HEADS, 1), config=config)
         for layer in world.layers:
             layer.impl.dcp_combine = combine

@@ -1,4 +1,4 @@
-"""Two real `Attention` layers of vLLM, their caches, block tables and metadata builder, and steps whose outputs are compared with SDPA."""
+"""Two real `Attention` layers of vLLM, their caches, block tables and metadata builder; steps are compared with SDPA."""
 
 import simulated
 import stock
@@ -40,11 +40,12 @@ class World:
             monkeypatch.setattr(getattr(self.config, owner) if owner != "self" else self.config, attribute, value)
         with set_current_vllm_config(self.config):
             self.layers = [
-                Attention(heads[0], 64, SCALE, num_kv_heads=heads[1], prefix=name, attn_backend=Backend, **layer).to(torch.bfloat16)
+                Attention(heads[0], 64, SCALE, num_kv_heads=heads[1], prefix=name, attn_backend=Backend, **layer)
                 for name in LAYERS
             ]
             spec = self.layers[0].get_kv_cache_spec(self.config)
             for attention in self.layers:
+                attention.to(torch.bfloat16)
                 # NHD memory seen as [blocks, heads, tokens, 2 * head_dim], as vLLM binds it. Nobody may read what nobody wrote.
                 memory = torch.full((pages, simulated.BLOCK, heads[1], 128), float("nan"), dtype=torch.bfloat16)
                 attention.kv_cache = memory.permute(0, 2, 1, 3)

@@ -12,6 +12,8 @@ const MAX_PROMPT_TOKENS: u64 = 1 << 24;
 #[non_exhaustive]
 pub enum RequestFileError {
     /// Reading failed.
+    ///
+    /// Fix: check the file; a workload is UTF-8 text.
     #[error("workload line {line}: {source}")]
     Io {
         /// Line, from 1.
@@ -20,9 +22,13 @@ pub enum RequestFileError {
         source: std::io::Error,
     },
     /// The first line is no header of a workload.
+    ///
+    /// Fix: give a file that `pat workload make` wrote.
     #[error("workload line 1: {0}; expected the header that `pat workload make` writes (docs/request-workloads.md)")]
     Header(String),
     /// A line is no request, or contradicts the lines before it.
+    ///
+    /// Fix: correct the line, or make the file again with `pat workload make`.
     #[error("workload line {line}: {problem}")]
     Request {
         /// Line, from 1.
@@ -31,6 +37,8 @@ pub enum RequestFileError {
         problem: String,
     },
     /// A header without requests.
+    ///
+    /// Fix: make the file again with `--requests` of at least 1.
     #[error("the workload has no requests, expected at least 1")]
     Empty,
 }

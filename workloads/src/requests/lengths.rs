@@ -30,6 +30,8 @@ const TABLE_MEAN: f64 = 740.0;
 #[non_exhaustive]
 pub enum LengthError {
     /// Reading failed.
+    ///
+    /// Fix: check the file; it is UTF-8 text.
     #[error("lengths line {line}: {source}")]
     Io {
         /// Line, from 1.
@@ -38,6 +40,8 @@ pub enum LengthError {
         source: std::io::Error,
     },
     /// The first line does not name the columns.
+    ///
+    /// Fix: give BurstGPT's CSV file with its first line.
     #[error("lengths line 1: got {got:?}, expected BurstGPT's columns, {expected:?} among them")]
     Columns {
         /// The line.
@@ -46,6 +50,8 @@ pub enum LengthError {
         expected: &'static str,
     },
     /// A row without the numbers.
+    ///
+    /// Fix: correct the line.
     #[error("lengths line {line}: {column}: got {got:?}, expected a number of tokens")]
     Value {
         /// Line, from 1.
@@ -56,6 +62,8 @@ pub enum LengthError {
         got: String,
     },
     /// No row is left.
+    ///
+    /// Fix: give a file with rows of at least one token that fit behind the prompt.
     #[error("the file of lengths has no row that fits, expected at least 1")]
     Empty,
 }

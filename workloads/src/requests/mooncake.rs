@@ -24,6 +24,8 @@ pub struct BlockTrace {
 #[non_exhaustive]
 pub enum ReadTraceError {
     /// Reading failed.
+    ///
+    /// Fix: check the file; a trace is UTF-8 text.
     #[error("trace line {line}: {source}")]
     Io {
         /// Line, from 1.
@@ -32,9 +34,13 @@ pub enum ReadTraceError {
         source: std::io::Error,
     },
     /// The file is compressed.
+    ///
+    /// Fix: unpack the file with `gunzip` first.
     #[error("the trace is compressed by gzip, expected JSON lines: gunzip it first")]
     Gzip,
     /// A line is no row of a trace.
+    ///
+    /// Fix: correct the line; if the number of ids is wrong, give the size of the trace's blocks by `--trace-block`.
     #[error("trace line {line}: {problem}")]
     Row {
         /// Line, from 1.
@@ -43,6 +49,8 @@ pub enum ReadTraceError {
         problem: String,
     },
     /// No row is left.
+    ///
+    /// Fix: use a trace whose rows the workload takes; the message counts why rows were left out.
     #[error("the trace has no row that is taken ({0}), expected at least 1")]
     Empty(String),
 }
