@@ -148,7 +148,8 @@ unsafe fn forward<
         // SAFETY: the plan's page ids. The load has the whole next unit to arrive.
         place = unsafe { Token::locate(&item.stream, params.page_size, incoming + located) };
         k_stage += 2 * unit_bytes;
-        if k_stage == ring + ring_bytes {
+        // A ring may end behind its stages: it also holds the warp's state.
+        if k_stage == ring + STAGES * 2 * unit_bytes {
             k_stage = ring;
         }
     }
