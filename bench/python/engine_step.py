@@ -17,6 +17,7 @@ import prefix_attn as pa
 
 DEVICE, PAGE_SIZE = "cuda:0", 16
 Q_HEADS, KV_HEADS, HEAD_DIM, DTYPE = 32, 8, 128, torch.bfloat16
+WARM_UP = 8  # steps
 
 
 class Batch:
@@ -39,50 +40,16 @@ class Batch:
         return pages * PAGE_SIZE + last % PAGE_SIZE
 
 
-def timed(step, steps):
-    samples = []
-    for _ in range(steps):
-        start = time.perf_counter()
-        step()
-        torch.cuda.synchronize()
-        samples.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(samples), min(samples), max(samples)
-
-
-def ours(args, mode, graphs):
-    batch = Batch(args.sequences, args.tokens, args.shared, 4 * args.steps)
-    rows = args.sequences
-    capacity = pa.Capacity(rows, batch.tables.numel(), DEVICE)
-    planner = pa.Planner(pa.AttentionShape(Q_HEADS, KV_HEADS, HEAD_DIM, DTYPE), DEVICE, mode=mode, capacity=capacity)
-    buffers, workspace = pa.PlanBuffers(planner, PAGE_SIZE, batch.num_pages), pa.Workspace.for_planner(planner)
-    new = [torch.randn((rows, KV_HEADS, HEAD_DIM), dtype=DTYPE, device=DEVICE) for _ in range(2)]
-    q = torch.randn((rows, Q_HEADS, HEAD_DIM), dtype=DTYPE, device=DEVICE)
-    out = torch.empty_like(q)
-    slots = torch.zeros(rows, dtype=torch.int64, device=DEVICE)
-    pinned = torch.zeros(rows, dtype=torch.int64).pin_memory()
-    layers = []
-    for _ in range(args.layers):
-        cache = (batch.num_pages, PAGE_SIZE, KV_HEADS, HEAD_DIM)
-        k, v = (torch.randn(cache, dtype=DTYPE, device=DEVICE) for _ in range(2))
-        layers.append((k, v, buffers.bind(k, v, q, out, workspace=workspace)))
-    plan = planner.plan(batch.tables, batch.lengths, PAGE_SIZE, batch.num_pages)
+def steps_of(args, graphs, prepare, run_layers):
+    """Milliseconds of whole steps: median, least, most, and of them the host's time in `prepare`, median."""
     host = []
 
-    def prepare():
+    def prepared():
         start = time.perf_counter()
-        batch.grow()
-        planner.advance(plan, batch.tables, batch.lengths, changed_rows=[])
-        buffers.upload(plan)
-        pinned.copy_(batch.slots())
-        slots.copy_(pinned, non_blocking=True)
+        prepare()
         host.append((time.perf_counter() - start) * 1e3)
 
-    def run_layers():
-        for k, v, bound in layers:
-            pa.append_kv(*new, k, v, slots)
-            bound.run()
-
-    prepare()
+    prepared()
     run_layers()
     torch.cuda.synchronize()
     replay = run_layers
@@ -91,76 +58,91 @@ def ours(args, mode, graphs):
         with torch.cuda.graph(graph):
             run_layers()
         replay = graph.replay
-
-    def step():
-        prepare()
+    samples = []
+    for _ in range(WARM_UP + args.steps):
+        start = time.perf_counter()
+        prepared()
         replay()
+        torch.cuda.synchronize()
+        samples.append((time.perf_counter() - start) * 1e3)
+    samples, host = samples[WARM_UP:], host[-args.steps:]
+    return statistics.median(samples), min(samples), max(samples), statistics.median(host)
 
-    timed(step, 8)
-    host.clear()
-    figures = timed(step, args.steps)
-    return *figures, statistics.median(host)
+
+class Layers:
+    """A batch, and the tensors that both kinds of layer work on."""
+
+    def __init__(self, args):
+        self.batch = Batch(args.sequences, args.tokens, args.shared, WARM_UP + args.steps + 1)
+        self.rows = args.sequences
+        self.q = torch.randn((self.rows, Q_HEADS, HEAD_DIM), dtype=DTYPE, device=DEVICE)
+        self.out = torch.empty_like(self.q)
+        self.new = [torch.randn((self.rows, KV_HEADS, HEAD_DIM), dtype=DTYPE, device=DEVICE) for _ in range(2)]
+        self.slots = torch.zeros(self.rows, dtype=torch.int64, device=DEVICE)
+        self.pinned = torch.zeros(self.rows, dtype=torch.int64).pin_memory()
+        cache = (self.batch.num_pages, PAGE_SIZE, KV_HEADS, HEAD_DIM)
+        self.caches = [[torch.randn(cache, dtype=DTYPE, device=DEVICE) for _ in range(2)] for _ in range(args.layers)]
+
+    def place_new(self):
+        """The slots of the new tokens, without waiting for the device."""
+        self.pinned.copy_(self.batch.slots())
+        self.slots.copy_(self.pinned, non_blocking=True)
+
+
+def ours(args, mode, graphs):
+    on = Layers(args)
+    capacity = pa.Capacity(on.rows, on.batch.tables.numel(), DEVICE)
+    planner = pa.Planner(pa.AttentionShape(Q_HEADS, KV_HEADS, HEAD_DIM, DTYPE), DEVICE, mode=mode, capacity=capacity)
+    buffers, workspace = pa.PlanBuffers(planner, PAGE_SIZE, on.batch.num_pages), pa.Workspace.for_planner(planner)
+    runs = [buffers.bind(k, v, on.q, on.out, workspace=workspace) for k, v in on.caches]
+    plan = planner.plan(on.batch.tables, on.batch.lengths, PAGE_SIZE, on.batch.num_pages)
+
+    def prepare():
+        on.batch.grow()
+        planner.advance(plan, on.batch.tables, on.batch.lengths, changed_rows=[])
+        buffers.upload(plan)
+        on.place_new()
+
+    def run_layers():
+        for (k, v), run in zip(on.caches, runs):
+            pa.append_kv(*on.new, k, v, on.slots)
+            run.run()
+
+    return steps_of(args, graphs, prepare, run_layers)
 
 
 def flashinfer_step(args, graphs):
     import flashinfer
 
-    batch = Batch(args.sequences, args.tokens, args.shared, 4 * args.steps)
-    rows = args.sequences
+    on = Layers(args)
     memory = torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE)
     options = {}
     if graphs:
         options = dict(
             use_cuda_graph=True,
-            paged_kv_indptr_buffer=torch.zeros(rows + 1, dtype=torch.int32, device=DEVICE),
-            paged_kv_indices_buffer=torch.zeros(batch.tables.numel(), dtype=torch.int32, device=DEVICE),
-            paged_kv_last_page_len_buffer=torch.zeros(rows, dtype=torch.int32, device=DEVICE),
+            paged_kv_indptr_buffer=torch.zeros(on.rows + 1, dtype=torch.int32, device=DEVICE),
+            paged_kv_indices_buffer=torch.zeros(on.batch.tables.numel(), dtype=torch.int32, device=DEVICE),
+            paged_kv_last_page_len_buffer=torch.zeros(on.rows, dtype=torch.int32, device=DEVICE),
         )
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(memory, "NHD", use_tensor_cores=True, **options)
-    q = torch.randn((rows, Q_HEADS, HEAD_DIM), dtype=DTYPE, device=DEVICE)
-    out = torch.empty_like(q)
-    new = [torch.randn((rows, KV_HEADS, HEAD_DIM), dtype=DTYPE, device=DEVICE) for _ in range(2)]
-    slots = torch.zeros(rows, dtype=torch.int64, device=DEVICE)
-    cache = (batch.num_pages, PAGE_SIZE, KV_HEADS, HEAD_DIM)
-    layers = [[torch.randn(cache, dtype=DTYPE, device=DEVICE) for _ in range(2)] for _ in range(args.layers)]
-    host = []
 
     def prepare():
-        start = time.perf_counter()
-        batch.grow()
-        used = -(-batch.lengths // PAGE_SIZE)
+        on.batch.grow()
+        used = -(-on.batch.lengths // PAGE_SIZE)
         indptr = torch.cat([torch.zeros(1, dtype=torch.int32), used.cumsum(0).int()])
-        indices = torch.cat([row[:count] for row, count in zip(batch.tables, used)])
-        last = (batch.lengths - 1) % PAGE_SIZE + 1
+        indices = torch.cat([row[:count] for row, count in zip(on.batch.tables, used)])
+        last = (on.batch.lengths - 1) % PAGE_SIZE + 1
         wrapper.plan(
             indptr, indices.to(DEVICE), last, Q_HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE, q_data_type=DTYPE, data_type=DTYPE
         )
-        slots.copy_(batch.slots())
-        host.append((time.perf_counter() - start) * 1e3)
+        on.place_new()
 
     def run_layers():
-        for k, v in layers:
-            pa.append_kv(*new, k, v, slots)
-            wrapper.run(q, (k, v), out=out)
+        for k, v in on.caches:
+            pa.append_kv(*on.new, k, v, on.slots)
+            wrapper.run(on.q, (k, v), out=on.out)
 
-    prepare()
-    run_layers()
-    torch.cuda.synchronize()
-    replay = run_layers
-    if graphs:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run_layers()
-        replay = graph.replay
-
-    def step():
-        prepare()
-        replay()
-
-    timed(step, 8)
-    host.clear()
-    figures = timed(step, args.steps)
-    return *figures, statistics.median(host)
+    return steps_of(args, graphs, prepare, run_layers)
 
 
 def main():
