@@ -53,9 +53,7 @@ impl Event {
         let current = stream.enter(self.device)?;
         let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
         // SAFETY: as in `record`.
-        attempt(DriverCall::StreamWaitEvent, || unsafe {
-            result::stream::wait_event(current.raw(), self.event, flags)
-        })
+        attempt(DriverCall::StreamWaitEvent, || unsafe { result::stream::wait_event(current.raw(), self.event, flags) })
     }
 
     /// The host waits for the event; at once where it was never recorded.
@@ -80,9 +78,8 @@ impl Event {
         self.synchronize()?;
         start.synchronize()?;
         // SAFETY: both events live and are of the current context.
-        let elapsed_ms = attempt(DriverCall::EventElapsedTime, || unsafe {
-            result::event::elapsed(start.event, self.event)
-        })?;
+        let elapsed_ms =
+            attempt(DriverCall::EventElapsedTime, || unsafe { result::event::elapsed(start.event, self.event) })?;
         Ok(f64::from(elapsed_ms) * 1e3)
     }
 }
