@@ -10,13 +10,13 @@
 //
 // Rule 1, arguments. A pointer is NULL where that is allowed, or points to what the parameter says, for as long as the call: so
 // many elements as the count beside it, initialised where they are read, and changed by nobody meanwhile.
-// Rule 2, objects. What a function gave (PatPlanner, PatPlan, PatBuffers, PatRun) is given back once, by the function that ends in
-// _free, when nobody uses it any more. Objects may be given back in any order.
+// Rule 2, objects. What a function gave (PatPlanner, PatPlan, PatBuffers, PatRun) is given back once, by the function that ends
+// in _free, when nobody uses it any more. Objects may be given back in any order.
 // Rule 3, tensors. Their memory is there, as many bytes as they say. That in host memory is used during the call alone. That in
 // device memory is reachable from the device's primary context; it stays until all work that was enqueued with it has finished,
 // and as long as graphs hold that work. Nobody else writes what a run reads, or uses what it writes, meanwhile.
-// Rule 4, streams. A stream is a CUstream of the device's primary context (NULL: the default one), and lives as long as buffers that
-// were uploaded on it are used. Replays of a graph are ordered with uploads into the buffers of its runs: on one stream.
+// Rule 4, streams. A stream is a CUstream of the device's primary context (NULL: the default one), and lives as long as buffers
+// that were uploaded on it are used. Replays of a graph are ordered with uploads into the buffers of its runs: on one stream.
 //
 // Threads: any function may be called from any thread, with any objects. Calls that change an object (planning, advancing,
 // uploading) wait for others that use it. pat_last_error is the calling thread's own.
@@ -149,8 +149,8 @@ typedef struct {
     uint32_t max_pages;
 } PatPlannerOptions;
 
-// Block tables as a padded matrix. Row `b` names the pages of sequence `b` in its first ceil(lengths[b] / page_size) entries;
-// what stands behind them may be anything.
+// Block tables as a padded matrix. Row `b` names the pages of sequence `b` in its first `ceil(lengths[b] / page_size)`
+// entries; what stands behind them may be anything.
 typedef struct {
     // Page ids, `[sequence_count, row_stride]`.
     const int32_t *page_ids;

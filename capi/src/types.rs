@@ -135,8 +135,8 @@ impl PatPlannerOptions {
     }
 }
 
-/// Block tables as a padded matrix. Row `b` names the pages of sequence `b` in its first ceil(lengths[b] / page_size) entries;
-/// what stands behind them may be anything.
+/// Block tables as a padded matrix. Row `b` names the pages of sequence `b` in its first `ceil(lengths[b] / page_size)`
+/// entries; what stands behind them may be anything.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct PatPaddedTables {
