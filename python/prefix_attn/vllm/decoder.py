@@ -1,7 +1,7 @@
 """The decode rows of one KV cache group: one plan per step, run once per layer.
 
-A plan's launches under CUDA graphs cover a capacity, whatever the step. Capacities are powers of two of rows, so that the graph
-of 8 rows does not launch what 256 rows may need; each has its planner and its plan buffers, made when a step or a capture first
+A plan's launches under CUDA graphs cover a capacity, whatever the step. Capacities are powers of two of query tokens, so that the
+graph of 8 does not launch what 256 may need; each has its planner and its plan buffers, made when a step or a capture first
 needs it. Steps run in stream order, so that one workspace serves all.
 """
 
@@ -21,9 +21,15 @@ class Group:
     device: torch.device
     page_size: int
     num_pages: int
-    #: Rows of the largest batch, and pages of the longest row.
+    #: Rows of the largest batch, pages of the longest row, and query tokens of a row at most.
     max_rows: int
     max_row_pages: int
+    max_row_tokens: int = 1
+
+    @property
+    def max_tokens(self) -> int:
+        """Query tokens of the largest batch: what a plan has as rows."""
+        return self.max_rows * self.max_row_tokens
 
 
 @dataclasses.dataclass
@@ -45,12 +51,14 @@ class DecodeRows:
         self._workspace: pa.Workspace | None = None
         self._lse: torch.Tensor | None = None
 
-    def plan(self, tables, lengths: np.ndarray) -> "pa.Plan":
+    def plan(self, tables, lengths: np.ndarray, query_tokens: np.ndarray | None = None, room: int = 0) -> "pa.Plan":
         """Make this step's plan and enqueue its upload on torch's current stream.
 
         Args:
             tables: the step's :class:`~prefix_attn.vllm.tables.StepTables`.
-            lengths: int32 tokens of each row; 0 where there is none.
+            lengths: int32 tokens of each row, its query tokens included; 0 where there is none.
+            query_tokens: int32 query tokens of each row; by default 1.
+            room: query tokens of the step's graph: the plan is one of a capacity for so many.
 
         Raises:
             ValueError: a table names a page outside the pool, or there are more rows, or longer ones, than the group has.
@@ -63,8 +71,9 @@ class DecodeRows:
                 f"{self.group.max_rows} rows of {self.group.max_row_pages} pages"
             )
         rows = tables.rows(lengths, self._tables)
-        capacity = self._capacity(len(lengths))
-        plan = capacity.advance(rows, lengths)
+        tokens = len(lengths) if query_tokens is None else int(query_tokens.sum())
+        capacity = self._capacity(max(tokens, room))
+        plan = capacity.advance(rows, lengths, query_tokens)
         self._current = capacity
         return plan
 
@@ -73,14 +82,14 @@ class DecodeRows:
 
         Args:
             name: the layer's, the same tensors' strides at every call.
-            query, output: ``[rows or more, q_heads, head_dim]``; rows behind the plan's keep their values.
+            query, output: ``[query tokens or more, q_heads, head_dim]``; what is behind the plan's keeps its values.
             key_cache, value_cache: ``[num_pages, page_size, kv_heads, head_dim]``.
             lse: float32 ``[rows, q_heads]``, at one address for ever, where it is wanted.
         """
         self._current.run(name, scale, query, key_cache, value_cache, output, lse)
 
-    def _capacity(self, rows: int) -> "_Capacity":
-        size = min(1 << max(rows - 1, 0).bit_length(), self.group.max_rows)
+    def _capacity(self, tokens: int) -> "_Capacity":
+        size = min(1 << max(tokens - 1, 0).bit_length(), self.group.max_tokens)
         capacity = self._capacities.get(size)
         if capacity is None:
             kind = _HostCapacity if self.group.device.type == "cpu" else _DeviceCapacity
@@ -90,28 +99,28 @@ class DecodeRows:
     def workspace(self, planner: "pa.Planner") -> "pa.Workspace":
         """One for all: as large as the largest capacity needs."""
         if self._workspace is None:
-            largest = pa.Planner(self.group.shape, self.group.device, capacity=limits(self.group, self.group.max_rows))
+            largest = pa.Planner(self.group.shape, self.group.device, capacity=limits(self.group, self.group.max_tokens))
             self._workspace = pa.Workspace.for_planner(largest)
         return self._workspace
 
     def lse(self) -> torch.Tensor:
-        """Float32 ``[rows, q_heads]`` for as many rows as any batch has, at one address."""
+        """Float32 ``[query tokens, q_heads]`` for as many as any batch has, at one address."""
         if self._lse is None:
-            shape = (self.group.max_rows, self.group.shape.q_heads)
+            shape = (self.group.max_tokens, self.group.shape.q_heads)
             self._lse = torch.empty(shape, dtype=torch.float32, device=self.group.device)
         return self._lse
 
     def template(self, name: str, stride: tuple, dtype: torch.dtype) -> torch.Tensor:
-        """Memory with as many rows as any batch has, in these strides: what a run is bound to before its tensors are known."""
+        """Memory for as many query tokens as any batch has, in these strides: what a run is bound to before its tensors are known."""
         key = (name, stride, dtype)
         if key not in self._templates:
-            shape = (self.group.max_rows, self.group.shape.q_heads, self.group.shape.head_dim)
+            shape = (self.group.max_tokens, self.group.shape.q_heads, self.group.shape.head_dim)
             self._templates[key] = torch.empty_strided(shape, stride, dtype=dtype, device=self.group.device)
         return self._templates[key]
 
 
 def limits(group: Group, rows: int) -> "pa.Capacity":
-    """The largest plan for ``rows`` rows.
+    """The largest plan of ``rows`` rows, a row for each query token.
 
     A plan has an item for each row, or, where it shares or cuts rows, about as many as fill the device once. Each item that a
     capacity allows costs every captured step a CTA per KV head that finds nothing to do, so it allows little more.
@@ -122,7 +131,7 @@ def limits(group: Group, rows: int) -> "pa.Capacity":
 
 
 class _Capacity:
-    """The planner for up to so many rows, and its newest plan."""
+    """The planner for up to so many query tokens, and its newest plan."""
 
     def __init__(self, owner: DecodeRows, rows: int):
         self.group = owner.group
@@ -130,11 +139,12 @@ class _Capacity:
         self.planner = pa.Planner(owner.group.shape, owner.group.device, capacity=limits(owner.group, rows))
         self.plan = None
 
-    def advance(self, tables: np.ndarray, lengths: np.ndarray) -> "pa.Plan":
+    def advance(self, tables: np.ndarray, lengths: np.ndarray, query_tokens: np.ndarray | None) -> "pa.Plan":
         if self.plan is None:
-            self.plan = self.planner.plan(tables, lengths, self.group.page_size, self.group.num_pages)
+            pool = self.group.page_size, self.group.num_pages
+            self.plan = self.planner.plan(tables, lengths, *pool, query_tokens=query_tokens)
         else:
-            self.planner.advance(self.plan, tables, lengths)
+            self.planner.advance(self.plan, tables, lengths, query_tokens=query_tokens)
         return self.plan
 
 
@@ -151,8 +161,8 @@ class _DeviceCapacity(_Capacity):
         self.buffers = pa.PlanBuffers(self.planner, self.group.page_size, self.group.num_pages)
         self.layers: dict[str, _BoundLayer] = {}
 
-    def advance(self, tables: np.ndarray, lengths: np.ndarray) -> "pa.Plan":
-        plan = super().advance(tables, lengths)
+    def advance(self, tables: np.ndarray, lengths: np.ndarray, query_tokens: np.ndarray | None) -> "pa.Plan":
+        plan = super().advance(tables, lengths, query_tokens)
         self.buffers.upload(plan)
         return plan
 

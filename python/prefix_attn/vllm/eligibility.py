@@ -8,8 +8,8 @@ def of_engine(vllm_config) -> str | None:
     parallel = vllm_config.parallel_config
     if not vllm_config.use_v2_model_runner:
         return "model runner V1 has no hook for its block tables"
-    if vllm_config.speculative_config is not None:
-        return "speculative decoding: lengths are known on the device alone"
+    if vllm_config.speculative_config is not None and vllm_config.scheduler_config.async_scheduling:
+        return "speculative decoding under asynchronous scheduling: lengths are known on the device alone"
     if parallel.prefill_context_parallel_size > 1:
         return "prefill context parallelism"
     if getattr(parallel, "enable_dbo", False) or getattr(parallel, "ubatch_size", 0) > 1:

@@ -31,7 +31,7 @@ class Impl(FlashAttentionImpl):
         split.decoder.run(layer.layer_name, self.scale, query, key_cache, value_cache, output)
         split.metrics.kernel_calls += 1
         if split.prefill is not None:
-            first = split.decode_rows
+            first = split.decode_tokens
             super().forward(
                 layer,
                 query[first:],

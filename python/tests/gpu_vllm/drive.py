@@ -7,6 +7,9 @@ Tasks, run in order:
   tokens:PROMPTSxSHARED+OWN:OUT[:BATCH]   greedy tokens with their log-probs; BATCH prompts at a time (default: all)
   again:... (as tokens)                   the same once more
   broken:... (as tokens)                  negative control: every row misses its newest token
+  layers:PROMPTSxSHARED+OWN:OUT[:broken]  each layer's attention beside float32 attention (--compare; `exactness.py` judges)
+  forced:PROMPTSxSHARED+OWN:OUT:SERVER    log-probs of decode steps whose tokens are given; SERVER serves decode rows: ours, stock and
+                                          float32 (both without graphs), broken (ours without a row's newest token), or engine
   churn:OUT:SCHEDULE                      200 requests with 4 system prompts: joins, leaves, aborts, preemption, chunked prefill;
                                           SCHEDULE seeds when they arrive and are aborted
   time:PROMPTSxSHARED+OWN:OUT             median time of the steps in which every prompt yields a token
@@ -17,6 +20,7 @@ Tasks, run in order:
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -51,6 +55,8 @@ def arguments():
     parser.add_argument("--kv-gib", type=float, default=0)
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--dcp", type=int, default=1)
+    parser.add_argument("--max-len", type=int, default=4096)
+    parser.add_argument("--compare", action="store_true", help="compare each layer's decode rows with float32 attention")
     parser.add_argument("--wait", help="tasks begin when this file exists: until then other engines have the device")
     return parser.parse_args()
 
@@ -94,7 +100,7 @@ def make_engine(a, c):
         more["decode_context_parallel_size"] = a.dcp
     return LLM(
         model=folder, skip_tokenizer_init=True, load_format="dummy", dtype="bfloat16", seed=0, enable_prefix_caching=True,
-        max_model_len=4096, max_num_seqs=a.seqs, max_num_batched_tokens=a.tokens,
+        max_model_len=a.max_len, max_num_seqs=a.seqs, max_num_batched_tokens=a.tokens,
         # With a KV cache of a given size this is only what must be free at the start.
         gpu_memory_utilization=0.85 if not a.kv_gib else 0.02 if a.shape == "small" else 0.26 / a.tp,
         attention_config={"backend": a.backend}, disable_log_stats=True, **more,
@@ -273,15 +279,54 @@ def profile(engine, vocab, text):
     return found
 
 
-def broken(engine, vocab, text):
+@contextlib.contextmanager
+def without_newest_token():
     from prefix_attn.vllm.builder import Builder
 
     right = Builder._lengths
     Builder._lengths = lambda self, *args: (right(self, *args) - 1).clip(0)
     try:
-        return tokens(engine, vocab, text)
+        yield
     finally:
         Builder._lengths = right
+
+
+def broken(engine, vocab, text):
+    with without_newest_token():
+        return tokens(engine, vocab, text)
+
+
+def layers(engine, vocab, text):
+    import probe
+
+    size, out, *rest = text.split(":")
+    probe.take_errors()
+    (broken if rest == ["broken"] else tokens)(engine, vocab, f"{size}:{out}")
+    return dict(errors=probe.take_errors())
+
+
+def forced(engine, vocab, text, save_as):
+    import probe
+    import torch
+
+    size, out, server = text.split(":")
+    count, shared, own = read_size(size)
+    every = prompts(count, shared, own, "forced", vocab)
+    for i, prompt in enumerate(every):
+        prompt[-1] = probe.FIRST_TOKEN + i
+    requests = Requests(engine, None)
+    for i, prompt in enumerate(every):
+        # The first token comes from the prefill.
+        requests.add("forced-%s-%d" % (server, i), prompt, int(out) + 1)
+    state = probe.STATE
+    state.is_forcing, state.is_eager = True, server in ("stock", "float32")
+    state.server = server if state.is_eager else "ours"
+    with without_newest_token() if server == "broken" else contextlib.nullcontext():
+        requests.drain()
+    state.is_forcing, state.is_eager, state.server = False, False, "ours"
+    torch.save(probe.take_scores(every, int(out)), save_as)
+    engine.reset_prefix_cache()
+    return {}
 
 
 def begin_decoding(engine, vocab, text, tag):
@@ -340,7 +385,7 @@ def kill_worker(engine, vocab, text):
 
 TASKS = dict(
     tokens=tokens, again=tokens, broken=broken, churn=churn, time=time_steps, profile=profile, oom=out_of_memory,
-    restart=restart, kill=kill_worker,
+    restart=restart, kill=kill_worker, layers=layers, forced=forced,
 )  # fmt: skip
 
 
@@ -363,6 +408,10 @@ def main():
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         # For `counters`.
         os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    if a.tp == 1:
+        import probe
+
+        probe.install(a.compare, c["vocab_size"])
     start = time.time()
     engine = make_engine(a, c)
     print("engine up after %.1f s" % (time.time() - start), flush=True)
@@ -377,6 +426,8 @@ def main():
         if kind == "restart":
             engine = restart(engine, c["vocab_size"], text, lambda: make_engine(a, c))
             result = {}
+        elif kind == "forced":
+            result = forced(engine, c["vocab_size"], text, "%s.%s.pt" % (a.out[:-5], task.replace(":", "-")))
         else:
             result = TASKS[kind](engine, c["vocab_size"], text)
         record["tasks"][task] = result

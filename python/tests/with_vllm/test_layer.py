@@ -69,7 +69,7 @@ def test_a_step_without_announced_tables_is_stock(monkeypatch, model_folder, sto
     world = World(monkeypatch, model_folder)
     world.builder.step_tables = None
     batch = SimpleNamespace()
-    assert world.builder._decode_rows(batch, None) == 0
+    assert world.builder._decode_rows(batch, None) == (0, 0)
     assert "which request a row is" in world.builder._stock_reason
 
 
@@ -78,7 +78,7 @@ def test_a_lost_announcement_after_plans_is_an_error(monkeypatch, model_folder, 
     running = world.joined(40)
     world.step([(running[0], 40)])
     world.step([(running[0], 1)])
-    with pytest.raises(RuntimeError, match="without block tables"):
+    with pytest.raises(RuntimeError, match="old plan"):
         world.builder._decode_rows(SimpleNamespace(), None)
 
 
@@ -88,7 +88,15 @@ def test_a_lost_announcement_after_plans_is_an_error(monkeypatch, model_folder, 
         ({"alibi_slopes": [0.5] * 8}, "ALiBi"),
         ({"logits_soft_cap": 30.0}, "soft cap"),
         ({"per_layer_sliding_window": 128}, "SlidingWindowSpec"),
-        ({"config": {"self.speculative_config": SimpleNamespace()}}, "speculative"),
+        (
+            {
+                "config": {
+                    "self.speculative_config": SimpleNamespace(num_speculative_tokens=3),
+                    "scheduler_config.async_scheduling": True,
+                }
+            },
+            "speculative decoding under asynchronous scheduling",
+        ),
         ({"config": {"self.kv_transfer_config": SimpleNamespace()}}, "KV connector"),
         ({"config": {"parallel_config.enable_dbo": True}}, "microbatches"),
     ],
@@ -112,7 +120,12 @@ def test_graph_support(monkeypatch, model_folder):
     world = World(monkeypatch, model_folder)
     support = Builder.get_cudagraph_support(world.config, world.spec)
     assert support == AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-    monkeypatch.setattr(world.config, "speculative_config", SimpleNamespace())
+    drafts = SimpleNamespace(num_speculative_tokens=3)
+    monkeypatch.setattr(world.config, "speculative_config", drafts)
+    monkeypatch.setattr(world.config.scheduler_config, "async_scheduling", False)
+    assert Builder.get_cudagraph_support(world.config, world.spec) == AttentionCGSupport.UNIFORM_BATCH
+    monkeypatch.setattr(world.config.scheduler_config, "async_scheduling", True)
+    monkeypatch.setattr(Builder.__mro__[1], "_cudagraph_support", AttentionCGSupport.ALWAYS)
     stock_support = Builder.__mro__[1].get_cudagraph_support(world.config, world.spec)
     assert Builder.get_cudagraph_support(world.config, world.spec) == stock_support != support
 
