@@ -74,13 +74,16 @@ class Builder(FlashAttentionMetadataBuilder):
             HOOKS_MISSING
             or eligibility.of_engine(vllm_config)
             or eligibility.of_group(kv_cache_spec, self._shape)
-            or next(filter(None, map(eligibility.of_layer, self._layers)), None)
+            or next(filter(None, map(self._why_stock, self._layers)), None)
         )
         what = f"{len(layer_names)} layers ({layer_names[0]}, ...)"
         if self._stock_reason:
             logger.info("prefix_attn: %s stay on FlashAttention: %s", what, self._stock_reason)
         else:
             logger.info("prefix_attn: decode rows of %s run on prefix-aware plans, %s", what, self._shape)
+
+    def _why_stock(self, layer) -> str | None:
+        return eligibility.of_layer(layer, self._shape, self.block_size, self.dcp_world_size)
 
     def build_for_cudagraph_capture(self, common_attn_metadata):
         """As :meth:`build`; a capture without tables means that no replay would have them: the group stays stock."""
@@ -157,7 +160,7 @@ class Builder(FlashAttentionMetadataBuilder):
     def _group(self) -> Group:
         scheduler, cache = self.vllm_config.scheduler_config, self._layers[0].kv_cache
         tokens = -(-self.model_config.max_model_len // self.dcp_world_size) + self.cp_kv_cache_interleave_size
-        pool = (cache.shape[0], cache.shape[1], self.block_size, 2 * self.headdim)
+        pool = (cache.shape[0], cache.shape[1], self.block_size, 2 * self._shape.head_dim)
         for layer in self._layers:
             if tuple(layer.kv_cache.shape) != pool:
                 raise RuntimeError(

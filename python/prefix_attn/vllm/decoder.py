@@ -77,16 +77,17 @@ class DecodeRows:
         self._current = capacity
         return plan
 
-    def run(self, name: str, scale: float, query, key_cache, value_cache, output, lse=None) -> None:
+    def run(self, name: str, scores: dict, query, key_cache, value_cache, output, lse=None) -> None:
         """Run this step's plan for one layer.
 
         Args:
             name: the layer's, the same tensors' strides at every call.
+            scores: what becomes of Q K: ``scale``, and ``softcap`` and ``sinks`` where the layer has them, as in ``pa.run``.
             query, output: ``[query tokens or more, q_heads, head_dim]``; what is behind the plan's keeps its values.
             key_cache, value_cache: ``[num_pages, page_size, kv_heads, head_dim]``.
             lse: float32 ``[rows, q_heads]``, at one address for ever, where it is wanted.
         """
-        self._current.run(name, scale, query, key_cache, value_cache, output, lse)
+        self._current.run(name, scores, query, key_cache, value_cache, output, lse)
 
     def _capacity(self, tokens: int) -> "_Capacity":
         size = min(1 << max(tokens - 1, 0).bit_length(), self.group.max_tokens)
@@ -149,10 +150,10 @@ class _Capacity:
 
 
 class _HostCapacity(_Capacity):
-    def run(self, name, scale, query, key_cache, value_cache, output, lse) -> None:
+    def run(self, name, scores, query, key_cache, value_cache, output, lse) -> None:
         rows = self.plan.sequence_count
         lse = None if lse is None else lse[:rows]
-        pa.run(self.plan, query[:rows], key_cache, value_cache, out=output[:rows], lse=lse, scale=scale)
+        pa.run(self.plan, query[:rows], key_cache, value_cache, out=output[:rows], lse=lse, **scores)
 
 
 class _DeviceCapacity(_Capacity):
@@ -166,18 +167,18 @@ class _DeviceCapacity(_Capacity):
         self.buffers.upload(plan)
         return plan
 
-    def run(self, name, scale, query, key_cache, value_cache, output, lse) -> None:
+    def run(self, name, scores, query, key_cache, value_cache, output, lse) -> None:
         if min(query.shape[0], output.shape[0]) < self.plan.sequence_count:
             raise ValueError(f"query and output have {query.shape[0]} rows, the plan {self.plan.sequence_count}")
         layer = self.layers.get(name)
         if layer is None or layer.q_stride != query.stride() or layer.out_stride != output.stride():
-            layer = self._bind(name, scale, query, key_cache, value_cache, output, lse)
+            layer = self._bind(name, scores, query, key_cache, value_cache, output, lse)
         # The strides are those bound, the plan's rows are there: what run_ptr asks its caller to vouch for.
         layer.run.run_ptr(query.data_ptr(), output.data_ptr())
 
-    def _bind(self, name, scale, query, key_cache, value_cache, output, lse) -> _BoundLayer:
+    def _bind(self, name, scores, query, key_cache, value_cache, output, lse) -> _BoundLayer:
         q, out = (self.owner.template(kind, t.stride(), t.dtype) for kind, t in (("q", query), ("out", output)))
         workspace = self.owner.workspace(self.planner)
-        run = self.buffers.bind(key_cache, value_cache, q, out, lse, scale=scale, workspace=workspace)
+        run = self.buffers.bind(key_cache, value_cache, q, out, lse, workspace=workspace, **scores)
         layer = self.layers[name] = _BoundLayer(run, query.stride(), output.stride())
         return layer

@@ -52,8 +52,15 @@ def of_group(spec, shape: "pa.AttentionShape | None") -> str | None:
     return pa.supports(shape, spec.block_size)
 
 
-def of_layer(layer) -> str | None:
-    """Why a layer cannot be served, or ``None``."""
+def of_layer(layer, shape: "pa.AttentionShape", page_size: int, ranks: int) -> str | None:
+    """Why a layer of a group that can be served cannot, or ``None``.
+
+    Args:
+        layer: vLLM's ``Attention``.
+        shape: what the kernels are asked for.
+        page_size: tokens per block.
+        ranks: of decode context parallelism.
+    """
     from vllm.v1.attention.backend import AttentionType
 
     impl = layer.impl
@@ -63,11 +70,9 @@ def of_layer(layer) -> str | None:
         return "ALiBi"
     if impl.sliding_window not in (None, (-1, -1)):
         return "a sliding window"
-    if impl.logits_soft_cap:
-        return "a soft cap on the logits"
-    if impl.sinks is not None:
-        return "attention sinks"
-    return None
+    if impl.sinks is not None and ranks > 1:
+        return "attention sinks under decode context parallelism: each rank would count them"
+    return pa.supports(shape, page_size, softcap=impl.logits_soft_cap or None, sinks=impl.sinks is not None)
 
 
 def _is_batch_invariant() -> bool:

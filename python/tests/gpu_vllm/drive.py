@@ -33,6 +33,10 @@ SHAPES = {
         hidden_size=1024, num_hidden_layers=4, num_attention_heads=16, num_key_value_heads=4,
         intermediate_size=3072, vocab_size=32000,
     ),
+    "1.7b": dict(
+        hidden_size=2048, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
+        intermediate_size=6144, vocab_size=151936,
+    ),
     "8b": dict(
         hidden_size=4096, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
         intermediate_size=12288, vocab_size=151936,
@@ -40,7 +44,7 @@ SHAPES = {
 }
 
 
-def arguments():
+def arguments(given=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out")
     parser.add_argument("tasks", nargs="+")
@@ -57,8 +61,10 @@ def arguments():
     parser.add_argument("--dcp", type=int, default=1)
     parser.add_argument("--max-len", type=int, default=4096)
     parser.add_argument("--compare", action="store_true", help="compare each layer's decode rows with float32 attention")
+    parser.add_argument("--drafts", type=int, default=0, help="drafts of a sequence in each step (`drafts.py`)")
+    parser.add_argument("--known", help="record of the engine whose tokens are drafted, in tasks that are among its own")
     parser.add_argument("--wait", help="tasks begin when this file exists: until then other engines have the device")
-    return parser.parse_args()
+    return parser.parse_args(given)
 
 
 def config(a):
@@ -76,9 +82,8 @@ def config(a):
     return c
 
 
-def make_engine(a, c):
-    from vllm import LLM
-
+def engine_arguments(a, c):
+    """What vLLM is told."""
     folder = "/tmp/pat-vllm-%s-%s-%d" % (a.shape, a.model, c["num_key_value_heads"])
     os.makedirs(folder, exist_ok=True)
     with open(folder + "/config.json.%d" % os.getpid(), "w") as f:
@@ -98,13 +103,21 @@ def make_engine(a, c):
         more["tensor_parallel_size"] = a.tp
     if a.dcp > 1:
         more["decode_context_parallel_size"] = a.dcp
-    return LLM(
+    if a.drafts:
+        more["speculative_config"] = dict(method="ngram", num_speculative_tokens=a.drafts, prompt_lookup_max=2)
+    return dict(
         model=folder, skip_tokenizer_init=True, load_format="dummy", dtype="bfloat16", seed=0, enable_prefix_caching=True,
         max_model_len=a.max_len, max_num_seqs=a.seqs, max_num_batched_tokens=a.tokens,
         # With a KV cache of a given size this is only what must be free at the start.
         gpu_memory_utilization=0.85 if not a.kv_gib else 0.02 if a.shape == "small" else 0.26 / a.tp,
         attention_config={"backend": a.backend}, disable_log_stats=True, **more,
-    ).llm_engine  # fmt: skip
+    )  # fmt: skip
+
+
+def make_engine(a, c):
+    from vllm import LLM
+
+    return LLM(**engine_arguments(a, c)).llm_engine
 
 
 def prompts(count, shared, own, tag, vocab):
@@ -134,19 +147,21 @@ class Requests:
         self.order.append(name)
 
     def step(self):
-        """Returns the seconds and the number of tokens that came."""
+        """Returns the seconds and the number of requests that got tokens."""
         start = time.perf_counter()
         outputs = self.engine.step()
         took = time.perf_counter() - start
-        before = sum(self.made.values())
+        came = 0
         for output in outputs:
             completion = output.outputs[0]
+            came += len(completion.token_ids) > self.made.get(output.request_id, 0)
             self.made[output.request_id] = len(completion.token_ids)
             if output.finished:
                 self.result[output.request_id] = dict(tokens=list(completion.token_ids), top=self.top(completion))
-        return took, sum(self.made.values()) - before
+        return took, came
 
-    def top(self, completion):
+    @staticmethod
+    def top(completion):
         """Per token: log-prob of the token taken, and the lead over the next one."""
         if not completion.logprobs:
             return None
@@ -215,8 +230,8 @@ def full_steps(engine, vocab, text, tag, at_full=None):
         requests.add("%s-%s-%d" % (tag, text, i), prompt, int(out or 40))
     times = []
     while engine.has_unfinished_requests():
-        took, made = requests.step()
-        if made == count:
+        took, came = requests.step()
+        if came == count:
             times.append(took)
             if at_full and at_full(len(times), requests):
                 at_full = None
@@ -411,7 +426,11 @@ def main():
     if a.tp == 1:
         import probe
 
-        probe.install(a.compare, c["vocab_size"])
+        probe.install(a.compare, c["vocab_size"], a.drafts)
+    if a.drafts:
+        import drafts
+
+        drafts.install()
     start = time.time()
     engine = make_engine(a, c)
     print("engine up after %.1f s" % (time.time() - start), flush=True)
@@ -422,6 +441,8 @@ def main():
         kind, _, text = task.partition(":")
         if kind == "kill":
             count(record, a, engine)
+        if a.known:
+            know(a.known, "tokens:" + text)
         start = time.time()
         if kind == "restart":
             engine = restart(engine, c["vocab_size"], text, lambda: make_engine(a, c))
@@ -437,6 +458,18 @@ def main():
     count(record, a, engine)
     save(a.out, record)
     print("DONE", flush=True)
+
+
+def know(path, task):
+    """Draft what an engine has chosen, if it has the task."""
+    import drafts
+
+    while not os.path.exists(path):
+        time.sleep(0.1)
+    with open(path) as f:
+        done = json.load(f)["tasks"].get(task)
+    drafts.known = dict(enumerate(request["tokens"] for request in done["requests"])) if done else {}
+    drafts.prompt_length = sum(read_size(task.split(":")[1])[1:])
 
 
 def count(record, a, engine):

@@ -24,7 +24,7 @@ class State:
         self.is_comparing = False
         #: The sampler's tokens are replaced by those of `next_token`, and log-probs kept.
         self.is_forcing = False
-        self.vocab = 0
+        self.vocab = self.drafts = 0
         self.errors: dict[str, torch.Tensor] = {}
         self.kept: list[tuple] = []
 
@@ -32,7 +32,7 @@ class State:
 STATE = State()
 
 
-def install(is_comparing: bool, vocab: int) -> None:
+def install(is_comparing: bool, vocab: int, drafts: int) -> None:
     """Once, before the engine is made."""
     from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
     from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
@@ -40,7 +40,7 @@ def install(is_comparing: bool, vocab: int) -> None:
 
     from prefix_attn.vllm.impl import Impl
 
-    STATE.is_comparing, STATE.vocab = is_comparing, vocab
+    STATE.is_comparing, STATE.vocab, STATE.drafts = is_comparing, vocab, drafts
     own_forward, own_sample, own_dispatch = Impl.forward, Sampler.sample, CudaGraphManager.dispatch
 
     def forward(self, layer, query, key, value, kv_cache, metadata, output, *scales):
@@ -54,7 +54,9 @@ def install(is_comparing: bool, vocab: int) -> None:
         if not STATE.is_comparing and STATE.server != "float32":
             return output
         tokens = split.decode_tokens
-        right, is_real = exact(query[:tokens], self._caches(kv_cache), metadata, split.decode_rows, self.scale)
+        if tokens not in (split.decode_rows, split.decode_rows * (1 + STATE.drafts)):
+            return output  # rows with unequal numbers of drafts, the steps in which requests begin or end
+        right, is_real = exact(query[:tokens], self._caches(kv_cache), metadata, split.decode_rows, self.scale, self.sinks)
         if STATE.server == "float32":
             output[:tokens] = torch.where(is_real[:, None, None], right, 0).to(output.dtype)
         else:
@@ -89,12 +91,13 @@ def next_token(token, position):
     return ((token - FIRST_TOKEN) * 48271 + position * 69621 + 11) % count + FIRST_TOKEN
 
 
-def exact(query, caches, metadata, rows: int, scale: float):
+def exact(query, caches, metadata, rows: int, scale: float, sinks=None):
     """Attention of the first rows' query tokens in float32, by the device's own tables and lengths.
 
     Args:
         query: ``[tokens, q_heads, head_dim]``, equally many tokens for each row.
         caches: K and V ``[pages, page_size, kv_heads, head_dim]``.
+        sinks: ``[q_heads]``, one more score of each head, without a value.
 
     Returns:
         ``[tokens, q_heads, head_dim]``, and which of these tokens are a request's.
@@ -116,7 +119,11 @@ def exact(query, caches, metadata, rows: int, scale: float):
         keys, values = keys.where(held, 0), values.where(held, 0)
         q = query[part.start * each : part.stop * each].float().view(-1, each, kv_heads, q_heads // kv_heads, head_dim)
         scores = torch.einsum("rnhgd,rthd->rnhgt", q, keys) * scale
-        weights = scores.masked_fill(~mask[:, :, None, None, :], -torch.inf).softmax(-1)
+        scores = scores.masked_fill(~mask[:, :, None, None, :], -torch.inf)
+        if sinks is not None:
+            further = sinks.float().view(kv_heads, -1, 1).expand(*scores.shape[:-1], 1)
+            scores = torch.cat([scores, further], -1)
+        weights = scores.softmax(-1)[..., : keys.shape[1]]
         got = torch.einsum("rnhgt,rthd->rnhgd", weights, values)
         span = slice(part.start * each, part.stop * each)
         out[span] = got.flatten(2, 3).flatten(0, 1)

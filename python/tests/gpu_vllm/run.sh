@@ -3,9 +3,12 @@
 # and beside it vllm026/ (parts of a reduced vLLM with setup.py and env.sh). Logs and JSON under $OUT/vllm-JOB/.
 #   smoke   2 minutes, one GPU: tokens of a small model, eager and in FULL graphs
 #   big     3 minutes, one GPU: step times of the 8B shape, profile
-#   tokens  2.5 minutes, one GPU: tokens of the 8B shape in FULL graphs, of a small model in PIECEWISE graphs; restart, no memory
+#   exact   2 minutes, one GPU: the 8B shape in FULL graphs beside float32 attention, layer by layer and by log-probs
+#   tokens  2 minutes, one GPU: tokens of a small model in PIECEWISE graphs; restart, no memory
+#   drafts  2.5 minutes, one GPU: speculative decoding with 3 drafts: tokens, layers beside float32, step times of the 8B shape
 #   more    2 minutes, one GPU: churn with preemption and aborts, another model
-#   tp      3 minutes, TP GPUs (2, or 4): tensor parallel, decode context parallel 2, step times of the 8B shape, a killed worker
+#   tp      3 minutes, TP GPUs (2, or 4): tensor parallel, decode context parallel 2, step times of the 8B shape, a killed worker;
+#           with 4 also two data-parallel ranks
 set -u
 job=$1
 here=$(cd "$(dirname "$0")" && pwd)
@@ -14,7 +17,7 @@ out=${OUT:-/tmp/out}/vllm-$job
 dest=/root/vllm
 mkdir -p "$out"
 failed=0
-python3 "$parts/setup.py" $dest || exit 1
+flock /tmp/vllm-setup.lock python3 "$parts/setup.py" $dest || exit 1
 . "$parts/env.sh" $dest
 python3 -m zipfile -e "$here"/prefix_attn-*.whl $dest/ours || exit 1
 mkdir -p $dest/ours/pat_weights-0.1.dist-info
@@ -28,7 +31,7 @@ nvidia-smi -L
 drive() { # name, arguments...
     local name=$1
     shift
-    timeout "${LIMIT:-170}" python3 drive.py "$out/$name.json" "$@" > "$out/$name.log" 2>&1
+    timeout "${LIMIT:-170}" python3 "${PROGRAM:-drive.py}" "$out/$name.json" "$@" > "$out/$name.log" 2>&1
     local rc=$?
     echo "== $name: $* (rc $rc)"
     grep -E "^(engine up|metrics|[a-z]+:.* s$)|prefix_attn" "$out/$name.log" | cut -c1-260 | sed 's/^/  /'
@@ -38,6 +41,12 @@ judge() { # title, arguments...
     echo "== $1"
     shift
     python3 compare.py "$@" || { failed=1; echo "  FAILED"; }
+}
+
+exactness() { # title, arguments...
+    echo "== $1"
+    shift
+    python3 exactness.py "$@" || { failed=1; echo "  FAILED"; }
 }
 
 smoke() {
@@ -69,32 +78,82 @@ big() {
     python3 table.py "$out"/8b-fa.json "$out"/8b-ours.json || failed=1
 }
 
+exact() {
+    local t=64x1500+100:24
+    local big="--shape 8b --mode graph --kv-gib 2.5 --seqs 64 --tokens 4096 --max-len 2048 --sizes 64"
+    # All at a time: three engines of the 8B shape take 60 GB.
+    drive exact $big --compare layers:$t layers:$t:broken forced:$t:{ours,stock,float32,broken} tokens:$t broken:$t &
+    drive exact-fa $big --backend FLASH_ATTN forced:$t:engine tokens:$t tokens:$t:32 &
+    drive exact-triton $big --backend TRITON_ATTN forced:$t:engine tokens:$t &
+    wait
+    failed_in_background "$out"/exact{,-fa,-triton}.json
+    local forced="--exact forced:$t:float32 --stock forced:$t:stock"
+    for backend in fa triton; do forced="$forced --also $out/exact-$backend.json forced:$t:engine"; done
+    exactness "8B shape, FULL graphs, each layer: as near to float32 attention as stock?" layers "$out"/exact.json layers:$t
+    exactness "8B shape, each layer, one token left out of every row: must be found" \
+        layers "$out"/exact.json layers:$t:broken --expect-different
+    exactness "8B shape, log-probs of given tokens: as near to float32 attention as stock?" \
+        scores "$out"/exact.json forced:$t:ours $forced
+    exactness "8B shape, log-probs, one token left out of every row: must be found" \
+        scores "$out"/exact.json forced:$t:broken $forced --expect-different
+    local noise="--noise $out/exact-triton.json tokens:$t --noise $out/exact-fa.json tokens:$t:32"
+    judge "8B shape, greedy tokens: as stock?" "$out"/exact-fa.json "$out"/exact.json tokens:$t $noise
+    judge "8B shape, greedy tokens, one token left out of every row: must be found" \
+        "$out"/exact-fa.json "$out"/exact.json tokens:$t $noise --task-of-ours broken:$t --expect-different
+    rm "$out"/*.pt
+}
+
 tokens() {
-    local t8=tokens:64x1500+100:24 t=tokens:64x1000+77:32
-    local big="--shape 8b --mode graph --kv-gib 2.5 --seqs 64 --tokens 4096 --sizes 8,32,64"
+    local t=tokens:64x1000+77:32
     local piecewise="--shape small --mode piecewise --kv-gib 0.7 --seqs 64 --tokens 4096 --sizes 8,16,64"
     local eager="--shape small --kv-gib 0.7 --seqs 64 --tokens 4096"
-    # All at a time: three engines of the 8B shape take 60 GB.
-    drive 8b-fa $big --backend FLASH_ATTN $t8 $t8:32 &
-    drive 8b-triton $big --backend TRITON_ATTN $t8 &
-    drive 8b-ours $big $t8 broken:${t8#*:} &
     drive piecewise-fa $piecewise --backend FLASH_ATTN $t $t:16 &
     drive piecewise-triton $piecewise --backend TRITON_ATTN $t &
     drive piecewise-ours $piecewise $t broken:${t#*:} &
     drive eager-fa $eager --backend FLASH_ATTN $t $t:16 &
     drive eager-restarts $eager $t restart:5x100+20 oom:3x100+20 restart: again:${t#*:} &
     wait
-    failed_in_background "$out"/{8b,piecewise}-{fa,triton,ours}.json "$out"/eager-{fa,restarts}.json
-    local noise="--noise $out/8b-triton.json $t8 --noise $out/8b-fa.json $t8:32"
-    judge "8B shape, FULL graphs: as stock?" "$out"/8b-fa.json "$out"/8b-ours.json $t8 $noise
-    judge "8B shape, one token left out of every row: must be found" "$out"/8b-fa.json "$out"/8b-ours.json $t8 $noise \
-        --task-of-ours broken:${t8#*:} --expect-different
-    noise="--noise $out/piecewise-triton.json $t --noise $out/piecewise-fa.json $t:16"
+    failed_in_background "$out"/piecewise-{fa,triton,ours}.json "$out"/eager-{fa,restarts}.json
+    local noise="--noise $out/piecewise-triton.json $t --noise $out/piecewise-fa.json $t:16"
     judge "small, PIECEWISE graphs: as stock in PIECEWISE graphs?" "$out"/piecewise-fa.json "$out"/piecewise-ours.json $t $noise
     judge "small, PIECEWISE, one token left out of every row: must be found" \
         "$out"/piecewise-fa.json "$out"/piecewise-ours.json $t $noise --task-of-ours broken:${t#*:} --expect-different
     judge "small, eager, behind two restarts and a step without memory: as stock?" \
         "$out"/eager-fa.json "$out"/eager-restarts.json $t --task-of-ours again:${t#*:} --noise "$out"/eager-fa.json $t:16
+}
+
+drafts() {
+    local t=64x1000+77:48
+    local small="--shape small --kv-gib 1 --seqs 64 --tokens 4096 --max-len 2048"
+    local known="--drafts 3 --known $out/plain-fa.json"
+    local big="--shape 8b --mode graph --kv-gib 12 --seqs 128 --tokens 8192 --drafts 3 --sizes 256,512"
+    local times="time:64x2496+528:40 time:128x2496+528:40"
+    rm -f "$out"/go-* "$out"/plain-fa.json
+    drive plain-fa $small --backend FLASH_ATTN tokens:$t tokens:$t:16 & local engines=$!
+    drive drafts-fa $small $known --backend FLASH_ATTN tokens:$t & engines="$engines $!"
+    PREFIX_ATTN_CHECK=1 drive drafts-eager $small $known tokens:$t & engines="$engines $!"
+    drive drafts-graph $small $known --mode graph --sizes 64,256 tokens:$t broken:$t & engines="$engines $!"
+    drive drafts-exact $small $known --mode graph --sizes 256 --compare layers:$t layers:$t:broken & engines="$engines $!"
+    drive 8b-drafts-fa $big --wait "$out"/go-fa --backend FLASH_ATTN $times & local stock=$!
+    drive 8b-drafts-ours $big --wait "$out"/go-ours $times & local ours=$!
+    wait $engines
+    touch "$out"/go-fa
+    wait $stock
+    touch "$out"/go-ours
+    wait $ours
+    rm -f "$out"/go-*
+    failed_in_background "$out"/{plain-fa,drafts-fa,drafts-eager,drafts-graph,drafts-exact,8b-drafts-fa,8b-drafts-ours}.json
+    local noise="--noise $out/drafts-fa.json tokens:$t --noise $out/plain-fa.json tokens:$t:16"
+    for mode in eager graph; do
+        judge "small, 3 drafts, $mode: as stock without drafts?" "$out"/plain-fa.json "$out"/drafts-$mode.json tokens:$t $noise
+    done
+    judge "small, 3 drafts, one token left out of every row: must be found" "$out"/plain-fa.json "$out"/drafts-graph.json \
+        tokens:$t $noise --task-of-ours broken:$t --expect-different
+    exactness "small, 3 drafts, FULL graphs, each layer: as near to float32 attention as stock?" \
+        layers "$out"/drafts-exact.json layers:$t
+    exactness "small, 3 drafts, each layer, one token left out of every row: must be found" \
+        layers "$out"/drafts-exact.json layers:$t:broken --expect-different
+    python3 table.py "$out"/8b-drafts-fa.json "$out"/8b-drafts-ours.json || failed=1
 }
 
 more() {
@@ -128,19 +187,28 @@ tp() {
     local graph="--shape small --kv-gib 1 --seqs 64 --tokens 4096 --tp $ranks --mode graph --sizes 8,16,64"
     # Ranks share a KV head in twos: what decode context parallelism asks for.
     local shared="--shape small --kv-gib 1 --seqs 64 --tokens 4096 --tp $ranks --kv-heads $((ranks / 2))"
-    local times="time:64x2496+528:40 time:256x2496+528:40"
+    local times="time:64x2496+528:40 time:256x2496+528:40" dp_times=time:128x2496+528:65
     local big="--shape 8b --kv-gib $((24 / ranks)) --tp $ranks --mode graph --seqs 256 --sizes 8,64,256"
     local LIMIT=${LIMIT:-230}
     rm -f "$out"/go-*
     # A second apart: each looks for a free port.
     drive tp-fa $graph --backend FLASH_ATTN $t $t:16 & local small=$!
     sleep 1; drive tp-triton $graph --backend TRITON_ATTN $t & small="$small $!"
-    sleep 1; drive tp-ours $graph $t kill:16x100+20 & small="$small $!"
+    # A killed worker is the same whatever the number of ranks.
+    sleep 1; drive tp-ours $graph $t $([ "$ranks" = 4 ] || echo kill:16x100+20) & small="$small $!"
     sleep 1; drive shared-fa $shared --backend FLASH_ATTN $t $t:16 & small="$small $!"
     sleep 1; drive dcp-fa $shared --dcp 2 --backend FLASH_ATTN $t & small="$small $!"
     sleep 1; drive dcp-ours $shared --dcp 2 $t & small="$small $!"
+    sleep 1; drive dcp-graph $shared --dcp 2 --mode graph --sizes 8,16,64 $t & small="$small $!"
     sleep 1; drive 8b-tp-fa $big --wait "$out"/go-fa --backend FLASH_ATTN $times & local stock=$!
     sleep 1; drive 8b-tp-ours $big --wait "$out"/go-ours $times & local ours=$!
+    local two=
+    if [ "$ranks" = 4 ]; then
+        local dp="--shape 1.7b --kv-gib 6 --seqs 64 --tokens 4096 --mode graph --sizes 8,16,64 --ranks 2"
+        sleep 1; PROGRAM=parallel.py drive dp-fa $dp --wait "$out"/go-dp-fa --backend FLASH_ATTN $t $t:16 $dp_times & local dp_fa=$!
+        sleep 1; PROGRAM=parallel.py drive dp-ours $dp --wait "$out"/go-dp-ours $t $dp_times & local dp_ours=$!
+        two="$out/dp-fa.json $out/dp-ours.json"
+    fi
     wait $small
     # One engine measures at a time. What the killed worker's engine leaves behind ends within seconds.
     sleep 6
@@ -148,14 +216,25 @@ tp() {
     wait $stock
     touch "$out"/go-ours
     wait $ours
+    if [ -n "$two" ]; then
+        touch "$out"/go-dp-fa
+        wait $dp_fa
+        touch "$out"/go-dp-ours
+        wait $dp_ours
+    fi
     rm -f "$out"/go-*
-    failed_in_background "$out"/{tp-fa,tp-triton,tp-ours,shared-fa,dcp-fa,dcp-ours,8b-tp-fa,8b-tp-ours}.json
+    failed_in_background "$out"/{tp-fa,tp-triton,tp-ours,shared-fa,dcp-fa,dcp-ours,dcp-graph,8b-tp-fa,8b-tp-ours}.json $two
     judge "TP $ranks, FULL graphs: as stock?" "$out"/tp-fa.json "$out"/tp-ours.json $t \
         --noise "$out"/tp-fa.json $t:16 --noise "$out"/tp-triton.json $t
     judge "DCP 2, eager: as stock with DCP 2?" "$out"/dcp-fa.json "$out"/dcp-ours.json $t --noise "$out"/shared-fa.json $t
     judge "DCP 2, eager: as stock without DCP?" "$out"/shared-fa.json "$out"/dcp-ours.json $t \
         --noise "$out"/dcp-fa.json $t --noise "$out"/shared-fa.json $t:16
+    judge "DCP 2, FULL graphs: as stock with DCP 2?" "$out"/dcp-fa.json "$out"/dcp-graph.json $t \
+        --noise "$out"/shared-fa.json $t
     python3 table.py "$out"/8b-tp-fa.json "$out"/8b-tp-ours.json || failed=1
+    [ -n "$two" ] || return
+    judge "two data-parallel ranks, FULL graphs: as stock?" $two $t --noise "$out"/dp-fa.json $t:16
+    python3 table.py $two || failed=1
 }
 
 failed_in_background() { # a drive in the background cannot set `failed`: its log ends with DONE, or not

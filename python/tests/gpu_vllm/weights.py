@@ -9,8 +9,8 @@ grow from layer to layer; and a token attends to itself more than to another, so
 import re
 import zlib
 
-#: Correlation of a query head's projection with its KV head's: a token's score with itself is about 14, some four parts in twenty
-#: of the attention of a row of 1,500 tokens.
+#: Correlation of a query head's projection with its KV head's. At a head dimension of 128 a token's score with itself is 14 in the
+#: mean, as the largest of some thousand others.
 SELF = 0.3
 
 
@@ -32,7 +32,8 @@ def initialize(module, *_, **__):
     if getattr(module, "pat_is_set", False):
         return
     ranks, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
-    layers = 1 + max(int(n) for name in module.state_dict() for n in re.findall(r"layers\.(\d+)\.", name))
+    numbers = [int(n) for name in module.state_dict() for n in re.findall(r"layers\.(\d+)\.", name)]
+    layers = 1 + max(numbers, default=0)
     for name, parameter in module.state_dict().items():
         # Scalars are scales of quantisation, 1 where there is none.
         if not torch.is_floating_point(parameter) or parameter.dim() == 0:

@@ -89,7 +89,7 @@ class Request:
 class Engine:
     """Schedules random steps over a pool of blocks."""
 
-    def __init__(self, tables: BlockTables, seed: int, blocks: int, longest: int, drafts: int):
+    def __init__(self, tables: BlockTables, seed: int, blocks: int, longest: int, drafts: int = 0):
         self.tables, self.rng, self.drafts = tables, random.Random(seed), drafts
         self.free_blocks = list(range(1, blocks))
         self.references = [0] * blocks

@@ -9,6 +9,7 @@ from vllm.config import CUDAGraphMode
 from vllm.v1.attention.backend import AttentionCGSupport
 from world import World
 
+import prefix_attn as pa
 from prefix_attn.vllm.builder import Builder
 
 
@@ -86,7 +87,6 @@ def test_a_lost_announcement_after_plans_is_an_error(monkeypatch, model_folder, 
     "change, reason",
     [
         ({"alibi_slopes": [0.5] * 8}, "ALiBi"),
-        ({"logits_soft_cap": 30.0}, "soft cap"),
         ({"per_layer_sliding_window": 128}, "SlidingWindowSpec"),
         (
             {
@@ -108,12 +108,16 @@ def test_what_is_not_served_stays_stock(monkeypatch, model_folder, caplog_vllm, 
     assert len(lines) == 1 and reason in lines[0]
 
 
-def test_sinks_stay_stock(monkeypatch, model_folder):
+def test_sinks_and_soft_caps_are_served_where_the_kernels_have_them(monkeypatch, model_folder):
     from vllm.v1.attention.backends import flash_attn
 
     monkeypatch.setattr(flash_attn, "flash_attn_supports_sinks", lambda: True, raising=False)
-    world = World(monkeypatch, model_folder, sinks=torch.zeros(8))
-    assert world.builder._stock_reason == "attention sinks"
+    for layer, asked in (
+        ({"sinks": torch.zeros(8)}, {"sinks": True}),
+        ({"logits_soft_cap": 30.0}, {"softcap": 30.0}),
+    ):
+        world = World(monkeypatch, model_folder, **layer)
+        assert world.builder._stock_reason == pa.supports(world.builder._shape, simulated.BLOCK, **asked)
 
 
 def test_graph_support(monkeypatch, model_folder):
