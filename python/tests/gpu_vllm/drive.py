@@ -37,6 +37,10 @@ SHAPES = {
         hidden_size=2048, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
         intermediate_size=6144, vocab_size=151936,
     ),
+    "oss": dict(
+        hidden_size=2880, num_hidden_layers=24, num_attention_heads=64, num_key_value_heads=8,
+        intermediate_size=11520, vocab_size=201088,
+    ),
     "8b": dict(
         hidden_size=4096, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
         intermediate_size=12288, vocab_size=151936,
@@ -50,7 +54,7 @@ def arguments(given=None):
     parser.add_argument("tasks", nargs="+")
     parser.add_argument("--backend", default="CUSTOM")
     parser.add_argument("--shape", default="small", choices=list(SHAPES))
-    parser.add_argument("--model", default="qwen3", choices=["qwen3", "llama"])
+    parser.add_argument("--model", default="qwen3", choices=["qwen3", "llama", "gpt-oss"])
     parser.add_argument("--kv-heads", type=int)
     parser.add_argument("--mode", default="eager", choices=["eager", "graph", "piecewise"])
     parser.add_argument("--sizes", default="8,64", help="captured batch sizes")
@@ -75,7 +79,10 @@ def config(a):
     )  # fmt: skip
     if a.kv_heads:
         c["num_key_value_heads"] = a.kv_heads
-    if a.model == "qwen3":
+    if a.model == "gpt-oss":
+        # Its attention: heads of 64 elements, eight queries for a KV head, a sink per head, windows in every other layer.
+        c.update(head_dim=64, num_key_value_heads=c["num_attention_heads"] // 8)
+    if a.model != "llama":
         c.update(architectures=["Qwen3ForCausalLM"], model_type="qwen3", sliding_window=None, use_sliding_window=False)
     else:
         c.update(architectures=["LlamaForCausalLM"], model_type="llama")
@@ -137,7 +144,7 @@ class Requests:
 
     def __init__(self, engine, logprobs):
         self.engine, self.logprobs = engine, logprobs
-        self.made, self.result, self.order = {}, {}, []
+        self.made, self.result, self.order, self.cached = {}, {}, [], 0
 
     def add(self, name, prompt, out):
         from vllm import SamplingParams
@@ -157,6 +164,7 @@ class Requests:
             came += len(completion.token_ids) > self.made.get(output.request_id, 0)
             self.made[output.request_id] = len(completion.token_ids)
             if output.finished:
+                self.cached += output.num_cached_tokens or 0
                 self.result[output.request_id] = dict(tokens=list(completion.token_ids), top=self.top(completion))
         return took, came
 
@@ -198,6 +206,7 @@ def tokens(engine, vocab, text):
 def churn(engine, vocab, text):
     """Requests arrive, finish, are aborted and preempted, the same way for every backend."""
     out, schedule = map(int, text.split(":"))
+    happened = count_events(engine)
     r = random.Random("churn")
     systems = [[r.randrange(10, vocab) for _ in range(n)] for n in (1500, 700, 333, 64)]
     requests, waiting, aborted = Requests(engine, 2), [], set()
@@ -219,7 +228,36 @@ def churn(engine, vocab, text):
             requests.step()
         step += 1
     engine.reset_prefix_cache()
-    return dict(requests=requests.in_order(), steps=step, aborted=len(aborted))
+    happened.update(aborted=len(aborted), cached_tokens=requests.cached)
+    return dict(requests=requests.in_order(), steps=step, **happened)
+
+
+def count_events(engine) -> dict:
+    """Preemptions, evictions from the prefix cache and prompts that were computed in parts, from now on."""
+    scheduler = engine.engine_core.engine_core.scheduler
+    pool = scheduler.kv_cache_manager.block_pool
+    happened = dict(preempted=0, evicted=0, chunks=0)
+    preempt, evict, schedule = scheduler._preempt_request, pool._maybe_evict_cached_block, scheduler.schedule
+
+    def counted_preempt(*args, **kwargs):
+        happened["preempted"] += 1
+        return preempt(*args, **kwargs)
+
+    def counted_evict(block):
+        is_evicted = evict(block)
+        happened["evicted"] += is_evicted
+        return is_evicted
+
+    def counted_schedule(*args, **kwargs):
+        output = schedule(*args, **kwargs)
+        for name, tokens in output.num_scheduled_tokens.items():
+            request = scheduler.requests[name]
+            happened["chunks"] += tokens > 1 and request.num_computed_tokens < request.num_prompt_tokens
+        return output
+
+    scheduler._preempt_request, pool._maybe_evict_cached_block = counted_preempt, counted_evict
+    scheduler.schedule = counted_schedule
+    return happened
 
 
 def full_steps(engine, vocab, text, tag, at_full=None):
@@ -416,6 +454,8 @@ def counters(worker=None):
 def main():
     a = arguments()
     c = config(a)
+    if a.model == "gpt-oss":
+        os.environ["PAT_GPT_OSS"] = "1"  # for `weights.py`
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")
     if a.tp == 1:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")

@@ -43,15 +43,14 @@ def install(is_comparing: bool, vocab: int, drafts: int) -> None:
     STATE.is_comparing, STATE.vocab, STATE.drafts = is_comparing, vocab, drafts
     own_forward, own_sample, own_dispatch = Impl.forward, Sampler.sample, CudaGraphManager.dispatch
 
-    def forward(self, layer, query, key, value, kv_cache, metadata, output, *scales):
+    def forward(self, layer, query, key, value, kv_cache, metadata, output, **scales):
+        inputs = layer, query, key, value, kv_cache, metadata
         split = getattr(metadata, "prefix_attn", None)
-        if split is None:
-            return own_forward(self, layer, query, key, value, kv_cache, metadata, output, *scales)
-        if STATE.server == "stock":
-            FlashAttentionImpl.forward(self, layer, query, key, value, kv_cache, metadata, output, *scales)
+        if split is not None and STATE.server == "stock":
+            FlashAttentionImpl.forward(self, *inputs, output=output, **scales)
         else:
-            own_forward(self, layer, query, key, value, kv_cache, metadata, output, *scales)
-        if not STATE.is_comparing and STATE.server != "float32":
+            own_forward(self, *inputs, output=output, **scales)
+        if split is None or (not STATE.is_comparing and STATE.server != "float32"):
             return output
         tokens = split.decode_tokens
         if tokens not in (split.decode_rows, split.decode_rows * (1 + STATE.drafts)):
@@ -61,7 +60,7 @@ def install(is_comparing: bool, vocab: int, drafts: int) -> None:
             output[:tokens] = torch.where(is_real[:, None, None], right, 0).to(output.dtype)
         else:
             stock = torch.empty_like(output)
-            FlashAttentionImpl.forward(self, layer, query, key, value, kv_cache, metadata, stock, *scales)
+            FlashAttentionImpl.forward(self, *inputs, output=stock, **scales)
             add_errors(layer.layer_name, output[:tokens], stock[:tokens], right, is_real)
         return output
 

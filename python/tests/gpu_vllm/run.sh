@@ -6,9 +6,10 @@
 #   exact   2 minutes, one GPU: the 8B shape in FULL graphs beside float32 attention, layer by layer and by log-probs
 #   tokens  2 minutes, one GPU: tokens of a small model in PIECEWISE graphs; restart, no memory
 #   drafts  2.5 minutes, one GPU: speculative decoding with 3 drafts: tokens, layers beside float32, step times of the 8B shape
-#   more    2 minutes, one GPU: churn with preemption and aborts, another model
-#   tp      3 minutes, TP GPUs (2, or 4): tensor parallel, decode context parallel 2, step times of the 8B shape, a killed worker;
-#           with 4 also two data-parallel ranks
+#   more    2 minutes, one GPU: 200 requests with preemption and aborts: Qwen3, Llama, gpt-oss's attention
+#   gpt_oss 2 minutes, one GPU: windows and sinks: tokens, layers beside float32 attention, step times of gpt-oss-20b's attention
+#   ranks   2 minutes, two GPUs: data parallel 2, decode context parallel 2 in graphs
+#   tp      3 minutes, TP GPUs (2, or 4): tensor parallel, decode context parallel 2, step times of the 8B shape, a killed worker
 set -u
 job=$1
 here=$(cd "$(dirname "$0")" && pwd)
@@ -157,29 +158,106 @@ drafts() {
 }
 
 more() {
-    local t=tokens:64x1000+77:32 c=churn:40:1 small="--shape small --kv-gib 0.12 --seqs 48 --tokens 1024"
-    drive churn-fa $small --backend FLASH_ATTN $c churn:40:2 &
-    drive churn-triton $small --backend TRITON_ATTN $c &
-    PREFIX_ATTN_CHECK=1 drive churn-eager $small $c &
-    drive churn-graph $small --mode graph --sizes 1,2,4,8,16,24,32,48 $c &
-    drive churn-piecewise-fa $small --mode piecewise --sizes 8,16,32,48 --backend FLASH_ATTN $c churn:40:2 &
-    drive churn-piecewise-triton $small --mode piecewise --sizes 8,16,32,48 --backend TRITON_ATTN $c &
-    drive churn-piecewise $small --mode piecewise --sizes 8,16,32,48 $c &
-    drive llama-fa $small --model llama --backend FLASH_ATTN $t $t:16 &
-    drive llama-triton $small --model llama --backend TRITON_ATTN $t &
-    drive llama-graph $small --model llama --mode graph --sizes 8,16,48 $t &
-    wait
-    failed_in_background "$out"/churn-{fa,triton,eager,graph,piecewise-fa,piecewise-triton,piecewise}.json
-    failed_in_background "$out"/llama-{fa,triton,graph}.json
-    for mode in eager graph; do
-        judge "200 requests, $mode: as stock?" "$out"/churn-fa.json "$out"/churn-$mode.json $c \
-            --noise "$out"/churn-fa.json churn:40:2 --noise "$out"/churn-triton.json $c
+    local c=churn:40:1 sizes="--sizes 1,2,4,8,16,24,32,48"
+    for model in qwen3 llama gpt-oss; do
+        # As many tokens as make some requests wait and others go.
+        local small="--shape small --model $model --seqs 48 --tokens 1024 --max-len 4096 --kv-gib 0.12"
+        [ $model != gpt-oss ] || small="$small --kv-gib 0.04"
+        drive $model-fa $small --backend FLASH_ATTN $c churn:40:2 &
+        drive $model-triton $small --backend TRITON_ATTN $c &
+        PREFIX_ATTN_CHECK=1 drive $model-eager $small $c &
+        drive $model-graph $small --mode graph $sizes $c &
     done
-    judge "200 requests, PIECEWISE graphs: as stock in PIECEWISE graphs?" \
-        "$out"/churn-piecewise-fa.json "$out"/churn-piecewise.json $c \
-        --noise "$out"/churn-piecewise-fa.json churn:40:2 --noise "$out"/churn-piecewise-triton.json $c
-    judge "Llama, FULL graphs: as stock?" "$out"/llama-fa.json "$out"/llama-graph.json $t \
-        --noise "$out"/llama-fa.json $t:16 --noise "$out"/llama-triton.json $t
+    local small="--shape small --seqs 48 --tokens 1024 --kv-gib 0.12 --mode piecewise --sizes 8,16,32,48"
+    drive piecewise-fa $small --backend FLASH_ATTN $c churn:40:2 &
+    drive piecewise-triton $small --backend TRITON_ATTN $c &
+    drive piecewise-ours $small $c &
+    wait
+    for model in qwen3 llama gpt-oss; do
+        failed_in_background "$out"/$model-{fa,triton,eager,graph}.json
+        for mode in eager graph; do
+            judge "200 requests, $model, $mode: as stock?" "$out"/$model-fa.json "$out"/$model-$mode.json $c \
+                --noise "$out"/$model-fa.json churn:40:2 --noise "$out"/$model-triton.json $c
+            everything_happened "$out"/$model-$mode.json $c
+            logged "$out"/$model-$mode.log
+        done
+    done
+    failed_in_background "$out"/piecewise-{fa,triton,ours}.json
+    judge "200 requests, PIECEWISE graphs: as stock in PIECEWISE graphs?" "$out"/piecewise-fa.json "$out"/piecewise-ours.json $c \
+        --noise "$out"/piecewise-fa.json churn:40:2 --noise "$out"/piecewise-triton.json $c
+}
+
+gpt_oss() {
+    local t=64x1000+77:32
+    local small="--shape small --model gpt-oss --kv-gib 1 --seqs 64 --tokens 4096 --max-len 2048"
+    local big="--shape oss --model gpt-oss --mode graph --kv-gib 12 --seqs 256 --sizes 8,64,256"
+    local times="time:64x2496+528:40 time:256x2496+528:40 profile:64x2496+528"
+    rm -f "$out"/go-*
+    drive gpt-oss-fa $small --backend FLASH_ATTN tokens:$t tokens:$t:16 & local engines=$!
+    drive gpt-oss-triton $small --backend TRITON_ATTN tokens:$t & engines="$engines $!"
+    drive gpt-oss-graph $small --mode graph --sizes 8,16,64 tokens:$t broken:$t & engines="$engines $!"
+    drive gpt-oss-exact $small --mode graph --sizes 64 --compare layers:$t layers:$t:broken & engines="$engines $!"
+    drive oss-fa $big --wait "$out"/go-fa --backend FLASH_ATTN $times & local stock=$!
+    drive oss-ours $big --wait "$out"/go-ours $times & local ours=$!
+    wait $engines
+    touch "$out"/go-fa
+    wait $stock
+    touch "$out"/go-ours
+    wait $ours
+    rm -f "$out"/go-*
+    failed_in_background "$out"/gpt-oss-{fa,triton,graph,exact}.json "$out"/oss-{fa,ours}.json
+    local noise="--noise $out/gpt-oss-triton.json tokens:$t --noise $out/gpt-oss-fa.json tokens:$t:16"
+    judge "gpt-oss's attention, FULL graphs: as stock?" "$out"/gpt-oss-fa.json "$out"/gpt-oss-graph.json tokens:$t $noise
+    judge "gpt-oss's attention, one token left out of every row: must be found" \
+        "$out"/gpt-oss-fa.json "$out"/gpt-oss-graph.json tokens:$t $noise --task-of-ours broken:$t --expect-different
+    exactness "gpt-oss's attention, FULL graphs, each layer: as near to float32 attention as stock?" \
+        layers "$out"/gpt-oss-exact.json layers:$t
+    exactness "gpt-oss's attention, each layer, one token left out of every row: must be found" \
+        layers "$out"/gpt-oss-exact.json layers:$t:broken --expect-different
+    python3 table.py "$out"/oss-fa.json "$out"/oss-ours.json
+}
+
+ranks() {
+    local t=tokens:64x1000+77:32
+    local dp="--shape 1.7b --kv-gib 6 --seqs 64 --tokens 4096 --mode graph --sizes 8,16,64 --ranks 2"
+    local shared="--shape small --kv-gib 1 --seqs 64 --tokens 4096 --tp 2 --kv-heads 1"
+    local times=time:128x2496+528:65
+    rm -f "$out"/go-*
+    PROGRAM=parallel.py drive dp-fa $dp --wait "$out"/go-fa --backend FLASH_ATTN $t $t:16 $times & local stock=$!
+    sleep 1; PROGRAM=parallel.py drive dp-ours $dp --wait "$out"/go-ours $t $times & local ours=$!
+    sleep 1; drive shared-fa $shared --backend FLASH_ATTN $t $t:16 & local small=$!
+    sleep 1; drive dcp-fa $shared --dcp 2 --backend FLASH_ATTN $t & small="$small $!"
+    sleep 1; drive dcp-ours $shared --dcp 2 $t & small="$small $!"
+    sleep 1; drive dcp-graph $shared --dcp 2 --mode graph --sizes 8,16,64 $t & small="$small $!"
+    wait $small
+    touch "$out"/go-fa
+    wait $stock
+    touch "$out"/go-ours
+    wait $ours
+    rm -f "$out"/go-*
+    failed_in_background "$out"/{dp-fa,dp-ours,shared-fa,dcp-fa,dcp-ours,dcp-graph}.json
+    judge "two data-parallel ranks, FULL graphs: as stock?" "$out"/dp-fa.json "$out"/dp-ours.json $t \
+        --noise "$out"/dp-fa.json $t:16
+    for mode in ours graph; do
+        judge "DCP 2, $mode: as stock with DCP 2?" "$out"/dcp-fa.json "$out"/dcp-$mode.json $t --noise "$out"/shared-fa.json $t
+    done
+    python3 table.py "$out"/dp-fa.json "$out"/dp-ours.json || failed=1
+}
+
+everything_happened() { # record, task
+    python3 - "$@" << 'EOF' || failed=1
+import json, sys
+
+result = json.load(open(sys.argv[1]))["tasks"][sys.argv[2]]
+counts = {name: value for name, value in result.items() if name != "requests"}
+print("  ", counts)
+sys.exit(not all(counts.values()))
+EOF
+}
+
+logged() { # log
+    grep -E "prefix_attn: .*: [0-9]+ steps: [0-9]+ on plans, .* on FlashAttention; plans read .* fewer KV bytes" "$1" | tail -1 | \
+        cut -c1-260 | grep . || { failed=1; echo "  no line in the log: $1"; }
 }
 
 tp() {
@@ -187,7 +265,7 @@ tp() {
     local graph="--shape small --kv-gib 1 --seqs 64 --tokens 4096 --tp $ranks --mode graph --sizes 8,16,64"
     # Ranks share a KV head in twos: what decode context parallelism asks for.
     local shared="--shape small --kv-gib 1 --seqs 64 --tokens 4096 --tp $ranks --kv-heads $((ranks / 2))"
-    local times="time:64x2496+528:40 time:256x2496+528:40" dp_times=time:128x2496+528:65
+    local times="time:64x2496+528:40 time:256x2496+528:40"
     local big="--shape 8b --kv-gib $((24 / ranks)) --tp $ranks --mode graph --seqs 256 --sizes 8,64,256"
     local LIMIT=${LIMIT:-230}
     rm -f "$out"/go-*
@@ -202,13 +280,6 @@ tp() {
     sleep 1; drive dcp-graph $shared --dcp 2 --mode graph --sizes 8,16,64 $t & small="$small $!"
     sleep 1; drive 8b-tp-fa $big --wait "$out"/go-fa --backend FLASH_ATTN $times & local stock=$!
     sleep 1; drive 8b-tp-ours $big --wait "$out"/go-ours $times & local ours=$!
-    local two=
-    if [ "$ranks" = 4 ]; then
-        local dp="--shape 1.7b --kv-gib 6 --seqs 64 --tokens 4096 --mode graph --sizes 8,16,64 --ranks 2"
-        sleep 1; PROGRAM=parallel.py drive dp-fa $dp --wait "$out"/go-dp-fa --backend FLASH_ATTN $t $t:16 $dp_times & local dp_fa=$!
-        sleep 1; PROGRAM=parallel.py drive dp-ours $dp --wait "$out"/go-dp-ours $t $dp_times & local dp_ours=$!
-        two="$out/dp-fa.json $out/dp-ours.json"
-    fi
     wait $small
     # One engine measures at a time. What the killed worker's engine leaves behind ends within seconds.
     sleep 6
@@ -216,14 +287,8 @@ tp() {
     wait $stock
     touch "$out"/go-ours
     wait $ours
-    if [ -n "$two" ]; then
-        touch "$out"/go-dp-fa
-        wait $dp_fa
-        touch "$out"/go-dp-ours
-        wait $dp_ours
-    fi
     rm -f "$out"/go-*
-    failed_in_background "$out"/{tp-fa,tp-triton,tp-ours,shared-fa,dcp-fa,dcp-ours,dcp-graph,8b-tp-fa,8b-tp-ours}.json $two
+    failed_in_background "$out"/{tp-fa,tp-triton,tp-ours,shared-fa,dcp-fa,dcp-ours,dcp-graph,8b-tp-fa,8b-tp-ours}.json
     judge "TP $ranks, FULL graphs: as stock?" "$out"/tp-fa.json "$out"/tp-ours.json $t \
         --noise "$out"/tp-fa.json $t:16 --noise "$out"/tp-triton.json $t
     judge "DCP 2, eager: as stock with DCP 2?" "$out"/dcp-fa.json "$out"/dcp-ours.json $t --noise "$out"/shared-fa.json $t
@@ -232,9 +297,6 @@ tp() {
     judge "DCP 2, FULL graphs: as stock with DCP 2?" "$out"/dcp-fa.json "$out"/dcp-graph.json $t \
         --noise "$out"/shared-fa.json $t
     python3 table.py "$out"/8b-tp-fa.json "$out"/8b-tp-ours.json || failed=1
-    [ -n "$two" ] || return
-    judge "two data-parallel ranks, FULL graphs: as stock?" $two $t --noise "$out"/dp-fa.json $t:16
-    python3 table.py $two || failed=1
 }
 
 failed_in_background() { # a drive in the background cannot set `failed`: its log ends with DONE, or not

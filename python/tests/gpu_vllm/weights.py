@@ -6,6 +6,7 @@ trained models, all layers together change the residual stream by about what the
 grow from layer to layer; and a token attends to itself more than to another, so that one left out changes the logits.
 """
 
+import os
 import re
 import zlib
 
@@ -15,10 +16,34 @@ SELF = 0.3
 
 
 def register():
-    """Replace the dummy loader's initialisation."""
+    """Replace the dummy loader's initialisation; with PAT_GPT_OSS=1 also give Qwen3 the attention of gpt-oss."""
     from vllm.model_executor.model_loader import dummy_loader
 
     dummy_loader.initialize_dummy_weights = initialize
+    if os.environ.get("PAT_GPT_OSS") == "1":
+        from vllm.model_executor.models import qwen3
+
+        if not hasattr(qwen3.Attention, "pat_is_wrapped"):
+            qwen3.Attention = _as_gpt_oss(qwen3.Attention)
+
+
+def _as_gpt_oss(attention):
+    """`Attention` with a sink for each head, and a window of 128 tokens in every other layer."""
+
+    def make(num_heads, *args, prefix, **kwargs):
+        import torch
+        from vllm.distributed import get_tensor_model_parallel_rank
+        from vllm.model_executor.models.utils import extract_layer_index
+
+        heads = torch.arange(num_heads) + num_heads * get_tensor_model_parallel_rank()
+        # As large as the largest scores.
+        kwargs["sinks"] = torch.nn.Parameter((8.0 + heads % 5).to(torch.bfloat16), requires_grad=False)
+        if extract_layer_index(prefix) % 2 == 0:
+            kwargs["per_layer_sliding_window"] = 128
+        return attention(num_heads, *args, prefix=prefix, **kwargs)
+
+    make.pat_is_wrapped = True
+    return make
 
 
 def initialize(module, *_, **__):
