@@ -9,8 +9,8 @@ use crate::planner::{PyPlanner, expect_plan};
 use crate::tensor::Tensor;
 use crate::torch;
 use crate::workspace::PyWorkspace;
-use pat_rs::Plan;
 use pat_rs::cuda::{BoundRun, CudaEngine, PlanBuffers, Stream, Uploaded};
+use pat_rs::{Plan, Problem};
 use pyo3::intern;
 use pyo3::prelude::*;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -57,7 +57,7 @@ impl PyPlanBuffers {
                 let engine = device::engine(ordinal)?;
                 let buffers = PlanBuffers::for_capacity(engine.device(), &capacity, &variants)?;
                 // The driver compiles them now, not while a stream is captured.
-                engine.prepare_variants(shape, &variants)?;
+                engine.prepare_variants(&Problem::new(shape, page_size), &variants)?;
                 Memory::Cuda { ordinal, engine, buffers: RwLock::new(buffers) }
             }
         };
