@@ -9,6 +9,7 @@ mod core_source;
 mod dependencies;
 mod doctor;
 mod error_doc;
+mod fuzz;
 mod gpu_bundle;
 mod lint_kernels;
 mod ptx;
@@ -50,6 +51,8 @@ enum Command {
     Wheel(wheel::Args),
     /// Write the type stubs of the Python extension.
     Stubs(stubs::Args),
+    /// Build the fuzz targets and run them.
+    Fuzz(fuzz::Args),
     /// Run the long property tests.
     TestLong,
 }
@@ -65,6 +68,7 @@ fn main() -> anyhow::Result<()> {
         Command::GpuBundle(args) => gpu_bundle::run(&args),
         Command::Wheel(args) => wheel::run(&args),
         Command::Stubs(args) => stubs::run(&args),
+        Command::Fuzz(args) => fuzz::run(&args),
         Command::TestLong => test_long::run(),
     }
 }
