@@ -123,7 +123,8 @@ pub struct NodeError {
 pub fn lay_out(nodes: &[NodeSpec], page_size: u32, seed: u64) -> Result<OwnedBatch, NodeError> {
     Draw::Fixed(page_size).check(1, 1 << 16, || "page_size".into())?;
     check(nodes, "nodes")?;
-    let mut layout = Layout { rng: ChaCha8Rng::seed_from_u64(seed), page_size, num_pages: 0, table_entries: 0, rows: Vec::new() };
+    let mut layout =
+        Layout { rng: ChaCha8Rng::seed_from_u64(seed), page_size, num_pages: 0, table_entries: 0, rows: Vec::new() };
     for node in nodes {
         layout.place(node, node.depth, &mut Path::default())?;
     }
