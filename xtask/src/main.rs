@@ -17,6 +17,7 @@ mod ptxas;
 mod stubs;
 mod sysroot;
 mod test_long;
+mod test_torch;
 mod toolchain;
 mod wheel;
 mod workspace;
@@ -55,6 +56,8 @@ enum Command {
     Fuzz(fuzz::Args),
     /// Run the long property tests.
     TestLong,
+    /// Test the Python package without a GPU, with one version of torch after another: gigabytes from PyPI.
+    TestTorch(test_torch::Args),
 }
 
 fn main() -> anyhow::Result<()> {
@@ -70,5 +73,6 @@ fn main() -> anyhow::Result<()> {
         Command::Stubs(args) => stubs::run(&args),
         Command::Fuzz(args) => fuzz::run(&args),
         Command::TestLong => test_long::run(),
+        Command::TestTorch(args) => test_torch::run(&args),
     }
 }
