@@ -1,6 +1,6 @@
-//! Decode steps by the hundred thousand on a device: sequences join, leave, are evicted, their pages are replaced; graphs are made
-//! anew; four threads, each with a model of its own, two by two on one engine. Every so many steps the outputs are held against the
-//! oracle, and in the end no device memory may be missing.
+//! Decode steps by the hundred thousand on a device: sequences join, leave, are evicted, their pages are replaced; graphs are
+//! made anew; four threads, each with a model of its own, two by two on one engine. Every so many steps the outputs are held
+//! against the oracle, and in the end no device memory may be missing.
 //!
 //! `soak [STEPS [SECONDS [CHECK_EVERY]]]`: steps of all threads together (100,000), the time it may take (240), how often is
 //! checked (500). Ends with an error where an output is wrong, memory is lost, or the steps do not fit in the time.
