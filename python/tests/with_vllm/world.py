@@ -60,7 +60,7 @@ class World:
         self.spec = spec
         impl = self.layers[0].impl
         #: What `stock.attend` is told of the layers' scores.
-        self.scores = SCALE, impl.logits_soft_cap, impl.sinks
+        self.scores = SCALE, impl.logits_soft_cap, impl.sinks, impl.sliding_window[0]
         self.builder = group.get_metadata_builder()
         self.groups = [[group]]
         self.tables = simulated.make_tables(monkeypatch, ROWS, 64)
