@@ -11,6 +11,7 @@ use crate::errors::{Failure, Result, invalid, wrong_type};
 use crate::merge;
 use crate::operands::{Operands, Span};
 use crate::tensor::{Element, MAX_RANK, Tensor, check_rank};
+use crate::torch;
 use bytemuck::Pod;
 use pat_rs::cpu::{NewRows, State, append_rows, merge_states};
 use pat_rs::cuda::{AppendArgs, BoundRun, CudaDevice, DeviceSpan, Stream, Uploaded};
@@ -54,11 +55,18 @@ pub(crate) fn run_host<T: HostElement>(plan: &Plan, operands: &Operands, _held: 
         Ok(unsafe { slice::from_raw_parts(std::ptr::with_exposed_provenance(span.address as usize), elements) })
     };
     let (q, k, v) = (input(operands.q, "q")?, input(operands.k, "k_cache")?, input(operands.v, "v_cache")?);
-    let mut tensors = HostTensors::new(operands.problem(), q, k, v)
+    let mut tensors = HostTensors::new(operands.problem, q, k, v)
         .with_kv_strides(operands.k_strides, operands.v_strides)
         .with_row_strides(operands.q_strides, operands.out_strides);
     if let Some((_, strides)) = operands.lse {
         tensors.lse_strides = strides;
+    }
+    if let Some(span) = operands.sinks {
+        let elements = span.host_elements::<f32>("sinks")?;
+        // SAFETY: as for the other inputs; there is at least one query head.
+        let sinks =
+            unsafe { slice::from_raw_parts(std::ptr::with_exposed_provenance(span.address as usize), elements) };
+        tensors = tensors.with_sinks(sinks);
     }
     let out = output::<T>(operands.out, "out")?;
     let lse = operands.lse.map(|(span, _)| output::<f32>(span, "lse")).transpose()?;
@@ -196,10 +204,11 @@ pub(crate) fn read_dlpack<'py>(
         return Err(wrong_type(name, object.get_type().name()?, expected));
     }
     let options = PyDict::new(py);
-    let (kind, _): (i32, i32) = object.call_method0(intern!(py, "__dlpack_device__"))?.extract()?;
+    let (kind, id): (i32, i32) = object.call_method0(intern!(py, "__dlpack_device__"))?.extract()?;
     if kind == DL_CUDA {
+        let handle = stream.map_or_else(|| torch::current_stream(py, usize::try_from(id).unwrap_or(0)), Ok)?;
         // The protocol's name of the legacy default stream is 1.
-        options.set_item("stream", stream.filter(|handle| *handle > 0).unwrap_or(1))?;
+        options.set_item("stream", if handle == 0 { 1 } else { handle })?;
     }
     let unversioned = options.copy()?;
     options.set_item("max_version", (1, 0))?;

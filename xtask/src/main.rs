@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod build_ptx;
+mod c_header;
 mod check_cuda_linking;
 mod check_ptx;
 mod core_source;
@@ -16,6 +17,7 @@ mod ptxas;
 mod stubs;
 mod sysroot;
 mod test_long;
+mod test_torch;
 mod toolchain;
 mod wheel;
 mod workspace;
@@ -42,6 +44,8 @@ enum Command {
     LintKernels,
     /// Write docs/errors.md from the error types.
     ErrorDoc(error_doc::Args),
+    /// Write the header of the C interface, capi/include/pat.h.
+    CHeader(c_header::Args),
     /// Say what works on this machine, and how to fix what does not.
     Doctor,
     /// Collect test executables, the tool and a runner in one folder for a GPU machine without cargo.
@@ -52,6 +56,8 @@ enum Command {
     Stubs(stubs::Args),
     /// Run the long property tests.
     TestLong,
+    /// Test the Python package without a GPU, with one version of torch after another: gigabytes from PyPI.
+    TestTorch(test_torch::Args),
 }
 
 fn main() -> anyhow::Result<()> {
@@ -61,10 +67,12 @@ fn main() -> anyhow::Result<()> {
         Command::CheckCudaLinking => check_cuda_linking::run(),
         Command::LintKernels => lint_kernels::run(),
         Command::ErrorDoc(args) => error_doc::run(&args),
+        Command::CHeader(args) => c_header::run(&args),
         Command::Doctor => doctor::run(),
         Command::GpuBundle(args) => gpu_bundle::run(&args),
         Command::Wheel(args) => wheel::run(&args),
         Command::Stubs(args) => stubs::run(&args),
         Command::TestLong => test_long::run(),
+        Command::TestTorch(args) => test_torch::run(&args),
     }
 }
