@@ -66,8 +66,8 @@ class FlashAttention3:
             fa_version=3,
             **more,
         )
-        # [heads, rows] -> [rows, heads]
-        return out, lse.transpose(0, 1)[:rows]
+        # [heads, rows] -> [rows, heads]. Whether it contains the sinks is its own matter.
+        return out, None if more else lse.transpose(0, 1)[:rows]
 
 
 class FlashInfer:

@@ -52,10 +52,9 @@ class Expected:
             gathered[0].double().abs(),
         )
         magnitude = magnitude.masked_fill(~visible[:, None, None, :], 0).amax(-1).reshape(len(q), -1)
-        self.score_magnitude = case.scale * magnitude
+        # A cap adds the rounding errors of its own arithmetic.
+        self.score_magnitude = case.scale * magnitude + case.softcap / case.head_dim
         self.epsilon = EPSILON[q.dtype]
-        if sinks is not None:
-            self.score_magnitude = torch.maximum(self.score_magnitude, sinks.double().abs()[None, :])
 
     def worst_ratio(self, out, lse=None, rows=None):
         """Largest error over its allowance, at most 1 where all is within the rule; inf for NaN. `rows` is a mask of the rows

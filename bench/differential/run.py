@@ -91,10 +91,11 @@ class Ours:
     def run(self, case, tensors):
         """Out and log-sum-exp of all rows. Raises what the wheel raises."""
         mode = f"fixed-chunk:{2 * case.page_size}" if case.mode == "fixed-chunk" else case.mode
-        key = (case.q_heads, case.kv_heads, case.head_dim, case.dtype, mode)
+        more = {"softcap": case.softcap} if case.softcap else {}
+        key = (case.q_heads, case.kv_heads, case.head_dim, case.dtype, mode, case.softcap)
         if key not in self.planners:
             shape = pa.AttentionShape(*key[:4])
-            self.planners[key] = pa.Planner(shape, device=self.device, mode=mode)
+            self.planners[key] = pa.Planner(shape, device=self.device, mode=mode, **more)
         is_plain = all(count == 1 for count in case.query_tokens)
         plan = self.planners[key].plan(
             case.block_tables,
@@ -103,9 +104,6 @@ class Ours:
             case.num_pages,
             query_tokens=None if is_plain else case.query_tokens,
         )
-        more = {}
-        if case.softcap:
-            more["softcap"] = case.softcap
         if tensors.sinks is not None:
             more["sinks"] = tensors.sinks
         out = torch.full_like(tensors.q, math.nan)

@@ -2,7 +2,7 @@
 
 use arbitrary::{Result, Unstructured};
 use pat_rs::plan::{PlanCapacity, PlanMode};
-use pat_rs::{AttentionShape, Dtype, PlanOptions, TileVariant};
+use pat_rs::{AttentionShape, Dtype, PlanOptions, Problem, TileVariant};
 use pat_workloads::OwnedBatch;
 
 /// A valid batch: rows continue, repeat or cut earlier ones, or name any pages; what follows the ids in use is anything.
@@ -42,7 +42,23 @@ pub(super) fn shape(u: &mut Unstructured<'_>) -> Result<AttentionShape> {
     let kv_heads = u.int_in_range(1..=2)?;
     let group = *u.choose(&[1, 2, 3, 4, 5, 7, 8, 16])?;
     let dtype = *u.choose(&[Dtype::F16, Dtype::Bf16])?;
-    Ok(AttentionShape::new(group * kv_heads, kv_heads, *u.choose(&[64, 128])?, dtype).expect("a valid shape"))
+    Ok(AttentionShape::new(group * kv_heads, kv_heads, *u.choose(&[64, 128, 256])?, dtype).expect("a valid shape"))
+}
+
+/// Plain attention, or with a cap, with sinks (one for each query head), or with both.
+pub(super) fn problem(u: &mut Unstructured<'_>, plain: Problem) -> Result<(Problem, Option<Vec<f32>>)> {
+    let mut problem = plain.with_scale(plain.score().scale * *u.choose(&[1.0, 16.0])?);
+    if u.ratio(1, 4)? {
+        problem = problem.with_soft_cap(*u.choose(&[1.5, 30.0, 50.0])?);
+    }
+    if u.ratio(3, 4)? {
+        return Ok((problem, None));
+    }
+    let mut sinks = Vec::new();
+    for _ in 0..plain.shape().q_heads() {
+        sinks.push(f32::from(u.arbitrary::<i8>()?) / 4.0);
+    }
+    Ok((problem.with_sinks(), Some(sinks)))
 }
 
 /// Any options.

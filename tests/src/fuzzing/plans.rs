@@ -1,11 +1,11 @@
 //! Block tables, lengths and options, through planning and the CPU executor.
 
 use super::batches;
-use crate::{Case, Output, invariants, judge, softmax_scale};
+use crate::{Case, invariants};
 use arbitrary::{Result, Unstructured};
 use half::{bf16, f16};
-use pat_rs::{DecodeBatch, DeviceProfile, Dtype, Element, Plan, Planner};
-use pat_workloads::{PoolLayout, Tensors};
+use pat_rs::{DecodeBatch, DeviceProfile, Dtype, Element, Plan, Planner, Problem, supports};
+use pat_workloads::{Oracle, PoolLayout, RowSample, Tensors, check};
 
 const SEED: u32 = 5;
 /// Elements of Q and of a pool up to which a case is executed: some thousand cases a second.
@@ -53,13 +53,15 @@ fn tables(u: &mut Unstructured<'_>) -> Result<()> {
 
 fn case(u: &mut Unstructured<'_>) -> Result<()> {
     let (batch, shape) = (batches::batch(u)?, batches::shape(u)?);
+    let (problem, sinks) = batches::problem(u, batch.problem(shape))?;
     let options = batches::options(u, batch.page_size)?;
     let capacity = if u.ratio(1, 4)? { Some(batches::capacity(u)?) } else { None };
     let profile = DeviceProfile::by_name(u.choose(&["h200", "h100-sxm", "a100-80"])?).expect("a known device");
     let layout = *u.choose(&PoolLayout::ALL)?;
-    let is_free = capacity.is_none() && options.variants.is_none();
+    let is_served = supports(&problem, None, Some(profile.compute_capability)).is_ok();
+    let is_free = is_served && capacity.is_none() && options.variants.is_none();
     let rows = batch.rows();
-    let planned = Planner::new(batch.problem(shape), profile, options)
+    let planned = Planner::new(problem, profile, options)
         .and_then(|planner| match capacity {
             Some(capacity) => planner.with_capacity(capacity),
             None => Ok(planner),
@@ -74,8 +76,8 @@ fn case(u: &mut Unstructured<'_>) -> Result<()> {
             if pool.max(q) <= MOST_ELEMENTS {
                 let case = Case { batch, shape, layout };
                 match shape.dtype() {
-                    Dtype::F16 => execute::<f16>(&plan, &case),
-                    _ => execute::<bf16>(&plan, &case),
+                    Dtype::F16 => execute::<f16>(&plan, &case, problem, sinks.as_deref()),
+                    _ => execute::<bf16>(&plan, &case, problem, sinks.as_deref()),
                 }
             }
         }
@@ -83,14 +85,15 @@ fn case(u: &mut Unstructured<'_>) -> Result<()> {
     Ok(())
 }
 
-fn execute<T: Element>(plan: &Plan, case: &Case) {
+fn execute<T: Element>(plan: &Plan, case: &Case, problem: Problem, sinks: Option<&[f32]>) {
     let tensors = Tensors::<T>::draw(&case.batch, case.shape, case.layout, SEED).expect("a valid case");
-    let mut output = Output {
-        out: vec![T::from_f32(f32::NAN); tensors.q.len()],
-        lse: vec![f32::NAN; tensors.q.len() / case.shape.head_dim() as usize],
-    };
-    let host = tensors.host(softmax_scale(case.shape));
-    pat_rs::cpu::run(plan, &host, &mut output.out, Some(&mut output.lse)).expect("a valid run");
-    let report = judge(case, &output, SEED).expect("a valid case");
-    assert!(report.passed, "{report:?}\n{case:?}");
+    let mut out = vec![T::from_f32(f32::NAN); tensors.q.len()];
+    let mut lse = vec![f32::NAN; tensors.q.len() / case.shape.head_dim() as usize];
+    let mut host = tensors.host(problem.score().scale);
+    (host.problem, host.sinks) = (problem, sinks);
+    pat_rs::cpu::run(plan, &host, &mut out, Some(&mut lse)).expect("a valid run");
+    let sample = RowSample::for_batch(&case.batch, case.shape);
+    let oracle = Oracle::compute_problem::<T>(&case.batch, problem, sinks, SEED, sample).expect("a valid case");
+    let report = check(&oracle, case.shape.q_heads(), &out, Some(&lse));
+    assert!(report.passed, "{report:?}\n{problem:?}, sinks {sinks:?}\n{case:?}");
 }
