@@ -5,9 +5,7 @@
 
 use half::f16;
 use pat_rs::plan::PlanChange;
-use pat_rs::{
-    AttentionShape, DecodeBatch, Dtype, Engine, HostTensors, Plan, PlanOptions, Planner, Problem, Result,
-};
+use pat_rs::{AttentionShape, DecodeBatch, Dtype, Engine, HostTensors, Plan, PlanOptions, Planner, Problem, Result};
 use std::collections::{BTreeMap, HashMap};
 
 const PAGE_SIZE: usize = 16;
