@@ -12,6 +12,7 @@ pub mod finish;
 pub mod isolation;
 pub mod item;
 pub mod kernels;
+mod plan_words;
 pub mod ptx;
 pub mod softmax;
 pub mod tile;

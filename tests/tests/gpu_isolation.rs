@@ -127,7 +127,8 @@ fn run_forest<T: Element>(
         engine.run_host(&plan, &host, &mut out, Some(&mut lse)).unwrap();
         *exposed.entry(variant).or_default() += u64::from(place.is_beside_others(&plan));
 
-        let what = format!("forest {index}, {variant:?}, {mode:?}, {value} at {place:?}\n{problem:?} {sinks:?} {case:?}");
+        let what =
+            format!("forest {index}, {variant:?}, {mode:?}, {value} at {place:?}\n{problem:?} {sinks:?} {case:?}");
         let mut expected = oracle.clone();
         if place.in_values {
             // Of the sequence's own rows the column alone is lost.

@@ -29,7 +29,7 @@ impl LaunchGeometry {
     pub fn of(plan: &Plan) -> Self {
         let header = plan.header();
         Self {
-            max_items: header.variant_count,
+            max_items: header.variants.map(|variant| variant.count),
             max_merge_rows: header.merge_count,
             max_slots: header.slot_count,
             max_sequences: header.sequence_count,

@@ -73,7 +73,7 @@ unsafe fn forward<
     for stage in 0..STAGES {
         let k_stage = ring + stage * 2 * unit_bytes;
         if incoming < item.stream.token_count {
-            if item.stream.masks != 0 {
+            if item.stream.has_masks() {
                 // SAFETY: as above.
                 unsafe { place.store_rows(ranges_of(k_stage), located, UNIT_TOKENS) };
             }
@@ -111,7 +111,7 @@ unsafe fn forward<
         let mut s = unsafe { scores::<E, HEAD_STEPS, KEY_STEPS>(&q, k_stage, lane) };
         cap_scores(params, s.as_flattened_mut().as_flattened_mut());
         let valid = item.stream.token_count - unit;
-        if item.stream.masks != 0 {
+        if item.stream.has_masks() {
             // SAFETY: they were written before the barrier.
             unsafe { mask_rows(&mut s, ranges_of(k_stage), 0, lane) };
         } else if valid < UNIT_TOKENS {
@@ -119,7 +119,7 @@ unsafe fn forward<
         }
         barrier::sync_warp();
         if refill {
-            if item.stream.masks != 0 {
+            if item.stream.has_masks() {
                 // SAFETY: all lanes have read the unit's ranges.
                 unsafe { place.store_rows(ranges_of(k_stage), located, UNIT_TOKENS) };
             }

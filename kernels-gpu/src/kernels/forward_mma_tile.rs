@@ -77,7 +77,7 @@ unsafe fn forward<
     for stage in 0..STAGES {
         let k_stage = ring + stage * 2 * tile_bytes;
         if incoming < item.stream.token_count {
-            if item.stream.masks != 0 {
+            if item.stream.has_masks() {
                 // SAFETY: the stages are free before their first use.
                 unsafe { place.store_rows(ranges_of(k_stage) + 2 * loaded_first, located, LOADED) };
             }
@@ -110,7 +110,7 @@ unsafe fn forward<
         // SAFETY: this tile's K has arrived, for all threads.
         let mut s = unsafe { scores::<E, HEAD_STEPS, KEY_STEPS>(&q, k_stage + first_key * row_bytes, lane) };
         cap_scores(params, s.as_flattened_mut().as_flattened_mut());
-        if item.stream.masks != 0 {
+        if item.stream.has_masks() {
             // SAFETY: they were written before the barrier.
             unsafe { mask_rows(&mut s, ranges_of(k_stage) + 2 * first_key, first_row, lane) };
         } else if item.stream.token_count - tile < tile_tokens {
@@ -126,7 +126,7 @@ unsafe fn forward<
         unsafe { accumulate::<E, HEAD_STEPS, KEY_STEPS>(&mut output, &p, v_stage + first_key * row_bytes, lane) };
         barrier::sync_cta();
         if incoming < item.stream.token_count {
-            if item.stream.masks != 0 {
+            if item.stream.has_masks() {
                 // SAFETY: all threads have read both tiles of the stage, and its ranges before them.
                 unsafe { place.store_rows(ranges_of(k_stage) + 2 * loaded_first, located, LOADED) };
             }
@@ -188,7 +188,7 @@ unsafe fn store<E: Element, const HEAD_STEPS: usize>(
             let pairs = output.as_flattened().iter().map(|tile| [tile[2 * r] * scale, tile[2 * r + 1] * scale]);
             // Of columns 0, 8, 16, ... and their neighbours, of the first lane.
             let columns = (0..).map(|i| 8 * i + 2 * (lane % 4));
-            if item.stream.masks != 0 {
+            if item.stream.has_masks() {
                 let sum = pairs.clone().fold(0.0, |sum, [a, b]| math::fma(a, 0.0, math::fma(b, 0.0, sum)));
                 not_finite[r] = sum != 0.0;
             }
@@ -209,7 +209,7 @@ unsafe fn store<E: Element, const HEAD_STEPS: usize>(
             }
         }
     }
-    if item.stream.masks != 0 {
+    if item.stream.has_masks() {
         let softmaxes = [0, 1].map(|r| RowSoftmax { reference: states.max[r], scale: scales[r] });
         let (head_dim, locate) = (16 * HEAD_STEPS as u32, |row| {
             // SAFETY: a row of the item.

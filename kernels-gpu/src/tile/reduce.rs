@@ -79,7 +79,7 @@ pub unsafe fn combine_and_store<E: Element, const HEAD_STEPS: usize, const M_WAR
             let target = item.row(params, row);
             let Finish { scale, lse_log2 } = Finish::new(max, sum, target.sink(params));
             let mut pair = [pair[0] * scale, pair[1] * scale];
-            if item.stream.masks != 0 {
+            if item.stream.has_masks() {
                 let softmax = RowSoftmax { reference: max, scale };
                 let not_finite = math::fma(pair[1], 0.0, pair[0] * 0.0) != 0.0;
                 if shuffle::any(not_finite && softmax.is_finite()) {

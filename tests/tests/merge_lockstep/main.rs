@@ -7,6 +7,8 @@ mod lanes;
 #[path = "../../../kernels-gpu/src/kernels/merge.rs"]
 #[expect(clippy::needless_range_loop, reason = "as in the device crate: LLVM unrolls these")]
 mod merge;
+#[path = "../../../kernels-gpu/src/plan_words.rs"]
+mod plan_words;
 
 /// The device crate's names.
 mod ptx {

@@ -3,21 +3,23 @@
 use super::masks::{ALL_VALUES, KeyMask, TileMasks, all_full, all_keys, load_masks, values_ends};
 use super::online_softmax::OnlineSoftmax;
 use super::smem::{QSlots, Ring, Smem, tile_offset};
-use super::work::{Batch, PlanView, Work, work_index};
+use super::work::{Batch, query_of_row, work_index};
 use super::{GROUP_ROWS, PRODUCER_WARPS, SPAN_KEYS};
 use crate::element::Element;
 use crate::finish::Finish;
 use crate::isolation::{RowSoftmax, restore_rows};
 use crate::item::Row;
+use crate::plan_words::AtOnce;
 use crate::ptx::barrier::sync_named;
-use crate::ptx::ldst::{request_global_u32x2, store_shared_u32x4};
+use crate::ptx::ldst::store_shared_u32x4;
 use crate::ptx::mbarrier;
 use crate::ptx::mma::ldmatrix_x4;
 use crate::ptx::shuffle::{any, xor_u32};
 use crate::ptx::special::{thread_index, thread_index_here};
 use crate::ptx::wgmma::{self, HeadDim, WgmmaOps};
 use crate::softmax::cap_scores;
-use pat_abi::{ForwardParams, NO_MASKS, NamedBarrier};
+use pat_abi::reader::PlanView;
+use pat_abi::{ForwardParams, NamedBarrier};
 
 /// Consumer warpgroup `group`.
 ///
@@ -39,6 +41,8 @@ pub(super) unsafe fn consume<
 ) where
     (E, HeadDim<HEAD_DIM>): WgmmaOps<Q_REGS, O_REGS, SPANS>,
 {
+    // SAFETY: records of the plan.
+    let words = unsafe { AtOnce::new() };
     let warp = (thread_index() & 127) >> 5;
     let (lane, rows) = consumer_rows(thread_index());
     let mut ring = Ring::<GROUPS> { stage: 0, phase: 0 };
@@ -62,7 +66,7 @@ pub(super) unsafe fn consume<
             in_batch += 1;
             round += 1;
             index = work_index(round);
-            let destinations = rows.map(|row| request_global_u32x2(work.query_address(p, plan, row).0));
+            let destinations = rows.map(|row| query_of_row(p, plan, &work, row).0.token_and_slot(words));
 
             let mut q = [0u32; Q_REGS];
             let (slot, slot_count) = q_slots.take(work.row_count);
@@ -146,13 +150,12 @@ pub(super) unsafe fn consume<
             release(smem.v_empty(previous.stage), lane);
 
             let (sums, references) = softmax.finish();
-            let has_masks = work.mask_begin != NO_MASKS;
+            let has_masks = work.has_masks();
             let mut not_finite = [false; 2];
             let mut scales = [0.0; 2];
             for half in 0..2 {
-                let [sequence, slot] = destinations[half];
-                let (_, head) = work.query_address(p, plan, rows[half]);
-                let row = Row::new(p, sequence, head, slot);
+                let (_, head) = query_of_row(p, plan, &work, rows[half]);
+                let row = Row::of_query(p, destinations[half], head);
                 let Finish { scale: inverse, lse_log2 } = Finish::new(references[half], sums[half], row.sink(p));
                 scales[half] = inverse;
                 // Four lanes hold a row, two columns of every eight each; after the exchange each holds eight neighbours of
@@ -191,15 +194,14 @@ pub(super) unsafe fn consume<
                 // Registers are short: nothing that only this needs is kept through the main loop.
                 let thread = thread_index_here();
                 let (lane, first_row) = (thread % 32, (thread / 32 - PRODUCER_WARPS) * 16);
-                let plan = PlanView::load(p, Smem::<HEAD_DIM, GROUPS>::VARIANT);
-                let work = Work::load(p, plan, work_index(round - 1));
+                let plan = PlanView::load(words, p.plan, Smem::<HEAD_DIM, GROUPS>::VARIANT, p.kv_heads);
+                let work = plan.work(words, work_index(round - 1), p.kv_heads_divisor);
                 let softmaxes = [0, 1].map(|half| RowSoftmax { reference: references[half], scale: scales[half] });
                 let locate = |row| {
-                    let (query, head) = work.query_address(p, plan, row);
-                    let [sequence, slot] = request_global_u32x2(query);
-                    Row::new(p, sequence, head, slot)
+                    let (query, head) = query_of_row(p, plan, &work, row);
+                    Row::new(p, query, head, words)
                 };
-                let stream = work.stream(plan);
+                let stream = plan.stream(&work);
                 if Smem::<HEAD_DIM, GROUPS>::CAPS_SCORES {
                     restore_rows::<E, true>(
                         p,
