@@ -9,7 +9,8 @@ use pat_abi::ForwardParams;
 use pat_abi::reader::Stream;
 
 use crate::element::Element;
-use crate::item::{Row, strided};
+use crate::epilogue::Row;
+use crate::item::strided;
 use crate::plan_words::WhenUsed;
 use crate::ptx::ldst::{load_global_u32, load_global_u32x2};
 use crate::ptx::special::run_time;

@@ -1,14 +1,10 @@
-//! Plan decoding, shared by all forward kernels: which item a CTA serves, where its rows read Q and write their result.
+//! The item that a CTA of the mma.sync kernels serves.
 
-use pat_abi::reader::{PlanView, PlanWords, QueryAddress, Stream, Work};
-use pat_abi::{DIRECT_SLOT, ForwardParams, TileVariant};
+use pat_abi::reader::{PlanView, Stream, Work};
+use pat_abi::{ForwardParams, TileVariant};
 
-use crate::element::Element;
+use crate::epilogue::Row;
 use crate::plan_words::WhenUsed;
-use crate::ptx::ldst::{store_global_f32, store_global_f32x2, store_global_u32, store_global_u32x4};
-
-/// Natural logarithm of 2: internal log-sum-exps are base 2, public ones natural.
-pub const LN_2: f32 = core::f32::consts::LN_2;
 
 /// The work of one CTA: one item for one KV head.
 #[derive(Clone, Copy)]
@@ -21,17 +17,6 @@ pub struct Item {
     pub row_count: u32,
     /// KV head.
     pub kv_head: u32,
-}
-
-/// Where one row comes from and where its result goes.
-#[derive(Clone, Copy)]
-pub struct Row {
-    /// Row of Q, O and LSE.
-    pub query_token: u32,
-    /// Query head.
-    pub head: u32,
-    /// Index of the row's partial in the partial buffers, counted in (slot, head) pairs; `None` for the final output.
-    partial: Option<u64>,
 }
 
 impl Item {
@@ -63,117 +48,6 @@ impl Item {
         let (query, head) = self.plan.row(&self.work, row, params.group);
         // SAFETY: the plan holds a query record for every row.
         Row::new(params, query, head, unsafe { WhenUsed::new() })
-    }
-}
-
-impl Row {
-    /// The row of `head` and the query at `query`.
-    #[inline(always)]
-    pub fn new(params: &ForwardParams, query: QueryAddress, head: u32, words: impl PlanWords) -> Self {
-        Self::of_query(params, query.token_and_slot(words), head)
-    }
-
-    /// As [`Self::new`], of a query whose token and slot are there.
-    #[inline(always)]
-    pub fn of_query(params: &ForwardParams, [query_token, slot]: [u32; 2], head: u32) -> Self {
-        let partial = if slot == DIRECT_SLOT {
-            None
-        } else {
-            let q_heads = params.kv_heads * params.group.divisor;
-            Some(slot as u64 * q_heads as u64 + head as u64)
-        };
-        Self { query_token, head, partial }
-    }
-
-    /// Address of the row's query.
-    #[inline(always)]
-    pub fn query_address(&self, params: &ForwardParams) -> u64 {
-        strided(params.q, self.query_token, params.q_sequence_stride, self.head, params.q_head_stride)
-    }
-
-    /// Address of the sink that joins the row's denominator here; 0 if none does. Partials get theirs from the merge.
-    #[inline(always)]
-    pub fn sink(&self, params: &ForwardParams) -> u64 {
-        if params.sinks == 0 || self.is_partial() { 0 } else { params.sinks + self.head as u64 * 4 }
-    }
-
-    /// Whether the row goes to a partial slot.
-    #[inline(always)]
-    pub fn is_partial(&self) -> bool {
-        self.partial.is_some()
-    }
-
-    /// Writes columns `column` and `column + 1` of the normalised output.
-    ///
-    /// # Safety
-    /// `column` is even and below `head_dim`; the output buffers are as [`ForwardParams`] says, and no other thread
-    /// writes these columns.
-    #[inline(always)]
-    pub unsafe fn store_pair<E: Element>(&self, params: &ForwardParams, head_dim: u32, column: u32, pair: [f32; 2]) {
-        // SAFETY: the caller's contract; base addresses and strides are multiples of 16 bytes.
-        unsafe {
-            if self.is_partial() {
-                self.store_partial_pair(params, head_dim, column, pair);
-            } else {
-                self.store_output_pair::<E>(params, column, pair);
-            }
-        }
-    }
-
-    /// Writes columns `column` and `column + 1` of the final output.
-    ///
-    /// # Safety
-    /// As [`Self::store_pair`]; the row is no partial.
-    #[inline(always)]
-    pub unsafe fn store_output_pair<E: Element>(&self, params: &ForwardParams, column: u32, pair: [f32; 2]) {
-        // SAFETY: the caller's contract; base addresses and strides are multiples of 16 bytes.
-        unsafe { store_global_u32(self.output_address(params) + column as u64 * 2, E::pack(pair[0], pair[1])) };
-    }
-
-    /// Writes columns `column` and `column + 1` of a partial.
-    ///
-    /// # Safety
-    /// As [`Self::store_pair`]; the row is a partial.
-    #[inline(always)]
-    pub unsafe fn store_partial_pair(&self, params: &ForwardParams, head_dim: u32, column: u32, pair: [f32; 2]) {
-        let index = self.partial.unwrap_or(0);
-        let row = params.partial_out + index * (head_dim as u64 * 4);
-        // SAFETY: the caller's contract.
-        unsafe { store_global_f32x2(row + column as u64 * 4, pair) };
-    }
-
-    /// Writes the eight packed columns `column ..` of the final output.
-    ///
-    /// # Safety
-    /// `column` is a multiple of 8; the rest as [`Self::store_pair`]; the row is no partial.
-    #[inline(always)]
-    pub unsafe fn store_octet(&self, params: &ForwardParams, column: u32, octet: [u32; 4]) {
-        // SAFETY: the caller's contract; base addresses and strides are multiples of 16 bytes.
-        unsafe { store_global_u32x4(self.output_address(params) + column as u64 * 2, octet) };
-    }
-
-    #[inline(always)]
-    fn output_address(&self, params: &ForwardParams) -> u64 {
-        strided(params.out, self.query_token, params.out_sequence_stride, self.head, params.out_head_stride)
-    }
-
-    /// Writes the log-sum-exp (given base 2), where one is wanted.
-    ///
-    /// # Safety
-    /// The buffers are as [`ForwardParams`] says, and no other thread writes this row's log-sum-exp.
-    #[inline(always)]
-    pub unsafe fn store_lse(&self, params: &ForwardParams, lse_log2: f32) {
-        // SAFETY: the caller's contract.
-        unsafe {
-            match self.partial {
-                None if params.lse == 0 => {}
-                None => {
-                    let (s, h) = (params.lse_sequence_stride, params.lse_head_stride);
-                    store_global_f32(strided(params.lse, self.query_token, s, self.head, h), lse_log2 * LN_2);
-                }
-                Some(index) => store_global_f32(params.partial_lse + index * 4, lse_log2),
-            }
-        }
     }
 }
 

@@ -15,8 +15,8 @@ use pat_abi::reader::MergeView;
 use pat_abi::{MergeParams, MergeRow};
 
 use crate::element::Element;
-use crate::finish::Finish;
-use crate::item::{LN_2, strided};
+use crate::finish::{Finish, natural, sink_of};
+use crate::item::strided;
 use crate::plan_words::{AtOnce, WhenUsed};
 use crate::ptx::barrier::sync_cta;
 use crate::ptx::ldst::{
@@ -68,7 +68,7 @@ impl Row {
     /// Address of its head's sink, 0 if there are none.
     #[inline(always)]
     fn sink(self, params: &MergeParams) -> u64 {
-        if params.sinks == 0 { 0 } else { params.sinks + self.head as u64 * 4 }
+        sink_of(params.sinks, self.head)
     }
 
     /// Address of a lane's columns of that partial.
@@ -356,7 +356,7 @@ unsafe fn store_row<E: Element, const COLUMNS: usize>(
         store_columns::<E, COLUMNS>(address + (part * 32 + lane) as u64 * COLUMNS as u64 * 2, &columns);
         if params.lse != 0 && lane == 0 && part == 0 {
             let lse = strided(params.lse, sequence, params.lse_sequence_stride, head, params.lse_head_stride);
-            store_global_f32(lse, lse_log2 * LN_2);
+            store_global_f32(lse, natural(lse_log2));
         }
     }
 }

@@ -27,7 +27,6 @@ mod element {
     }
 }
 mod item {
-    pub(crate) const LN_2: f32 = std::f32::consts::LN_2;
     pub(crate) fn strided(base: u64, i: u32, i_stride: i64, j: u32, j_stride: i64) -> u64 {
         base.strict_add_signed(i64::from(i) * i_stride).strict_add_signed(i64::from(j) * j_stride)
     }

@@ -18,7 +18,6 @@
 
 mod consume;
 mod masks;
-mod online_softmax;
 mod produce;
 mod smem;
 mod work;
