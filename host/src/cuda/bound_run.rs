@@ -150,12 +150,12 @@ impl BoundRun {
     fn enqueue(&self, uploaded: Uploaded<'_>, run: &PreparedRun, stream: &Stream) -> Result<()> {
         let current = stream.enter(self.inner.device)?;
         match current.capture_status()? {
-            CaptureStatus::None => uploaded.enqueue_on(stream, || self.launch(run, current)),
+            CaptureStatus::None => uploaded.enqueue_on(stream, || self.launch(run, &current)),
             CaptureStatus::Capturing => {
                 self.check_capturable(stream)?;
                 // No event: it would be one from outside the capture. Whoever vouched for the stream orders uploads and replays.
-                driver::retain_in_capture(current, self.inner.clone())?;
-                self.launch(run, current)
+                driver::retain_in_capture(&current, self.inner.clone())?;
+                self.launch(run, &current)
             }
             CaptureStatus::Invalidated => {
                 Err(Error::invalid("stream", "one whose capture has failed", "end that capture first"))
@@ -183,18 +183,18 @@ impl BoundRun {
     }
 
     /// Enqueues the launches as they were bound, for a graph of ours.
-    pub(super) fn launch_bound(&self, stream: CurrentStream<'_>) -> Result<()> {
+    pub(super) fn launch_bound(&self, stream: &CurrentStream<'_>) -> Result<()> {
         self.launch(&self.inner.run, stream)
     }
 
     /// The driver calls of a run alone.
-    pub(super) fn bare_launches(&self, stream: CurrentStream<'_>) -> Vec<BareLaunch<'_>> {
+    pub(super) fn bare_launches(&self, stream: &CurrentStream<'_>) -> Vec<BareLaunch<'_>> {
         let Inner { run, maps, .. } = &*self.inner;
         let forward = self.inner.forward.iter().filter_map(|kernel| BareLaunch::forward(kernel, run, maps, stream));
         forward.chain(self.inner.merge.and_then(|kernel| BareLaunch::merge(kernel, run, stream))).collect()
     }
 
-    fn launch(&self, run: &PreparedRun, stream: CurrentStream<'_>) -> Result<()> {
+    fn launch(&self, run: &PreparedRun, stream: &CurrentStream<'_>) -> Result<()> {
         for kernel in &self.inner.forward {
             driver::launch_forward(kernel, run, &self.inner.maps, stream)?;
         }
