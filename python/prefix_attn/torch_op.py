@@ -70,8 +70,9 @@ def _decode_out(
     k_cache: Tensor,
     v_cache: Tensor,
     out: Tensor,
+    # No default: torch 2.9 counts on every tensor that is written to be passed, and leaves out what equals its default.
+    lse: Tensor | None,
     slot: int,
-    lse: Tensor | None = None,
     scale: float | None = None,
     kv_layout: str = "NHD",
 ) -> None:
@@ -79,7 +80,7 @@ def _decode_out(
 
 
 @_decode_out.register_fake
-def _(q, k_cache, v_cache, out, slot, lse=None, scale=None, kv_layout="NHD"):
+def _(q, k_cache, v_cache, out, lse, slot, scale=None, kv_layout="NHD"):
     return None
 
 
@@ -138,7 +139,7 @@ def decode_out(
     Raises:
         ValueError: as :func:`decode`.
     """
-    torch.ops.prefix_attn.decode_out(q, k_cache, v_cache, out, slot.number, lse, scale, kv_layout)
+    torch.ops.prefix_attn.decode_out(q, k_cache, v_cache, out, lse, slot.number, scale, kv_layout)
 
 
 def append_kv(

@@ -433,6 +433,44 @@ def test_the_operator_under_compile_on_the_device(no_tf32):
     check(batch, q, k, v, "NHD", layer(q, k, v), None)
 
 
+class Producer:
+    """A library of its own, for what is asked of it: DLPack alone, as cupy and jax have it."""
+
+    def __init__(self, tensor):
+        self.tensor, self.streams = tensor, []
+
+    def __dlpack_device__(self):
+        return self.tensor.__dlpack_device__()
+
+    def __dlpack__(self, *, stream=None, **others):
+        self.streams.append(stream)
+        return self.tensor.__dlpack__(stream=stream, **others)
+
+
+def test_producers_of_dlpack_on_the_device(no_tf32):
+    batch, q, k, v = problem(6, 32, 8, 128, 16, "NHD", torch.float16)
+    planner = pa.Planner(pa.AttentionShape(32, 8, 128, torch.float16), DEVICE)
+    plan = planner.plan(batch.block_tables, batch.lengths, 16, batch.num_pages)
+    out, lse = torch.zeros_like(q), torch.zeros(q.shape[:2], device=DEVICE)
+    others = [Producer(tensor) for tensor in (q, k, v, out, lse)]
+    assert pa.run(plan, *others) is others[3]
+    check(batch, q, k, v, "NHD", out, lse)
+    # Their streams wait for the one of the run: 1 is the protocol's name of the default stream.
+    assert [other.streams for other in others] == [[1]] * 5
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    pa.run(plan, *others, stream=side.cuda_stream)
+    side.synchronize()
+    check(batch, q, k, v, "NHD", out, lse)
+    assert [other.streams[1] for other in others] == [side.cuda_stream] * 5
+    with torch.cuda.stream(side):
+        pa.run(plan, *others)
+    side.synchronize()
+    assert [other.streams[2] for other in others] == [side.cuda_stream] * 5, "torch's current stream is the run's"
+    with pytest.raises(ValueError, match="^out: got None"):
+        pa.run(plan, *others[:3])
+
+
 def two_devices(no_tf32):
     other = f"cuda:{torch.cuda.device_count() - 1}"
     shape = pa.AttentionShape(32, 8, 128, torch.float16)

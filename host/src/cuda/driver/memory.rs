@@ -165,6 +165,7 @@ impl DeviceBuffer {
     fn while_idle(&self, copy: impl FnOnce(&Allocation) -> Result<()>) -> Result<()> {
         let device = self.memory.device;
         let _no_capture = device.no_capture();
+        let _current = make_current(device)?;
         synchronize(device)?;
         copy(&self.memory)?;
         synchronize(device)
