@@ -67,7 +67,7 @@ pub unsafe fn attend_pair<E: Element, const CAPS_SCORES: bool>(
             let words = unsafe { WhenUsed::new() };
             page_id = stream.page_id(words, page);
             let mask = stream.mask(words, page);
-            attends = mask.has_row(row) && mask.has_token(in_page);
+            attends = mask.has_row(row) && in_page < mask.token_end();
         }
         if attends {
             let key = strided(keys, page_id, params.k_page_stride, in_page, params.k_token_stride);

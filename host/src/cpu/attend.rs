@@ -3,8 +3,8 @@
 
 use super::{Element, HostTensors, offset};
 use crate::{KvStrides, Plan};
-use pat_abi::reader::{PlanBytes, PlanView, Stream, Work};
-use pat_abi::{FastDivisor, TileVariant};
+use pat_abi::reader::{Exceptions, PlanBytes, PlanView, Stream, Work};
+use pat_abi::{FastDivisor, PageMask, TileVariant};
 
 /// KV tokens per tile: two tiles in f32 (K and V, 32 KiB at head dimension 128) stay in the first-level cache.
 const KEYS: usize = 32;
@@ -23,6 +23,7 @@ pub(super) struct Task<'a> {
     words: PlanBytes<'a>,
     view: PlanView,
     work: Work,
+    exceptions: Exceptions,
     group: FastDivisor,
 }
 
@@ -45,7 +46,10 @@ impl<'a> Task<'a> {
         let (group, kv_heads) = (FastDivisor::new(plan.shape().group()), FastDivisor::new(plan.shape().kv_heads()));
         TileVariant::ALL.into_iter().flat_map(move |variant| {
             let view = PlanView::load(words, 0, variant, kv_heads.divisor);
-            (0..view.work_count).map(move |index| Self { words, view, work: view.work(words, index, kv_heads), group })
+            (0..view.work_count).map(move |index| {
+                let exceptions = Exceptions::load(words, 0, &view, index, kv_heads);
+                Self { words, view, work: view.work(words, index, kv_heads), exceptions, group }
+            })
         })
     }
 
@@ -53,7 +57,8 @@ impl<'a> Task<'a> {
     pub(super) fn row(&self, row: usize) -> TaskRow {
         let (query, head) = self.view.row(&self.work, row as u32, self.group);
         let [query_token, slot] = query.token_and_slot(self.words);
-        TaskRow { query_token, head: head as usize, slot, kv_limit: query.kv_limit(self.words) as usize }
+        let kv_limit = self.exceptions.kv_limit(self.words, self.group.divide(row as u32)) as usize;
+        TaskRow { query_token, head: head as usize, slot, kv_limit }
     }
 }
 
@@ -144,17 +149,21 @@ struct Segment {
 /// The stream of an item as segments: one, or where the item has masks as few as they allow.
 fn segments(plan: &Plan, task: &Task<'_>, stream: &Stream) -> Vec<Segment> {
     let row_count = task.work.row_count;
-    if !stream.has_masks() {
+    if !stream.has_masks() && !task.exceptions.has_first_tokens() {
         let (token_end, row_end) = (stream.token_count as usize, row_count as usize);
         return vec![Segment { token_begin: 0, token_end, row_begin: 0, row_end }];
     }
-    let page_size = plan.page_size() as usize;
+    let page_size = plan.page_size();
     let mut segments: Vec<Segment> = Vec::new();
-    for entry in 0..stream.token_count.div_ceil(plan.page_size()) {
-        let mask = stream.mask(task.words, entry);
-        let page_begin = entry as usize * page_size;
-        let (token_begin, token_end) =
-            (page_begin + mask.token_begin() as usize, page_begin + mask.token_end() as usize);
+    for entry in 0..stream.token_count.div_ceil(page_size) {
+        let page_begin = entry * page_size;
+        let mask = if stream.has_masks() {
+            stream.mask(task.words, entry)
+        } else {
+            PageMask::new((0, PageMask::ALL_ROWS), page_size.min(stream.token_count - page_begin))
+        };
+        let token_begin = (page_begin + task.exceptions.first_token(task.words, entry)) as usize;
+        let token_end = (page_begin + mask.token_end()) as usize;
         let (row_begin, row_end) = (mask.row_begin() as usize, mask.row_end().min(row_count) as usize);
         match segments.last_mut() {
             Some(last) if last.token_end == token_begin && (last.row_begin, last.row_end) == (row_begin, row_end) => {

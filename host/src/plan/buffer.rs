@@ -222,7 +222,8 @@ impl Plan {
             page_size: batch.page_size(),
             masks_offset_bytes: masks_offset as u32,
             mask_count: count("masks", records.masks.len())?,
-            reserved: [0; 2],
+            words_offset_bytes: total_bytes as u32,
+            word_count: 0,
             variants: [VariantItems::default(); MAX_TILE_VARIANTS],
         };
         for &(key, _) in &records.order {
@@ -290,7 +291,7 @@ impl Plan {
             } else {
                 let mask = masks[index];
                 let end = mask.token_end().wrapping_add_signed(tokens);
-                masks[index] = PageMask::new((mask.row_begin(), mask.row_end()), (mask.token_begin(), end));
+                masks[index] = PageMask::new((mask.row_begin(), mask.row_end()), end);
             }
         }
         self.generation = PlanGeneration::next();
@@ -363,7 +364,7 @@ impl Plan {
     pub fn stream_tokens(&self, item: &WorkItem) -> u64 {
         match self.masks(item) {
             [] => u64::from(item.token_count),
-            masks => masks.iter().map(|mask| u64::from(mask.token_count())).sum(),
+            masks => masks.iter().map(|mask| u64::from(mask.token_end())).sum(),
         }
     }
 

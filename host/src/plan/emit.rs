@@ -5,7 +5,7 @@ use super::choice::TileChoice;
 use super::forest::Forest;
 use super::tiling::{Extent, RowTile};
 use crate::{AttentionShape, DecodeBatch, Result};
-use pat_abi::{DIRECT_SLOT, ItemQuery, MergeRow, NO_KV_LIMIT, NO_MASKS, PageMask, WorkItem};
+use pat_abi::{DIRECT_SLOT, ItemQuery, MergeRow, NO_MASKS, NONE, PageMask, WorkItem};
 use std::cmp::Reverse;
 
 /// A run of pages in a stream and the sequences of the tile that read it.
@@ -146,12 +146,7 @@ impl Emitter<'_> {
             first_row[position] = row_count as u8;
             read += change[position];
             if read > 0 {
-                records.queries.push(ItemQuery {
-                    query_token: sequence,
-                    slot: DIRECT_SLOT,
-                    kv_limit: NO_KV_LIMIT,
-                    reserved: 0,
-                });
+                records.queries.push(ItemQuery { query_token: sequence, slot: DIRECT_SLOT });
                 partials[sequence as usize] += 1;
                 row_count += group;
             }
@@ -187,9 +182,9 @@ impl Emitter<'_> {
                     (0, end) if end == row_count => (0, PageMask::ALL_ROWS),
                     part => part,
                 };
-                let full = PageMask::new(rows, (0, page_size));
+                let full = PageMask::new(rows, page_size);
                 records.masks.extend((run.page_begin + 1..run.page_end).map(|_| full));
-                records.masks.push(PageMask::new(rows, (0, self.tokens_of_last_page(run))));
+                records.masks.push(PageMask::new(rows, self.tokens_of_last_page(run)));
                 if run.is_tail {
                     records.tails[run.sequence as usize] = Tail::mask(records.masks.len() as u32 - 1);
                 }
@@ -197,7 +192,17 @@ impl Emitter<'_> {
         }
         let token_count = buffer::checked_count("tokens of an item", token_count)?;
         let variant = self.choice.variant(row_count / group);
-        let item = WorkItem { page_begin, token_count, query_begin, row_count, mask_begin, reserved: [0; 3] };
+        let (first_token_begin, kv_limit_begin) = (NONE, NONE);
+        let item = WorkItem {
+            page_begin,
+            token_count,
+            query_begin,
+            row_count,
+            mask_begin,
+            first_token_begin,
+            kv_limit_begin,
+            reserved: 0,
+        };
         records.push_item((variant, page_count, chunk), item, tail_of);
         buffer::checked_count("items", records.items.len() as u64)?;
         runs.clear();

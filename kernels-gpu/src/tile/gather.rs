@@ -62,8 +62,8 @@ impl Token {
         let page_id = stream.page_id(words, page);
         let mut rows = Self::ALL_ROWS;
         if stream.has_masks() {
-            let mask = stream.mask_end(words, page);
-            rows = if in_page < mask.token_end() { mask.0[0] & 0xffff } else { 0 };
+            let mask = stream.mask(words, page);
+            rows = if in_page < mask.token_end() { mask.0 & 0xffff } else { 0 };
         }
         Self { page_id, in_page, rows }
     }
