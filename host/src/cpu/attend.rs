@@ -183,3 +183,52 @@ fn kv_offset(plan: &Plan, task: &Task<'_>, stream: &Stream, strides: KvStrides, 
         + (token % page_size) as i64 * strides.token
         + i64::from(task.work.kv_head) * strides.head) as usize
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::PlanMode;
+    use crate::{AttentionShape, DecodeBatch, DeviceProfile, Dtype, Planner, Problem};
+    use half::f16;
+
+    #[test]
+    fn first_tokens_and_kv_limits_count() {
+        const DIM: usize = 64;
+        let problem = Problem::new(AttentionShape::new(2, 1, DIM as u32, Dtype::F16).unwrap(), 8);
+        let table: &[u32] = &[2, 0, 1];
+        let batch = DecodeBatch::from_block_tables(&[table], &[20], 8, 3).unwrap();
+        let mut planner = Planner::new(problem, DeviceProfile::h200(), PlanMode::Flat.into()).unwrap();
+        let mut plan = planner.plan(&batch).unwrap();
+        assert_eq!(plan.items().len(), 1);
+        let element = |i: usize| f16::from_f32((i * 37 % 101) as f32 / 50.0 - 1.0);
+        let [q, k, v] = [(0, 2), (1000, 24), (9000, 24)]
+            .map(|(from, rows)| (from..from + rows * DIM).map(element).collect::<Vec<_>>());
+        let tensors = HostTensors::new(problem, &q, &k, &v);
+        let attend_to = |plan: &Plan| {
+            let (mut out, mut lse) = (vec![f16::ZERO; 2 * DIM], vec![0.0; 2]);
+            crate::cpu::run(plan, &tensors, &mut out, Some(&mut lse)).unwrap();
+            (out, lse)
+        };
+        let check = |(out, lse): (Vec<f16>, Vec<f32>), tokens: Vec<usize>| {
+            let row = |token: usize| (table[token / 8] as usize * 8 + token % 8) * DIM;
+            for head in 0..2 {
+                let dot =
+                    |token| (0..DIM).map(|x| q[head * DIM + x].to_f64() * k[row(token) + x].to_f64()).sum::<f64>();
+                let scale = f64::from(problem.score().scale);
+                let weights: Vec<f64> = tokens.iter().map(|&token| (scale * dot(token)).exp()).collect();
+                let sum: f64 = weights.iter().sum();
+                assert!((f64::from(lse[head]) - sum.ln()).abs() < 1e-4, "{tokens:?}");
+                for x in 0..DIM {
+                    let terms = tokens.iter().zip(&weights).map(|(&token, weight)| weight * v[row(token) + x].to_f64());
+                    let exact = terms.sum::<f64>() / sum;
+                    assert!((out[head * DIM + x].to_f64() - exact).abs() < 2e-3, "{tokens:?}");
+                }
+            }
+        };
+        check(attend_to(&plan), (0..20).collect());
+        plan.limit_first_item(&[3, 0, 2], &[18]);
+        check(attend_to(&plan), (3..16).collect());
+        plan.limit_first_item(&[3, 1, 0], &[18]);
+        check(attend_to(&plan), (3..8).chain(9..18).collect());
+    }
+}

@@ -408,6 +408,21 @@ impl Plan {
         u64::from(self.header().slot_count) * self.shape().partial_bytes()
     }
 
+    /// Gives the first item first tokens of its pages and KV limits of its queries, which no planner does.
+    #[cfg(test)]
+    pub(crate) fn limit_first_item(&mut self, first_tokens: &[u32], kv_limits: &[u32]) {
+        let words_offset = self.bytes().len();
+        let mut words = [first_tokens, kv_limits].concat();
+        words.resize(words.len().next_multiple_of(4), 0);
+        self.words.extend_from_slice(bytemuck::cast_slice(&words));
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut self.words);
+        let (header, rest) = bytes.split_at_mut(size_of::<PlanHeader>());
+        let header: &mut PlanHeader = bytemuck::from_bytes_mut(header);
+        (header.words_offset_bytes, header.word_count) = (words_offset as u32, words.len() as u32);
+        let item: &mut WorkItem = bytemuck::from_bytes_mut(&mut rest[..size_of::<WorkItem>()]);
+        (item.first_token_begin, item.kv_limit_begin) = (0, first_tokens.len() as u32);
+    }
+
     fn records<T: bytemuck::Pod>(&self, offset_bytes: u32, count: u32) -> &[T] {
         let bytes = &self.bytes()[offset_bytes as usize..][..count as usize * size_of::<T>()];
         bytemuck::cast_slice(bytes)
