@@ -55,11 +55,11 @@ const _: () = {
     assert!(offset_of!(PlanHeader, masks_offset_bytes) == queries + 8);
     assert!(offset_of!(PlanHeader, variants) % 8 == 0 && size_of::<VariantItems>() == 8);
     assert!(offset_of!(VariantItems, begin) == 0 && offset_of!(VariantItems, count) == 4);
-    assert!(PlanHeader::ITEMS_OFFSET_BYTES % 16 == 0 && size_of::<WorkItem>() % 16 == 0);
+    assert!(PlanHeader::ITEMS_OFFSET_BYTES.is_multiple_of(16) && size_of::<WorkItem>().is_multiple_of(16));
     assert!(offset_of!(WorkItem, page_begin) == 0 && offset_of!(WorkItem, token_count) == 4);
     assert!(offset_of!(WorkItem, query_begin) == 8 && offset_of!(WorkItem, row_count) == 12);
     assert!(offset_of!(ItemQuery, query_token) == 0 && offset_of!(ItemQuery, slot) == 4);
-    assert!(size_of::<ItemQuery>() % 8 == 0 && size_of::<PageMask>() == 4);
+    assert!(size_of::<ItemQuery>().is_multiple_of(8) && size_of::<PageMask>() == 4);
     assert!(offset_of!(WorkItem, kv_limit_begin) == offset_of!(WorkItem, first_token_begin) + 4);
     assert!(offset_of!(MergeRow, sequence) == 0 && offset_of!(MergeRow, slot_begin) == 4);
     assert!(offset_of!(MergeRow, slot_count) == 8 && size_of::<MergeRow>() == 16);
