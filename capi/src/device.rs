@@ -46,7 +46,7 @@ impl PatBuffers {
         let buffers = PlanBuffers::for_capacity(engine.device(), &capacity, &variants)?;
         let workspace = Workspace::with_capacity(engine.device(), capacity.partial_bytes(problem.shape()))?;
         // The driver compiles them now, not at the first step or under a capture.
-        engine.prepare_variants(problem.shape(), &variants)?;
+        engine.prepare_variants(&problem, &variants)?;
         Ok(Self { shared: Arc::new(Shared { engine, buffers: RwLock::new(buffers), workspace }), problem })
     }
 
