@@ -199,6 +199,8 @@ impl Plan {
     ) -> Result<()> {
         let count = |what: &str, n: usize| checked_count(what, n as u64);
         let item_count = count("items", records.items.len())?;
+        // Work is counted so on the device and by the CPU executor.
+        checked_count("items times KV heads", u64::from(item_count) * u64::from(problem.shape().kv_heads()))?;
         let align = |bytes: usize| bytes.next_multiple_of(16);
         let items_end = PlanHeader::ITEMS_OFFSET_BYTES as usize + item_count as usize * size_of::<WorkItem>();
         let queries_offset = align(items_end);
