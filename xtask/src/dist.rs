@@ -103,8 +103,10 @@ fn check_versions(root: &Path, version: &str) -> Result<()> {
 
 /// Packages the published crates, which builds each from its package.
 fn package(root: &Path, out: &Path, version: &str, draft: bool) -> Result<()> {
+    let target = workspace::target_dir().join("dist");
+    forget_earlier_packages(&target, version)?;
     let mut command = Command::new("cargo");
-    command.args(["package", "--locked"]).current_dir(root);
+    command.args(["package", "--locked", "--target-dir"]).arg(&target).current_dir(root);
     command.args(PUBLISHED.iter().flat_map(|name| ["--package", name]));
     if draft {
         command.arg("--allow-dirty");
@@ -112,7 +114,7 @@ fn package(root: &Path, out: &Path, version: &str, draft: bool) -> Result<()> {
     workspace::run(&mut command)?;
     for name in PUBLISHED {
         let file = format!("{name}-{version}.crate");
-        let package = workspace::target_dir().join("package").join(&file);
+        let package = target.join("package").join(&file);
         fs::copy(&package, out.join(&file)).with_context(|| format!("copying {}", package.display()))?;
     }
     let mut list = Command::new("tar");
@@ -122,6 +124,28 @@ fn package(root: &Path, out: &Path, version: &str, draft: bool) -> Result<()> {
         let kernels = format!("pat-rs-{version}/src/cuda/ptx/{}.ptx", arch.name());
         if !contents.lines().any(|line| line == kernels) {
             bail!("the package of pat-rs has no {kernels}");
+        }
+    }
+    Ok(())
+}
+
+/// cargo builds a package with those of the same run that it depends on, as from a registry, where a version never changes: it
+/// takes what it has unpacked and built of the same name and version before, whatever has changed since. So nothing is left.
+fn forget_earlier_packages(target: &Path, version: &str) -> Result<()> {
+    if target.exists() {
+        fs::remove_dir_all(target)?;
+    }
+    let home = std::env::var_os("CARGO_HOME").map(PathBuf::from).or_else(|| Some(std::env::home_dir()?.join(".cargo")));
+    let Some(Ok(registries)) = home.map(|home| fs::read_dir(home.join("registry/src"))) else { return Ok(()) };
+    for registry in registries {
+        let registry = registry?;
+        // That of a folder has no host in its name.
+        if registry.file_name().to_string_lossy().starts_with('-') {
+            for unpacked in PUBLISHED.map(|name| registry.path().join(format!("{name}-{version}"))) {
+                if unpacked.exists() {
+                    fs::remove_dir_all(&unpacked).with_context(|| format!("removing {}", unpacked.display()))?;
+                }
+            }
         }
     }
     Ok(())
