@@ -134,7 +134,8 @@ def add_errors(layer: str, ours, stock, right, is_real) -> None:
     """Per row and head: the norm of the difference to float32, as a part of the norm of what is right."""
     if layer not in STATE.errors:
         # Made by the warm-up that comes before each capture.
-        STATE.errors[layer] = torch.zeros(5, dtype=torch.float64, device=right.device)
+        with torch.inference_mode(False):  # `take_errors` is outside of vLLM's
+            STATE.errors[layer] = torch.zeros(5, dtype=torch.float64, device=right.device)
     sums, size = STATE.errors[layer], right.norm(dim=-1)
     is_counted = is_real[:, None].expand_as(size)
     sums[0] += is_counted.sum()
