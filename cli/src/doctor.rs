@@ -90,5 +90,5 @@ fn problem() -> pat_rs::Result<Problem> {
 
 /// Has the driver compile the kernels of a tile variant.
 fn load(engine: &CudaEngine, variant: TileVariant) -> pat_rs::Result<()> {
-    engine.prepare_variants(problem()?.shape(), &[variant])
+    engine.prepare_variants(&problem()?, &[variant])
 }

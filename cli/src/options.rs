@@ -146,7 +146,7 @@ impl Source {
 /// What heads alone do not say of a model.
 #[derive(clap::Args, Clone, Copy, Debug)]
 pub(crate) struct Model {
-    /// Elements per head, 64 or 128 [default: the batch file's, else 128].
+    /// Elements per head, 64, 128 or 256 [default: the batch file's, else 128].
     #[arg(long, allow_negative_numbers = true)]
     pub(crate) head_dim: Option<u32>,
     /// Element type, f16 or bf16 [default: the batch file's, else f16].

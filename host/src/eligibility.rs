@@ -55,11 +55,9 @@ pub enum Part {
     SoftCap,
     /// ALiBi.
     Alibi,
-    /// Attention sinks.
-    Sinks,
     /// The factor of the scores.
     Scale,
-    /// Query heads of a group.
+    /// Rows per KV head: query heads of a group times query tokens.
     Group,
     /// Tokens per page.
     PageSize,
@@ -87,7 +85,6 @@ impl fmt::Display for Part {
             Self::Window => "window",
             Self::SoftCap => "soft_cap",
             Self::Alibi => "alibi",
-            Self::Sinks => "sinks",
             Self::Scale => "softmax_scale",
             Self::Group => "q_heads / kv_heads",
             Self::PageSize => "page_size",
@@ -148,7 +145,7 @@ impl Asked<'_> {
         }
         let mut accepted = Accepted::Listed(Vec::new());
         for (kernel, variant) in kernels.filter(|(kernel, variant)| self.obstacle(kernel, *variant) == Some(closest)) {
-            accepted = accepted.or(accepted_by(kernel, variant, closest));
+            accepted = accepted.or(accepted_by(self.problem, kernel, variant, closest));
         }
         Err(Reason { part: closest, got: self.value(closest), accepted: accepted.to_string() })
     }
@@ -169,11 +166,10 @@ impl Asked<'_> {
             (Part::QueryTokens, visibility.query_tokens == 0),
             (Part::QueryTree, visibility.is_tree),
             (Part::Window, visibility.window.is_some()),
-            (Part::SoftCap, score.soft_cap.is_some()),
+            (Part::SoftCap, !is_soft_cap(problem) || !variant.serves(problem.switches())),
             (Part::Alibi, score.has_alibi),
-            (Part::Sinks, problem.has_sinks()),
             // The kernels scale the running maximum, which only a positive factor keeps a maximum.
-            (Part::Scale, !(scale_log2.is_finite() && scale_log2 > 0.0)),
+            (Part::Scale, ![scale_log2, score.scale].iter().all(|scale| scale.is_finite() && *scale > 0.0)),
             (Part::Group, shape.group() > variant.rows()),
             (
                 Part::PageSize,
@@ -201,7 +197,7 @@ impl Asked<'_> {
             Part::HeadDim => shape.head_dim().to_string(),
             Part::VHeadDim => shape.v_head_dim().to_string(),
             Part::QueryTokens => visibility.query_tokens.to_string(),
-            Part::QueryTree | Part::Alibi | Part::Sinks => "yes".into(),
+            Part::QueryTree | Part::Alibi => "yes".into(),
             Part::Window => visibility.window.unwrap_or_default().to_string(),
             Part::SoftCap => score.soft_cap.unwrap_or_default().to_string(),
             Part::Scale => score.scale.to_string(),
@@ -215,8 +211,14 @@ impl Asked<'_> {
     }
 }
 
+/// Whether a cap, if there is one, is one that scores can be divided and multiplied by.
+fn is_soft_cap(problem: &Problem) -> bool {
+    let factors = [problem.scale_log2(), problem.soft_cap_scale()];
+    problem.score().soft_cap.is_none() || factors.iter().all(|factor| factor.is_finite() && *factor > 0.0)
+}
+
 /// What a kernel accepts of one part.
-fn accepted_by(kernel: &KernelSpec, variant: TileVariant, part: Part) -> Accepted {
+fn accepted_by(problem: &Problem, kernel: &KernelSpec, variant: TileVariant, part: Part) -> Accepted {
     let one = |value: String| Accepted::Listed(vec![value]);
     match part {
         Part::ComputeCapability => match kernel.arch {
@@ -227,7 +229,11 @@ fn accepted_by(kernel: &KernelSpec, variant: TileVariant, part: Part) -> Accepte
         Part::QDtype | Part::KvDtype | Part::OutDtype => one(kernel.dtype.name().into()),
         Part::HeadDim | Part::VHeadDim => one(kernel.head_dim.to_string()),
         Part::QueryTokens => Accepted::Range(1, None),
-        Part::QueryTree | Part::Window | Part::SoftCap | Part::Sinks | Part::Alibi => one("none".into()),
+        Part::QueryTree | Part::Window | Part::Alibi => one("none".into()),
+        Part::SoftCap if variant.serves(problem.switches()) => {
+            one("a positive number, finite also beside the scale".into())
+        }
+        Part::SoftCap => one("none".into()),
         Part::Scale => one("a positive number, finite also where log2(e) multiplies it".into()),
         Part::Group => Accepted::Range(1, Some(variant.rows())),
         Part::PageSize if variant.supports_page_size(1) => Accepted::Range(1, Some(Problem::MAX_PAGE_SIZE)),
@@ -320,7 +326,7 @@ mod tests {
     #[test]
     fn every_head_dim_and_plain_layout_is_supported() {
         for dtype in [Dtype::F16, Dtype::Bf16] {
-            for head_dim in [64, 128] {
+            for head_dim in [64, 128, 256] {
                 for page_size in [1, 7, 16, 32, Problem::MAX_PAGE_SIZE] {
                     let problem = problem(12, 4, head_dim, dtype, page_size);
                     let strides = (KvStrides::nhd(page_size, 4, head_dim), KvStrides::hnd(page_size, 4, head_dim));
@@ -342,17 +348,23 @@ mod tests {
         assert_eq!(of(shape.with_out_dtype(Dtype::Bf16)), "out_dtype: got bf16, expected f16");
         assert_eq!(of(shape.with_v_head_dim(64).unwrap()), "v_head_dim: got 64, expected 128");
         let cases = [
-            (problem(8, 8, 96, Dtype::Bf16, 16), "head_dim: got 96, expected 64 or 128"),
+            (problem(8, 8, 96, Dtype::Bf16, 16), "head_dim: got 96, expected 64 or 128 or 256"),
             (problem(8, 8, 128, Dtype::E5m2, 16), "dtype: got e5m2, expected f16 or bf16"),
             (problem(129, 1, 128, Dtype::F16, 16), "q_heads / kv_heads: got 129, expected 1 to 128"),
             (problem(32, 8, 128, Dtype::F16, 0), "page_size: got 0, expected 1 to 65536"),
             (problem(32, 8, 128, Dtype::F16, 65_537), "page_size: got 65537, expected 1 to 65536"),
-            (usual.with_soft_cap(30.0), "soft_cap: got 30, expected none"),
+            (
+                usual.with_soft_cap(0.0),
+                "soft_cap: got 0, expected none or a positive number, finite also beside the scale",
+            ),
+            (
+                usual.with_soft_cap(f32::INFINITY),
+                "soft_cap: got inf, expected none or a positive number, finite also beside the scale",
+            ),
             (usual.with_window(4096), "window: got 4096, expected none"),
             (usual.with_query_tokens(0), "query_tokens: got 0, expected 1 or more"),
             (usual.with_query_tree(1), "query tree: got yes, expected none"),
             (usual.with_alibi(), "alibi: got yes, expected none"),
-            (usual.with_sinks(), "sinks: got yes, expected none"),
         ];
         for (problem, message) in cases {
             assert_eq!(refusal(problem, None), message);
@@ -408,7 +420,7 @@ mod tests {
     #[test]
     fn a_problem_is_supported_where_one_variant_is() {
         for problem in
-            [usual(), usual().with_sinks(), problem(8, 8, 96, Dtype::F16, 16), problem(71, 1, 64, Dtype::F16, 3)]
+            [usual(), usual().with_alibi(), problem(8, 8, 96, Dtype::F16, 16), problem(71, 1, 64, Dtype::F16, 3)]
         {
             for capability in [75, 80, 90, 120] {
                 let one = TileVariant::ALL.into_iter().any(|v| variant_supports(v, &problem, capability).is_ok());

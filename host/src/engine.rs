@@ -106,6 +106,8 @@ fn run_host_on<T: Element>(
         .with_kv_strides(tensors.k_strides, tensors.v_strides)
         .with_row_strides(tensors.q_strides, tensors.out_strides);
     args.lse = device_lse.as_ref().map(|buffer| (buffer.span(), tensors.lse_strides));
+    let sinks = tensors.sinks.map(|sinks| DeviceBuffer::from_slice(device, sinks)).transpose()?;
+    args.sinks = sinks.as_ref().map(DeviceBuffer::span);
     engine.run(&buffers, &args, &workspace, &stream)?;
     stream.synchronize()?;
     device_out.read(0, out)?;

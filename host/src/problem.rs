@@ -2,7 +2,7 @@
 
 use crate::arguments::same;
 use crate::{AttentionShape, Result};
-use pat_abi::PageMask;
+use pat_abi::{PageMask, Switches};
 
 /// A layer's attention: shape of the tensors, page size, what a row sees, what happens to a score.
 ///
@@ -14,9 +14,9 @@ use pat_abi::PageMask;
 /// # fn main() -> pat_rs::Result<()> {
 /// let plain = Problem::new(AttentionShape::new(32, 8, 128, Dtype::Bf16)?, 16);
 /// assert_eq!(plain.score().scale, 1.0 / 128f32.sqrt());
-/// pat_rs::supports(&plain, None, None)?;
-/// let reason = pat_rs::supports(&plain.with_soft_cap(50.0), None, None).unwrap_err();
-/// assert_eq!(reason.to_string(), "soft_cap: got 50, expected none");
+/// pat_rs::supports(&plain.with_soft_cap(50.0), None, None)?;
+/// let reason = pat_rs::supports(&plain.with_alibi(), None, None).unwrap_err();
+/// assert_eq!(reason.to_string(), "alibi: got yes, expected none");
 /// # Ok(())
 /// # }
 /// ```
@@ -76,7 +76,7 @@ impl Problem {
         self
     }
 
-    /// With scores capped by `soft_cap * tanh(score / soft_cap)`.
+    /// With scores capped by `soft_cap * tanh(score / soft_cap)`; positive.
     pub fn with_soft_cap(mut self, soft_cap: f32) -> Self {
         self.score.soft_cap = Some(soft_cap);
         self
@@ -106,7 +106,8 @@ impl Problem {
         self.with_query_tokens(tokens)
     }
 
-    /// With attention sinks: one more term per head in the softmax's denominator.
+    /// With attention sinks: per query head one more score, beside the scaled (and capped) ones, that adds to the softmax's
+    /// denominator and has no value. Log-sum-exps contain it; a sequence without tokens has output 0 and its sink.
     pub fn with_sinks(mut self) -> Self {
         self.has_sinks = true;
         self
@@ -137,9 +138,20 @@ impl Problem {
         self.has_sinks
     }
 
-    /// What a kernel multiplies the products Q·K with, whose weights are powers of 2: the scale times log2(e).
+    /// What a kernel multiplies the products Q·K with, whose weights are powers of 2: the scale times log2(e); where scores are
+    /// capped, it multiplies what is left of them between -1 and 1.
     pub(crate) fn scale_log2(&self) -> f32 {
-        self.score.scale * std::f32::consts::LOG2_E
+        self.score.soft_cap.unwrap_or(self.score.scale) * std::f32::consts::LOG2_E
+    }
+
+    /// `2 * log2(e) * scale / cap`, where scores are capped; else 0.
+    pub(crate) fn soft_cap_scale(&self) -> f32 {
+        self.score.soft_cap.map_or(0.0, |cap| 2.0 * std::f32::consts::LOG2_E * (self.score.scale / cap))
+    }
+
+    /// What is compiled into its kernels.
+    pub(crate) fn switches(&self) -> Switches {
+        Switches { soft_cap: self.score.soft_cap.is_some() }
     }
 
     /// What a plan depends on: plans serve layers that differ in the rest.

@@ -12,25 +12,27 @@ use crate::item::{Row, Stream, strided};
 use crate::ptx::ldst::{load_global_u32, load_global_u32x2};
 use crate::ptx::special::run_time;
 use crate::ptx::{barrier, math, shuffle};
+use crate::softmax::cap_scores;
 
 /// A row's softmax over the keys it attends to in an item.
 #[derive(Clone, Copy)]
 pub struct RowSoftmax {
     /// What exponents are relative to.
     pub reference: f32,
-    /// Sum of `2^(score * scale_log2 - reference)`.
-    pub sum: f32,
+    /// What its output is multiplied with.
+    pub scale: f32,
 }
 
 impl RowSoftmax {
     /// Whether the row's own scores leave it finite: otherwise its output is what its own keys make of it.
     #[inline(always)]
     pub fn is_finite(self) -> bool {
-        self.sum > 0.0 && self.sum < f32::INFINITY
+        self.scale >= 0.0 && self.scale < f32::INFINITY
     }
 }
 
-/// Columns `column` and `column + 1` of a row's normalised output over the keys of `stream` that it attends to. Lanes resolve 32
+/// Columns `column` and `column + 1` of a row's normalised output over the keys of `stream` that it attends to; `CAPS_SCORES` as in the
+/// kernel that has computed the rest of it. Lanes resolve 32
 /// tokens at a time, then each adds up its own columns. Convergent.
 ///
 /// # Safety
@@ -38,7 +40,7 @@ impl RowSoftmax {
 /// below `head_dim`.
 #[inline(always)]
 #[allow(clippy::too_many_arguments, reason = "the place of two columns, by parts")]
-pub unsafe fn attend_pair<E: Element>(
+pub unsafe fn attend_pair<E: Element, const CAPS_SCORES: bool>(
     params: &ForwardParams,
     stream: Stream,
     kv_head: u32,
@@ -78,6 +80,9 @@ pub unsafe fn attend_pair<E: Element>(
                 }
                 offset += 8;
             }
+            if CAPS_SCORES {
+                cap_scores(params, [&mut score]);
+            }
             weight = math::exp2(math::fma(score, params.scale_log2, -softmax.reference));
         }
         let mut source = 0;
@@ -96,8 +101,7 @@ pub unsafe fn attend_pair<E: Element>(
         }
         first += 32;
     }
-    let scale = math::reciprocal(softmax.sum);
-    pair.map(|value| value * scale)
+    pair.map(|value| value * softmax.scale)
 }
 
 /// Writes once more those of a warp's 16 rows, `first_row ..`, of which a lane says that what it has written is not finite. Lanes
@@ -108,7 +112,7 @@ pub unsafe fn attend_pair<E: Element>(
 /// says where a tile row's result goes.
 #[inline(always)]
 #[allow(clippy::too_many_arguments, reason = "the rows of one warp, by parts")]
-pub unsafe fn restore_rows<E: Element>(
+pub unsafe fn restore_rows<E: Element, const CAPS_SCORES: bool>(
     params: &ForwardParams,
     stream: Stream,
     kv_head: u32,
@@ -135,7 +139,7 @@ pub unsafe fn restore_rows<E: Element>(
         let softmax = if half == 0 { softmaxes[0] } else { softmaxes[1] };
         let softmax = RowSoftmax {
             reference: shuffle::from_lane_f32(softmax.reference, source),
-            sum: shuffle::from_lane_f32(softmax.sum, source),
+            scale: shuffle::from_lane_f32(softmax.scale, source),
         };
         if shuffle::from_lane_u32(marks, source) >> half & 1 != 0 {
             let target = locate(first_row + row);
@@ -144,8 +148,16 @@ pub unsafe fn restore_rows<E: Element>(
                 let (of_row, column) = (first_row + row, block + 2 * lane);
                 // SAFETY: the caller's contract; the lanes write different columns.
                 unsafe {
-                    let pair =
-                        attend_pair::<E>(params, stream, kv_head, of_row, target, softmax, (head_dim, column), lane);
+                    let pair = attend_pair::<E, CAPS_SCORES>(
+                        params,
+                        stream,
+                        kv_head,
+                        of_row,
+                        target,
+                        softmax,
+                        (head_dim, column),
+                        lane,
+                    );
                     target.store_pair::<E>(params, head_dim, column, pair);
                 }
                 block += 64;

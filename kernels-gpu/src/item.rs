@@ -120,6 +120,12 @@ impl Row {
         strided(params.q, self.sequence, params.q_sequence_stride, self.head, params.q_head_stride)
     }
 
+    /// Address of the sink that joins the row's denominator here; 0 if none does. Partials get theirs from the merge.
+    #[inline(always)]
+    pub fn sink(&self, params: &ForwardParams) -> u64 {
+        if params.sinks == 0 || self.is_partial() { 0 } else { params.sinks + self.head as u64 * 4 }
+    }
+
     /// Whether the row goes to a partial slot.
     #[inline(always)]
     pub fn is_partial(&self) -> bool {

@@ -8,6 +8,7 @@
 #![allow(internal_features)]
 
 pub mod element;
+pub mod finish;
 pub mod isolation;
 pub mod item;
 pub mod kernels;

@@ -1,7 +1,9 @@
 //! Online softmax of a 16-row tile, base 2.
 //! (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.)
 
-use crate::ptx::{math, shuffle};
+use pat_abi::ForwardParams;
+
+use crate::ptx::{math, shuffle, switches};
 use crate::tile::fragment::Accumulator;
 
 /// Running maximum and sum of the two rows a lane holds: rows `lane / 4` and `lane / 4 + 8` of the warp's tile.
@@ -61,6 +63,22 @@ impl RowStates {
             self.sum[r] += shuffle::xor_f32(self.sum[r], 2);
         }
     }
+}
+
+/// Caps scores where the kernel is to: they become `tanh(scale * score / cap)`, and [`ForwardParams::scale_log2`] holds the rest.
+#[inline(always)]
+pub fn cap_scores<'a>(params: &ForwardParams, scores: impl IntoIterator<Item = &'a mut f32>) {
+    if switches::soft_cap() {
+        for score in scores {
+            *score = capped(*score, params.soft_cap_scale);
+        }
+    }
+}
+
+/// `tanh` of `x * scale / (2 * log2(e))`. (`tanh.approx` errs by 2^-11, too much for a score.)
+#[inline(always)]
+fn capped(x: f32, scale: f32) -> f32 {
+    math::fma(-2.0, math::reciprocal(math::exp2(x * scale) + 1.0), 1.0)
 }
 
 /// What to subtract from exponents whose maximum is `max`: 0 instead of −inf, so that an empty state weighs 0, not NaN.

@@ -14,16 +14,22 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 #[derive(Clone, Debug)]
 pub(crate) struct Origin {
     pub(crate) shape: AttentionShape,
+    /// Where runs cap scores: plans then name kernels that can.
+    pub(crate) soft_cap: Option<f32>,
     pub(crate) profile: DeviceProfile,
     pub(crate) options: PlanOptions,
     pub(crate) capacity: Option<PlanCapacity>,
 }
 
 impl Origin {
+    pub(crate) fn problem(&self, page_size: u32) -> Problem {
+        let problem = Problem::new(self.shape, page_size);
+        self.soft_cap.map_or(problem, |cap| problem.with_soft_cap(cap))
+    }
+
     /// For pages of `page_size` tokens.
     pub(crate) fn planner(&self, page_size: u32) -> pat_rs::Result<Planner> {
-        let problem = Problem::new(self.shape, page_size);
-        let planner = Planner::new(problem, self.profile.clone(), self.options.clone())?;
+        let planner = Planner::new(self.problem(page_size), self.profile.clone(), self.options.clone())?;
         match self.capacity {
             None => Ok(planner),
             Some(capacity) => planner.with_capacity(capacity),

@@ -40,7 +40,7 @@ pub fn random_case(rng: &mut impl Rng, dtype: Dtype) -> Case {
     let page_size = *[1u32, 16, 32, 64, 128].choose(rng).expect("not empty");
     let group = *[1u32, 2, 3, 4, 5, 7, 8, 16].choose(rng).expect("not empty");
     let kv_heads = rng.random_range(1..=2u32);
-    let head_dim = *[64u32, 128].choose(rng).expect("not empty");
+    let head_dim = *[64u32, 128, 256].choose(rng).expect("not empty");
     let mut next_page = 0u32;
     let mut lengths: Vec<u32> = Vec::new();
     let mut block_tables: Vec<Vec<u32>> = Vec::new();

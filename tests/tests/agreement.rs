@@ -19,7 +19,7 @@ fn mostly<T: Clone + std::fmt::Debug + 'static>(usual: Vec<T>, odd: Vec<T>) -> i
 }
 
 fn shapes() -> impl Strategy<Value = AttentionShape> {
-    let head_dims = || mostly(vec![64u32, 128], vec![1, 96, 192, 256]);
+    let head_dims = || mostly(vec![64u32, 128, 256], vec![1, 96, 192, 512]);
     let others = (prop::option::weighted(0.1, head_dims()), prop::option::weighted(0.1, dtypes()));
     let groups = mostly(vec![1u32, 3, 8, 16, 64, 128], vec![129, 192, 500]);
     (groups, 1..5u32, head_dims(), dtypes(), others, prop::option::weighted(0.1, dtypes())).prop_map(
@@ -68,8 +68,11 @@ fn execute<T: Element>(planned: Problem, called: Problem, page_stride: Option<i6
     let shape = called.shape();
     let one = T::from_f32(1.0);
     let (q, elements) = (vec![one; 500 * 5 * 256], (called.page_size() * shape.kv_heads() * 256) as usize);
+    // Sinks that take no weight.
+    let sinks = vec![f32::NEG_INFINITY; shape.q_heads() as usize];
     let pool = vec![one; elements];
     let mut tensors = HostTensors::new(called, &q, &pool, &pool);
+    tensors.sinks = called.has_sinks().then_some(&sinks[..]);
     tensors.k_strides.page = page_stride.unwrap_or(tensors.k_strides.page);
     let mut out = vec![T::from_f32(0.0); q.len()];
     pat_rs::cpu::run(&plan, &tensors, &mut out, None)?;

@@ -94,7 +94,17 @@ fn run_forest<T: Element>(
     let scale = softmax_scale(case.shape);
     let mut tensors = Tensors::<T>::draw(&case.batch, case.shape, case.layout, SEED).unwrap();
     let everything = RowSample::for_batch(&case.batch, case.shape);
-    let oracle = Oracle::compute::<T>(&case.batch, case.shape, SEED, scale, everything).unwrap();
+    // Rows that are computed again have caps and sinks, too.
+    let sinks: Option<Vec<f32>> =
+        rng.random_bool(0.3).then(|| (0..case.shape.q_heads()).map(|_| rng.random_range(-4.0..4.0)).collect());
+    let mut problem = case.batch.problem(case.shape).with_scale(scale);
+    if sinks.is_some() {
+        problem = problem.with_sinks();
+    }
+    if rng.random_bool(0.3) {
+        problem = problem.with_soft_cap(2.0);
+    }
+    let oracle = Oracle::compute_problem::<T>(&case.batch, problem, sinks.as_deref(), SEED, everything).unwrap();
     let value = *[f32::NAN, f32::INFINITY, f32::NEG_INFINITY].choose(rng).unwrap();
     place.write(&mut tensors, value);
     let is_own =
@@ -106,16 +116,19 @@ fn run_forest<T: Element>(
     let modes = [PlanMode::Packed, PlanMode::Packed, chunk, PlanMode::Auto];
     let mode = modes[index as usize % modes.len()];
     let (q_heads, head_dim) = (case.shape.q_heads() as usize, case.shape.head_dim() as usize);
-    for variant in profile.variants(&case.batch.problem(case.shape)) {
+    for variant in profile.variants(&problem) {
         let options = PlanOptions::from(mode).with_variants([variant]);
-        let plan = Planner::new(case.batch.problem(case.shape), profile.clone(), options).unwrap().plan(&view).unwrap();
+        let plan = Planner::new(problem, profile.clone(), options).unwrap().plan(&view).unwrap();
         let mut out = vec![T::from_f32(0.0); tensors.q.len()];
         let mut lse = vec![0f32; tensors.q.len() / head_dim];
-        let host: HostTensors<'_, T> = tensors.host(scale);
+        let mut host: HostTensors<'_, T> = tensors.host(scale);
+        host.problem = problem;
+        host.sinks = sinks.as_deref();
         engine.run_host(&plan, &host, &mut out, Some(&mut lse)).unwrap();
         *exposed.entry(variant).or_default() += u64::from(place.is_beside_others(&plan));
 
-        let what = format!("forest {index}, {variant:?}, {mode:?}, {value} at {place:?}\n{case:?}");
+        let what =
+            format!("forest {index}, {variant:?}, {mode:?}, {value} at {place:?}\n{problem:?} {sinks:?} {case:?}");
         let mut expected = oracle.clone();
         if place.in_values {
             // Of the sequence's own rows the column alone is lost.

@@ -59,8 +59,8 @@ fn every_variant_agrees<T: Element>(engine: &Engine) {
 fn every_variant_agrees_with_the_oracle(engine: &Engine) {
     // Ahead of time, all that a planner may ask for.
     if let Some(cuda) = engine.as_cuda() {
-        let shape = shared_prefix_case(Dtype::F16, 16).shape;
-        cuda.prepare_variants(shape, &engine.profile().unwrap().variants(&Problem::new(shape, 16))).unwrap();
+        let problem = Problem::new(shared_prefix_case(Dtype::F16, 16).shape, 16);
+        cuda.prepare_variants(&problem, &engine.profile().unwrap().variants(&problem)).unwrap();
     }
     every_variant_agrees::<f16>(engine);
     every_variant_agrees::<bf16>(engine);

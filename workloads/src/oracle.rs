@@ -3,7 +3,7 @@
 use crate::tensors::fill_row;
 use crate::{OwnedBatch, Tensors};
 use pat_abi::generator::{self, Tensor};
-use pat_rs::{AttentionShape, Element};
+use pat_rs::{AttentionShape, Element, Problem};
 use rayon::prelude::*;
 
 /// Work up to which every row is checked.
@@ -83,10 +83,28 @@ impl Oracle {
         softmax_scale: f32,
         sample: RowSample,
     ) -> pat_rs::Result<Self> {
+        let problem = Problem::new(shape, batch.page_size).with_scale(softmax_scale);
+        Self::compute_problem::<T>(batch, problem, None, seed, sample)
+    }
+
+    /// As [`Self::compute`], of a problem that may cap scores and have sinks, one for each query head.
+    ///
+    /// # Errors
+    /// As [`Self::compute`].
+    ///
+    /// # Panics
+    /// As [`Self::compute`]; or there are too few sinks.
+    pub fn compute_problem<T: Element>(
+        batch: &OwnedBatch,
+        problem: Problem,
+        sinks: Option<&[f32]>,
+        seed: u32,
+        sample: RowSample,
+    ) -> pat_rs::Result<Self> {
         let fill = |(tensor, page, token, head): Place, row: &mut [T]| {
             fill_row(generator::row_key(seed, tensor as u32, page, token, head), row);
         };
-        Self::from_rows(batch, shape, fill, softmax_scale, sample)
+        Self::from_rows(batch, (problem, sinks), fill, sample)
     }
 
     /// As [`Self::compute`], of tensors that may have been changed since they were drawn for the batch.
@@ -102,26 +120,29 @@ impl Oracle {
         softmax_scale: f32,
         sample: RowSample,
     ) -> pat_rs::Result<Self> {
+        let problem = Problem::new(tensors.shape(), batch.page_size).with_scale(softmax_scale);
         let fill = |(tensor, page, token, head): Place, row: &mut [T]| {
             row.copy_from_slice(tensors.row(tensor, page, token, head));
         };
-        Self::from_rows(batch, tensors.shape(), fill, softmax_scale, sample)
+        Self::from_rows(batch, (problem, None), fill, sample)
     }
 
     /// `fill` gives a row of Q, K or V.
     fn from_rows<T: Element>(
         batch: &OwnedBatch,
-        shape: AttentionShape,
+        asked: Asked<'_>,
         fill: impl Fn(Place, &mut [T]) + Sync,
-        softmax_scale: f32,
         sample: RowSample,
     ) -> pat_rs::Result<Self> {
         batch.view(&batch.rows())?;
-        let of_pair = |&pair: &(u32, u32)| expected_rows(batch, shape, &fill, softmax_scale, pair);
+        let of_pair = |&pair: &(u32, u32)| expected_rows(batch, asked, &fill, pair);
         let rows = sample.pairs.par_iter().flat_map_iter(of_pair).collect();
         Ok(Self { sample, rows })
     }
 }
+
+/// What is computed, and the sinks, one for each query head.
+type Asked<'a> = (Problem, Option<&'a [f32]>);
 
 /// A row of a tensor: page (of Q: sequence), token (of Q: 0), head.
 type Place = (Tensor, u32, u32, u32);
@@ -129,11 +150,11 @@ type Place = (Tensor, u32, u32, u32);
 /// The rows of all query heads of one KV head.
 fn expected_rows<T: Element>(
     batch: &OwnedBatch,
-    shape: AttentionShape,
+    (problem, sinks): Asked<'_>,
     fill: &impl Fn(Place, &mut [T]),
-    softmax_scale: f32,
     (sequence, kv_head): (u32, u32),
 ) -> Vec<ExpectedRow> {
+    let (shape, score) = (problem.shape(), problem.score());
     let head_dim = shape.head_dim() as usize;
     let tokens = batch.lengths[sequence as usize];
     let table = &batch.block_tables[sequence as usize];
@@ -166,21 +187,36 @@ fn expected_rows<T: Element>(
                     plain[lane] += q_part[lane] * k_part[lane];
                 }
             }
-            exact_scores[index].push(f64::from(softmax_scale) * exact.iter().sum::<f64>());
-            plain_scores[index].push(softmax_scale * plain.iter().sum::<f32>());
-            let magnitude = f64::from(softmax_scale).abs() * magnitude.iter().sum::<f64>();
+            let exact = f64::from(score.scale) * exact.iter().sum::<f64>();
+            let plain = score.scale * plain.iter().sum::<f32>();
+            exact_scores[index]
+                .push(score.soft_cap.map_or(exact, |cap| f64::from(cap) * (exact / f64::from(cap)).tanh()));
+            plain_scores[index].push(score.soft_cap.map_or(plain, |cap| cap * (plain / cap).tanh()));
+            // A cap adds the rounding of a value of its size.
+            let magnitude = f64::from(score.scale).abs() * magnitude.iter().sum::<f64>()
+                + score.soft_cap.map_or(0.0, |cap| f64::from(cap) / head_dim as f64);
             score_magnitudes[index] = magnitude.max(score_magnitudes[index]);
         }
     }
 
-    let exact_maxima: Vec<f64> =
-        exact_scores.iter().map(|s| s.iter().copied().fold(f64::NEG_INFINITY, f64::max)).collect();
+    // A sink is a score without a value.
+    let sinks: Vec<f32> =
+        heads.iter().map(|&head| sinks.map_or(f32::NEG_INFINITY, |sinks| sinks[head as usize])).collect();
+    let exact_maxima: Vec<f64> = exact_scores
+        .iter()
+        .zip(&sinks)
+        .map(|(scores, &sink)| scores.iter().copied().fold(f64::from(sink), f64::max))
+        .collect();
     let plain_maxima: Vec<f32> =
-        plain_scores.iter().map(|s| s.iter().copied().fold(f32::NEG_INFINITY, f32::max)).collect();
+        plain_scores.iter().zip(&sinks).map(|(scores, &sink)| scores.iter().copied().fold(sink, f32::max)).collect();
     let mut exact_out = vec![vec![0f64; head_dim]; heads.len()];
     let mut plain_out = vec![vec![0f32; head_dim]; heads.len()];
-    let mut exact_sums = vec![0f64; heads.len()];
-    let mut plain_sums = vec![0f32; heads.len()];
+    let weight_of_sink = |index: usize| {
+        let has_weight = sinks[index] > f32::NEG_INFINITY;
+        if has_weight { (f64::from(sinks[index]) - exact_maxima[index]).exp() } else { 0.0 }
+    };
+    let mut exact_sums: Vec<f64> = (0..heads.len()).map(weight_of_sink).collect();
+    let mut plain_sums: Vec<f32> = exact_sums.iter().map(|&sum| sum as f32).collect();
     for token in 0..tokens {
         let (page, in_page) = place(token);
         draw(Tensor::V, page, in_page, kv_head, &mut kv_row);
@@ -206,7 +242,8 @@ fn expected_rows<T: Element>(
                 out.iter_mut().for_each(|value| *value /= exact_sums[index]);
                 plain.iter_mut().for_each(|value| *value = T::from_f32(*value / plain_sums[index]).to_f32());
             }
-            let lse = if tokens > 0 { exact_maxima[index] + exact_sums[index].ln() } else { f64::NEG_INFINITY };
+            // Of a sequence without tokens and without a sink, -inf.
+            let lse = exact_maxima[index] + exact_sums[index].ln();
             ExpectedRow { sequence, head, out, lse, plain, score_magnitude: score_magnitudes[index], tokens }
         })
         .collect()

@@ -23,7 +23,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let sysroot = sysroot::prepare(&toolchain, &source)?;
     let mut stale = Vec::new();
     for arch in Arch::ALL {
-        let text = compile(&toolchain, &sysroot, arch)?;
+        let text = compile(&toolchain, &sysroot, arch, false)?;
         let file = workspace::ptx_file(arch);
         if !args.check {
             fs::write(&file, &text).with_context(|| format!("writing {}", file.display()))?;
@@ -41,7 +41,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 }
 
 /// Flags every device build is made with (docs/ptx-target.md says why), one per element.
-pub(crate) fn rustflags(sysroot: &Path, arch: Arch) -> String {
+/// `plain` leaves the switches out.
+pub(crate) fn rustflags(sysroot: &Path, arch: Arch, plain: bool) -> String {
     let mut flags = vec![
         "--sysroot".to_owned(),
         sysroot.display().to_string(),
@@ -50,16 +51,20 @@ pub(crate) fn rustflags(sysroot: &Path, arch: Arch) -> String {
         "-Cllvm-args=-unroll-threshold=100000".to_owned(),
         "-Zmir-enable-passes=-JumpThreading".to_owned(),
         format!("--remap-path-prefix={}=/pat-rs", workspace::root().display()),
-        "--check-cfg=cfg(pat_sm90a)".to_owned(),
+        "--check-cfg=cfg(pat_sm90a, pat_plain)".to_owned(),
     ];
     if arch == Arch::Sm90a {
         flags.push("--cfg=pat_sm90a".to_owned());
     }
+    if plain {
+        flags.push("--cfg=pat_plain".to_owned());
+    }
     flags.join("\x1f")
 }
 
-fn compile(toolchain: &Toolchain, sysroot: &Path, arch: Arch) -> Result<String> {
-    let target_dir = workspace::target_dir().join("nvptx").join(arch.name());
+/// The finished PTX of one architecture; with `plain`, as if there were no switches.
+pub(crate) fn compile(toolchain: &Toolchain, sysroot: &Path, arch: Arch, plain: bool) -> Result<String> {
+    let target_dir = workspace::target_dir().join(if plain { "nvptx-plain" } else { "nvptx" }).join(arch.name());
     workspace::run(
         toolchain
             .command("cargo")
@@ -69,7 +74,7 @@ fn compile(toolchain: &Toolchain, sysroot: &Path, arch: Arch) -> Result<String> 
             .arg("--target-dir")
             .arg(&target_dir)
             .args(["--", "--emit=asm"])
-            .env("CARGO_ENCODED_RUSTFLAGS", rustflags(sysroot, arch)),
+            .env("CARGO_ENCODED_RUSTFLAGS", rustflags(sysroot, arch, plain)),
     )?;
     let file = target_dir.join("nvptx64-nvidia-cuda/release/deps/pat_kernels.s");
     let text = fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))?;

@@ -1,9 +1,12 @@
 //! `cargo xtask check-ptx`: what can be said of the kernels without a GPU.
 
 use crate::ptx::Module;
-use crate::{ptxas, workspace};
+use crate::sysroot::{self, CoreSource};
+use crate::toolchain::Toolchain;
+use crate::{build_ptx, ptxas, workspace};
 use anyhow::{Context, Result, bail};
-use pat_abi::{Arch, KERNELS, KernelSpec};
+use pat_abi::{Arch, Family, KERNELS, KernelSpec, Switches};
+use std::collections::BTreeMap;
 use std::fs;
 
 #[derive(clap::Args)]
@@ -17,6 +20,8 @@ pub(crate) struct Args {
 struct Row {
     entry: &'static str,
     assembled_for: &'static str,
+    /// Features that are compiled in.
+    switches: String,
     #[serde(flatten)]
     resources: ptxas::Resources,
     max_registers: u32,
@@ -35,35 +40,46 @@ fn targets(arch: Arch) -> &'static [&'static str] {
 
 pub(crate) fn run(args: &Args) -> Result<()> {
     let ptxas = ptxas::find()?;
+    let toolchain = Toolchain::find()?;
+    let sysroot = sysroot::prepare(&toolchain, &CoreSource::find(&toolchain, true)?)?;
     let mut rows = Vec::new();
     let mut warnings = Vec::new();
     for arch in Arch::ALL {
         let file = workspace::ptx_file(arch);
         let text = fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))?;
         let module = Module::parse(&text);
-        for target in targets(arch) {
-            let (resources, target_warnings) = ptxas::assemble(&ptxas, &file, target)?;
-            warnings.extend(target_warnings);
-            for kernel in KERNELS.iter().filter(|kernel| kernel.arch == arch) {
-                let Some(entry) = module.entries.iter().find(|entry| entry.name == kernel.entry) else {
-                    bail!("{} has no {}: run `cargo xtask build-ptx`", file.display(), kernel.entry);
-                };
-                let resources = resources.get(kernel.entry).copied().unwrap_or_default();
-                let mut violations = entry.violations();
-                violations.extend(limits(kernel, resources, entry.barriers()));
-                rows.push(Row {
-                    entry: kernel.entry,
-                    assembled_for: target,
-                    resources,
-                    max_registers: kernel.max_registers,
-                    smem_bytes: kernel.smem_bytes,
-                    barriers: entry.barriers(),
-                    violations,
-                });
-            }
-        }
         if module.prelude.contains(".extern .func") {
             bail!("{} calls functions that are not in it", file.display());
+        }
+        let plain = build_ptx::compile(&toolchain, &sysroot, arch, true)?;
+        for target in targets(arch) {
+            let plain = ptxas::assemble(&ptxas, &plain, target)?;
+            for switches in Switches::ALL {
+                let assembled = ptxas::assemble(&ptxas, &specialised(&text, switches), target)?;
+                warnings.extend(assembled.warnings.iter().cloned());
+                for kernel in KERNELS.iter().filter(|kernel| kernel.arch == arch && serves(kernel, switches)) {
+                    let Some(entry) = module.entries.iter().find(|entry| entry.name == kernel.entry) else {
+                        bail!("{} has no {}: run `cargo xtask build-ptx`", file.display(), kernel.entry);
+                    };
+                    let resources = assembled.resources.get(kernel.entry).copied().unwrap_or_default();
+                    let mut violations = entry.violations();
+                    violations.extend(limits(kernel, resources, entry.barriers()));
+                    let code = |module: &ptxas::Assembled| module.code.get(kernel.entry).cloned().unwrap_or_default();
+                    if switches == Switches::OFF && !are_alike(&code(&assembled), &code(&plain)) {
+                        violations.push("with all switches off not the instructions of a build without them".into());
+                    }
+                    rows.push(Row {
+                        entry: kernel.entry,
+                        assembled_for: target,
+                        switches: describe(switches),
+                        resources,
+                        max_registers: kernel.max_registers,
+                        smem_bytes: kernel.smem_bytes,
+                        barriers: entry.barriers(),
+                        violations,
+                    });
+                }
+            }
         }
     }
     if args.json {
@@ -79,6 +95,39 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         bail!("{bad} kernels break a rule, ptxas gave {} warnings", warnings.len());
     }
     Ok(())
+}
+
+/// Whether a kernel may be launched with these switches.
+fn serves(kernel: &KernelSpec, switches: Switches) -> bool {
+    match kernel.family {
+        Family::Forward(variant) => variant.serves(switches),
+        _ => switches == Switches::OFF,
+    }
+}
+
+/// PTX with numbers for the switches.
+fn specialised(text: &str, switches: Switches) -> String {
+    switches.values().iter().fold(text.to_owned(), |text, (symbol, value)| text.replace(symbol, value))
+}
+
+/// Whether two kernels have as many instructions, and as many of each operation but for one in a thousand: ptxas chooses registers, the
+/// order of neighbours that do not depend on each other, and how to copy a register by the names in the PTX, too.
+fn are_alike(a: &[u8], b: &[u8]) -> bool {
+    let mut counts = BTreeMap::<u16, i64>::new();
+    for (code, sign) in [(a, 1), (b, -1)] {
+        // An instruction has 16 bytes and begins with the 12 bits of its operation.
+        for word in code.chunks_exact(16) {
+            *counts.entry(u16::from_le_bytes([word[0], word[1]]) & 0xfff).or_default() += sign;
+        }
+    }
+    let others = counts.values().map(|count| count.unsigned_abs()).sum::<u64>() / 2;
+    !a.is_empty() && a.len() == b.len() && others * 1000 <= (a.len() / 16) as u64
+}
+
+fn describe(switches: Switches) -> String {
+    let on = switches.values().into_iter().filter(|(_, value)| *value != "0");
+    let names: Vec<String> = on.map(|(symbol, _)| symbol.trim_start_matches(Switches::PREFIX).to_lowercase()).collect();
+    names.join(",")
 }
 
 fn limits(kernel: &KernelSpec, resources: ptxas::Resources, barriers: u32) -> Vec<String> {
@@ -100,21 +149,46 @@ fn limits(kernel: &KernelSpec, resources: ptxas::Resources, barriers: u32) -> Ve
 
 fn print_table(rows: &[Row]) {
     println!(
-        "{:36} {:7} {:>9} {:>5} {:>6} {:>8} {:>8}  verdict",
-        "kernel", "target", "registers", "stack", "spills", "smem", "barriers"
+        "{:36} {:7} {:10} {:>9} {:>5} {:>6} {:>8} {:>8}  verdict",
+        "kernel", "target", "switches", "registers", "stack", "spills", "smem", "barriers"
     );
     for row in rows {
         let spills = row.resources.spill_store_bytes + row.resources.spill_load_bytes;
         let verdict = if row.violations.is_empty() { "ok".to_owned() } else { row.violations.join("; ") };
         println!(
-            "{:36} {:7} {:>9} {:>5} {:>6} {:>8} {:>8}  {verdict}",
+            "{:36} {:7} {:10} {:>9} {:>5} {:>6} {:>8} {:>8}  {verdict}",
             row.entry,
             row.assembled_for,
+            row.switches,
             row.resources.registers,
             row.resources.stack_bytes,
             spills,
             row.smem_bytes,
             row.barriers
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_are_alike_up_to_registers_order_and_a_few_operations() {
+        let instruction = |&operation: &u8| {
+            let mut word = [0; 16];
+            word[0] = operation;
+            word
+        };
+        let code = |operations: &[u8]| operations.iter().flat_map(instruction).collect::<Vec<u8>>();
+        let mut other: Vec<u8> = (0..1000).map(|i| (i % 7) as u8).collect();
+        let original = code(&other);
+        other.reverse();
+        assert!(are_alike(&original, &code(&other)));
+        other[0] = 9;
+        assert!(are_alike(&original, &code(&other)));
+        other[1] = 9;
+        assert!(!are_alike(&original, &code(&other)));
+        assert!(!are_alike(&original, &original[16..]) && !are_alike(&[], &[]));
     }
 }

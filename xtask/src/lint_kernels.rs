@@ -29,7 +29,7 @@ pub(crate) fn run() -> Result<()> {
                 .arg("--target-dir")
                 .arg(workspace::target_dir().join("nvptx-lint").join(arch.name()))
                 .args(["--", "-D", "warnings"])
-                .env("CARGO_ENCODED_RUSTFLAGS", rustflags(&sysroot, arch)),
+                .env("CARGO_ENCODED_RUSTFLAGS", rustflags(&sysroot, arch, false)),
         )?;
     }
     Ok(())

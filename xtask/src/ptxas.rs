@@ -2,6 +2,7 @@
 
 use crate::workspace;
 use anyhow::{Context, Result, bail};
+use object::{Object, ObjectSection};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -63,13 +64,31 @@ pub(crate) fn find() -> Result<PathBuf> {
     Ok(file)
 }
 
-/// Assembles a PTX file; returns resources by kernel, and warnings.
-pub(crate) fn assemble(ptxas: &Path, file: &Path, arch: &str) -> Result<(BTreeMap<String, Resources>, Vec<String>)> {
-    let cubin = tempfile::NamedTempFile::new()?;
+/// What ptxas makes of a module.
+pub(crate) struct Assembled {
+    /// By kernel.
+    pub(crate) resources: BTreeMap<String, Resources>,
+    /// Machine code by kernel.
+    pub(crate) code: BTreeMap<String, Vec<u8>>,
+    pub(crate) warnings: Vec<String>,
+}
+
+/// Assembles PTX.
+pub(crate) fn assemble(ptxas: &Path, ptx: &str, arch: &str) -> Result<Assembled> {
+    let (source, cubin) = (tempfile::NamedTempFile::new()?, tempfile::NamedTempFile::new()?);
+    std::fs::write(source.path(), ptx)?;
     let output = workspace::output(
-        Command::new(ptxas).arg("-v").arg(format!("-arch={arch}")).arg(file).arg("-o").arg(cubin.path()),
+        Command::new(ptxas).arg("-v").arg(format!("-arch={arch}")).arg(source.path()).arg("-o").arg(cubin.path()),
     )?;
-    Ok(parse(&String::from_utf8_lossy(&output.stderr)))
+    let (resources, warnings) = parse(&String::from_utf8_lossy(&output.stderr));
+    let cubin = std::fs::read(cubin.path())?;
+    let mut code = BTreeMap::new();
+    for section in object::File::parse(&*cubin)?.sections() {
+        if let Some(kernel) = section.name()?.strip_prefix(".text.") {
+            code.insert(kernel.to_owned(), section.data()?.to_vec());
+        }
+    }
+    Ok(Assembled { resources, code, warnings })
 }
 
 fn parse(report: &str) -> (BTreeMap<String, Resources>, Vec<String>) {

@@ -43,6 +43,8 @@ pub struct HostTensors<'a, T> {
     pub out_strides: RowStrides,
     /// Layout of the log-sum-exps.
     pub lse_strides: RowStrides,
+    /// Attention sinks, `[q_heads]`; given where the problem has some.
+    pub sinks: Option<&'a [f32]>,
 }
 
 impl<'a, T> HostTensors<'a, T> {
@@ -60,6 +62,7 @@ impl<'a, T> HostTensors<'a, T> {
             v_strides: pool(shape.v_head_dim()),
             out_strides: RowStrides::contiguous(shape.q_heads(), shape.v_head_dim()),
             lse_strides: RowStrides::lse(shape.q_heads()),
+            sinks: None,
         }
     }
 
@@ -71,6 +74,11 @@ impl<'a, T> HostTensors<'a, T> {
     /// With other layouts of Q and O.
     pub fn with_row_strides(self, q_strides: RowStrides, out_strides: RowStrides) -> Self {
         Self { q_strides, out_strides, ..self }
+    }
+
+    /// With attention sinks.
+    pub fn with_sinks(self, sinks: &'a [f32]) -> Self {
+        Self { sinks: Some(sinks), ..self }
     }
 }
 
@@ -96,8 +104,17 @@ pub fn run<T: Element>(
     let mut partial_lse = vec![f32::NEG_INFINITY; slot_rows];
     let mut store = |sequence: u32, head: usize, row: &[f32], row_lse: f32| {
         let at = offset(tensors.out_strides, sequence, head);
+        // What a sink leaves of the row's weights; one of -inf has none.
+        let sink = tensors.sinks.map_or(f32::NEG_INFINITY, |sinks| sinks[head]);
+        let (row_lse, share) = if sink == f32::NEG_INFINITY {
+            (row_lse, 1.0)
+        } else {
+            let maximum = row_lse.max(sink);
+            let joint = maximum + ((row_lse - maximum).exp() + (sink - maximum).exp()).ln();
+            (joint, (row_lse - joint).exp())
+        };
         for (element, &value) in out[at..at + head_dim].iter_mut().zip(row) {
-            *element = T::from_f32(value);
+            *element = T::from_f32(value * share);
         }
         if let Some(lse) = lse.as_deref_mut() {
             lse[offset(tensors.lse_strides, sequence, head)] = row_lse;
@@ -152,6 +169,7 @@ pub(crate) fn check<T: Element>(
         v: (len(tensors.v), tensors.v_strides),
         out: (out_len as u64, tensors.out_strides),
         lse: lse_len.map(|len| (len as u64, tensors.lse_strides)),
+        sinks: tensors.sinks.map(|sinks| sinks.len() as u64),
     };
     tensors.check(plan.problem().planned()).map(|_| ())
 }

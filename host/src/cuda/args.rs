@@ -3,9 +3,10 @@
 use super::CudaDevice;
 use super::plan_buffers::{BindingTerms, PlanTerms, Workspace};
 use super::tensor_map::TensorMapSpec;
-use crate::arguments::{Accessed, LSE_BYTES, RunTensors};
+use crate::arguments::{Accessed, LSE_BYTES, RunTensors, SINK_BYTES};
 use crate::eligibility::VECTOR_BYTES;
 use crate::{AttentionShape, Error, KvStrides, Problem, Result, RowStrides};
+use pat_abi::manifest::MERGE_COLUMNS;
 use pat_abi::{FastDivisor, ForwardParams, MergeParams, TileVariant};
 use std::any::Any;
 use std::sync::Arc;
@@ -125,6 +126,8 @@ pub struct RunArgs {
     pub out_strides: RowStrides,
     /// Log-sum-exp output: f32 `[rows, q_heads]`, natural logarithm.
     pub lse: Option<(DeviceSpan, RowStrides)>,
+    /// Attention sinks: f32 `[q_heads]`; given where the problem has some.
+    pub sinks: Option<DeviceSpan>,
 }
 
 /// A run whose every check has passed: what the launch functions accept. Made by [`RunArgs::prepare`] only.
@@ -134,7 +137,7 @@ pub(super) struct PreparedRun {
     pub(super) merge: MergeParams,
     /// CTAs per tile variant.
     pub(super) forward_grids: [u32; TileVariant::ALL.len()],
-    /// (merge row, query head) pairs; the kernel deals them to the CTAs there are.
+    /// (merge row, query head) pairs, at wide heads in parts of [`MERGE_COLUMNS`]; the kernel deals them to the CTAs there are.
     pub(super) merge_rows: u64,
     pub(super) shape: AttentionShape,
 }
@@ -163,6 +166,7 @@ impl RunArgs {
             out,
             out_strides: RowStrides::contiguous(shape.q_heads(), shape.v_head_dim()),
             lse: None,
+            sinks: None,
         }
     }
 
@@ -179,6 +183,11 @@ impl RunArgs {
     /// With log-sum-exps.
     pub fn with_lse(self, lse: DeviceSpan, strides: RowStrides) -> Self {
         Self { lse: Some((lse, strides)), ..self }
+    }
+
+    /// With attention sinks.
+    pub fn with_sinks(self, sinks: DeviceSpan) -> Self {
+        Self { sinks: Some(sinks), ..self }
     }
 
     pub(super) fn terms(&self) -> PlanTerms {
@@ -225,6 +234,7 @@ impl RunArgs {
             lse,
             partial_out,
             partial_lse,
+            sinks: self.sinks.as_ref().map_or(0, |span| span.address),
             q_sequence_stride: self.q_strides.sequence * q_bytes,
             q_head_stride: self.q_strides.head * q_bytes,
             k_page_stride: self.k_strides.page * kv_bytes,
@@ -243,7 +253,7 @@ impl RunArgs {
             page_size: FastDivisor::new(self.problem.page_size()),
             kv_heads_divisor: FastDivisor::new(shape.kv_heads()),
             num_pages: self.num_pages,
-            reserved: 0,
+            soft_cap_scale: self.problem.soft_cap_scale(),
         };
         let merge = MergeParams {
             plan: plan_address,
@@ -251,13 +261,15 @@ impl RunArgs {
             lse,
             partial_out,
             partial_lse,
+            sinks: forward.sinks,
             out_sequence_stride: forward.out_sequence_stride,
             out_head_stride: forward.out_head_stride,
             lse_sequence_stride: forward.lse_sequence_stride,
             lse_head_stride: forward.lse_head_stride,
             q_heads: FastDivisor::new(shape.q_heads()),
         };
-        let merge_rows = u64::from(plan.limits.max_merge_rows) * u64::from(shape.q_heads());
+        let parts = shape.v_head_dim().div_ceil(MERGE_COLUMNS);
+        let merge_rows = u64::from(plan.limits.max_merge_rows) * u64::from(shape.q_heads() * parts);
         // The merge kernels divide a row index with `FastDivisor`, which takes dividends below 2^31.
         if merge_rows >= 1 << 31 {
             return Err(Error::invalid("plan merge rows * q_heads", merge_rows, "fewer than 2^31"));
@@ -278,6 +290,7 @@ impl RunArgs {
             v: (elements(&self.v, shape.kv_dtype().bytes()), self.v_strides),
             out: (elements(&self.out, shape.out_dtype().bytes()), self.out_strides),
             lse: self.lse.as_ref().map(|(span, strides)| (elements(span, LSE_BYTES), *strides)),
+            sinks: self.sinks.as_ref().map(|span| elements(span, SINK_BYTES)),
         }
     }
 
@@ -293,11 +306,17 @@ impl RunArgs {
             Some((span, _)) => Used::new("lse", span, accessed.lse, LSE_BYTES, LSE_BYTES)?,
             None => Used { name: "lse", address: 0, bytes: 0 },
         };
+        let sinks = match &self.sinks {
+            Some(span) => Used::new("sinks", span, u64::from(shape.q_heads()), SINK_BYTES, SINK_BYTES)?,
+            None => Used { name: "sinks", address: 0, bytes: 0 },
+        };
         let workspace = workspace.span();
         let workspace = Used { name: "workspace", address: workspace.address, bytes: workspace.bytes };
-        for (written, others) in
-            [(out, &[q, k, v, lse, workspace][..]), (lse, &[q, k, v, workspace]), (workspace, &[q, k, v])]
-        {
+        for (written, others) in [
+            (out, &[q, k, v, sinks, lse, workspace][..]),
+            (lse, &[q, k, v, sinks, workspace]),
+            (workspace, &[q, k, v, sinks]),
+        ] {
             others.iter().try_for_each(|other| written.check_apart_from(other))?;
         }
         Ok(())
@@ -306,7 +325,8 @@ impl RunArgs {
     /// Every span with its name.
     pub(super) fn spans(&self) -> impl Iterator<Item = (&'static str, &DeviceSpan)> {
         let fixed = [("q", &self.q), ("k", &self.k), ("v", &self.v), ("out", &self.out)];
-        fixed.into_iter().chain(self.lse.iter().map(|(span, _)| ("lse", span)))
+        let lse = self.lse.iter().map(|(span, _)| ("lse", span));
+        fixed.into_iter().chain(lse).chain(self.sinks.iter().map(|span| ("sinks", span)))
     }
 
     /// The tensor maps of K and V, in the order the kernels take them.
@@ -418,6 +438,8 @@ mod tests {
             ("k_strides.page", with(&|a| a.k_strides.page = i64::MAX)),
             ("v_strides.token", with(&|a| a.v_strides.token = 4)),
             ("lse:", with(&|a| a.lse = Some((DeviceSpan::of_nothing(0x2, 1 << 20), RowStrides::lse(8))))),
+            ("sinks", with(&|a| a.problem = a.problem.with_sinks())),
+            ("sinks", with(&|a| a.sinks = Some(DeviceSpan::of_nothing(0x70_0000, 32)))),
             ("softmax_scale", with(&|a| a.problem = a.problem.with_scale(f32::NAN))),
             ("rows", with(&|a| a.rows = 2)),
             ("num_pages", with(&|a| a.num_pages = 11)),

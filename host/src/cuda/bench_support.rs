@@ -7,7 +7,7 @@ use crate::arguments::check_tensor;
 use crate::eligibility::VECTOR_BYTES;
 use crate::{Dtype, Error, KvStrides, Result};
 use pat_abi::generator::Tensor;
-use pat_abi::{Arch, Family, FastDivisor, FillParams, FlushParams, KernelSpec, manifest};
+use pat_abi::{Arch, Family, FastDivisor, FillParams, FlushParams, KernelSpec, Switches, manifest};
 use std::time::Instant;
 
 /// CTAs of the support kernels, per multiprocessor: their launch bounds ask for as many to fit.
@@ -75,7 +75,7 @@ pub fn fill(device: &CudaDevice, target: DeviceSpan, spec: FillSpec, stream: &St
         seed: spec.seed,
         tensor: spec.tensor as u32,
     };
-    let kernel = device.kernel(support_kernel(Family::Fill, spec.dtype)?)?;
+    let kernel = device.kernel(support_kernel(Family::Fill, spec.dtype)?, Switches::OFF)?;
     driver::launch_fill(kernel, &CheckedFill(params), CTAS_PER_SM * device.sm_count(), &stream.enter(*device)?)
 }
 
@@ -101,7 +101,7 @@ impl L2Flush {
         let bytes = usize::try_from(4 * device.l2_bytes()?).unwrap_or(usize::MAX).next_multiple_of(16).max(64 << 20);
         Ok(Self {
             device: *device,
-            kernel: device.kernel(support_kernel(Family::Flush, Dtype::F16)?)?,
+            kernel: device.kernel(support_kernel(Family::Flush, Dtype::F16)?, Switches::OFF)?,
             buffer: DeviceBuffer::zeroed(device, bytes)?,
             sums: DeviceBuffer::zeroed(device, ctas as usize * size_of::<u32>())?,
             ctas,

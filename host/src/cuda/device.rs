@@ -6,7 +6,7 @@ use crate::profile::{Datasheet, H200_DATASHEET};
 use crate::{DeviceProfile, Error, Result};
 use cudarc::driver::sys::{CUDA_VERSION, CUdevice_attribute as Attribute};
 use cudarc::driver::{CudaContext, CudaStream};
-use pat_abi::{Arch, KERNELS, KernelSpec};
+use pat_abi::{KERNELS, KernelSpec, Switches};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -115,7 +115,7 @@ impl Inner {
             )));
         }
         let sm_count = attribute(&context, Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
-        let kernels = KERNELS.iter().map(|_| KernelSlot::default()).collect();
+        let kernels = KERNELS.iter().flat_map(|_| Switches::ALL).map(|_| KernelSlot::default()).collect();
         Ok(Self { context, name, compute_capability, sm_count, kernels, capturing: RwLock::new(()) })
     }
 }
@@ -235,8 +235,9 @@ impl CudaDevice {
     }
 
     /// The loaded kernel, compiled now if this is its first use.
-    pub(super) fn kernel(&self, spec: &'static KernelSpec) -> Result<&'static Kernel> {
-        let slot = KERNELS.iter().zip(&self.inner.kernels).find(|(known, _)| known.entry == spec.entry);
+    pub(super) fn kernel(&self, spec: &'static KernelSpec, switches: Switches) -> Result<&'static Kernel> {
+        let known = KERNELS.iter().flat_map(|known| Switches::ALL.map(|switches| (known.entry, switches)));
+        let slot = known.zip(&self.inner.kernels).find(|(known, _)| *known == (spec.entry, switches));
         let Some((_, slot)) = slot else {
             return Err(Error::invalid("kernel", spec.entry, "an entry of the manifest"));
         };
@@ -248,15 +249,15 @@ impl CudaDevice {
         if let Some(kernel) = slot.kernel.get() {
             return Ok(kernel);
         }
-        if spec.arch == Arch::Sm90a && self.inner.compute_capability != 90 {
+        if !spec.arch.runs_on(self.inner.compute_capability) {
             return Err(Error::PlanMismatch {
                 what: "the device".into(),
-                plan: format!("{}, which runs on compute capability 9.0 only", spec.entry),
+                plan: format!("{}, which is for {}", spec.entry, spec.arch.name()),
                 call: format!("{} with {}", self.inner.name, self.inner.compute_capability),
             });
         }
         let start = std::time::Instant::now();
-        let kernel = Kernel::load(*self, spec, ptx::cut(ptx::text(spec.arch), spec.entry)?, self.sm_count())?;
+        let kernel = Kernel::load(*self, spec, ptx::cut(ptx::text(spec.arch), spec.entry, switches)?, self.sm_count())?;
         tracing::debug!(entry = spec.entry, load_ms = start.elapsed().as_secs_f64() * 1e3, "kernel loaded");
         Ok(slot.kernel.get_or_init(|| kernel))
     }

@@ -5,8 +5,8 @@ use super::args::{PreparedRun, RunArgs};
 use super::bound_run::{BoundRun, RunKernels};
 use super::driver::{self, Stream};
 use super::plan_buffers::{PlanBuffers, Workspace};
-use crate::{AttentionShape, Error, Plan, Result};
-use pat_abi::{Arch, Family, KernelSpec, TileVariant, manifest};
+use crate::{AttentionShape, Error, Plan, Problem, Result};
+use pat_abi::{Arch, Family, KernelSpec, Switches, TileVariant, manifest};
 
 /// Runs plans on a device. `Send` and `Sync`; one serves all layers, streams and threads.
 #[derive(Clone, Debug)]
@@ -49,12 +49,13 @@ impl CudaEngine {
     ///
     /// # Errors
     /// There is no kernel for the shape and a variant on this device, or the driver rejects the PTX (with its log).
-    pub fn prepare_variants(&self, shape: AttentionShape, variants: &[TileVariant]) -> Result<()> {
+    pub fn prepare_variants(&self, problem: &Problem, variants: &[TileVariant]) -> Result<()> {
+        let (shape, switches) = (problem.shape(), problem.switches());
         for &variant in variants {
-            self.device.kernel(find(Family::Forward(variant), shape)?)?;
+            self.device.kernel(forward_kernel(variant, shape, switches)?, switches)?;
         }
         let launched = TileVariant::ALL.map(|variant| u32::from(variants.contains(&variant)));
-        self.device.kernel(merge_kernel(shape, &launched)?).map(drop)
+        self.device.kernel(merge_kernel(shape, &launched)?, Switches::OFF).map(drop)
     }
 
     /// Checks the arguments of a run, once, and compiles its kernels if this is their first use. The result owns what it uses.
@@ -97,17 +98,19 @@ impl CudaEngine {
     }
 
     fn kernels(&self, run: &PreparedRun, args: &RunArgs) -> Result<RunKernels> {
+        let switches = args.problem.switches();
         let mut kernels = RunKernels { maps: None, forward: [None; TileVariant::ALL.len()], merge: None };
         for variant in TileVariant::ALL.into_iter().filter(|variant| run.forward_grids[variant.index()] > 0) {
-            let spec = find(Family::Forward(variant), run.shape)?;
+            let spec = forward_kernel(variant, run.shape, switches)?;
             if spec.tensor_maps > 0 && kernels.maps.is_none() {
                 let [k, v] = args.tensor_maps()?;
                 kernels.maps = Some([driver::encode_tensor_map(&k)?, driver::encode_tensor_map(&v)?]);
             }
-            kernels.forward[variant.index()] = Some(self.device.kernel(spec)?);
+            kernels.forward[variant.index()] = Some(self.device.kernel(spec, switches)?);
         }
         if run.merge_rows > 0 {
-            kernels.merge = Some(self.device.kernel(merge_kernel(run.shape, &run.forward_grids)?)?);
+            let merge = merge_kernel(run.shape, &run.forward_grids)?;
+            kernels.merge = Some(self.device.kernel(merge, Switches::OFF)?);
         }
         Ok(kernels)
     }
@@ -122,6 +125,19 @@ fn merge_kernel(shape: AttentionShape, launched: &[u32]) -> Result<&'static Kern
         .then(|| manifest::find_for(Arch::Sm90a, Family::Merge, shape.dtype(), shape.head_dim()))
         .flatten();
     overlapping.map_or_else(|| find(Family::Merge, shape), Ok)
+}
+
+/// # Errors
+/// The variant has no kernel for the shape, or none with these features: a plan made for a problem without them may use it.
+fn forward_kernel(variant: TileVariant, shape: AttentionShape, switches: Switches) -> Result<&'static KernelSpec> {
+    if !variant.serves(switches) {
+        return Err(Error::PlanMismatch {
+            what: "the features of the kernels".into(),
+            plan: format!("items of {}, which cannot cap scores", variant.name()),
+            call: "a soft_cap".into(),
+        });
+    }
+    find(Family::Forward(variant), shape)
 }
 
 fn find(family: Family, shape: AttentionShape) -> Result<&'static KernelSpec> {

@@ -4,7 +4,7 @@
 //! tile variants its plans name.
 
 use crate::{Error, Result};
-use pat_abi::{Arch, KERNELS};
+use pat_abi::{Arch, KERNELS, Switches};
 
 /// How a kernel begins, at the start of a line. There is nothing but kernels behind the first: `cargo xtask check-ptx`
 /// refuses functions, and module-scope declarations come first.
@@ -19,11 +19,11 @@ pub(super) fn text(arch: Arch) -> &'static str {
 }
 
 /// A module of one kernel: everything before the first kernel (directives and module-scope declarations), then
-/// kernel `entry`.
+/// kernel `entry`, with the features that `switches` says.
 ///
 /// # Errors
 /// The text has no kernel of that name.
-pub(super) fn cut(module: &str, entry: &str) -> Result<String> {
+pub(super) fn cut(module: &str, entry: &str, switches: Switches) -> Result<String> {
     let mut lines = module.split_inclusive('\n').peekable();
     let mut prelude = String::new();
     while let Some(line) = lines.next_if(|line| !line.starts_with(ENTRY)) {
@@ -45,7 +45,7 @@ pub(super) fn cut(module: &str, entry: &str) -> Result<String> {
             reason: "the embedded PTX does not contain it: run `cargo xtask build-ptx`".into(),
         });
     }
-    Ok(prelude + &body)
+    Ok(switches.values().iter().fold(prelude + &body, |text, (symbol, value)| text.replace(symbol, value)))
 }
 
 /// Whether the embedded PTX is the manifest's: every kernel is there, for its architecture and with its launch bounds.
@@ -56,11 +56,11 @@ pub(super) fn cut(module: &str, entry: &str) -> Result<String> {
 /// the PTX.
 pub fn check_embedded_ptx() -> Result<usize> {
     for kernel in KERNELS {
-        let module = cut(text(kernel.arch), kernel.entry)?;
+        let module = cut(text(kernel.arch), kernel.entry, Switches::OFF)?;
         let target = format!(".target {}", kernel.arch.name());
         let bounds = format!(".maxntid {}, 1, 1\n.minnctapersm {}\n", kernel.threads, kernel.min_ctas_per_sm);
         for expected in [target, bounds] {
-            if !module.contains(&expected) {
+            if !module.contains(&expected) || module.contains(Switches::PREFIX) {
                 return Err(Error::Cuda {
                     call: format!("checking kernel {}", kernel.entry),
                     reason: format!("the embedded PTX lacks {expected:?}: run `cargo xtask build-ptx`"),
@@ -74,6 +74,7 @@ pub fn check_embedded_ptx() -> Result<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use pat_abi::Family;
 
     const MODULE: &str = "\
 .version 8.0
@@ -87,17 +88,17 @@ mod tests {
 
     #[test]
     fn cut_keeps_the_prelude_and_one_entry() {
-        let first = cut(MODULE, "first").unwrap();
+        let first = cut(MODULE, "first", Switches::OFF).unwrap();
         assert!(first.starts_with(".version 8.0\n.target sm_80\n.extern .shared"));
         assert!(first.contains(".entry first("));
         assert!(!first.contains(".entry first_and_more"));
-        assert!(cut(MODULE, "first_and_more").unwrap().ends_with(".entry first_and_more() { ret; }\n"));
+        assert!(cut(MODULE, "first_and_more", Switches::OFF).unwrap().ends_with(".entry first_and_more() { ret; }\n"));
     }
 
     #[test]
     fn every_kernel_of_the_manifest_can_be_cut_out_of_the_embedded_ptx() {
         for kernel in pat_abi::KERNELS {
-            let module = cut(text(kernel.arch), kernel.entry).unwrap();
+            let module = cut(text(kernel.arch), kernel.entry, Switches::OFF).unwrap();
             assert_eq!(module.matches(ENTRY).count(), 1, "{}", kernel.entry);
             assert!(module.contains(&format!(".target {}", kernel.arch.name())), "{}", kernel.entry);
         }
@@ -109,8 +110,28 @@ mod tests {
     }
 
     #[test]
+    fn switches_are_numbers_where_a_kernel_is_cut_out() {
+        let module = MODULE.replace(
+            "ret; }\n\t// .globl\tfirst_and",
+            "mov.u32 %r1, PAT_SPEC_SOFT_CAP; ret; }\n\t// .globl\tfirst_and",
+        );
+        for (switches, expected) in
+            [(Switches::OFF, "mov.u32 %r1, 0;"), (Switches { soft_cap: true }, "mov.u32 %r1, 1;")]
+        {
+            assert!(cut(&module, "first", switches).unwrap().contains(expected));
+        }
+        // Every forward kernel has it, but where there is no kernel with it.
+        for kernel in pat_abi::KERNELS {
+            let serves =
+                matches!(kernel.family, Family::Forward(variant) if variant.serves(Switches { soft_cap: true }));
+            let cut = |switches| cut(text(kernel.arch), kernel.entry, switches).unwrap();
+            assert_eq!(cut(Switches::OFF) != cut(Switches { soft_cap: true }), serves, "{}", kernel.entry);
+        }
+    }
+
+    #[test]
     fn a_missing_entry_is_an_error_that_names_it() {
-        let error = cut(MODULE, "second").unwrap_err().to_string();
+        let error = cut(MODULE, "second", Switches::OFF).unwrap_err().to_string();
         assert!(error.contains("second") && error.contains("build-ptx"), "{error}");
     }
 }

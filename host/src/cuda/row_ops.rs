@@ -10,7 +10,7 @@ use crate::arguments::{Dimension, LSE_BYTES, check_apart, check_lse, check_tenso
 use crate::cpu::CacheLayout;
 use crate::eligibility::VECTOR_BYTES;
 use crate::{Dtype, Error, Result, RowStrides};
-use pat_abi::{AppendParams, Family, FastDivisor, MergeStatesParams, StateParams, manifest};
+use pat_abi::{AppendParams, Family, FastDivisor, MergeStatesParams, StateParams, Switches, manifest};
 
 /// Bytes of an element of K, V and O.
 const ELEMENT_BYTES: i64 = 2;
@@ -71,7 +71,7 @@ impl CudaEngine {
         {
             span.check_device(name, device)?;
         }
-        let kernel = device.kernel(row_kernel(Family::Append, Dtype::F16)?)?;
+        let kernel = device.kernel(row_kernel(Family::Append, Dtype::F16)?, Switches::OFF)?;
         driver::launch_append(kernel, &append, &stream.enter(device)?)
     }
 
@@ -97,7 +97,7 @@ impl CudaEngine {
             state.out.check_device("out", device)?;
             state.lse.check_device("lse", device)?;
         }
-        let kernel = device.kernel(row_kernel(Family::MergeStates, dtype)?)?;
+        let kernel = device.kernel(row_kernel(Family::MergeStates, dtype)?, Switches::OFF)?;
         driver::launch_merge_states(kernel, &checked, &stream.enter(device)?)
     }
 }

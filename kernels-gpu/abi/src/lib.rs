@@ -14,6 +14,7 @@ pub mod occupancy;
 pub mod params;
 pub mod plan;
 pub mod row_params;
+pub mod switches;
 pub mod tile;
 
 pub use manifest::{Arch, Dtype, Family, KERNELS, KernelSpec, TileVariant};
@@ -23,4 +24,5 @@ pub use plan::{
     DIRECT_SLOT, MAX_TILE_VARIANTS, MergeRow, NO_MASKS, PLAN_MAGIC, PackQuery, PageMask, PlanHeader, WorkItem,
 };
 pub use row_params::{AppendParams, MergeStatesParams, StateParams};
+pub use switches::Switches;
 pub use tile::{NamedBarrier, SmemLayout, TileConfig};

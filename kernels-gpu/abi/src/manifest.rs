@@ -3,10 +3,13 @@
 //! The device crate takes its constants from here and from [`crate::tile`], the xtask inserts the launch bounds it names and checks
 //! what ptxas reports against it, the host sizes launches by it.
 
+use crate::Switches;
 use crate::tile::register_limit;
 
 /// Warps of a CTA of the merge kernels.
 pub const MERGE_WARPS: u32 = 4;
+/// Most columns that a warp of the merge kernels takes: a longer row goes to several.
+pub const MERGE_COLUMNS: u32 = 128;
 /// Threads of a CTA of the kernels of tests and benchmarks.
 pub const SUPPORT_THREADS: u32 = 256;
 
@@ -141,6 +144,11 @@ impl TileVariant {
         }
     }
 
+    /// Whether the variant's kernels may be launched with these switches. `wgmma128` has no registers left to cap scores with.
+    pub const fn serves(self, switches: Switches) -> bool {
+        !(switches.soft_cap && matches!(self, Self::Wgmma128))
+    }
+
     /// Whether a CTA serves a piece of work of every round, dealt first CTA to last and back, instead of one piece alone:
     /// launched with as many CTAs as fit the device, however large the plan.
     pub const fn is_persistent(self) -> bool {
@@ -206,27 +214,35 @@ pub struct KernelSpec {
 #[macro_export]
 macro_rules! kernel_shapes {
     ($callback:ident! { $($prefix:tt)* }) => {
-        $callback! { $($prefix)* [128 F16 "f16"] [128 Bf16 "bf16"] [64 F16 "f16"] [64 Bf16 "bf16"] }
+        $crate::narrow_kernel_shapes! { $callback! { $($prefix)* } [256 F16 "f16"] [256 Bf16 "bf16"] }
+    };
+}
+
+/// As [`kernel_shapes`], of variants whose registers or shared memory do not suffice for head dimension 256.
+#[macro_export]
+macro_rules! narrow_kernel_shapes {
+    ($callback:ident! { $($prefix:tt)* } $($wide:tt)*) => {
+        $callback! { $($prefix)* [128 F16 "f16"] [128 Bf16 "bf16"] [64 F16 "f16"] [64 Bf16 "bf16"] $($wide)* }
     };
 }
 
 macro_rules! kernels {
     ($make:path, $family:expr, $arch:ident, $prefix:literal $([$head_dim:literal $dtype:ident $name:literal])*) => {
-        [$($make(concat!($prefix, "_d", $head_dim, "_", $name), $family, Arch::$arch, Dtype::$dtype, $head_dim)),*]
+        &[$($make(concat!($prefix, "_d", $head_dim, "_", $name), $family, Arch::$arch, Dtype::$dtype, $head_dim)),*]
     };
 }
 
 /// Forward kernels, by variant.
-const FORWARD: [[KernelSpec; 4]; TileVariant::ALL.len()] = [
+const FORWARD: [&[KernelSpec]; TileVariant::ALL.len()] = [
     kernel_shapes!(kernels! { forward, TileVariant::Mma16, Sm80, "pat_forward_mma16" }),
     kernel_shapes!(kernels! { forward, TileVariant::Mma32, Sm80, "pat_forward_mma32" }),
     kernel_shapes!(kernels! { forward, TileVariant::Mma64, Sm80, "pat_forward_mma64" }),
-    kernel_shapes!(kernels! { forward, TileVariant::Mma128, Sm80, "pat_forward_mma128" }),
-    kernel_shapes!(kernels! { forward, TileVariant::Wgmma64, Sm90a, "pat_forward_wgmma64" }),
-    kernel_shapes!(kernels! { forward, TileVariant::Wgmma128, Sm90a, "pat_forward_wgmma128" }),
+    narrow_kernel_shapes!(kernels! { forward, TileVariant::Mma128, Sm80, "pat_forward_mma128" }),
+    narrow_kernel_shapes!(kernels! { forward, TileVariant::Wgmma64, Sm90a, "pat_forward_wgmma64" }),
+    narrow_kernel_shapes!(kernels! { forward, TileVariant::Wgmma128, Sm90a, "pat_forward_wgmma128" }),
 ];
 
-const MERGE: [[KernelSpec; 4]; Arch::ALL.len()] = [
+const MERGE: [&[KernelSpec]; Arch::ALL.len()] = [
     kernel_shapes!(kernels! { merge, Family::Merge, Sm80, "pat_merge" }),
     kernel_shapes!(kernels! { merge, Family::Merge, Sm90a, "pat_merge_pdl" }),
 ];
@@ -272,8 +288,8 @@ const fn merge(entry: &'static str, family: Family, arch: Arch, dtype: Dtype, he
         head_dim,
         threads,
         min_ctas_per_sm,
-        // The warps' sums of a row, where a CTA has one row.
-        smem_bytes: 4 * MERGE_WARPS * head_dim,
+        // The warps' sums of (a part of) a row, where a CTA has one.
+        smem_bytes: 4 * MERGE_WARPS * if head_dim < MERGE_COLUMNS { head_dim } else { MERGE_COLUMNS },
         max_registers: register_limit(threads, min_ctas_per_sm),
         barriers: 1,
         tensor_maps: 0,
@@ -297,25 +313,34 @@ const fn support(entry: &'static str, family: Family, dtype: Dtype) -> KernelSpe
     }
 }
 
-const KERNEL_COUNT: usize = FORWARD.as_flattened().len() + MERGE.as_flattened().len() + SUPPORT.len();
+const PARTS: [&[KernelSpec]; FORWARD.len() + MERGE.len() + 1] = {
+    let mut parts: [&[KernelSpec]; FORWARD.len() + MERGE.len() + 1] = [&SUPPORT; FORWARD.len() + MERGE.len() + 1];
+    let (forward, merge) = parts.split_at_mut(FORWARD.len());
+    forward.copy_from_slice(&FORWARD);
+    merge.split_at_mut(MERGE.len()).0.copy_from_slice(&MERGE);
+    parts
+};
 
-/// Every kernel of the project.
-pub const KERNELS: &[KernelSpec] = &{
-    let mut kernels = [SUPPORT[0]; KERNEL_COUNT];
-    let mut count = 0;
-    let mut part = 0;
-    while part < 3 {
-        let specs = [FORWARD.as_flattened(), MERGE.as_flattened(), &SUPPORT][part];
+/// The number of kernels, and all of them in a table that is at least so long.
+const fn table<const LENGTH: usize>() -> (usize, [KernelSpec; LENGTH]) {
+    let mut kernels = [SUPPORT[0]; LENGTH];
+    let (mut count, mut part) = (0, 0);
+    while part < PARTS.len() {
         let mut i = 0;
-        while i < specs.len() {
-            kernels[count] = specs[i];
+        while i < PARTS[part].len() {
+            if count < LENGTH {
+                kernels[count] = PARTS[part][i];
+            }
             count += 1;
             i += 1;
         }
         part += 1;
     }
-    kernels
-};
+    (count, kernels)
+}
+
+/// Every kernel of the project.
+pub const KERNELS: &[KernelSpec] = &table::<{ table::<0>().0 }>().1;
 
 /// The kernel of a family for an element type and head dimension, if there is one. Of two merge kernels it is the one
 /// that runs on both architectures; [`find_for`] names the file.

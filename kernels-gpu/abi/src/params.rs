@@ -66,6 +66,8 @@ pub struct ForwardParams {
     pub partial_out: u64,
     /// Partial log-sum-exps, base 2: f32 `[slot_count, q_heads]`.
     pub partial_lse: u64,
+    /// Attention sinks, or 0: f32 `[q_heads]`, each one more score (natural, scaled) in the denominators of its head.
+    pub sinks: u64,
     /// Bytes between sequences of Q.
     pub q_sequence_stride: i64,
     /// Bytes between heads of Q.
@@ -90,7 +92,7 @@ pub struct ForwardParams {
     pub lse_sequence_stride: i64,
     /// Bytes between heads of LSE.
     pub lse_head_stride: i64,
-    /// `softmax_scale * log2(e)`.
+    /// What turns scores into exponents of 2: `softmax_scale * log2(e)`, or where scores are capped `cap * log2(e)`.
     pub scale_log2: f32,
     /// KV heads. CTA `c` of a launch serves item `variant_begin + c / kv_heads`, KV head `c % kv_heads`.
     pub kv_heads: u32,
@@ -102,8 +104,8 @@ pub struct ForwardParams {
     pub kv_heads_divisor: FastDivisor,
     /// Pages in the pool; the page index that tensor maps treat as out of range.
     pub num_pages: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// Where scores are capped, `2 * log2(e) * softmax_scale / cap`.
+    pub soft_cap_scale: f32,
 }
 
 /// Parameter of the merge kernels: one warp per (merge row, query head).
@@ -120,6 +122,8 @@ pub struct MergeParams {
     pub partial_out: u64,
     /// See [`ForwardParams::partial_lse`].
     pub partial_lse: u64,
+    /// See [`ForwardParams::sinks`].
+    pub sinks: u64,
     /// Bytes between sequences of O.
     pub out_sequence_stride: i64,
     /// Bytes between heads of O.
@@ -174,8 +178,8 @@ pub struct FlushParams {
 const _: () = {
     assert!(size_of::<FillParams>() == 80);
     assert!(size_of::<FlushParams>() == 24);
-    assert!(size_of::<ForwardParams>() == 224);
-    assert!(size_of::<MergeParams>() == 88);
+    assert!(size_of::<ForwardParams>() == 232);
+    assert!(size_of::<MergeParams>() == 96);
 };
 
 #[cfg(test)]

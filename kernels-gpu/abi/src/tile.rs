@@ -39,7 +39,7 @@ pub struct TileConfig {
     pub producer_registers: u32,
     /// Registers per thread of the other warps after `setmaxnreg`, where there are producers.
     pub consumer_registers: u32,
-    /// Slots of [`WARP_ROWS`] queries in shared memory; 0 where queries go to registers at once.
+    /// Slots of [`WARP_ROWS`] queries in shared memory; 0 where queries go to registers at once and stay there.
     pub query_slots: u32,
     /// CTAs per multiprocessor that the compiler makes room for.
     pub min_ctas_per_sm: u32,
@@ -75,10 +75,11 @@ pub struct SmemLayout {
 impl TileVariant {
     /// The shape of the variant's CTAs.
     pub const fn config(self, head_dim: u32) -> TileConfig {
-        // Warps that copy and compute, one ring, queries in registers.
+        // Warps that copy and compute, one ring, queries in registers as long as these suffice.
+        let is_wide = head_dim > 128;
         let mma = TileConfig {
             rows: 0,
-            keys: 64,
+            keys: if is_wide { 32 } else { 64 },
             key_splits: 1,
             rings: 1,
             stages: 2,
@@ -93,19 +94,27 @@ impl TileVariant {
         // 128 KiB in flight, and an A100 has shared memory for no more.
         let three_ctas = if head_dim <= 64 { 3 } else { 2 };
         match self {
-            // 16 KiB per warp are in flight at both head dimensions.
+            // 16 KiB per warp are in flight at every head dimension.
             Self::Mma16 => TileConfig {
                 rows: 16,
-                keys: 128,
+                keys: if is_wide { 64 } else { 128 },
                 key_splits: 4,
                 rings: 4,
                 stages: if head_dim <= 64 { 2 } else { 1 },
+                query_slots: if is_wide { 1 } else { 0 },
                 min_ctas_per_sm: three_ctas,
-                barriers: 1,
+                barriers: if is_wide { 2 } else { 1 },
                 ..mma
             },
-            Self::Mma32 => TileConfig { rows: 32, key_splits: 2, min_ctas_per_sm: three_ctas, barriers: 4, ..mma },
-            Self::Mma64 => TileConfig { rows: 64, ..mma },
+            Self::Mma32 => TileConfig {
+                rows: 32,
+                key_splits: 2,
+                query_slots: if is_wide { 2 } else { 0 },
+                min_ctas_per_sm: three_ctas,
+                barriers: 4,
+                ..mma
+            },
+            Self::Mma64 => TileConfig { rows: 64, query_slots: if is_wide { 4 } else { 0 }, ..mma },
             Self::Mma128 => TileConfig { rows: 128, min_ctas_per_sm: 1, ..mma },
             Self::Wgmma64 => TileConfig {
                 rows: 64,
@@ -153,7 +162,9 @@ impl TileConfig {
     pub const fn smem(&self, head_dim: u32, element_bytes: u32) -> SmemLayout {
         let tile_bytes = self.tile_keys() * head_dim * element_bytes;
         let stage_bytes = 2 * tile_bytes;
-        let ring_bytes = self.stages * stage_bytes;
+        // A warp that has a ring of its own leaves its state there, too.
+        let state_bytes = if self.rings > 1 { warp_state_bytes(head_dim).next_multiple_of(1024) } else { 0 };
+        let ring_bytes = if self.stages * stage_bytes > state_bytes { self.stages * stage_bytes } else { state_bytes };
         let q = self.rings * ring_bytes;
         let barriers = q + self.query_slots * WARP_ROWS * head_dim * element_bytes;
         let is_persistent = self.producer_warps > 0;
@@ -162,6 +173,17 @@ impl TileConfig {
         let total = masks + self.rings * self.stages * mask_bytes;
         SmemLayout { tile_bytes, stage_bytes, ring_bytes, k: 0, v: tile_bytes, q, barriers, masks, mask_bytes, total }
     }
+}
+
+/// Bytes between the rows of a warp's state in shared memory: 8 banks of padding, so that the 8 rows that a warp stores at once do not
+/// collide.
+pub const fn state_pitch_bytes(head_dim: u32) -> u32 {
+    head_dim * 4 + 32
+}
+
+/// Shared memory that the state of one warp's rows takes: the rows (f32), then maximum and sum of each.
+pub const fn warp_state_bytes(head_dim: u32) -> u32 {
+    WARP_ROWS * (state_pitch_bytes(head_dim) + 8)
 }
 
 /// Registers per thread that leave room for `ctas_per_sm` CTAs of `threads` threads. They are handed out in eights.
@@ -173,11 +195,13 @@ pub const fn register_limit(threads: u32, ctas_per_sm: u32) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Family;
 
     #[test]
     fn layouts_hold_their_parts_one_behind_the_other() {
-        for variant in TileVariant::ALL {
-            for head_dim in [64, 128] {
+        for kernel in crate::KERNELS {
+            if let Family::Forward(variant) = kernel.family {
+                let head_dim = kernel.head_dim;
                 let config = variant.config(head_dim);
                 let layout = config.smem(head_dim, 2);
                 assert_eq!(layout.v, layout.k + layout.tile_bytes);
@@ -192,8 +216,9 @@ mod tests {
 
     #[test]
     fn producers_and_consumers_have_the_registers_of_the_launch() {
-        for variant in TileVariant::ALL {
-            for head_dim in [64, 128] {
+        for kernel in crate::KERNELS {
+            if let Family::Forward(variant) = kernel.family {
+                let head_dim = kernel.head_dim;
                 let config = variant.config(head_dim);
                 if config.producer_warps > 0 {
                     let consumer_warps = config.row_warps() * config.key_splits;

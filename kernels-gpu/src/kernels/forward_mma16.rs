@@ -4,34 +4,45 @@
 //! loop has no CTA barrier: warps drift apart and keep the memory system busy. A stage is refilled as soon as its K (then
 //! its V) has been consumed. The four states are combined in shared memory at the end.
 
+use pat_abi::tile::warp_state_bytes;
 use pat_abi::{ForwardParams, TileConfig, TileVariant, kernel_shapes};
 
 use crate::element::{Bf16, Element, F16};
 use crate::item::Item;
 use crate::ptx::{barrier, cp_async, special};
-use crate::softmax::RowStates;
-use crate::tile::fragment::{accumulate, load_queries, mask, mask_rows, rescale, scores, to_operand};
+use crate::softmax::{RowStates, cap_scores};
+use crate::tile::fragment::{Queries, accumulate, mask, mask_rows, rescale, scores, to_operand};
 use crate::tile::gather::{Pool, Token, gather, row_of_lane};
-use crate::tile::reduce::{combine_and_store, scratch_bytes};
+use crate::tile::reduce::combine_and_store;
 
-/// What does not depend on the head dimension.
-const CONFIG: TileConfig = TileVariant::Mma16.config(128);
-const WARPS: u32 = CONFIG.key_splits;
-const UNIT_TOKENS: u32 = CONFIG.tile_keys();
+const WARPS: u32 = TileVariant::Mma16.config(128).key_splits;
+/// Rows of a tile.
+const ROWS: u32 = TileVariant::Mma16.config(128).rows;
 
-/// `HEAD_STEPS` is head_dim / 16. `STAGES` units (K and V each) are in flight per warp, `PENDING = 2*STAGES - 1` copies.
+/// `HEAD_STEPS` is head_dim / 16. Units of `UNIT_TOKENS = 16 * KEY_STEPS` tokens; `STAGES` of them (K and V each) are in flight per
+/// warp, `PENDING = 2*STAGES - 1` copies.
 ///
 /// # Safety
 /// `params` describes live buffers and a plan made for them; the launch is as the manifest says.
 #[inline(always)]
-unsafe fn forward<E: Element, const HEAD_STEPS: usize, const STAGES: u32, const PENDING: u32>(params: &ForwardParams) {
+unsafe fn forward<
+    E: Element,
+    const HEAD_STEPS: usize,
+    const UNIT_TOKENS: u32,
+    const KEY_STEPS: usize,
+    const STAGES: u32,
+    const PENDING: u32,
+>(
+    params: &ForwardParams,
+) {
     let layout = const {
         let head_dim = 16 * HEAD_STEPS as u32;
         let config = TileVariant::Mma16.config(head_dim);
         assert!(config.rings == WARPS && config.row_warps() == 1 && config.tile_keys() == UNIT_TOKENS);
-        assert!(config.stages == STAGES && PENDING == 2 * STAGES - 1);
+        assert!(16 * KEY_STEPS as u32 == UNIT_TOKENS && config.stages == STAGES && PENDING == 2 * STAGES - 1);
+        assert!(Queries::<HEAD_STEPS>::IN_SMEM == (config.query_slots == 1));
         let layout = config.smem(head_dim, 2);
-        assert!(scratch_bytes(head_dim) <= layout.ring_bytes);
+        assert!(warp_state_bytes(head_dim) <= layout.ring_bytes);
         layout
     };
     let (unit_bytes, ring_bytes) = (layout.tile_bytes, layout.ring_bytes);
@@ -53,6 +64,12 @@ unsafe fn forward<E: Element, const HEAD_STEPS: usize, const STAGES: u32, const 
     let mut incoming = unit;
     // SAFETY: the plan's page ids; stages are free before their first use.
     let mut place = unsafe { Token::locate(&item.stream, params.page_size, incoming + located) };
+    let query_tile = special::dynamic_smem() + layout.q;
+    if Queries::<HEAD_STEPS>::IN_SMEM {
+        const SHARE: u32 = ROWS / WARPS;
+        // SAFETY: the tile is free; each warp copies its share of it, with its first keys.
+        unsafe { Queries::<HEAD_STEPS>::request::<SHARE>(params, &item, query_tile, SHARE * warp, SHARE * warp, lane) };
+    }
     for stage in 0..STAGES {
         let k_stage = ring + stage * 2 * unit_bytes;
         if incoming < item.stream.token_count {
@@ -76,7 +93,11 @@ unsafe fn forward<E: Element, const HEAD_STEPS: usize, const STAGES: u32, const 
     }
 
     // SAFETY: the caller's contract.
-    let q = unsafe { load_queries::<HEAD_STEPS>(params, &item, 0, lane) };
+    let q = unsafe { Queries::<HEAD_STEPS>::new(params, &item, query_tile, 0, lane) };
+    if Queries::<HEAD_STEPS>::IN_SMEM {
+        cp_async::wait_group::<PENDING>();
+        barrier::sync_cta();
+    }
     let mut output = [[[0.0; 4]; 2]; HEAD_STEPS];
     let mut states = RowStates::EMPTY;
     let mut k_stage = ring;
@@ -87,7 +108,8 @@ unsafe fn forward<E: Element, const HEAD_STEPS: usize, const STAGES: u32, const 
         cp_async::wait_group::<PENDING>();
         barrier::sync_warp();
         // SAFETY: this unit's K has arrived, for all lanes.
-        let mut s = unsafe { scores::<E, HEAD_STEPS, 2>(&q, k_stage, lane) };
+        let mut s = unsafe { scores::<E, HEAD_STEPS, KEY_STEPS>(&q, k_stage, lane) };
+        cap_scores(params, s.as_flattened_mut().as_flattened_mut());
         let valid = item.stream.token_count - unit;
         if item.stream.masks != 0 {
             // SAFETY: they were written before the barrier.
@@ -108,12 +130,12 @@ unsafe fn forward<E: Element, const HEAD_STEPS: usize, const STAGES: u32, const 
 
         let factors = states.update(&mut s, params.scale_log2);
         rescale(&mut output, factors);
-        let p = to_operand::<E, 2>(&s);
+        let p = to_operand::<E, KEY_STEPS>(&s);
 
         cp_async::wait_group::<PENDING>();
         barrier::sync_warp();
         // SAFETY: this unit's V has arrived, for all lanes.
-        unsafe { accumulate::<E, HEAD_STEPS, 2>(&mut output, &p, v_stage, lane) };
+        unsafe { accumulate::<E, HEAD_STEPS, KEY_STEPS>(&mut output, &p, v_stage, lane) };
         barrier::sync_warp();
         if refill {
             // SAFETY: all lanes have read V.
@@ -126,7 +148,8 @@ unsafe fn forward<E: Element, const HEAD_STEPS: usize, const STAGES: u32, const 
         // SAFETY: the plan's page ids. The load has the whole next unit to arrive.
         place = unsafe { Token::locate(&item.stream, params.page_size, incoming + located) };
         k_stage += 2 * unit_bytes;
-        if k_stage == ring + ring_bytes {
+        // A ring may end behind its stages: it also holds the warp's state.
+        if k_stage == ring + STAGES * 2 * unit_bytes {
             k_stage = ring;
         }
     }
@@ -143,7 +166,11 @@ unsafe fn forward<E: Element, const HEAD_STEPS: usize, const STAGES: u32, const 
 macro_rules! entries {
     ($([$head_dim:literal $element:ident $name:literal])*) => {
         $(const _: () = {
-            const STAGES: u32 = TileVariant::Mma16.config($head_dim).stages;
+            const CONFIG: TileConfig = TileVariant::Mma16.config($head_dim);
+            const UNIT_TOKENS: u32 = CONFIG.tile_keys();
+            const KEY_STEPS: usize = UNIT_TOKENS as usize / 16;
+            const STAGES: u32 = CONFIG.stages;
+            const PENDING: u32 = 2 * STAGES - 1;
             /// See the module.
             ///
             /// # Safety
@@ -151,7 +178,7 @@ macro_rules! entries {
             #[unsafe(export_name = concat!("pat_forward_mma16_d", $head_dim, "_", $name))]
             unsafe extern "ptx-kernel" fn entry(params: ForwardParams) {
                 // SAFETY: the caller's contract.
-                unsafe { forward::<$element, { $head_dim / 16 }, STAGES, { 2 * STAGES - 1 }>(&params) }
+                unsafe { forward::<$element, { $head_dim / 16 }, UNIT_TOKENS, KEY_STEPS, STAGES, PENDING>(&params) }
             }
         };)*
     };

@@ -5,21 +5,20 @@
 //! arrives under Q K^T and the softmax. Q stays in registers: it saves one `ldmatrix` in five, and shared memory is what
 //! bounds these kernels.
 
-use pat_abi::{ForwardParams, TileConfig, TileVariant, kernel_shapes};
+use pat_abi::tile::warp_state_bytes;
+use pat_abi::{ForwardParams, TileConfig, TileVariant, kernel_shapes, narrow_kernel_shapes};
 
 use crate::element::{Bf16, Element, F16};
+use crate::finish::Finish;
 use crate::isolation::{RowSoftmax, restore_rows};
 use crate::item::Item;
 use crate::ptx::{barrier, cp_async, math, special};
-use crate::softmax::{RowStates, normaliser};
-use crate::tile::fragment::{Accumulator, accumulate, load_queries, mask, mask_rows, rescale, scores, to_operand};
+use crate::softmax::{RowStates, cap_scores};
+use crate::tile::fragment::{Accumulator, Queries, accumulate, mask, mask_rows, rescale, scores, to_operand};
 use crate::tile::gather::{Pool, Token, gather, row_of_lane};
-use crate::tile::reduce::{combine_and_store, scratch_bytes};
+use crate::tile::reduce::combine_and_store;
 
-/// What the three variants have in common.
-const CONFIG: TileConfig = TileVariant::Mma64.config(128);
-const TILE_TOKENS: u32 = CONFIG.keys;
-const STAGES: u32 = CONFIG.stages;
+const STAGES: u32 = TileVariant::Mma64.config(128).stages;
 
 /// `VARIANT` is the variant's index. `KEY_STEPS` is 16-token steps per warp and tile, `LOADED` the tokens a warp gathers per tile.
 ///
@@ -41,12 +40,15 @@ unsafe fn forward<
         let head_dim = 16 * HEAD_STEPS as u32;
         let config = TileVariant::ALL[VARIANT].config(head_dim);
         assert!(config.row_warps() == M_WARPS && config.key_splits == KV_WARPS && config.rings == 1);
-        assert!(config.keys == TILE_TOKENS && config.stages == STAGES);
-        assert!(LOADED * M_WARPS * KV_WARPS == TILE_TOKENS && KEY_STEPS as u32 * 16 * KV_WARPS == TILE_TOKENS);
+        assert!(LOADED * M_WARPS * KV_WARPS == config.keys && KEY_STEPS as u32 * 16 * KV_WARPS == config.keys);
+        assert!(config.stages == STAGES && LOADED % 8 == 0);
+        assert!(config.query_slots == if Queries::<HEAD_STEPS>::IN_SMEM { M_WARPS } else { 0 });
         let layout = config.smem(head_dim, 2);
-        assert!(KV_WARPS == 1 || M_WARPS * KV_WARPS * scratch_bytes(head_dim) <= layout.ring_bytes);
+        // The warps' states take the place of keys, values and queries.
+        assert!(KV_WARPS == 1 || M_WARPS * KV_WARPS * warp_state_bytes(head_dim) <= layout.barriers);
         layout
     };
+    let tile_tokens = LOADED * M_WARPS * KV_WARPS;
     let row_bytes = 32 * HEAD_STEPS as u32;
     let tile_bytes = layout.tile_bytes;
     // SAFETY: the caller's contract.
@@ -66,6 +68,12 @@ unsafe fn forward<
     // Lanes whose row is past LOADED locate tokens that other warps gather; their places go unused.
     // SAFETY: the plan's page ids.
     let mut place = unsafe { Token::locate(&item.stream, params.page_size, loaded_first + located) };
+    let first_row = warp % M_WARPS * 16;
+    let query_tile = ring + layout.q + first_row * row_bytes;
+    if Queries::<HEAD_STEPS>::IN_SMEM && warp < M_WARPS {
+        // SAFETY: the tile is free; its rows come with the first keys.
+        unsafe { Queries::<HEAD_STEPS>::request::<16>(params, &item, query_tile, 0, first_row, lane) };
+    }
     for stage in 0..STAGES {
         let k_stage = ring + stage * 2 * tile_bytes;
         if incoming < item.stream.token_count {
@@ -83,15 +91,14 @@ unsafe fn forward<
             cp_async::commit_group();
             cp_async::commit_group();
         }
-        incoming += TILE_TOKENS;
+        incoming += tile_tokens;
         // SAFETY: as above.
         place = unsafe { Token::locate(&item.stream, params.page_size, incoming + loaded_first + located) };
     }
 
-    let first_row = warp % M_WARPS * 16;
-    let first_key = warp / M_WARPS * (TILE_TOKENS / KV_WARPS);
+    let first_key = warp / M_WARPS * (tile_tokens / KV_WARPS);
     // SAFETY: the caller's contract.
-    let q = unsafe { load_queries::<HEAD_STEPS>(params, &item, first_row, lane) };
+    let q = unsafe { Queries::<HEAD_STEPS>::new(params, &item, query_tile, first_row, lane) };
     let mut output = [[[0.0; 4]; 2]; HEAD_STEPS];
     let mut states = RowStates::EMPTY;
     let mut tile = 0;
@@ -102,10 +109,11 @@ unsafe fn forward<
         barrier::sync_cta();
         // SAFETY: this tile's K has arrived, for all threads.
         let mut s = unsafe { scores::<E, HEAD_STEPS, KEY_STEPS>(&q, k_stage + first_key * row_bytes, lane) };
+        cap_scores(params, s.as_flattened_mut().as_flattened_mut());
         if item.stream.masks != 0 {
             // SAFETY: they were written before the barrier.
             unsafe { mask_rows(&mut s, ranges_of(k_stage) + 2 * first_key, first_row, lane) };
-        } else if item.stream.token_count - tile < TILE_TOKENS {
+        } else if item.stream.token_count - tile < tile_tokens {
             mask(&mut s, (item.stream.token_count - tile).saturating_sub(first_key), lane);
         }
         let factors = states.update(&mut s, params.scale_log2);
@@ -132,15 +140,15 @@ unsafe fn forward<
             cp_async::commit_group();
             cp_async::commit_group();
         }
-        tile += TILE_TOKENS;
-        incoming += TILE_TOKENS;
+        tile += tile_tokens;
+        incoming += tile_tokens;
         // SAFETY: the plan's page ids. The load has a whole tile to arrive.
         place = unsafe { Token::locate(&item.stream, params.page_size, incoming + loaded_first + located) };
         k_stage = if k_stage == ring { ring + 2 * tile_bytes } else { ring };
     }
     states.finish();
     if KV_WARPS > 1 {
-        let stride = scratch_bytes(16 * HEAD_STEPS as u32);
+        let stride = warp_state_bytes(16 * HEAD_STEPS as u32);
         // SAFETY: the ring is idle: the last barrier of the loop followed its last read, and no copy is in flight.
         unsafe {
             combine_and_store::<E, HEAD_STEPS, M_WARPS, KV_WARPS>(
@@ -167,10 +175,16 @@ unsafe fn store<E: Element, const HEAD_STEPS: usize>(
     lane: u32,
 ) {
     let mut not_finite = [false; 2];
+    let mut scales = [0.0; 2];
     for r in 0..2 {
         let row = first_row + lane / 4 + 8 * r as u32;
         if row < item.row_count {
-            let scale = normaliser(states.sum[r]);
+            // SAFETY: the row exists.
+            let (target, Finish { scale, lse_log2 }) = unsafe {
+                let target = item.row(params, row);
+                (target, Finish::new(states.max[r], states.sum[r], target.sink(params)))
+            };
+            scales[r] = scale;
             let pairs = output.as_flattened().iter().map(|tile| [tile[2 * r] * scale, tile[2 * r + 1] * scale]);
             // Of columns 0, 8, 16, ... and their neighbours, of the first lane.
             let columns = (0..).map(|i| 8 * i + 2 * (lane % 4));
@@ -180,7 +194,6 @@ unsafe fn store<E: Element, const HEAD_STEPS: usize>(
             }
             // SAFETY: the row exists, and each lane owns its columns.
             unsafe {
-                let target = item.row(params, row);
                 if target.is_partial() {
                     for (pair, column) in pairs.zip(columns) {
                         target.store_partial_pair(params, 16 * HEAD_STEPS as u32, column, pair);
@@ -191,20 +204,20 @@ unsafe fn store<E: Element, const HEAD_STEPS: usize>(
                     }
                 }
                 if lane % 4 == 0 {
-                    target.store_lse(params, states.max[r] + math::log2(states.sum[r]));
+                    target.store_lse(params, lse_log2);
                 }
             }
         }
     }
     if item.stream.masks != 0 {
-        let softmaxes = [0, 1].map(|r| RowSoftmax { reference: states.max[r], sum: states.sum[r] });
+        let softmaxes = [0, 1].map(|r| RowSoftmax { reference: states.max[r], scale: scales[r] });
         let (head_dim, locate) = (16 * HEAD_STEPS as u32, |row| {
             // SAFETY: a row of the item.
             unsafe { item.row(params, row) }
         });
         // SAFETY: the rows have been written above; those marked are the item's.
         unsafe {
-            restore_rows::<E>(
+            restore_rows::<E, true>(
                 params,
                 item.stream,
                 item.kv_head,
@@ -253,4 +266,4 @@ macro_rules! entries {
 
 kernel_shapes!(entries! { Mma32 "pat_forward_mma32" });
 kernel_shapes!(entries! { Mma64 "pat_forward_mma64" });
-kernel_shapes!(entries! { Mma128 "pat_forward_mma128" });
+narrow_kernel_shapes!(entries! { Mma128 "pat_forward_mma128" });

@@ -16,6 +16,7 @@ use pat_abi::manifest::MERGE_WARPS as WARPS;
 use pat_abi::{MergeParams, MergeRow, PLAN_MAGIC, PlanHeader};
 
 use crate::element::Element;
+use crate::finish::Finish;
 use crate::item::{LN_2, strided};
 use crate::ptx::barrier::sync_cta;
 use crate::ptx::ldst::{
@@ -23,7 +24,7 @@ use crate::ptx::ldst::{
     request_global_u32, store_global_f32, store_global_u32, store_global_u32x2, store_shared_f32x2,
 };
 use crate::ptx::{math, shuffle, special};
-use crate::softmax::{normaliser, subtrahend};
+use crate::softmax::subtrahend;
 
 /// Partials that are asked for together, and the sums a row is made of: partial `i` goes to sum `i / 8 % 4`.
 const BLOCK_SLOTS: u32 = 8;
@@ -40,18 +41,21 @@ struct Row {
     head: u32,
     slot_begin: u32,
     slot_count: u32,
+    /// Which of `PARTS` parts of its columns.
+    part: u32,
 }
 
 impl Row {
     /// What lane `lane` holds, in all lanes.
     #[inline(always)]
-    fn broadcast(self, lane: u32) -> Self {
+    fn broadcast<const PARTS: u32>(self, lane: u32) -> Self {
         let of_lane = |value| shuffle::from_lane_u32(value, lane);
         Self {
             sequence: of_lane(self.sequence),
             head: of_lane(self.head),
             slot_begin: of_lane(self.slot_begin),
             slot_count: of_lane(self.slot_count),
+            part: if PARTS == 1 { 0 } else { of_lane(self.part) },
         }
     }
 
@@ -60,14 +64,30 @@ impl Row {
     fn partial(self, params: &MergeParams, slot: u32) -> u64 {
         (self.slot_begin + slot) as u64 * params.q_heads.divisor as u64 + self.head as u64
     }
+
+    /// Address of its head's sink, 0 if there are none.
+    #[inline(always)]
+    fn sink(self, params: &MergeParams) -> u64 {
+        if params.sinks == 0 { 0 } else { params.sinks + self.head as u64 * 4 }
+    }
+
+    /// Address of a lane's columns of that partial.
+    #[inline(always)]
+    fn columns<const COLUMNS: usize, const PARTS: u32>(self, params: &MergeParams, slot: u32, lane: u32) -> u64 {
+        let part = self.partial(params, slot) * PARTS as u64 + self.part as u64;
+        params.partial_out + (part * (32 * COLUMNS as u64) + lane as u64 * COLUMNS as u64) * 4
+    }
 }
 
-/// `COLUMNS` per lane: head_dim / 32.
+/// A row's `32 * COLUMNS * PARTS` columns are merged in `PARTS` parts, as if each were a row; a lane has `COLUMNS` of one.
 ///
 /// # Safety
 /// `params` describes live buffers and a plan made for them; the launch is as the manifest says.
 #[inline(always)]
-pub(crate) unsafe fn merge<E: Element, const COLUMNS: usize>(params: &MergeParams, wait_for_partials: impl Fn()) {
+pub(crate) unsafe fn merge<E: Element, const COLUMNS: usize, const PARTS: u32>(
+    params: &MergeParams,
+    wait_for_partials: impl Fn(),
+) {
     let thread = special::thread_index();
     let lane = thread % 32;
     let ctas = special::cta_count();
@@ -80,7 +100,7 @@ pub(crate) unsafe fn merge<E: Element, const COLUMNS: usize>(params: &MergeParam
             request_global_u32(params.plan + offset_of!(PlanHeader, merges_offset_bytes) as u64),
         )
     };
-    let row_count = if magic == PLAN_MAGIC { count * params.q_heads.divisor } else { 0 };
+    let row_count = if magic == PLAN_MAGIC { count * params.q_heads.divisor * PARTS } else { 0 };
     let together = row_count <= ctas;
     let (warp, warps) = if together {
         (special::cta_index(), ctas)
@@ -93,11 +113,18 @@ pub(crate) unsafe fn merge<E: Element, const COLUMNS: usize>(params: &MergeParam
         // Lanes `8 r` to `8 r + 7` hold row `first + r * warps`.
         let row_index = first + lane / ROW_LANES * warps;
         let exists = row_index < row_count;
-        let (index, head) = params.q_heads.divide_remainder(if exists { row_index } else { first });
+        let row_index = if exists { row_index } else { first };
+        let (index, head) = params.q_heads.divide_remainder(row_index / PARTS);
         // SAFETY: `index` is below the count.
         let [sequence, slot_begin, slot_count, _] =
             unsafe { load_global_u32x4(params.plan + offset as u64 + index as u64 * size_of::<MergeRow>() as u64) };
-        let row = Row { sequence, head, slot_begin, slot_count: if exists { slot_count } else { 0 } };
+        let row = Row {
+            sequence,
+            head,
+            slot_begin,
+            slot_count: if exists { slot_count } else { 0 },
+            part: row_index % PARTS,
+        };
         if !waited {
             wait_for_partials();
             waited = true;
@@ -105,16 +132,16 @@ pub(crate) unsafe fn merge<E: Element, const COLUMNS: usize>(params: &MergeParam
         // SAFETY: the rows exist as far as `exists` says; all lanes of a warp, and all warps of the CTA where `together`.
         unsafe {
             if together {
-                merge_row::<E, COLUMNS, true>(params, row.broadcast(0), thread / 32, lane);
+                merge_row::<E, COLUMNS, PARTS, true>(params, row.broadcast::<PARTS>(0), thread / 32, lane);
             } else if row_count <= warps || shuffle::any(row.slot_count > ROW_LANES) {
                 let (mut r, mut index) = (0, first);
                 while r < ROWS as u32 && index < row_count {
-                    merge_row::<E, COLUMNS, false>(params, row.broadcast(r * ROW_LANES), 0, lane);
+                    merge_row::<E, COLUMNS, PARTS, false>(params, row.broadcast::<PARTS>(r * ROW_LANES), 0, lane);
                     r += 1;
                     index += warps;
                 }
             } else {
-                merge_short::<E, COLUMNS>(params, row, exists, lane);
+                merge_short::<E, COLUMNS, PARTS>(params, row, exists, lane);
             }
         }
         first += ROWS as u32 * warps;
@@ -129,7 +156,12 @@ pub(crate) unsafe fn merge<E: Element, const COLUMNS: usize>(params: &MergeParam
 /// # Safety
 /// All lanes; the rows that exist are rows of the plan.
 #[inline(always)]
-unsafe fn merge_short<E: Element, const COLUMNS: usize>(params: &MergeParams, row: Row, exists: bool, lane: u32) {
+unsafe fn merge_short<E: Element, const COLUMNS: usize, const PARTS: u32>(
+    params: &MergeParams,
+    row: Row,
+    exists: bool,
+    lane: u32,
+) {
     const SLOTS_AT_A_TIME: u32 = BLOCK_SLOTS / ROWS as u32;
     let slot = lane % ROW_LANES;
     let mut lse = f32::NEG_INFINITY;
@@ -142,7 +174,7 @@ unsafe fn merge_short<E: Element, const COLUMNS: usize>(params: &MergeParams, ro
         let other = shuffle::xor_u32(most_slots, lane_bit);
         most_slots = if other > most_slots { other } else { most_slots };
     }
-    let rows = [0, 1, 2, 3].map(|r| row.broadcast(r * ROW_LANES));
+    let rows = [0, 1, 2, 3].map(|r| row.broadcast::<PARTS>(r * ROW_LANES));
     let mut output = [[0.0; COLUMNS]; ROWS];
     let (mut max, mut sum, mut weight) = (f32::NEG_INFINITY, 0.0, 0.0);
     let mut slot_begin = 0;
@@ -151,8 +183,7 @@ unsafe fn merge_short<E: Element, const COLUMNS: usize>(params: &MergeParams, ro
         for r in 0..ROWS {
             for i in 0..SLOTS_AT_A_TIME {
                 if slot_begin + i < rows[r].slot_count {
-                    let index = rows[r].partial(params, slot_begin + i) * (32 * COLUMNS as u64);
-                    let address = params.partial_out + (index + lane as u64 * COLUMNS as u64) * 4;
+                    let address = rows[r].columns::<COLUMNS, PARTS>(params, slot_begin + i, lane);
                     // SAFETY: columns of a slot of this row.
                     unsafe { load_columns(address, &mut loaded[r * SLOTS_AT_A_TIME as usize + i as usize]) };
                 }
@@ -186,13 +217,14 @@ unsafe fn merge_short<E: Element, const COLUMNS: usize>(params: &MergeParams, ro
     for r in 0..ROWS {
         let from = r as u32 * ROW_LANES;
         let (sum, max) = (shuffle::from_lane_f32(sum, from), shuffle::from_lane_f32(max, from));
-        let scale = normaliser(sum);
+        // SAFETY: the row's head has a sink if there are any.
+        let Finish { scale, lse_log2 } = unsafe { Finish::new(max, sum, rows[r].sink(params)) };
         for column in 0..COLUMNS {
             output[r][column] *= scale;
         }
         if shuffle::from_lane_u32(exists as u32, from) != 0 {
             // SAFETY: the row exists and this warp owns it.
-            unsafe { store_row::<E, COLUMNS>(params, rows[r], lane, &output[r], max + math::log2(sum)) };
+            unsafe { store_row::<E, COLUMNS>(params, rows[r], lane, &output[r], lse_log2) };
         }
     }
 }
@@ -204,7 +236,7 @@ unsafe fn merge_short<E: Element, const COLUMNS: usize>(params: &MergeParams, ro
 /// All lanes of warp `warp`, and of all warps where `TOGETHER`: once per CTA, since it does not wait for its shared memory to be
 /// free; the row is one of the plan's.
 #[inline(always)]
-unsafe fn merge_row<E: Element, const COLUMNS: usize, const TOGETHER: bool>(
+unsafe fn merge_row<E: Element, const COLUMNS: usize, const PARTS: u32, const TOGETHER: bool>(
     params: &MergeParams,
     row: Row,
     warp: u32,
@@ -232,8 +264,7 @@ unsafe fn merge_row<E: Element, const COLUMNS: usize, const TOGETHER: bool>(
             for i in 0..BLOCK_SLOTS {
                 // Most rows have two or three partials: reading more, even again, would be most of the traffic.
                 if first + begin + i < slot_count {
-                    let index = row.partial(params, first + begin + i) * (32 * COLUMNS as u64);
-                    let address = params.partial_out + (index + lane as u64 * COLUMNS as u64) * 4;
+                    let address = row.columns::<COLUMNS, PARTS>(params, first + begin + i, lane);
                     // SAFETY: columns of a slot of this row.
                     unsafe { load_columns(address, &mut loaded[i as usize]) };
                 }
@@ -271,7 +302,8 @@ unsafe fn merge_row<E: Element, const COLUMNS: usize, const TOGETHER: bool>(
         }
         first += BLOCK_SLOTS * BLOCKS as u32;
     }
-    let scale = normaliser(sum);
+    // SAFETY: the row's head has a sink if there are any.
+    let Finish { scale, lse_log2 } = unsafe { Finish::new(max, sum, row.sink(params)) };
     for output in &mut outputs {
         for column in output {
             *column *= scale;
@@ -308,7 +340,7 @@ unsafe fn merge_row<E: Element, const COLUMNS: usize, const TOGETHER: bool>(
         }
     }
     // SAFETY: the caller's contract.
-    unsafe { store_row::<E, COLUMNS>(params, row, lane, &output, max + math::log2(sum)) };
+    unsafe { store_row::<E, COLUMNS>(params, row, lane, &output, lse_log2) };
 }
 
 /// Writes a lane's columns of a row, and the log-sum-exp (given base 2) where one is wanted.
@@ -323,14 +355,14 @@ unsafe fn store_row<E: Element, const COLUMNS: usize>(
     columns: &[f32; COLUMNS],
     lse_log2: f32,
 ) {
-    let Row { sequence, head, .. } = row;
+    let Row { sequence, head, part, .. } = row;
     // One zero: how many weights of 0 were added to a sum that has underflowed would be its sign.
     let columns = columns.map(|column| column + 0.0);
     let address = strided(params.out, sequence, params.out_sequence_stride, head, params.out_head_stride);
     // SAFETY: the caller's contract.
     unsafe {
-        store_columns::<E, COLUMNS>(address + lane as u64 * COLUMNS as u64 * 2, &columns);
-        if params.lse != 0 && lane == 0 {
+        store_columns::<E, COLUMNS>(address + (part * 32 + lane) as u64 * COLUMNS as u64 * 2, &columns);
+        if params.lse != 0 && lane == 0 && part == 0 {
             let lse = strided(params.lse, sequence, params.lse_sequence_stride, head, params.lse_head_stride);
             store_global_f32(lse, lse_log2 * LN_2);
         }
@@ -372,10 +404,13 @@ mod entries {
     use super::*;
     use crate::element::{Bf16, F16};
     use pat_abi::kernel_shapes;
+    use pat_abi::manifest::MERGE_COLUMNS;
 
     macro_rules! entries {
         ($prefix:literal, $wait:expr, $([$head_dim:literal $element:ident $name:literal])*) => {
             $(const _: () = {
+                const PARTS: u32 = u32::div_ceil($head_dim, MERGE_COLUMNS);
+                const COLUMNS: usize = ($head_dim / PARTS / 32) as usize;
                 /// See the module.
                 ///
                 /// # Safety
@@ -383,7 +418,7 @@ mod entries {
                 #[unsafe(export_name = concat!($prefix, "_d", $head_dim, "_", $name))]
                 unsafe extern "ptx-kernel" fn entry(params: MergeParams) {
                     // SAFETY: the caller's contract.
-                    unsafe { merge::<$element, { $head_dim / 32 }>(&params, $wait) }
+                    unsafe { merge::<$element, COLUMNS, PARTS>(&params, $wait) }
                 }
             };)*
         };

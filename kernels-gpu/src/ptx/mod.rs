@@ -23,6 +23,7 @@ pub mod mma;
 pub mod pdl;
 pub mod shuffle;
 pub mod special;
+pub mod switches;
 #[cfg(pat_sm90a)]
 pub mod tma;
 #[cfg(pat_sm90a)]

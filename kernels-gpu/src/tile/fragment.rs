@@ -5,6 +5,7 @@ use pat_abi::layout::{key_matrix_row, key_matrix_step, swizzled_chunk, value_mat
 
 use crate::element::Element;
 use crate::item::Item;
+use crate::ptx::cp_async::copy_16_bytes;
 use crate::ptx::ldst::{load_global_u32, load_shared_u32};
 use crate::ptx::mma::{ldmatrix_x4, ldmatrix_x4_transposed};
 
@@ -15,12 +16,83 @@ pub type Accumulator<const STEPS: usize> = [[[f32; 4]; 2]; STEPS];
 /// 16-bit A operand of 16 rows and `16 * STEPS` columns, as `mma.m16n8k16` takes it.
 pub type Operand<const STEPS: usize> = [[u32; 4]; STEPS];
 
+/// The queries of a warp's 16 rows. `STEPS = head_dim / 16`.
+pub struct Queries<const STEPS: usize> {
+    /// Where registers suffice for them.
+    registers: Operand<STEPS>,
+    /// Else the shared-memory address of their tile, 16 rows of `32 * STEPS` bytes, swizzled as keys are.
+    tile: u32,
+}
+
+impl<const STEPS: usize> Queries<STEPS> {
+    /// Whether they stay in shared memory: at head dimension 256 the outputs take half of the registers there are.
+    pub const IN_SMEM: bool = STEPS > 8;
+
+    /// Those of rows `first_row .. first_row + 16` of the item. Where they stay in shared memory [`Self::request`] has been called for
+    /// all of them; others are loaded here.
+    ///
+    /// # Safety
+    /// `params` describes the tensors the plan was made for.
+    #[inline(always)]
+    pub unsafe fn new(params: &ForwardParams, item: &Item, tile: u32, first_row: u32, lane: u32) -> Self {
+        if Self::IN_SMEM {
+            return Self { registers: [[0; 4]; STEPS], tile };
+        }
+        // SAFETY: the caller's contract.
+        Self { registers: unsafe { load_queries(params, item, first_row, lane) }, tile }
+    }
+
+    /// Starts copying the queries of `COUNT` rows from row `first_row` of the item on to row `tile_row` of `tile`, zeros past the item's
+    /// last row. Convergent.
+    ///
+    /// # Safety
+    /// As [`Self::new`]; the rows of the tile are free.
+    #[inline(always)]
+    pub unsafe fn request<const COUNT: u32>(
+        params: &ForwardParams,
+        item: &Item,
+        tile: u32,
+        tile_row: u32,
+        first_row: u32,
+        lane: u32,
+    ) {
+        let chunks = 2 * STEPS as u32;
+        let rows_per_copy = 32 / chunks;
+        for i in 0..COUNT / rows_per_copy {
+            let row = i * rows_per_copy + lane / chunks;
+            let exists = first_row + row < item.row_count;
+            // SAFETY: the item has at least one row; a query row is `32 * STEPS` bytes, 16-byte aligned.
+            unsafe {
+                let source = item.row(params, if exists { first_row + row } else { 0 }).query_address(params);
+                let chunk = lane % chunks;
+                let target = tile + (tile_row + row) * chunks * 16 + swizzled_chunk(tile_row + row, chunk) * 16;
+                copy_16_bytes(target, source + chunk as u64 * 16, exists as u32 * 16);
+            }
+        }
+    }
+
+    /// A operand of step `step`. Convergent.
+    ///
+    /// # Safety
+    /// Queries that stay in shared memory have arrived and are ordered before.
+    #[inline(always)]
+    unsafe fn step(&self, step: usize, lane: u32) -> [u32; 4] {
+        if !Self::IN_SMEM {
+            return self.registers[step];
+        }
+        let row = lane % 16;
+        let chunk = step_chunk(row, step, lane / 16);
+        // SAFETY: inside the tile.
+        unsafe { ldmatrix_x4(self.tile + row * 32 * STEPS as u32 + chunk * 16) }
+    }
+}
+
 /// Loads the queries of rows `first_row .. first_row + 16` of the item, zeros past its last row. `STEPS = head_dim / 16`.
 ///
 /// # Safety
 /// `params` describes the tensors the plan was made for.
 #[inline(always)]
-pub unsafe fn load_queries<const STEPS: usize>(
+unsafe fn load_queries<const STEPS: usize>(
     params: &ForwardParams,
     item: &Item,
     first_row: u32,
@@ -47,10 +119,10 @@ pub unsafe fn load_queries<const STEPS: usize>(
 /// swizzled. Convergent.
 ///
 /// # Safety
-/// The keys are there and ordered before.
+/// The keys, and queries that stay in shared memory, are there and ordered before.
 #[inline(always)]
 pub unsafe fn scores<E: Element, const HEAD_STEPS: usize, const KEY_STEPS: usize>(
-    q: &Operand<HEAD_STEPS>,
+    q: &Queries<HEAD_STEPS>,
     keys: u32,
     lane: u32,
 ) -> Accumulator<KEY_STEPS> {
@@ -59,11 +131,13 @@ pub unsafe fn scores<E: Element, const HEAD_STEPS: usize, const KEY_STEPS: usize
     let mut s = [[[0.0; 4]; 2]; KEY_STEPS];
     for step in 0..HEAD_STEPS {
         let chunk = step_chunk(row, step, key_matrix_step(lane));
+        // SAFETY: the caller's contract.
+        let q = unsafe { q.step(step, lane) };
         for block in 0..KEY_STEPS {
             // SAFETY: inside the tile: `row < 16` and `chunk < 2 * HEAD_STEPS`.
             let b = unsafe { ldmatrix_x4(keys + row * row_bytes + chunk * 16 + block as u32 * 16 * row_bytes) };
-            E::multiply(&mut s[block][0], &q[step], [b[0], b[1]]);
-            E::multiply(&mut s[block][1], &q[step], [b[2], b[3]]);
+            E::multiply(&mut s[block][0], &q, [b[0], b[1]]);
+            E::multiply(&mut s[block][1], &q, [b[2], b[3]]);
         }
     }
     s

@@ -106,7 +106,7 @@ pub unsafe fn gather<const HEAD_STEPS: usize, const ROWS: u32>(
     token: Token,
     lane: u32,
 ) {
-    const { assert!(HEAD_STEPS == 4 || HEAD_STEPS == 8) };
+    const { assert!(HEAD_STEPS == 4 || HEAD_STEPS == 8 || HEAD_STEPS == 16) };
     let chunks = 2 * HEAD_STEPS as u32;
     let rows_per_copy = 32 / chunks;
     let (segment, chunk) = (lane / chunks, lane % chunks);
@@ -119,10 +119,10 @@ pub unsafe fn gather<const HEAD_STEPS: usize, const ROWS: u32>(
     let lane_tile = tile + (first_row + segment) * chunks * 16;
     for i in 0..ROWS / rows_per_copy {
         let row = i * rows_per_copy + segment;
-        let tagged_address = if HEAD_STEPS == 8 {
-            shuffle::from_segment_u64::<16>(located, i)
-        } else {
-            shuffle::from_segment_u64::<8>(located, i)
+        let tagged_address = match HEAD_STEPS {
+            4 => shuffle::from_segment_u64::<8>(located, i),
+            8 => shuffle::from_segment_u64::<16>(located, i),
+            _ => shuffle::from_segment_u64::<32>(located, i),
         };
         let destination = lane_tile + swizzled_chunk(row % 8, chunk) * 16 + i * 512;
         let wanted = tagged_address & 1;

@@ -1,24 +1,16 @@
 //! Combining, in shared memory, the states of the warps that split the KV tokens of the same rows.
 
 use pat_abi::ForwardParams;
+use pat_abi::tile::state_pitch_bytes;
 
 use crate::element::Element;
+use crate::finish::Finish;
 use crate::isolation::{RowSoftmax, attend_pair};
 use crate::item::Item;
 use crate::ptx::ldst::{load_shared_f32x2, store_shared_f32x2};
 use crate::ptx::{barrier, math, shuffle};
-use crate::softmax::{RowStates, normaliser, subtrahend};
+use crate::softmax::{RowStates, subtrahend};
 use crate::tile::fragment::Accumulator;
-
-/// Bytes between rows of a warp's scratch: 8 banks of padding, so that the 8 rows a warp stores at once do not collide.
-const fn pitch_bytes(head_dim: u32) -> u32 {
-    head_dim * 4 + 32
-}
-
-/// Shared memory one warp's 16-row state takes: the rows, then (max, sum) of each.
-pub const fn scratch_bytes(head_dim: u32) -> u32 {
-    16 * pitch_bytes(head_dim) + 16 * 8
-}
 
 /// Combines and writes out the rows of a CTA of `M_WARPS * KV_WARPS` warps; warp w holds the KV share `w / M_WARPS` of
 /// rows `16 * (w % M_WARPS) ..`. Warp w's scratch is at `smem + w * scratch_stride`. One CTA barrier. Convergent (CTA).
@@ -37,7 +29,7 @@ pub unsafe fn combine_and_store<E: Element, const HEAD_STEPS: usize, const M_WAR
     thread: u32,
 ) {
     let head_dim = 16 * HEAD_STEPS as u32;
-    let pitch = pitch_bytes(head_dim);
+    let pitch = state_pitch_bytes(head_dim);
     let (warp, lane) = (thread / 32, thread % 32);
     let own = smem + warp * scratch_stride;
     for r in 0..2 {
@@ -82,22 +74,23 @@ pub unsafe fn combine_and_store<E: Element, const HEAD_STEPS: usize, const M_WAR
             sum = math::fma(share_sum, weight, sum);
             pair = [math::fma(o[0], weight, pair[0]), math::fma(o[1], weight, pair[1])];
         }
-        let scale = normaliser(sum);
         // SAFETY: `row < row_count`, and one thread owns the pair; the lanes of a warp have the same row.
         unsafe {
             let target = item.row(params, row);
+            let Finish { scale, lse_log2 } = Finish::new(max, sum, target.sink(params));
             let mut pair = [pair[0] * scale, pair[1] * scale];
             if item.stream.masks != 0 {
-                let softmax = RowSoftmax { reference: max, sum };
+                let softmax = RowSoftmax { reference: max, scale };
                 let not_finite = math::fma(pair[1], 0.0, pair[0] * 0.0) != 0.0;
                 if shuffle::any(not_finite && softmax.is_finite()) {
                     let columns = (head_dim, column);
-                    pair = attend_pair::<E>(params, item.stream, item.kv_head, row, target, softmax, columns, lane);
+                    pair =
+                        attend_pair::<E, true>(params, item.stream, item.kv_head, row, target, softmax, columns, lane);
                 }
             }
             target.store_pair::<E>(params, head_dim, column, pair);
             if column == 0 {
-                target.store_lse(params, max + math::log2(sum));
+                target.store_lse(params, lse_log2);
             }
         }
         row += rows_per_pass;

@@ -6,15 +6,17 @@ use super::smem::{QSlots, Ring, Smem, tile_offset};
 use super::work::{Batch, PlanView, Work, work_index};
 use super::{GROUP_ROWS, PRODUCER_WARPS, SPAN_KEYS};
 use crate::element::Element;
+use crate::finish::Finish;
 use crate::isolation::{RowSoftmax, restore_rows};
 use crate::item::Row;
 use crate::ptx::barrier::sync_named;
 use crate::ptx::ldst::{request_global_u32x2, store_shared_u32x4};
+use crate::ptx::mbarrier;
 use crate::ptx::mma::ldmatrix_x4;
 use crate::ptx::shuffle::{any, xor_u32};
 use crate::ptx::special::{thread_index, thread_index_here};
 use crate::ptx::wgmma::{self, HeadDim, WgmmaOps};
-use crate::ptx::{math, mbarrier};
+use crate::softmax::cap_scores;
 use pat_abi::{ForwardParams, NO_MASKS, NamedBarrier};
 
 /// Consumer warpgroup `group`.
@@ -96,6 +98,9 @@ pub(super) unsafe fn consume<
             wgmma::wait_scores::<0, SPANS>(&mut s);
             release(smem.k_empty(ring.stage), lane);
             let mut ends = values_ends(masks);
+            if Smem::<HEAD_DIM, GROUPS>::CAPS_SCORES {
+                cap_scores(p, s.as_flattened_mut());
+            }
             mask_scores(&mut s, masks);
             softmax.update(&mut s);
             pack_weights::<E, SPANS>(&s, &mut weights);
@@ -115,6 +120,9 @@ pub(super) unsafe fn consume<
                 wgmma::wait_scores::<1, SPANS>(&mut s);
                 release(smem.k_empty(ring.stage), lane);
                 ends = values_ends(masks);
+                if Smem::<HEAD_DIM, GROUPS>::CAPS_SCORES {
+                    cap_scores(p, s.as_flattened_mut());
+                }
                 mask_scores(&mut s, masks);
                 let correction = softmax.update(&mut s);
                 <(E, HeadDim<HEAD_DIM>)>::wait_output(&mut o, &mut weights);
@@ -140,8 +148,13 @@ pub(super) unsafe fn consume<
             let (sums, references) = softmax.finish();
             let has_masks = work.mask_begin != NO_MASKS;
             let mut not_finite = [false; 2];
+            let mut scales = [0.0; 2];
             for half in 0..2 {
-                let inverse = math::reciprocal(sums[half]);
+                let [sequence, slot] = destinations[half];
+                let (_, head) = work.query_address(p, plan, rows[half]);
+                let row = Row::new(p, sequence, head, slot);
+                let Finish { scale: inverse, lse_log2 } = Finish::new(references[half], sums[half], row.sink(p));
+                scales[half] = inverse;
                 // Four lanes hold a row, two columns of every eight each; after the exchange each holds eight neighbours of
                 // every 32.
                 let mut octets = [[0u32; 4]; 4];
@@ -160,9 +173,6 @@ pub(super) unsafe fn consume<
                     let sum = words.fold(0, |sum, &word| E::add_zero_times(sum, word));
                     not_finite[half] = sum & 0x7fff_7fff != 0;
                 }
-                let [sequence, slot] = destinations[half];
-                let (_, head) = work.query_address(p, plan, rows[half]);
-                let row = Row::new(p, sequence, head, slot);
                 if row.is_partial() {
                     for i in 0..O_REGS / 4 {
                         let pair = [o[4 * i + 2 * half] * inverse, o[4 * i + 2 * half + 1] * inverse];
@@ -174,7 +184,7 @@ pub(super) unsafe fn consume<
                     }
                 }
                 if lane & 3 == 0 {
-                    row.store_lse(p, references[half] + math::log2(sums[half]));
+                    row.store_lse(p, lse_log2);
                 }
             }
             if has_masks && any(not_finite[0] || not_finite[1]) {
@@ -183,14 +193,38 @@ pub(super) unsafe fn consume<
                 let (lane, first_row) = (thread % 32, (thread / 32 - PRODUCER_WARPS) * 16);
                 let plan = PlanView::load(p, Smem::<HEAD_DIM, GROUPS>::VARIANT);
                 let work = Work::load(p, plan, work_index(round - 1));
-                let softmaxes = [0, 1].map(|half| RowSoftmax { reference: references[half], sum: sums[half] });
+                let softmaxes = [0, 1].map(|half| RowSoftmax { reference: references[half], scale: scales[half] });
                 let locate = |row| {
                     let (query, head) = work.query_address(p, plan, row);
                     let [sequence, slot] = request_global_u32x2(query);
                     Row::new(p, sequence, head, slot)
                 };
                 let stream = work.stream(plan);
-                restore_rows::<E>(p, stream, work.kv_head, first_row, not_finite, softmaxes, HEAD_DIM, lane, locate);
+                if Smem::<HEAD_DIM, GROUPS>::CAPS_SCORES {
+                    restore_rows::<E, true>(
+                        p,
+                        stream,
+                        work.kv_head,
+                        first_row,
+                        not_finite,
+                        softmaxes,
+                        HEAD_DIM,
+                        lane,
+                        locate,
+                    );
+                } else {
+                    restore_rows::<E, false>(
+                        p,
+                        stream,
+                        work.kv_head,
+                        first_row,
+                        not_finite,
+                        softmaxes,
+                        HEAD_DIM,
+                        lane,
+                        locate,
+                    );
+                }
             }
         }
     }

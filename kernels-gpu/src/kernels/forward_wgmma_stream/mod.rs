@@ -30,7 +30,7 @@ use crate::ptx::special::{cta_index, dynamic_smem, thread_index};
 use crate::ptx::wgmma::{self, HeadDim, WgmmaOps};
 use crate::ptx::{mbarrier, pdl, tma};
 use consume::consume;
-use pat_abi::{ForwardParams, PlanHeader, TileConfig, TileVariant, kernel_shapes};
+use pat_abi::{ForwardParams, PlanHeader, TileConfig, TileVariant, narrow_kernel_shapes};
 use produce::{FIRST_Q_WARPS, Tensor, produce_kv, produce_q};
 use smem::{QSlots, Smem};
 use work::PlanView;
@@ -139,5 +139,5 @@ macro_rules! entries {
     };
 }
 
-kernel_shapes!(entries! { Wgmma64 "pat_forward_wgmma64" });
-kernel_shapes!(entries! { Wgmma128 "pat_forward_wgmma128" });
+narrow_kernel_shapes!(entries! { Wgmma64 "pat_forward_wgmma64" });
+narrow_kernel_shapes!(entries! { Wgmma128 "pat_forward_wgmma128" });

@@ -2,7 +2,7 @@
 
 use super::{GROUP_ROWS, PRODUCER_WARPS, SPAN_KEYS};
 use crate::ptx::wgmma::RegisterSplit;
-use pat_abi::{SmemLayout, TileConfig, TileVariant};
+use pat_abi::{SmemLayout, Switches, TileConfig, TileVariant};
 
 /// Bytes of a row of a block: 64 elements, what the swizzle spans.
 const BLOCK_ROW_BYTES: u32 = 128;
@@ -15,6 +15,7 @@ pub(super) struct Smem<const HEAD_DIM: u32, const GROUPS: u32> {
 
 impl<const HEAD_DIM: u32, const GROUPS: u32> Smem<HEAD_DIM, GROUPS> {
     pub(super) const VARIANT: TileVariant = if GROUPS == 1 { TileVariant::Wgmma64 } else { TileVariant::Wgmma128 };
+    pub(super) const CAPS_SCORES: bool = Self::VARIANT.serves(Switches { soft_cap: true });
     const CONFIG: TileConfig = Self::VARIANT.config(HEAD_DIM);
     const LAYOUT: SmemLayout = {
         let config = Self::CONFIG;

@@ -1,0 +1,35 @@
+//! Specialisation constants: features that are compiled into a kernel or out of it when the driver compiles it, so that one entry serves
+//! all of them and those that are off cost nothing.
+//!
+//! Device code moves a symbol into a register. The PTX does not define the symbol: whoever assembles a kernel replaces it in the text of
+//! that kernel by a number. `cargo xtask check-ptx` proves that with all switches off a kernel has the instructions of a build without
+//! them, but for one in a thousand that ptxas chooses differently.
+
+/// The symbol of [`Switches::soft_cap`], as a literal.
+#[macro_export]
+macro_rules! soft_cap_symbol {
+    () => {
+        "PAT_SPEC_SOFT_CAP"
+    };
+}
+
+/// The switches of a forward kernel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Switches {
+    /// Scores are capped: `cap * tanh(score / cap)`.
+    pub soft_cap: bool,
+}
+
+impl Switches {
+    /// What the symbols begin with.
+    pub const PREFIX: &str = "PAT_SPEC_";
+    /// None.
+    pub const OFF: Self = Self { soft_cap: false };
+    /// Every combination that may be launched.
+    pub const ALL: [Self; 2] = [Self::OFF, Self { soft_cap: true }];
+
+    /// Symbols and what replaces them.
+    pub const fn values(self) -> [(&'static str, &'static str); 1] {
+        [(soft_cap_symbol!(), if self.soft_cap { "1" } else { "0" })]
+    }
+}

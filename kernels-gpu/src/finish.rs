@@ -1,0 +1,37 @@
+//! The last step of a row's softmax.
+
+use core::f32::consts::LOG2_E;
+
+use crate::ptx::ldst::request_global_u32;
+use crate::ptx::math;
+use crate::softmax::{normaliser, subtrahend};
+
+/// What the output of a row is multiplied with, and its log-sum-exp, base 2.
+#[derive(Clone, Copy)]
+pub(crate) struct Finish {
+    /// 1 over the denominator, relative to the row's reference; 0 where there is none.
+    pub(crate) scale: f32,
+    /// Logarithm of the denominator.
+    pub(crate) lse_log2: f32,
+}
+
+impl Finish {
+    /// Of a row whose weights, relative to `2^max`, add up to `sum`. `sink` is the address of its head's sink where that joins the
+    /// denominator now, 0 where it does not: a row's last step has it, not its parts.
+    ///
+    /// # Safety
+    /// A f32 lies at `sink` if it is not 0.
+    #[inline(always)]
+    pub(crate) unsafe fn new(max: f32, sum: f32, sink: u64) -> Self {
+        if sink == 0 {
+            return Self { scale: normaliser(sum), lse_log2: max + math::log2(sum) };
+        }
+        // SAFETY: the caller's contract.
+        let sink = f32::from_bits(unsafe { request_global_u32(sink) }) * LOG2_E;
+        let joint = math::max(max, sink);
+        let reference = subtrahend(joint);
+        let share = math::exp2(max - reference);
+        let total = math::fma(sum, share, math::exp2(sink - reference));
+        Self { scale: share * normaliser(total), lse_log2: joint + math::log2(total) }
+    }
+}

@@ -1,0 +1,102 @@
+//! What happens to scores beside the softmax: soft caps and attention sinks, on the CPU and on a device, every variant against the f64
+//! oracle. `PAT_GPU_FORESTS` sets how many forests a device gets (default 400), `PAT_GPU_SEED` which.
+
+use half::{bf16, f16};
+use pat_rs::plan::PlanMode;
+use pat_rs::{DeviceProfile, Dtype, Element, Engine, PlanOptions, Planner, Problem, TileVariant};
+use pat_tests::{Case, device_test, random_case, softmax_scale};
+use pat_workloads::{Oracle, RowSample, Tensors, check};
+use rand::seq::IndexedRandom;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use std::collections::BTreeMap;
+use std::process::ExitCode;
+
+const SEED: u32 = 17;
+
+fn from_env(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().and_then(|value| value.parse().ok()).unwrap_or(default)
+}
+
+/// A problem with a cap, with sinks or both. Scores are of the usual size, or large, so that caps cut and references move.
+fn draw_problem(rng: &mut impl Rng, case: &Case) -> (Problem, Option<Vec<f32>>) {
+    let scale = softmax_scale(case.shape) * *[1.0, 16.0].choose(rng).unwrap();
+    let mut problem = Problem::new(case.shape, case.batch.page_size).with_scale(scale);
+    let kind = rng.random_range(0..3);
+    if kind > 0 {
+        problem = problem.with_soft_cap(*[1.5, 30.0, 50.0].choose(rng).unwrap());
+    }
+    if kind == 1 {
+        return (problem, None);
+    }
+    // From sinks that hardly count to such that take all of the weight.
+    let sinks = (0..case.shape.q_heads()).map(|_| rng.random_range(-20.0..20.0) * scale / softmax_scale(case.shape));
+    (problem.with_sinks(), Some(sinks.collect()))
+}
+
+/// Runs one forest through every variant that can; counts the runs.
+fn run_forest<T: Element>(
+    engine: &Engine,
+    profile: &DeviceProfile,
+    rng: &mut impl Rng,
+    case: &Case,
+    index: u64,
+    runs: &mut BTreeMap<(TileVariant, bool), u64>,
+) {
+    let (problem, sinks) = draw_problem(rng, case);
+    let tensors = Tensors::<T>::draw(&case.batch, case.shape, case.layout, SEED).unwrap();
+    let everything = RowSample::for_batch(&case.batch, case.shape);
+    let oracle = Oracle::compute_problem::<T>(&case.batch, problem, sinks.as_deref(), SEED, everything).unwrap();
+    let rows = case.batch.rows();
+    let view = case.batch.view(&rows).unwrap();
+    let chunk = PlanMode::FixedChunk { tokens: 2 * case.batch.page_size };
+    let mode = [PlanMode::Packed, PlanMode::Flat, chunk, PlanMode::Auto][index as usize % 4];
+    for variant in profile.variants(&problem) {
+        let options = PlanOptions::from(mode).with_variants([variant]);
+        let plan = Planner::new(problem, profile.clone(), options).unwrap().plan(&view).unwrap();
+        let mut host = tensors.host(problem.score().scale);
+        host.problem = problem;
+        host.sinks = sinks.as_deref();
+        let mut out = vec![T::from_f32(f32::NAN); tensors.q.len()];
+        let mut lse = vec![f32::NAN; tensors.q.len() / case.shape.head_dim() as usize];
+        engine.run_host(&plan, &host, &mut out, Some(&mut lse)).unwrap();
+        let report = check(&oracle, case.shape.q_heads(), &out, Some(&lse));
+        assert!(report.passed, "forest {index}, {variant:?}, {mode:?}, {problem:?}: {report:?}\n{sinks:?}\n{case:?}");
+        *runs.entry((variant, problem.score().soft_cap.is_some())).or_default() += 1;
+    }
+}
+
+fn check_scores(engine: &Engine, profile: &DeviceProfile, forests: u64, seed: u64) {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let mut runs = BTreeMap::new();
+    for index in 0..forests {
+        let dtype = if index.is_multiple_of(2) { Dtype::F16 } else { Dtype::Bf16 };
+        let case = random_case(&mut rng, dtype);
+        match dtype {
+            Dtype::F16 => run_forest::<f16>(engine, profile, &mut rng, &case, index, &mut runs),
+            _ => run_forest::<bf16>(engine, profile, &mut rng, &case, index, &mut runs),
+        }
+    }
+    println!("{forests} forests on {}, runs by variant and cap: {runs:?}", engine.name());
+    let plain = Problem::new(random_case(&mut rng, Dtype::F16).shape, 16);
+    for variant in profile.variants(&plain) {
+        for has_cap in [false, true] {
+            let expected = !has_cap || variant.serves(pat_abi::Switches { soft_cap: true });
+            let count = runs.get(&(variant, has_cap)).copied().unwrap_or(0);
+            assert_eq!(count * 12 > forests, expected, "{variant:?}, cap {has_cap}: {runs:?}");
+        }
+    }
+}
+
+fn on_the_cpu(engine: &Engine) {
+    check_scores(engine, &DeviceProfile::h200(), 100, 1);
+}
+
+fn on_a_device(engine: &Engine) {
+    let profile = engine.profile().unwrap();
+    check_scores(engine, &profile, from_env("PAT_GPU_FORESTS", 400), from_env("PAT_GPU_SEED", 1));
+}
+
+fn main() -> ExitCode {
+    pat_tests::device_tests::main([device_test!(on_the_cpu).on_the_cpu(), device_test!(on_a_device)])
+}
