@@ -25,6 +25,8 @@ class Group:
     max_rows: int
     max_row_pages: int
     max_row_tokens: int = 1
+    #: ``window`` and ``softcap`` of :class:`pa.Planner`, where the layers have them.
+    visible: dict = dataclasses.field(default_factory=dict)
 
     @property
     def max_tokens(self) -> int:
@@ -97,10 +99,10 @@ class DecodeRows:
             capacity = self._capacities[size] = kind(self, size)
         return capacity
 
-    def workspace(self, planner: "pa.Planner") -> "pa.Workspace":
+    def workspace(self) -> "pa.Workspace":
         """One for all: as large as the largest capacity needs."""
         if self._workspace is None:
-            largest = pa.Planner(self.group.shape, self.group.device, capacity=limits(self.group, self.group.max_tokens))
+            largest = planner(self.group, self.group.max_tokens)
             self._workspace = pa.Workspace.for_planner(largest)
         return self._workspace
 
@@ -131,13 +133,18 @@ def limits(group: Group, rows: int) -> "pa.Capacity":
     return pa.Capacity(rows, rows * group.max_row_pages, profile, max_items=max_items)
 
 
+def planner(group: Group, rows: int) -> "pa.Planner":
+    """One for plans of up to ``rows`` query tokens."""
+    return pa.Planner(group.shape, group.device, capacity=limits(group, rows), **group.visible)
+
+
 class _Capacity:
     """The planner for up to so many query tokens, and its newest plan."""
 
     def __init__(self, owner: DecodeRows, rows: int):
         self.group = owner.group
         self.owner = owner
-        self.planner = pa.Planner(owner.group.shape, owner.group.device, capacity=limits(owner.group, rows))
+        self.planner = planner(owner.group, rows)
         self.plan = None
 
     def advance(self, tables: np.ndarray, lengths: np.ndarray, query_tokens: np.ndarray | None) -> "pa.Plan":
@@ -178,7 +185,7 @@ class _DeviceCapacity(_Capacity):
 
     def _bind(self, name, scores, query, key_cache, value_cache, output, lse) -> _BoundLayer:
         q, out = (self.owner.template(kind, t.stride(), t.dtype) for kind, t in (("q", query), ("out", output)))
-        workspace = self.owner.workspace(self.planner)
+        workspace = self.owner.workspace()
         run = self.buffers.bind(key_cache, value_cache, q, out, lse, workspace=workspace, **scores)
         layer = self.layers[name] = _BoundLayer(run, query.stride(), output.stride())
         return layer

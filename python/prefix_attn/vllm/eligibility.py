@@ -35,12 +35,12 @@ def of_group(spec, shape: "pa.AttentionShape | None") -> str | None:
         spec: vLLM's ``KVCacheSpec`` of the group.
         shape: what the kernels would be asked for; ``None`` where there is no such shape.
     """
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
-    if type(spec) is not FullAttentionSpec:
+    if type(spec) not in (FullAttentionSpec, SlidingWindowSpec):
         return type(spec).__name__
-    if spec.sliding_window is not None or spec.attention_chunk_size is not None:
-        return "sliding windows or chunked attention"
+    if type(spec) is FullAttentionSpec and (spec.sliding_window is not None or spec.attention_chunk_size is not None):
+        return "sliding windows or chunked attention in a cache of whole sequences"
     if getattr(spec, "non_causal", False):
         return "non-causal attention"
     if spec.head_size_v != spec.head_size:
@@ -49,16 +49,21 @@ def of_group(spec, shape: "pa.AttentionShape | None") -> str | None:
         return f"a KV cache of {spec.kv_quant_mode.name}"
     if shape is None:
         return "a shape for which there are no kernels"
-    return pa.supports(shape, spec.block_size)
+    return pa.supports(shape, spec.block_size, window=window_of(spec))
 
 
-def of_layer(layer, shape: "pa.AttentionShape", page_size: int, ranks: int) -> str | None:
+def window_of(spec) -> int | None:
+    """Tokens that a row of a served group sees at most, if that is not all of them."""
+    return spec.sliding_window
+
+
+def of_layer(layer, spec, shape: "pa.AttentionShape", ranks: int) -> str | None:
     """Why a layer of a group that can be served cannot, or ``None``.
 
     Args:
         layer: vLLM's ``Attention``.
+        spec: the group's ``KVCacheSpec``.
         shape: what the kernels are asked for.
-        page_size: tokens per block.
         ranks: of decode context parallelism.
     """
     from vllm.v1.attention.backend import AttentionType
@@ -68,11 +73,13 @@ def of_layer(layer, shape: "pa.AttentionShape", page_size: int, ranks: int) -> s
         return f"{impl.attn_type} attention"
     if impl.alibi_slopes is not None:
         return "ALiBi"
-    if impl.sliding_window not in (None, (-1, -1)):
-        return "a sliding window"
-    if impl.sinks is not None and ranks > 1:
-        return "attention sinks under decode context parallelism: each rank would count them"
-    return pa.supports(shape, page_size, softcap=impl.logits_soft_cap or None, sinks=impl.sinks is not None)
+    window = window_of(spec)
+    if tuple(impl.sliding_window or (-1, -1)) != ((-1, -1) if window is None else (window - 1, 0)):
+        return f"a sliding window of {impl.sliding_window} in a cache for {window or 'all'} tokens"
+    if ranks > 1 and (impl.sinks is not None or window is not None):
+        return "sinks or windows under decode context parallelism: a rank does not know the other's part"
+    softcap = impl.logits_soft_cap or None
+    return pa.supports(shape, spec.block_size, window=window, softcap=softcap, sinks=impl.sinks is not None)
 
 
 def _is_batch_invariant() -> bool:

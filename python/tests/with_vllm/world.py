@@ -58,6 +58,9 @@ class World:
             group = AttentionGroup(Backend, list(LAYERS), spec, 0)
             group.create_metadata_builders(self.config, torch.device("cpu"))
         self.spec = spec
+        impl = self.layers[0].impl
+        #: What `stock.attend` is told of the layers' scores.
+        self.scores = SCALE, impl.logits_soft_cap, impl.sinks, impl.sliding_window[0]
         self.builder = group.get_metadata_builder()
         self.groups = [[group]]
         self.tables = simulated.make_tables(monkeypatch, ROWS, 64)
@@ -97,7 +100,7 @@ class World:
             begin = 0
             for request, chunk in scheduled:
                 history = self.values(request, 0, request.computed + chunk)
-                want = stock.attend(q[begin : begin + chunk], *history, SCALE)
+                want = stock.attend(q[begin : begin + chunk], *history, *self.scores)
                 torch.testing.assert_close(out[begin : begin + chunk].float(), want.float(), atol=TOLERANCE, rtol=0)
                 begin += chunk
         for request, chunk in scheduled:
