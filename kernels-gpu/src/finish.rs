@@ -1,6 +1,6 @@
-//! The last step of a row's softmax.
+//! The last step of a row's softmax: the denominator, sinks, the base of log-sum-exps. Forward kernels and merge share it.
 
-use core::f32::consts::LOG2_E;
+use core::f32::consts::{LN_2, LOG2_E};
 
 use crate::ptx::ldst::request_global_u32;
 use crate::ptx::math;
@@ -34,4 +34,16 @@ impl Finish {
         let total = math::fma(sum, share, math::exp2(sink - reference));
         Self { scale: share * normaliser(total), lse_log2: joint + math::log2(total) }
     }
+}
+
+/// Address of the sink of `head`; 0 if there are none. `sinks` is [`pat_abi::ForwardParams::sinks`].
+#[inline(always)]
+pub(crate) fn sink_of(sinks: u64, head: u32) -> u64 {
+    if sinks == 0 { 0 } else { sinks + head as u64 * 4 }
+}
+
+/// What a caller gets for a log-sum-exp: ours are base 2, theirs natural.
+#[inline(always)]
+pub(crate) fn natural(lse_log2: f32) -> f32 {
+    lse_log2 * LN_2
 }

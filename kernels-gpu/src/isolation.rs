@@ -5,10 +5,13 @@
 //! pages looks at its outputs, and rows that are not finite are computed once more from their own keys alone. Log-sum-exps need no
 //! such care: the scores of other keys are replaced, not multiplied.
 
-use pat_abi::{ForwardParams, PageMask};
+use pat_abi::ForwardParams;
+use pat_abi::reader::Stream;
 
 use crate::element::Element;
-use crate::item::{Row, Stream, strided};
+use crate::epilogue::Row;
+use crate::item::strided;
+use crate::plan_words::WhenUsed;
 use crate::ptx::ldst::{load_global_u32, load_global_u32x2};
 use crate::ptx::special::run_time;
 use crate::ptx::{barrier, math, shuffle};
@@ -61,11 +64,10 @@ pub unsafe fn attend_pair<E: Element, const CAPS_SCORES: bool>(
         let (mut weight, mut page_id, mut attends) = (0.0, 0, false);
         if first + lane < stream.token_count {
             // SAFETY: the token is one of the stream's, whose pages have an id and a mask each.
-            let mask = unsafe {
-                page_id = load_global_u32(stream.page_ids + page as u64 * 4);
-                PageMask(load_global_u32(stream.masks + page as u64 * 4))
-            };
-            attends = row >= mask.row_begin() && row < mask.row_end() && in_page < mask.tokens();
+            let words = unsafe { WhenUsed::new() };
+            page_id = stream.page_id(words, page);
+            let mask = stream.mask(words, page);
+            attends = mask.has_row(row) && in_page < mask.token_end();
         }
         if attends {
             let key = strided(keys, page_id, params.k_page_stride, in_page, params.k_token_stride);

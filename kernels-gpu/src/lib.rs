@@ -8,10 +8,12 @@
 #![allow(internal_features)]
 
 pub mod element;
+pub mod epilogue;
 pub mod finish;
 pub mod isolation;
 pub mod item;
 pub mod kernels;
+mod plan_words;
 pub mod ptx;
 pub mod softmax;
 pub mod tile;

@@ -1,66 +1,125 @@
-//! Online softmax of a 16-row tile, base 2.
+//! The online softmax of all forward kernels, base 2.
 //! (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.)
+//!
+//! Accumulators of `mma.m16n8k16` and of `wgmma` hand values out alike: a lane holds two rows, `lane / 4` and `lane / 4 + 8` of its
+//! warp's 16, the rest of a row is with the other lanes of its quad, and of every four values the first two are of the first row.
 
 use pat_abi::ForwardParams;
 
 use crate::ptx::{math, shuffle, switches};
-use crate::tile::fragment::Accumulator;
 
-/// Running maximum and sum of the two rows a lane holds: rows `lane / 4` and `lane / 4 + 8` of the warp's tile.
-///
-/// Maxima are of `score * scale_log2` and equal in the four lanes of a row. Sums are per lane until [`Self::finish`].
-#[derive(Clone, Copy)]
-pub struct RowStates {
-    /// Running maximum; −inf before the first key.
-    pub max: [f32; 2],
-    /// Sum of `2^(score*scale_log2 - max)`.
-    pub sum: [f32; 2],
+/// Index, in a lane's part of an accumulator, of value `i` of its row `row` (0 or 1).
+#[inline(always)]
+pub const fn value_of_row(row: usize, i: usize) -> usize {
+    i / 2 * 4 + 2 * row + i % 2
 }
 
-impl RowStates {
-    /// No key seen.
-    pub const EMPTY: Self = Self { max: [f32::NEG_INFINITY; 2], sum: [0.0; 2] };
+/// Multiplies each of the two rows of a lane by its factor.
+#[inline(always)]
+pub fn rescale(accumulator: &mut [f32], factors: [f32; 2]) {
+    for (i, value) in accumulator.iter_mut().enumerate() {
+        *value *= factors[i / 2 % 2];
+    }
+}
 
-    /// Replaces scores by unnormalised probabilities and returns the factors by which earlier sums, already rescaled
-    /// here, and the output accumulator have shrunk. `scale_log2` is positive and finite. Convergent.
+/// Running sums of the two rows of a lane, and the exponents that they are relative to.
+///
+/// References are of `score * scale_log2` and equal in the four lanes of a row. Sums are per lane until [`Self::finish`].
+#[derive(Clone, Copy)]
+pub struct OnlineSoftmax {
+    /// What exponents are relative to: the row's maximum, or at most [`Self::SLACK`] below it; −inf before the first key.
+    pub references: [f32; 2],
+    /// Sum of `2^(score*scale_log2 - reference)`.
+    pub sums: [f32; 2],
+}
+
+impl OnlineSoftmax {
+    /// No key seen.
+    pub const EMPTY: Self = Self { references: [f32::NEG_INFINITY; 2], sums: [0.0; 2] };
+
+    /// By how much a maximum may exceed a lazy reference. Weights stay below 2^SLACK, far from overflow in 16 bits.
+    pub const SLACK: f32 = 8.0;
+
+    /// Turns scores, given as spans of `VALUES`, into weights `2^(score*scale_log2 - reference)`; returns what the output so
+    /// far must be multiplied by, if by anything. Sums are rescaled here. `scale_log2` is positive and finite. Convergent.
+    ///
+    /// `LAZY` references follow the maximum only when that has grown by more than [`Self::SLACK`]: after the first tiles, outputs
+    /// need no correction any more. Whether there is one is then the same in all lanes of the warp. Others always follow it.
     #[inline(always)]
-    pub fn update<const STEPS: usize>(&mut self, scores: &mut Accumulator<STEPS>, scale_log2: f32) -> [f32; 2] {
-        let mut factors = [0.0; 2];
-        for r in 0..2 {
-            let mut row_max = math::max(scores[0][0][2 * r], scores[0][0][2 * r + 1]);
-            for step in 0..STEPS {
-                for half in 0..2 {
-                    row_max = math::max(row_max, math::max(scores[step][half][2 * r], scores[step][half][2 * r + 1]));
+    pub fn update<const LAZY: bool, const VALUES: usize>(
+        &mut self,
+        spans: &mut [[f32; VALUES]],
+        scale_log2: f32,
+    ) -> Option<[f32; 2]> {
+        // Two rows side by side, as trees: the latencies of the exchanges and of the maxima overlap.
+        let mut maxima = [0, 1].map(|row| {
+            let mut row_maximum = f32::NEG_INFINITY;
+            for (span, scores) in spans.iter().enumerate() {
+                let mut tree = [0f32; 16];
+                for i in 0..VALUES / 2 {
+                    tree[i] = scores[value_of_row(row, i)];
                 }
-            }
-            row_max = math::max(row_max, shuffle::xor_f32(row_max, 1));
-            row_max = math::max(row_max, shuffle::xor_f32(row_max, 2));
-            let max = math::max(self.max[r], row_max * scale_log2);
-            // Without any key so far, −inf − (−inf) would be NaN.
-            let reference = subtrahend(max);
-            factors[r] = math::exp2(self.max[r] - reference);
-            self.max[r] = max;
-            let mut sum = 0.0;
-            for step in 0..STEPS {
-                for half in 0..2 {
-                    for e in 2 * r..2 * r + 2 {
-                        let p = math::exp2(math::fma(scores[step][half][e], scale_log2, -reference));
-                        scores[step][half][e] = p;
-                        sum += p;
+                for width in [8, 4, 2, 1] {
+                    if width < VALUES / 2 {
+                        for i in 0..width {
+                            tree[i] = math::max(tree[i], tree[i + width]);
+                        }
                     }
                 }
+                row_maximum = if span == 0 { tree[0] } else { math::max(row_maximum, tree[0]) };
             }
-            self.sum[r] = math::fma(self.sum[r], factors[r], sum);
+            row_maximum
+        });
+        for lane_bit in [1, 2] {
+            let others = maxima.map(|maximum| shuffle::xor_f32(maximum, lane_bit));
+            maxima = [0, 1].map(|row| math::max(maxima[row], others[row]));
         }
-        factors
+        maxima = maxima.map(|maximum| maximum * scale_log2);
+        let mut correction = None;
+        let grown = [0, 1].map(|row| maxima[row] > self.references[row] + Self::SLACK);
+        if !LAZY || shuffle::any(grown[0] || grown[1]) {
+            correction = Some([0, 1].map(|row| {
+                let former = self.references[row];
+                self.references[row] = if !LAZY {
+                    math::max(former, maxima[row])
+                } else if grown[row] {
+                    maxima[row]
+                } else {
+                    // A row's bits must not depend on what shares its warp, least of all on rows that the item does not have.
+                    former
+                };
+                // A row that attends to nothing so far weighs 0, not NaN.
+                let factor = math::exp2(former - subtrahend(self.references[row]));
+                if LAZY {
+                    self.sums[row] *= factor;
+                }
+                factor
+            }));
+        }
+        for row in 0..2 {
+            let reference = subtrahend(self.references[row]);
+            for (span, scores) in spans.iter_mut().enumerate() {
+                let mut sum = 0.0;
+                for i in 0..VALUES / 2 {
+                    let score = &mut scores[value_of_row(row, i)];
+                    *score = math::exp2(math::fma(*score, scale_log2, -reference));
+                    sum += *score;
+                }
+                self.sums[row] = match correction {
+                    Some(factors) if !LAZY && span == 0 => math::fma(self.sums[row], factors[row], sum),
+                    _ => self.sums[row] + sum,
+                };
+            }
+        }
+        correction
     }
 
     /// Adds up the sums of the four lanes of each row. Convergent.
     #[inline(always)]
     pub fn finish(&mut self) {
-        for r in 0..2 {
-            self.sum[r] += shuffle::xor_f32(self.sum[r], 1);
-            self.sum[r] += shuffle::xor_f32(self.sum[r], 2);
+        for row in 0..2 {
+            self.sums[row] += shuffle::xor_f32(self.sums[row], 1);
+            self.sums[row] += shuffle::xor_f32(self.sums[row], 2);
         }
     }
 }

@@ -38,7 +38,7 @@ fn packs(plan: &Plan, group: u32) -> Vec<(Vec<u32>, u32, u32)> {
         .map(|item| {
             assert!(plan.masks(item).is_empty());
             let queries = &plan.queries()[item.query_begin as usize..][..(item.row_count / group) as usize];
-            let mut sequences: Vec<u32> = queries.iter().map(|query| query.sequence).collect();
+            let mut sequences: Vec<u32> = queries.iter().map(|query| query.query_token).collect();
             sequences.sort_unstable();
             (sequences, item.token_count, plan.pages()[item.page_begin as usize])
         })

@@ -1,8 +1,10 @@
-//! One work item and KV head: online softmax over tiles of KV tokens, in f32.
+//! One work item and KV head: online softmax over tiles of KV tokens, in f32. The arithmetic is the executor's own, since the kernels
+//! are compared with it; the plan is read as they read it.
 
 use super::{Element, HostTensors, offset};
 use crate::{KvStrides, Plan};
-use pat_abi::{PackQuery, WorkItem};
+use pat_abi::reader::{Exceptions, PlanBytes, PlanView, Stream, Work};
+use pat_abi::{FastDivisor, PageMask, TileVariant};
 
 /// KV tokens per tile: two tiles in f32 (K and V, 32 KiB at head dimension 128) stay in the first-level cache.
 const KEYS: usize = 32;
@@ -15,26 +17,63 @@ pub(super) struct ItemOutput {
     pub(super) lse: Vec<f32>,
 }
 
-/// The query and the query head of row `row` of an item.
-pub(super) fn query_and_head(plan: &Plan, item: &WorkItem, kv_head: usize, row: usize) -> (PackQuery, usize) {
-    let group = plan.shape().group() as usize;
-    (plan.queries()[item.query_begin as usize + row / group], kv_head * group + row % group)
+/// One item of a plan for one KV head.
+#[derive(Clone, Copy)]
+pub(super) struct Task<'a> {
+    words: PlanBytes<'a>,
+    view: PlanView,
+    work: Work,
+    exceptions: Exceptions,
+    group: FastDivisor,
+}
+
+/// Where a row of an item comes from and goes to.
+pub(super) struct TaskRow {
+    /// Row of Q, O and LSE.
+    pub(super) query_token: u32,
+    /// Query head.
+    pub(super) head: usize,
+    /// See [`pat_abi::ItemQuery::slot`].
+    pub(super) slot: u32,
+    /// End of the tokens of the stream that it may attend to.
+    kv_limit: usize,
+}
+
+impl<'a> Task<'a> {
+    /// All of a plan, in launch order.
+    pub(super) fn all(plan: &'a Plan) -> impl Iterator<Item = Self> {
+        let words = PlanBytes(plan.bytes());
+        let (group, kv_heads) = (FastDivisor::new(plan.shape().group()), FastDivisor::new(plan.shape().kv_heads()));
+        TileVariant::ALL.into_iter().flat_map(move |variant| {
+            let view = PlanView::load(words, 0, variant, kv_heads.divisor);
+            (0..view.work_count).map(move |index| {
+                let exceptions = Exceptions::load(words, 0, &view, index, kv_heads);
+                Self { words, view, work: view.work(words, index, kv_heads), exceptions, group }
+            })
+        })
+    }
+
+    /// Row `row` of the item.
+    pub(super) fn row(&self, row: usize) -> TaskRow {
+        let (query, head) = self.view.row(&self.work, row as u32, self.group);
+        let [query_token, slot] = query.token_and_slot(self.words);
+        let kv_limit = self.exceptions.kv_limit(self.words, self.group.divide(row as u32)) as usize;
+        TaskRow { query_token, head: head as usize, slot, kv_limit }
+    }
 }
 
 /// Attention of an item's rows over its stream of KV tokens.
-pub(super) fn attend<T: Element>(
-    plan: &Plan,
-    tensors: &HostTensors<'_, T>,
-    item: &WorkItem,
-    kv_head: usize,
-) -> ItemOutput {
+pub(super) fn attend<T: Element>(plan: &Plan, tensors: &HostTensors<'_, T>, task: &Task<'_>) -> ItemOutput {
     let head_dim = plan.shape().head_dim() as usize;
-    let rows = item.row_count as usize;
+    let rows = task.work.row_count as usize;
+    let stream = task.view.stream(&task.work);
     let scale = tensors.problem.score().scale;
     let mut q = vec![0f32; rows * head_dim];
-    for (row, values) in q.chunks_exact_mut(head_dim).enumerate() {
-        let (query, head) = query_and_head(plan, item, kv_head, row);
-        T::widen(&tensors.q[offset(tensors.q_strides, query.sequence, head)..][..head_dim], values);
+    let mut limits = vec![0; rows];
+    for (row, (values, limit)) in q.chunks_exact_mut(head_dim).zip(&mut limits).enumerate() {
+        let TaskRow { query_token, head, kv_limit, .. } = task.row(row);
+        *limit = kv_limit;
+        T::widen(&tensors.q[offset(tensors.q_strides, query_token, head)..][..head_dim], values);
         // Folded into Q once instead of into every score.
         values.iter_mut().for_each(|value| *value *= scale);
     }
@@ -45,11 +84,11 @@ pub(super) fn attend<T: Element>(
     let mut row_values = vec![0f32; head_dim];
     let mut k_transposed = vec![[0f32; KEYS]; head_dim];
     let mut v = vec![0f32; KEYS * head_dim];
-    for Segment { token_begin, token_end, row_begin, row_end } in segments(plan, item) {
+    for Segment { token_begin, token_end, row_begin, row_end } in segments(plan, task, &stream) {
         for begin in (token_begin..token_end).step_by(KEYS) {
             let keys = KEYS.min(token_end - begin);
             for key in 0..keys {
-                let at = |strides| kv_offset(plan, item, strides, begin + key, kv_head);
+                let at = |strides| kv_offset(plan, task, &stream, strides, begin + key);
                 T::widen(&tensors.k[at(tensors.k_strides)..][..head_dim], &mut row_values);
                 for (column, &value) in k_transposed.iter_mut().zip(&row_values) {
                     column[key] = value;
@@ -57,6 +96,10 @@ pub(super) fn attend<T: Element>(
                 T::widen(&tensors.v[at(tensors.v_strides)..][..head_dim], &mut v[key * head_dim..][..head_dim]);
             }
             for row in row_begin..row_end {
+                let keys = keys.min(limits[row].saturating_sub(begin));
+                if keys == 0 {
+                    continue;
+                }
                 // Columns from `keys` on hold an earlier tile's keys; their scores are never read.
                 let mut scores = [0f32; KEYS];
                 for (&q_value, column) in q[row * head_dim..][..head_dim].iter().zip(&k_transposed) {
@@ -87,6 +130,8 @@ pub(super) fn attend<T: Element>(
     }
 
     for (values, &sum) in out.chunks_exact_mut(head_dim).zip(&sum) {
+        // A row that attends to nothing stays 0.
+        let sum = if sum == 0.0 { 1.0 } else { sum };
         values.iter_mut().for_each(|value| *value /= sum);
     }
     let lse = maximum.iter().zip(&sum).map(|(&maximum, &sum)| maximum + sum.ln()).collect();
@@ -102,32 +147,89 @@ struct Segment {
 }
 
 /// The stream of an item as segments: one, or where the item has masks as few as they allow.
-fn segments(plan: &Plan, item: &WorkItem) -> Vec<Segment> {
-    let masks = plan.masks(item);
-    if masks.is_empty() {
-        let (token_end, row_end) = (item.token_count as usize, item.row_count as usize);
+fn segments(plan: &Plan, task: &Task<'_>, stream: &Stream) -> Vec<Segment> {
+    let row_count = task.work.row_count;
+    if !stream.has_masks() && !task.exceptions.has_first_tokens() {
+        let (token_end, row_end) = (stream.token_count as usize, row_count as usize);
         return vec![Segment { token_begin: 0, token_end, row_begin: 0, row_end }];
     }
-    let page_size = plan.page_size() as usize;
+    let page_size = plan.page_size();
     let mut segments: Vec<Segment> = Vec::new();
-    for (page, mask) in masks.iter().enumerate() {
-        let (token_begin, rows) =
-            (page * page_size, (mask.row_begin() as usize, mask.row_end().min(item.row_count) as usize));
-        let token_end = token_begin + mask.tokens() as usize;
+    for entry in 0..stream.token_count.div_ceil(page_size) {
+        let page_begin = entry * page_size;
+        let mask = if stream.has_masks() {
+            stream.mask(task.words, entry)
+        } else {
+            PageMask::new((0, PageMask::ALL_ROWS), page_size.min(stream.token_count - page_begin))
+        };
+        let token_begin = (page_begin + task.exceptions.first_token(task.words, entry)) as usize;
+        let token_end = (page_begin + mask.token_end()) as usize;
+        let (row_begin, row_end) = (mask.row_begin() as usize, mask.row_end().min(row_count) as usize);
         match segments.last_mut() {
-            Some(last) if last.token_end == token_begin && (last.row_begin, last.row_end) == rows => {
+            Some(last) if last.token_end == token_begin && (last.row_begin, last.row_end) == (row_begin, row_end) => {
                 last.token_end = token_end;
             }
-            _ => segments.push(Segment { token_begin, token_end, row_begin: rows.0, row_end: rows.1 }),
+            _ => segments.push(Segment { token_begin, token_end, row_begin, row_end }),
         }
     }
     segments
 }
 
 /// Position of a token's row. `super::check` has made sure that it is inside the slice and not negative.
-fn kv_offset(plan: &Plan, item: &WorkItem, strides: KvStrides, token: usize, kv_head: usize) -> usize {
+fn kv_offset(plan: &Plan, task: &Task<'_>, stream: &Stream, strides: KvStrides, token: usize) -> usize {
     let page_size = plan.page_size() as usize;
-    let page = plan.pages()[item.page_begin as usize + token / page_size];
-    (i64::from(page) * strides.page + (token % page_size) as i64 * strides.token + kv_head as i64 * strides.head)
-        as usize
+    let page = stream.page_id(task.words, (token / page_size) as u32);
+    (i64::from(page) * strides.page
+        + (token % page_size) as i64 * strides.token
+        + i64::from(task.work.kv_head) * strides.head) as usize
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::PlanMode;
+    use crate::{AttentionShape, DecodeBatch, DeviceProfile, Dtype, Planner, Problem};
+    use half::f16;
+
+    #[test]
+    fn first_tokens_and_kv_limits_count() {
+        const DIM: usize = 64;
+        let problem = Problem::new(AttentionShape::new(2, 1, DIM as u32, Dtype::F16).unwrap(), 8);
+        let tables: [&[u32]; 1] = [&[2, 0, 1]];
+        let table = tables[0];
+        let batch = DecodeBatch::from_block_tables(&tables, &[20], 8, 3).unwrap();
+        let mut planner = Planner::new(problem, DeviceProfile::h200(), PlanMode::Flat.into()).unwrap();
+        let mut plan = planner.plan(&batch).unwrap();
+        assert_eq!(plan.items().len(), 1);
+        let element = |i: usize| f16::from_f32((i * 37 % 101) as f32 / 50.0 - 1.0);
+        let [q, k, v] = [(0, 2), (1000, 24), (9000, 24)]
+            .map(|(from, rows)| (from..from + rows * DIM).map(element).collect::<Vec<_>>());
+        let tensors = HostTensors::new(problem, &q, &k, &v);
+        let attend_to = |plan: &Plan| {
+            let (mut out, mut lse) = (vec![f16::ZERO; 2 * DIM], vec![0.0; 2]);
+            crate::cpu::run(plan, &tensors, &mut out, Some(&mut lse)).unwrap();
+            (out, lse)
+        };
+        let check = |(out, lse): (Vec<f16>, Vec<f32>), tokens: Vec<usize>| {
+            let row = |token: usize| (table[token / 8] as usize * 8 + token % 8) * DIM;
+            for head in 0..2 {
+                let dot =
+                    |token| (0..DIM).map(|x| q[head * DIM + x].to_f64() * k[row(token) + x].to_f64()).sum::<f64>();
+                let scale = f64::from(problem.score().scale);
+                let weights: Vec<f64> = tokens.iter().map(|&token| (scale * dot(token)).exp()).collect();
+                let sum: f64 = weights.iter().sum();
+                assert!((f64::from(lse[head]) - sum.ln()).abs() < 1e-4, "{tokens:?}");
+                for x in 0..DIM {
+                    let terms = tokens.iter().zip(&weights).map(|(&token, weight)| weight * v[row(token) + x].to_f64());
+                    let exact = terms.sum::<f64>() / sum;
+                    assert!((out[head * DIM + x].to_f64() - exact).abs() < 2e-3, "{tokens:?}");
+                }
+            }
+        };
+        check(attend_to(&plan), (0..20).collect());
+        plan.limit_first_item(&[3, 0, 2], &[18]);
+        check(attend_to(&plan), (3..16).collect());
+        plan.limit_first_item(&[3, 1, 0], &[18]);
+        check(attend_to(&plan), (3..8).chain(9..18).collect());
+    }
 }

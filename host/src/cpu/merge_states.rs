@@ -108,6 +108,41 @@ mod tests {
         assert_eq!(merge([[1.0, 2.0], [5.0, 10.0]], [[1e30], [-1e30]]), ([1.0, 2.0], 1e30));
     }
 
+    /// Three rows of two heads, each tensor with strides of its own: every row is where its strides say, and nothing else is
+    /// written.
+    #[test]
+    fn rows_are_where_their_strides_say() {
+        let places = |strides: RowStrides| {
+            (0..6).map(move |index| (index / 2 * strides.sequence + index % 2 * strides.head) as usize)
+        };
+        let [of_a, of_b, of_merged] = [(16, 8), (8, 24), (24, 8)].map(|(sequence, head)| RowStrides { sequence, head });
+        let [lse_of_a, lse_of_b, lse_of_merged] =
+            [(2, 1), (1, 3), (5, 2)].map(|(sequence, head)| RowStrides { sequence, head });
+        let (mut a, mut b, mut merged) = ([f16::NAN; 64], [f16::NAN; 64], [f16::ONE; 64]);
+        let (mut lse_a, mut lse_b, mut lse) = ([f32::NAN; 16], [f32::NAN; 16], [7.0f32; 16]);
+        for (index, (at_a, at_b)) in places(of_a).zip(places(of_b)).enumerate() {
+            (a[at_a], b[at_b]) = (f16::from_f32(index as f32), f16::from_f32(index as f32 + 10.0));
+        }
+        for (index, (at_a, at_b)) in places(lse_of_a).zip(places(lse_of_b)).enumerate() {
+            (lse_a[at_a], lse_b[at_b]) = (index as f32, index as f32);
+        }
+        let state = |out, out_strides, lse, lse_strides| State { out, out_strides, lse, lse_strides };
+        let [out_a, out_b, out] =
+            [&mut a, &mut b, &mut merged].map(|out| Cell::from_mut(&mut out[..]).as_slice_of_cells());
+        let [all_a, all_b, all] =
+            [&mut lse_a, &mut lse_b, &mut lse].map(|lse| Cell::from_mut(&mut lse[..]).as_slice_of_cells());
+        let [first, second] = [state(out_a, of_a, all_a, lse_of_a), state(out_b, of_b, all_b, lse_of_b)];
+        merge_states((3, 2, 1), [&first, &second], &state(out, of_merged, all, lse_of_merged)).unwrap();
+        let (mut expected, mut expected_lse) = ([f16::ONE; 64], [7.0f32; 16]);
+        for (index, (at, at_lse)) in places(of_merged).zip(places(lse_of_merged)).enumerate() {
+            // Equal shares.
+            expected[at] = f16::from_f32(index as f32 + 5.0);
+            expected_lse[at_lse] = index as f32 + 2f32.ln();
+        }
+        assert_eq!(merged, expected);
+        assert!(lse.iter().zip(expected_lse).all(|(lse, expected)| (lse - expected).abs() < 1e-5), "{lse:?}");
+    }
+
     #[test]
     fn short_slices_are_named() {
         let strides = RowStrides { sequence: 8, head: 8 };

@@ -11,10 +11,11 @@ mod merge_states;
 use crate::arguments::{RunTensors, same};
 use crate::{KvStrides, Plan, Problem, Result, RowStrides};
 pub use append::{CacheLayout, NewRows, append_rows};
-use attend::{ItemOutput, attend};
+use attend::{ItemOutput, Task, TaskRow, attend};
 pub use element::Element;
 pub use merge_states::{State, merge_states};
-use pat_abi::{DIRECT_SLOT, WorkItem};
+use pat_abi::DIRECT_SLOT;
+use pat_abi::reader::{MergeView, PlanBytes};
 use rayon::prelude::*;
 
 /// Tasks whose results are held before they are stored: bounds the memory beyond the plan's partials.
@@ -97,8 +98,7 @@ pub fn run<T: Element>(
 ) -> Result<()> {
     check(plan, tensors, out.len(), lse.as_deref().map(<[f32]>::len))?;
     let shape = plan.shape();
-    let (q_heads, kv_heads, head_dim) =
-        (shape.q_heads() as usize, shape.kv_heads() as usize, shape.head_dim() as usize);
+    let (q_heads, head_dim) = (shape.q_heads() as usize, shape.head_dim() as usize);
     let slot_rows = plan.header().slot_count as usize * q_heads;
     let mut partial_out = vec![0f32; slot_rows * head_dim];
     let mut partial_lse = vec![f32::NEG_INFINITY; slot_rows];
@@ -121,18 +121,16 @@ pub fn run<T: Element>(
         }
     };
 
-    let tasks: Vec<(&WorkItem, usize)> =
-        plan.items().iter().flat_map(|item| (0..kv_heads).map(move |kv_head| (item, kv_head))).collect();
+    let tasks: Vec<Task<'_>> = Task::all(plan).collect();
     for window in tasks.chunks(TASKS_IN_FLIGHT) {
-        let results: Vec<ItemOutput> =
-            window.par_iter().map(|&(item, kv_head)| attend(plan, tensors, item, kv_head)).collect();
-        for (&(item, kv_head), result) in window.iter().zip(&results) {
+        let results: Vec<ItemOutput> = window.par_iter().map(|task| attend(plan, tensors, task)).collect();
+        for (task, result) in window.iter().zip(&results) {
             for (row, (values, &row_lse)) in result.out.chunks_exact(head_dim).zip(&result.lse).enumerate() {
-                let (query, head) = attend::query_and_head(plan, item, kv_head, row);
-                if query.slot == DIRECT_SLOT {
-                    store(query.sequence, head, values, row_lse);
+                let TaskRow { query_token, head, slot, .. } = task.row(row);
+                if slot == DIRECT_SLOT {
+                    store(query_token, head, values, row_lse);
                 } else {
-                    let at = query.slot as usize * q_heads + head;
+                    let at = slot as usize * q_heads + head;
                     partial_out[at * head_dim..][..head_dim].copy_from_slice(values);
                     partial_lse[at] = row_lse;
                 }
@@ -141,7 +139,9 @@ pub fn run<T: Element>(
     }
 
     let mut merged = vec![0f32; head_dim];
-    for row in plan.merges() {
+    let words = PlanBytes(plan.bytes());
+    let merges = MergeView::load(words, 0);
+    for row in (0..merges.count).map(|index| merges.row(words, index)) {
         for head in 0..q_heads {
             let rows = (row.slot_begin..row.slot_begin + row.slot_count).map(|slot| slot as usize * q_heads + head);
             let row_lse = merge(rows, &partial_out, &partial_lse, &mut merged);

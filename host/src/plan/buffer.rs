@@ -4,7 +4,8 @@ use super::PlanGeneration;
 use super::cost::Prediction;
 use crate::{AttentionShape, DecodeBatch, DeviceProfile, Error, Problem, Result};
 use pat_abi::{
-    MAX_TILE_VARIANTS, MergeRow, NO_MASKS, PLAN_MAGIC, PackQuery, PageMask, PlanHeader, TileVariant, WorkItem,
+    ItemQuery, MAX_TILE_VARIANTS, MergeRow, NO_MASKS, PLAN_MAGIC, PageMask, PlanHeader, TileVariant, VariantItems,
+    WorkItem,
 };
 use std::fmt;
 use std::sync::Arc;
@@ -16,7 +17,7 @@ pub(super) struct Records {
     /// Launch order: key, index in `items`.
     order: Vec<(LaunchKey, u32)>,
     /// Queries of the items.
-    pub(super) queries: Vec<PackQuery>,
+    pub(super) queries: Vec<ItemQuery>,
     /// Page ids of the items' streams.
     pub(super) pages: Vec<u32>,
     /// Sequences the merge kernel writes.
@@ -36,18 +37,19 @@ pub(super) struct Records {
 struct LaunchKey(u64);
 
 impl LaunchKey {
-    const CHUNK_BITS: u32 = 29;
+    const VARIANT_BITS: u32 = MAX_TILE_VARIANTS.ilog2();
+    const CHUNK_BITS: u32 = 32 - Self::VARIANT_BITS;
 
-    /// `page_count` is below 2^31; from the 2^29-th on, chunks are not told apart.
+    /// From the 2^28-th on, chunks are not told apart.
     fn new(variant: TileVariant, page_count: u32, chunk: u32) -> Self {
-        const { assert!(TileVariant::ALL.len() <= MAX_TILE_VARIANTS && MAX_TILE_VARIANTS <= 8) };
+        const { assert!(TileVariant::ALL.len() <= MAX_TILE_VARIANTS && MAX_TILE_VARIANTS == 1 << Self::VARIANT_BITS) };
         let shortness = u64::from(u32::MAX - page_count);
         let chunk = u64::from(chunk.min((1 << Self::CHUNK_BITS) - 1));
-        Self((variant.index() as u64) << 61 | shortness << Self::CHUNK_BITS | chunk)
+        Self((variant.index() as u64) << (64 - Self::VARIANT_BITS) | shortness << Self::CHUNK_BITS | chunk)
     }
 
     fn variant_index(self) -> usize {
-        (self.0 >> 61) as usize
+        (self.0 >> (64 - Self::VARIANT_BITS)) as usize
     }
 }
 
@@ -197,6 +199,8 @@ impl Plan {
     ) -> Result<()> {
         let count = |what: &str, n: usize| checked_count(what, n as u64);
         let item_count = count("items", records.items.len())?;
+        // Work is counted so on the device and by the CPU executor.
+        checked_count("items times KV heads", u64::from(item_count) * u64::from(problem.shape().kv_heads()))?;
         let align = |bytes: usize| bytes.next_multiple_of(16);
         let items_end = PlanHeader::ITEMS_OFFSET_BYTES as usize + item_count as usize * size_of::<WorkItem>();
         let queries_offset = align(items_end);
@@ -218,19 +222,19 @@ impl Plan {
             pages_offset_bytes: pages_offset as u32,
             merges_offset_bytes: merges_offset as u32,
             page_size: batch.page_size(),
-            variant_begin: [0; MAX_TILE_VARIANTS],
-            variant_count: [0; MAX_TILE_VARIANTS],
             masks_offset_bytes: masks_offset as u32,
             mask_count: count("masks", records.masks.len())?,
-            reserved: [0; 2],
+            words_offset_bytes: total_bytes as u32,
+            word_count: 0,
+            variants: [VariantItems::default(); MAX_TILE_VARIANTS],
         };
         for &(key, _) in &records.order {
-            header.variant_count[key.variant_index()] += 1;
+            header.variants[key.variant_index()].count += 1;
         }
         let mut begin = 0;
-        for (first, count) in header.variant_begin.iter_mut().zip(header.variant_count) {
-            *first = begin;
-            begin += count;
+        for variant in &mut header.variants {
+            variant.begin = begin;
+            begin += variant.count;
         }
         if self.words.capacity() == 0 {
             // Fresh memory is zero already.
@@ -288,8 +292,8 @@ impl Plan {
                 *count = count.wrapping_add_signed(tokens);
             } else {
                 let mask = masks[index];
-                let count = mask.tokens().wrapping_add_signed(tokens);
-                masks[index] = PageMask::new(mask.row_begin(), mask.row_end(), count);
+                let end = mask.token_end().wrapping_add_signed(tokens);
+                masks[index] = PageMask::new((mask.row_begin(), mask.row_end()), end);
             }
         }
         self.generation = PlanGeneration::next();
@@ -335,13 +339,12 @@ impl Plan {
 
     /// The items of one tile variant, in launch order.
     pub fn variant_items(&self, variant: TileVariant) -> &[WorkItem] {
-        let header = self.header();
-        let begin = header.variant_begin[variant.index()] as usize;
-        &self.items()[begin..][..header.variant_count[variant.index()] as usize]
+        let VariantItems { begin, count } = self.header().variants[variant.index()];
+        &self.items()[begin as usize..][..count as usize]
     }
 
     /// The queries of the items.
-    pub fn queries(&self) -> &[PackQuery] {
+    pub fn queries(&self) -> &[ItemQuery] {
         self.records(self.header().queries_offset_bytes, self.header().query_count)
     }
 
@@ -363,7 +366,7 @@ impl Plan {
     pub fn stream_tokens(&self, item: &WorkItem) -> u64 {
         match self.masks(item) {
             [] => u64::from(item.token_count),
-            masks => masks.iter().map(|mask| u64::from(mask.tokens())).sum(),
+            masks => masks.iter().map(|mask| u64::from(mask.token_end())).sum(),
         }
     }
 
@@ -405,6 +408,21 @@ impl Plan {
     /// Bytes of partial outputs and partial LSEs that executing the plan needs.
     pub fn partial_bytes(&self) -> u64 {
         u64::from(self.header().slot_count) * self.shape().partial_bytes()
+    }
+
+    /// Gives the first item first tokens of its pages and KV limits of its queries, which no planner does.
+    #[cfg(test)]
+    pub(crate) fn limit_first_item(&mut self, first_tokens: &[u32], kv_limits: &[u32]) {
+        let words_offset = self.bytes().len();
+        let mut words = [first_tokens, kv_limits].concat();
+        words.resize(words.len().next_multiple_of(4), 0);
+        self.words.extend_from_slice(bytemuck::cast_slice(&words));
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut self.words);
+        let (header, rest) = bytes.split_at_mut(size_of::<PlanHeader>());
+        let header: &mut PlanHeader = bytemuck::from_bytes_mut(header);
+        (header.words_offset_bytes, header.word_count) = (words_offset as u32, words.len() as u32);
+        let item: &mut WorkItem = bytemuck::from_bytes_mut(&mut rest[..size_of::<WorkItem>()]);
+        (item.first_token_begin, item.kv_limit_begin) = (0, first_tokens.len() as u32);
     }
 
     fn records<T: bytemuck::Pod>(&self, offset_bytes: u32, count: u32) -> &[T] {

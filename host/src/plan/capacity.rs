@@ -2,7 +2,7 @@
 
 use super::buffer::Records;
 use crate::{AttentionShape, DecodeBatch, DeviceProfile, Error, Result};
-use pat_abi::{MergeRow, PackQuery, PageMask, PlanHeader, WorkItem};
+use pat_abi::{ItemQuery, MergeRow, PageMask, PlanHeader, WorkItem};
 
 /// What the plans of a planner may need at most, so that device memory and launches can be sized once
 /// ([`crate::Planner::with_capacity`], [`crate::cuda::PlanBuffers::for_capacity`]). Batches may have fewer rows, or empty
@@ -35,7 +35,7 @@ impl PlanCapacity {
         let padding = 4 * 16;
         size_of::<PlanHeader>()
             + self.max_items as usize * size_of::<WorkItem>()
-            + queries * size_of::<PackQuery>()
+            + queries * size_of::<ItemQuery>()
             + self.max_pages as usize * (size_of::<u32>() + size_of::<PageMask>())
             + self.max_sequences as usize * size_of::<MergeRow>()
             + padding

@@ -5,7 +5,7 @@ use super::choice::TileChoice;
 use super::forest::Forest;
 use super::tiling::{Extent, RowTile};
 use crate::{AttentionShape, DecodeBatch, Result};
-use pat_abi::{DIRECT_SLOT, MergeRow, NO_MASKS, PackQuery, PageMask, WorkItem};
+use pat_abi::{DIRECT_SLOT, ItemQuery, MergeRow, NO_MASKS, NONE, PageMask, WorkItem};
 use std::cmp::Reverse;
 
 /// A run of pages in a stream and the sequences of the tile that read it.
@@ -146,16 +146,16 @@ impl Emitter<'_> {
             first_row[position] = row_count as u8;
             read += change[position];
             if read > 0 {
-                records.queries.push(PackQuery { sequence, slot: DIRECT_SLOT });
+                records.queries.push(ItemQuery { query_token: sequence, slot: DIRECT_SLOT });
                 partials[sequence as usize] += 1;
                 row_count += group;
             }
         }
         first_row[order.len()] = row_count as u8;
         let first_row = |reader: u32| u32::from(first_row[reader as usize]);
-        let rows = |run: &Run| (first_row(run.reader_begin), first_row(run.reader_end));
+        let rows_of = |run: &Run| (first_row(run.reader_begin), first_row(run.reader_end));
 
-        let uniform = runs.iter().all(|run| rows(run) == (0, row_count));
+        let uniform = runs.iter().all(|run| rows_of(run) == (0, row_count));
         if leaves_first && !uniform {
             runs.reverse();
         }
@@ -178,13 +178,13 @@ impl Emitter<'_> {
         } else {
             mask_begin = buffer::checked_count("masks", records.masks.len() as u64)?;
             for run in runs.iter() {
-                let (row_begin, row_end) = match rows(run) {
+                let rows = match rows_of(run) {
                     (0, end) if end == row_count => (0, PageMask::ALL_ROWS),
                     part => part,
                 };
-                let full = PageMask::new(row_begin, row_end, page_size);
+                let full = PageMask::new(rows, page_size);
                 records.masks.extend((run.page_begin + 1..run.page_end).map(|_| full));
-                records.masks.push(PageMask::new(row_begin, row_end, self.tokens_of_last_page(run)));
+                records.masks.push(PageMask::new(rows, self.tokens_of_last_page(run)));
                 if run.is_tail {
                     records.tails[run.sequence as usize] = Tail::mask(records.masks.len() as u32 - 1);
                 }
@@ -192,7 +192,17 @@ impl Emitter<'_> {
         }
         let token_count = buffer::checked_count("tokens of an item", token_count)?;
         let variant = self.choice.variant(row_count / group);
-        let item = WorkItem { page_begin, token_count, query_begin, row_count, mask_begin, reserved: [0; 3] };
+        let (first_token_begin, kv_limit_begin) = (NONE, NONE);
+        let item = WorkItem {
+            page_begin,
+            token_count,
+            query_begin,
+            row_count,
+            mask_begin,
+            first_token_begin,
+            kv_limit_begin,
+            reserved: 0,
+        };
         records.push_item((variant, page_count, chunk), item, tail_of);
         buffer::checked_count("items", records.items.len() as u64)?;
         runs.clear();
@@ -223,7 +233,7 @@ impl Emitter<'_> {
         // Rows are dealt out in turn: what takes longest begins first.
         records.merges.sort_unstable_by_key(|row| (Reverse(row.slot_count), row.sequence));
         for query in &mut records.queries {
-            let next = &mut scratch.slots[query.sequence as usize];
+            let next = &mut scratch.slots[query.query_token as usize];
             query.slot = *next;
             if *next != DIRECT_SLOT {
                 *next += 1;

@@ -2,7 +2,7 @@
 //! manifest. `no_std`, builds for every target; every layout is `repr(C)` with its size asserted at compile time.
 //!
 //! A *plan* is one contiguous buffer: a [`PlanHeader`], then [`WorkItem`]s at the fixed offset
-//! [`PlanHeader::ITEMS_OFFSET_BYTES`], then [`PackQuery`]s, page ids (`u32`), [`MergeRow`]s and [`PageMask`]s at the offsets
+//! [`PlanHeader::ITEMS_OFFSET_BYTES`], then [`ItemQuery`]s, page ids (`u32`), [`MergeRow`]s and [`PageMask`]s at the offsets
 //! the header names.
 #![no_std]
 #![forbid(unsafe_code)]
@@ -13,6 +13,7 @@ pub mod manifest;
 pub mod occupancy;
 pub mod params;
 pub mod plan;
+pub mod reader;
 pub mod row_params;
 pub mod switches;
 pub mod tile;
@@ -21,7 +22,8 @@ pub use manifest::{Arch, Dtype, Family, KERNELS, KernelSpec, TileVariant};
 pub use occupancy::DeviceLimits;
 pub use params::{FastDivisor, FillParams, FlushParams, ForwardParams, MergeParams};
 pub use plan::{
-    DIRECT_SLOT, MAX_TILE_VARIANTS, MergeRow, NO_MASKS, PLAN_MAGIC, PackQuery, PageMask, PlanHeader, WorkItem,
+    DIRECT_SLOT, ItemQuery, MAX_TILE_VARIANTS, MergeRow, NO_MASKS, NONE, PLAN_MAGIC, PLAN_VERSION, PageMask,
+    PlanHeader, VariantItems, WorkItem,
 };
 pub use row_params::{AppendParams, MergeStatesParams, StateParams};
 pub use switches::Switches;

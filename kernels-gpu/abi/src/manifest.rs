@@ -86,7 +86,7 @@ impl Arch {
     }
 }
 
-/// A tile shape the planner can choose for a work item. The discriminant indexes `PlanHeader::variant_*`.
+/// A tile shape the planner can choose for a work item. The discriminant indexes [`crate::PlanHeader::variants`].
 #[repr(u8)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
@@ -109,7 +109,7 @@ impl TileVariant {
     /// All variants in order of discriminant.
     pub const ALL: [Self; 6] = [Self::Mma16, Self::Mma32, Self::Mma64, Self::Mma128, Self::Wgmma64, Self::Wgmma128];
 
-    /// Index into `PlanHeader::variant_begin` and `variant_count`.
+    /// Index into [`crate::PlanHeader::variants`].
     pub const fn index(self) -> usize {
         self as usize
     }

@@ -94,7 +94,7 @@ pub struct ForwardParams {
     pub lse_head_stride: i64,
     /// What turns scores into exponents of 2: `softmax_scale * log2(e)`, or where scores are capped `cap * log2(e)`.
     pub scale_log2: f32,
-    /// KV heads. CTA `c` of a launch serves item `variant_begin + c / kv_heads`, KV head `c % kv_heads`.
+    /// KV heads. CTA `c` of a launch serves item `c / kv_heads` of its variant, KV head `c % kv_heads`.
     pub kv_heads: u32,
     /// Query heads per KV head.
     pub group: FastDivisor,

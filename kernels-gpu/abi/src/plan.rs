@@ -1,15 +1,18 @@
-//! The records of a plan, as the device reads them.
+//! The records of a plan. The planner writes them; [`crate::reader`] reads them, on the device and on the host.
 
 use bytemuck::{Pod, Zeroable};
 
-/// First word of every plan buffer ("PAT1"); a kernel that finds something else there returns without writing.
-pub const PLAN_MAGIC: u32 = 0x3154_4150;
+/// Version of the records: of their fields, sizes and meaning. Goes up when any of these changes.
+pub const PLAN_VERSION: u8 = 2;
 
-/// [`PackQuery::slot`] of a sequence that has exactly one partial: the forward kernel writes the final output itself.
+/// First word of every plan buffer: "PAT" and the version. A kernel that finds something else there returns without writing.
+pub const PLAN_MAGIC: u32 = u32::from_le_bytes([b'P', b'A', b'T', PLAN_VERSION]);
+
+/// [`ItemQuery::slot`] of a query that has exactly one partial: the forward kernel writes the final output itself.
 pub const DIRECT_SLOT: u32 = u32::MAX;
 
 /// Number of tile variants a header can describe (the discriminants of [`crate::TileVariant`] are below it).
-pub const MAX_TILE_VARIANTS: usize = 8;
+pub const MAX_TILE_VARIANTS: usize = 16;
 
 /// Start of a plan buffer. All offsets are in bytes from the start of the buffer and multiples of 16.
 #[repr(C)]
@@ -21,34 +24,44 @@ pub struct PlanHeader {
     pub total_bytes: u32,
     /// Rows of the batch (sequences, empty ones included).
     pub sequence_count: u32,
-    /// Number of [`WorkItem`]s; items are grouped by tile variant, in launch order.
-    pub item_count: u32,
-    /// Number of [`PackQuery`] records.
-    pub query_count: u32,
-    /// Number of page ids.
-    pub page_count: u32,
-    /// Number of [`MergeRow`]s: sequences with two or more partials, and empty sequences.
-    pub merge_count: u32,
     /// Number of partial slots; partial buffers hold `slot_count * q_heads` rows.
     pub slot_count: u32,
-    /// Offset of the [`PackQuery`] array.
+    /// Offset of the [`ItemQuery`] array. One load of 16 bytes gets this and the three offsets behind it.
     pub queries_offset_bytes: u32,
     /// Offset of the page ids.
     pub pages_offset_bytes: u32,
-    /// Offset of the [`MergeRow`] array.
-    pub merges_offset_bytes: u32,
-    /// Tokens per page the plan was made for.
-    pub page_size: u32,
-    /// For each tile variant (by discriminant), index of its first item.
-    pub variant_begin: [u32; MAX_TILE_VARIANTS],
-    /// For each tile variant (by discriminant), number of its items.
-    pub variant_count: [u32; MAX_TILE_VARIANTS],
     /// Offset of the [`PageMask`] array.
     pub masks_offset_bytes: u32,
+    /// Offset of the [`MergeRow`] array.
+    pub merges_offset_bytes: u32,
+    /// Number of [`WorkItem`]s; items are grouped by tile variant, in launch order.
+    pub item_count: u32,
+    /// Number of [`ItemQuery`] records.
+    pub query_count: u32,
+    /// Number of page ids.
+    pub page_count: u32,
     /// Number of page masks.
     pub mask_count: u32,
-    /// Zero.
-    pub reserved: [u32; 2],
+    /// Number of [`MergeRow`]s: sequences with two or more partials, and empty sequences.
+    pub merge_count: u32,
+    /// Tokens per page the plan was made for.
+    pub page_size: u32,
+    /// Offset of the words for a few items ([`WorkItem::first_token_begin`], [`WorkItem::kv_limit_begin`]).
+    pub words_offset_bytes: u32,
+    /// Number of these words.
+    pub word_count: u32,
+    /// The items of each tile variant (by discriminant).
+    pub variants: [VariantItems; MAX_TILE_VARIANTS],
+}
+
+/// Which items are a variant's.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct VariantItems {
+    /// Index of the first.
+    pub begin: u32,
+    /// Their number.
+    pub count: u32,
 }
 
 impl PlanHeader {
@@ -62,33 +75,44 @@ impl PlanHeader {
 /// [`WorkItem::mask_begin`] of an item without masks: every row attends to every token.
 pub const NO_MASKS: u32 = u32::MAX;
 
+/// [`WorkItem::first_token_begin`] and [`WorkItem::kv_limit_begin`] of an item without first tokens, without KV limits.
+pub const NONE: u32 = u32::MAX;
+
 /// The unit of work: a stream of KV pages against up to M rows, for every KV head (one CTA per KV head).
 ///
 /// The rows of an item are its (query, head in group) pairs: row `r` is query `r / group` of the item and query head
 /// `kv_head * group + r % group`.
 ///
-/// The stream may hold pages that only some of the rows attend to: a node of the prefix forest, then the leaves of its
-/// sequences. Each page of such an item has a [`PageMask`].
+/// An entry of the stream says page, rows and tokens: a page id; in items that have masks, the [`PageMask`] with the same index; in
+/// items that have first tokens, the first token of the page that counts. The stream may hold pages that only some of the rows attend
+/// to: a node of the prefix forest, then the leaves of its sequences. A page may stand in several entries, for different rows or
+/// different tokens. What an item does not need takes no bytes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct WorkItem {
     /// Index, in the page-id array, of the first page.
     pub page_begin: u32,
     /// KV tokens of the stream, at least 1; it spans `ceil(token_count / page_size)` pages. With masks it is a multiple of
-    /// the page size: the masks say how many tokens of each page count.
+    /// the page size: the masks say which tokens of each page count.
     pub token_count: u32,
-    /// Index, in the [`PackQuery`] array, of the first query.
+    /// Index, in the [`ItemQuery`] array, of the first query.
     pub query_begin: u32,
     /// Rows, a multiple of the group, 1 to the variant's M.
     pub row_count: u32,
     /// Index, in the mask array, of the first page's mask, or [`NO_MASKS`].
     pub mask_begin: u32,
+    /// Index, among the words for a few items, of the first page's first token that counts, followed by those of its other pages; or
+    /// [`NONE`]: tokens count from the first of a page on. The CPU executor reads it, no kernel does yet, and no planner writes it.
+    pub first_token_begin: u32,
+    /// Index, among the words for a few items, of the first query's KV limit, followed by those of its other queries: its rows attend
+    /// to none of the item's stream from this token on, whatever the entries say. Or [`NONE`]. As [`Self::first_token_begin`].
+    pub kv_limit_begin: u32,
     /// Zero.
-    pub reserved: [u32; 3],
+    pub reserved: u32,
 }
 
-/// Which rows of an item attend to a page, and to how many of its tokens: bits 0..8 the first row, 8..16 the end of the
-/// rows ([`PageMask::ALL_ROWS`] where it is all of them), 16..32 the tokens less one.
+/// Which rows of an item attend to a page, and where the tokens end that they attend to: bits 0..8 the first row, 8..16 the end of
+/// the rows ([`PageMask::ALL_ROWS`] where it is all of them), 16..32 the end of the tokens less one.
 #[repr(transparent)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct PageMask(pub u32);
@@ -96,12 +120,13 @@ pub struct PageMask(pub u32);
 impl PageMask {
     /// The end of the rows where all of an item's rows attend.
     pub const ALL_ROWS: u32 = 255;
-    /// Most tokens of a page a mask can count.
+    /// Most tokens of a page that a mask can describe.
     pub const MAX_TOKENS: u32 = 1 << 16;
 
-    /// Rows `row_begin..row_end` (0 to [`Self::ALL_ROWS`] for all of them) attend to the first `tokens` (1 to [`Self::MAX_TOKENS`]) of the page.
-    pub const fn new(row_begin: u32, row_end: u32, tokens: u32) -> Self {
-        Self(row_begin | row_end << 8 | (tokens - 1) << 16)
+    /// Rows `rows.0..rows.1` (0 to [`Self::ALL_ROWS`] for all of them) attend to the page's tokens before `token_end` (1 to
+    /// [`Self::MAX_TOKENS`]).
+    pub const fn new(rows: (u32, u32), token_end: u32) -> Self {
+        Self(rows.0 | rows.1 << 8 | (token_end - 1) << 16)
     }
 
     /// First row.
@@ -114,13 +139,18 @@ impl PageMask {
         self.0 >> 8 & 0xff
     }
 
+    /// Whether row `row` of the item attends.
+    pub const fn has_row(self, row: u32) -> bool {
+        row >= self.row_begin() && row < self.row_end()
+    }
+
     /// Whether all of the item's rows attend.
     pub const fn is_for_all_rows(self) -> bool {
         self.0 & 0xffff == Self::ALL_ROWS << 8
     }
 
-    /// Tokens that count.
-    pub const fn tokens(self) -> u32 {
+    /// End of the tokens that count.
+    pub const fn token_end(self) -> u32 {
         (self.0 >> 16) + 1
     }
 }
@@ -128,10 +158,11 @@ impl PageMask {
 /// One query of an item.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
-pub struct PackQuery {
-    /// Row of the batch.
-    pub sequence: u32,
-    /// The partial slot the item writes for this sequence, or [`DIRECT_SLOT`].
+pub struct ItemQuery {
+    /// The query token: its row of Q, O and LSE. A row of the batch is a query token, the only one of its sequence or one of
+    /// several.
+    pub query_token: u32,
+    /// The partial slot the item writes for this query, or [`DIRECT_SLOT`].
     pub slot: u32,
 }
 
@@ -151,8 +182,9 @@ pub struct MergeRow {
 }
 
 const _: () = {
-    assert!(size_of::<PlanHeader>() == 128);
+    assert!(size_of::<PlanHeader>() == 192);
     assert!(size_of::<WorkItem>() == 32);
-    assert!(size_of::<PackQuery>() == 8);
+    assert!(size_of::<PageMask>() == 4);
+    assert!(size_of::<ItemQuery>() == 8);
     assert!(size_of::<MergeRow>() == 16);
 };

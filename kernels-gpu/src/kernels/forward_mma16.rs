@@ -10,8 +10,8 @@ use pat_abi::{ForwardParams, TileConfig, TileVariant, kernel_shapes};
 use crate::element::{Bf16, Element, F16};
 use crate::item::Item;
 use crate::ptx::{barrier, cp_async, special};
-use crate::softmax::{RowStates, cap_scores};
-use crate::tile::fragment::{Queries, accumulate, mask, mask_rows, rescale, scores, to_operand};
+use crate::softmax::{OnlineSoftmax, cap_scores, rescale};
+use crate::tile::fragment::{Queries, accumulate, mask, mask_rows, scores, to_operand};
 use crate::tile::gather::{Pool, Token, gather, row_of_lane};
 use crate::tile::reduce::combine_and_store;
 
@@ -73,7 +73,7 @@ unsafe fn forward<
     for stage in 0..STAGES {
         let k_stage = ring + stage * 2 * unit_bytes;
         if incoming < item.stream.token_count {
-            if item.stream.masks != 0 {
+            if item.stream.has_masks() {
                 // SAFETY: as above.
                 unsafe { place.store_rows(ranges_of(k_stage), located, UNIT_TOKENS) };
             }
@@ -99,7 +99,7 @@ unsafe fn forward<
         barrier::sync_cta();
     }
     let mut output = [[[0.0; 4]; 2]; HEAD_STEPS];
-    let mut states = RowStates::EMPTY;
+    let mut softmax = OnlineSoftmax::EMPTY;
     let mut k_stage = ring;
     while unit < item.stream.token_count {
         let v_stage = k_stage + unit_bytes;
@@ -111,7 +111,7 @@ unsafe fn forward<
         let mut s = unsafe { scores::<E, HEAD_STEPS, KEY_STEPS>(&q, k_stage, lane) };
         cap_scores(params, s.as_flattened_mut().as_flattened_mut());
         let valid = item.stream.token_count - unit;
-        if item.stream.masks != 0 {
+        if item.stream.has_masks() {
             // SAFETY: they were written before the barrier.
             unsafe { mask_rows(&mut s, ranges_of(k_stage), 0, lane) };
         } else if valid < UNIT_TOKENS {
@@ -119,7 +119,7 @@ unsafe fn forward<
         }
         barrier::sync_warp();
         if refill {
-            if item.stream.masks != 0 {
+            if item.stream.has_masks() {
                 // SAFETY: all lanes have read the unit's ranges.
                 unsafe { place.store_rows(ranges_of(k_stage), located, UNIT_TOKENS) };
             }
@@ -128,8 +128,9 @@ unsafe fn forward<
         }
         cp_async::commit_group();
 
-        let factors = states.update(&mut s, params.scale_log2);
-        rescale(&mut output, factors);
+        if let Some(factors) = softmax.update::<false, _>(s.as_flattened_mut(), params.scale_log2) {
+            rescale(output.as_flattened_mut().as_flattened_mut(), factors);
+        }
         let p = to_operand::<E, KEY_STEPS>(&s);
 
         cp_async::wait_group::<PENDING>();
@@ -153,13 +154,13 @@ unsafe fn forward<
             k_stage = ring;
         }
     }
-    states.finish();
+    softmax.finish();
     cp_async::wait_group::<0>();
     barrier::sync_warp();
     // SAFETY: the scratch is the warp's own, now idle, ring.
     unsafe {
         let smem = special::dynamic_smem();
-        combine_and_store::<E, HEAD_STEPS, 1, WARPS>(params, &item, smem, ring_bytes, &output, &states, thread);
+        combine_and_store::<E, HEAD_STEPS, 1, WARPS>(params, &item, smem, ring_bytes, &output, &softmax, thread);
     }
 }
 

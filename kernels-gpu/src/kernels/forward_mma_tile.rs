@@ -9,12 +9,12 @@ use pat_abi::tile::warp_state_bytes;
 use pat_abi::{ForwardParams, TileConfig, TileVariant, kernel_shapes, narrow_kernel_shapes};
 
 use crate::element::{Bf16, Element, F16};
-use crate::finish::Finish;
-use crate::isolation::{RowSoftmax, restore_rows};
+use crate::epilogue::{Written, write_rows};
+use crate::isolation::restore_rows;
 use crate::item::Item;
-use crate::ptx::{barrier, cp_async, math, special};
-use crate::softmax::{RowStates, cap_scores};
-use crate::tile::fragment::{Accumulator, Queries, accumulate, mask, mask_rows, rescale, scores, to_operand};
+use crate::ptx::{barrier, cp_async, special};
+use crate::softmax::{OnlineSoftmax, cap_scores, rescale};
+use crate::tile::fragment::{Accumulator, Queries, accumulate, mask, mask_rows, scores, to_operand};
 use crate::tile::gather::{Pool, Token, gather, row_of_lane};
 use crate::tile::reduce::combine_and_store;
 
@@ -77,7 +77,7 @@ unsafe fn forward<
     for stage in 0..STAGES {
         let k_stage = ring + stage * 2 * tile_bytes;
         if incoming < item.stream.token_count {
-            if item.stream.masks != 0 {
+            if item.stream.has_masks() {
                 // SAFETY: the stages are free before their first use.
                 unsafe { place.store_rows(ranges_of(k_stage) + 2 * loaded_first, located, LOADED) };
             }
@@ -100,7 +100,7 @@ unsafe fn forward<
     // SAFETY: the caller's contract.
     let q = unsafe { Queries::<HEAD_STEPS>::new(params, &item, query_tile, first_row, lane) };
     let mut output = [[[0.0; 4]; 2]; HEAD_STEPS];
-    let mut states = RowStates::EMPTY;
+    let mut softmax = OnlineSoftmax::EMPTY;
     let mut tile = 0;
     let mut k_stage = ring;
     while tile < item.stream.token_count {
@@ -110,14 +110,15 @@ unsafe fn forward<
         // SAFETY: this tile's K has arrived, for all threads.
         let mut s = unsafe { scores::<E, HEAD_STEPS, KEY_STEPS>(&q, k_stage + first_key * row_bytes, lane) };
         cap_scores(params, s.as_flattened_mut().as_flattened_mut());
-        if item.stream.masks != 0 {
+        if item.stream.has_masks() {
             // SAFETY: they were written before the barrier.
             unsafe { mask_rows(&mut s, ranges_of(k_stage) + 2 * first_key, first_row, lane) };
         } else if item.stream.token_count - tile < tile_tokens {
             mask(&mut s, (item.stream.token_count - tile).saturating_sub(first_key), lane);
         }
-        let factors = states.update(&mut s, params.scale_log2);
-        rescale(&mut output, factors);
+        if let Some(factors) = softmax.update::<false, _>(s.as_flattened_mut(), params.scale_log2) {
+            rescale(output.as_flattened_mut().as_flattened_mut(), factors);
+        }
         let p = to_operand::<E, KEY_STEPS>(&s);
 
         cp_async::wait_group::<2>();
@@ -126,7 +127,7 @@ unsafe fn forward<
         unsafe { accumulate::<E, HEAD_STEPS, KEY_STEPS>(&mut output, &p, v_stage + first_key * row_bytes, lane) };
         barrier::sync_cta();
         if incoming < item.stream.token_count {
-            if item.stream.masks != 0 {
+            if item.stream.has_masks() {
                 // SAFETY: all threads have read both tiles of the stage, and its ranges before them.
                 unsafe { place.store_rows(ranges_of(k_stage) + 2 * loaded_first, located, LOADED) };
             }
@@ -146,18 +147,18 @@ unsafe fn forward<
         place = unsafe { Token::locate(&item.stream, params.page_size, incoming + loaded_first + located) };
         k_stage = if k_stage == ring { ring + 2 * tile_bytes } else { ring };
     }
-    states.finish();
+    softmax.finish();
     if KV_WARPS > 1 {
         let stride = warp_state_bytes(16 * HEAD_STEPS as u32);
         // SAFETY: the ring is idle: the last barrier of the loop followed its last read, and no copy is in flight.
         unsafe {
             combine_and_store::<E, HEAD_STEPS, M_WARPS, KV_WARPS>(
-                params, &item, ring, stride, &output, &states, thread,
+                params, &item, ring, stride, &output, &softmax, thread,
             );
         }
     } else {
         // SAFETY: the caller's contract.
-        unsafe { store::<E, HEAD_STEPS>(params, &item, first_row, &output, &states, lane) };
+        unsafe { store::<E, HEAD_STEPS>(params, &item, first_row, &output, &softmax, lane) };
     }
 }
 
@@ -171,52 +172,19 @@ unsafe fn store<E: Element, const HEAD_STEPS: usize>(
     item: &Item,
     first_row: u32,
     output: &Accumulator<HEAD_STEPS>,
-    states: &RowStates,
+    softmax: &OnlineSoftmax,
     lane: u32,
 ) {
-    let mut not_finite = [false; 2];
-    let mut scales = [0.0; 2];
-    for r in 0..2 {
-        let row = first_row + lane / 4 + 8 * r as u32;
-        if row < item.row_count {
-            // SAFETY: the row exists.
-            let (target, Finish { scale, lse_log2 }) = unsafe {
-                let target = item.row(params, row);
-                (target, Finish::new(states.max[r], states.sum[r], target.sink(params)))
-            };
-            scales[r] = scale;
-            let pairs = output.as_flattened().iter().map(|tile| [tile[2 * r] * scale, tile[2 * r + 1] * scale]);
-            // Of columns 0, 8, 16, ... and their neighbours, of the first lane.
-            let columns = (0..).map(|i| 8 * i + 2 * (lane % 4));
-            if item.stream.masks != 0 {
-                let sum = pairs.clone().fold(0.0, |sum, [a, b]| math::fma(a, 0.0, math::fma(b, 0.0, sum)));
-                not_finite[r] = sum != 0.0;
-            }
-            // SAFETY: the row exists, and each lane owns its columns.
-            unsafe {
-                if target.is_partial() {
-                    for (pair, column) in pairs.zip(columns) {
-                        target.store_partial_pair(params, 16 * HEAD_STEPS as u32, column, pair);
-                    }
-                } else {
-                    for (pair, column) in pairs.zip(columns) {
-                        target.store_output_pair::<E>(params, column, pair);
-                    }
-                }
-                if lane % 4 == 0 {
-                    target.store_lse(params, lse_log2);
-                }
-            }
-        }
-    }
-    if item.stream.masks != 0 {
-        let softmaxes = [0, 1].map(|r| RowSoftmax { reference: states.max[r], scale: scales[r] });
-        let (head_dim, locate) = (16 * HEAD_STEPS as u32, |row| {
-            // SAFETY: a row of the item.
-            unsafe { item.row(params, row) }
-        });
-        // SAFETY: the rows have been written above; those marked are the item's.
-        unsafe {
+    let rows = [0, 8].map(|half| first_row + lane / 4 + half);
+    let exists = |half: usize| rows[half] < item.row_count;
+    // SAFETY: a row of the item: the first where it does not have this one.
+    let locate = |row| unsafe { item.row(params, if row < item.row_count { row } else { 0 }) };
+    let (output, has_masks) = (output.as_flattened().as_flattened(), item.stream.has_masks());
+    // SAFETY: the caller's contract; the rows have been written ahead of their repair, and those marked are the item's.
+    unsafe {
+        let Written { not_finite, softmaxes } =
+            write_rows::<E>(params, output, softmax, exists, has_masks, lane, |half| locate(rows[half]));
+        if has_masks {
             restore_rows::<E, true>(
                 params,
                 item.stream,
@@ -224,7 +192,7 @@ unsafe fn store<E: Element, const HEAD_STEPS: usize>(
                 first_row,
                 not_finite,
                 softmaxes,
-                head_dim,
+                16 * HEAD_STEPS as u32,
                 lane,
                 locate,
             );

@@ -10,18 +10,18 @@
 //! Whichever way a row goes, its sums are made in the same order: partial `i` goes to sum `i / 8 % 4` of four, in the order of the
 //! slots, and these are added. Results depend neither on timing nor on how many other rows or CTAs there are.
 
-use core::mem::offset_of;
-
 use pat_abi::manifest::MERGE_WARPS as WARPS;
-use pat_abi::{MergeParams, MergeRow, PLAN_MAGIC, PlanHeader};
+use pat_abi::reader::MergeView;
+use pat_abi::{MergeParams, MergeRow};
 
 use crate::element::Element;
-use crate::finish::Finish;
-use crate::item::{LN_2, strided};
+use crate::finish::{Finish, natural, sink_of};
+use crate::item::strided;
+use crate::plan_words::{AtOnce, WhenUsed};
 use crate::ptx::barrier::sync_cta;
 use crate::ptx::ldst::{
-    load_global_l2_f32, load_global_l2_f32x2, load_global_l2_f32x4, load_global_u32x4, load_shared_f32x2,
-    request_global_u32, store_global_f32, store_global_u32, store_global_u32x2, store_shared_f32x2,
+    load_global_l2_f32, load_global_l2_f32x2, load_global_l2_f32x4, load_shared_f32x2, store_global_f32,
+    store_global_u32, store_global_u32x2, store_shared_f32x2,
 };
 use crate::ptx::{math, shuffle, special};
 use crate::softmax::subtrahend;
@@ -68,7 +68,7 @@ impl Row {
     /// Address of its head's sink, 0 if there are none.
     #[inline(always)]
     fn sink(self, params: &MergeParams) -> u64 {
-        if params.sinks == 0 { 0 } else { params.sinks + self.head as u64 * 4 }
+        sink_of(params.sinks, self.head)
     }
 
     /// Address of a lane's columns of that partial.
@@ -91,16 +91,10 @@ pub(crate) unsafe fn merge<E: Element, const COLUMNS: usize, const PARTS: u32>(
     let thread = special::thread_index();
     let lane = thread % 32;
     let ctas = special::cta_count();
-    // All asked for before any is used: `load_*` ones would wait for the magic number first.
-    // SAFETY: header fields.
-    let (magic, count, offset) = unsafe {
-        (
-            request_global_u32(params.plan + offset_of!(PlanHeader, magic) as u64),
-            request_global_u32(params.plan + offset_of!(PlanHeader, merge_count) as u64),
-            request_global_u32(params.plan + offset_of!(PlanHeader, merges_offset_bytes) as u64),
-        )
-    };
-    let row_count = if magic == PLAN_MAGIC { count * params.q_heads.divisor * PARTS } else { 0 };
+    // SAFETY: the header and, below, rows that there are.
+    let (at_once, when_used) = unsafe { (AtOnce::new(), WhenUsed::new()) };
+    let merges = MergeView::load(at_once, params.plan);
+    let row_count = merges.count * params.q_heads.divisor * PARTS;
     let together = row_count <= ctas;
     let (warp, warps) = if together {
         (special::cta_index(), ctas)
@@ -115,9 +109,7 @@ pub(crate) unsafe fn merge<E: Element, const COLUMNS: usize, const PARTS: u32>(
         let exists = row_index < row_count;
         let row_index = if exists { row_index } else { first };
         let (index, head) = params.q_heads.divide_remainder(row_index / PARTS);
-        // SAFETY: `index` is below the count.
-        let [sequence, slot_begin, slot_count, _] =
-            unsafe { load_global_u32x4(params.plan + offset as u64 + index as u64 * size_of::<MergeRow>() as u64) };
+        let MergeRow { sequence, slot_begin, slot_count, reserved: _ } = merges.row(when_used, index);
         let row = Row {
             sequence,
             head,
@@ -364,7 +356,7 @@ unsafe fn store_row<E: Element, const COLUMNS: usize>(
         store_columns::<E, COLUMNS>(address + (part * 32 + lane) as u64 * COLUMNS as u64 * 2, &columns);
         if params.lse != 0 && lane == 0 && part == 0 {
             let lse = strided(params.lse, sequence, params.lse_sequence_stride, head, params.lse_head_stride);
-            store_global_f32(lse, lse_log2 * LN_2);
+            store_global_f32(lse, natural(lse_log2));
         }
     }
 }
@@ -398,7 +390,7 @@ unsafe fn store_columns<E: Element, const COLUMNS: usize>(address: u64, columns:
     }
 }
 
-/// Not where `tests/tests/merge_lockstep.rs` compiles this file for the host.
+/// Not where `tests/tests/kernel_lockstep` compiles this file for the host.
 #[cfg(target_arch = "nvptx64")]
 mod entries {
     use super::*;

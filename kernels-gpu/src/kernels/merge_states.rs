@@ -1,10 +1,12 @@
 //! Merge of two attention states by their log-sum-exps: a warp takes a (row, head), its lanes 8 elements each.
 
+use core::f32::consts::LN_2;
+
 use pat_abi::manifest::SUPPORT_THREADS;
 use pat_abi::row_params::{MergeStatesParams, StateParams};
 
 use crate::element::{Bf16, Element, F16};
-use crate::item::{LN_2, strided};
+use crate::item::strided;
 use crate::ptx::barrier::sync_warp;
 use crate::ptx::ldst::{load_global_l2_f32, load_global_l2_f32x4, store_global_f32, store_global_u32x4};
 use crate::ptx::{math, special};

@@ -207,18 +207,6 @@ pub fn to_operand<E: Element, const STEPS: usize>(p: &Accumulator<STEPS>) -> Ope
     operand
 }
 
-/// Multiplies the two rows of every lane by their factors.
-#[inline(always)]
-pub fn rescale<const STEPS: usize>(accumulator: &mut Accumulator<STEPS>, factors: [f32; 2]) {
-    for step in 0..STEPS {
-        for half in 0..2 {
-            for e in 0..4 {
-                accumulator[step][half][e] *= factors[e / 2];
-            }
-        }
-    }
-}
-
 /// accumulator += P V, with V at `values` in shared memory laid out as the keys of [`scores`]. Convergent.
 ///
 /// # Safety

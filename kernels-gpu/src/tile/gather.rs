@@ -1,11 +1,12 @@
 //! Gathering scattered KV rows into a swizzled shared-memory tile.
 
 use pat_abi::layout::swizzled_chunk;
-use pat_abi::{FastDivisor, ForwardParams, PageMask};
+use pat_abi::reader::Stream;
+use pat_abi::{FastDivisor, ForwardParams};
 
-use crate::item::Stream;
+use crate::plan_words::WhenUsed;
 use crate::ptx::cp_async::copy_16_bytes;
-use crate::ptx::ldst::{load_global_u32, store_shared_u16};
+use crate::ptx::ldst::store_shared_u16;
 use crate::ptx::shuffle;
 
 /// Where one KV head of K or V lies in its pool.
@@ -57,12 +58,12 @@ impl Token {
             return Self { page_id: 0, in_page, rows: 0 };
         }
         // SAFETY: the stream spans `ceil(token_count / page_size)` page ids, and as many masks where it has any.
-        let page_id = unsafe { load_global_u32(stream.page_ids + page as u64 * 4) };
+        let words = unsafe { WhenUsed::new() };
+        let page_id = stream.page_id(words, page);
         let mut rows = Self::ALL_ROWS;
-        if stream.masks != 0 {
-            // SAFETY: as above.
-            let mask = PageMask(unsafe { load_global_u32(stream.masks + page as u64 * 4) });
-            rows = if in_page < mask.tokens() { mask.0 & 0xffff } else { 0 };
+        if stream.has_masks() {
+            let mask = stream.mask(words, page);
+            rows = if in_page < mask.token_end() { mask.0 & 0xffff } else { 0 };
         }
         Self { page_id, in_page, rows }
     }

@@ -9,7 +9,7 @@ use crate::isolation::{RowSoftmax, attend_pair};
 use crate::item::Item;
 use crate::ptx::ldst::{load_shared_f32x2, store_shared_f32x2};
 use crate::ptx::{barrier, math, shuffle};
-use crate::softmax::{RowStates, subtrahend};
+use crate::softmax::{OnlineSoftmax, subtrahend};
 use crate::tile::fragment::Accumulator;
 
 /// Combines and writes out the rows of a CTA of `M_WARPS * KV_WARPS` warps; warp w holds the KV share `w / M_WARPS` of
@@ -25,7 +25,7 @@ pub unsafe fn combine_and_store<E: Element, const HEAD_STEPS: usize, const M_WAR
     smem: u32,
     scratch_stride: u32,
     accumulator: &Accumulator<HEAD_STEPS>,
-    states: &RowStates,
+    softmax: &OnlineSoftmax,
     thread: u32,
 ) {
     let head_dim = 16 * HEAD_STEPS as u32;
@@ -44,7 +44,7 @@ pub unsafe fn combine_and_store<E: Element, const HEAD_STEPS: usize, const M_WAR
                 }
             }
             if lane % 4 == 0 {
-                store_shared_f32x2(own + 16 * pitch + row * 8, [states.max[r], states.sum[r]]);
+                store_shared_f32x2(own + 16 * pitch + row * 8, [softmax.references[r], softmax.sums[r]]);
             }
         }
     }
@@ -79,7 +79,7 @@ pub unsafe fn combine_and_store<E: Element, const HEAD_STEPS: usize, const M_WAR
             let target = item.row(params, row);
             let Finish { scale, lse_log2 } = Finish::new(max, sum, target.sink(params));
             let mut pair = [pair[0] * scale, pair[1] * scale];
-            if item.stream.masks != 0 {
+            if item.stream.has_masks() {
                 let softmax = RowSoftmax { reference: max, scale };
                 let not_finite = math::fma(pair[1], 0.0, pair[0] * 0.0) != 0.0;
                 if shuffle::any(not_finite && softmax.is_finite()) {

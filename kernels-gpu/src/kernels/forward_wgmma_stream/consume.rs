@@ -1,23 +1,23 @@
 //! The consumer warpgroups: scores, weights, outputs.
 
 use super::masks::{ALL_VALUES, KeyMask, TileMasks, all_full, all_keys, load_masks, values_ends};
-use super::online_softmax::OnlineSoftmax;
 use super::smem::{QSlots, Ring, Smem, tile_offset};
-use super::work::{Batch, PlanView, Work, work_index};
+use super::work::{Batch, query_of_row, work_index};
 use super::{GROUP_ROWS, PRODUCER_WARPS, SPAN_KEYS};
 use crate::element::Element;
-use crate::finish::Finish;
-use crate::isolation::{RowSoftmax, restore_rows};
-use crate::item::Row;
+use crate::epilogue::{Row, Written, write_rows};
+use crate::isolation::restore_rows;
+use crate::plan_words::AtOnce;
 use crate::ptx::barrier::sync_named;
-use crate::ptx::ldst::{request_global_u32x2, store_shared_u32x4};
+use crate::ptx::ldst::store_shared_u32x4;
 use crate::ptx::mbarrier;
 use crate::ptx::mma::ldmatrix_x4;
-use crate::ptx::shuffle::{any, xor_u32};
+use crate::ptx::shuffle::any;
 use crate::ptx::special::{thread_index, thread_index_here};
 use crate::ptx::wgmma::{self, HeadDim, WgmmaOps};
-use crate::softmax::cap_scores;
-use pat_abi::{ForwardParams, NO_MASKS, NamedBarrier};
+use crate::softmax::{OnlineSoftmax, cap_scores, rescale, value_of_row};
+use pat_abi::reader::PlanView;
+use pat_abi::{ForwardParams, NamedBarrier};
 
 /// Consumer warpgroup `group`.
 ///
@@ -39,6 +39,8 @@ pub(super) unsafe fn consume<
 ) where
     (E, HeadDim<HEAD_DIM>): WgmmaOps<Q_REGS, O_REGS, SPANS>,
 {
+    // SAFETY: records of the plan.
+    let words = unsafe { AtOnce::new() };
     let warp = (thread_index() & 127) >> 5;
     let (lane, rows) = consumer_rows(thread_index());
     let mut ring = Ring::<GROUPS> { stage: 0, phase: 0 };
@@ -62,7 +64,7 @@ pub(super) unsafe fn consume<
             in_batch += 1;
             round += 1;
             index = work_index(round);
-            let destinations = rows.map(|row| request_global_u32x2(work.query_address(p, plan, row).0));
+            let destinations = rows.map(|row| query_of_row(p, plan, &work, row).0.token_and_slot(words));
 
             let mut q = [0u32; Q_REGS];
             let (slot, slot_count) = q_slots.take(work.row_count);
@@ -88,7 +90,7 @@ pub(super) unsafe fn consume<
             let mut o = [0f32; O_REGS];
             let mut s = [[0f32; 32]; SPANS];
             let mut weights = [[0u32; 16]; SPANS];
-            let mut softmax = OnlineSoftmax::new(p.scale_log2);
+            let mut softmax = OnlineSoftmax::EMPTY;
 
             // Scores of the first tile; in the loop, the scores of a tile are computed while the values of the tile
             // before it are accumulated.
@@ -102,7 +104,7 @@ pub(super) unsafe fn consume<
                 cap_scores(p, s.as_flattened_mut());
             }
             mask_scores(&mut s, masks);
-            softmax.update(&mut s);
+            softmax.update::<true, _>(&mut s, p.scale_log2);
             pack_weights::<E, SPANS>(&s, &mut weights);
             let mut previous = ring;
             ring.advance();
@@ -124,13 +126,11 @@ pub(super) unsafe fn consume<
                     cap_scores(p, s.as_flattened_mut());
                 }
                 mask_scores(&mut s, masks);
-                let correction = softmax.update(&mut s);
+                let correction = softmax.update::<true, _>(&mut s, p.scale_log2);
                 <(E, HeadDim<HEAD_DIM>)>::wait_output(&mut o, &mut weights);
                 release(smem.v_empty(previous.stage), lane);
                 if let Some(correction) = correction {
-                    for i in 0..O_REGS {
-                        o[i] *= correction[(i >> 1) & 1];
-                    }
+                    rescale(&mut o, correction);
                 }
                 pack_weights::<E, SPANS>(&s, &mut weights);
                 previous = ring;
@@ -145,61 +145,26 @@ pub(super) unsafe fn consume<
             <(E, HeadDim<HEAD_DIM>)>::wait_output(&mut o, &mut weights);
             release(smem.v_empty(previous.stage), lane);
 
-            let (sums, references) = softmax.finish();
-            let has_masks = work.mask_begin != NO_MASKS;
-            let mut not_finite = [false; 2];
-            let mut scales = [0.0; 2];
-            for half in 0..2 {
-                let [sequence, slot] = destinations[half];
-                let (_, head) = work.query_address(p, plan, rows[half]);
-                let row = Row::new(p, sequence, head, slot);
-                let Finish { scale: inverse, lse_log2 } = Finish::new(references[half], sums[half], row.sink(p));
-                scales[half] = inverse;
-                // Four lanes hold a row, two columns of every eight each; after the exchange each holds eight neighbours of
-                // every 32.
-                let mut octets = [[0u32; 4]; 4];
-                for i in 0..O_REGS / 16 {
-                    let pair = |block: usize| {
-                        let first = 16 * i + 4 * block + 2 * half;
-                        E::pack(o[first] * inverse, o[first + 1] * inverse)
-                    };
-                    octets[i] = transpose_quad([pair(0), pair(1), pair(2), pair(3)], lane);
-                }
-                if rows[half] >= work.row_count {
-                    continue;
-                }
-                if has_masks {
-                    let words = octets.as_flattened()[..O_REGS / 4].iter();
-                    let sum = words.fold(0, |sum, &word| E::add_zero_times(sum, word));
-                    not_finite[half] = sum & 0x7fff_7fff != 0;
-                }
-                if row.is_partial() {
-                    for i in 0..O_REGS / 4 {
-                        let pair = [o[4 * i + 2 * half] * inverse, o[4 * i + 2 * half + 1] * inverse];
-                        row.store_partial_pair(p, HEAD_DIM, 8 * i as u32 + 2 * (lane & 3), pair);
-                    }
-                } else {
-                    for i in 0..O_REGS / 16 {
-                        row.store_octet(p, 32 * i as u32 + 8 * (lane & 3), octets[i]);
-                    }
-                }
-                if lane & 3 == 0 {
-                    row.store_lse(p, lse_log2);
-                }
-            }
+            softmax.finish();
+            let has_masks = work.has_masks();
+            // Registers are short: not kept through the main loop.
+            let (lane, rows) = consumer_rows(thread_index_here());
+            let exists = |half: usize| rows[half] < work.row_count;
+            let Written { not_finite, softmaxes } = write_rows::<E>(p, &o, &softmax, exists, has_masks, lane, |half| {
+                let (_, head) = query_of_row(p, plan, &work, rows[half]);
+                Row::of_query(p, destinations[half], head)
+            });
             if has_masks && any(not_finite[0] || not_finite[1]) {
                 // Registers are short: nothing that only this needs is kept through the main loop.
                 let thread = thread_index_here();
                 let (lane, first_row) = (thread % 32, (thread / 32 - PRODUCER_WARPS) * 16);
-                let plan = PlanView::load(p, Smem::<HEAD_DIM, GROUPS>::VARIANT);
-                let work = Work::load(p, plan, work_index(round - 1));
-                let softmaxes = [0, 1].map(|half| RowSoftmax { reference: references[half], scale: scales[half] });
+                let plan = PlanView::load(words, p.plan, Smem::<HEAD_DIM, GROUPS>::VARIANT, p.kv_heads);
+                let work = plan.work(words, work_index(round - 1), p.kv_heads_divisor);
                 let locate = |row| {
-                    let (query, head) = work.query_address(p, plan, row);
-                    let [sequence, slot] = request_global_u32x2(query);
-                    Row::new(p, sequence, head, slot)
+                    let (query, head) = query_of_row(p, plan, &work, row);
+                    Row::new(p, query, head, words)
                 };
-                let stream = work.stream(plan);
+                let stream = plan.stream(&work);
                 if Smem::<HEAD_DIM, GROUPS>::CAPS_SCORES {
                     restore_rows::<E, true>(
                         p,
@@ -228,30 +193,6 @@ pub(super) unsafe fn consume<
             }
         }
     }
-}
-
-/// Transposes a 4 x 4 matrix whose row `l` lane `l` of a quad holds. All lanes of a warp.
-#[inline(always)]
-pub(super) fn transpose_quad(row: [u32; 4], lane: u32) -> [u32; 4] {
-    let [a, b, c, d] = row;
-    // Exchange 2 x 2 blocks across lane bit 1, then elements across lane bit 0.
-    let high = lane & 2 != 0;
-    let (keep, send) = if high { ([c, d], [a, b]) } else { ([a, b], [c, d]) };
-    let received = send.map(|word| xor_u32(word, 2));
-    let [e, f] = keep;
-    let [g, h] = received;
-    // Columns `2 * (lane / 2) ..` of rows `lane` and `lane ^ 2`.
-    let odd = lane & 1 != 0;
-    let (kept, sent) = if odd { ([f, h], [e, g]) } else { ([e, g], [f, h]) };
-    let [i, j] = sent.map(|word| xor_u32(word, 1));
-    // Column `lane` of rows lane, lane ^ 2, and of lane ^ 1, lane ^ 3.
-    let own = [kept[0], kept[1], i, j];
-    let at = |source: u32| {
-        let difference = source ^ lane & 3;
-        let low = if difference & 2 == 0 { [own[0], own[2]] } else { [own[1], own[3]] };
-        if difference & 1 == 0 { low[0] } else { low[1] }
-    };
-    [at(0), at(1), at(2), at(3)]
 }
 
 /// One arrival per consumer warp: the warp has finished with the stage.
@@ -285,7 +226,7 @@ pub(super) fn mask_scores<const SPANS: usize>(s: &mut [[f32; 32]; SPANS], masks:
             for half in 0..2 {
                 let attends = masks[span][step].has_row(rows[half]);
                 for i in 0..4 {
-                    let score = &mut s[span][8 * step + (i >> 1) * 4 + 2 * half + (i & 1)];
+                    let score = &mut s[span][8 * step + value_of_row(half, i)];
                     *score = if attends { *score } else { f32::NEG_INFINITY };
                 }
             }
@@ -298,7 +239,7 @@ pub(super) fn mask_scores<const SPANS: usize>(s: &mut [[f32; 32]; SPANS], masks:
             for i in 0..4 {
                 let key = (i as u32 >> 1) * 8 + (lane & 3) * 2 + (i as u32 & 1);
                 if key >= limit {
-                    s[span][8 * step + (i >> 1) * 4 + 2 * half + (i & 1)] = f32::NEG_INFINITY;
+                    s[span][8 * step + value_of_row(half, i)] = f32::NEG_INFINITY;
                 }
             }
         }

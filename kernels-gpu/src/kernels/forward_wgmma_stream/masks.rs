@@ -2,10 +2,11 @@
 
 use super::SPAN_KEYS;
 use super::smem::Smem;
-use super::work::{PlanView, Work};
-use crate::ptx::ldst::{load_shared_u32x4, request_global_u32};
+use crate::plan_words::AtOnce;
+use crate::ptx::ldst::load_shared_u32x4;
 use crate::ptx::shuffle::from_lane_u32;
-use pat_abi::{ForwardParams, NO_MASKS, PageMask};
+use pat_abi::reader::{PlanView, Work};
+use pat_abi::{ForwardParams, PageMask};
 
 /// What the rows of a tile attend to among 16 of its keys: bits 0..8 the first row, 8..16 the end of the rows, 16..24 the
 /// keys that count, bit 31 set where no box was loaded (TMA has filled the keys with zeros). The first mask of a tile without
@@ -61,31 +62,36 @@ impl PageWindow {
         let mut window = Self { lane_id: p.num_pages, lane_mask: PageMask(0) };
         if index <= last {
             // SAFETY: the item has `last + 1` page ids, and as many masks if it has any.
-            unsafe {
-                window.lane_id = request_global_u32(plan.pages + (work.page_begin + index) as u64 * 4);
-                if work.mask_begin != NO_MASKS {
-                    window.lane_mask.0 = request_global_u32(plan.masks + (work.mask_begin + index) as u64 * 4);
-                }
+            let words = unsafe { AtOnce::new() };
+            window.lane_id = plan.page_id(words, work, index);
+            if work.has_masks() {
+                window.lane_mask = plan.mask(words, work, index);
             }
         }
         window
+    }
+
+    /// The mask of page `page` of the item, which the window holds, in all lanes.
+    #[inline(always)]
+    pub(super) fn mask(&self, page: u32) -> PageMask {
+        PageMask(from_lane_u32(self.lane_mask.0, page & 31))
     }
 
     /// The mask of the 16 keys that begin at `token` of the stream; the window holds their page.
     #[inline(always)]
     pub(super) fn key_mask(&self, p: &ForwardParams, work: &Work, token: u32) -> KeyMask {
         let (page, in_page) = p.page_size.divide_remainder(token);
-        let mask = PageMask(from_lane_u32(self.lane_mask.0, page & 31));
+        let mask = self.mask(page);
         if token >= work.token_count {
             // A box is absent where it begins past the end; in a box that begins before it, keys are merely invalid. Boxes begin with
             // their page, and every 64 keys in larger ones.
             let box_begin = token - (in_page & (SPAN_KEYS - 1));
             return KeyMask(if box_begin >= work.token_count { KeyMask::ABSENT } else { 0 });
         }
-        let (rows, end) = if work.mask_begin == NO_MASKS {
+        let (rows, end) = if !work.has_masks() {
             (0xff00, work.token_count - token)
         } else {
-            (mask.0 & 0xffff, mask.tokens().saturating_sub(in_page))
+            (mask.0 & 0xffff, mask.token_end().saturating_sub(in_page))
         };
         let keys = if end < KeyMask::KEYS { end } else { KeyMask::KEYS };
         KeyMask(rows | keys << 16)

@@ -18,22 +18,22 @@
 
 mod consume;
 mod masks;
-mod online_softmax;
 mod produce;
 mod smem;
 mod work;
 
 use crate::element::{Bf16, Element, F16};
+use crate::plan_words::AtOnce;
 use crate::ptx::barrier::sync_cta;
 use crate::ptx::ldst::prefetch_l2;
 use crate::ptx::special::{cta_index, dynamic_smem, thread_index};
 use crate::ptx::wgmma::{self, HeadDim, WgmmaOps};
 use crate::ptx::{mbarrier, pdl, tma};
 use consume::consume;
+use pat_abi::reader::PlanView;
 use pat_abi::{ForwardParams, PlanHeader, TileConfig, TileVariant, narrow_kernel_shapes};
 use produce::{FIRST_Q_WARPS, Tensor, produce_kv, produce_q};
 use smem::{QSlots, Smem};
-use work::PlanView;
 
 /// Keys of a span, of which a main-loop step has one or two.
 const SPAN_KEYS: u32 = 64;
@@ -87,7 +87,7 @@ unsafe fn forward<
             tma::prefetch_map(maps.0);
             tma::prefetch_map(maps.1);
         }
-        let plan = PlanView::load(p, Smem::<HEAD_DIM, GROUPS>::VARIANT);
+        let plan = PlanView::load(AtOnce::new(), p.plan, Smem::<HEAD_DIM, GROUPS>::VARIANT, p.kv_heads);
         sync_cta();
         pdl::launch_dependents();
         if thread < 128 {

@@ -2,15 +2,17 @@
 
 use super::masks::{KeyMask, PageWindow};
 use super::smem::{QSlots, Ring, Smem, tile_offset};
-use super::work::{Batch, PlanView, work_index};
+use super::work::{Batch, query_of_row, work_index};
 use super::{GROUP_ROWS, PRODUCER_WARPS, SPAN_KEYS};
 use crate::item::strided;
+use crate::plan_words::AtOnce;
 use crate::ptx::barrier::sync_named;
-use crate::ptx::ldst::{request_global_u32, store_shared_u32x4};
+use crate::ptx::ldst::store_shared_u32x4;
 use crate::ptx::shuffle::{any, from_lane_u32, from_segment_u64};
 use crate::ptx::special::{thread_index, thread_index_here};
 use crate::ptx::{cp_async, mbarrier, tma};
-use pat_abi::{ForwardParams, NO_MASKS, NamedBarrier, PageMask};
+use pat_abi::reader::PlanView;
+use pat_abi::{ForwardParams, NamedBarrier};
 
 /// What a KV producer copies.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -75,9 +77,9 @@ pub(super) unsafe fn produce_kv<const HEAD_DIM: u32, const GROUPS: u32>(
                 let (page, in_page) = p.page_size.divide_remainder(token + box_row);
                 let id = from_lane_u32(window.lane_id, page & 31);
                 let id = if token + box_row < work.token_count { id } else { p.num_pages };
-                let page_mask = PageMask(from_lane_u32(window.lane_mask.0, page & 31));
+                let page_mask = window.mask(page);
                 // Pages of some rows only are read once; the others should still be in L2 when the next tile reads them.
-                let read_once = work.mask_begin != NO_MASKS && !page_mask.is_for_all_rows();
+                let read_once = work.has_masks() && !page_mask.is_for_all_rows();
 
                 let (tile, full, empty) = match tensor {
                     Tensor::K => (smem.k(ring.stage), smem.k_full(ring.stage), smem.k_empty(ring.stage)),
@@ -156,41 +158,43 @@ pub(super) unsafe fn produce_q<const HEAD_DIM: u32, const GROUPS: u32>(
     warp: u32,
 ) {
     let lane = thread_index() & 31;
+    // SAFETY: records of the plan.
+    let words = unsafe { AtOnce::new() };
     let mut slots = QSlots::<GROUPS> { next: 0, phases: u32::MAX };
     let mut round = 0;
     let mut index = work_index(round);
     let mut in_batch = 32;
     let mut batch = Batch::EMPTY;
-    let mut lane_sequence = 0;
+    let mut lane_token = 0;
     while index < plan.work_count {
         // SAFETY: over the whole loop, items come from the plan, addresses from the checked launch parameters.
         unsafe {
             if in_batch == 32 {
                 in_batch = 0;
                 batch = Batch::load(p, plan, round, lane);
-                lane_sequence = request_global_u32(batch.lane_work.query_address(p, plan, 0).0);
+                lane_token = query_of_row(p, plan, &batch.lane_work, 0).0.query_token(words);
             }
             let work = batch.get(in_batch);
             // Rows of one query, a leaf's case, need no further load.
-            let first_sequence = from_lane_u32(lane_sequence, in_batch);
+            let first_token = from_lane_u32(lane_token, in_batch);
             let one_query = work.row_count <= p.group.divisor;
             let (slot, slot_count) = slots.take(work.row_count);
             // A consumer's rows at a time: registers are short.
             for group in 0..GROUPS {
                 let first_row = GROUP_ROWS * group;
                 // Lane `l` locates rows `l` and `l + 32`.
-                let mut sequences = [first_sequence; 2];
+                let mut tokens = [first_token; 2];
                 if !one_query {
                     for i in 0..2 {
-                        sequences[i as usize] =
-                            request_global_u32(work.query_address(p, plan, first_row + lane + 32 * i).0);
+                        let (query, _) = query_of_row(p, plan, &work, first_row + lane + 32 * i);
+                        tokens[i as usize] = query.query_token(words);
                     }
                 }
                 let mut sources = [0u64; 2];
                 for i in 0..2 {
-                    let (_, head) = work.query_address(p, plan, first_row + lane + 32 * i);
-                    let sequence = sequences[i as usize];
-                    sources[i as usize] = strided(p.q, sequence, p.q_sequence_stride, head, p.q_head_stride);
+                    let (_, head) = query_of_row(p, plan, &work, first_row + lane + 32 * i);
+                    let token = tokens[i as usize];
+                    sources[i as usize] = strided(p.q, token, p.q_sequence_stride, head, p.q_head_stride);
                 }
                 if group == 0 {
                     for i in 0..slot_count {

@@ -103,8 +103,17 @@ pub(crate) mod math {
     pub(crate) fn fma(a: f32, b: f32, c: f32) -> f32 {
         a.mul_add(b, c)
     }
+    pub(crate) fn reciprocal(x: f32) -> f32 {
+        1.0 / x
+    }
     pub(crate) fn max(a: f32, b: f32) -> f32 {
         a.max(b)
+    }
+}
+
+pub(crate) mod switches {
+    pub(crate) fn soft_cap() -> bool {
+        false
     }
 }
 
@@ -130,7 +139,8 @@ pub(crate) mod ldst {
             })*
         };
     }
-    loads!(request_global_u32 -> u32, load_global_u32x4 -> [u32; 4], load_global_l2_f32 -> f32, load_global_l2_f32x2 -> [f32; 2],
+    loads!(request_global_u32 -> u32, request_global_u32x2 -> [u32; 2], request_global_u32x4 -> [u32; 4], load_global_u32 -> u32,
+        load_global_u32x2 -> [u32; 2], load_global_u32x4 -> [u32; 4], load_global_l2_f32 -> f32, load_global_l2_f32x2 -> [f32; 2],
         load_global_l2_f32x4 -> [f32; 4]);
     stores!(store_global_u32(u32), store_global_u32x2([u32; 2]), store_global_f32(f32));
 
