@@ -46,9 +46,9 @@ class FlashAttention3:
             raise NotExpressible("pages that are no multiple of 16 tokens")
         if case.q_heads == 0 or max(case.lengths) == 0:
             raise NotExpressible("no tokens")
-        more = {"s_aux": tensors.sinks.to(tensors.q.dtype)} if tensors.sinks is not None else {}
+        more = {"s_aux": tensors.sinks.to(torch.bfloat16)} if tensors.sinks is not None else {}
         if more and not torch.equal(more["s_aux"].float(), tensors.sinks):
-            raise NotExpressible("sinks that are no numbers of the element type")
+            raise NotExpressible("sinks that bf16, the only type that FlashAttention 3 takes, does not hold")
         rows = len(case.lengths)
         out, lse = self.call(
             q=tensors.q,
