@@ -3,7 +3,7 @@
 use core::f32::consts::{LN_2, LOG2_E};
 
 use crate::ptx::ldst::request_global_u32;
-use crate::ptx::math;
+use crate::ptx::{math, switches};
 use crate::softmax::{normaliser, subtrahend};
 
 /// What the output of a row is multiplied with, and its log-sum-exp, base 2.
@@ -23,7 +23,7 @@ impl Finish {
     /// A f32 lies at `sink` if it is not 0.
     #[inline(always)]
     pub(crate) unsafe fn new(max: f32, sum: f32, sink: u64) -> Self {
-        if sink == 0 {
+        if !switches::sinks() || sink == 0 {
             return Self { scale: normaliser(sum), lse_log2: max + math::log2(sum) };
         }
         // SAFETY: the caller's contract.

@@ -39,11 +39,11 @@ pub fn random_forest(rng: &mut impl Rng) -> OwnedBatch {
     OwnedBatch { page_size, num_pages: next_page + 2, lengths, block_tables: tables }
 }
 
-/// A partial of one row: its slot, its pages, its tokens.
-type Piece = (u32, Vec<u32>, u32);
+/// A partial of one row: its slot, its pages, its tokens, and those at the front of its pages that the row does not see.
+type Piece = (u32, Vec<u32>, u32, u32);
 
-/// Invariants 1 to 3: every (sequence, token, head of the group) is covered once; every slot is written once; items fit
-/// their tile, their run and the pool.
+/// Invariants 1 to 3: every (sequence, token, head of the group) is covered once, as far as the plan's window shows it; every slot is
+/// written once; items fit their tile, their run and the pool.
 ///
 /// # Panics
 /// One does not hold.
@@ -67,17 +67,18 @@ pub fn check(plan: &Plan, batch: &OwnedBatch, shape: AttentionShape) {
             }
             for row in 0..item.row_count {
                 let query = plan.queries()[(item.query_begin + row / group) as usize];
-                let (mut own, mut tokens) = (pages.clone(), item.token_count);
+                let (mut own, mut tokens, mut hidden) = (pages.clone(), item.token_count, 0);
                 if !masks.is_empty() {
                     let reads = |m: &PageMask| m.has_row(row);
                     own = pages.iter().zip(masks).filter(|(_, m)| reads(m)).map(|(&page, _)| page).collect();
                     tokens = masks.iter().filter(|m| reads(m)).map(|m| m.token_count()).sum();
-                    // Only the last page may be partial.
-                    assert_eq!(own.len() as u32, tokens.div_ceil(page_size));
+                    hidden = masks.iter().filter(|m| reads(m)).map(|m| m.token_begin()).sum();
+                    // Only the last page may be partial, and only of the first may tokens be hidden.
+                    assert_eq!(own.len() as u32, (hidden + tokens).div_ceil(page_size));
                 }
                 assert!(tokens > 0, "a row without a token");
                 assert_eq!(query.kv_limit, NO_KV_LIMIT);
-                pieces.entry((query.query_token, row % group)).or_default().push((query.slot, own, tokens));
+                pieces.entry((query.query_token, row % group)).or_default().push((query.slot, own, tokens, hidden));
             }
         }
     }
@@ -109,17 +110,21 @@ pub fn check(plan: &Plan, batch: &OwnedBatch, shape: AttentionShape) {
                     }
                 }
             }
+            let first_token = plan.problem().visibility().window.map_or(0, |window| length.saturating_sub(window));
             let tokens: u32 = of_row.iter().map(|piece| piece.2).sum();
-            assert_eq!(tokens, length, "sequence {sequence}");
+            assert_eq!(tokens, length - first_token, "sequence {sequence}");
+            let hidden: u32 = of_row.iter().map(|piece| piece.3).sum();
+            assert_eq!(hidden, first_token % page_size, "sequence {sequence}");
             // An item may hold its runs in any order.
             let mut pages: Vec<u32> = of_row.iter().flat_map(|piece| piece.1.clone()).collect();
-            let mut expected = batch.block_tables[sequence][..length.div_ceil(page_size) as usize].to_vec();
+            let in_window = (first_token / page_size) as usize..length.div_ceil(page_size) as usize;
+            let mut expected = batch.block_tables[sequence][in_window].to_vec();
             pages.sort_unstable();
             expected.sort_unstable();
             assert_eq!(pages, expected);
             // Only the last piece may end inside a page.
             for piece in &of_row[..of_row.len() - 1] {
-                assert_eq!(piece.2 % page_size, 0);
+                assert_eq!((piece.2 + piece.3) % page_size, 0);
             }
         }
     }

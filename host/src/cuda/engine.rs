@@ -55,7 +55,7 @@ impl CudaEngine {
             self.device.kernel(forward_kernel(variant, shape, switches)?, switches)?;
         }
         let launched = TileVariant::ALL.map(|variant| u32::from(variants.contains(&variant)));
-        self.device.kernel(merge_kernel(shape, &launched)?, Switches::OFF).map(drop)
+        self.device.kernel(merge_kernel(shape, &launched)?, switches.of_merge()).map(drop)
     }
 
     /// Checks the arguments of a run, once, and compiles its kernels if this is their first use. The result owns what it uses.
@@ -110,7 +110,7 @@ impl CudaEngine {
         Ok(RunKernels {
             maps,
             forward: specs.into_iter().map(|spec| self.device.kernel(spec, switches)).collect::<Result<_>>()?,
-            merge: merge.map(|spec| self.device.kernel(spec, Switches::OFF)).transpose()?,
+            merge: merge.map(|spec| self.device.kernel(spec, switches.of_merge())).transpose()?,
         })
     }
 }

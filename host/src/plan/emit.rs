@@ -35,6 +35,8 @@ pub(super) struct Scratch {
 pub(super) struct Emitter<'a> {
     pub(super) shape: AttentionShape,
     pub(super) batch: &'a DecodeBatch<'a>,
+    /// By row, tokens at the front of its first page that it does not attend to; nothing where there is no window.
+    pub(super) hidden_tokens: &'a [u32],
     pub(super) forest: &'a Forest,
     pub(super) extents: &'a [Extent],
     pub(super) choice: &'a TileChoice,
@@ -160,7 +162,7 @@ impl Emitter<'_> {
         let first_row = |reader: u32| u32::from(first_row[reader as usize]);
         let rows_of = |run: &Run| (first_row(run.reader_begin), first_row(run.reader_end));
 
-        let uniform = runs.iter().all(|run| rows_of(run) == (0, row_count));
+        let uniform = runs.iter().all(|run| rows_of(run) == (0, row_count) && self.hidden_tokens(run) == 0);
         if leaves_first && !uniform {
             runs.reverse();
         }
@@ -188,8 +190,14 @@ impl Emitter<'_> {
                     part => part,
                 };
                 let full = PageMask::new(rows, (0, page_size));
+                let first = records.masks.len();
                 records.masks.extend((run.page_begin + 1..run.page_end).map(|_| full));
                 records.masks.push(PageMask::new(rows, (0, self.tokens_of_last_page(run))));
+                let hidden_tokens = self.hidden_tokens(run);
+                if hidden_tokens > 0 {
+                    let end = records.masks[first].token_end();
+                    records.masks[first] = PageMask::new(rows, (hidden_tokens, end));
+                }
                 if run.is_tail {
                     records.tails[run.sequence as usize] = Tail::mask(records.masks.len() as u32 - 1);
                 }
@@ -202,6 +210,11 @@ impl Emitter<'_> {
         buffer::checked_count("items", records.items.len() as u64)?;
         runs.clear();
         Ok(())
+    }
+
+    /// Tokens at the front of a run's first page that its readers do not attend to: all of them the same.
+    fn hidden_tokens(&self, run: &Run) -> u32 {
+        if run.page_begin > 0 { 0 } else { self.hidden_tokens.get(run.sequence as usize).copied().unwrap_or(0) }
     }
 
     fn tokens_of_last_page(&self, run: &Run) -> u32 {

@@ -144,9 +144,10 @@ impl TileVariant {
         }
     }
 
-    /// Whether the variant's kernels may be launched with these switches. `wgmma128` has no registers left to cap scores with.
+    /// Whether the variant's kernels may be launched with these switches. `wgmma128` has no registers left to cap scores with, and the
+    /// masks of the wgmma kernels do not say where a window begins.
     pub const fn serves(self, switches: Switches) -> bool {
-        !(switches.soft_cap && matches!(self, Self::Wgmma128))
+        !(switches.soft_cap && matches!(self, Self::Wgmma128)) && !(switches.window && matches!(self.arch(), Arch::Sm90a))
     }
 
     /// Whether a CTA serves a piece of work of every round, dealt first CTA to last and back, instead of one piece alone:
@@ -207,6 +208,17 @@ pub struct KernelSpec {
     pub barriers: u32,
     /// Tensor-map parameters (128 bytes each) behind the first parameter.
     pub tensor_maps: u32,
+}
+
+impl KernelSpec {
+    /// Whether it may be launched with these switches.
+    pub fn serves(&self, switches: Switches) -> bool {
+        match self.family {
+            Family::Forward(variant) => variant.serves(switches),
+            Family::Merge => switches == switches.of_merge(),
+            Family::Fill | Family::Flush | Family::Append | Family::MergeStates => switches == Switches::OFF,
+        }
+    }
 }
 
 /// Which element types and head dimensions there are kernels for: calls a macro with what stands in the braces, followed by

@@ -12,7 +12,7 @@ mod plan_words;
 
 /// The device crate's names.
 mod ptx {
-    pub(crate) use crate::lanes::{barrier, ldst, math, shuffle, special};
+    pub(crate) use crate::lanes::{barrier, ldst, math, shuffle, special, switches};
 }
 mod element {
     pub(crate) trait Element {
