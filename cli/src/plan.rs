@@ -75,7 +75,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     let Candidate { planner, plan, summary } = &chosen;
     // What is planned is what windows leave.
     let windowed = problem.visibility().window.map(|window| WindowedBatch::new(&view, window));
-    let planned = windowed.as_ref().map_or_else(|| view.clone(), WindowedBatch::batch);
+    let planned = windowed.as_ref().map_or(view, WindowedBatch::batch);
     let svg = args.svg.as_ref().map(|file| {
         let svg = pat_report::svg(planner.forest(), planner.tiles(), &planned, &name);
         whole_file::stage(file, svg.as_bytes(), existing).context("--svg")

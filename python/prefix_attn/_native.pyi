@@ -239,12 +239,12 @@ class PlanBuffers:
     """
     def __new__(cls, /, planner: "Planner", page_size: SupportsIndex, num_pages: SupportsIndex) -> PlanBuffers: ...
     def __repr__(self, /) -> str: ...
-    def bind(self, /, k_cache: "torch.Tensor", v_cache: "torch.Tensor", q: "torch.Tensor", out: "torch.Tensor", lse: "torch.Tensor | None" = None, *, scale: "float | None" = None, kv_layout: str = "NHD", workspace: "Workspace | None" = None) -> "BoundRun":
+    def bind(self, /, k_cache: "torch.Tensor", v_cache: "torch.Tensor", q: "torch.Tensor", out: "torch.Tensor", lse: "torch.Tensor | None" = None, *, scale: "float | None" = None, softcap: "float | None" = None, sinks: "torch.Tensor | None" = None, kv_layout: str = "NHD", workspace: "Workspace | None" = None) -> "BoundRun":
         """
         A run of one layer whose arguments are checked here, once, and whose tensors are kept alive.
 
         Args:
-            k_cache, v_cache, q, out, lse, scale, kv_layout: as in :func:`run`; q, out and lse have at least the capacity's
+            k_cache, v_cache, q, out, lse, scale, softcap, sinks, kv_layout: as in :func:`run`; q, out and lse have at least the capacity's
                 ``max_sequences`` rows.
             workspace: memory for partial results, at least that of :meth:`Workspace.for_planner`; layers that run in the
                 order of a stream share one.
@@ -298,12 +298,13 @@ class Planner:
             of a sequence's output do not depend on the rest of the batch.
         capacity: bounds of the plans; needed for :class:`PlanBuffers`.
         variants: names of the only tile variants to use; by default the best of those that the device runs.
+        softcap: the cap of the runs' scores, if they have one: not every kernel can cap. Runs without a cap may use the plans, too.
 
     Raises:
         ValueError: a mode or variant that is not known, or not possible on the device.
         CudaUnavailable: the device is not there.
     """
-    def __new__(cls, /, shape: "AttentionShape", device: "DeviceProfile | torch.device | str | None" = None, *, mode: str = "auto", capacity: "Capacity | None" = None, variants: SupportsGetItem[int, str] | None = None) -> Planner: ...
+    def __new__(cls, /, shape: "AttentionShape", device: "DeviceProfile | torch.device | str | None" = None, *, mode: str = "auto", capacity: "Capacity | None" = None, variants: SupportsGetItem[int, str] | None = None, softcap: "float | None" = None) -> Planner: ...
     def __repr__(self, /) -> str: ...
     def advance(self, /, plan: "Plan", block_tables: Any, lengths: Any, changed_rows: Any | None = None, *, query_tokens: Any | None = None) -> "str":
         """
@@ -481,7 +482,7 @@ def merge_states(out_a: "torch.Tensor", lse_a: "torch.Tensor", out_b: "torch.Ten
         CudaError: the driver refuses the launch.
     """
 
-def run(plan: "Plan", q: "torch.Tensor", k_cache: "torch.Tensor", v_cache: "torch.Tensor", out: "torch.Tensor | None" = None, lse: "torch.Tensor | None" = None, *, scale: "float | None" = None, return_lse: bool = False, kv_layout: str = "NHD", workspace: "Workspace | None" = None, stream: SupportsIndex | None = None) -> "torch.Tensor | tuple[torch.Tensor, torch.Tensor]":
+def run(plan: "Plan", q: "torch.Tensor", k_cache: "torch.Tensor", v_cache: "torch.Tensor", out: "torch.Tensor | None" = None, lse: "torch.Tensor | None" = None, *, scale: "float | None" = None, softcap: "float | None" = None, sinks: "torch.Tensor | None" = None, return_lse: bool = False, kv_layout: str = "NHD", workspace: "Workspace | None" = None, stream: SupportsIndex | None = None) -> "torch.Tensor | tuple[torch.Tensor, torch.Tensor]":
     """
     Decode attention of one layer: for row b, query head h and KV head g = h / (q_heads / kv_heads),
     ``out[b, h] = sum_t softmax_t(scale * q[b, h] . k[t, g]) v[t, g]`` over the tokens that the plan's block table of b names.
@@ -497,6 +498,9 @@ def run(plan: "Plan", q: "torch.Tensor", k_cache: "torch.Tensor", v_cache: "torc
         out: memory for the output, as q; by default new.
         lse: memory for the log-sum-exps, float32 ``[rows, q_heads]``, natural logarithm.
         scale: factor on the scores; by default ``head_dim ** -0.5``.
+        softcap: caps the scaled scores: ``softcap * tanh(score / softcap)``; the planner must know that there is a cap.
+        sinks: float32 ``[q_heads]``: for each query head one more score, neither scaled nor capped, that adds to the
+            denominator and has no value. The log-sum-exps contain it: rows of length 0 get 0 and the sink.
         return_lse: return ``(out, lse)``; lse is new where it is not given.
         kv_layout: order of the dimensions of the caches.
         workspace: memory for partial results; by default the plan has its own.
@@ -507,7 +511,7 @@ def run(plan: "Plan", q: "torch.Tensor", k_cache: "torch.Tensor", v_cache: "torc
     multiples of 16 bytes, strides multiples of 8 elements.
 
     Returns:
-        out, or ``(out, lse)``. Rows of length 0 get 0 and -inf.
+        out, or ``(out, lse)``. Rows of length 0 get 0 and -inf, or their sink.
 
     Raises:
         TypeError: another element type, or no tensor.

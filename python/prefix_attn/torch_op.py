@@ -54,13 +54,21 @@ def _plan(number: int) -> _native.Plan:
 
 @torch.library.custom_op("prefix_attn::decode", mutates_args=())
 def _decode(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, slot: int, scale: float | None = None, kv_layout: str = "NHD"
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot: int,
+    scale: float | None = None,
+    kv_layout: str = "NHD",
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return _native.run(_plan(slot), q, k_cache, v_cache, scale=scale, return_lse=True, kv_layout=kv_layout)
+    options = dict(scale=scale, softcap=softcap, sinks=sinks, kv_layout=kv_layout)
+    return _native.run(_plan(slot), q, k_cache, v_cache, return_lse=True, **options)
 
 
 @_decode.register_fake
-def _(q, k_cache, v_cache, slot, scale=None, kv_layout="NHD"):
+def _(q, k_cache, v_cache, slot, scale=None, kv_layout="NHD", softcap=None, sinks=None):
     return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
@@ -74,12 +82,15 @@ def _decode_out(
     lse: Tensor | None = None,
     scale: float | None = None,
     kv_layout: str = "NHD",
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> None:
-    _native.run(_plan(slot), q, k_cache, v_cache, out, lse, scale=scale, kv_layout=kv_layout)
+    options = dict(scale=scale, softcap=softcap, sinks=sinks, kv_layout=kv_layout)
+    _native.run(_plan(slot), q, k_cache, v_cache, out, lse, **options)
 
 
 @_decode_out.register_fake
-def _(q, k_cache, v_cache, out, slot, lse=None, scale=None, kv_layout="NHD"):
+def _(q, k_cache, v_cache, out, slot, lse=None, scale=None, kv_layout="NHD", softcap=None, sinks=None):
     return None
 
 
@@ -102,6 +113,8 @@ def decode(
     slot: PlanSlot,
     *,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
     kv_layout: str = "NHD",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -109,7 +122,7 @@ def decode(
 
     Args:
         q: ``[rows, q_heads, head_dim]``.
-        k_cache, v_cache, scale, return_lse, kv_layout: as in :func:`prefix_attn.run`.
+        k_cache, v_cache, scale, softcap, sinks, return_lse, kv_layout: as in :func:`prefix_attn.run`.
         slot: holds the plan of the step.
 
     Returns:
@@ -118,7 +131,7 @@ def decode(
     Raises:
         ValueError: the slot has no plan; and what :func:`prefix_attn.run` raises.
     """
-    out, lse = torch.ops.prefix_attn.decode(q, k_cache, v_cache, slot.number, scale, kv_layout)
+    out, lse = torch.ops.prefix_attn.decode(q, k_cache, v_cache, slot.number, scale, kv_layout, softcap, sinks)
     return (out, lse) if return_lse else out
 
 
@@ -131,6 +144,8 @@ def decode_out(
     *,
     lse: Tensor | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     kv_layout: str = "NHD",
 ) -> None:
     """As :func:`decode`, into memory that is there: ``out`` as q and perhaps ``lse``, float32 ``[rows, q_heads]``.
@@ -138,7 +153,8 @@ def decode_out(
     Raises:
         ValueError: as :func:`decode`.
     """
-    torch.ops.prefix_attn.decode_out(q, k_cache, v_cache, out, slot.number, lse, scale, kv_layout)
+    ops = torch.ops.prefix_attn
+    ops.decode_out(q, k_cache, v_cache, out, slot.number, lse, scale, kv_layout, softcap, sinks)
 
 
 def append_kv(

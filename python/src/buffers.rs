@@ -3,14 +3,15 @@
 use crate::device::{self, Device};
 use crate::errors::{Result, invalid};
 use crate::foreign;
-use crate::operands::{Facts, KvLayout, Operands, Tensors, read_scale};
+use crate::operands::{Facts, KvLayout, Operands, Tensors};
 use crate::plan::PyPlan;
 use crate::planner::{PyPlanner, expect_plan};
+use crate::scores::Scores;
 use crate::tensor::Tensor;
 use crate::torch;
 use crate::workspace::PyWorkspace;
 use pat_rs::cuda::{BoundRun, CudaEngine, PlanBuffers, Stream, Uploaded};
-use pat_rs::{Plan, Problem};
+use pat_rs::Plan;
 use pyo3::intern;
 use pyo3::prelude::*;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -57,11 +58,12 @@ impl PyPlanBuffers {
                 let engine = device::engine(ordinal)?;
                 let buffers = PlanBuffers::for_capacity(engine.device(), &capacity, &variants)?;
                 // The driver compiles them now, not while a stream is captured.
-                engine.prepare_variants(&Problem::new(shape, page_size), &variants)?;
+                engine.prepare_variants(&planner.problem(page_size), &variants)?;
                 Memory::Cuda { ordinal, engine, buffers: RwLock::new(buffers) }
             }
         };
-        let facts = Facts { shape, page_size, num_pages, rows: capacity.max_sequences, device: Some(device) };
+        let window = planner.problem(page_size).visibility().window;
+        let facts = Facts { shape, page_size, window, num_pages, rows: capacity.max_sequences, device: Some(device) };
         Ok(Self { memory: Arc::new(memory), facts })
     }
 
@@ -96,14 +98,14 @@ impl PyPlanBuffers {
     /// A run of one layer whose arguments are checked here, once, and whose tensors are kept alive.
     ///
     /// Args:
-    ///     k_cache, v_cache, q, out, lse, scale, kv_layout: as in :func:`run`; q, out and lse have at least the capacity's
+    ///     k_cache, v_cache, q, out, lse, scale, softcap, sinks, kv_layout: as in :func:`run`; q, out and lse have at least the capacity's
     ///         ``max_sequences`` rows.
     ///     workspace: memory for partial results, at least that of :meth:`Workspace.for_planner`; layers that run in the
     ///         order of a stream share one.
     ///
     /// Raises:
     ///     TypeError, ValueError: as :func:`run`.
-    #[pyo3(signature = (k_cache: "torch.Tensor", v_cache: "torch.Tensor", q: "torch.Tensor", out: "torch.Tensor", lse: "torch.Tensor | None" = None, *, scale: "float | None" = None, kv_layout = "NHD", workspace: "Workspace | None" = None) -> "BoundRun")]
+    #[pyo3(signature = (k_cache: "torch.Tensor", v_cache: "torch.Tensor", q: "torch.Tensor", out: "torch.Tensor", lse: "torch.Tensor | None" = None, *, scale: "float | None" = None, softcap: "float | None" = None, sinks: "torch.Tensor | None" = None, kv_layout = "NHD", workspace: "Workspace | None" = None) -> "BoundRun")]
     #[expect(clippy::too_many_arguments, reason = "the Python signature")]
     fn bind(
         &self,
@@ -113,13 +115,21 @@ impl PyPlanBuffers {
         out: &Bound<'_, PyAny>,
         lse: Option<&Bound<'_, PyAny>>,
         scale: Option<&Bound<'_, PyAny>>,
+        softcap: Option<&Bound<'_, PyAny>>,
+        sinks: Option<&Bound<'_, PyAny>>,
         kv_layout: &str,
         workspace: Option<&Bound<'_, PyWorkspace>>,
     ) -> Result<PyBoundRun> {
         let layout = KvLayout::parse(kv_layout)?;
-        let scale = read_scale(scale)?;
-        let objects =
-            [("q", Some(q)), ("k_cache", Some(k_cache)), ("v_cache", Some(v_cache)), ("out", Some(out)), ("lse", lse)];
+        let scores = Scores::read(scale, softcap)?;
+        let objects = [
+            ("q", Some(q)),
+            ("k_cache", Some(k_cache)),
+            ("v_cache", Some(v_cache)),
+            ("out", Some(out)),
+            ("lse", lse),
+            ("sinks", sinks),
+        ];
         let held: Vec<_> = objects
             .into_iter()
             .filter_map(|(name, object)| object.map(|object| (name, object.clone().unbind())))
@@ -130,8 +140,9 @@ impl PyPlanBuffers {
             v: Tensor::read("v_cache", v_cache, None)?,
             out: Tensor::read("out", out, None)?,
             lse: lse.map(|lse| Tensor::read("lse", lse, None)).transpose()?,
+            sinks: sinks.map(|sinks| Tensor::read("sinks", sinks, None)).transpose()?,
         };
-        let operands = Operands::new(&self.facts, &tensors, layout, scale)?;
+        let operands = Operands::new(&self.facts, &tensors, layout, scores)?;
         operands.check_outputs_are_apart()?;
         let on_device = match (&*self.memory, workspace) {
             (Memory::Cpu(_), _) => None,
@@ -150,7 +161,7 @@ impl PyPlanBuffers {
             on_device,
             device: operands.device,
             layout,
-            scale,
+            scores,
             held,
             addresses,
             facts: self.facts,
@@ -183,7 +194,9 @@ impl PyPlanBuffers {
         }
         if (Facts { rows: self.facts.rows, ..given }) != self.facts {
             let describe = |facts: &Facts| {
-                format!("{:?}, page_size {}, num_pages {}", facts.shape, facts.page_size, facts.num_pages)
+                let Facts { shape, page_size, window, num_pages, .. } = facts;
+                let window = window.map_or(String::new(), |tokens| format!(", window {tokens}"));
+                format!("{shape:?}, page_size {page_size}, num_pages {num_pages}{window}")
             };
             return Err(invalid("plan", format!("one for {}", describe(&given)), describe(&self.facts)));
         }
@@ -199,9 +212,9 @@ pub(crate) struct PyBoundRun {
     on_device: Option<BoundRun>,
     device: Device,
     layout: KvLayout,
-    scale: Option<f64>,
+    scores: Scores,
     facts: Facts,
-    /// The tensors, by name: q, k_cache, v_cache, out and perhaps lse.
+    /// The tensors, by name: q, k_cache, v_cache, out and perhaps lse and sinks.
     held: Vec<(&'static str, Py<PyAny>)>,
     /// Where they were when they were checked.
     addresses: Vec<u64>,
@@ -218,7 +231,7 @@ impl PyBoundRun {
         match &*self.memory {
             Memory::Cpu(plan) => {
                 let tensors = self.read_again(py)?;
-                let operands = Operands::new(&self.facts, &tensors, self.layout, self.scale)?;
+                let operands = Operands::new(&self.facts, &tensors, self.layout, self.scores)?;
                 let plan = plan.lock().unwrap_or_else(PoisonError::into_inner);
                 operands.run_host(plan.as_ref().ok_or_else(nothing_uploaded)?, &tensors)
             }
@@ -290,8 +303,9 @@ impl PyBoundRun {
             let (name, object) = &self.held[index];
             Tensor::read(name, object.bind(py), None)
         };
-        let lse = (self.held.len() > 4).then(|| read(4)).transpose()?;
-        Ok(Tensors { q: read(0)?, k: read(1)?, v: read(2)?, out: read(3)?, lse })
+        let optional = |name| self.held.iter().position(|held| held.0 == name).map(read).transpose();
+        let (lse, sinks) = (optional("lse")?, optional("sinks")?);
+        Ok(Tensors { q: read(0)?, k: read(1)?, v: read(2)?, out: read(3)?, lse, sinks })
     }
 }
 

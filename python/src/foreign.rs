@@ -54,11 +54,18 @@ pub(crate) fn run_host<T: HostElement>(plan: &Plan, operands: &Operands, _held: 
         Ok(unsafe { slice::from_raw_parts(std::ptr::with_exposed_provenance(span.address as usize), elements) })
     };
     let (q, k, v) = (input(operands.q, "q")?, input(operands.k, "k_cache")?, input(operands.v, "v_cache")?);
-    let mut tensors = HostTensors::new(operands.problem(), q, k, v)
+    let mut tensors = HostTensors::new(operands.problem, q, k, v)
         .with_kv_strides(operands.k_strides, operands.v_strides)
         .with_row_strides(operands.q_strides, operands.out_strides);
     if let Some((_, strides)) = operands.lse {
         tensors.lse_strides = strides;
+    }
+    if let Some(span) = operands.sinks {
+        let elements = span.host_elements::<f32>("sinks")?;
+        // SAFETY: as for the other inputs; there is at least one query head.
+        let sinks =
+            unsafe { slice::from_raw_parts(std::ptr::with_exposed_provenance(span.address as usize), elements) };
+        tensors = tensors.with_sinks(sinks);
     }
     let out = output::<T>(operands.out, "out")?;
     let lse = operands.lse.map(|(span, _)| output::<f32>(span, "lse")).transpose()?;

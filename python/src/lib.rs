@@ -15,6 +15,7 @@ mod planner;
 mod profile;
 mod resident;
 mod run;
+mod scores;
 mod shape;
 mod support;
 mod tables;

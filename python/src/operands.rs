@@ -1,12 +1,12 @@
 //! The tensors of one call, checked in the caller's terms before anything is enqueued or written.
 
 use crate::device::Device;
-use crate::errors::{Result, invalid, wrong_type};
+use crate::errors::{Result, invalid};
 use crate::foreign;
+use crate::scores::Scores;
 use crate::tensor::{Element, Tensor};
 use pat_rs::cuda::RunArgs;
 use pat_rs::{AttentionShape, KvStrides, Plan, Problem, RowStrides};
-use pyo3::prelude::*;
 
 /// What the kernels' 16-byte accesses need of addresses.
 const ALIGNMENT_BYTES: u64 = 16;
@@ -37,6 +37,8 @@ impl Span {
 pub(crate) struct Facts {
     pub(crate) shape: AttentionShape,
     pub(crate) page_size: u32,
+    /// Tokens that a sliding window leaves.
+    pub(crate) window: Option<u32>,
     pub(crate) num_pages: u32,
     /// Least rows of Q, O and LSE.
     pub(crate) rows: u32,
@@ -49,6 +51,7 @@ impl Facts {
         Self {
             shape: plan.shape(),
             page_size: plan.page_size(),
+            window: plan.problem().visibility().window,
             num_pages: plan.num_pages(),
             rows: plan.sequence_count(),
             device,
@@ -82,19 +85,20 @@ pub(crate) struct Tensors<'py> {
     pub(crate) v: Tensor<'py>,
     pub(crate) out: Tensor<'py>,
     pub(crate) lse: Option<Tensor<'py>>,
+    pub(crate) sinks: Option<Tensor<'py>>,
 }
 
 impl Tensors<'_> {
     pub(crate) fn all(&self) -> Vec<&Tensor<'_>> {
-        [&self.q, &self.k, &self.v, &self.out].into_iter().chain(&self.lse).collect()
+        [&self.q, &self.k, &self.v, &self.out].into_iter().chain(&self.lse).chain(&self.sinks).collect()
     }
 }
 
 /// Addresses, extents and strides of a call whose every check has passed.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Operands {
-    pub(crate) shape: AttentionShape,
-    page_size: u32,
+    /// What is computed.
+    pub(crate) problem: Problem,
     num_pages: u32,
     pub(crate) device: Device,
     rows: u32,
@@ -107,13 +111,13 @@ pub(crate) struct Operands {
     pub(crate) out: Span,
     pub(crate) out_strides: RowStrides,
     pub(crate) lse: Option<(Span, RowStrides)>,
-    pub(crate) scale: f32,
+    pub(crate) sinks: Option<Span>,
 }
 
 impl Operands {
-    /// Checks types, devices, sizes, strides, addresses and the scale.
-    pub(crate) fn new(facts: &Facts, tensors: &Tensors<'_>, layout: KvLayout, scale: Option<f64>) -> Result<Self> {
-        let Tensors { q, k, v, out, lse } = tensors;
+    /// Checks types, devices, sizes, strides, addresses and what becomes of the scores.
+    pub(crate) fn new(facts: &Facts, tensors: &Tensors<'_>, layout: KvLayout, scores: Scores) -> Result<Self> {
+        let Tensors { q, k, v, out, lse, sinks } = tensors;
         if let Some(device) = facts.device {
             q.expect_device(device, "where the plan is to run")?;
         }
@@ -143,13 +147,22 @@ impl Operands {
                 Some((Span::of(lse)?, strides))
             }
         };
-        let scale = scale.unwrap_or_else(|| f64::from(shape.head_dim()).sqrt().recip()) as f32;
-        if !(scale.is_finite() && scale > 0.0) {
-            return Err(invalid("scale", scale, "a positive finite number"));
+        let mut problem = scores.of(Problem::new(shape, facts.page_size));
+        if let Some(tokens) = facts.window {
+            problem = problem.with_window(tokens);
         }
+        let sinks = match sinks {
+            None => None,
+            Some(sinks) => {
+                sinks.expect_element(&Element::F32)?;
+                sinks.expect_device(device, "as q")?;
+                check_sinks(sinks, shape.q_heads())?;
+                problem = problem.with_sinks();
+                Some(Span::of(sinks)?)
+            }
+        };
         Ok(Self {
-            shape,
-            page_size: facts.page_size,
+            problem,
             num_pages: facts.num_pages,
             device,
             rows: u32::try_from(least_rows).unwrap_or(u32::MAX),
@@ -162,33 +175,32 @@ impl Operands {
             out: Span::of(out)?,
             out_strides,
             lse,
-            scale,
+            sinks,
         })
     }
 
     /// The call on device memory.
     pub(crate) fn args(&self) -> RunArgs {
         let spans = [self.q, self.k, self.v, self.out].map(foreign::device_span);
-        let args = RunArgs::new(self.problem(), self.num_pages, self.rows, spans.into())
+        let mut args = RunArgs::new(self.problem, self.num_pages, self.rows, spans.into())
             .with_kv_strides(self.k_strides, self.v_strides)
             .with_row_strides(self.q_strides, self.out_strides);
-        match self.lse {
-            Some((span, strides)) => args.with_lse(foreign::device_span(span), strides),
+        if let Some((span, strides)) = self.lse {
+            args = args.with_lse(foreign::device_span(span), strides);
+        }
+        match self.sinks {
+            Some(span) => args.with_sinks(foreign::device_span(span)),
             None => args,
         }
     }
 
-    /// What is computed.
-    pub(crate) fn problem(&self) -> Problem {
-        Problem::new(self.shape, self.page_size).with_scale(self.scale)
-    }
-
     /// Refuses outputs that share memory with an input or with each other.
     pub(crate) fn check_outputs_are_apart(&self) -> Result<()> {
-        let inputs = [("q", self.q), ("k_cache", self.k), ("v_cache", self.v)];
+        let sinks = self.sinks.map(|span| ("sinks", span));
+        let inputs = [("q", self.q), ("k_cache", self.k), ("v_cache", self.v)].into_iter().chain(sinks);
         let lse = self.lse.map(|(span, _)| ("lse", span));
         for (name, output) in std::iter::once(("out", self.out)).chain(lse) {
-            let others = inputs.into_iter().chain(lse);
+            let others = inputs.clone().chain(lse);
             if let Some((other, _)) = others.filter(|other| other.0 != name).find(|other| other.1.overlaps(output)) {
                 return Err(invalid(name, format!("memory of {other}"), "memory of its own"));
             }
@@ -199,7 +211,7 @@ impl Operands {
     /// Executes on host memory.
     pub(crate) fn run_host(&self, plan: &Plan, tensors: &Tensors<'_>) -> Result<()> {
         let held = tensors.all();
-        match self.shape.dtype() {
+        match self.problem.shape().dtype() {
             pat_rs::Dtype::F16 => foreign::run_host::<half::f16>(plan, self, &held),
             pat_rs::Dtype::Bf16 => foreign::run_host::<half::bf16>(plan, self, &held),
             other => Err(invalid("q", other.name(), "float16 or bfloat16")),
@@ -294,11 +306,13 @@ pub(crate) fn check_distinct_rows(tensor: &Tensor<'_>) -> Result<()> {
     Err(invalid(tensor.name, format!("strides {strides:?}"), "rows that do not overlap"))
 }
 
-/// The scale as Python gives it.
-pub(crate) fn read_scale(scale: Option<&Bound<'_, PyAny>>) -> Result<Option<f64>> {
-    let Some(scale) = scale else { return Ok(None) };
-    scale.extract::<f64>().map(Some).map_err(|_| {
-        let got = scale.get_type().name().map_or_else(|_| "an object".into(), |name| name.to_string());
-        wrong_type("scale", got, "a number")
-    })
+/// Refuses sinks that are not one number after the other, one for each query head.
+fn check_sinks(sinks: &Tensor<'_>, q_heads: u32) -> Result<()> {
+    if sinks.rank != 1 || sinks.sizes[0] != i64::from(q_heads) {
+        return Err(invalid(sinks.name, format!("shape {}", sinks.shape()), format!("[{q_heads}], one per query head")));
+    }
+    if q_heads > 1 && sinks.strides[0] != 1 {
+        return Err(invalid(sinks.name, format!("strides [{}]", sinks.strides[0]), "a contiguous tensor (stride 1)"));
+    }
+    check_strides(sinks, false)
 }

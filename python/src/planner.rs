@@ -6,10 +6,11 @@ use crate::errors::{Failure, Result, invalid, wrong_type};
 use crate::plan::{Origin, PyPlan};
 use crate::profile::PyProfile;
 use crate::resident::Pool;
+use crate::scores::read_positive;
 use crate::shape::PyShape;
 use crate::tables::{Tables, read_integers};
 use pat_rs::plan::{PlanCapacity, PlanChange, PlanMode};
-use pat_rs::{Plan, PlanOptions, Planner, TileVariant};
+use pat_rs::{Plan, PlanOptions, Planner, Problem, TileVariant};
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -28,6 +29,9 @@ use std::thread::JoinHandle;
 ///         of a sequence's output do not depend on the rest of the batch.
 ///     capacity: bounds of the plans; needed for :class:`PlanBuffers`.
 ///     variants: names of the only tile variants to use; by default the best of those that the device runs.
+///     softcap: the cap of the runs' scores, if they have one: not every kernel can cap. Runs without a cap may use the plans, too.
+///     window: tokens that each sequence sees, the last ones, under a sliding window. Pages in front of it are neither planned
+///         nor read; their entries in the block tables must still be page ids.
 ///
 /// Raises:
 ///     ValueError: a mode or variant that is not known, or not possible on the device.
@@ -45,7 +49,7 @@ pub(crate) struct PyPlanner {
 #[pymethods]
 impl PyPlanner {
     #[new]
-    #[pyo3(signature = (shape: "AttentionShape", device: "DeviceProfile | torch.device | str | None" = None, *, mode = "auto", capacity: "Capacity | None" = None, variants = None))]
+    #[pyo3(signature = (shape: "AttentionShape", device: "DeviceProfile | torch.device | str | None" = None, *, mode = "auto", capacity: "Capacity | None" = None, variants = None, softcap: "float | None" = None, window: "int | None" = None))]
     fn new(
         py: Python<'_>,
         shape: &Bound<'_, PyShape>,
@@ -53,7 +57,10 @@ impl PyPlanner {
         mode: &str,
         capacity: Option<&Bound<'_, PyCapacity>>,
         variants: Option<Vec<String>>,
+        softcap: Option<&Bound<'_, PyAny>>,
+        window: Option<u32>,
     ) -> Result<Self> {
+        let soft_cap = read_positive("softcap", softcap)?;
         let (device, profile) = match device.map(|device| (device, device.cast::<PyProfile>())) {
             Some((_, Ok(profile))) => (None, profile.get().inner.clone()),
             given => {
@@ -66,7 +73,7 @@ impl PyPlanner {
         let options = variants.into_iter().fold(PlanOptions::from(parse_mode(mode)?), PlanOptions::with_variants);
         let shape = *shape.get();
         let capacity = capacity.map(|capacity| capacity.get().inner);
-        let origin = Origin { shape: shape.inner, profile, options, capacity };
+        let origin = Origin { shape: shape.inner, soft_cap, window, profile, options, capacity };
         let origin = Arc::new(origin);
         let planner = Arc::new(Mutex::new(PagedPlanner::new(origin.clone())?));
         Ok(Self { shape, device, capacity, origin, planner, pool: Arc::default() })
@@ -229,6 +236,11 @@ impl PyPlanner {
     pub(crate) fn fixed_device(&self) -> Result<Device> {
         let expected = "a Planner for a device (\"cuda:0\" or \"cpu\")";
         self.device.ok_or_else(|| invalid("planner", "one that was made from a profile", expected))
+    }
+
+    /// What its plans are made for.
+    pub(crate) fn problem(&self, page_size: u32) -> Problem {
+        self.origin.problem(page_size)
     }
 
     /// The tile variants that its plans may use.

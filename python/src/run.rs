@@ -2,9 +2,10 @@
 
 use crate::device::Device;
 use crate::errors::Result;
-use crate::operands::{Facts, KvLayout, Operands, Tensors, read_scale};
+use crate::operands::{Facts, KvLayout, Operands, Tensors};
 use crate::planner::expect_plan;
 use crate::resident;
+use crate::scores::Scores;
 use crate::tensor::Tensor;
 use crate::torch;
 use crate::workspace::PyWorkspace;
@@ -24,6 +25,9 @@ use pyo3::prelude::*;
 ///     out: memory for the output, as q; by default new.
 ///     lse: memory for the log-sum-exps, float32 ``[rows, q_heads]``, natural logarithm.
 ///     scale: factor on the scores; by default ``head_dim ** -0.5``.
+///     softcap: caps the scaled scores: ``softcap * tanh(score / softcap)``; the planner must know that there is a cap.
+///     sinks: float32 ``[q_heads]``: for each query head one more score, neither scaled nor capped, that adds to the
+///         denominator and has no value. The log-sum-exps contain it: rows of length 0 get 0 and the sink.
 ///     return_lse: return ``(out, lse)``; lse is new where it is not given.
 ///     kv_layout: order of the dimensions of the caches.
 ///     workspace: memory for partial results; by default the plan has its own.
@@ -34,7 +38,7 @@ use pyo3::prelude::*;
 /// multiples of 16 bytes, strides multiples of 8 elements.
 ///
 /// Returns:
-///     out, or ``(out, lse)``. Rows of length 0 get 0 and -inf.
+///     out, or ``(out, lse)``. Rows of length 0 get 0 and -inf, or their sink.
 ///
 /// Raises:
 ///     TypeError: another element type, or no tensor.
@@ -42,7 +46,7 @@ use pyo3::prelude::*;
 ///         has been written.
 ///     CudaError: the driver refuses a launch.
 #[pyfunction]
-#[pyo3(signature = (plan: "Plan", q: "torch.Tensor", k_cache: "torch.Tensor", v_cache: "torch.Tensor", out: "torch.Tensor | None" = None, lse: "torch.Tensor | None" = None, *, scale: "float | None" = None, return_lse = false, kv_layout = "NHD", workspace: "Workspace | None" = None, stream = None) -> "torch.Tensor | tuple[torch.Tensor, torch.Tensor]")]
+#[pyo3(signature = (plan: "Plan", q: "torch.Tensor", k_cache: "torch.Tensor", v_cache: "torch.Tensor", out: "torch.Tensor | None" = None, lse: "torch.Tensor | None" = None, *, scale: "float | None" = None, softcap: "float | None" = None, sinks: "torch.Tensor | None" = None, return_lse = false, kv_layout = "NHD", workspace: "Workspace | None" = None, stream = None) -> "torch.Tensor | tuple[torch.Tensor, torch.Tensor]")]
 #[expect(clippy::too_many_arguments, reason = "the Python signature")]
 pub(crate) fn run<'py>(
     py: Python<'py>,
@@ -53,6 +57,8 @@ pub(crate) fn run<'py>(
     out: Option<Bound<'py, PyAny>>,
     lse: Option<Bound<'py, PyAny>>,
     scale: Option<&Bound<'py, PyAny>>,
+    softcap: Option<&Bound<'py, PyAny>>,
+    sinks: Option<&Bound<'py, PyAny>>,
     return_lse: bool,
     kv_layout: &str,
     workspace: Option<&Bound<'py, PyWorkspace>>,
@@ -60,7 +66,7 @@ pub(crate) fn run<'py>(
 ) -> Result<Bound<'py, PyAny>> {
     let plan = expect_plan(plan)?.get();
     let layout = KvLayout::parse(kv_layout)?;
-    let scale = read_scale(scale)?;
+    let scores = Scores::read(scale, softcap)?;
     let read_q = Tensor::read("q", q, stream)?;
     let handle = torch::stream_of(py, read_q.device, stream)?;
     let out = out.map_or_else(|| torch::empty_like(q), Ok)?;
@@ -73,11 +79,12 @@ pub(crate) fn run<'py>(
         v: Tensor::read("v_cache", v_cache, Some(handle))?,
         out: Tensor::read("out", &out, Some(handle))?,
         lse: lse.as_ref().map(|lse| Tensor::read("lse", lse, Some(handle))).transpose()?,
+        sinks: sinks.map(|sinks| Tensor::read("sinks", sinks, Some(handle))).transpose()?,
         q: read_q,
     };
     let mut state = plan.lock();
     let facts = Facts::of(&state.plan, plan.device);
-    let operands = Operands::new(&facts, &tensors, layout, scale)?;
+    let operands = Operands::new(&facts, &tensors, layout, scores)?;
     match operands.device {
         Device::Cpu => operands.run_host(&state.plan, &tensors)?,
         Device::Cuda(ordinal) => {

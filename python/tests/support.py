@@ -65,8 +65,8 @@ def queries(rows, dtype=torch.float16, seed=1, q_heads=8, head_dim=64, device="c
     return torch.randn((rows, q_heads, head_dim), generator=generator).to(dtype).to(device)
 
 
-def reference(batch, q, k, v, layout="NHD", scale=None, dtype=torch.float64):
-    """Output and LSE by torch's own attention, one sequence at a time."""
+def reference(batch, q, k, v, layout="NHD", scale=None, dtype=torch.float64, softcap=None, sinks=None, window=None):
+    """Output and LSE by torch's own operations, one sequence at a time; without caps and sinks by its attention."""
     if layout == "HND":
         k, v = (cache.transpose(1, 2) for cache in (k, v))
     rows, q_heads, head_dim = q.shape
@@ -74,6 +74,8 @@ def reference(batch, q, k, v, layout="NHD", scale=None, dtype=torch.float64):
     scale = head_dim**-0.5 if scale is None else scale
     out = torch.zeros(q.shape, dtype=dtype, device=q.device)
     lse = torch.full((rows, q_heads), float("-inf"), dtype=dtype, device=q.device)
+    if sinks is not None:
+        lse[:] = sinks.to(dtype)
     for row, (ids, length) in enumerate(zip(batch.block_tables, batch.lengths)):
         if length == 0:
             continue
@@ -83,7 +85,17 @@ def reference(batch, q, k, v, layout="NHD", scale=None, dtype=torch.float64):
             cache[used].reshape(-1, *cache.shape[2:])[:length].transpose(0, 1).repeat_interleave(group, 0).to(dtype)
             for cache in (k, v)
         )
+        if window is not None:
+            keys, values = keys[:, -window:], values[:, -window:]
         query = q[row].to(dtype).unsqueeze(1)
+        if softcap is not None or sinks is not None:
+            scores = (query @ keys.transpose(1, 2)).squeeze(1) * scale
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            terms = scores if sinks is None else torch.cat([scores, sinks.to(dtype).unsqueeze(1)], dim=1)
+            lse[row] = torch.logsumexp(terms, dim=-1)
+            out[row] = ((scores - lse[row].unsqueeze(1)).exp().unsqueeze(1) @ values).squeeze(1)
+            continue
         out[row] = torch.nn.functional.scaled_dot_product_attention(query, keys, values, scale=scale).squeeze(1)
         lse[row] = torch.logsumexp((query @ keys.transpose(1, 2)).squeeze(1) * scale, dim=-1)
     return out, lse

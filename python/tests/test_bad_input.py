@@ -61,6 +61,17 @@ RUNS = [
     ("scale", ValueError, "NaN", dict(scale=float("nan"))),
     ("scale", ValueError, "-1", dict(scale=-1.0)),
     ("scale", TypeError, "str", dict(scale="half")),
+    ("softcap", ValueError, "got 0", dict(softcap=0.0)),
+    ("softcap", ValueError, "inf", dict(softcap=float("inf"))),
+    ("softcap", TypeError, "str", dict(softcap="none")),
+    ("sinks", TypeError, "float16", dict(sinks=torch.zeros(8, dtype=torch.float16))),
+    ("sinks", TypeError, "list", dict(sinks=[0.0] * 8)),
+    ("sinks", ValueError, "[8]", dict(sinks=torch.zeros(4))),
+    ("sinks", ValueError, "[8]", dict(sinks=torch.zeros(8, 1))),
+    ("sinks", ValueError, "contiguous", dict(sinks=torch.zeros(16)[::2])),
+    ("sinks", ValueError, "requires_grad", dict(sinks=torch.nn.Parameter(torch.zeros(8)))),
+    ("sinks", ValueError, "meta", dict(sinks=torch.zeros(8, device="meta"))),
+    ("lse", ValueError, "memory of sinks", dict(sinks=lambda a: a["lse"].view(-1)[:8])),
     ("kv_layout", ValueError, "NDH", dict(kv_layout="NDH")),
     ("stream", ValueError, "CPU", dict(stream=7)),
     ("out", ValueError, "memory for the output", dict(q=queries(ROWS).numpy(), out=None)),
@@ -90,8 +101,8 @@ def test_an_unaligned_tensor_is_refused(planner):
         call(planner, q=q)
 
 
-@pytest.mark.parametrize("name", ["q", "k_cache", "v_cache", "out", "lse"])
-@pytest.mark.parametrize("bytes_left", [0, 2, 50])
+@pytest.mark.parametrize("name", ["q", "k_cache", "v_cache", "out", "lse", "sinks"])
+@pytest.mark.parametrize("bytes_left", [0, 2, 28])
 def test_a_tensor_beyond_its_storage_is_refused(planner, name, bytes_left):
     """torch lets a storage become smaller than the tensors in it."""
     with pytest.raises(ValueError, match=f"^{name}: got"):
@@ -102,7 +113,7 @@ def shrunk(planner, name, bytes_left):
     plan = planner.plan(BATCH.block_tables, BATCH.lengths, 16, BATCH.num_pages)
     k, v = caches(BATCH)
     arguments = dict(q=queries(ROWS), k_cache=k, v_cache=v, out=torch.zeros(ROWS, 8, 64, dtype=torch.float16))
-    arguments |= dict(lse=torch.zeros(ROWS, 8))
+    arguments |= dict(lse=torch.zeros(ROWS, 8), sinks=torch.zeros(8))
     arguments[name].untyped_storage().resize_(bytes_left)
     return dict(plan=plan, **arguments)
 
@@ -167,6 +178,8 @@ OBJECTS = [
     ("text", ValueError, lambda: pa.DeviceProfile.from_json("{}")),
     ("max_items", ValueError, lambda: pa.Capacity(8, 64, pa.DeviceProfile.named("h200"), max_items=4)),
     ("mode", ValueError, lambda: pa.Planner(pa.AttentionShape(8, 2, 64, "float16"), "cpu", mode="best")),
+    ("window", ValueError, lambda: pa.Planner(pa.AttentionShape(8, 2, 64, "float16"), "cpu", window=0)),
+    ("softcap", ValueError, lambda: pa.Planner(pa.AttentionShape(8, 2, 64, "float16"), "cpu", softcap=-1.0)),
     ("variants", ValueError, lambda: pa.Planner(pa.AttentionShape(8, 2, 64, "float16"), "cpu", variants=["mma7"])),
     ("planner", ValueError, lambda: pa.PlanBuffers(pa.Planner(pa.AttentionShape(8, 2, 64, "float16"), "cpu"), 16, 8)),
 ]

@@ -27,6 +27,17 @@ class Engine:
         return self.planner.plan(batch.block_tables, batch.lengths, 16, batch.num_pages)
 
 
+def test_caps_and_sinks_are_bound():
+    batch = random_forest(37)
+    scores = dict(softcap=2.0, sinks=torch.linspace(-3, 3, 8))
+    engine = Engine(batch, **scores)
+    engine.buffers.upload(engine.plan(batch))
+    engine.bound.run()
+    expected, expected_lse = reference(batch, engine.q, engine.k, engine.v, **scores)
+    torch.testing.assert_close(engine.out.double(), expected, atol=3e-3, rtol=0)
+    torch.testing.assert_close(engine.lse.double(), expected_lse, atol=1e-3, rtol=0)
+
+
 def test_every_upload_serves_the_same_bound_run():
     first = random_forest(31)
     engine = Engine(first, rows=32)
