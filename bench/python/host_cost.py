@@ -2,9 +2,11 @@
 
     python bench/python/host_cost.py
 
-The device is kept ahead of: each timed call is enqueued, and the stream is waited for after every 50.
+The device is kept ahead of: each timed call is enqueued, and the stream is waited for after every 50. FlashInfer's `run`
+(decode, tensor cores, backend fa2) is measured where its package is installed.
 """
 
+import itertools
 import statistics
 import time
 
@@ -38,6 +40,23 @@ def times_us(call):
     return samples
 
 
+def flashinfer_calls(tables, lengths, q, k, v, out):
+    """FlashInfer's `run` on the same tensors, by name."""
+    try:
+        import flashinfer
+    except ImportError:
+        return {}
+    memory = torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE)
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(memory, "NHD", use_tensor_cores=True, backend="fa2")
+    host = lambda values: torch.tensor(values, dtype=torch.int32)  # noqa: E731
+    indptr = host([0, *itertools.accumulate(map(len, tables))])
+    pages = host([page for table in tables for page in table]).to(DEVICE)
+    last = host([(length - 1) % PAGE_SIZE + 1 for length in lengths])
+    wrapper.plan(indptr, pages, last, 32, 8, 128, PAGE_SIZE, q_data_type=q.dtype, kv_data_type=k.dtype)
+    name = f"FlashInfer {flashinfer.__version__} run"
+    return {f"{name}, out": lambda: wrapper.run(q, (k, v), out=out), name: lambda: wrapper.run(q, (k, v))}
+
+
 def main():
     shape = pa.AttentionShape(32, 8, 128, torch.float16)
     tables, lengths, num_pages = tree()
@@ -63,6 +82,7 @@ def main():
         "run(plan, q, k, v, out)": lambda: pa.run(plan, q, k, v, out),
         "run(plan, q, k, v)": lambda: pa.run(plan, q, k, v),
         "append_kv": lambda: pa.append_kv(new, new, k, v, slots),
+        **flashinfer_calls(tables, lengths, q, k, v, out),
     }
     print(f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}: host time in us, median of {CALLS} (quartiles)")
     for name, call in calls.items():

@@ -146,15 +146,16 @@ pub(crate) fn check_apart(tensor: &str, dimensions: &[Dimension], innermost: u32
     if dimensions.iter().any(|&(_, count, _)| count == 0) {
         return Ok(());
     }
-    let mut by_stride: Vec<_> = dimensions.iter().filter(|(_, count, _)| *count > 1).collect();
-    by_stride.sort_by_key(|(_, _, stride)| *stride);
-    let mut within = i128::from(innermost);
-    for (name, count, stride) in by_stride {
+    let steps = || dimensions.iter().enumerate().filter(|(_, (_, count, _))| *count > 1);
+    for (index, (name, _, stride)) in steps() {
+        // Of equal strides either is within the other.
+        let inner = steps().filter(|&(other, (_, _, of_other))| (*of_other, other) < (*stride, index));
+        let reach = |(_, &(_, count, stride)): (usize, &Dimension)| i128::from(count - 1) * i128::from(stride);
+        let within = i128::from(innermost) + inner.map(reach).sum::<i128>();
         if i128::from(*stride) < within {
             let expected = format!("at least {within}, so that no two rows overlap");
             return Err(Error::invalid(format!("{tensor}_strides.{name}"), format!("{stride} elements"), expected));
         }
-        within += i128::from(count - 1) * i128::from(*stride);
     }
     Ok(())
 }

@@ -487,8 +487,9 @@ def run(plan: "Plan", q: "torch.Tensor", k_cache: "torch.Tensor", v_cache: "torc
     Decode attention of one layer: for row b, query head h and KV head g = h / (q_heads / kv_heads),
     ``out[b, h] = sum_t softmax_t(scale * q[b, h] . k[t, g]) v[t, g]`` over the tokens that the plan's block table of b names.
 
-    On CUDA it enqueues on torch's current stream and waits for nothing; the first run of a plan uploads it. On the CPU it
-    computes with all threads before it returns, and holds the interpreter's lock meanwhile: for tests and tools.
+    On CUDA it enqueues on torch's current stream and the host waits for nothing; the first run of a plan uploads it. A run on
+    another stream than that one waits, on the device, for what that stream has been given. On the CPU it computes with all
+    threads before it returns, and holds the interpreter's lock meanwhile: for tests and tools.
 
     Args:
         plan: of :meth:`Planner.plan`.

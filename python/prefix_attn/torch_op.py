@@ -78,8 +78,9 @@ def _decode_out(
     k_cache: Tensor,
     v_cache: Tensor,
     out: Tensor,
+    # No default: torch 2.9 counts on every tensor that is written to be passed, and leaves out what equals its default.
+    lse: Tensor | None,
     slot: int,
-    lse: Tensor | None = None,
     scale: float | None = None,
     kv_layout: str = "NHD",
     softcap: float | None = None,
@@ -90,7 +91,7 @@ def _decode_out(
 
 
 @_decode_out.register_fake
-def _(q, k_cache, v_cache, out, slot, lse=None, scale=None, kv_layout="NHD", softcap=None, sinks=None):
+def _(q, k_cache, v_cache, out, lse, slot, scale=None, kv_layout="NHD", softcap=None, sinks=None):
     return None
 
 
@@ -154,7 +155,7 @@ def decode_out(
         ValueError: as :func:`decode`.
     """
     ops = torch.ops.prefix_attn
-    ops.decode_out(q, k_cache, v_cache, out, slot.number, lse, scale, kv_layout, softcap, sinks)
+    ops.decode_out(q, k_cache, v_cache, out, lse, slot.number, scale, kv_layout, softcap, sinks)
 
 
 def append_kv(

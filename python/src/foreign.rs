@@ -11,6 +11,7 @@ use crate::errors::{Failure, Result, invalid, wrong_type};
 use crate::merge;
 use crate::operands::{Operands, Span};
 use crate::tensor::{Element, MAX_RANK, Tensor, check_rank};
+use crate::torch;
 use bytemuck::Pod;
 use pat_rs::cpu::{NewRows, State, append_rows, merge_states};
 use pat_rs::cuda::{AppendArgs, BoundRun, CudaDevice, DeviceSpan, Stream, Uploaded};
@@ -203,10 +204,11 @@ pub(crate) fn read_dlpack<'py>(
         return Err(wrong_type(name, object.get_type().name()?, expected));
     }
     let options = PyDict::new(py);
-    let (kind, _): (i32, i32) = object.call_method0(intern!(py, "__dlpack_device__"))?.extract()?;
+    let (kind, id): (i32, i32) = object.call_method0(intern!(py, "__dlpack_device__"))?.extract()?;
     if kind == DL_CUDA {
+        let handle = stream.map_or_else(|| torch::current_stream(py, usize::try_from(id).unwrap_or(0)), Ok)?;
         // The protocol's name of the legacy default stream is 1.
-        options.set_item("stream", stream.filter(|handle| *handle > 0).unwrap_or(1))?;
+        options.set_item("stream", if handle == 0 { 1 } else { handle })?;
     }
     let unversioned = options.copy()?;
     options.set_item("max_version", (1, 0))?;

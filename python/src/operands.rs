@@ -221,7 +221,6 @@ impl Operands {
 
 /// Strides of Q or O, `[rows, q_heads, head_dim]`, or of LSE, `[rows, q_heads]`.
 pub(crate) fn row_strides(tensor: &Tensor<'_>, rows: u32, q_heads: u32, head_dim: Option<i64>) -> Result<RowStrides> {
-    let inner = head_dim.map_or(String::new(), |dim| format!(", {dim}"));
     let sizes = &tensor.sizes[..tensor.rank];
     let fits = match *sizes {
         [of_rows, heads] => head_dim.is_none() && of_rows >= i64::from(rows) && heads == i64::from(q_heads),
@@ -229,6 +228,7 @@ pub(crate) fn row_strides(tensor: &Tensor<'_>, rows: u32, q_heads: u32, head_dim
         _ => false,
     };
     if !fits {
+        let inner = head_dim.map_or(String::new(), |dim| format!(", {dim}"));
         let expected = format!("[rows, {q_heads}{inner}] with at least the plan's {rows} rows");
         return Err(invalid(tensor.name, format!("shape {}", tensor.shape()), expected));
     }

@@ -76,8 +76,8 @@ pub(crate) struct Tensor<'py> {
 }
 
 impl<'py> Tensor<'py> {
-    /// Reads a torch tensor or a DLPack producer. `stream` is what work on a DLPack producer's memory is going to be ordered
-    /// by: it makes that stream wait for its own.
+    /// Reads a torch tensor or a DLPack producer. `stream` (torch's current one where it is not named) is what work on a DLPack
+    /// producer's memory is going to be ordered by: it makes that stream wait for its own.
     pub(crate) fn read(name: &'static str, object: &Bound<'py, PyAny>, stream: Option<u64>) -> Result<Self> {
         if is_torch(object)? { Self::read_torch(name, object) } else { foreign::read_dlpack(name, object, stream) }
     }

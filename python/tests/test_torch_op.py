@@ -19,7 +19,7 @@ def test_operators_pass_the_checks_of_torch(planner):
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(torch.ops.prefix_attn.decode, (q, k, v, slot.number), test_utils=tests)
     out, lse = torch.zeros_like(q), torch.zeros(q.shape[:2])
-    torch.library.opcheck(torch.ops.prefix_attn.decode_out, (q, k, v, out, slot.number, lse), test_utils=tests)
+    torch.library.opcheck(torch.ops.prefix_attn.decode_out, (q, k, v, out, lse, slot.number), test_utils=tests)
     new, slots = torch.ones(2, 2, 64, dtype=torch.float16), torch.tensor([3, -1])
     torch.library.opcheck(torch.ops.prefix_attn.append_kv, (new, new, k, v, slots), test_utils=tests)
 

@@ -16,7 +16,6 @@ const SEED: u32 = 5;
 /// Device memory that the driver keeps for itself may vary by so much, in bytes.
 const SLACK_BYTES: usize = 8 << 20;
 
-/// Those that compile a kernel first: later ones find it compiled.
 /// Of the calls that load a kernel only the first: kernels are loaded once per process, so that no later one is made again.
 const CALLS: [&str; 18] = [
     "cuModuleLoad",

@@ -1,6 +1,7 @@
 //! What launches own and in which order they happen: streams, threads, devices, drop order, graphs of ours and of others, and the
 //! entry points for memory and streams of other libraries. Every output is held against the oracle, or against one that was.
 
+use cudarc::driver::result::ctx;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use half::f16;
 use pat_rs::cuda::bench_support::L2Flush;
@@ -239,6 +240,25 @@ fn threads_with_engines_of_their_own_do_not_meet(engine: &Engine) {
     std::thread::scope(|scope| {
         (0..4).for_each(|thread| drop(scope.spawn(move || worker(thread))));
     });
+}
+
+fn the_current_context_of_a_thread_stays_what_it_was(_: &Engine) {
+    // torch takes the current device from it.
+    let worker = || {
+        assert_eq!(ctx::get_current().unwrap(), None, "a new thread");
+        let engine = Engine::cuda(0).unwrap();
+        let steps = Steps::new(&engine);
+        let [stream, other] = [(); 2].map(|()| steps.device().new_stream().unwrap());
+        let (mut buffers, run) = steps.bound(&stream);
+        run.run(buffers.uploaded().unwrap(), &other).unwrap();
+        let mut graph = Graph::capture(vec![run.clone()]).unwrap();
+        graph.replay(buffers.upload(&steps.plans[1], &stream).unwrap(), &other).unwrap();
+        other.synchronize().unwrap();
+        steps.assert_output(1, "a graph");
+        drop((graph, run, buffers, stream, other, steps, engine));
+        assert_eq!(ctx::get_current().unwrap(), None, "after all work and drops");
+    };
+    std::thread::scope(|scope| drop(scope.spawn(worker)));
 }
 
 fn runs_and_graphs_move_to_other_threads(engine: &Engine) {
@@ -530,6 +550,7 @@ fn main() -> ExitCode {
         device_test!(a_run_on_another_stream_waits_for_the_upload),
         device_test!(an_upload_waits_for_runs_on_other_streams),
         device_test!(threads_with_engines_of_their_own_do_not_meet),
+        device_test!(the_current_context_of_a_thread_stays_what_it_was),
         device_test!(runs_and_graphs_move_to_other_threads),
         device_test!(a_bound_run_allocates_nothing),
         device_test!(nothing_that_is_in_use_is_freed),

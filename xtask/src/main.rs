@@ -16,6 +16,7 @@ mod ptxas;
 mod stubs;
 mod sysroot;
 mod test_long;
+mod test_torch;
 mod toolchain;
 mod wheel;
 mod workspace;
@@ -52,6 +53,8 @@ enum Command {
     Stubs(stubs::Args),
     /// Run the long property tests.
     TestLong,
+    /// Test the Python package without a GPU, with one version of torch after another: gigabytes from PyPI.
+    TestTorch(test_torch::Args),
 }
 
 fn main() -> anyhow::Result<()> {
@@ -66,5 +69,6 @@ fn main() -> anyhow::Result<()> {
         Command::Wheel(args) => wheel::run(&args),
         Command::Stubs(args) => stubs::run(&args),
         Command::TestLong => test_long::run(),
+        Command::TestTorch(args) => test_torch::run(&args),
     }
 }

@@ -9,10 +9,12 @@ use std::process::Command;
 /// Builds wheels; a tool of the build, so the version is pinned.
 const MATURIN: &str = "maturin==1.16.0";
 
+const FOLDER: &str = "dist/wheels";
+
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// Where to put it.
-    #[arg(long, default_value = "dist/wheels", value_name = "DIR")]
+    #[arg(long, default_value = FOLDER, value_name = "DIR")]
     out: PathBuf,
     /// Cargo profile: `dev` is faster to build where one of the tests is all the wheel is for.
     #[arg(long, default_value = "release")]
@@ -37,6 +39,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let [wheel] = &wheels(&out)?[..] else { bail!("{}: not exactly one wheel", out.display()) };
     println!("{} ({:.1} MiB):", wheel.display(), wheel.metadata()?.len() as f64 / f64::from(1 << 20));
     workspace::run(Command::new("python3").args(["-m", "zipfile", "--list"]).arg(wheel))
+}
+
+/// The wheel that was built last, where it is put by default.
+pub(crate) fn built() -> Result<PathBuf> {
+    let folder = workspace::root().join(FOLDER);
+    wheels(&folder)?.pop().with_context(|| format!("{}: no wheel, run `cargo xtask wheel`", folder.display()))
 }
 
 /// maturin in a virtual environment below the target folder; installed at the first use.

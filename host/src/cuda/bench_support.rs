@@ -76,7 +76,7 @@ pub fn fill(device: &CudaDevice, target: DeviceSpan, spec: FillSpec, stream: &St
         tensor: spec.tensor as u32,
     };
     let kernel = device.kernel(support_kernel(Family::Fill, spec.dtype)?, Switches::OFF)?;
-    driver::launch_fill(kernel, &CheckedFill(params), CTAS_PER_SM * device.sm_count(), stream.enter(*device)?)
+    driver::launch_fill(kernel, &CheckedFill(params), CTAS_PER_SM * device.sm_count(), &stream.enter(*device)?)
 }
 
 /// Parameters of a fill whose target was checked to hold them.
@@ -113,7 +113,7 @@ impl L2Flush {
     /// # Errors
     /// The driver refuses the launch.
     pub fn enqueue(&self, stream: &Stream) -> Result<()> {
-        driver::launch_flush(self.kernel, self, self.ctas, stream.enter(self.device)?)
+        driver::launch_flush(self.kernel, self, self.ctas, &stream.enter(self.device)?)
     }
 
     pub(super) fn params(&self) -> FlushParams {
@@ -173,7 +173,8 @@ pub struct HostTimes {
 /// Those of the run.
 pub fn host_times(run: &BoundRun, uploaded: Uploaded<'_>, stream: &Stream, calls: u32) -> Result<HostTimes> {
     const CALLS_IN_FLIGHT: u32 = 16;
-    let mut bare = run.bare_launches(stream.enter(run.device())?);
+    let current = stream.enter(run.device())?;
+    let mut bare = run.bare_launches(&current);
     let mut times = HostTimes { launches: bare.len(), ..HostTimes::default() };
     let elapsed_us = |begin: Instant| begin.elapsed().as_secs_f64() * 1e6;
     for call in 0..calls {

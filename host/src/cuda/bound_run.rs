@@ -7,7 +7,7 @@ use super::plan_buffers::{PlanBuffers, Uploaded, Workspace};
 use crate::eligibility::VECTOR_BYTES;
 use crate::plan::PlanGeneration;
 use crate::{Error, Result};
-use pat_abi::{ForwardParams, MergeParams};
+use pat_abi::{ForwardParams, MergeParams, TileVariant};
 use std::any::Any;
 use std::sync::Arc;
 
@@ -32,19 +32,25 @@ struct Inner {
     /// Which plan it was bound for; `None` for buffers of fixed geometry.
     generation: Option<PlanGeneration>,
     run: PreparedRun,
-    /// Of K and V; empty where no kernel takes them.
-    maps: Vec<TensorMap>,
-    forward: Vec<&'static Kernel>,
-    merge: Option<&'static Kernel>,
+    kernels: RunKernels,
     /// Of the tensors and the workspace: held, not looked at.
     _owners: Vec<Arc<dyn Any + Send + Sync>>,
 }
 
-/// The kernels of a run, in the order they are launched.
+/// The kernels of a run, in the order they are launched. Binding allocates nothing for them: engines without bound runs bind in
+/// every layer.
+#[derive(Debug)]
 pub(super) struct RunKernels {
-    pub(super) maps: Vec<TensorMap>,
-    pub(super) forward: Vec<&'static Kernel>,
+    /// Of K and V, where a kernel takes them.
+    pub(super) maps: Option<[TensorMap; 2]>,
+    pub(super) forward: [Option<&'static Kernel>; TileVariant::ALL.len()],
     pub(super) merge: Option<&'static Kernel>,
+}
+
+impl RunKernels {
+    fn maps(&self) -> &[TensorMap] {
+        self.maps.as_ref().map_or(&[], |maps| &maps[..])
+    }
 }
 
 impl BoundRun {
@@ -58,15 +64,12 @@ impl BoundRun {
         kernels: RunKernels,
     ) -> Self {
         let spans = args.spans().map(|(_, span)| span).chain([workspace.span()]);
-        let RunKernels { maps, forward, merge } = kernels;
         let inner = Inner {
             device: buffers.device(),
             plan_memory: buffers.memory().clone(),
             generation,
             run,
-            maps,
-            forward,
-            merge,
+            kernels,
             _owners: spans.filter_map(|span| span.owner().cloned()).collect(),
         };
         Self { inner: Arc::new(inner) }
@@ -150,12 +153,12 @@ impl BoundRun {
     fn enqueue(&self, uploaded: Uploaded<'_>, run: &PreparedRun, stream: &Stream) -> Result<()> {
         let current = stream.enter(self.inner.device)?;
         match current.capture_status()? {
-            CaptureStatus::None => uploaded.enqueue_on(stream, || self.launch(run, current)),
+            CaptureStatus::None => uploaded.enqueue_on(stream, || self.launch(run, &current)),
             CaptureStatus::Capturing => {
                 self.check_capturable(stream)?;
                 // No event: it would be one from outside the capture. Whoever vouched for the stream orders uploads and replays.
-                driver::retain_in_capture(current, self.inner.clone())?;
-                self.launch(run, current)
+                driver::retain_in_capture(&current, self.inner.clone())?;
+                self.launch(run, &current)
             }
             CaptureStatus::Invalidated => {
                 Err(Error::invalid("stream", "one whose capture has failed", "end that capture first"))
@@ -183,21 +186,23 @@ impl BoundRun {
     }
 
     /// Enqueues the launches as they were bound, for a graph of ours.
-    pub(super) fn launch_bound(&self, stream: CurrentStream<'_>) -> Result<()> {
+    pub(super) fn launch_bound(&self, stream: &CurrentStream<'_>) -> Result<()> {
         self.launch(&self.inner.run, stream)
     }
 
     /// The driver calls of a run alone.
-    pub(super) fn bare_launches(&self, stream: CurrentStream<'_>) -> Vec<BareLaunch<'_>> {
-        let Inner { run, maps, .. } = &*self.inner;
-        let forward = self.inner.forward.iter().filter_map(|kernel| BareLaunch::forward(kernel, run, maps, stream));
-        forward.chain(self.inner.merge.and_then(|kernel| BareLaunch::merge(kernel, run, stream))).collect()
+    pub(super) fn bare_launches(&self, stream: &CurrentStream<'_>) -> Vec<BareLaunch<'_>> {
+        let Inner { run, kernels, .. } = &*self.inner;
+        let forward = kernels.forward.iter().flatten();
+        let forward = forward.filter_map(|kernel| BareLaunch::forward(kernel, run, kernels.maps(), stream));
+        forward.chain(kernels.merge.and_then(|kernel| BareLaunch::merge(kernel, run, stream))).collect()
     }
 
-    fn launch(&self, run: &PreparedRun, stream: CurrentStream<'_>) -> Result<()> {
-        for kernel in &self.inner.forward {
-            driver::launch_forward(kernel, run, &self.inner.maps, stream)?;
+    fn launch(&self, run: &PreparedRun, stream: &CurrentStream<'_>) -> Result<()> {
+        let kernels = &self.inner.kernels;
+        for kernel in kernels.forward.iter().flatten() {
+            driver::launch_forward(kernel, run, kernels.maps(), stream)?;
         }
-        self.inner.merge.map_or(Ok(()), |kernel| driver::launch_merge(kernel, run, stream))
+        kernels.merge.map_or(Ok(()), |kernel| driver::launch_merge(kernel, run, stream))
     }
 }

@@ -1,6 +1,6 @@
 //! One CUDA device: its primary context, its profile, its loaded kernels.
 
-use super::driver::{self, DriverCall, Kernel, Stream, attempt, attempt_for};
+use super::driver::{self, CurrentContext, DriverCall, Kernel, Stream, attempt, attempt_for};
 use super::ptx;
 use crate::profile::{Datasheet, H200_DATASHEET};
 use crate::{DeviceProfile, Error, Result};
@@ -101,7 +101,11 @@ impl Inner {
             return Err(Error::invalid("ordinal", ordinal, format!("a device from 0 to {}", count - 1)));
         }
         let about = || format!("device {ordinal}");
-        let context = attempt_for(DriverCall::DevicePrimaryCtxRetain, about, || CudaContext::new(ordinal))?;
+        let context = {
+            // cudarc makes it current.
+            let _kept = attempt(DriverCall::CtxSetCurrent, CurrentContext::keep)?;
+            attempt_for(DriverCall::DevicePrimaryCtxRetain, about, || CudaContext::new(ordinal))?
+        };
         let name = attempt(DriverCall::DeviceGetName, || context.name())?;
         let (major, minor) = attempt(DriverCall::DeviceGetAttribute, || context.compute_capability())?;
         let compute_capability = (major * 10 + minor).unsigned_abs();

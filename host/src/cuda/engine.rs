@@ -98,20 +98,21 @@ impl CudaEngine {
     }
 
     fn kernels(&self, run: &PreparedRun, args: &RunArgs) -> Result<RunKernels> {
-        let launched = TileVariant::ALL.into_iter().filter(|variant| run.forward_grids[variant.index()] > 0);
         let switches = args.problem.switches();
-        let specs = launched.map(|variant| forward_kernel(variant, run.shape, switches)).collect::<Result<Vec<_>>>()?;
-        let maps = if specs.iter().any(|spec| spec.tensor_maps > 0) {
-            args.tensor_maps()?.iter().map(driver::encode_tensor_map).collect::<Result<_>>()?
-        } else {
-            Vec::new()
-        };
-        let merge = (run.merge_rows > 0).then(|| merge_kernel(run.shape, &run.forward_grids)).transpose()?;
-        Ok(RunKernels {
-            maps,
-            forward: specs.into_iter().map(|spec| self.device.kernel(spec, switches)).collect::<Result<_>>()?,
-            merge: merge.map(|spec| self.device.kernel(spec, switches.of_merge())).transpose()?,
-        })
+        let mut kernels = RunKernels { maps: None, forward: [None; TileVariant::ALL.len()], merge: None };
+        for variant in TileVariant::ALL.into_iter().filter(|variant| run.forward_grids[variant.index()] > 0) {
+            let spec = forward_kernel(variant, run.shape, switches)?;
+            if spec.tensor_maps > 0 && kernels.maps.is_none() {
+                let [k, v] = args.tensor_maps()?;
+                kernels.maps = Some([driver::encode_tensor_map(&k)?, driver::encode_tensor_map(&v)?]);
+            }
+            kernels.forward[variant.index()] = Some(self.device.kernel(spec, switches)?);
+        }
+        if run.merge_rows > 0 {
+            let merge = merge_kernel(run.shape, &run.forward_grids)?;
+            kernels.merge = Some(self.device.kernel(merge, switches.of_merge())?);
+        }
+        Ok(kernels)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::CudaDevice;
 use super::args::DeviceSpan;
-use super::driver::{Allocation, CaptureStatus, DeviceBuffer, Event, StagingRing, Stream};
+use super::driver::{self, Allocation, CaptureStatus, DeviceBuffer, Event, StagingRing, Stream};
 use crate::arguments::same;
 use crate::plan::{PlanCapacity, PlanGeneration};
 use crate::problem::Planned;
@@ -89,6 +89,9 @@ pub(super) struct PlanTerms {
 impl PlanTerms {
     /// Refuses others, by name. `what` has these terms.
     pub(super) fn check_are(&self, other: &Self, what: &str) -> Result<()> {
+        if self == other {
+            return Ok(());
+        }
         self.planned.check_is(&other.planned, what)?;
         same(&format!("the num_pages of {what}"), self.num_pages, other.num_pages)
     }
@@ -195,6 +198,8 @@ impl PlanBuffers {
     /// (fixed geometry) was made for another shape, page size or pool: nothing has been copied and the former plan stays. The
     /// driver's copy fails: no plan.
     pub fn upload(&mut self, plan: &Plan, stream: &Stream) -> Result<Uploaded<'_>> {
+        // An engine binds at its start and then only uploads.
+        driver::drop_released();
         if plan.bytes().len() > self.capacity_bytes {
             return Err(Error::PlanMismatch {
                 what: "the capacity of the plan buffers".into(),

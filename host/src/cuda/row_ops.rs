@@ -72,7 +72,7 @@ impl CudaEngine {
             span.check_device(name, device)?;
         }
         let kernel = device.kernel(row_kernel(Family::Append, Dtype::F16)?, Switches::OFF)?;
-        driver::launch_append(kernel, &append, stream.enter(device)?)
+        driver::launch_append(kernel, &append, &stream.enter(device)?)
     }
 
     /// Enqueues the merge of two attention states over disjoint sets of tokens. `merged` may be one of the two, and overlaps
@@ -98,7 +98,7 @@ impl CudaEngine {
             state.lse.check_device("lse", device)?;
         }
         let kernel = device.kernel(row_kernel(Family::MergeStates, dtype)?, Switches::OFF)?;
-        driver::launch_merge_states(kernel, &checked, stream.enter(device)?)
+        driver::launch_merge_states(kernel, &checked, &stream.enter(device)?)
     }
 }
 

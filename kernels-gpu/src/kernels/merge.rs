@@ -390,7 +390,7 @@ unsafe fn store_columns<E: Element, const COLUMNS: usize>(address: u64, columns:
     }
 }
 
-/// Not where `tests/tests/merge_lockstep.rs` compiles this file for the host.
+/// Not where `tests/tests/kernel_lockstep` compiles this file for the host.
 #[cfg(target_arch = "nvptx64")]
 mod entries {
     use super::*;

@@ -1,7 +1,7 @@
 """The decode rows of one KV cache group: one plan per step, run once per layer.
 
-A plan's launches under CUDA graphs cover a capacity, whatever the step. Capacities are powers of two of rows, so that the graph
-of 8 rows does not launch what 256 rows may need; each has its planner and its plan buffers, made when a step or a capture first
+A plan's launches under CUDA graphs cover a capacity, whatever the step. Capacities are powers of two of query tokens, so that the
+graph of 8 does not launch what 256 may need; each has its planner and its plan buffers, made when a step or a capture first
 needs it. Steps run in stream order, so that one workspace serves all.
 """
 
@@ -21,9 +21,15 @@ class Group:
     device: torch.device
     page_size: int
     num_pages: int
-    #: Rows of the largest batch, and pages of the longest row.
+    #: Rows of the largest batch, pages of the longest row, and query tokens of a row at most.
     max_rows: int
     max_row_pages: int
+    max_row_tokens: int = 1
+
+    @property
+    def max_tokens(self) -> int:
+        """Query tokens of the largest batch: what a plan has as rows."""
+        return self.max_rows * self.max_row_tokens
 
 
 @dataclasses.dataclass
@@ -45,12 +51,14 @@ class DecodeRows:
         self._workspace: pa.Workspace | None = None
         self._lse: torch.Tensor | None = None
 
-    def plan(self, tables, lengths: np.ndarray) -> "pa.Plan":
+    def plan(self, tables, lengths: np.ndarray, query_tokens: np.ndarray | None = None, room: int = 0) -> "pa.Plan":
         """Make this step's plan and enqueue its upload on torch's current stream.
 
         Args:
             tables: the step's :class:`~prefix_attn.vllm.tables.StepTables`.
-            lengths: int32 tokens of each row; 0 where there is none.
+            lengths: int32 tokens of each row, its query tokens included; 0 where there is none.
+            query_tokens: int32 query tokens of each row; by default 1.
+            room: query tokens of the step's graph: the plan is one of a capacity for so many.
 
         Raises:
             ValueError: a table names a page outside the pool, or there are more rows, or longer ones, than the group has.
@@ -63,24 +71,26 @@ class DecodeRows:
                 f"{self.group.max_rows} rows of {self.group.max_row_pages} pages"
             )
         rows = tables.rows(lengths, self._tables)
-        capacity = self._capacity(len(lengths))
-        plan = capacity.advance(rows, lengths)
+        tokens = len(lengths) if query_tokens is None else int(query_tokens.sum())
+        capacity = self._capacity(max(tokens, room))
+        plan = capacity.advance(rows, lengths, query_tokens)
         self._current = capacity
         return plan
 
-    def run(self, name: str, scale: float, query, key_cache, value_cache, output, lse=None) -> None:
+    def run(self, name: str, scores: dict, query, key_cache, value_cache, output, lse=None) -> None:
         """Run this step's plan for one layer.
 
         Args:
             name: the layer's, the same tensors' strides at every call.
-            query, output: ``[rows or more, q_heads, head_dim]``; rows behind the plan's keep their values.
+            scores: what becomes of Q K: ``scale``, and ``softcap`` and ``sinks`` where the layer has them, as in ``pa.run``.
+            query, output: ``[query tokens or more, q_heads, head_dim]``; what is behind the plan's keeps its values.
             key_cache, value_cache: ``[num_pages, page_size, kv_heads, head_dim]``.
             lse: float32 ``[rows, q_heads]``, at one address for ever, where it is wanted.
         """
-        self._current.run(name, scale, query, key_cache, value_cache, output, lse)
+        self._current.run(name, scores, query, key_cache, value_cache, output, lse)
 
-    def _capacity(self, rows: int) -> "_Capacity":
-        size = min(1 << max(rows - 1, 0).bit_length(), self.group.max_rows)
+    def _capacity(self, tokens: int) -> "_Capacity":
+        size = min(1 << max(tokens - 1, 0).bit_length(), self.group.max_tokens)
         capacity = self._capacities.get(size)
         if capacity is None:
             kind = _HostCapacity if self.group.device.type == "cpu" else _DeviceCapacity
@@ -90,28 +100,28 @@ class DecodeRows:
     def workspace(self, planner: "pa.Planner") -> "pa.Workspace":
         """One for all: as large as the largest capacity needs."""
         if self._workspace is None:
-            largest = pa.Planner(self.group.shape, self.group.device, capacity=limits(self.group, self.group.max_rows))
+            largest = pa.Planner(self.group.shape, self.group.device, capacity=limits(self.group, self.group.max_tokens))
             self._workspace = pa.Workspace.for_planner(largest)
         return self._workspace
 
     def lse(self) -> torch.Tensor:
-        """Float32 ``[rows, q_heads]`` for as many rows as any batch has, at one address."""
+        """Float32 ``[query tokens, q_heads]`` for as many as any batch has, at one address."""
         if self._lse is None:
-            shape = (self.group.max_rows, self.group.shape.q_heads)
+            shape = (self.group.max_tokens, self.group.shape.q_heads)
             self._lse = torch.empty(shape, dtype=torch.float32, device=self.group.device)
         return self._lse
 
     def template(self, name: str, stride: tuple, dtype: torch.dtype) -> torch.Tensor:
-        """Memory with as many rows as any batch has, in these strides: what a run is bound to before its tensors are known."""
+        """Memory for as many query tokens as any batch has, in these strides: what a run is bound to before its tensors are known."""
         key = (name, stride, dtype)
         if key not in self._templates:
-            shape = (self.group.max_rows, self.group.shape.q_heads, self.group.shape.head_dim)
+            shape = (self.group.max_tokens, self.group.shape.q_heads, self.group.shape.head_dim)
             self._templates[key] = torch.empty_strided(shape, stride, dtype=dtype, device=self.group.device)
         return self._templates[key]
 
 
 def limits(group: Group, rows: int) -> "pa.Capacity":
-    """The largest plan for ``rows`` rows.
+    """The largest plan of ``rows`` rows, a row for each query token.
 
     A plan has an item for each row, or, where it shares or cuts rows, about as many as fill the device once. Each item that a
     capacity allows costs every captured step a CTA per KV head that finds nothing to do, so it allows little more.
@@ -122,7 +132,7 @@ def limits(group: Group, rows: int) -> "pa.Capacity":
 
 
 class _Capacity:
-    """The planner for up to so many rows, and its newest plan."""
+    """The planner for up to so many query tokens, and its newest plan."""
 
     def __init__(self, owner: DecodeRows, rows: int):
         self.group = owner.group
@@ -130,19 +140,20 @@ class _Capacity:
         self.planner = pa.Planner(owner.group.shape, owner.group.device, capacity=limits(owner.group, rows))
         self.plan = None
 
-    def advance(self, tables: np.ndarray, lengths: np.ndarray) -> "pa.Plan":
+    def advance(self, tables: np.ndarray, lengths: np.ndarray, query_tokens: np.ndarray | None) -> "pa.Plan":
         if self.plan is None:
-            self.plan = self.planner.plan(tables, lengths, self.group.page_size, self.group.num_pages)
+            pool = self.group.page_size, self.group.num_pages
+            self.plan = self.planner.plan(tables, lengths, *pool, query_tokens=query_tokens)
         else:
-            self.planner.advance(self.plan, tables, lengths)
+            self.planner.advance(self.plan, tables, lengths, query_tokens=query_tokens)
         return self.plan
 
 
 class _HostCapacity(_Capacity):
-    def run(self, name, scale, query, key_cache, value_cache, output, lse) -> None:
+    def run(self, name, scores, query, key_cache, value_cache, output, lse) -> None:
         rows = self.plan.sequence_count
         lse = None if lse is None else lse[:rows]
-        pa.run(self.plan, query[:rows], key_cache, value_cache, out=output[:rows], lse=lse, scale=scale)
+        pa.run(self.plan, query[:rows], key_cache, value_cache, out=output[:rows], lse=lse, **scores)
 
 
 class _DeviceCapacity(_Capacity):
@@ -151,23 +162,23 @@ class _DeviceCapacity(_Capacity):
         self.buffers = pa.PlanBuffers(self.planner, self.group.page_size, self.group.num_pages)
         self.layers: dict[str, _BoundLayer] = {}
 
-    def advance(self, tables: np.ndarray, lengths: np.ndarray) -> "pa.Plan":
-        plan = super().advance(tables, lengths)
+    def advance(self, tables: np.ndarray, lengths: np.ndarray, query_tokens: np.ndarray | None) -> "pa.Plan":
+        plan = super().advance(tables, lengths, query_tokens)
         self.buffers.upload(plan)
         return plan
 
-    def run(self, name, scale, query, key_cache, value_cache, output, lse) -> None:
+    def run(self, name, scores, query, key_cache, value_cache, output, lse) -> None:
         if min(query.shape[0], output.shape[0]) < self.plan.sequence_count:
             raise ValueError(f"query and output have {query.shape[0]} rows, the plan {self.plan.sequence_count}")
         layer = self.layers.get(name)
         if layer is None or layer.q_stride != query.stride() or layer.out_stride != output.stride():
-            layer = self._bind(name, scale, query, key_cache, value_cache, output, lse)
+            layer = self._bind(name, scores, query, key_cache, value_cache, output, lse)
         # The strides are those bound, the plan's rows are there: what run_ptr asks its caller to vouch for.
         layer.run.run_ptr(query.data_ptr(), output.data_ptr())
 
-    def _bind(self, name, scale, query, key_cache, value_cache, output, lse) -> _BoundLayer:
+    def _bind(self, name, scores, query, key_cache, value_cache, output, lse) -> _BoundLayer:
         q, out = (self.owner.template(kind, t.stride(), t.dtype) for kind, t in (("q", query), ("out", output)))
         workspace = self.owner.workspace(self.planner)
-        run = self.buffers.bind(key_cache, value_cache, q, out, lse, scale=scale, workspace=workspace)
+        run = self.buffers.bind(key_cache, value_cache, q, out, lse, workspace=workspace, **scores)
         layer = self.layers[name] = _BoundLayer(run, query.stride(), output.stride())
         return layer

@@ -8,8 +8,8 @@ def of_engine(vllm_config) -> str | None:
     parallel = vllm_config.parallel_config
     if not vllm_config.use_v2_model_runner:
         return "model runner V1 has no hook for its block tables"
-    if vllm_config.speculative_config is not None:
-        return "speculative decoding: lengths are known on the device alone"
+    if vllm_config.speculative_config is not None and vllm_config.scheduler_config.async_scheduling:
+        return "speculative decoding under asynchronous scheduling: lengths are known on the device alone"
     if parallel.prefill_context_parallel_size > 1:
         return "prefill context parallelism"
     if getattr(parallel, "enable_dbo", False) or getattr(parallel, "ubatch_size", 0) > 1:
@@ -52,8 +52,15 @@ def of_group(spec, shape: "pa.AttentionShape | None") -> str | None:
     return pa.supports(shape, spec.block_size)
 
 
-def of_layer(layer) -> str | None:
-    """Why a layer cannot be served, or ``None``."""
+def of_layer(layer, shape: "pa.AttentionShape", page_size: int, ranks: int) -> str | None:
+    """Why a layer of a group that can be served cannot, or ``None``.
+
+    Args:
+        layer: vLLM's ``Attention``.
+        shape: what the kernels are asked for.
+        page_size: tokens per block.
+        ranks: of decode context parallelism.
+    """
     from vllm.v1.attention.backend import AttentionType
 
     impl = layer.impl
@@ -63,11 +70,9 @@ def of_layer(layer) -> str | None:
         return "ALiBi"
     if impl.sliding_window not in (None, (-1, -1)):
         return "a sliding window"
-    if impl.logits_soft_cap:
-        return "a soft cap on the logits"
-    if impl.sinks is not None:
-        return "attention sinks"
-    return None
+    if impl.sinks is not None and ranks > 1:
+        return "attention sinks under decode context parallelism: each rank would count them"
+    return pa.supports(shape, page_size, softcap=impl.logits_soft_cap or None, sinks=impl.sinks is not None)
 
 
 def _is_batch_invariant() -> bool:

@@ -1,5 +1,7 @@
 """The layers' implementation: decode rows on the step's plan, other rows on FlashAttention."""
 
+import functools
+
 import torch
 from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
 from vllm.v1.attention.backends import flash_attn
@@ -8,6 +10,22 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
 class Impl(FlashAttentionImpl):
     """K and V of all rows are in the cache before :meth:`forward` (vLLM writes them first)."""
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Sinks are weights: runs are bound to float32 copies of them, which take the new values where weights are loaded again."""
+        super().process_weights_after_loading(act_dtype)
+        if self.sinks is not None:
+            self._scores["sinks"].copy_(self.sinks)
+
+    @functools.cached_property
+    def _scores(self) -> dict:
+        """What becomes of Q K, see :meth:`DecodeRows.run`."""
+        scores = {"scale": self.scale}
+        if self.logits_soft_cap:
+            scores["softcap"] = self.logits_soft_cap
+        if self.sinks is not None:
+            scores["sinks"] = self.sinks.detach().to(torch.float32, copy=True)
+        return scores
 
     def forward(
         self,
@@ -28,10 +46,10 @@ class Impl(FlashAttentionImpl):
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
         key_cache, value_cache = self._caches(kv_cache)
-        split.decoder.run(layer.layer_name, self.scale, query, key_cache, value_cache, output)
+        split.decoder.run(layer.layer_name, self._scores, query, key_cache, value_cache, output)
         split.metrics.kernel_calls += 1
         if split.prefill is not None:
-            first = split.decode_rows
+            first = split.decode_tokens
             super().forward(
                 layer,
                 query[first:],
@@ -63,7 +81,7 @@ class Impl(FlashAttentionImpl):
         part = split.decoder.template("dcp out", every_query.stride(), every_query.dtype)
         part_lse = split.decoder.lse()
         split.decoder.run(
-            self._dcp_name(key_cache), self.scale, every_query, key_cache, value_cache, part, part_lse
+            self._dcp_name(key_cache), self._scores, every_query, key_cache, value_cache, part, part_lse
         )
         split.metrics.kernel_calls += 1
         context, context_lse = self.dcp_combine(part[:rows], part_lse[:rows], group, return_lse=True)

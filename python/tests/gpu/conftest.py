@@ -1,11 +1,15 @@
 """Tests that need a CUDA device. Without one they are skipped, with the reason; `run.py` counts that as not passed."""
 
+import sys
+
 import pytest
 import torch
 
 import prefix_attn as pa
 
 HERE = __file__.rsplit("/", 1)[0]
+# support.py.
+sys.path.insert(0, HERE.rsplit("/", 1)[0])
 
 
 def why_not():

@@ -1,16 +1,13 @@
 """The CUDA executor from Python: ragged forests against torch in float32, streams, graphs, bound runs, refusals."""
 
 import gc
-import sys
 
 import pytest
 import torch
 
-sys.path.insert(0, __file__.rsplit("/gpu/", 1)[0])
+from support import Batch, caches, queries, random_forest, reference, tolerance
 
-from support import Batch, caches, queries, random_forest, reference, tolerance  # noqa: E402
-
-import prefix_attn as pa  # noqa: E402
+import prefix_attn as pa
 
 DEVICE = "cuda:0"
 #         q_heads, kv_heads, head_dim, page_size, layout
@@ -78,20 +75,76 @@ def test_strided_tensors_and_spare_rows(no_tf32):
     assert (memory[:, 0] == 7).all() and (memory[rows:] == 7).all() and (lse[rows:] == 7).all()
 
 
-def test_another_stream_than_the_default_one(no_tf32):
-    """The run comes after what its own stream was given before: without that it would read zeros."""
-    batch, q, k, v = problem(6, 32, 8, 128, 16, "NHD", torch.float16)
-    planner = pa.Planner(pa.AttentionShape(32, 8, 128, torch.float16), DEVICE)
-    plan = planner.plan(batch.block_tables, batch.lengths, 16, batch.num_pages)
-    late_q = torch.zeros_like(q)
+def independent_stream():
+    """A stream on which torch's own work overtakes the default stream's: some share a queue of the device with it."""
+    torch.cuda._sleep(1)
     torch.cuda.synchronize()
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        torch.cuda._sleep(200_000_000)
-        late_q.copy_(q)
-        out, lse = pa.run(plan, late_q, k, v, return_lse=True)
-        check(batch, q, k, v, "NHD", out, lse)
+    for _ in range(8):
+        side, done = torch.cuda.Stream(), torch.cuda.Event()
+        torch.cuda._sleep(500_000_000)
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(1)
+            done.record()
+        done.synchronize()
+        overtook = not torch.cuda.default_stream().query()
+        torch.cuda.synchronize()
+        if overtook:
+            return side
+    raise AssertionError("torch's own work does not overtake the default stream here")
+
+
+class Sides:
+    """A plan for a side stream: run there before, so that torch and the planner have memory of that stream for the next one."""
+
+    def __init__(self):
+        batch, q, k, v = problem(6, 32, 8, 128, 16, "NHD", torch.float16)
+        self.batch, self.q, self.k, self.v = batch, q, k, v
+        self.planner = pa.Planner(pa.AttentionShape(32, 8, 128, torch.float16), DEVICE)
+        self.side, self.done = independent_stream(), torch.cuda.Event()
+        self.late_q = torch.zeros_like(q)
+        with torch.cuda.stream(self.side):
+            self.run(self.plan())
+        torch.cuda.synchronize()
+        self.late_q.zero_()
+        torch.cuda.synchronize()
+
+    def plan(self):
+        return self.planner.plan(self.batch.block_tables, self.batch.lengths, 16, self.batch.num_pages)
+
+    def run(self, plan):
+        """Q arrives late on the side stream: a run that did not wait for its own stream would read zeros."""
+        torch.cuda._sleep(20_000_000)
+        self.late_q.copy_(self.q)
+        out, lse = pa.run(plan, self.late_q, self.k, self.v, return_lse=True)
+        self.done.record()
+        return out, lse
+
+    def check(self, out, lse):
+        check(self.batch, self.q, self.k, self.v, "NHD", out, lse)
+
+
+def test_a_side_stream_waits_for_itself_and_not_for_the_default_stream(no_tf32):
+    sides = Sides()
+    plan = sides.plan()
+    torch.cuda._sleep(4_000_000_000)
+    with torch.cuda.stream(sides.side):
+        output = sides.run(plan)
+    sides.done.synchronize()
+    assert not torch.cuda.default_stream().query(), "the run waited for the default stream, which sleeps for some seconds"
     torch.cuda.synchronize()
+    sides.check(*output)
+
+
+def test_a_side_stream_waits_for_the_stream_of_the_upload(no_tf32):
+    sides = Sides()
+    plan = sides.plan()
+    torch.cuda._sleep(1_000_000_000)
+    pa.run(plan, torch.zeros_like(sides.q), sides.k, sides.v)
+    with torch.cuda.stream(sides.side):
+        output = sides.run(plan)
+    assert not sides.done.query(), "the run did not wait for the plan's upload, which is behind a sleep"
+    sides.done.synchronize()
+    sides.check(*output)
 
 
 def test_a_stream_by_its_handle(no_tf32):
@@ -148,18 +201,18 @@ def test_advance_reaches_the_device(no_tf32):
 class Engine:
     """What a serving engine holds: capacity, buffers, one workspace, two bound layers."""
 
-    def __init__(self, rows=32, num_pages=256):
+    def __init__(self, rows=32, num_pages=256, device=DEVICE):
         shape = pa.AttentionShape(32, 8, 128, torch.bfloat16)
         self.rows, self.num_pages = rows, num_pages
-        self.planner = pa.Planner(shape, DEVICE, capacity=pa.Capacity(rows, rows * 64, DEVICE))
+        self.planner = pa.Planner(shape, device, capacity=pa.Capacity(rows, rows * 64, device))
         self.buffers = pa.PlanBuffers(self.planner, 16, num_pages)
         self.workspace = pa.Workspace.for_planner(self.planner)
         self.layers = []
         for seed in range(2):
             batch = Batch([], [], 16, num_pages)
-            k, v = caches(batch, torch.bfloat16, "NHD", seed, 8, 128, DEVICE)
-            q = queries(rows, torch.bfloat16, seed + 7, 32, 128, DEVICE)
-            out, lse = torch.zeros_like(q), torch.zeros((rows, 32), device=DEVICE)
+            k, v = caches(batch, torch.bfloat16, "NHD", seed, 8, 128, device)
+            q = queries(rows, torch.bfloat16, seed + 7, 32, 128, device)
+            out, lse = torch.zeros_like(q), torch.zeros((rows, 32), device=device)
             bound = self.buffers.bind(k, v, q, out, lse, workspace=self.workspace)
             self.layers.append((q, k, v, out, lse, bound))
 
@@ -380,6 +433,44 @@ def test_the_operator_under_compile_on_the_device(no_tf32):
     check(batch, q, k, v, "NHD", layer(q, k, v), None)
 
 
+class Producer:
+    """A library of its own, for what is asked of it: DLPack alone, as cupy and jax have it."""
+
+    def __init__(self, tensor):
+        self.tensor, self.streams = tensor, []
+
+    def __dlpack_device__(self):
+        return self.tensor.__dlpack_device__()
+
+    def __dlpack__(self, *, stream=None, **others):
+        self.streams.append(stream)
+        return self.tensor.__dlpack__(stream=stream, **others)
+
+
+def test_producers_of_dlpack_on_the_device(no_tf32):
+    batch, q, k, v = problem(6, 32, 8, 128, 16, "NHD", torch.float16)
+    planner = pa.Planner(pa.AttentionShape(32, 8, 128, torch.float16), DEVICE)
+    plan = planner.plan(batch.block_tables, batch.lengths, 16, batch.num_pages)
+    out, lse = torch.zeros_like(q), torch.zeros(q.shape[:2], device=DEVICE)
+    others = [Producer(tensor) for tensor in (q, k, v, out, lse)]
+    assert pa.run(plan, *others) is others[3]
+    check(batch, q, k, v, "NHD", out, lse)
+    # Their streams wait for the one of the run: 1 is the protocol's name of the default stream.
+    assert [other.streams for other in others] == [[1]] * 5
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    pa.run(plan, *others, stream=side.cuda_stream)
+    side.synchronize()
+    check(batch, q, k, v, "NHD", out, lse)
+    assert [other.streams[1] for other in others] == [side.cuda_stream] * 5
+    with torch.cuda.stream(side):
+        pa.run(plan, *others)
+    side.synchronize()
+    assert [other.streams[2] for other in others] == [side.cuda_stream] * 5, "torch's current stream is the run's"
+    with pytest.raises(ValueError, match="^out: got None"):
+        pa.run(plan, *others[:3])
+
+
 def two_devices(no_tf32):
     other = f"cuda:{torch.cuda.device_count() - 1}"
     shape = pa.AttentionShape(32, 8, 128, torch.float16)
@@ -390,7 +481,7 @@ def two_devices(no_tf32):
     for _ in range(5):
         here, there = pa.run(plans[0], q, k, v), pa.run(plans[1], *moved)
         check(batch, q, k, v, "NHD", here, None)
-        assert torch.equal(there.cpu(), here.cpu())
+        assert str(there.device) == other and torch.equal(there.cpu(), here.cpu())
     with pytest.raises(ValueError, match=f"^q: got a tensor on {other}"):
         pa.run(plans[0], *moved)
     with pytest.raises(ValueError, match=f"^k_cache: got a tensor on {DEVICE}"):
@@ -399,6 +490,62 @@ def two_devices(no_tf32):
         pa.run(plans[0], q, k, v, workspace=pa.Workspace(1 << 20, other))
 
 
-# With one device there is no such test, instead of one that is skipped.
+def bound_runs_and_graphs_on_the_other_device(no_tf32):
+    other = f"cuda:{torch.cuda.device_count() - 1}"
+    engines = [Engine(device=DEVICE), Engine(device=other)]
+    for seed in range(5):
+        for engine in engines:
+            batch, plan = engine.step(seed)
+            engine.buffers.upload(plan)
+            for *_, bound in engine.layers:
+                bound.run()
+            engine.check(batch)
+    far = engines[1]
+    with torch.cuda.device(other):
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for *_, bound in far.layers:
+                bound.run()
+    for seed in range(5, 10):
+        batch, plan = far.step(seed)
+        far.buffers.upload(plan)
+        with torch.cuda.device(other):
+            graph.replay()
+        far.check(batch)
+
+
+def torch_keeps_its_current_device(no_tf32):
+    """The device of torch's thread is the driver's current context, which our calls on another device must give back."""
+    other = f"cuda:{torch.cuda.device_count() - 1}"
+    torch.cuda.set_device(DEVICE)
+    far = Engine(device=other)
+    batch, plan = far.step(3)
+
+    def after(what):
+        assert torch.cuda.current_device() == 0, what
+        assert str(torch.zeros(1, device="cuda").device) == DEVICE, what
+
+    after("making planner, buffers and workspace")
+    far.buffers.upload(plan)
+    after("upload")
+    far.layers[0][-1].run()
+    after("a bound run")
+    q, k, v, out, lse, _ = far.layers[0]
+    rows = len(batch.lengths)
+    assert torch.equal(pa.run(plan, q[:rows], k, v), out[:rows])
+    after("a run")
+    pa.merge_states(out, lse, out, lse)
+    after("merge_states")
+    pa.append_kv(k[0, :2], v[0, :2], k, v, torch.zeros(2, dtype=torch.int64, device=other) - 1)
+    after("append_kv")
+    del far.buffers, far.workspace, far.layers, plan
+    gc.collect()
+    after("all of it gone")
+
+
+# With one device there are no such tests, instead of some that are skipped.
 if torch.cuda.device_count() > 1:
     test_two_devices = two_devices
+    test_bound_runs_and_graphs_on_the_other_device = bound_runs_and_graphs_on_the_other_device
+    test_torch_keeps_its_current_device = torch_keeps_its_current_device

@@ -7,6 +7,9 @@ Tasks, run in order:
   tokens:PROMPTSxSHARED+OWN:OUT[:BATCH]   greedy tokens with their log-probs; BATCH prompts at a time (default: all)
   again:... (as tokens)                   the same once more
   broken:... (as tokens)                  negative control: every row misses its newest token
+  layers:PROMPTSxSHARED+OWN:OUT[:broken]  each layer's attention beside float32 attention (--compare; `exactness.py` judges)
+  forced:PROMPTSxSHARED+OWN:OUT:SERVER    log-probs of decode steps whose tokens are given; SERVER serves decode rows: ours, stock and
+                                          float32 (both without graphs), broken (ours without a row's newest token), or engine
   churn:OUT:SCHEDULE                      200 requests with 4 system prompts: joins, leaves, aborts, preemption, chunked prefill;
                                           SCHEDULE seeds when they arrive and are aborted
   time:PROMPTSxSHARED+OWN:OUT             median time of the steps in which every prompt yields a token
@@ -17,6 +20,7 @@ Tasks, run in order:
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -29,6 +33,14 @@ SHAPES = {
         hidden_size=1024, num_hidden_layers=4, num_attention_heads=16, num_key_value_heads=4,
         intermediate_size=3072, vocab_size=32000,
     ),
+    "1.7b": dict(
+        hidden_size=2048, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
+        intermediate_size=6144, vocab_size=151936,
+    ),
+    "oss": dict(
+        hidden_size=2880, num_hidden_layers=24, num_attention_heads=64, num_key_value_heads=8,
+        intermediate_size=11520, vocab_size=201088,
+    ),
     "8b": dict(
         hidden_size=4096, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
         intermediate_size=12288, vocab_size=151936,
@@ -36,13 +48,13 @@ SHAPES = {
 }
 
 
-def arguments():
+def arguments(given=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out")
     parser.add_argument("tasks", nargs="+")
     parser.add_argument("--backend", default="CUSTOM")
     parser.add_argument("--shape", default="small", choices=list(SHAPES))
-    parser.add_argument("--model", default="qwen3", choices=["qwen3", "llama"])
+    parser.add_argument("--model", default="qwen3", choices=["qwen3", "llama", "gpt-oss"])
     parser.add_argument("--kv-heads", type=int)
     parser.add_argument("--mode", default="eager", choices=["eager", "graph", "piecewise"])
     parser.add_argument("--sizes", default="8,64", help="captured batch sizes")
@@ -51,8 +63,12 @@ def arguments():
     parser.add_argument("--kv-gib", type=float, default=0)
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--dcp", type=int, default=1)
+    parser.add_argument("--max-len", type=int, default=4096)
+    parser.add_argument("--compare", action="store_true", help="compare each layer's decode rows with float32 attention")
+    parser.add_argument("--drafts", type=int, default=0, help="drafts of a sequence in each step (`drafts.py`)")
+    parser.add_argument("--known", help="record of the engine whose tokens are drafted, in tasks that are among its own")
     parser.add_argument("--wait", help="tasks begin when this file exists: until then other engines have the device")
-    return parser.parse_args()
+    return parser.parse_args(given)
 
 
 def config(a):
@@ -63,16 +79,18 @@ def config(a):
     )  # fmt: skip
     if a.kv_heads:
         c["num_key_value_heads"] = a.kv_heads
-    if a.model == "qwen3":
+    if a.model == "gpt-oss":
+        # Its attention: heads of 64 elements, eight queries for a KV head, a sink per head, windows in every other layer.
+        c.update(head_dim=64, num_key_value_heads=c["num_attention_heads"] // 8)
+    if a.model != "llama":
         c.update(architectures=["Qwen3ForCausalLM"], model_type="qwen3", sliding_window=None, use_sliding_window=False)
     else:
         c.update(architectures=["LlamaForCausalLM"], model_type="llama")
     return c
 
 
-def make_engine(a, c):
-    from vllm import LLM
-
+def engine_arguments(a, c):
+    """What vLLM is told."""
     folder = "/tmp/pat-vllm-%s-%s-%d" % (a.shape, a.model, c["num_key_value_heads"])
     os.makedirs(folder, exist_ok=True)
     with open(folder + "/config.json.%d" % os.getpid(), "w") as f:
@@ -92,13 +110,21 @@ def make_engine(a, c):
         more["tensor_parallel_size"] = a.tp
     if a.dcp > 1:
         more["decode_context_parallel_size"] = a.dcp
-    return LLM(
+    if a.drafts:
+        more["speculative_config"] = dict(method="ngram", num_speculative_tokens=a.drafts, prompt_lookup_max=2)
+    return dict(
         model=folder, skip_tokenizer_init=True, load_format="dummy", dtype="bfloat16", seed=0, enable_prefix_caching=True,
-        max_model_len=4096, max_num_seqs=a.seqs, max_num_batched_tokens=a.tokens,
+        max_model_len=a.max_len, max_num_seqs=a.seqs, max_num_batched_tokens=a.tokens,
         # With a KV cache of a given size this is only what must be free at the start.
         gpu_memory_utilization=0.85 if not a.kv_gib else 0.02 if a.shape == "small" else 0.26 / a.tp,
         attention_config={"backend": a.backend}, disable_log_stats=True, **more,
-    ).llm_engine  # fmt: skip
+    )  # fmt: skip
+
+
+def make_engine(a, c):
+    from vllm import LLM
+
+    return LLM(**engine_arguments(a, c)).llm_engine
 
 
 def prompts(count, shared, own, tag, vocab):
@@ -118,7 +144,7 @@ class Requests:
 
     def __init__(self, engine, logprobs):
         self.engine, self.logprobs = engine, logprobs
-        self.made, self.result, self.order = {}, {}, []
+        self.made, self.result, self.order, self.cached = {}, {}, [], 0
 
     def add(self, name, prompt, out):
         from vllm import SamplingParams
@@ -128,19 +154,22 @@ class Requests:
         self.order.append(name)
 
     def step(self):
-        """Returns the seconds and the number of tokens that came."""
+        """Returns the seconds and the number of requests that got tokens."""
         start = time.perf_counter()
         outputs = self.engine.step()
         took = time.perf_counter() - start
-        before = sum(self.made.values())
+        came = 0
         for output in outputs:
             completion = output.outputs[0]
+            came += len(completion.token_ids) > self.made.get(output.request_id, 0)
             self.made[output.request_id] = len(completion.token_ids)
             if output.finished:
+                self.cached += output.num_cached_tokens or 0
                 self.result[output.request_id] = dict(tokens=list(completion.token_ids), top=self.top(completion))
-        return took, sum(self.made.values()) - before
+        return took, came
 
-    def top(self, completion):
+    @staticmethod
+    def top(completion):
         """Per token: log-prob of the token taken, and the lead over the next one."""
         if not completion.logprobs:
             return None
@@ -177,6 +206,7 @@ def tokens(engine, vocab, text):
 def churn(engine, vocab, text):
     """Requests arrive, finish, are aborted and preempted, the same way for every backend."""
     out, schedule = map(int, text.split(":"))
+    happened = count_events(engine)
     r = random.Random("churn")
     systems = [[r.randrange(10, vocab) for _ in range(n)] for n in (1500, 700, 333, 64)]
     requests, waiting, aborted = Requests(engine, 2), [], set()
@@ -198,7 +228,36 @@ def churn(engine, vocab, text):
             requests.step()
         step += 1
     engine.reset_prefix_cache()
-    return dict(requests=requests.in_order(), steps=step, aborted=len(aborted))
+    happened.update(aborted=len(aborted), cached_tokens=requests.cached)
+    return dict(requests=requests.in_order(), steps=step, **happened)
+
+
+def count_events(engine) -> dict:
+    """Preemptions, evictions from the prefix cache and prompts that were computed in parts, from now on."""
+    scheduler = engine.engine_core.engine_core.scheduler
+    pool = scheduler.kv_cache_manager.block_pool
+    happened = dict(preempted=0, evicted=0, chunks=0)
+    preempt, evict, schedule = scheduler._preempt_request, pool._maybe_evict_cached_block, scheduler.schedule
+
+    def counted_preempt(*args, **kwargs):
+        happened["preempted"] += 1
+        return preempt(*args, **kwargs)
+
+    def counted_evict(block):
+        is_evicted = evict(block)
+        happened["evicted"] += is_evicted
+        return is_evicted
+
+    def counted_schedule(*args, **kwargs):
+        output = schedule(*args, **kwargs)
+        for name, tokens in output.num_scheduled_tokens.items():
+            request = scheduler.requests[name]
+            happened["chunks"] += tokens > 1 and request.num_computed_tokens < request.num_prompt_tokens
+        return output
+
+    scheduler._preempt_request, pool._maybe_evict_cached_block = counted_preempt, counted_evict
+    scheduler.schedule = counted_schedule
+    return happened
 
 
 def full_steps(engine, vocab, text, tag, at_full=None):
@@ -209,8 +268,8 @@ def full_steps(engine, vocab, text, tag, at_full=None):
         requests.add("%s-%s-%d" % (tag, text, i), prompt, int(out or 40))
     times = []
     while engine.has_unfinished_requests():
-        took, made = requests.step()
-        if made == count:
+        took, came = requests.step()
+        if came == count:
             times.append(took)
             if at_full and at_full(len(times), requests):
                 at_full = None
@@ -273,15 +332,54 @@ def profile(engine, vocab, text):
     return found
 
 
-def broken(engine, vocab, text):
+@contextlib.contextmanager
+def without_newest_token():
     from prefix_attn.vllm.builder import Builder
 
     right = Builder._lengths
     Builder._lengths = lambda self, *args: (right(self, *args) - 1).clip(0)
     try:
-        return tokens(engine, vocab, text)
+        yield
     finally:
         Builder._lengths = right
+
+
+def broken(engine, vocab, text):
+    with without_newest_token():
+        return tokens(engine, vocab, text)
+
+
+def layers(engine, vocab, text):
+    import probe
+
+    size, out, *rest = text.split(":")
+    probe.take_errors()
+    (broken if rest == ["broken"] else tokens)(engine, vocab, f"{size}:{out}")
+    return dict(errors=probe.take_errors())
+
+
+def forced(engine, vocab, text, save_as):
+    import probe
+    import torch
+
+    size, out, server = text.split(":")
+    count, shared, own = read_size(size)
+    every = prompts(count, shared, own, "forced", vocab)
+    for i, prompt in enumerate(every):
+        prompt[-1] = probe.FIRST_TOKEN + i
+    requests = Requests(engine, None)
+    for i, prompt in enumerate(every):
+        # The first token comes from the prefill.
+        requests.add("forced-%s-%d" % (server, i), prompt, int(out) + 1)
+    state = probe.STATE
+    state.is_forcing, state.is_eager = True, server in ("stock", "float32")
+    state.server = server if state.is_eager else "ours"
+    with without_newest_token() if server == "broken" else contextlib.nullcontext():
+        requests.drain()
+    state.is_forcing, state.is_eager, state.server = False, False, "ours"
+    torch.save(probe.take_scores(every, int(out)), save_as)
+    engine.reset_prefix_cache()
+    return {}
 
 
 def begin_decoding(engine, vocab, text, tag):
@@ -340,7 +438,7 @@ def kill_worker(engine, vocab, text):
 
 TASKS = dict(
     tokens=tokens, again=tokens, broken=broken, churn=churn, time=time_steps, profile=profile, oom=out_of_memory,
-    restart=restart, kill=kill_worker,
+    restart=restart, kill=kill_worker, layers=layers, forced=forced,
 )  # fmt: skip
 
 
@@ -356,6 +454,8 @@ def counters(worker=None):
 def main():
     a = arguments()
     c = config(a)
+    if a.model == "gpt-oss":
+        os.environ["PAT_GPT_OSS"] = "1"  # for `weights.py`
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")
     if a.tp == 1:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -363,6 +463,14 @@ def main():
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         # For `counters`.
         os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    if a.tp == 1:
+        import probe
+
+        probe.install(a.compare, c["vocab_size"], a.drafts)
+    if a.drafts:
+        import drafts
+
+        drafts.install()
     start = time.time()
     engine = make_engine(a, c)
     print("engine up after %.1f s" % (time.time() - start), flush=True)
@@ -373,10 +481,14 @@ def main():
         kind, _, text = task.partition(":")
         if kind == "kill":
             count(record, a, engine)
+        if a.known:
+            know(a.known, "tokens:" + text)
         start = time.time()
         if kind == "restart":
             engine = restart(engine, c["vocab_size"], text, lambda: make_engine(a, c))
             result = {}
+        elif kind == "forced":
+            result = forced(engine, c["vocab_size"], text, "%s.%s.pt" % (a.out[:-5], task.replace(":", "-")))
         else:
             result = TASKS[kind](engine, c["vocab_size"], text)
         record["tasks"][task] = result
@@ -386,6 +498,18 @@ def main():
     count(record, a, engine)
     save(a.out, record)
     print("DONE", flush=True)
+
+
+def know(path, task):
+    """Draft what an engine has chosen, if it has the task."""
+    import drafts
+
+    while not os.path.exists(path):
+        time.sleep(0.1)
+    with open(path) as f:
+        done = json.load(f)["tasks"].get(task)
+    drafts.known = dict(enumerate(request["tokens"] for request in done["requests"])) if done else {}
+    drafts.prompt_length = sum(read_size(task.split(":")[1])[1:])
 
 
 def count(record, a, engine):

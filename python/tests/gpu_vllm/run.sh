@@ -3,8 +3,12 @@
 # and beside it vllm026/ (parts of a reduced vLLM with setup.py and env.sh). Logs and JSON under $OUT/vllm-JOB/.
 #   smoke   2 minutes, one GPU: tokens of a small model, eager and in FULL graphs
 #   big     3 minutes, one GPU: step times of the 8B shape, profile
-#   tokens  2.5 minutes, one GPU: tokens of the 8B shape in FULL graphs, of a small model in PIECEWISE graphs; restart, no memory
-#   more    2 minutes, one GPU: churn with preemption and aborts, another model
+#   exact   2 minutes, one GPU: the 8B shape in FULL graphs beside float32 attention, layer by layer and by log-probs
+#   tokens  2 minutes, one GPU: tokens of a small model in PIECEWISE graphs; restart, no memory
+#   drafts  2.5 minutes, one GPU: speculative decoding with 3 drafts: tokens, layers beside float32, step times of the 8B shape
+#   more    2 minutes, one GPU: 200 requests with preemption and aborts: Qwen3, Llama, gpt-oss's attention
+#   gpt_oss 2 minutes, one GPU: windows and sinks: tokens, layers beside float32 attention, step times of gpt-oss-20b's attention
+#   ranks   2 minutes, two GPUs: data parallel 2, decode context parallel 2 in graphs
 #   tp      3 minutes, TP GPUs (2, or 4): tensor parallel, decode context parallel 2, step times of the 8B shape, a killed worker
 set -u
 job=$1
@@ -14,7 +18,7 @@ out=${OUT:-/tmp/out}/vllm-$job
 dest=/root/vllm
 mkdir -p "$out"
 failed=0
-python3 "$parts/setup.py" $dest || exit 1
+flock /tmp/vllm-setup.lock python3 "$parts/setup.py" $dest || exit 1
 . "$parts/env.sh" $dest
 python3 -m zipfile -e "$here"/prefix_attn-*.whl $dest/ours || exit 1
 mkdir -p $dest/ours/pat_weights-0.1.dist-info
@@ -28,7 +32,7 @@ nvidia-smi -L
 drive() { # name, arguments...
     local name=$1
     shift
-    timeout "${LIMIT:-170}" python3 drive.py "$out/$name.json" "$@" > "$out/$name.log" 2>&1
+    timeout "${LIMIT:-170}" python3 "${PROGRAM:-drive.py}" "$out/$name.json" "$@" > "$out/$name.log" 2>&1
     local rc=$?
     echo "== $name: $* (rc $rc)"
     grep -E "^(engine up|metrics|[a-z]+:.* s$)|prefix_attn" "$out/$name.log" | cut -c1-260 | sed 's/^/  /'
@@ -38,6 +42,12 @@ judge() { # title, arguments...
     echo "== $1"
     shift
     python3 compare.py "$@" || { failed=1; echo "  FAILED"; }
+}
+
+exactness() { # title, arguments...
+    echo "== $1"
+    shift
+    python3 exactness.py "$@" || { failed=1; echo "  FAILED"; }
 }
 
 smoke() {
@@ -69,27 +79,43 @@ big() {
     python3 table.py "$out"/8b-fa.json "$out"/8b-ours.json || failed=1
 }
 
+exact() {
+    local t=64x1500+100:24
+    local big="--shape 8b --mode graph --kv-gib 2.5 --seqs 64 --tokens 4096 --max-len 2048 --sizes 64"
+    # All at a time: three engines of the 8B shape take 60 GB.
+    drive exact $big --compare layers:$t layers:$t:broken forced:$t:{ours,stock,float32,broken} tokens:$t broken:$t &
+    drive exact-fa $big --backend FLASH_ATTN forced:$t:engine tokens:$t tokens:$t:32 &
+    drive exact-triton $big --backend TRITON_ATTN forced:$t:engine tokens:$t &
+    wait
+    failed_in_background "$out"/exact{,-fa,-triton}.json
+    local forced="--exact forced:$t:float32 --stock forced:$t:stock"
+    for backend in fa triton; do forced="$forced --also $out/exact-$backend.json forced:$t:engine"; done
+    exactness "8B shape, FULL graphs, each layer: as near to float32 attention as stock?" layers "$out"/exact.json layers:$t
+    exactness "8B shape, each layer, one token left out of every row: must be found" \
+        layers "$out"/exact.json layers:$t:broken --expect-different
+    exactness "8B shape, log-probs of given tokens: as near to float32 attention as stock?" \
+        scores "$out"/exact.json forced:$t:ours $forced
+    exactness "8B shape, log-probs, one token left out of every row: must be found" \
+        scores "$out"/exact.json forced:$t:broken $forced --expect-different
+    local noise="--noise $out/exact-triton.json tokens:$t --noise $out/exact-fa.json tokens:$t:32"
+    judge "8B shape, greedy tokens: as stock?" "$out"/exact-fa.json "$out"/exact.json tokens:$t $noise
+    judge "8B shape, greedy tokens, one token left out of every row: must be found" \
+        "$out"/exact-fa.json "$out"/exact.json tokens:$t $noise --task-of-ours broken:$t --expect-different
+    rm "$out"/*.pt
+}
+
 tokens() {
-    local t8=tokens:64x1500+100:24 t=tokens:64x1000+77:32
-    local big="--shape 8b --mode graph --kv-gib 2.5 --seqs 64 --tokens 4096 --sizes 8,32,64"
+    local t=tokens:64x1000+77:32
     local piecewise="--shape small --mode piecewise --kv-gib 0.7 --seqs 64 --tokens 4096 --sizes 8,16,64"
     local eager="--shape small --kv-gib 0.7 --seqs 64 --tokens 4096"
-    # All at a time: three engines of the 8B shape take 60 GB.
-    drive 8b-fa $big --backend FLASH_ATTN $t8 $t8:32 &
-    drive 8b-triton $big --backend TRITON_ATTN $t8 &
-    drive 8b-ours $big $t8 broken:${t8#*:} &
     drive piecewise-fa $piecewise --backend FLASH_ATTN $t $t:16 &
     drive piecewise-triton $piecewise --backend TRITON_ATTN $t &
     drive piecewise-ours $piecewise $t broken:${t#*:} &
     drive eager-fa $eager --backend FLASH_ATTN $t $t:16 &
     drive eager-restarts $eager $t restart:5x100+20 oom:3x100+20 restart: again:${t#*:} &
     wait
-    failed_in_background "$out"/{8b,piecewise}-{fa,triton,ours}.json "$out"/eager-{fa,restarts}.json
-    local noise="--noise $out/8b-triton.json $t8 --noise $out/8b-fa.json $t8:32"
-    judge "8B shape, FULL graphs: as stock?" "$out"/8b-fa.json "$out"/8b-ours.json $t8 $noise
-    judge "8B shape, one token left out of every row: must be found" "$out"/8b-fa.json "$out"/8b-ours.json $t8 $noise \
-        --task-of-ours broken:${t8#*:} --expect-different
-    noise="--noise $out/piecewise-triton.json $t --noise $out/piecewise-fa.json $t:16"
+    failed_in_background "$out"/piecewise-{fa,triton,ours}.json "$out"/eager-{fa,restarts}.json
+    local noise="--noise $out/piecewise-triton.json $t --noise $out/piecewise-fa.json $t:16"
     judge "small, PIECEWISE graphs: as stock in PIECEWISE graphs?" "$out"/piecewise-fa.json "$out"/piecewise-ours.json $t $noise
     judge "small, PIECEWISE, one token left out of every row: must be found" \
         "$out"/piecewise-fa.json "$out"/piecewise-ours.json $t $noise --task-of-ours broken:${t#*:} --expect-different
@@ -97,30 +123,141 @@ tokens() {
         "$out"/eager-fa.json "$out"/eager-restarts.json $t --task-of-ours again:${t#*:} --noise "$out"/eager-fa.json $t:16
 }
 
-more() {
-    local t=tokens:64x1000+77:32 c=churn:40:1 small="--shape small --kv-gib 0.12 --seqs 48 --tokens 1024"
-    drive churn-fa $small --backend FLASH_ATTN $c churn:40:2 &
-    drive churn-triton $small --backend TRITON_ATTN $c &
-    PREFIX_ATTN_CHECK=1 drive churn-eager $small $c &
-    drive churn-graph $small --mode graph --sizes 1,2,4,8,16,24,32,48 $c &
-    drive churn-piecewise-fa $small --mode piecewise --sizes 8,16,32,48 --backend FLASH_ATTN $c churn:40:2 &
-    drive churn-piecewise-triton $small --mode piecewise --sizes 8,16,32,48 --backend TRITON_ATTN $c &
-    drive churn-piecewise $small --mode piecewise --sizes 8,16,32,48 $c &
-    drive llama-fa $small --model llama --backend FLASH_ATTN $t $t:16 &
-    drive llama-triton $small --model llama --backend TRITON_ATTN $t &
-    drive llama-graph $small --model llama --mode graph --sizes 8,16,48 $t &
-    wait
-    failed_in_background "$out"/churn-{fa,triton,eager,graph,piecewise-fa,piecewise-triton,piecewise}.json
-    failed_in_background "$out"/llama-{fa,triton,graph}.json
+drafts() {
+    local t=64x1000+77:48
+    local small="--shape small --kv-gib 1 --seqs 64 --tokens 4096 --max-len 2048"
+    local known="--drafts 3 --known $out/plain-fa.json"
+    local big="--shape 8b --mode graph --kv-gib 12 --seqs 128 --tokens 8192 --drafts 3 --sizes 256,512"
+    local times="time:64x2496+528:40 time:128x2496+528:40"
+    rm -f "$out"/go-* "$out"/plain-fa.json
+    drive plain-fa $small --backend FLASH_ATTN tokens:$t tokens:$t:16 & local engines=$!
+    drive drafts-fa $small $known --backend FLASH_ATTN tokens:$t & engines="$engines $!"
+    PREFIX_ATTN_CHECK=1 drive drafts-eager $small $known tokens:$t & engines="$engines $!"
+    drive drafts-graph $small $known --mode graph --sizes 64,256 tokens:$t broken:$t & engines="$engines $!"
+    drive drafts-exact $small $known --mode graph --sizes 256 --compare layers:$t layers:$t:broken & engines="$engines $!"
+    drive 8b-drafts-fa $big --wait "$out"/go-fa --backend FLASH_ATTN $times & local stock=$!
+    drive 8b-drafts-ours $big --wait "$out"/go-ours $times & local ours=$!
+    wait $engines
+    touch "$out"/go-fa
+    wait $stock
+    touch "$out"/go-ours
+    wait $ours
+    rm -f "$out"/go-*
+    failed_in_background "$out"/{plain-fa,drafts-fa,drafts-eager,drafts-graph,drafts-exact,8b-drafts-fa,8b-drafts-ours}.json
+    local noise="--noise $out/drafts-fa.json tokens:$t --noise $out/plain-fa.json tokens:$t:16"
     for mode in eager graph; do
-        judge "200 requests, $mode: as stock?" "$out"/churn-fa.json "$out"/churn-$mode.json $c \
-            --noise "$out"/churn-fa.json churn:40:2 --noise "$out"/churn-triton.json $c
+        judge "small, 3 drafts, $mode: as stock without drafts?" "$out"/plain-fa.json "$out"/drafts-$mode.json tokens:$t $noise
     done
-    judge "200 requests, PIECEWISE graphs: as stock in PIECEWISE graphs?" \
-        "$out"/churn-piecewise-fa.json "$out"/churn-piecewise.json $c \
-        --noise "$out"/churn-piecewise-fa.json churn:40:2 --noise "$out"/churn-piecewise-triton.json $c
-    judge "Llama, FULL graphs: as stock?" "$out"/llama-fa.json "$out"/llama-graph.json $t \
-        --noise "$out"/llama-fa.json $t:16 --noise "$out"/llama-triton.json $t
+    judge "small, 3 drafts, one token left out of every row: must be found" "$out"/plain-fa.json "$out"/drafts-graph.json \
+        tokens:$t $noise --task-of-ours broken:$t --expect-different
+    exactness "small, 3 drafts, FULL graphs, each layer: as near to float32 attention as stock?" \
+        layers "$out"/drafts-exact.json layers:$t
+    exactness "small, 3 drafts, each layer, one token left out of every row: must be found" \
+        layers "$out"/drafts-exact.json layers:$t:broken --expect-different
+    python3 table.py "$out"/8b-drafts-fa.json "$out"/8b-drafts-ours.json || failed=1
+}
+
+more() {
+    local c=churn:40:1 sizes="--sizes 1,2,4,8,16,24,32,48"
+    for model in qwen3 llama gpt-oss; do
+        # As many tokens as make some requests wait and others go.
+        local small="--shape small --model $model --seqs 48 --tokens 1024 --max-len 4096 --kv-gib 0.12"
+        [ $model != gpt-oss ] || small="$small --kv-gib 0.04"
+        drive $model-fa $small --backend FLASH_ATTN $c churn:40:2 &
+        drive $model-triton $small --backend TRITON_ATTN $c &
+        PREFIX_ATTN_CHECK=1 drive $model-eager $small $c &
+        drive $model-graph $small --mode graph $sizes $c &
+    done
+    local small="--shape small --seqs 48 --tokens 1024 --kv-gib 0.12 --mode piecewise --sizes 8,16,32,48"
+    drive piecewise-fa $small --backend FLASH_ATTN $c churn:40:2 &
+    drive piecewise-triton $small --backend TRITON_ATTN $c &
+    drive piecewise-ours $small $c &
+    wait
+    for model in qwen3 llama gpt-oss; do
+        failed_in_background "$out"/$model-{fa,triton,eager,graph}.json
+        for mode in eager graph; do
+            judge "200 requests, $model, $mode: as stock?" "$out"/$model-fa.json "$out"/$model-$mode.json $c \
+                --noise "$out"/$model-fa.json churn:40:2 --noise "$out"/$model-triton.json $c
+            everything_happened "$out"/$model-$mode.json $c
+            logged "$out"/$model-$mode.log
+        done
+    done
+    failed_in_background "$out"/piecewise-{fa,triton,ours}.json
+    judge "200 requests, PIECEWISE graphs: as stock in PIECEWISE graphs?" "$out"/piecewise-fa.json "$out"/piecewise-ours.json $c \
+        --noise "$out"/piecewise-fa.json churn:40:2 --noise "$out"/piecewise-triton.json $c
+}
+
+gpt_oss() {
+    local t=64x1000+77:32
+    local small="--shape small --model gpt-oss --kv-gib 1 --seqs 64 --tokens 4096 --max-len 2048"
+    local big="--shape oss --model gpt-oss --mode graph --kv-gib 12 --seqs 256 --sizes 8,64,256"
+    local times="time:64x2496+528:40 time:256x2496+528:40 profile:64x2496+528"
+    rm -f "$out"/go-*
+    drive gpt-oss-fa $small --backend FLASH_ATTN tokens:$t tokens:$t:16 & local engines=$!
+    drive gpt-oss-triton $small --backend TRITON_ATTN tokens:$t & engines="$engines $!"
+    drive gpt-oss-graph $small --mode graph --sizes 8,16,64 tokens:$t broken:$t & engines="$engines $!"
+    drive gpt-oss-exact $small --mode graph --sizes 64 --compare layers:$t layers:$t:broken & engines="$engines $!"
+    drive oss-fa $big --wait "$out"/go-fa --backend FLASH_ATTN $times & local stock=$!
+    drive oss-ours $big --wait "$out"/go-ours $times & local ours=$!
+    wait $engines
+    touch "$out"/go-fa
+    wait $stock
+    touch "$out"/go-ours
+    wait $ours
+    rm -f "$out"/go-*
+    failed_in_background "$out"/gpt-oss-{fa,triton,graph,exact}.json "$out"/oss-{fa,ours}.json
+    local noise="--noise $out/gpt-oss-triton.json tokens:$t --noise $out/gpt-oss-fa.json tokens:$t:16"
+    judge "gpt-oss's attention, FULL graphs: as stock?" "$out"/gpt-oss-fa.json "$out"/gpt-oss-graph.json tokens:$t $noise
+    judge "gpt-oss's attention, one token left out of every row: must be found" \
+        "$out"/gpt-oss-fa.json "$out"/gpt-oss-graph.json tokens:$t $noise --task-of-ours broken:$t --expect-different
+    exactness "gpt-oss's attention, FULL graphs, each layer: as near to float32 attention as stock?" \
+        layers "$out"/gpt-oss-exact.json layers:$t
+    exactness "gpt-oss's attention, each layer, one token left out of every row: must be found" \
+        layers "$out"/gpt-oss-exact.json layers:$t:broken --expect-different
+    python3 table.py "$out"/oss-fa.json "$out"/oss-ours.json
+}
+
+ranks() {
+    local t=tokens:64x1000+77:32
+    local dp="--shape 1.7b --kv-gib 6 --seqs 64 --tokens 4096 --mode graph --sizes 8,16,64 --ranks 2"
+    local shared="--shape small --kv-gib 1 --seqs 64 --tokens 4096 --tp 2 --kv-heads 1"
+    local times=time:128x2496+528:65
+    rm -f "$out"/go-*
+    PROGRAM=parallel.py drive dp-fa $dp --wait "$out"/go-fa --backend FLASH_ATTN $t $t:16 $times & local stock=$!
+    sleep 1; PROGRAM=parallel.py drive dp-ours $dp --wait "$out"/go-ours $t $times & local ours=$!
+    sleep 1; drive shared-fa $shared --backend FLASH_ATTN $t $t:16 & local small=$!
+    sleep 1; drive dcp-fa $shared --dcp 2 --backend FLASH_ATTN $t & small="$small $!"
+    sleep 1; drive dcp-ours $shared --dcp 2 $t & small="$small $!"
+    sleep 1; drive dcp-graph $shared --dcp 2 --mode graph --sizes 8,16,64 $t & small="$small $!"
+    wait $small
+    touch "$out"/go-fa
+    wait $stock
+    touch "$out"/go-ours
+    wait $ours
+    rm -f "$out"/go-*
+    failed_in_background "$out"/{dp-fa,dp-ours,shared-fa,dcp-fa,dcp-ours,dcp-graph}.json
+    judge "two data-parallel ranks, FULL graphs: as stock?" "$out"/dp-fa.json "$out"/dp-ours.json $t \
+        --noise "$out"/dp-fa.json $t:16
+    for mode in ours graph; do
+        judge "DCP 2, $mode: as stock with DCP 2?" "$out"/dcp-fa.json "$out"/dcp-$mode.json $t --noise "$out"/shared-fa.json $t
+    done
+    python3 table.py "$out"/dp-fa.json "$out"/dp-ours.json || failed=1
+}
+
+everything_happened() { # record, task
+    python3 - "$@" << 'EOF' || failed=1
+import json, sys
+
+result = json.load(open(sys.argv[1]))["tasks"][sys.argv[2]]
+counts = {name: value for name, value in result.items() if name != "requests"}
+print("  ", counts)
+sys.exit(not all(counts.values()))
+EOF
+}
+
+logged() { # log
+    grep -E "prefix_attn: .*: [0-9]+ steps: [0-9]+ on plans, .* on FlashAttention; plans read .* fewer KV bytes" "$1" | tail -1 | \
+        cut -c1-260 | grep . || { failed=1; echo "  no line in the log: $1"; }
 }
 
 tp() {
@@ -135,10 +272,12 @@ tp() {
     # A second apart: each looks for a free port.
     drive tp-fa $graph --backend FLASH_ATTN $t $t:16 & local small=$!
     sleep 1; drive tp-triton $graph --backend TRITON_ATTN $t & small="$small $!"
-    sleep 1; drive tp-ours $graph $t kill:16x100+20 & small="$small $!"
+    # A killed worker is the same whatever the number of ranks.
+    sleep 1; drive tp-ours $graph $t $([ "$ranks" = 4 ] || echo kill:16x100+20) & small="$small $!"
     sleep 1; drive shared-fa $shared --backend FLASH_ATTN $t $t:16 & small="$small $!"
     sleep 1; drive dcp-fa $shared --dcp 2 --backend FLASH_ATTN $t & small="$small $!"
     sleep 1; drive dcp-ours $shared --dcp 2 $t & small="$small $!"
+    sleep 1; drive dcp-graph $shared --dcp 2 --mode graph --sizes 8,16,64 $t & small="$small $!"
     sleep 1; drive 8b-tp-fa $big --wait "$out"/go-fa --backend FLASH_ATTN $times & local stock=$!
     sleep 1; drive 8b-tp-ours $big --wait "$out"/go-ours $times & local ours=$!
     wait $small
@@ -149,12 +288,14 @@ tp() {
     touch "$out"/go-ours
     wait $ours
     rm -f "$out"/go-*
-    failed_in_background "$out"/{tp-fa,tp-triton,tp-ours,shared-fa,dcp-fa,dcp-ours,8b-tp-fa,8b-tp-ours}.json
+    failed_in_background "$out"/{tp-fa,tp-triton,tp-ours,shared-fa,dcp-fa,dcp-ours,dcp-graph,8b-tp-fa,8b-tp-ours}.json
     judge "TP $ranks, FULL graphs: as stock?" "$out"/tp-fa.json "$out"/tp-ours.json $t \
         --noise "$out"/tp-fa.json $t:16 --noise "$out"/tp-triton.json $t
     judge "DCP 2, eager: as stock with DCP 2?" "$out"/dcp-fa.json "$out"/dcp-ours.json $t --noise "$out"/shared-fa.json $t
     judge "DCP 2, eager: as stock without DCP?" "$out"/shared-fa.json "$out"/dcp-ours.json $t \
         --noise "$out"/dcp-fa.json $t --noise "$out"/shared-fa.json $t:16
+    judge "DCP 2, FULL graphs: as stock with DCP 2?" "$out"/dcp-fa.json "$out"/dcp-graph.json $t \
+        --noise "$out"/shared-fa.json $t
     python3 table.py "$out"/8b-tp-fa.json "$out"/8b-tp-ours.json || failed=1
 }
 

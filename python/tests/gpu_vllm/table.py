@@ -9,7 +9,7 @@ print("sequences x (shared + own)   stock ms (p10-p90)        ours ms (p10-p90) 
 for task, a in stock["tasks"].items():
     if task.startswith("time"):
         b = ours["tasks"][task]
-        cells = ["%8.3f (%.3f-%.3f)" % (t["step_ms"], t["p10_ms"], t["p90_ms"]) for t in (a, b)]
+        cells = ["%8.3f" % t["step_ms"] + (" (%.3f-%.3f)" % (t["p10_ms"], t["p90_ms"]) if "p10_ms" in t else "") for t in (a, b)]
         print("%-26s %-25s %-25s %.3f" % (task.split(":")[1], *cells, b["step_ms"] / a["step_ms"]))
 for name, record in (("stock", stock), ("ours", ours)):
     for task, p in record["tasks"].items():

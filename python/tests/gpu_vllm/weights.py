@@ -1,18 +1,49 @@
 """vLLM plug-in of the GPU runs: random weights that make tokens depend on attention.
 
 vLLM's own dummy weights are so small that all logits are tied, and equal in all layers. Here matrices keep the size of what they
-multiply, and the norms of queries and keys give scores of standard deviation 4: a row attends to a few tokens of thousands, and a
-token left out, or one too many, changes the logits.
+multiply, and the norms of queries and keys give scores of standard deviation 4: a row attends to a few tokens of thousands. As in
+trained models, all layers together change the residual stream by about what the embedding puts into it, so that rounding does not
+grow from layer to layer; and a token attends to itself more than to another, so that one left out changes the logits.
 """
 
+import os
+import re
 import zlib
+
+#: Correlation of a query head's projection with its KV head's. At a head dimension of 128 a token's score with itself is 14 in the
+#: mean, as the largest of some thousand others.
+SELF = 0.3
 
 
 def register():
-    """Replace the dummy loader's initialisation."""
+    """Replace the dummy loader's initialisation; with PAT_GPT_OSS=1 also give Qwen3 the attention of gpt-oss."""
     from vllm.model_executor.model_loader import dummy_loader
 
     dummy_loader.initialize_dummy_weights = initialize
+    if os.environ.get("PAT_GPT_OSS") == "1":
+        from vllm.model_executor.models import qwen3
+
+        if not hasattr(qwen3.Attention, "pat_is_wrapped"):
+            qwen3.Attention = _as_gpt_oss(qwen3.Attention)
+
+
+def _as_gpt_oss(attention):
+    """`Attention` with a sink for each head, and a window of 128 tokens in every other layer."""
+
+    def make(num_heads, *args, prefix, **kwargs):
+        import torch
+        from vllm.distributed import get_tensor_model_parallel_rank
+        from vllm.model_executor.models.utils import extract_layer_index
+
+        heads = torch.arange(num_heads) + num_heads * get_tensor_model_parallel_rank()
+        # As large as the largest scores.
+        kwargs["sinks"] = torch.nn.Parameter((8.0 + heads % 5).to(torch.bfloat16), requires_grad=False)
+        if extract_layer_index(prefix) % 2 == 0:
+            kwargs["per_layer_sliding_window"] = 128
+        return attention(num_heads, *args, prefix=prefix, **kwargs)
+
+    make.pat_is_wrapped = True
+    return make
 
 
 def initialize(module, *_, **__):
@@ -26,6 +57,8 @@ def initialize(module, *_, **__):
     if getattr(module, "pat_is_set", False):
         return
     ranks, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
+    numbers = [int(n) for name in module.state_dict() for n in re.findall(r"layers\.(\d+)\.", name)]
+    layers = 1 + max(numbers, default=0)
     for name, parameter in module.state_dict().items():
         # Scalars are scales of quantisation, 1 where there is none.
         if not torch.is_floating_point(parameter) or parameter.dim() == 0:
@@ -35,8 +68,10 @@ def initialize(module, *_, **__):
         else:
             # Without norms of queries and keys (Llama) the projections make them as large.
             gain = 2.0 if "qkv_proj" in name else 1.5 if "lm_head" in name else 1.0
-            # These are cut along the dimension that is summed over.
-            cuts = ranks if "o_proj" in name or "down_proj" in name else 1
+            cuts = 1
+            if "o_proj" in name or "down_proj" in name:
+                # What they give is added to the stream, twice a layer. They are cut along the dimension that is summed over.
+                gain, cuts = (2 * layers) ** -0.5, ranks
             fan_in = 1 if "embed" in name else parameter.shape[-1] * cuts
             parameter.normal_(0.0, gain * fan_in**-0.5, generator=_generator(parameter, f"{name} {rank}"))
     for name, part in module.named_modules():
@@ -46,6 +81,16 @@ def initialize(module, *_, **__):
             shared = part.weight.data[part.num_heads * part.head_size :]
             group = rank // part.num_kv_head_replicas
             shared.normal_(0.0, 2.0 * shared.shape[-1] ** -0.5, generator=_generator(shared, f"{name} KV {group}"))
+        if hasattr(part, "num_kv_head_replicas"):
+            _attend_to_self(part)
+
+
+def _attend_to_self(part) -> None:
+    """Make each query head's projection in part its KV head's."""
+    rows = part.num_heads * part.head_size
+    query = part.weight.data[:rows].view(part.num_kv_heads, -1, part.head_size, part.weight.shape[-1])
+    key = part.weight.data[rows:].view(-1, 1, part.head_size, part.weight.shape[-1])[: part.num_kv_heads]
+    query.mul_((1 - SELF**2) ** 0.5).add_(key, alpha=SELF)
 
 
 def _generator(tensor, name: str):

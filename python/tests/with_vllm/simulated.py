@@ -89,8 +89,8 @@ class Request:
 class Engine:
     """Schedules random steps over a pool of blocks."""
 
-    def __init__(self, tables: BlockTables, seed: int, blocks: int, longest: int):
-        self.tables, self.rng = tables, random.Random(seed)
+    def __init__(self, tables: BlockTables, seed: int, blocks: int, longest: int, drafts: int = 0):
+        self.tables, self.rng, self.drafts = tables, random.Random(seed), drafts
         self.free_blocks = list(range(1, blocks))
         self.references = [0] * blocks
         self.free_slots = list(range(tables.max_num_reqs))
@@ -143,7 +143,9 @@ class Engine:
         for request in list(self.running):
             if self.rng.random() < 0.1:
                 continue
-            chunk = min(max(request.prompt - request.computed, 1), self.rng.choice([7, 16, 40, 500]))
+            chunk = min(request.prompt - request.computed, self.rng.choice([7, 16, 40, 500]))
+            if chunk <= 0:
+                chunk = 1 + self.rng.randint(0, self.drafts)
             extra = -(-(request.computed + chunk) // BLOCK) - len(request.blocks)
             if extra > len(self.free_blocks):
                 self.leave(request)  # preempted: it comes back as a new one
@@ -154,13 +156,19 @@ class Engine:
                 self.tables.append_block_ids(request.slot, (new,), overwrite=False)
             scheduled.append((request, chunk))
         self.rng.shuffle(scheduled)
-        scheduled.sort(key=lambda pair: pair[1] > 1)
+        scheduled.sort(key=lambda pair: pair[1] > 1 + self.drafts)
         self.tables.apply_staged_writes()
         return scheduled
 
+    def count(self, request: Request, chunk: int) -> None:
+        """The step is done: some of the drafts are refused, and the next step writes over them."""
+        is_decode = request.computed >= request.prompt
+        request.computed += self.rng.randint(1, chunk) if is_decode else chunk
 
-def prepare(tables: BlockTables, scheduled, attn_groups, pad_to: int = 0, mode=CUDAGraphMode.NONE, is_dummy=False):
-    """The runner's preparation of a step; of a dummy run, which has no requests, with `is_dummy`.
+
+def prepare(tables: BlockTables, scheduled, attn_groups, pad_to=0, mode=CUDAGraphMode.NONE, is_dummy=False, each=1):
+    """The runner's preparation of a step, padded to `pad_to` rows of `each` tokens; of a dummy run, which has no requests, with
+    `is_dummy`.
 
     Returns:
         Metadata by layer, slot mapping, and the step's input batch.
@@ -180,7 +188,7 @@ def prepare(tables: BlockTables, scheduled, attn_groups, pad_to: int = 0, mode=C
         for request, chunk in scheduled
         for p in range(request.computed, request.computed + chunk)
     ]
-    tokens = max(len(positions), pad_to)
+    tokens = max(len(positions), pad_to * each)
     slot_mapping += [-1] * (tokens - len(slot_mapping))
     batch = SimpleNamespace(
         req_ids=[str(slot) for slot in slots],

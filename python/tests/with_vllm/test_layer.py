@@ -9,6 +9,7 @@ from vllm.config import CUDAGraphMode
 from vllm.v1.attention.backend import AttentionCGSupport
 from world import World
 
+import prefix_attn as pa
 from prefix_attn.vllm.builder import Builder
 
 
@@ -69,7 +70,7 @@ def test_a_step_without_announced_tables_is_stock(monkeypatch, model_folder, sto
     world = World(monkeypatch, model_folder)
     world.builder.step_tables = None
     batch = SimpleNamespace()
-    assert world.builder._decode_rows(batch, None) == 0
+    assert world.builder._decode_rows(batch, None) == (0, 0)
     assert "which request a row is" in world.builder._stock_reason
 
 
@@ -78,7 +79,7 @@ def test_a_lost_announcement_after_plans_is_an_error(monkeypatch, model_folder, 
     running = world.joined(40)
     world.step([(running[0], 40)])
     world.step([(running[0], 1)])
-    with pytest.raises(RuntimeError, match="without block tables"):
+    with pytest.raises(RuntimeError, match="old plan"):
         world.builder._decode_rows(SimpleNamespace(), None)
 
 
@@ -86,9 +87,16 @@ def test_a_lost_announcement_after_plans_is_an_error(monkeypatch, model_folder, 
     "change, reason",
     [
         ({"alibi_slopes": [0.5] * 8}, "ALiBi"),
-        ({"logits_soft_cap": 30.0}, "soft cap"),
         ({"per_layer_sliding_window": 128}, "SlidingWindowSpec"),
-        ({"config": {"self.speculative_config": SimpleNamespace()}}, "speculative"),
+        (
+            {
+                "config": {
+                    "self.speculative_config": SimpleNamespace(num_speculative_tokens=3),
+                    "scheduler_config.async_scheduling": True,
+                }
+            },
+            "speculative decoding under asynchronous scheduling",
+        ),
         ({"config": {"self.kv_transfer_config": SimpleNamespace()}}, "KV connector"),
         ({"config": {"parallel_config.enable_dbo": True}}, "microbatches"),
     ],
@@ -100,19 +108,28 @@ def test_what_is_not_served_stays_stock(monkeypatch, model_folder, caplog_vllm, 
     assert len(lines) == 1 and reason in lines[0]
 
 
-def test_sinks_stay_stock(monkeypatch, model_folder):
+def test_sinks_and_soft_caps_are_served_where_the_kernels_have_them(monkeypatch, model_folder):
     from vllm.v1.attention.backends import flash_attn
 
     monkeypatch.setattr(flash_attn, "flash_attn_supports_sinks", lambda: True, raising=False)
-    world = World(monkeypatch, model_folder, sinks=torch.zeros(8))
-    assert world.builder._stock_reason == "attention sinks"
+    for layer, asked in (
+        ({"sinks": torch.zeros(8)}, {"sinks": True}),
+        ({"logits_soft_cap": 30.0}, {"softcap": 30.0}),
+    ):
+        world = World(monkeypatch, model_folder, **layer)
+        assert world.builder._stock_reason == pa.supports(world.builder._shape, simulated.BLOCK, **asked)
 
 
 def test_graph_support(monkeypatch, model_folder):
     world = World(monkeypatch, model_folder)
     support = Builder.get_cudagraph_support(world.config, world.spec)
     assert support == AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-    monkeypatch.setattr(world.config, "speculative_config", SimpleNamespace())
+    drafts = SimpleNamespace(num_speculative_tokens=3)
+    monkeypatch.setattr(world.config, "speculative_config", drafts)
+    monkeypatch.setattr(world.config.scheduler_config, "async_scheduling", False)
+    assert Builder.get_cudagraph_support(world.config, world.spec) == AttentionCGSupport.UNIFORM_BATCH
+    monkeypatch.setattr(world.config.scheduler_config, "async_scheduling", True)
+    monkeypatch.setattr(Builder.__mro__[1], "_cudagraph_support", AttentionCGSupport.ALWAYS)
     stock_support = Builder.__mro__[1].get_cudagraph_support(world.config, world.spec)
     assert Builder.get_cudagraph_support(world.config, world.spec) == stock_support != support
 

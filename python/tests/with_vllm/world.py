@@ -1,5 +1,7 @@
 """Two real `Attention` layers of vLLM, their caches, block tables and metadata builder; steps are compared with SDPA."""
 
+from types import SimpleNamespace
+
 import simulated
 import stock
 import torch
@@ -29,13 +31,17 @@ TOLERANCE = 2e-2
 class World:
     """Two layers, their caches, the block tables and a builder."""
 
-    def __init__(self, monkeypatch, model_folder, seed=0, pages=400, heads=(8, 2), **layer):
+    def __init__(self, monkeypatch, model_folder, seed=0, pages=400, heads=(8, 2), drafts=0, **layer):
         with monkeypatch.context() as context:
             # On a machine without Triton the configuration refuses runner V2.
             context.setattr(VllmConfig, "use_v2_model_runner", False)
             self.config = self._config(model_folder)
 
-        for name, value in layer.pop("config", {}).items():
+        change = layer.pop("config", {})
+        if drafts:
+            speculative = SimpleNamespace(num_speculative_tokens=drafts)
+            change = {"self.speculative_config": speculative, "scheduler_config.async_scheduling": False}
+        for name, value in change.items():
             owner, attribute = name.split(".")
             monkeypatch.setattr(getattr(self.config, owner) if owner != "self" else self.config, attribute, value)
         with set_current_vllm_config(self.config):
@@ -55,7 +61,7 @@ class World:
         self.builder = group.get_metadata_builder()
         self.groups = [[group]]
         self.tables = simulated.make_tables(monkeypatch, ROWS, 64)
-        self.engine = simulated.Engine(self.tables, seed, pages, longest=900)
+        self.engine = simulated.Engine(self.tables, seed, pages, longest=900, drafts=drafts)
         self.pool = torch.randn(2, pages * simulated.BLOCK, heads[1], 64).to(torch.bfloat16)
 
     @staticmethod
@@ -76,9 +82,9 @@ class World:
         slots = torch.tensor(request.blocks)[positions // simulated.BLOCK] * simulated.BLOCK + positions % simulated.BLOCK
         return self.pool[:, slots]
 
-    def step(self, scheduled, pad_to=0, mode=CUDAGraphMode.NONE):
+    def step(self, scheduled, pad_to=0, mode=CUDAGraphMode.NONE, each=1):
         """Runs both layers on a step and compares each row with SDPA over its own history."""
-        metadata, slots, batch = simulated.prepare(self.tables, scheduled, self.groups, pad_to, mode)
+        metadata, slots, batch = simulated.prepare(self.tables, scheduled, self.groups, pad_to, mode, each=each)
         assert self.builder.step_tables is None
         new = [self.values(request, request.computed, chunk) for request, chunk in scheduled]
         keys, values = (torch.cat([pair[i] for pair in new]) for i in (0, 1))
@@ -95,7 +101,7 @@ class World:
                 torch.testing.assert_close(out[begin : begin + chunk].float(), want.float(), atol=TOLERANCE, rtol=0)
                 begin += chunk
         for request, chunk in scheduled:
-            request.computed += chunk
+            self.engine.count(request, chunk)
         return metadata[LAYERS[0]], batch
 
     def random_steps(self, count):

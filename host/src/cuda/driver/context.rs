@@ -21,19 +21,45 @@ pub(crate) fn driver_version() -> Result<i32> {
     Ok(version)
 }
 
-/// Makes the device's primary context this thread's current one; nothing where it is already.
-pub(crate) fn make_current(device: CudaDevice) -> Result<()> {
+/// Makes the device's primary context this thread's current one, as long as the result lives.
+pub(crate) fn make_current(device: CudaDevice) -> Result<CurrentContext> {
     attempt(DriverCall::CtxSetCurrent, || try_make_current(device))
 }
 
 /// As [`make_current`], for what is being dropped.
-pub(crate) fn try_make_current(device: CudaDevice) -> std::result::Result<(), DriverError> {
+pub(crate) fn try_make_current(device: CudaDevice) -> std::result::Result<CurrentContext, DriverError> {
     let wanted = device.context().cu_ctx();
-    if result::ctx::get_current()? == Some(wanted) {
-        return Ok(());
+    let kept = CurrentContext::keep()?;
+    if kept.former != wanted {
+        // SAFETY: a `CudaDevice` retains its primary context as long as the process runs.
+        unsafe { result::ctx::set_current(wanted) }?;
     }
-    // SAFETY: a `CudaDevice` retains its primary context as long as the process runs.
-    unsafe { result::ctx::set_current(wanted) }
+    Ok(kept)
+}
+
+/// What was this thread's current context is so again when this is dropped. The CUDA runtime, and with it torch, takes the
+/// current device from it.
+#[must_use]
+pub(crate) struct CurrentContext {
+    /// Null where there was none.
+    former: sys::CUcontext,
+}
+
+impl CurrentContext {
+    /// For calls of cudarc that make a context current on their own.
+    pub(crate) fn keep() -> std::result::Result<Self, DriverError> {
+        Ok(Self { former: result::ctx::get_current()?.unwrap_or(std::ptr::null_mut()) })
+    }
+}
+
+impl Drop for CurrentContext {
+    fn drop(&mut self) {
+        if result::ctx::get_current().is_ok_and(|current| current.unwrap_or(std::ptr::null_mut()) != self.former) {
+            // SAFETY: it was current when this was made, in this thread (raw pointers are not `Send`); whoever made it current
+            // keeps it. Null is no context.
+            let _ = unsafe { result::ctx::set_current(self.former) };
+        }
+    }
 }
 
 /// Lets this thread allocate, free and wait for events while another thread captures a stream in the driver's strictest mode
@@ -68,6 +94,6 @@ fn exchange(mut mode: sys::CUstreamCaptureMode) -> std::result::Result<sys::CUst
 
 /// Waits for everything that was enqueued on the device.
 pub(crate) fn synchronize(device: CudaDevice) -> Result<()> {
-    make_current(device)?;
+    let _current = make_current(device)?;
     attempt(DriverCall::CtxSynchronize, result::ctx::synchronize)
 }

@@ -1,18 +1,23 @@
 //! Points in a stream.
 
 use super::call::{DriverCall, attempt};
-use super::context::{WhileOthersCapture, make_current};
+use super::context::{WhileOthersCapture, make_current, try_make_current};
 use super::stream::Stream;
 use crate::cuda::CudaDevice;
 use crate::{Error, Result};
-use cudarc::driver::{CudaEvent, DriverError, result, sys};
+use cudarc::driver::{DriverError, result, sys};
 
 /// An event of one device.
 #[derive(Debug)]
 pub(crate) struct Event {
     device: CudaDevice,
-    event: CudaEvent,
+    event: sys::CUevent,
 }
+
+// SAFETY: the handle is a process-wide name; the driver's event calls are thread-safe.
+unsafe impl Send for Event {}
+// SAFETY: as above.
+unsafe impl Sync for Event {}
 
 impl Event {
     /// An event for ordering streams.
@@ -26,8 +31,9 @@ impl Event {
     }
 
     fn with_flags(device: CudaDevice, flags: sys::CUevent_flags) -> Result<Self> {
+        let _current = make_current(device)?;
         let _allowed = WhileOthersCapture::enter()?;
-        let event = attempt(DriverCall::EventCreate, || device.context().new_event(Some(flags)))?;
+        let event = attempt(DriverCall::EventCreate, || result::event::create(flags))?;
         Ok(Self { device, event })
     }
 
@@ -39,7 +45,7 @@ impl Event {
     pub(crate) fn record(&self, stream: &Stream) -> Result<()> {
         let current = stream.enter(self.device)?;
         // SAFETY: the event lives as long as `self`; the stream is alive and of the same context (`enter`).
-        attempt(DriverCall::EventRecord, || unsafe { result::event::record(self.event.cu_event(), current.raw()) })
+        attempt(DriverCall::EventRecord, || unsafe { result::event::record(self.event, current.raw()) })
     }
 
     /// What `stream` is given from now on starts after this event.
@@ -47,14 +53,12 @@ impl Event {
         let current = stream.enter(self.device)?;
         let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
         // SAFETY: as in `record`.
-        attempt(DriverCall::StreamWaitEvent, || unsafe {
-            result::stream::wait_event(current.raw(), self.event.cu_event(), flags)
-        })
+        attempt(DriverCall::StreamWaitEvent, || unsafe { result::stream::wait_event(current.raw(), self.event, flags) })
     }
 
     /// The host waits for the event; at once where it was never recorded.
     pub(crate) fn synchronize(&self) -> Result<()> {
-        make_current(self.device)?;
+        let _current = make_current(self.device)?;
         let _allowed = WhileOthersCapture::enter()?;
         attempt(DriverCall::EventSynchronize, || self.try_synchronize())
     }
@@ -62,7 +66,7 @@ impl Event {
     /// As [`Self::synchronize`], for what is being dropped. The context is current.
     pub(crate) fn try_synchronize(&self) -> std::result::Result<(), DriverError> {
         // SAFETY: the event lives as long as `self`, and no capture of ours records it.
-        unsafe { result::event::synchronize(self.event.cu_event()) }
+        unsafe { result::event::synchronize(self.event) }
     }
 
     /// GPU time from `start` to this event, in microseconds; waits for both. Both come from [`Self::with_time`].
@@ -70,12 +74,21 @@ impl Event {
         if self.device != start.device {
             return Err(Error::invalid("start", start.device.name(), self.device.name()));
         }
+        let _current = make_current(self.device)?;
         self.synchronize()?;
         start.synchronize()?;
         // SAFETY: both events live and are of the current context.
-        let elapsed_ms = attempt(DriverCall::EventElapsedTime, || unsafe {
-            result::event::elapsed(start.event.cu_event(), self.event.cu_event())
-        })?;
+        let elapsed_ms =
+            attempt(DriverCall::EventElapsedTime, || unsafe { result::event::elapsed(start.event, self.event) })?;
         Ok(f64::from(elapsed_ms) * 1e3)
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        if let Ok(_current) = try_make_current(self.device) {
+            // SAFETY: created in `with_flags`, destroyed only here; the driver keeps it until work that waits for it is done.
+            let _ = unsafe { result::event::destroy(self.event) };
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! Graphs: our own, and what a graph that somebody else captures has to keep alive.
 
 use super::call::{DriverCall, attempt};
-use super::context::{WhileOthersCapture, try_make_current};
+use super::context::{WhileOthersCapture, make_current, try_make_current};
 use super::stream::{CurrentStream, Stream};
 use crate::cuda::CudaDevice;
 use crate::{Error, Result};
@@ -25,12 +25,13 @@ unsafe impl Sync for GraphExec {}
 
 impl GraphExec {
     /// Records what `enqueue` puts on a stream made for the purpose. The capture ends however `enqueue` does.
-    pub(crate) fn capture(device: CudaDevice, enqueue: impl FnOnce(CurrentStream<'_>) -> Result<()>) -> Result<Self> {
+    pub(crate) fn capture(device: CudaDevice, enqueue: impl FnOnce(&CurrentStream<'_>) -> Result<()>) -> Result<Self> {
+        let _current = make_current(device)?;
         let stream = Stream::create(device)?;
         let graph = {
             let _alone = device.capture_alone();
             let capture = Capture::begin(&stream)?;
-            let enqueued = stream.enter(device).and_then(enqueue);
+            let enqueued = stream.enter(device).and_then(|current| enqueue(&current));
             let graph = capture.end();
             enqueued?;
             graph?
@@ -53,7 +54,7 @@ impl GraphExec {
 
 impl Drop for GraphExec {
     fn drop(&mut self) {
-        if try_make_current(self.device).is_ok() {
+        if let Ok(_current) = try_make_current(self.device) {
             // SAFETY: as in `launch`; the driver lets a launch that is under way finish.
             let _ = unsafe { result::graph::exec_destroy(self.exec) };
         }
@@ -113,7 +114,7 @@ impl Drop for Capture<'_> {
 
 /// Makes the graph that somebody else is capturing from `stream` keep `owner` alive: as long as the graph, its instances and
 /// its clones.
-pub(crate) fn retain_in_capture(stream: CurrentStream<'_>, owner: Arc<dyn Any + Send + Sync>) -> Result<()> {
+pub(crate) fn retain_in_capture(stream: &CurrentStream<'_>, owner: Arc<dyn Any + Send + Sync>) -> Result<()> {
     let graph = graph_under_capture(stream)?;
     // The driver wants one pointer, an `Arc` of a trait object is two.
     let owner = Box::into_raw(Box::new(owner));
@@ -158,7 +159,7 @@ unsafe extern "C" fn released(owner: *mut c_void) {
 
 /// The graph that is being captured from a stream. Asked by an entry point of CUDA 12.0: bindings of CUDA 13, which
 /// `yield-cuda-linking` may bring, have lost its name, the driver has not.
-fn graph_under_capture(stream: CurrentStream<'_>) -> Result<sys::CUgraph> {
+fn graph_under_capture(stream: &CurrentStream<'_>) -> Result<sys::CUgraph> {
     type GetCaptureInfo = unsafe extern "C" fn(
         sys::CUstream,
         *mut sys::CUstreamCaptureStatus,

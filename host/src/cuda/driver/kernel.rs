@@ -37,7 +37,7 @@ unsafe impl Sync for Kernel {}
 impl Kernel {
     /// Compiles a module of one kernel (see `ptx::cut`) for the device.
     pub(crate) fn load(device: CudaDevice, spec: &'static KernelSpec, ptx: String, sm_count: u32) -> Result<Self> {
-        make_current(device)?;
+        let _current = make_current(device)?;
         let _allowed = WhileOthersCapture::enter()?;
         let image = CString::new(ptx).map_err(|e| Error::invalid("ptx", e, "text without a NUL byte"))?;
         let name = CString::new(spec.entry).map_err(|e| Error::invalid("entry", e, "text without a NUL byte"))?;
@@ -101,7 +101,7 @@ impl Kernel {
         grid: u32,
         params: &mut [*mut c_void],
         programmatic: bool,
-        stream: CurrentStream<'_>,
+        stream: &CurrentStream<'_>,
     ) -> Result<()> {
         let grid = grid.min(self.max_grid);
         if grid == 0 {
@@ -121,7 +121,7 @@ impl Kernel {
         grid: u32,
         attribute: *mut sys::CUlaunchAttribute,
         programmatic: bool,
-        stream: CurrentStream<'_>,
+        stream: &CurrentStream<'_>,
     ) -> sys::CUlaunchConfig {
         sys::CUlaunchConfig {
             gridDimX: grid,
@@ -149,7 +149,7 @@ fn overlapping() -> sys::CUlaunchAttribute {
 
 impl Drop for Kernel {
     fn drop(&mut self) {
-        if try_make_current(self.device).is_ok() {
+        if let Ok(_current) = try_make_current(self.device) {
             // SAFETY: loaded in `load`, unloaded only here: a kernel that a device keeps is never dropped, so that this one
             // was never launched.
             let _ = unsafe { result::module::unload(self.module) };
@@ -173,7 +173,7 @@ pub(crate) fn launch_forward(
     kernel: &Kernel,
     run: &PreparedRun,
     maps: &[TensorMap],
-    stream: CurrentStream<'_>,
+    stream: &CurrentStream<'_>,
 ) -> Result<()> {
     let Family::Forward(variant) = kernel.spec.family else {
         return Err(Error::invalid("kernel", kernel.spec.entry, "a forward kernel"));
@@ -191,7 +191,7 @@ pub(crate) fn launch_forward(
 
 /// Launches a merge kernel. The sm_90a ones wait (`griddepcontrol.wait`) for the launch before them on their own, so that
 /// theirs may overlap its end; the others must not start before it has finished.
-pub(crate) fn launch_merge(kernel: &Kernel, run: &PreparedRun, stream: CurrentStream<'_>) -> Result<()> {
+pub(crate) fn launch_merge(kernel: &Kernel, run: &PreparedRun, stream: &CurrentStream<'_>) -> Result<()> {
     if kernel.spec.family != Family::Merge {
         return Err(Error::invalid("kernel", kernel.spec.entry, "a merge kernel"));
     }
@@ -204,7 +204,7 @@ pub(crate) fn launch_merge(kernel: &Kernel, run: &PreparedRun, stream: CurrentSt
 }
 
 /// Launches a fill kernel.
-pub(crate) fn launch_fill(kernel: &Kernel, fill: &CheckedFill, ctas: u32, stream: CurrentStream<'_>) -> Result<()> {
+pub(crate) fn launch_fill(kernel: &Kernel, fill: &CheckedFill, ctas: u32, stream: &CurrentStream<'_>) -> Result<()> {
     if kernel.spec.family != Family::Fill {
         return Err(Error::invalid("kernel", kernel.spec.entry, "a fill kernel"));
     }
@@ -214,7 +214,7 @@ pub(crate) fn launch_fill(kernel: &Kernel, fill: &CheckedFill, ctas: u32, stream
 }
 
 /// Launches the L2 flush.
-pub(crate) fn launch_flush(kernel: &Kernel, flush: &L2Flush, ctas: u32, stream: CurrentStream<'_>) -> Result<()> {
+pub(crate) fn launch_flush(kernel: &Kernel, flush: &L2Flush, ctas: u32, stream: &CurrentStream<'_>) -> Result<()> {
     if kernel.spec.family != Family::Flush {
         return Err(Error::invalid("kernel", kernel.spec.entry, "the flush kernel"));
     }
@@ -226,7 +226,7 @@ pub(crate) fn launch_flush(kernel: &Kernel, flush: &L2Flush, ctas: u32, stream: 
 }
 
 /// Launches the append kernel.
-pub(crate) fn launch_append(kernel: &Kernel, append: &CheckedAppend, stream: CurrentStream<'_>) -> Result<()> {
+pub(crate) fn launch_append(kernel: &Kernel, append: &CheckedAppend, stream: &CurrentStream<'_>) -> Result<()> {
     if kernel.spec.family != Family::Append {
         return Err(Error::invalid("kernel", kernel.spec.entry, "the append kernel"));
     }
@@ -240,7 +240,7 @@ pub(crate) fn launch_append(kernel: &Kernel, append: &CheckedAppend, stream: Cur
 pub(crate) fn launch_merge_states(
     kernel: &Kernel,
     merge: &CheckedMergeStates,
-    stream: CurrentStream<'_>,
+    stream: &CurrentStream<'_>,
 ) -> Result<()> {
     if kernel.spec.family != Family::MergeStates {
         return Err(Error::invalid("kernel", kernel.spec.entry, "a kernel that merges states"));
@@ -264,7 +264,7 @@ impl<'a> BareLaunch<'a> {
         kernel: &'a Kernel,
         run: &'a PreparedRun,
         maps: &'a [TensorMap],
-        stream: CurrentStream<'_>,
+        stream: &CurrentStream<'_>,
     ) -> Option<Self> {
         let Family::Forward(variant) = kernel.spec.family else { return None };
         let maps = maps.get(..kernel.spec.tensor_maps as usize)?;
@@ -272,7 +272,7 @@ impl<'a> BareLaunch<'a> {
         Some(Self::new(kernel, run.forward_grids[variant.index()], params, false, stream))
     }
 
-    pub(crate) fn merge(kernel: &'a Kernel, run: &'a PreparedRun, stream: CurrentStream<'_>) -> Option<Self> {
+    pub(crate) fn merge(kernel: &'a Kernel, run: &'a PreparedRun, stream: &CurrentStream<'_>) -> Option<Self> {
         let (params, _) = parameter_pointers(&run.merge, &[]);
         let programmatic = kernel.spec.arch == Arch::Sm90a;
         (kernel.spec.family == Family::Merge)
@@ -284,7 +284,7 @@ impl<'a> BareLaunch<'a> {
         grid: u32,
         params: [*mut c_void; 3],
         programmatic: bool,
-        stream: CurrentStream<'_>,
+        stream: &CurrentStream<'_>,
     ) -> Self {
         let mut attribute = Box::new(overlapping());
         let config = kernel.configuration(grid.min(kernel.max_grid), &mut *attribute, programmatic, stream);

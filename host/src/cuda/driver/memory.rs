@@ -41,7 +41,7 @@ impl Allocation {
 
 impl Drop for Allocation {
     fn drop(&mut self) {
-        let Ok(()) = try_make_current(self.device) else { return };
+        let Ok(_current) = try_make_current(self.device) else { return };
         let _allowed = WhileOthersCapture::try_enter();
         // `cuMemFree` waits for work that is under way on the device, so that kernels which still use the memory finish first.
         // SAFETY: allocated in `DeviceBuffer::zeroed`, freed only here. Whatever names the address holds a reference: spans,
@@ -66,7 +66,7 @@ impl DeviceBuffer {
     /// The device has not that much memory left.
     pub fn zeroed(device: &CudaDevice, bytes: usize) -> Result<Self> {
         let (device, bytes) = (*device, bytes.max(1));
-        make_current(device)?;
+        let _current = make_current(device)?;
         let address = {
             let _allowed = WhileOthersCapture::enter()?;
             // SAFETY: the context is current; the size is not 0. The memory is cleared below before anyone can read it.
@@ -165,6 +165,7 @@ impl DeviceBuffer {
     fn while_idle(&self, copy: impl FnOnce(&Allocation) -> Result<()>) -> Result<()> {
         let device = self.memory.device;
         let _no_capture = device.no_capture();
+        let _current = make_current(device)?;
         synchronize(device)?;
         copy(&self.memory)?;
         synchronize(device)
@@ -204,7 +205,7 @@ impl StagingRing {
             unsafe { start.write_bytes(0, bytes) };
             Ok(StagingSlot { memory, copied: Event::new(device)? })
         };
-        make_current(device)?;
+        let _current = make_current(device)?;
         Ok(Self { slots: vec![slot()?, slot()?], next: 0 })
     }
 
@@ -237,7 +238,9 @@ impl Drop for StagingRing {
         let _allowed = WhileOthersCapture::try_enter();
         // The pinned memory must outlive the copies that read it.
         for slot in self.slots.drain(..) {
-            let _ = try_make_current(slot.copied.device()).and_then(|()| slot.copied.try_synchronize());
+            let _current = try_make_current(slot.copied.device());
+            let _ = slot.copied.try_synchronize();
+            drop(slot);
         }
     }
 }

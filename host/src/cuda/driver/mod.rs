@@ -15,7 +15,7 @@ mod memory;
 mod stream;
 
 pub(super) use call::{DriverCall, attempt, attempt_for, describe};
-pub(super) use context::{driver_version, library_is_present};
+pub(super) use context::{CurrentContext, driver_version, library_is_present};
 pub(super) use event::Event;
 pub(super) use graph::{GraphExec, drop_released, retain_in_capture};
 pub(super) use kernel::{

@@ -1,7 +1,7 @@
 //! Streams: our own, another library's, the default one.
 
 use super::call::{DriverCall, attempt};
-use super::context::{WhileOthersCapture, make_current, try_make_current};
+use super::context::{CurrentContext, WhileOthersCapture, make_current, try_make_current};
 use crate::cuda::CudaDevice;
 use crate::{Error, Result};
 use cudarc::driver::{CudaStream, result, sys};
@@ -39,7 +39,7 @@ struct OwnStream {
 
 impl Drop for OwnStream {
     fn drop(&mut self) {
-        if try_make_current(self.device).is_ok() {
+        if let Ok(_current) = try_make_current(self.device) {
             // SAFETY: created in `Stream::create`, destroyed only here; work that is under way goes on to its end.
             let _ = unsafe { result::stream::destroy(raw(self.handle)) };
         }
@@ -59,7 +59,7 @@ pub(crate) enum CaptureStatus {
 
 impl Stream {
     pub(crate) fn create(device: CudaDevice) -> Result<Self> {
-        make_current(device)?;
+        let _current = make_current(device)?;
         let _allowed = WhileOthersCapture::enter()?;
         let created =
             attempt(DriverCall::StreamCreate, || result::stream::create(result::stream::StreamKind::NonBlocking))?;
@@ -122,24 +122,23 @@ impl Stream {
                 format!("one of device {}", device.ordinal()),
             ));
         }
-        make_current(device)?;
-        Ok(CurrentStream { stream: self })
+        Ok(CurrentStream { stream: self, _context: make_current(device)? })
     }
 }
 
-/// A live stream whose context is this thread's current one.
-#[derive(Clone, Copy)]
+/// A live stream whose context is this thread's current one, as long as this lives.
 pub(crate) struct CurrentStream<'a> {
     stream: &'a Stream,
+    _context: CurrentContext,
 }
 
 impl CurrentStream<'_> {
-    pub(super) fn raw(self) -> sys::CUstream {
+    pub(super) fn raw(&self) -> sys::CUstream {
         raw(self.stream.handle)
     }
 
     /// Asks the driver. For the default stream it is an error while another stream, which it would wait for, is captured.
-    pub(crate) fn capture_status(self) -> Result<CaptureStatus> {
+    pub(crate) fn capture_status(&self) -> Result<CaptureStatus> {
         // SAFETY: the stream is alive and of the current context.
         let status = attempt(DriverCall::StreamIsCapturing, || unsafe { result::stream::is_capturing(self.raw()) })?;
         Ok(match status {

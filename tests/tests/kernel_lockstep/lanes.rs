@@ -110,8 +110,17 @@ pub(crate) mod math {
     pub(crate) fn fma(a: f32, b: f32, c: f32) -> f32 {
         a.mul_add(b, c)
     }
+    pub(crate) fn reciprocal(x: f32) -> f32 {
+        1.0 / x
+    }
     pub(crate) fn max(a: f32, b: f32) -> f32 {
         a.max(b)
+    }
+}
+
+pub(crate) mod switches {
+    pub(crate) fn soft_cap() -> bool {
+        false
     }
 }
 

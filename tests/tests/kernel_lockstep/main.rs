@@ -1,5 +1,6 @@
-//! The merge kernel's source on the host: 32 threads are the lanes of a warp and meet at every shuffle. Whatever the grid, and whether
-//! a CTA, a warp or a quarter of a warp's time goes to a row, the bits are the same, and they are the exact result's.
+//! Kernel sources on the host: 32 threads are the lanes of a warp and meet at every shuffle. Of the merge kernel: whatever the grid, and
+//! whether a CTA, a warp or a quarter of a warp's time goes to a row, the bits are the same, and they are the exact result's. Of the
+//! forward kernels the online softmax ([`rescaling`]).
 
 #[path = "../../../kernels-gpu/src/finish.rs"]
 mod finish;
@@ -9,6 +10,10 @@ mod lanes;
 mod merge;
 #[path = "../../../kernels-gpu/src/plan_words.rs"]
 mod plan_words;
+mod rescaling;
+#[path = "../../../kernels-gpu/src/softmax.rs"]
+#[expect(clippy::needless_range_loop, unreachable_pub, dead_code, reason = "as in the device crate, of which this is a part")]
+mod softmax;
 
 /// The device crate's names.
 mod ptx {
@@ -31,15 +36,6 @@ mod item {
         base.strict_add_signed(i64::from(i) * i_stride).strict_add_signed(i64::from(j) * j_stride)
     }
 }
-mod softmax {
-    pub(crate) fn subtrahend(max: f32) -> f32 {
-        if max == f32::NEG_INFINITY { 0.0 } else { max }
-    }
-    pub(crate) fn normaliser(sum: f32) -> f32 {
-        if sum > 0.0 { 1.0 / sum } else { 0.0 }
-    }
-}
-
 use half::f16;
 use lanes::{Exchange, Lane};
 use pat_abi::{FastDivisor, MergeParams, MergeRow, PLAN_MAGIC, PlanHeader};
