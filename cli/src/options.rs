@@ -3,9 +3,7 @@
 use anyhow::{Context, Result, bail};
 use pat_bench::measure::features;
 use pat_rs::plan::PlanMode;
-use pat_rs::{
-    AttentionShape, DeviceProfile, Dtype, Error, Part, PlanOptions, Problem, Reason, TileVariant, supports,
-};
+use pat_rs::{AttentionShape, DeviceProfile, Dtype, Error, Part, PlanOptions, Problem, Reason, TileVariant, supports};
 use pat_workloads::{
     MOONCAKE_BLOCK_TOKENS, ModelParts, OwnedBatch, TraceCut, TraceError, TreeSpec, count_requests, parse_dtype,
     read_batch,
@@ -185,7 +183,9 @@ impl Features {
             problem = problem.with_window(tokens);
         }
         let named = |reason: Reason| match reason.part {
-            Part::SoftCap => anyhow::Error::new(reason).context(format!("--softcap {}", self.softcap.unwrap_or_default())),
+            Part::SoftCap => {
+                anyhow::Error::new(reason).context(format!("--softcap {}", self.softcap.unwrap_or_default()))
+            }
             Part::Window => anyhow::Error::new(reason).context(format!("--window {}", self.window.unwrap_or_default())),
             _ => reason.into(),
         };

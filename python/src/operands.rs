@@ -309,7 +309,11 @@ pub(crate) fn check_distinct_rows(tensor: &Tensor<'_>) -> Result<()> {
 /// Refuses sinks that are not one number after the other, one for each query head.
 fn check_sinks(sinks: &Tensor<'_>, q_heads: u32) -> Result<()> {
     if sinks.rank != 1 || sinks.sizes[0] != i64::from(q_heads) {
-        return Err(invalid(sinks.name, format!("shape {}", sinks.shape()), format!("[{q_heads}], one per query head")));
+        return Err(invalid(
+            sinks.name,
+            format!("shape {}", sinks.shape()),
+            format!("[{q_heads}], one per query head"),
+        ));
     }
     if q_heads > 1 && sinks.strides[0] != 1 {
         return Err(invalid(sinks.name, format!("strides [{}]", sinks.strides[0]), "a contiguous tensor (stride 1)"));

@@ -95,9 +95,8 @@ fn windows_of_random_forests_agree_with_the_oracle() {
         let case = random_case(&mut rng, Dtype::F16);
         let window = *[1, 3, 16, 40, 128].choose(&mut rng).unwrap();
         let mut problem = Problem::new(case.shape, case.batch.page_size).with_window(window);
-        let sinks: Option<Vec<f32>> = rng
-            .random_bool(0.5)
-            .then(|| (0..case.shape.q_heads()).map(|_| rng.random_range(-4.0..4.0)).collect());
+        let sinks: Option<Vec<f32>> =
+            rng.random_bool(0.5).then(|| (0..case.shape.q_heads()).map(|_| rng.random_range(-4.0..4.0)).collect());
         if sinks.is_some() {
             problem = problem.with_sinks();
         }

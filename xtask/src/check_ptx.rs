@@ -55,7 +55,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         for target in targets(arch) {
             let plain = ptxas::assemble(&ptxas, &plain, target)?;
             let of_arch = || KERNELS.iter().filter(|kernel| kernel.arch == arch);
-            for switches in Switches::ALL.into_iter().filter(|switches| of_arch().any(|kernel| kernel.serves(*switches))) {
+            for switches in
+                Switches::ALL.into_iter().filter(|switches| of_arch().any(|kernel| kernel.serves(*switches)))
+            {
                 let assembled = ptxas::assemble(&ptxas, &specialised(&text, switches), target)?;
                 warnings.extend(assembled.warnings.iter().cloned());
                 for kernel in of_arch().filter(|kernel| kernel.serves(switches)) {

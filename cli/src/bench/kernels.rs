@@ -146,8 +146,7 @@ impl Run<'_> {
             let batch = configuration.batch()?;
             let (suite, name) = (configuration.suite, configuration.name.clone());
             let problem = self.features.of(batch.problem(shape))?;
-            let measured =
-                within(self.end, move || target.measure((suite, &name), &batch, problem, &options, repeats));
+            let measured = within(self.end, move || target.measure((suite, &name), &batch, problem, &options, repeats));
             let Some(measured) = measured else {
                 let advice = if self.output.path.is_some() { ": --resume continues" } else { "" };
                 bar.suspend(|| output::print(format_args!("time limit reached{advice}")))?;

@@ -147,7 +147,8 @@ impl TileVariant {
     /// Whether the variant's kernels may be launched with these switches. `wgmma128` has no registers left to cap scores with, and the
     /// masks of the wgmma kernels do not say where a window begins.
     pub const fn serves(self, switches: Switches) -> bool {
-        !(switches.soft_cap && matches!(self, Self::Wgmma128)) && !(switches.window && matches!(self.arch(), Arch::Sm90a))
+        !(switches.soft_cap && matches!(self, Self::Wgmma128))
+            && !(switches.window && matches!(self.arch(), Arch::Sm90a))
     }
 
     /// Whether a CTA serves a piece of work of every round, dealt first CTA to last and back, instead of one piece alone:

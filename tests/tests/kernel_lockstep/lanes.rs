@@ -88,13 +88,6 @@ pub(crate) mod special {
     }
 }
 
-pub(crate) mod switches {
-    /// As where the kernel is compiled with sinks: without any, their address is 0.
-    pub(crate) fn sinks() -> bool {
-        true
-    }
-}
-
 pub(crate) mod barrier {
     /// Nothing: the warps of a CTA run one after the other, warp 0, which alone reads behind the barrier, last.
     pub(crate) fn sync_cta() {}
@@ -118,9 +111,14 @@ pub(crate) mod math {
     }
 }
 
+/// The features that kernels are compiled with.
 pub(crate) mod switches {
     pub(crate) fn soft_cap() -> bool {
         false
+    }
+    /// Where there are none, their address is 0.
+    pub(crate) fn sinks() -> bool {
+        true
     }
 }
 
