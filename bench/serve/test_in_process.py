@@ -112,6 +112,13 @@ class TokensAndArrivals(unittest.TestCase):
                 (json.dumps(HEADER), "no requests"),
                 (json.dumps(HEADER) + "\n{}\n", "no workload file"),
                 ("nonsense", "no workload file"),
+                *((json.dumps(HEADER) + "\n" + json.dumps({"arrival": 0, "prompt": [[0, 5]], "output_tokens": 3, **wrong}) + "\n", said)
+                  for wrong, said in (
+                      ({"prompt": []}, "line 2: prompt: got [], expected segments of at least 1 token"),
+                      ({"prompt": [[0, 0]]}, "line 2: prompt: got [(0, 0)]"),
+                      ({"output_tokens": 0}, "line 2: output_tokens: got 0, expected at least 1"),
+                      ({"arrival": 5}, "line 2: arrival and turn: got 5 and 0, expected 0 and 0"),
+                      ({"turn": 1}, "line 2: arrival and turn: got 0 and 1"))),
             ]:
                 with open(path, "w") as file:
                     file.write(text)

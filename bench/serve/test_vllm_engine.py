@@ -123,10 +123,12 @@ class Vllm(unittest.TestCase):
         engine.settle()
         self.assertEqual(engine.step_log[-1][3], 0)
 
-    def test_a_breakdown_sums_kernels_and_finds_gaps(self):
+    def test_a_breakdown_shares_the_time_out_among_kernels_and_gaps(self):
         event = lambda name, begin, length, device="CUDA": SimpleNamespace(
             name=lambda: name, start_ns=lambda: begin, duration_ns=lambda: length, device_type=lambda: f"DeviceType.{device}")
-        events = [event("pat_forward_wgmma64_d128_bf16", 0, 4_000_000), event("void cutlass::flash::sm90", 4_000_000, 1_000_000),
+        # The merge is there early and waits.
+        events = [event("pat_forward_wgmma64_d128_bf16", 0, 4_000_000), event("pat_merge_d128_bf16", 500_000, 3_700_000),
+                  event("void cutlass::flash::sm90", 4_200_000, 800_000),
                   event("nvjet_tst_128x64", 5_000_000, 2_000_000), event("reshape_and_cache_flash", 8_000_000, 1_000_000),
                   event("cudaLaunch", 0, 99_000_000, "CPU")]
         profiler = SimpleNamespace(profiler=SimpleNamespace(kineto_results=SimpleNamespace(events=lambda: events)))

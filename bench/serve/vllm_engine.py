@@ -31,26 +31,25 @@ MATMUL = ("gemm", "nvjet", "cutlass", "cublas", "xmma", "splitk")
 
 
 def breakdown(profiler, wall_s, steps):
-    """Milliseconds a step by what the device did, and without anything on it."""
-    parts = {"attention": 0.0, "matrix products": 0.0, "other kernels": 0.0}
-    spans = []
+    """Milliseconds a step by what the device did, and without anything on it; together the time that has passed. While two kernels run,
+    the time is the earlier one's: a kernel that is launched before its predecessor has ended waits for it."""
+    parts = {"attention": 0, "matrix products": 0, "other kernels": 0}
+    kernels = []
     for event in profiler.profiler.kineto_results.events():
-        if "CUDA" not in str(event.device_type()):
-            continue
-        name, begin, length = event.name().lower(), event.start_ns(), event.duration_ns()
-        spans.append((begin, begin + length))
-        if any(word in name for word in ATTENTION) and "cache" not in name:
-            parts["attention"] += length
-        elif any(word in name for word in MATMUL):
-            parts["matrix products"] += length
-        else:
-            parts["other kernels"] += length
-    covered, reach = 0, 0
-    for begin, end in sorted(spans):
-        covered += max(0, end - max(begin, reach))
+        if "CUDA" in str(event.device_type()):
+            kernels.append((event.start_ns(), event.start_ns() + event.duration_ns(), event.name().lower()))
+    reach = 0
+    for begin, end, name in sorted(kernels):
+        alone = max(0, end - max(begin, reach))
         reach = max(reach, end)
+        if any(word in name for word in ATTENTION) and "cache" not in name:
+            parts["attention"] += alone
+        elif any(word in name for word in MATMUL):
+            parts["matrix products"] += alone
+        else:
+            parts["other kernels"] += alone
     table = {part: round(length / 1e6 / steps, 4) for part, length in parts.items()}
-    table["no kernel"] = round(max(0.0, 1e3 * wall_s - covered / 1e6) / steps, 4)
+    table["no kernel"] = round(max(0.0, 1e3 * wall_s - sum(parts.values()) / 1e6) / steps, 4)
     return table
 
 

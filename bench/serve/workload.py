@@ -45,6 +45,22 @@ class Request:
         return sum(tokens for _, tokens in self.prompt)
 
 
+def check(path, requests):
+    """Refuses what no run can be made of: the lines that `pat workload` refuses, too."""
+    before = (-1, 0)
+    for line, request in enumerate(requests, 2):
+        place = (request.arrival, request.turn)
+        arrival, turn = before
+        if place not in (before, (arrival, turn + 1), (arrival + 1, 0)) or request.arrival < 0:
+            raise Refused(f"{path}: line {line}: arrival and turn: got {place[0]} and {place[1]}, expected {arrival + 1} and 0, or the same "
+                          "arrival and its turn or the next")
+        if not request.prompt or min(tokens for _, tokens in request.prompt) < 1:
+            raise Refused(f"{path}: line {line}: prompt: got {list(request.prompt)}, expected segments of at least 1 token")
+        if request.output_tokens < 1:
+            raise Refused(f"{path}: line {line}: output_tokens: got {request.output_tokens}, expected at least 1")
+        before = place
+
+
 class Workload:
     """A file's header and its requests, by arrival."""
 
@@ -63,6 +79,7 @@ class Workload:
                     raise Refused(f"{path}: got format {header.get('format')!r} version {header.get('version')!r}, "
                                   f"expected {FORMAT!r} version {VERSION}")
                 requests = [Request(json.loads(line)) for line in lines if line.strip()]
+                check(path, requests)
         except OSError as error:
             raise Refused(f"{path}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError) as error:

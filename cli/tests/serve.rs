@@ -96,6 +96,31 @@ async fn an_interrupted_sweep_keeps_what_was_made() {
     assert!((1..3).contains(&records.lines().count()), "{records}");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_was_started_ends_with_the_command() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let mock = Mock::on(listener, Fault::None, 1);
+    let folder = TempDir::new().expect("a temporary folder");
+    let (workload, output) = files(folder.path());
+    let note = folder.path().join("process");
+    // The mock answers at the port; what is started notes its process.
+    let (command, port) = (format!("echo $$ > {}; sleep 1000", note.display()), mock.port.to_string());
+    let args =
+        ["bench", "serve", "--server-cmd", &command, "--port", &port, "--workload", &workload, "--output", &output];
+    let child = pat(&[&args[..], &["--rates", "20,21,22"], &WINDOW].concat()).spawn().expect("pat starts");
+    while !std::fs::read_to_string(&output).is_ok_and(|text| text.ends_with('\n')) {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let killed = Command::new("kill").args(["-TERM", &child.id().to_string()]).status().expect("kill starts");
+    assert!(killed.success());
+    let (status, said) = text(&child.wait_with_output().expect("it ends"));
+    assert_eq!(status, Some(2), "{said}");
+    assert!(said.contains("interrupted: "), "{said}");
+    let process = std::fs::read_to_string(note).expect("written");
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", process.trim()));
+    assert!(stat.as_ref().is_err() || stat.as_ref().is_ok_and(|stat| stat.contains(" Z ")), "{stat:?}");
+}
+
 #[test]
 fn bad_input_is_refused() {
     let folder = TempDir::new().expect("a temporary folder");

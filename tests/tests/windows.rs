@@ -80,7 +80,8 @@ fn a_plan_does_not_grow_with_the_context() {
         let pages = length.div_ceil(16);
         let tables: Vec<Vec<u32>> = (0..48).map(|row| (row * pages..(row + 1) * pages).collect()).collect();
         let tables: Vec<&[u32]> = tables.iter().map(Vec::as_slice).collect();
-        let batch = pat_rs::DecodeBatch::from_block_tables(&tables, &[length; 48], 16, 48 * pages).unwrap();
+        let lengths = [length; 48];
+        let batch = pat_rs::DecodeBatch::from_block_tables(&tables, &lengths, 16, 48 * pages).unwrap();
         let plan = planner(problem, PlanOptions::default()).plan(&batch).unwrap();
         (plan.bytes().len(), plan.logical_tokens(), plan.prediction().total_us())
     };
@@ -110,7 +111,8 @@ fn agrees(case: &Case, problem: Problem, sinks: Option<&[f32]>, index: usize) {
     let oracle = Oracle::compute_problem::<f16>(&case.batch, problem, sinks, SEED, everything).unwrap();
     let rows = case.batch.rows();
     let mode = modes(case.batch.page_size)[index % 5];
-    let plan = planner(problem, mode).plan(&case.batch.view(&rows).unwrap()).unwrap();
+    let view = case.batch.view(&rows).unwrap();
+    let plan = planner(problem, mode).plan(&view).unwrap();
     let mut host = tensors.host(problem.score().scale);
     (host.problem, host.sinks) = (problem, sinks);
     let mut out = vec![f16::NAN; tensors.q.len()];

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod build_ptx;
+mod c_header;
 mod check_cuda_linking;
 mod check_ptx;
 mod core_source;
@@ -43,6 +44,8 @@ enum Command {
     LintKernels,
     /// Write docs/errors.md from the error types.
     ErrorDoc(error_doc::Args),
+    /// Write the header of the C interface, capi/include/pat.h.
+    CHeader(c_header::Args),
     /// Say what works on this machine, and how to fix what does not.
     Doctor,
     /// Collect test executables, the tool and a runner in one folder for a GPU machine without cargo.
@@ -64,6 +67,7 @@ fn main() -> anyhow::Result<()> {
         Command::CheckCudaLinking => check_cuda_linking::run(),
         Command::LintKernels => lint_kernels::run(),
         Command::ErrorDoc(args) => error_doc::run(&args),
+        Command::CHeader(args) => c_header::run(&args),
         Command::Doctor => doctor::run(),
         Command::GpuBundle(args) => gpu_bundle::run(&args),
         Command::Wheel(args) => wheel::run(&args),

@@ -23,13 +23,15 @@ pub struct Endpoint {
 pub struct Patience {
     /// For the connection.
     pub connect: Duration,
+    /// For the list of models, which costs a server nothing.
+    pub models: Duration,
     /// For the next byte of an answer.
     pub silence: Duration,
 }
 
 impl Default for Patience {
     fn default() -> Self {
-        Self { connect: Duration::from_secs(10), silence: Duration::from_secs(300) }
+        Self { connect: Duration::from_secs(10), models: Duration::from_secs(30), silence: Duration::from_secs(300) }
     }
 }
 
@@ -160,11 +162,19 @@ impl Endpoint {
             .pool_max_idle_per_host(0)
             .build()
             .map_err(|error| unusable(chain(&error)))?;
-        let response = http.get(&url).send().await.map_err(|error| unusable(chain(&error)))?;
-        if !response.status().is_success() {
-            return Err(unusable(format!("HTTP status {}, expected 200", response.status())));
+        let ask = async {
+            let response = http.get(&url).send().await.map_err(|error| unusable(chain(&error)))?;
+            if !response.status().is_success() {
+                return Err(unusable(format!("HTTP status {}, expected 200", response.status())));
+            }
+            response.json::<Models>().await.map_err(|error| unusable(chain(&error)))
+        };
+        let models = timeout(patience.models, ask)
+            .await
+            .map_err(|_| unusable(format!("no answer within {} s", patience.models.as_secs_f64())))??;
+        if models.data.is_empty() {
+            return Err(unusable("it lists no model".into()));
         }
-        let models: Models = response.json().await.map_err(|error| unusable(chain(&error)))?;
         let found = match model {
             None => models.data.first(),
             Some(name) => models.data.iter().find(|model| model.id == name),

@@ -16,7 +16,7 @@ pub struct ServerCommand {
     pub health_path: String,
     /// Time until then.
     pub start_limit: Duration,
-    /// Where the server's output goes.
+    /// Where the server's output goes, behind what is there: a server that is started again may be one that has died.
     pub log: PathBuf,
 }
 
@@ -85,7 +85,11 @@ impl ServerCommand {
             .replace("{gpu}", gpu.unwrap_or("0"))
             .replace("{backend}", backend);
         let io = |what: String| move |source| ServerError::Io { what, source };
-        let log = File::create(&self.log).map_err(io(format!("server log {}", self.log.display())))?;
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(&self.log)
+            .map_err(io(format!("server log {}", self.log.display())))?;
         let errors = log.try_clone().map_err(io(format!("server log {}", self.log.display())))?;
         let mut shell = Command::new("sh");
         shell.arg("-c").arg(&command).stdin(Stdio::null()).stdout(log).stderr(errors).kill_on_drop(true);

@@ -2,7 +2,7 @@
 
 use super::client::{Endpoint, Patience};
 use super::load::{Counters, Load, Window};
-use super::record::{Config, Record, key};
+use super::record::{Config, Record, Status, key};
 use super::server::{ServerCommand, ServerProcess};
 use crate::provenance;
 use futures_util::future::join_all;
@@ -103,7 +103,8 @@ impl Sweep {
         config
     }
 
-    /// Drops the runs that these records have already; returns how many. Without `model`, any model's record counts.
+    /// Drops the runs that these records have already; returns how many. Without `model`, any model's record counts. One without
+    /// figures does not: its run was not made.
     pub fn drop_known(&mut self, records: &[Record]) -> usize {
         let comparable = |config: &Config| {
             let mut config = config.clone();
@@ -112,7 +113,8 @@ impl Sweep {
             }
             key(&config)
         };
-        let known: Vec<_> = records.iter().map(|record| comparable(&record.config)).collect();
+        let made = records.iter().filter(|record| record.status != Status::Error);
+        let known: Vec<_> = made.map(|record| comparable(&record.config)).collect();
         let (dropped, kept) = self.jobs.iter().cloned().partition(|job| known.contains(&comparable(&self.config(job))));
         self.jobs = kept;
         Vec::len(&dropped)
@@ -174,6 +176,11 @@ impl Sweep {
                         process.stop().await;
                     }
                     events(Event::Starting(job));
+                    // Servers that run at the same time have logs of their own.
+                    let mut command = command.clone();
+                    if gpus.len() > 1 {
+                        command.log.as_mut_os_string().push(format!(".{port}"));
+                    }
                     let process =
                         command.start(port, gpu, &job.backend).await.map_err(|error| format!("server: {error}"))?;
                     *server = Some(Running { process, backend: job.backend.clone() });

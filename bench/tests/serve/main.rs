@@ -26,7 +26,8 @@ fn workload() -> Workload {
 }
 
 fn load(workload: &Workload) -> Load<'_> {
-    let patience = Patience { connect: Duration::from_secs(5), silence: Duration::from_secs(20) };
+    let patience =
+        Patience { connect: Duration::from_secs(5), silence: Duration::from_secs(20), ..Patience::default() };
     Load { workload, rate: RATE, arrival_seed: 0, text_seed: 3, window: WINDOW, patience }
 }
 
@@ -190,6 +191,12 @@ async fn addresses_and_models_that_are_not_there_are_refused() {
     }
     let endpoint = endpoint(&mock).await;
     assert_eq!((endpoint.model.as_str(), endpoint.max_model_len), ("mock", Some(5_000)));
+    // One that takes connections and says nothing.
+    let silent = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let url = format!("http://{}", silent.local_addr().expect("bound"));
+    let patience = Patience { models: Duration::from_millis(300), ..Patience::default() };
+    let error = Endpoint::connect(&url, None, patience).await.expect_err("nothing comes").to_string();
+    assert!(error.contains("no answer within 0.3 s"), "{error}");
 }
 
 /// Two ports behind each other.
@@ -274,6 +281,8 @@ async fn servers_are_started_dealt_over_and_stopped() {
         assert!(!std::path::Path::new(&format!("/proc/{process}")).exists(), "stopped: {line}");
     }
     assert!(notes.lines().count() >= 2, "{notes}");
+    let log = |port: u16| folder.path().join(format!("server.log.{port}"));
+    assert!(log(mocks[0].port).exists() || log(mocks[1].port).exists(), "each server has its log");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -318,6 +327,8 @@ async fn runs_that_a_file_has_are_not_made_again() {
     assert_eq!(known.len(), 1);
     first.jobs.push(Job { backend: "A".into(), workload: 0, rate: 30.0 });
     first.jobs.push(Job { backend: "B".into(), workload: 0, rate: 20.0 });
+    let without_figures = Record::error(known[0].config.clone(), "no server".into(), "2026-11-28".into());
+    assert_eq!(first.drop_known(&[without_figures]), 0);
     assert_eq!(first.drop_known(&known), 1);
     assert_eq!(first.jobs.iter().map(|job| job.rate).collect::<Vec<_>>(), [30.0, 20.0]);
     first.model = Some("another".into());

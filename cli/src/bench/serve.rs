@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// Where a server is looked for, or put, unless it is said.
 const FIRST_PORT: u16 = 9000;
@@ -53,7 +54,8 @@ pub(crate) struct Args {
     /// With --server-cmd: time until it is ready.
     #[arg(long, default_value_t = 600.0, value_name = "SECONDS", value_parser = positive)]
     server_limit: f64,
-    /// With --server-cmd: its output [default: --output with .server.log behind it].
+    /// With --server-cmd: file that its output is added to [default: --output with .server.log behind it]; of several servers,
+    /// with the port behind it.
     #[arg(long, value_name = "FILE")]
     server_log: Option<PathBuf>,
     /// Name of the server's attention backend, for the record; with --server-cmd there may be several.
@@ -68,7 +70,7 @@ pub(crate) struct Args {
     /// Records, JSON lines (docs/serving.md); one is added when a run has ended.
     #[arg(long, value_name = "FILE")]
     output: PathBuf,
-    /// Continue the file: runs it holds are not made again.
+    /// Continue the file: runs that it holds figures of are not made again.
     #[arg(long, conflicts_with = "force")]
     resume: bool,
     /// Overwrite the file.
@@ -121,11 +123,15 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         runtime.block_on(connect).context("--url")?;
     }
     output::print(header())?;
+    let mut interrupts = {
+        let _context = runtime.enter();
+        Interrupts::new().context("signals")?
+    };
     let report = Report::new(args, sweep.jobs.len() as u64);
     let interrupted = runtime.block_on(async {
         tokio::select! {
             () = sweep.run(|event| report.take(event)) => false,
-            _ = tokio::signal::ctrl_c() => true,
+            () = interrupts.come() => true,
         }
     });
     let Ended { made, failed, unwritten } = report.end();
@@ -142,6 +148,25 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         ))?;
     }
     Ok(failed == 0)
+}
+
+/// What ends a sweep early. Without them, a server that was started here would outlive the command.
+struct Interrupts([Signal; 3]);
+
+impl Interrupts {
+    fn new() -> std::io::Result<Self> {
+        let [a, b, c] = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()].map(signal);
+        Ok(Self([a?, b?, c?]))
+    }
+
+    async fn come(&mut self) {
+        let [a, b, c] = &mut self.0;
+        tokio::select! {
+            _ = a.recv() => {}
+            _ = b.recv() => {}
+            _ = c.recv() => {}
+        }
+    }
 }
 
 impl Args {
