@@ -83,7 +83,8 @@ class Builder(FlashAttentionMetadataBuilder):
             logger.info("prefix_attn: decode rows of %s run on prefix-aware plans, %s", what, self._shape)
 
     def _why_stock(self, layer) -> str | None:
-        return eligibility.of_layer(layer, self._shape, self.block_size, self.dcp_world_size)
+        window = self.kv_cache_spec.sliding_window
+        return eligibility.of_layer(layer, self._shape, self.block_size, self.dcp_world_size, window)
 
     def build_for_cudagraph_capture(self, common_attn_metadata):
         """As :meth:`build`; a capture without tables means that no replay would have them: the group stays stock."""
@@ -174,6 +175,7 @@ class Builder(FlashAttentionMetadataBuilder):
             max_rows=scheduler.max_num_seqs,
             max_row_tokens=self._query_tokens,
             max_row_pages=-(-tokens // self.block_size),
+            window=self.kv_cache_spec.sliding_window,
         )
 
     def _stay_stock(self, reason: str) -> None:

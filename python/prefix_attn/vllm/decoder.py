@@ -25,6 +25,19 @@ class Group:
     max_rows: int
     max_row_pages: int
     max_row_tokens: int = 1
+    #: Tokens that a sliding window leaves, if there is one.
+    window: int | None = None
+
+    @property
+    def max_planned_pages(self) -> int:
+        """Pages of a row in a plan, at most: those that its window may lie in."""
+        if self.window is None:
+            return self.max_row_pages
+        return min(self.max_row_pages, (self.window + self.page_size - 2) // self.page_size + 1)
+
+    def planner(self, rows: int) -> "pa.Planner":
+        """For up to so many rows, one for each query token."""
+        return pa.Planner(self.shape, self.device, capacity=limits(self, rows), window=self.window)
 
     @property
     def max_tokens(self) -> int:
@@ -100,8 +113,7 @@ class DecodeRows:
     def workspace(self, planner: "pa.Planner") -> "pa.Workspace":
         """One for all: as large as the largest capacity needs."""
         if self._workspace is None:
-            largest = pa.Planner(self.group.shape, self.group.device, capacity=limits(self.group, self.group.max_tokens))
-            self._workspace = pa.Workspace.for_planner(largest)
+            self._workspace = pa.Workspace.for_planner(self.group.planner(self.group.max_tokens))
         return self._workspace
 
     def lse(self) -> torch.Tensor:
@@ -128,7 +140,7 @@ def limits(group: Group, rows: int) -> "pa.Capacity":
     """
     profile = pa.DeviceProfile.detect(group.device)
     max_items = rows + -(-4 * profile.sm_count // group.shape.kv_heads)
-    return pa.Capacity(rows, rows * group.max_row_pages, profile, max_items=max_items)
+    return pa.Capacity(rows, rows * group.max_planned_pages, profile, max_items=max_items)
 
 
 class _Capacity:
@@ -137,7 +149,7 @@ class _Capacity:
     def __init__(self, owner: DecodeRows, rows: int):
         self.group = owner.group
         self.owner = owner
-        self.planner = pa.Planner(owner.group.shape, owner.group.device, capacity=limits(owner.group, rows))
+        self.planner = owner.group.planner(rows)
         self.plan = None
 
     def advance(self, tables: np.ndarray, lengths: np.ndarray, query_tokens: np.ndarray | None) -> "pa.Plan":

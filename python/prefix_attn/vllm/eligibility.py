@@ -35,24 +35,25 @@ def of_group(spec, shape: "pa.AttentionShape | None") -> str | None:
         spec: vLLM's ``KVCacheSpec`` of the group.
         shape: what the kernels would be asked for; ``None`` where there is no such shape.
     """
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
-    if type(spec) is not FullAttentionSpec:
+    if type(spec) not in (FullAttentionSpec, SlidingWindowSpec):
         return type(spec).__name__
-    if spec.sliding_window is not None or spec.attention_chunk_size is not None:
-        return "sliding windows or chunked attention"
+    if getattr(spec, "attention_chunk_size", None) is not None:
+        return "chunked attention"
     if getattr(spec, "non_causal", False):
         return "non-causal attention"
-    if spec.head_size_v != spec.head_size:
-        return f"value heads of {spec.head_size_v} and key heads of {spec.head_size} elements"
+    value_head_size = getattr(spec, "head_size_v", spec.head_size)
+    if value_head_size != spec.head_size:
+        return f"value heads of {value_head_size} and key heads of {spec.head_size} elements"
     if spec.kv_quant_mode.name != "NONE":
         return f"a KV cache of {spec.kv_quant_mode.name}"
     if shape is None:
         return "a shape for which there are no kernels"
-    return pa.supports(shape, spec.block_size)
+    return pa.supports(shape, spec.block_size, window=spec.sliding_window)
 
 
-def of_layer(layer, shape: "pa.AttentionShape", page_size: int, ranks: int) -> str | None:
+def of_layer(layer, shape: "pa.AttentionShape", page_size: int, ranks: int, window: int | None = None) -> str | None:
     """Why a layer of a group that can be served cannot, or ``None``.
 
     Args:
@@ -60,6 +61,7 @@ def of_layer(layer, shape: "pa.AttentionShape", page_size: int, ranks: int) -> s
         shape: what the kernels are asked for.
         page_size: tokens per block.
         ranks: of decode context parallelism.
+        window: tokens that the group's sliding window leaves, if it has one.
     """
     from vllm.v1.attention.backend import AttentionType
 
@@ -68,11 +70,14 @@ def of_layer(layer, shape: "pa.AttentionShape", page_size: int, ranks: int) -> s
         return f"{impl.attn_type} attention"
     if impl.alibi_slopes is not None:
         return "ALiBi"
-    if impl.sliding_window not in (None, (-1, -1)):
-        return "a sliding window"
+    own_window = None if impl.sliding_window in (None, (-1, -1)) else impl.sliding_window[0] + 1
+    if own_window != window:
+        return f"a sliding window of {own_window} tokens in a group of {window}"
+    if window is not None and ranks > 1:
+        return "a sliding window under decode context parallelism: a rank has every so many tokens of it"
     if impl.sinks is not None and ranks > 1:
         return "attention sinks under decode context parallelism: each rank would count them"
-    return pa.supports(shape, page_size, softcap=impl.logits_soft_cap or None, sinks=impl.sinks is not None)
+    return pa.supports(shape, page_size, window=window, softcap=impl.logits_soft_cap or None, sinks=impl.sinks is not None)
 
 
 def _is_batch_invariant() -> bool:

@@ -14,13 +14,15 @@ def install(monkeypatch) -> list:
 
     def attention(q, k, v, out, cu_seqlens_q, max_seqlen_q, seqused_k, block_table, softmax_scale, causal, **kwargs):
         calls.append((len(cu_seqlens_q) - 1, max_seqlen_q))
-        assert causal is True and kwargs["softcap"] == 0 and tuple(kwargs["window_size"]) == (-1, -1)
+        assert causal is True and kwargs["softcap"] == 0
+        before, behind = kwargs["window_size"]
+        assert (before, behind) == (-1, -1) or behind == 0
         ends = cu_seqlens_q.tolist()
         for row, (begin, end) in enumerate(zip(ends, ends[1:])):
             tokens = int(seqused_k[row])
             pages = block_table[row, : -(-tokens // k.shape[1])].long()
             keys, values = (cache[pages].flatten(0, 1)[:tokens] for cache in (k, v))
-            out[begin:end] = attend(q[begin:end], keys, values, softmax_scale)
+            out[begin:end] = attend(q[begin:end], keys, values, softmax_scale, None if before < 0 else before + 1)
         return out
 
     def write(key, value, key_cache, value_cache, slot_mapping, *_):
@@ -36,10 +38,11 @@ def install(monkeypatch) -> list:
     return calls
 
 
-def attend(q, keys, values, scale):
-    """The last ``len(q)`` tokens of a sequence against all of it: torch's SDPA in float32."""
+def attend(q, keys, values, scale, window=None):
+    """The last ``len(q)`` tokens of a sequence against all of it, or what a window leaves: torch's SDPA in float32."""
     queries, tokens = len(q), len(keys)
-    mask = torch.arange(tokens)[None, :] <= torch.arange(tokens - queries, tokens)[:, None]
+    behind = torch.arange(tokens - queries, tokens)[:, None] - torch.arange(tokens)[None, :]
+    mask = (behind >= 0) & (behind < (window or tokens))
     out = torch.nn.functional.scaled_dot_product_attention(
         *(x.float().transpose(0, 1)[None] for x in (q, keys, values)), attn_mask=mask, scale=scale, enable_gqa=True
     )

@@ -87,7 +87,6 @@ def test_a_lost_announcement_after_plans_is_an_error(monkeypatch, model_folder, 
     "change, reason",
     [
         ({"alibi_slopes": [0.5] * 8}, "ALiBi"),
-        ({"per_layer_sliding_window": 128}, "SlidingWindowSpec"),
         (
             {
                 "config": {
@@ -118,6 +117,24 @@ def test_sinks_and_soft_caps_are_served_where_the_kernels_have_them(monkeypatch,
     ):
         world = World(monkeypatch, model_folder, **layer)
         assert world.builder._stock_reason == pa.supports(world.builder._shape, simulated.BLOCK, **asked)
+
+
+@pytest.mark.parametrize("window", [1, 16, 40, 128])
+def test_windows_are_served(monkeypatch, model_folder, stock_kernels, seeded, window):
+    world = World(monkeypatch, model_folder, per_layer_sliding_window=window)
+    assert type(world.spec).__name__ == "SlidingWindowSpec" and world.builder._stock_reason is None
+    decoded = sum(bool(getattr(metadata, "prefix_attn", None)) for metadata, _ in world.random_steps(30))
+    assert decoded > 10
+
+
+def test_a_layer_of_another_window_stays_stock(monkeypatch, model_folder):
+    from prefix_attn.vllm import eligibility
+
+    world = World(monkeypatch, model_folder, per_layer_sliding_window=40)
+    layer, shape = world.layers[0], world.builder._shape
+    assert eligibility.of_layer(layer, shape, simulated.BLOCK, 1, 40) is None
+    assert "a sliding window of 40" in eligibility.of_layer(layer, shape, simulated.BLOCK, 1)
+    assert "context parallelism" in eligibility.of_layer(layer, shape, simulated.BLOCK, 2, 40)
 
 
 def test_graph_support(monkeypatch, model_folder):

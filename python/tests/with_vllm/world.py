@@ -37,6 +37,7 @@ class World:
             context.setattr(VllmConfig, "use_v2_model_runner", False)
             self.config = self._config(model_folder)
 
+        self.window = layer.get("per_layer_sliding_window")
         change = layer.pop("config", {})
         if drafts:
             speculative = SimpleNamespace(num_speculative_tokens=drafts)
@@ -97,7 +98,7 @@ class World:
             begin = 0
             for request, chunk in scheduled:
                 history = self.values(request, 0, request.computed + chunk)
-                want = stock.attend(q[begin : begin + chunk], *history, SCALE)
+                want = stock.attend(q[begin : begin + chunk], *history, SCALE, self.window)
                 torch.testing.assert_close(out[begin : begin + chunk].float(), want.float(), atol=TOLERANCE, rtol=0)
                 begin += chunk
         for request, chunk in scheduled:
