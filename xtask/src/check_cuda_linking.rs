@@ -27,6 +27,7 @@ pub(crate) fn run() -> Result<()> {
     let scratch = tempfile::tempdir()?;
     no_toolkit_changes_the_build(scratch.path())?;
     a_tree_with_candle_resolves(scratch.path())?;
+    the_candle_crate_is_checked(scratch.path())?;
     a_tree_that_links_cuda_builds(scratch.path())
 }
 
@@ -71,6 +72,21 @@ fn a_tree_with_candle_resolves(scratch: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Checks pat-candle with its feature `cuda`, tests included. Nothing is linked, and nvcc has made files without anything in them.
+fn the_candle_crate_is_checked(scratch: &Path) -> Result<()> {
+    let toolkit = FakeToolkit::new(&scratch.join("for-pat-candle"), CANDLE_TOOLKIT)?;
+    let mut check = toolkit.cargo();
+    check.args(["check", "--quiet", "--locked", "--all-targets", "--no-default-features", "--features", "cuda"]);
+    check
+        .args(["--manifest-path", "candle/Cargo.toml", "--target-dir"])
+        .arg(workspace::target_dir().join("candle-cuda"));
+    // Otherwise candle's build asks nvidia-smi.
+    workspace::run(check.env("CUDA_COMPUTE_CAP", "90").env("RUSTFLAGS", "-D warnings").current_dir(workspace::root()))?;
+    ensure!(toolkit.was_run(), "candle's build no longer runs nvcc: can its tests be linked without CUDA?");
+    println!("pat-candle with the feature cuda, CUDA {CANDLE_TOOLKIT}: its code and its tests are right");
+    Ok(())
+}
+
 /// Checks pat-rs with `yield-cuda-linking` in a tree whose cudarc has candle's features. Nothing is linked, so that no CUDA
 /// library is needed; candle itself would need nvcc for its kernels.
 fn a_tree_that_links_cuda_builds(scratch: &Path) -> Result<()> {
@@ -111,7 +127,7 @@ fn build_script_output(target: &Path) -> Result<String> {
     Ok(fs::read_to_string(latest)?)
 }
 
-/// A folder with an `nvcc` that says its version, and notes that it was asked.
+/// A folder with an `nvcc` that says its version, notes that it was asked, and makes empty files of what it is to compile.
 struct FakeToolkit {
     folder: PathBuf,
 }
@@ -121,13 +137,8 @@ impl FakeToolkit {
         fs::create_dir_all(folder.join("bin"))?;
         let nvcc = folder.join("bin/nvcc");
         let asked = folder.join("asked");
-        fs::write(
-            &nvcc,
-            format!(
-                "#!/bin/sh\ntouch {asked:?}\ncat <<'END'\nnvcc: NVIDIA (R) Cuda compiler driver\nCopyright (c) NVIDIA \
-                 Corporation\nBuilt on a day\nCuda compilation tools, release {version}, V{version}.0\nEND\n"
-            ),
-        )?;
+        let asked = asked.display().to_string();
+        fs::write(&nvcc, include_str!("fake_nvcc.sh").replace("ASKED", &asked).replace("VERSION", version))?;
         fs::set_permissions(&nvcc, fs::Permissions::from_mode(0o755))?;
         Ok(Self { folder: folder.to_owned() })
     }

@@ -83,8 +83,7 @@ class Builder(FlashAttentionMetadataBuilder):
             logger.info("prefix_attn: decode rows of %s run on prefix-aware plans, %s", what, self._shape)
 
     def _why_stock(self, layer) -> str | None:
-        window = self.kv_cache_spec.sliding_window
-        return eligibility.of_layer(layer, self._shape, self.block_size, self.dcp_world_size, window)
+        return eligibility.of_layer(layer, self.kv_cache_spec, self._shape, self.dcp_world_size)
 
     def build_for_cudagraph_capture(self, common_attn_metadata):
         """As :meth:`build`; a capture without tables means that no replay would have them: the group stays stock."""
@@ -174,9 +173,15 @@ class Builder(FlashAttentionMetadataBuilder):
             num_pages=cache.shape[0],
             max_rows=scheduler.max_num_seqs,
             max_row_tokens=self._query_tokens,
+            visible=self._visible(),
             max_row_pages=-(-tokens // self.block_size),
-            window=self.kv_cache_spec.sliding_window,
         )
+
+    def _visible(self) -> dict:
+        """What the planner must know of the layers' windows and scores."""
+        window = eligibility.window_of(self.kv_cache_spec)
+        softcap = max(layer.impl.logits_soft_cap or 0.0 for layer in self._layers)
+        return {**({"window": window} if window else {}), **({"softcap": softcap} if softcap else {})}
 
     def _stay_stock(self, reason: str) -> None:
         if self._decoder is not None:

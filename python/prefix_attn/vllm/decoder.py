@@ -25,19 +25,16 @@ class Group:
     max_rows: int
     max_row_pages: int
     max_row_tokens: int = 1
-    #: Tokens that a sliding window leaves, if there is one.
-    window: int | None = None
+    #: ``window`` and ``softcap`` of :class:`pa.Planner`, where the layers have them.
+    visible: dict = dataclasses.field(default_factory=dict)
 
     @property
     def max_planned_pages(self) -> int:
         """Pages of a row in a plan, at most: those that its window may lie in."""
-        if self.window is None:
+        window = self.visible.get("window")
+        if window is None:
             return self.max_row_pages
-        return min(self.max_row_pages, (self.window + self.page_size - 2) // self.page_size + 1)
-
-    def planner(self, rows: int) -> "pa.Planner":
-        """For up to so many rows, one for each query token."""
-        return pa.Planner(self.shape, self.device, capacity=limits(self, rows), window=self.window)
+        return min(self.max_row_pages, (window + self.page_size - 2) // self.page_size + 1)
 
     @property
     def max_tokens(self) -> int:
@@ -110,10 +107,11 @@ class DecodeRows:
             capacity = self._capacities[size] = kind(self, size)
         return capacity
 
-    def workspace(self, planner: "pa.Planner") -> "pa.Workspace":
+    def workspace(self) -> "pa.Workspace":
         """One for all: as large as the largest capacity needs."""
         if self._workspace is None:
-            self._workspace = pa.Workspace.for_planner(self.group.planner(self.group.max_tokens))
+            largest = planner(self.group, self.group.max_tokens)
+            self._workspace = pa.Workspace.for_planner(largest)
         return self._workspace
 
     def lse(self) -> torch.Tensor:
@@ -143,13 +141,18 @@ def limits(group: Group, rows: int) -> "pa.Capacity":
     return pa.Capacity(rows, rows * group.max_planned_pages, profile, max_items=max_items)
 
 
+def planner(group: Group, rows: int) -> "pa.Planner":
+    """One for plans of up to ``rows`` query tokens."""
+    return pa.Planner(group.shape, group.device, capacity=limits(group, rows), **group.visible)
+
+
 class _Capacity:
     """The planner for up to so many query tokens, and its newest plan."""
 
     def __init__(self, owner: DecodeRows, rows: int):
         self.group = owner.group
         self.owner = owner
-        self.planner = owner.group.planner(rows)
+        self.planner = planner(owner.group, rows)
         self.plan = None
 
     def advance(self, tables: np.ndarray, lengths: np.ndarray, query_tokens: np.ndarray | None) -> "pa.Plan":
@@ -190,7 +193,7 @@ class _DeviceCapacity(_Capacity):
 
     def _bind(self, name, scores, query, key_cache, value_cache, output, lse) -> _BoundLayer:
         q, out = (self.owner.template(kind, t.stride(), t.dtype) for kind, t in (("q", query), ("out", output)))
-        workspace = self.owner.workspace(self.planner)
+        workspace = self.owner.workspace()
         run = self.buffers.bind(key_cache, value_cache, q, out, lse, workspace=workspace, **scores)
         layer = self.layers[name] = _BoundLayer(run, query.stride(), output.stride())
         return layer

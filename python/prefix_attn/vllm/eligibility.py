@@ -39,29 +39,32 @@ def of_group(spec, shape: "pa.AttentionShape | None") -> str | None:
 
     if type(spec) not in (FullAttentionSpec, SlidingWindowSpec):
         return type(spec).__name__
-    if getattr(spec, "attention_chunk_size", None) is not None:
-        return "chunked attention"
+    if type(spec) is FullAttentionSpec and (spec.sliding_window is not None or spec.attention_chunk_size is not None):
+        return "sliding windows or chunked attention in a cache of whole sequences"
     if getattr(spec, "non_causal", False):
         return "non-causal attention"
-    value_head_size = getattr(spec, "head_size_v", spec.head_size)
-    if value_head_size != spec.head_size:
-        return f"value heads of {value_head_size} and key heads of {spec.head_size} elements"
+    if spec.head_size_v != spec.head_size:
+        return f"value heads of {spec.head_size_v} and key heads of {spec.head_size} elements"
     if spec.kv_quant_mode.name != "NONE":
         return f"a KV cache of {spec.kv_quant_mode.name}"
     if shape is None:
         return "a shape for which there are no kernels"
-    return pa.supports(shape, spec.block_size, window=spec.sliding_window)
+    return pa.supports(shape, spec.block_size, window=window_of(spec))
 
 
-def of_layer(layer, shape: "pa.AttentionShape", page_size: int, ranks: int, window: int | None = None) -> str | None:
+def window_of(spec) -> int | None:
+    """Tokens that a row of a served group sees at most, if that is not all of them."""
+    return spec.sliding_window
+
+
+def of_layer(layer, spec, shape: "pa.AttentionShape", ranks: int) -> str | None:
     """Why a layer of a group that can be served cannot, or ``None``.
 
     Args:
         layer: vLLM's ``Attention``.
+        spec: the group's ``KVCacheSpec``.
         shape: what the kernels are asked for.
-        page_size: tokens per block.
         ranks: of decode context parallelism.
-        window: tokens that the group's sliding window leaves, if it has one.
     """
     from vllm.v1.attention.backend import AttentionType
 
@@ -70,14 +73,13 @@ def of_layer(layer, shape: "pa.AttentionShape", page_size: int, ranks: int, wind
         return f"{impl.attn_type} attention"
     if impl.alibi_slopes is not None:
         return "ALiBi"
-    own_window = None if impl.sliding_window in (None, (-1, -1)) else impl.sliding_window[0] + 1
-    if own_window != window:
-        return f"a sliding window of {own_window} tokens in a group of {window}"
-    if window is not None and ranks > 1:
-        return "a sliding window under decode context parallelism: a rank has every so many tokens of it"
-    if impl.sinks is not None and ranks > 1:
-        return "attention sinks under decode context parallelism: each rank would count them"
-    return pa.supports(shape, page_size, window=window, softcap=impl.logits_soft_cap or None, sinks=impl.sinks is not None)
+    window = window_of(spec)
+    if tuple(impl.sliding_window or (-1, -1)) != ((-1, -1) if window is None else (window - 1, 0)):
+        return f"a sliding window of {impl.sliding_window} in a cache for {window or 'all'} tokens"
+    if ranks > 1 and (impl.sinks is not None or window is not None):
+        return "sinks or windows under decode context parallelism: a rank does not know the other's part"
+    softcap = impl.logits_soft_cap or None
+    return pa.supports(shape, spec.block_size, window=window, softcap=softcap, sinks=impl.sinks is not None)
 
 
 def _is_batch_invariant() -> bool:

@@ -399,7 +399,7 @@ def out_of_memory(engine, vocab, text):
     from prefix_attn.vllm import decoder
 
     right = decoder.DecodeRows.workspace
-    decoder.DecodeRows.workspace = lambda self, planner: pa.Workspace(1 << 46, self.group.device)
+    decoder.DecodeRows.workspace = lambda self: pa.Workspace(1 << 46, self.group.device)
     try:
         begin_decoding(engine, vocab, text, "oom").step()
     except pa.CudaError as error:

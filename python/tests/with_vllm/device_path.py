@@ -18,9 +18,9 @@ class Buffers:
         self.real.upload(plan)
         self.rows = plan.sequence_count
 
-    def bind(self, key_cache, value_cache, q, out, lse=None, *, scale, workspace):
+    def bind(self, key_cache, value_cache, q, out, lse=None, *, workspace, **scores):
         assert isinstance(workspace, pa.Workspace)
-        return Run(self, self.real.bind(key_cache, value_cache, q, out, lse, scale=scale), q, out)
+        return Run(self, self.real.bind(key_cache, value_cache, q, out, lse, **scores), q, out)
 
 
 class Run:

@@ -14,15 +14,14 @@ def install(monkeypatch) -> list:
 
     def attention(q, k, v, out, cu_seqlens_q, max_seqlen_q, seqused_k, block_table, softmax_scale, causal, **kwargs):
         calls.append((len(cu_seqlens_q) - 1, max_seqlen_q))
-        assert causal is True and kwargs["softcap"] == 0
-        before, behind = kwargs["window_size"]
-        assert (before, behind) == (-1, -1) or behind == 0
+        assert causal is True
         ends = cu_seqlens_q.tolist()
         for row, (begin, end) in enumerate(zip(ends, ends[1:])):
             tokens = int(seqused_k[row])
             pages = block_table[row, : -(-tokens // k.shape[1])].long()
             keys, values = (cache[pages].flatten(0, 1)[:tokens] for cache in (k, v))
-            out[begin:end] = attend(q[begin:end], keys, values, softmax_scale, None if before < 0 else before + 1)
+            scores = softmax_scale, kwargs["softcap"], kwargs.get("s_aux"), kwargs["window_size"][0]
+            out[begin:end] = attend(q[begin:end], keys, values, *scores)
         return out
 
     def write(key, value, key_cache, value_cache, slot_mapping, *_):
@@ -38,15 +37,19 @@ def install(monkeypatch) -> list:
     return calls
 
 
-def attend(q, keys, values, scale, window=None):
-    """The last ``len(q)`` tokens of a sequence against all of it, or what a window leaves: torch's SDPA in float32."""
-    queries, tokens = len(q), len(keys)
-    behind = torch.arange(tokens - queries, tokens)[:, None] - torch.arange(tokens)[None, :]
-    mask = (behind >= 0) & (behind < (window or tokens))
-    out = torch.nn.functional.scaled_dot_product_attention(
-        *(x.float().transpose(0, 1)[None] for x in (q, keys, values)), attn_mask=mask, scale=scale, enable_gqa=True
-    )
-    return out[0].transpose(0, 1).to(q.dtype)
+def attend(q, keys, values, scale, softcap=0, sinks=None, behind=-1):
+    """The last ``len(q)`` tokens of a sequence against all of it, or against themselves and ``behind`` tokens, in float32."""
+    queries, tokens, groups = len(q), len(keys), q.shape[1] // keys.shape[1]
+    places = torch.arange(tokens)[None, :] - torch.arange(tokens - queries, tokens)[:, None]
+    mask = (places <= 0) & ((behind < 0) | (places >= -behind))
+    scores = torch.einsum("qhd,khd->hqk", q.float(), keys.float().repeat_interleave(groups, 1)) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.float()[:, None, None].expand(-1, queries, 1)], -1)
+    weights = scores.softmax(-1)[..., :tokens]
+    return torch.einsum("hqk,khd->qhd", weights, values.float().repeat_interleave(groups, 1)).to(q.dtype)
 
 
 def _three(self):

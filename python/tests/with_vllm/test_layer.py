@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import device_path
 import pytest
 import simulated
 import torch
@@ -107,34 +108,48 @@ def test_what_is_not_served_stays_stock(monkeypatch, model_folder, caplog_vllm, 
     assert len(lines) == 1 and reason in lines[0]
 
 
-def test_sinks_and_soft_caps_are_served_where_the_kernels_have_them(monkeypatch, model_folder):
+@pytest.mark.parametrize(
+    "layer",
+    [
+        {"sinks": torch.arange(8) / 2 - 1},
+        {"logits_soft_cap": 2.0},
+        {"per_layer_sliding_window": 128},
+        {"per_layer_sliding_window": 37, "sinks": torch.arange(8) / 2 - 1, "drafts": 2},
+    ],
+)
+@pytest.mark.parametrize("way", ["host", "device"])
+def test_windows_sinks_and_soft_caps(monkeypatch, model_folder, stock_kernels, seeded, layer, way):
     from vllm.v1.attention.backends import flash_attn
 
     monkeypatch.setattr(flash_attn, "flash_attn_supports_sinks", lambda: True, raising=False)
-    for layer, asked in (
-        ({"sinks": torch.zeros(8)}, {"sinks": True}),
-        ({"logits_soft_cap": 30.0}, {"softcap": 30.0}),
-    ):
-        world = World(monkeypatch, model_folder, **layer)
-        assert world.builder._stock_reason == pa.supports(world.builder._shape, simulated.BLOCK, **asked)
+    if way == "device":
+        device_path.install(monkeypatch)
+    world = World(monkeypatch, model_folder, **layer)
+    window = layer.get("per_layer_sliding_window")
+    reason = pa.supports(world.builder._shape, simulated.BLOCK, window=window)
+    assert world.builder._stock_reason == reason and (reason is None or window is not None)
+    for _ in world.random_steps(12):
+        pass
+    metrics = world.builder.metrics
+    assert metrics.kernel_calls == 2 * (metrics.decode_steps + metrics.mixed_steps)
+    assert (metrics.kernel_calls > 12) == (reason is None)
 
 
-@pytest.mark.parametrize("window", [1, 16, 40, 128])
-def test_windows_are_served(monkeypatch, model_folder, stock_kernels, seeded, window):
-    world = World(monkeypatch, model_folder, per_layer_sliding_window=window)
-    assert type(world.spec).__name__ == "SlidingWindowSpec" and world.builder._stock_reason is None
-    decoded = sum(bool(getattr(metadata, "prefix_attn", None)) for metadata, _ in world.random_steps(30))
-    assert decoded > 10
+def test_sinks_that_are_loaded_again(monkeypatch, model_folder, stock_kernels, seeded):
+    """Runs are bound to the sinks' copies; new weights must reach these."""
+    from vllm.v1.attention.backends import flash_attn
 
-
-def test_a_layer_of_another_window_stays_stock(monkeypatch, model_folder):
-    from prefix_attn.vllm import eligibility
-
-    world = World(monkeypatch, model_folder, per_layer_sliding_window=40)
-    layer, shape = world.layers[0], world.builder._shape
-    assert eligibility.of_layer(layer, shape, simulated.BLOCK, 1, 40) is None
-    assert "a sliding window of 40" in eligibility.of_layer(layer, shape, simulated.BLOCK, 1)
-    assert "context parallelism" in eligibility.of_layer(layer, shape, simulated.BLOCK, 2, 40)
+    monkeypatch.setattr(flash_attn, "flash_attn_supports_sinks", lambda: True, raising=False)
+    device_path.install(monkeypatch)
+    sinks = torch.zeros(8)
+    world = World(monkeypatch, model_folder, sinks=sinks)
+    running = world.joined(40)
+    world.step([(running[0], 40)])
+    world.step([(running[0], 1)])
+    sinks.fill_(4.0)
+    for layer in world.layers:
+        layer.impl.process_weights_after_loading(torch.bfloat16)
+    world.step([(running[0], 1)])
 
 
 def test_graph_support(monkeypatch, model_folder):

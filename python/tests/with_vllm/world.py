@@ -37,7 +37,6 @@ class World:
             context.setattr(VllmConfig, "use_v2_model_runner", False)
             self.config = self._config(model_folder)
 
-        self.window = layer.get("per_layer_sliding_window")
         change = layer.pop("config", {})
         if drafts:
             speculative = SimpleNamespace(num_speculative_tokens=drafts)
@@ -59,6 +58,9 @@ class World:
             group = AttentionGroup(Backend, list(LAYERS), spec, 0)
             group.create_metadata_builders(self.config, torch.device("cpu"))
         self.spec = spec
+        impl = self.layers[0].impl
+        #: What `stock.attend` is told of the layers' scores.
+        self.scores = SCALE, impl.logits_soft_cap, impl.sinks, impl.sliding_window[0]
         self.builder = group.get_metadata_builder()
         self.groups = [[group]]
         self.tables = simulated.make_tables(monkeypatch, ROWS, 64)
@@ -98,7 +100,7 @@ class World:
             begin = 0
             for request, chunk in scheduled:
                 history = self.values(request, 0, request.computed + chunk)
-                want = stock.attend(q[begin : begin + chunk], *history, SCALE, self.window)
+                want = stock.attend(q[begin : begin + chunk], *history, *self.scores)
                 torch.testing.assert_close(out[begin : begin + chunk].float(), want.float(), atol=TOLERANCE, rtol=0)
                 begin += chunk
         for request, chunk in scheduled:
