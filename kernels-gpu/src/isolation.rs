@@ -10,7 +10,7 @@ use pat_abi::reader::Stream;
 
 use crate::element::Element;
 use crate::epilogue::Row;
-use crate::item::strided;
+use crate::item::{is_hidden, strided};
 use crate::plan_words::WhenUsed;
 use crate::ptx::ldst::{load_global_u32, load_global_u32x2};
 use crate::ptx::special::run_time;
@@ -67,7 +67,7 @@ pub unsafe fn attend_pair<E: Element, const CAPS_SCORES: bool>(
             let words = unsafe { WhenUsed::new() };
             page_id = stream.page_id(words, page);
             let mask = stream.mask(words, page);
-            attends = mask.has_row(row) && mask.has_token(in_page);
+            attends = mask.has_row(row) && in_page < mask.token_end() && !is_hidden(&stream, page, in_page);
         }
         if attends {
             let key = strided(keys, page_id, params.k_page_stride, in_page, params.k_token_stride);

@@ -1,10 +1,11 @@
 //! The item that a CTA of the mma.sync kernels serves.
 
-use pat_abi::reader::{PlanView, Stream, Work};
+use pat_abi::reader::{Exceptions, PlanView, Stream, Work};
 use pat_abi::{ForwardParams, TileVariant};
 
 use crate::epilogue::Row;
 use crate::plan_words::WhenUsed;
+use crate::ptx::switches;
 
 /// The work of one CTA: one item for one KV head.
 #[derive(Clone, Copy)]
@@ -36,7 +37,12 @@ impl Item {
         }
         let work = plan.work(words, cta, params.kv_heads_divisor);
         let (row_count, kv_head) = (work.row_count, work.kv_head);
-        Some(Self { plan, work, stream: plan.stream(&work), row_count, kv_head })
+        let mut stream = plan.stream(&work);
+        if switches::window() {
+            stream = stream
+                .with_first_tokens(Exceptions::load(words, params.plan, &plan, cta, params.kv_heads_divisor));
+        }
+        Some(Self { plan, work, stream, row_count, kv_head })
     }
 
     /// Locates row `row` of the item.
@@ -49,6 +55,15 @@ impl Item {
         // SAFETY: the plan holds a query record for every row.
         Row::new(params, query, head, unsafe { WhenUsed::new() })
     }
+}
+
+/// Whether token `in_page` of the page of entry `entry` stands in front of the window of the rows that read the entry.
+///
+/// The entry is one of the stream's, which comes from a valid plan.
+#[inline(always)]
+pub fn is_hidden(stream: &Stream, entry: u32, in_page: u32) -> bool {
+    // SAFETY: where the item has first tokens, it has one for each of its entries.
+    switches::window() && in_page < stream.first_token(unsafe { WhenUsed::new() }, entry)
 }
 
 /// `base + i*i_stride + j*j_stride`, in bytes; strides may be negative.

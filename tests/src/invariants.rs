@@ -1,6 +1,6 @@
 //! What every plan must be, and random forests to hold plans to it.
 
-use pat_abi::{DIRECT_SLOT, NO_KV_LIMIT, PageMask, TileVariant};
+use pat_abi::{DIRECT_SLOT, NONE, PageMask, TileVariant};
 use pat_rs::plan::PlanMode;
 use pat_rs::{AttentionShape, Plan};
 use pat_workloads::OwnedBatch;
@@ -55,6 +55,7 @@ pub fn check(plan: &Plan, batch: &OwnedBatch, shape: AttentionShape) {
     for variant in TileVariant::ALL {
         for item in plan.variant_items(variant) {
             assert!(item.token_count >= 1);
+            assert_eq!(item.kv_limit_begin, NONE);
             assert!((1..=variant.rows()).contains(&item.row_count));
             let pages = item.page_begin as usize..(item.page_begin + item.token_count.div_ceil(page_size)) as usize;
             let pages = plan.pages()[pages].to_vec();
@@ -63,21 +64,23 @@ pub fn check(plan: &Plan, batch: &OwnedBatch, shape: AttentionShape) {
             if !masks.is_empty() {
                 assert!(item.token_count.is_multiple_of(page_size));
                 assert!(masks.iter().all(|m| m.row_end() <= item.row_count || m.row_end() == PageMask::ALL_ROWS));
-                assert!(masks.iter().all(|m| m.token_begin() < m.token_end() && m.token_end() <= page_size));
+                assert!(masks.iter().all(|m| m.token_end() <= page_size));
             }
+            let first_tokens = plan.first_tokens(item);
+            assert!(first_tokens.is_empty() || first_tokens.len() == masks.len());
+            assert!(first_tokens.iter().zip(masks).all(|(&first, mask)| first < mask.token_end()));
             for row in 0..item.row_count {
                 let query = plan.queries()[(item.query_begin + row / group) as usize];
                 let (mut own, mut tokens, mut hidden) = (pages.clone(), item.token_count, 0);
                 if !masks.is_empty() {
                     let reads = |m: &PageMask| m.has_row(row);
                     own = pages.iter().zip(masks).filter(|(_, m)| reads(m)).map(|(&page, _)| page).collect();
-                    tokens = masks.iter().filter(|m| reads(m)).map(|m| m.token_count()).sum();
-                    hidden = masks.iter().filter(|m| reads(m)).map(|m| m.token_begin()).sum();
+                    hidden = first_tokens.iter().zip(masks).filter(|(_, m)| reads(m)).map(|(first, _)| first).sum();
+                    tokens = masks.iter().filter(|m| reads(m)).map(|m| m.token_end()).sum::<u32>() - hidden;
                     // Only the last page may be partial, and only of the first may tokens be hidden.
                     assert_eq!(own.len() as u32, (hidden + tokens).div_ceil(page_size));
                 }
                 assert!(tokens > 0, "a row without a token");
-                assert_eq!(query.kv_limit, NO_KV_LIMIT);
                 pieces.entry((query.query_token, row % group)).or_default().push((query.slot, own, tokens, hidden));
             }
         }

@@ -3,8 +3,8 @@
 
 use super::{Element, HostTensors, offset};
 use crate::{KvStrides, Plan};
-use pat_abi::reader::{PlanBytes, PlanView, Stream, Work};
-use pat_abi::{FastDivisor, TileVariant};
+use pat_abi::reader::{Exceptions, PlanBytes, PlanView, Stream, Work};
+use pat_abi::{FastDivisor, PageMask, TileVariant};
 
 /// KV tokens per tile: two tiles in f32 (K and V, 32 KiB at head dimension 128) stay in the first-level cache.
 const KEYS: usize = 32;
@@ -23,6 +23,7 @@ pub(super) struct Task<'a> {
     words: PlanBytes<'a>,
     view: PlanView,
     work: Work,
+    exceptions: Exceptions,
     group: FastDivisor,
 }
 
@@ -45,7 +46,10 @@ impl<'a> Task<'a> {
         let (group, kv_heads) = (FastDivisor::new(plan.shape().group()), FastDivisor::new(plan.shape().kv_heads()));
         TileVariant::ALL.into_iter().flat_map(move |variant| {
             let view = PlanView::load(words, 0, variant, kv_heads.divisor);
-            (0..view.work_count).map(move |index| Self { words, view, work: view.work(words, index, kv_heads), group })
+            (0..view.work_count).map(move |index| {
+                let exceptions = Exceptions::load(words, 0, &view, index, kv_heads);
+                Self { words, view, work: view.work(words, index, kv_heads), exceptions, group }
+            })
         })
     }
 
@@ -53,7 +57,8 @@ impl<'a> Task<'a> {
     pub(super) fn row(&self, row: usize) -> TaskRow {
         let (query, head) = self.view.row(&self.work, row as u32, self.group);
         let [query_token, slot] = query.token_and_slot(self.words);
-        TaskRow { query_token, head: head as usize, slot, kv_limit: query.kv_limit(self.words) as usize }
+        let kv_limit = self.exceptions.kv_limit(self.words, self.group.divide(row as u32)) as usize;
+        TaskRow { query_token, head: head as usize, slot, kv_limit }
     }
 }
 
@@ -144,17 +149,21 @@ struct Segment {
 /// The stream of an item as segments: one, or where the item has masks as few as they allow.
 fn segments(plan: &Plan, task: &Task<'_>, stream: &Stream) -> Vec<Segment> {
     let row_count = task.work.row_count;
-    if !stream.has_masks() {
+    if !stream.has_masks() && !task.exceptions.has_first_tokens() {
         let (token_end, row_end) = (stream.token_count as usize, row_count as usize);
         return vec![Segment { token_begin: 0, token_end, row_begin: 0, row_end }];
     }
-    let page_size = plan.page_size() as usize;
+    let page_size = plan.page_size();
     let mut segments: Vec<Segment> = Vec::new();
-    for entry in 0..stream.token_count.div_ceil(plan.page_size()) {
-        let mask = stream.mask(task.words, entry);
-        let page_begin = entry as usize * page_size;
-        let (token_begin, token_end) =
-            (page_begin + mask.token_begin() as usize, page_begin + mask.token_end() as usize);
+    for entry in 0..stream.token_count.div_ceil(page_size) {
+        let page_begin = entry * page_size;
+        let mask = if stream.has_masks() {
+            stream.mask(task.words, entry)
+        } else {
+            PageMask::new((0, PageMask::ALL_ROWS), page_size.min(stream.token_count - page_begin))
+        };
+        let token_begin = (page_begin + task.exceptions.first_token(task.words, entry)) as usize;
+        let token_end = (page_begin + mask.token_end()) as usize;
         let (row_begin, row_end) = (mask.row_begin() as usize, mask.row_end().min(row_count) as usize);
         match segments.last_mut() {
             Some(last) if last.token_end == token_begin && (last.row_begin, last.row_end) == (row_begin, row_end) => {
@@ -173,4 +182,53 @@ fn kv_offset(plan: &Plan, task: &Task<'_>, stream: &Stream, strides: KvStrides, 
     (i64::from(page) * strides.page
         + (token % page_size) as i64 * strides.token
         + i64::from(task.work.kv_head) * strides.head) as usize
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::PlanMode;
+    use crate::{AttentionShape, DecodeBatch, DeviceProfile, Dtype, Planner, Problem};
+    use half::f16;
+
+    #[test]
+    fn first_tokens_and_kv_limits_count() {
+        const DIM: usize = 64;
+        let problem = Problem::new(AttentionShape::new(2, 1, DIM as u32, Dtype::F16).unwrap(), 8);
+        let table: &[u32] = &[2, 0, 1];
+        let batch = DecodeBatch::from_block_tables(&[table], &[20], 8, 3).unwrap();
+        let mut planner = Planner::new(problem, DeviceProfile::h200(), PlanMode::Flat.into()).unwrap();
+        let mut plan = planner.plan(&batch).unwrap();
+        assert_eq!(plan.items().len(), 1);
+        let element = |i: usize| f16::from_f32((i * 37 % 101) as f32 / 50.0 - 1.0);
+        let [q, k, v] = [(0, 2), (1000, 24), (9000, 24)]
+            .map(|(from, rows)| (from..from + rows * DIM).map(element).collect::<Vec<_>>());
+        let tensors = HostTensors::new(problem, &q, &k, &v);
+        let attend_to = |plan: &Plan| {
+            let (mut out, mut lse) = (vec![f16::ZERO; 2 * DIM], vec![0.0; 2]);
+            crate::cpu::run(plan, &tensors, &mut out, Some(&mut lse)).unwrap();
+            (out, lse)
+        };
+        let check = |(out, lse): (Vec<f16>, Vec<f32>), tokens: Vec<usize>| {
+            let row = |token: usize| (table[token / 8] as usize * 8 + token % 8) * DIM;
+            for head in 0..2 {
+                let dot =
+                    |token| (0..DIM).map(|x| q[head * DIM + x].to_f64() * k[row(token) + x].to_f64()).sum::<f64>();
+                let scale = f64::from(problem.score().scale);
+                let weights: Vec<f64> = tokens.iter().map(|&token| (scale * dot(token)).exp()).collect();
+                let sum: f64 = weights.iter().sum();
+                assert!((f64::from(lse[head]) - sum.ln()).abs() < 1e-4, "{tokens:?}");
+                for x in 0..DIM {
+                    let terms = tokens.iter().zip(&weights).map(|(&token, weight)| weight * v[row(token) + x].to_f64());
+                    let exact = terms.sum::<f64>() / sum;
+                    assert!((out[head * DIM + x].to_f64() - exact).abs() < 2e-3, "{tokens:?}");
+                }
+            }
+        };
+        check(attend_to(&plan), (0..20).collect());
+        plan.limit_first_item(&[3, 0, 2], &[18]);
+        check(attend_to(&plan), (3..16).collect());
+        plan.limit_first_item(&[3, 1, 0], &[18]);
+        check(attend_to(&plan), (3..8).chain(9..18).collect());
+    }
 }

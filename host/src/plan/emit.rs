@@ -5,7 +5,7 @@ use super::choice::TileChoice;
 use super::forest::Forest;
 use super::tiling::{Extent, RowTile};
 use crate::{AttentionShape, DecodeBatch, Result};
-use pat_abi::{DIRECT_SLOT, ItemQuery, MergeRow, NO_KV_LIMIT, NO_MASKS, PageMask, WorkItem};
+use pat_abi::{DIRECT_SLOT, ItemQuery, MergeRow, NO_MASKS, NONE, PageMask, WorkItem};
 use std::cmp::Reverse;
 
 /// A run of pages in a stream and the sequences of the tile that read it.
@@ -148,12 +148,7 @@ impl Emitter<'_> {
             first_row[position] = row_count as u8;
             read += change[position];
             if read > 0 {
-                records.queries.push(ItemQuery {
-                    query_token: sequence,
-                    slot: DIRECT_SLOT,
-                    kv_limit: NO_KV_LIMIT,
-                    reserved: 0,
-                });
+                records.queries.push(ItemQuery { query_token: sequence, slot: DIRECT_SLOT });
                 partials[sequence as usize] += 1;
                 row_count += group;
             }
@@ -162,7 +157,8 @@ impl Emitter<'_> {
         let first_row = |reader: u32| u32::from(first_row[reader as usize]);
         let rows_of = |run: &Run| (first_row(run.reader_begin), first_row(run.reader_end));
 
-        let uniform = runs.iter().all(|run| rows_of(run) == (0, row_count) && self.hidden_tokens(run) == 0);
+        let has_hidden_tokens = runs.iter().any(|run| self.hidden_tokens(run) > 0);
+        let uniform = !has_hidden_tokens && runs.iter().all(|run| rows_of(run) == (0, row_count));
         if leaves_first && !uniform {
             runs.reverse();
         }
@@ -189,15 +185,9 @@ impl Emitter<'_> {
                     (0, end) if end == row_count => (0, PageMask::ALL_ROWS),
                     part => part,
                 };
-                let full = PageMask::new(rows, (0, page_size));
-                let first = records.masks.len();
+                let full = PageMask::new(rows, page_size);
                 records.masks.extend((run.page_begin + 1..run.page_end).map(|_| full));
-                records.masks.push(PageMask::new(rows, (0, self.tokens_of_last_page(run))));
-                let hidden_tokens = self.hidden_tokens(run);
-                if hidden_tokens > 0 {
-                    let end = records.masks[first].token_end();
-                    records.masks[first] = PageMask::new(rows, (hidden_tokens, end));
-                }
+                records.masks.push(PageMask::new(rows, self.tokens_of_last_page(run)));
                 if run.is_tail {
                     records.tails[run.sequence as usize] = Tail::mask(records.masks.len() as u32 - 1);
                 }
@@ -205,7 +195,24 @@ impl Emitter<'_> {
         }
         let token_count = buffer::checked_count("tokens of an item", token_count)?;
         let variant = self.choice.variant(row_count / group);
-        let item = WorkItem { page_begin, token_count, query_begin, row_count, mask_begin, reserved: [0; 3] };
+        let (mut first_token_begin, kv_limit_begin) = (NONE, NONE);
+        if has_hidden_tokens {
+            first_token_begin = buffer::checked_count("first tokens", records.words.len() as u64)?;
+            for run in runs.iter() {
+                records.words.push(self.hidden_tokens(run));
+                records.words.extend((run.page_begin + 1..run.page_end).map(|_| 0));
+            }
+        }
+        let item = WorkItem {
+            page_begin,
+            token_count,
+            query_begin,
+            row_count,
+            mask_begin,
+            first_token_begin,
+            kv_limit_begin,
+            reserved: 0,
+        };
         records.push_item((variant, page_count, chunk), item, tail_of);
         buffer::checked_count("items", records.items.len() as u64)?;
         runs.clear();

@@ -46,8 +46,10 @@ pub struct PlanHeader {
     pub merge_count: u32,
     /// Tokens per page the plan was made for.
     pub page_size: u32,
-    /// Zero.
-    pub reserved: [u32; 2],
+    /// Offset of the words for a few items ([`WorkItem::first_token_begin`], [`WorkItem::kv_limit_begin`]).
+    pub words_offset_bytes: u32,
+    /// Number of these words.
+    pub word_count: u32,
     /// The items of each tile variant (by discriminant).
     pub variants: [VariantItems; MAX_TILE_VARIANTS],
 }
@@ -73,14 +75,18 @@ impl PlanHeader {
 /// [`WorkItem::mask_begin`] of an item without masks: every row attends to every token.
 pub const NO_MASKS: u32 = u32::MAX;
 
+/// [`WorkItem::first_token_begin`] and [`WorkItem::kv_limit_begin`] of an item without first tokens, without KV limits.
+pub const NONE: u32 = u32::MAX;
+
 /// The unit of work: a stream of KV pages against up to M rows, for every KV head (one CTA per KV head).
 ///
 /// The rows of an item are its (query, head in group) pairs: row `r` is query `r / group` of the item and query head
 /// `kv_head * group + r % group`.
 ///
-/// An entry of the stream is a page id and, in items that have masks, the [`PageMask`] with the same index. The stream may hold
-/// pages that only some of the rows attend to: a node of the prefix forest, then the leaves of its sequences. A page may stand in
-/// several entries, for different rows or different tokens.
+/// An entry of the stream says page, rows and tokens: a page id; in items that have masks, the [`PageMask`] with the same index; in
+/// items that have first tokens, the first token of the page that counts. The stream may hold pages that only some of the rows attend
+/// to: a node of the prefix forest, then the leaves of its sequences. A page may stand in several entries, for different rows or
+/// different tokens. What an item does not need takes no bytes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct WorkItem {
@@ -95,16 +101,22 @@ pub struct WorkItem {
     pub row_count: u32,
     /// Index, in the mask array, of the first page's mask, or [`NO_MASKS`].
     pub mask_begin: u32,
+    /// Index, among the words for a few items, of the first page's first token that counts, followed by those of its other pages; or
+    /// [`NONE`]: tokens count from the first of a page on. Items under a sliding window have masks, too. Of the kernels, the mma.sync
+    /// ones read it where they are compiled for windows.
+    pub first_token_begin: u32,
+    /// Index, among the words for a few items, of the first query's KV limit, followed by those of its other queries: its rows attend
+    /// to none of the item's stream from this token on, whatever the entries say. Or [`NONE`]. The CPU executor reads it, no kernel does yet, and no planner writes it.
+    pub kv_limit_begin: u32,
     /// Zero.
-    pub reserved: [u32; 3],
+    pub reserved: u32,
 }
 
-/// Which rows of an item attend to a page, and to which of its tokens. First word: bits 0..8 the first row, 8..16 the end of the
-/// rows ([`PageMask::ALL_ROWS`] where it is all of them), 16..32 the last token. Second word: bits 0..16 the first token, the rest
-/// zero.
+/// Which rows of an item attend to a page, and where the tokens end that they attend to: bits 0..8 the first row, 8..16 the end of
+/// the rows ([`PageMask::ALL_ROWS`] where it is all of them), 16..32 the end of the tokens less one.
 #[repr(transparent)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
-pub struct PageMask(pub [u32; 2]);
+pub struct PageMask(pub u32);
 
 impl PageMask {
     /// The end of the rows where all of an item's rows attend.
@@ -112,20 +124,20 @@ impl PageMask {
     /// Most tokens of a page that a mask can describe.
     pub const MAX_TOKENS: u32 = 1 << 16;
 
-    /// Rows `rows.0..rows.1` (0 to [`Self::ALL_ROWS`] for all of them) attend to tokens `tokens.0..tokens.1` of the page: at least
-    /// one, and the end at most [`Self::MAX_TOKENS`].
-    pub const fn new(rows: (u32, u32), tokens: (u32, u32)) -> Self {
-        Self([rows.0 | rows.1 << 8 | (tokens.1 - 1) << 16, tokens.0])
+    /// Rows `rows.0..rows.1` (0 to [`Self::ALL_ROWS`] for all of them) attend to the page's tokens before `token_end` (1 to
+    /// [`Self::MAX_TOKENS`]).
+    pub const fn new(rows: (u32, u32), token_end: u32) -> Self {
+        Self(rows.0 | rows.1 << 8 | (token_end - 1) << 16)
     }
 
     /// First row.
     pub const fn row_begin(self) -> u32 {
-        self.0[0] & 0xff
+        self.0 & 0xff
     }
 
     /// End of the rows, or [`Self::ALL_ROWS`].
     pub const fn row_end(self) -> u32 {
-        self.0[0] >> 8 & 0xff
+        self.0 >> 8 & 0xff
     }
 
     /// Whether row `row` of the item attends.
@@ -135,32 +147,14 @@ impl PageMask {
 
     /// Whether all of the item's rows attend.
     pub const fn is_for_all_rows(self) -> bool {
-        self.0[0] & 0xffff == Self::ALL_ROWS << 8
-    }
-
-    /// First token of the page that counts.
-    pub const fn token_begin(self) -> u32 {
-        self.0[1] & 0xffff
+        self.0 & 0xffff == Self::ALL_ROWS << 8
     }
 
     /// End of the tokens that count.
     pub const fn token_end(self) -> u32 {
-        (self.0[0] >> 16) + 1
-    }
-
-    /// Number of tokens that count.
-    pub const fn token_count(self) -> u32 {
-        self.token_end() - self.token_begin()
-    }
-
-    /// Whether token `token` of the page counts.
-    pub const fn has_token(self, token: u32) -> bool {
-        token >= self.token_begin() && token < self.token_end()
+        (self.0 >> 16) + 1
     }
 }
-
-/// [`ItemQuery::kv_limit`] of a query that sees whatever the entries of the stream show its rows.
-pub const NO_KV_LIMIT: u32 = u32::MAX;
 
 /// One query of an item.
 #[repr(C)]
@@ -169,13 +163,8 @@ pub struct ItemQuery {
     /// The query token: its row of Q, O and LSE. A row of the batch is a query token, the only one of its sequence or one of
     /// several.
     pub query_token: u32,
-    /// The partial slot the item writes for this query, or [`DIRECT_SLOT`]. One load of 8 bytes gets this and the token.
+    /// The partial slot the item writes for this query, or [`DIRECT_SLOT`].
     pub slot: u32,
-    /// The query's rows attend to none of the item's stream from this token on, whatever its entries say; [`NO_KV_LIMIT`] where
-    /// these say it all.
-    pub kv_limit: u32,
-    /// Zero.
-    pub reserved: u32,
 }
 
 /// A sequence whose output the merge kernel writes: two or more partials, or none (length 0: output 0, LSE −inf). Rows of a
@@ -196,7 +185,7 @@ pub struct MergeRow {
 const _: () = {
     assert!(size_of::<PlanHeader>() == 192);
     assert!(size_of::<WorkItem>() == 32);
-    assert!(size_of::<PageMask>() == 8);
-    assert!(size_of::<ItemQuery>() == 16);
+    assert!(size_of::<PageMask>() == 4);
+    assert!(size_of::<ItemQuery>() == 8);
     assert!(size_of::<MergeRow>() == 16);
 };

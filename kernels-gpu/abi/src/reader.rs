@@ -6,7 +6,8 @@
 use core::mem::offset_of;
 
 use crate::{
-    FastDivisor, ItemQuery, MergeRow, NO_MASKS, PLAN_MAGIC, PageMask, PlanHeader, TileVariant, VariantItems, WorkItem,
+    FastDivisor, ItemQuery, MergeRow, NO_MASKS, NONE, PLAN_MAGIC, PageMask, PlanHeader, TileVariant, VariantItems,
+    WorkItem,
 };
 
 /// Loads words of a plan buffer.
@@ -54,11 +55,12 @@ const _: () = {
     assert!(offset_of!(PlanHeader, masks_offset_bytes) == queries + 8);
     assert!(offset_of!(PlanHeader, variants) % 8 == 0 && size_of::<VariantItems>() == 8);
     assert!(offset_of!(VariantItems, begin) == 0 && offset_of!(VariantItems, count) == 4);
-    assert!(PlanHeader::ITEMS_OFFSET_BYTES % 16 == 0 && size_of::<WorkItem>() % 16 == 0);
+    assert!(PlanHeader::ITEMS_OFFSET_BYTES.is_multiple_of(16) && size_of::<WorkItem>().is_multiple_of(16));
     assert!(offset_of!(WorkItem, page_begin) == 0 && offset_of!(WorkItem, token_count) == 4);
     assert!(offset_of!(WorkItem, query_begin) == 8 && offset_of!(WorkItem, row_count) == 12);
     assert!(offset_of!(ItemQuery, query_token) == 0 && offset_of!(ItemQuery, slot) == 4);
-    assert!(size_of::<ItemQuery>() % 8 == 0 && size_of::<PageMask>() == 8);
+    assert!(size_of::<ItemQuery>().is_multiple_of(8) && size_of::<PageMask>() == 4);
+    assert!(offset_of!(WorkItem, kv_limit_begin) == offset_of!(WorkItem, first_token_begin) + 4);
     assert!(offset_of!(MergeRow, sequence) == 0 && offset_of!(MergeRow, slot_begin) == 4);
     assert!(offset_of!(MergeRow, slot_count) == 8 && size_of::<MergeRow>() == 16);
 };
@@ -111,6 +113,7 @@ impl PlanView {
             } else {
                 0
             },
+            first_tokens: 0,
             token_count: work.token_count,
         }
     }
@@ -129,11 +132,11 @@ impl PlanView {
         words.word(self.pages + (work.page_begin + entry) as u64 * 4)
     }
 
-    /// The mask of entry `entry` of `work`, which has masks, as far as its first word says it: without the first token.
+    /// The mask of entry `entry` of `work`, which has masks.
     #[inline(always)]
-    pub fn mask_end(&self, words: impl PlanWords, work: &Work, entry: u32) -> PageMask {
+    pub fn mask(&self, words: impl PlanWords, work: &Work, entry: u32) -> PageMask {
         let address = self.masks + (work.mask_begin + entry) as u64 * size_of::<PageMask>() as u64;
-        PageMask([words.word(address), 0])
+        PageMask(words.word(address))
     }
 }
 
@@ -168,11 +171,25 @@ pub struct Stream {
     page_ids: u64,
     /// Address of the first entry's mask; 0 where all rows attend to all tokens.
     masks: u64,
+    /// Address of the first entry's first token; 0 where tokens count from the first of a page on, or that was not asked for.
+    first_tokens: u64,
     /// Number of tokens, at least 1.
     pub token_count: u32,
 }
 
 impl Stream {
+    /// With the first tokens of its pages, where there are any.
+    #[inline(always)]
+    pub const fn with_first_tokens(self, exceptions: Exceptions) -> Self {
+        Self { first_tokens: exceptions.first_tokens, ..self }
+    }
+
+    /// The first token that counts of the page of an entry.
+    #[inline(always)]
+    pub fn first_token(&self, words: impl PlanWords, entry: u32) -> u32 {
+        if self.first_tokens == 0 { 0 } else { words.word(self.first_tokens + entry as u64 * 4) }
+    }
+
     /// Whether rows attend to different tokens.
     #[inline(always)]
     pub const fn has_masks(&self) -> bool {
@@ -188,13 +205,50 @@ impl Stream {
     /// The mask of an entry; the stream has masks.
     #[inline(always)]
     pub fn mask(&self, words: impl PlanWords, entry: u32) -> PageMask {
-        PageMask(words.pair(self.masks + entry as u64 * size_of::<PageMask>() as u64))
+        PageMask(words.word(self.masks + entry as u64 * size_of::<PageMask>() as u64))
+    }
+}
+
+/// What a few items have beside their stream and queries: [`WorkItem::first_token_begin`], [`WorkItem::kv_limit_begin`].
+#[derive(Clone, Copy, Debug)]
+pub struct Exceptions {
+    /// Address of the words; 0 where there are none.
+    first_tokens: u64,
+    kv_limits: u64,
+}
+
+impl Exceptions {
+    /// Of the `index`-th piece of work of `view`, of the plan buffer at `plan`.
+    #[inline(always)]
+    pub fn load(words: impl PlanWords, plan: u64, view: &PlanView, index: u32, kv_heads: FastDivisor) -> Self {
+        let offset = words.word(plan + offset_of!(PlanHeader, words_offset_bytes) as u64);
+        let item = view.items + kv_heads.divide(index) as u64 * size_of::<WorkItem>() as u64;
+        let of = |begin: usize| match words.word(item + begin as u64) {
+            NONE => 0,
+            begin => plan + offset as u64 + begin as u64 * 4,
+        };
+        Self {
+            first_tokens: of(offset_of!(WorkItem, first_token_begin)),
+            kv_limits: of(offset_of!(WorkItem, kv_limit_begin)),
+        }
     }
 
-    /// As [`Self::mask`], as far as its first word says it: without the first token.
+    /// Whether pages have first tokens.
     #[inline(always)]
-    pub fn mask_end(&self, words: impl PlanWords, entry: u32) -> PageMask {
-        PageMask([words.word(self.masks + entry as u64 * size_of::<PageMask>() as u64), 0])
+    pub const fn has_first_tokens(&self) -> bool {
+        self.first_tokens != 0
+    }
+
+    /// The first token that counts of the page of an entry.
+    #[inline(always)]
+    pub fn first_token(&self, words: impl PlanWords, entry: u32) -> u32 {
+        if self.first_tokens == 0 { 0 } else { words.word(self.first_tokens + entry as u64 * 4) }
+    }
+
+    /// Where a query's view of the stream ends.
+    #[inline(always)]
+    pub fn kv_limit(&self, words: impl PlanWords, query: u32) -> u32 {
+        if self.kv_limits == 0 { u32::MAX } else { words.word(self.kv_limits + query as u64 * 4) }
     }
 }
 
@@ -213,12 +267,6 @@ impl QueryAddress {
     #[inline(always)]
     pub fn token_and_slot(self, words: impl PlanWords) -> [u32; 2] {
         words.pair(self.0)
-    }
-
-    /// See [`ItemQuery::kv_limit`].
-    #[inline(always)]
-    pub fn kv_limit(self, words: impl PlanWords) -> u32 {
-        words.word(self.0 + offset_of!(ItemQuery, kv_limit) as u64)
     }
 }
 
@@ -253,7 +301,7 @@ impl MergeView {
 mod tests {
     extern crate std;
     use super::*;
-    use crate::{NO_KV_LIMIT, PLAN_VERSION};
+    use crate::PLAN_VERSION;
     use bytemuck::Zeroable;
     use std::vec::Vec;
 
@@ -261,22 +309,23 @@ mod tests {
 
     /// Two items of `mma32` (index 1) behind one of `mma16`; the first of the two has no masks, the second has.
     fn buffer(magic: u32) -> Vec<u8> {
-        let items = [
-            WorkItem { page_begin: 9, token_count: 9, query_begin: 9, row_count: 9, mask_begin: 9, reserved: [0; 3] },
-            WorkItem {
-                page_begin: 0,
-                token_count: 5,
-                query_begin: 0,
-                row_count: 2,
-                mask_begin: NO_MASKS,
-                reserved: [0; 3],
-            },
-            WorkItem { page_begin: 2, token_count: 8, query_begin: 1, row_count: 4, mask_begin: 0, reserved: [0; 3] },
-        ];
-        let query = |query_token, slot, kv_limit| ItemQuery { query_token, slot, kv_limit, reserved: 0 };
-        let queries = [query(7, 3, NO_KV_LIMIT), query(8, 4, 6), query(9, 5, NO_KV_LIMIT)];
+        let item = |page_begin, token_count, query_begin, row_count, mask_begin| WorkItem {
+            page_begin,
+            token_count,
+            query_begin,
+            row_count,
+            mask_begin,
+            first_token_begin: NONE,
+            kv_limit_begin: NONE,
+            reserved: 0,
+        };
+        let last = WorkItem { first_token_begin: 1, kv_limit_begin: 3, ..item(2, 8, 1, 4, 0) };
+        let items = [item(9, 9, 9, 9, 9), item(0, 5, 0, 2, NO_MASKS), last];
+        let query = |query_token, slot| ItemQuery { query_token, slot };
+        let queries = [query(7, 3), query(8, 4), query(9, 5)];
+        let words = [77u32, 0, 1, 6, u32::MAX];
         let pages = [40u32, 41, 42, 43];
-        let masks = [PageMask::new((0, PageMask::ALL_ROWS), (0, 4)), PageMask::new((2, 4), (1, 3))];
+        let masks = [PageMask::new((0, PageMask::ALL_ROWS), 4), PageMask::new((2, 4), 3)];
         let merges = [MergeRow { sequence: 8, slot_begin: 4, slot_count: 2, reserved: 0 }];
         let mut header = PlanHeader::zeroed();
         header.magic = magic;
@@ -294,6 +343,7 @@ mod tests {
         header.pages_offset_bytes = section(bytemuck::cast_slice(&pages));
         header.masks_offset_bytes = section(bytemuck::cast_slice(&masks));
         header.merges_offset_bytes = section(bytemuck::cast_slice(&merges));
+        header.words_offset_bytes = section(bytemuck::cast_slice(&words));
         bytes[..PLAN_ITEMS as usize].copy_from_slice(bytemuck::bytes_of(&header));
         bytes
     }
@@ -314,17 +364,19 @@ mod tests {
         assert_eq!(plan.page_id(words, &work, 1), 43);
         assert_eq!(stream.page_id(words, 1), 43);
         let mask = stream.mask(words, 1);
-        assert_eq!(mask, PageMask::new((2, 4), (1, 3)));
-        assert_eq!((mask.token_begin(), mask.token_end(), mask.token_count()), (1, 3, 2));
-        assert_eq!([0, 1, 2, 3].map(|token| mask.has_token(token)), [false, true, true, false]);
+        assert_eq!((mask, plan.mask(words, &work, 1)), (PageMask::new((2, 4), 3), mask));
+        assert_eq!(mask.token_end(), 3);
         assert_eq!([1, 2, 3, 4].map(|row| mask.has_row(row)), [false, true, true, false]);
-        assert_eq!(plan.mask_end(words, &work, 1), PageMask::new((2, 4), (0, 3)));
-        assert_eq!(stream.mask_end(words, 1), PageMask::new((2, 4), (0, 3)));
         assert!(stream.mask(words, 0).is_for_all_rows() && !mask.is_for_all_rows());
         let (query, head) = plan.row(&work, 1, group);
-        assert_eq!((query.token_and_slot(words), query.kv_limit(words), head), ([8, 4], 6, 5));
+        assert_eq!((query.token_and_slot(words), head), ([8, 4], 5));
         let (query, head) = plan.row(&work, 2, group);
-        assert_eq!((query.query_token(words), query.kv_limit(words), head), (9, NO_KV_LIMIT, 4));
+        assert_eq!((query.query_token(words), head), (9, 4));
+        let exceptions = Exceptions::load(words, 0, &plan, 5, kv_heads);
+        assert_eq!([0, 1].map(|entry| exceptions.first_token(words, entry)), [0, 1]);
+        assert_eq!([0, 1].map(|query| exceptions.kv_limit(words, query)), [6, u32::MAX]);
+        let none = Exceptions::load(words, 0, &plan, 1, kv_heads);
+        assert_eq!((none.first_token(words, 1), none.kv_limit(words, 0)), (0, u32::MAX));
         let merges = MergeView::load(words, 0);
         assert_eq!((merges.count, merges.row(words, 0).slot_begin), (1, 4));
     }
@@ -341,7 +393,7 @@ mod tests {
 
     #[test]
     fn masks_hold_the_largest_page() {
-        let mask = PageMask::new((0, 128), (PageMask::MAX_TOKENS - 1, PageMask::MAX_TOKENS));
-        assert_eq!((mask.row_end(), mask.token_begin(), mask.token_end()), (128, 65_535, 65_536));
+        let mask = PageMask::new((0, 128), PageMask::MAX_TOKENS);
+        assert_eq!((mask.row_end(), mask.token_end()), (128, 65_536));
     }
 }

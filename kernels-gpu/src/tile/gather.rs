@@ -4,10 +4,11 @@ use pat_abi::layout::swizzled_chunk;
 use pat_abi::reader::Stream;
 use pat_abi::{FastDivisor, ForwardParams};
 
+use crate::item::is_hidden;
 use crate::plan_words::WhenUsed;
 use crate::ptx::cp_async::copy_16_bytes;
 use crate::ptx::ldst::store_shared_u16;
-use crate::ptx::{shuffle, switches};
+use crate::ptx::shuffle;
 
 /// Where one KV head of K or V lies in its pool.
 #[derive(Clone, Copy)]
@@ -62,9 +63,9 @@ impl Token {
         let page_id = stream.page_id(words, page);
         let mut rows = Self::ALL_ROWS;
         if stream.has_masks() {
-            // Where the tokens begin is one word more to load, which only windows need.
-            let mask = if switches::window() { stream.mask(words, page) } else { stream.mask_end(words, page) };
-            rows = if mask.has_token(in_page) { mask.0[0] & 0xffff } else { 0 };
+            let mask = stream.mask(words, page);
+            let counts = in_page < mask.token_end() && !is_hidden(stream, page, in_page);
+            rows = if counts { mask.0 & 0xffff } else { 0 };
         }
         Self { page_id, in_page, rows }
     }

@@ -59,13 +59,13 @@ impl PageWindow {
     pub(super) unsafe fn load(p: &ForwardParams, plan: PlanView, work: &Work, first: u32, lane: u32) -> Self {
         let last = p.page_size.divide(work.token_count - 1);
         let index = first + lane;
-        let mut window = Self { lane_id: p.num_pages, lane_mask: PageMask([0; 2]) };
+        let mut window = Self { lane_id: p.num_pages, lane_mask: PageMask(0) };
         if index <= last {
             // SAFETY: the item has `last + 1` page ids, and as many masks if it has any.
             let words = unsafe { AtOnce::new() };
             window.lane_id = plan.page_id(words, work, index);
             if work.has_masks() {
-                window.lane_mask = plan.mask_end(words, work, index);
+                window.lane_mask = plan.mask(words, work, index);
             }
         }
         window
@@ -74,7 +74,7 @@ impl PageWindow {
     /// The mask of page `page` of the item, which the window holds, in all lanes.
     #[inline(always)]
     pub(super) fn mask(&self, page: u32) -> PageMask {
-        PageMask([from_lane_u32(self.lane_mask.0[0], page & 31), 0])
+        PageMask(from_lane_u32(self.lane_mask.0, page & 31))
     }
 
     /// The mask of the 16 keys that begin at `token` of the stream; the window holds their page.
@@ -91,7 +91,7 @@ impl PageWindow {
         let (rows, end) = if !work.has_masks() {
             (0xff00, work.token_count - token)
         } else {
-            (mask.0[0] & 0xffff, mask.token_end().saturating_sub(in_page))
+            (mask.0 & 0xffff, mask.token_end().saturating_sub(in_page))
         };
         let keys = if end < KeyMask::KEYS { end } else { KeyMask::KEYS };
         KeyMask(rows | keys << 16)
