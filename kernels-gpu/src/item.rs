@@ -39,8 +39,8 @@ impl Item {
         let (row_count, kv_head) = (work.row_count, work.kv_head);
         let mut stream = plan.stream(&work);
         if switches::window() {
-            stream = stream
-                .with_first_tokens(Exceptions::load(words, params.plan, &plan, cta, params.kv_heads_divisor));
+            stream =
+                stream.with_first_tokens(Exceptions::load(words, params.plan, &plan, cta, params.kv_heads_divisor));
         }
         Some(Self { plan, work, stream, row_count, kv_head })
     }
@@ -57,13 +57,12 @@ impl Item {
     }
 }
 
-/// Whether token `in_page` of the page of entry `entry` stands in front of the window of the rows that read the entry.
-///
-/// The entry is one of the stream's, which comes from a valid plan.
+/// Whether token `in_page` of the page of entry `entry` stands in front of the window of the rows that read the entry. Of a stream that
+/// was given no first tokens, none does.
 #[inline(always)]
 pub fn is_hidden(stream: &Stream, entry: u32, in_page: u32) -> bool {
-    // SAFETY: where the item has first tokens, it has one for each of its entries.
-    switches::window() && in_page < stream.first_token(unsafe { WhenUsed::new() }, entry)
+    // SAFETY: an item that has first tokens has one for each of its entries.
+    in_page < stream.first_token(unsafe { WhenUsed::new() }, entry)
 }
 
 /// `base + i*i_stride + j*j_stride`, in bytes; strides may be negative.
