@@ -30,7 +30,8 @@ impl PlanCapacity {
 
     /// Bytes of the largest plan.
     pub fn plan_bytes(&self) -> usize {
-        // A page has an id, a mask and a first token. A row is a query of one item that is not cut, and of as many others as it has slots.
+        // A page has an id, a mask and a first token. A row is a query of one item that is not cut, and of as many others as it
+        // has slots.
         let queries = self.max_sequences as usize + self.max_slots as usize;
         let padding = 5 * 16;
         size_of::<PlanHeader>()
