@@ -144,8 +144,8 @@ impl TileVariant {
         }
     }
 
-    /// Whether the variant's kernels may be launched with these switches. `wgmma128` has no registers left to cap scores with, and the
-    /// masks of the wgmma kernels do not say where a window begins.
+    /// Whether the variant's kernels may be launched with these switches. `wgmma128` has no registers left to cap scores with,
+    /// and the masks of the wgmma kernels do not say where a window begins.
     pub const fn serves(self, switches: Switches) -> bool {
         !(switches.soft_cap && matches!(self, Self::Wgmma128))
             && !(switches.window && matches!(self.arch(), Arch::Sm90a))
