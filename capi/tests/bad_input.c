@@ -207,6 +207,7 @@ static void host_runs(PatPlanner *planner) {
     REFUSED(pat_plan_run_host(plan, NULL, &tensors), "tensors.out: got NULL");
     tensors = good_tensors();
     tensors.k.data = (const char *)pool + 1;
+    tensors.k.bytes -= 2;
     REFUSED(pat_plan_run_host(plan, NULL, &tensors), "tensors.k: got address");
     tensors = good_tensors();
     tensors.q.bytes = sizeof q - 1;

@@ -233,6 +233,10 @@ mod tests {
             ("v_strides.token: got 1 elements", RunTensors { v: pool(2048, 1, 64), ..good() }),
             ("lse_strides.head: got -1 elements, expected 0 or more", RunTensors { lse: Some(rows(4, -1)), ..good() }),
             ("lse_strides.sequence: got 9223372036854775807", RunTensors { lse: Some(rows(i64::MAX, 1)), ..good() }),
+            (
+                "lse_strides.head: got 274877906944 elements, expected 0 or more, below 2^38",
+                RunTensors { lse: Some(rows(1, 1 << 38)), ..good() },
+            ),
             ("out_strides.sequence: got 0 elements, expected at least 64", RunTensors { out: rows(0, 64), ..good() }),
             ("out_strides.head: got 56 elements, expected at least 64", RunTensors { out: rows(256, 56), ..good() }),
             (
@@ -251,6 +255,7 @@ mod tests {
         // All rows of Q may be one, and one row of an output needs no stride.
         RunTensors { q: rows(0, 0), ..good() }.check(good().problem.planned()).unwrap();
         RunTensors { rows: 1, out: rows(0, 64), ..good() }.check(good().problem.planned()).unwrap();
+        RunTensors { lse: Some(rows(1, (1 << 38) - 1)), ..good() }.check(good().problem.planned()).unwrap();
     }
 
     #[test]

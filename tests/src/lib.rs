@@ -1,10 +1,12 @@
 //! Test support: small random ragged forests and a run of the CPU executor.
 
 pub mod device_tests;
+pub mod fuzzing;
 pub mod invariants;
 pub mod on_device;
 pub mod pat_schedule;
 pub mod strided;
+pub mod walk;
 
 use pat_rs::{AttentionShape, DeviceProfile, Dtype, Element, Plan, PlanOptions, Planner};
 use pat_workloads::{NumericsReport, Oracle, OwnedBatch, PoolLayout, RowSample, Tensors};

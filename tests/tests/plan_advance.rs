@@ -2,11 +2,9 @@
 
 use pat_rs::plan::{PlanChange, PlanMode};
 use pat_rs::{AttentionShape, DeviceProfile, Dtype, Plan, Planner, Problem};
+use pat_tests::walk::{Limits, Walk, changed_rows};
 use pat_workloads::{OwnedBatch, RaggedGroups};
 use proptest::prelude::*;
-use rand::seq::SliceRandom;
-use rand::{Rng, SeedableRng};
-use rand_chacha::ChaCha8Rng;
 
 const POOL: u32 = 4096;
 
@@ -26,131 +24,12 @@ fn advance(planner: &mut Planner, batch: &OwnedBatch, changed_rows: Option<&[u32
     planner.advance(&view, changed_rows, plan).expect("a plan")
 }
 
-/// Rows whose entries in use have changed: the hint.
-fn changed_rows(before: &OwnedBatch, after: &OwnedBatch) -> Vec<u32> {
-    let pages = |batch: &OwnedBatch, row: usize| batch.lengths[row].div_ceil(batch.page_size) as usize;
-    (0..before.lengths.len().min(after.lengths.len()))
-        .filter(|&row| {
-            let common = pages(before, row).min(pages(after, row));
-            before.block_tables[row][..common] != after.block_tables[row][..common]
-        })
-        .map(|row| row as u32)
-        .collect()
-}
-
-/// A batch that lives: every step most sequences grow by a token, and now and then something else happens.
-struct Walk {
-    rng: ChaCha8Rng,
-    batch: OwnedBatch,
-}
-
-impl Walk {
-    fn new(seed: u64) -> Self {
-        let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        let page_size = [1, 4, 16, 32][rng.random_range(0..4)];
-        let batch = OwnedBatch { page_size, num_pages: POOL, lengths: Vec::new(), block_tables: Vec::new() };
-        let mut walk = Self { rng, batch };
-        for _ in 0..walk.rng.random_range(1..24) {
-            walk.join();
-        }
-        walk
-    }
-
-    fn any_row(&mut self) -> Option<usize> {
-        let rows = self.batch.lengths.len();
-        (rows > 0).then(|| self.rng.random_range(0..rows))
-    }
-
-    fn page(&mut self) -> u32 {
-        self.rng.random_range(0..POOL)
-    }
-
-    /// Makes a table long enough for its length, sometimes by the page that another row has there: two sequences that
-    /// generate the same tokens come to share the page once it is full.
-    fn extend(&mut self, row: usize) {
-        while (self.batch.block_tables[row].len() as u32) < self.batch.lengths[row].div_ceil(self.batch.page_size) {
-            let at = self.batch.block_tables[row].len();
-            let other = self.any_row().expect("there is this row");
-            let twin = self.batch.block_tables[other].get(at).copied();
-            let page = twin.filter(|_| self.rng.random_bool(0.3)).unwrap_or_else(|| self.page());
-            self.batch.block_tables[row].push(page);
-        }
-    }
-
-    fn join(&mut self) {
-        let parent = self.any_row();
-        let (table, length) = match parent {
-            Some(row) if self.rng.random_bool(0.7) => {
-                let (table, length) = (self.batch.block_tables[row].clone(), self.batch.lengths[row]);
-                (table, if self.rng.random_bool(0.3) { length } else { self.rng.random_range(0..=length) })
-            }
-            _ => (Vec::new(), 0),
-        };
-        let more = [0, 1, 3, 40, 200][self.rng.random_range(0..5)];
-        self.batch.lengths.push(length + more);
-        self.batch.block_tables.push(table);
-        self.extend(self.batch.lengths.len() - 1);
-    }
-
-    fn permute(&mut self) {
-        let mut order: Vec<usize> = (0..self.batch.lengths.len()).collect();
-        order.shuffle(&mut self.rng);
-        self.batch.lengths = order.iter().map(|&row| self.batch.lengths[row]).collect();
-        self.batch.block_tables = order.iter().map(|&row| self.batch.block_tables[row].clone()).collect();
-    }
-
-    fn step(&mut self) {
-        if self.rng.random_bool(0.95) {
-            for row in 0..self.batch.lengths.len() {
-                // Empty rows are padding; now and then one stalls.
-                if self.batch.lengths[row] > 0 && self.rng.random_bool(0.995) {
-                    self.batch.lengths[row] += 1;
-                    self.extend(row);
-                }
-            }
-        }
-        match (self.rng.random_range(0..24), self.any_row()) {
-            (0, _) => self.join(),
-            (1, Some(row)) => {
-                self.batch.lengths.remove(row);
-                self.batch.block_tables.remove(row);
-            }
-            (2, _) => self.permute(),
-            // A page in the middle is replaced: by a copy, or by that of another row.
-            (3 | 4, Some(row)) if !self.batch.block_tables[row].is_empty() => {
-                let at = self.rng.random_range(0..self.batch.block_tables[row].len());
-                let other = self.any_row().expect("there is a row");
-                let page = self.batch.block_tables[other].get(at).copied().unwrap_or(0);
-                self.batch.block_tables[row][at] = if self.rng.random_bool(0.5) { page } else { self.page() };
-            }
-            // A whole prefix is replaced by another row's: engines de-duplicate after the fact.
-            (5, Some(row)) => {
-                let other = self.any_row().expect("there is a row");
-                let common = self.batch.block_tables[row].len().min(self.batch.block_tables[other].len());
-                let prefix = self.batch.block_tables[other][..common].to_vec();
-                self.batch.block_tables[row][..common].copy_from_slice(&prefix);
-            }
-            // Rejected tokens are taken back.
-            (6, Some(row)) => {
-                self.batch.lengths[row] = self.batch.lengths[row].saturating_sub(self.rng.random_range(0..6));
-            }
-            (7, Some(row)) => {
-                let other = self.any_row().expect("there is a row");
-                self.batch.lengths.swap(row, other);
-                self.batch.block_tables.swap(row, other);
-            }
-            (8, Some(row)) => self.batch.lengths[row] = 0,
-            _ => {}
-        }
-    }
-}
-
 proptest! {
     #![proptest_config(ProptestConfig { cases: if std::env::var_os("PAT_LONG").is_some() { 400 } else { 40 }, ..ProptestConfig::default() })]
 
     #[test]
     fn random_walks_of_200_steps(seed: u64, mode in 0..4usize) {
-        let mut walk = Walk::new(seed);
+        let mut walk = Walk::new(seed, &[1, 4, 16, 32], Limits::of_pool(POOL));
         let chunk = PlanMode::FixedChunk { tokens: 3 * walk.batch.page_size };
         let mode = [PlanMode::Auto, PlanMode::Flat, PlanMode::PerNode, chunk][mode];
         let [mut scratch, mut comparing, mut hinted] = [(); 3].map(|()| planner(mode, walk.batch.page_size));

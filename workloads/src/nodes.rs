@@ -5,6 +5,7 @@
 //! where a node ends inside a page, whatever continues it has its own copy of that page.
 
 use crate::OwnedBatch;
+use pat_rs::DecodeBatch;
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -15,6 +16,8 @@ pub const MAX_SEQUENCES: usize = 1 << 16;
 /// Most pages of a pool, and most levels of a tree, that a specification may give.
 const MAX_PAGES: u32 = 1 << 26;
 const MAX_LEVELS: u32 = 1 << 10;
+/// Most entries of all block tables together: 256 MiB.
+const MAX_TABLE_ENTRIES: usize = 1 << 26;
 
 /// A node and what is below it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -115,11 +118,13 @@ pub struct NodeError {
 ///
 /// # Errors
 /// A value is out of its range (the message names it by its place, such as `nodes[0].children[1].tokens`), or the batch
-/// would have more than [`MAX_SEQUENCES`] sequences, 2^26 pages, or 1024 levels.
+/// would have more than [`MAX_SEQUENCES`] sequences, 2^26 pages, 1024 levels, 2^26 entries of block tables, or a sequence of more
+/// than [`DecodeBatch::MAX_TOKENS`] tokens.
 pub fn lay_out(nodes: &[NodeSpec], page_size: u32, seed: u64) -> Result<OwnedBatch, NodeError> {
     Draw::Fixed(page_size).check(1, 1 << 16, || "page_size".into())?;
     check(nodes, "nodes")?;
-    let mut layout = Layout { rng: ChaCha8Rng::seed_from_u64(seed), page_size, num_pages: 0, rows: Vec::new() };
+    let mut layout =
+        Layout { rng: ChaCha8Rng::seed_from_u64(seed), page_size, num_pages: 0, table_entries: 0, rows: Vec::new() };
     for node in nodes {
         layout.place(node, node.depth, &mut Path::default())?;
     }
@@ -150,6 +155,8 @@ struct Layout {
     rng: ChaCha8Rng,
     page_size: u32,
     num_pages: u32,
+    /// Of all rows.
+    table_entries: usize,
     rows: Vec<(Vec<u32>, u32)>,
 }
 
@@ -170,7 +177,11 @@ impl Layout {
         let (pages_above, tokens_above) = (above.pages.len(), above.tokens);
         above.levels += 1;
         for _ in 0..node.count.sample(&mut self.rng) {
-            above.tokens = tokens_above + node.tokens.sample(&mut self.rng);
+            let tokens = tokens_above.saturating_add(node.tokens.sample(&mut self.rng));
+            if tokens > DecodeBatch::MAX_TOKENS {
+                return Err(too_large("tokens of a sequence", DecodeBatch::MAX_TOKENS));
+            }
+            above.tokens = tokens;
             if above.tokens / self.page_size > MAX_PAGES {
                 return Err(too_large("pages", MAX_PAGES));
             }
@@ -199,6 +210,10 @@ impl Layout {
     fn end(&mut self, path: &Path) -> Result<(), NodeError> {
         if self.rows.len() == MAX_SEQUENCES {
             return Err(too_large("sequences", MAX_SEQUENCES));
+        }
+        self.table_entries += path.tokens.div_ceil(self.page_size) as usize;
+        if self.table_entries > MAX_TABLE_ENTRIES {
+            return Err(too_large("entries of block tables", MAX_TABLE_ENTRIES));
         }
         let mut table = path.pages.clone();
         if !path.tokens.is_multiple_of(self.page_size) {
@@ -300,6 +315,8 @@ mod tests {
             (r#"[{"tokens": 1, "count": 10, "depth": 1000}]"#, 16, "more than 65536 sequences"),
             (r#"[{"tokens": 16777216, "count": 5}]"#, 1, "more than 67108864 pages"),
             (r#"[{"tokens": 1, "depth": 1024, "children": [{"tokens": 1}]}]"#, 16, "more than 1024 levels"),
+            (r#"[{"tokens": 16777216, "ends": 65536}]"#, 1, "more than 67108864 entries of block tables"),
+            (r#"[{"tokens": 16777216, "depth": 300}]"#, 65536, "more than 2147483647 tokens of a sequence"),
         ] {
             let message = batch(nodes, page_size, 1).expect_err(part);
             assert!(message.contains(part), "{message}");

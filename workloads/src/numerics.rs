@@ -185,10 +185,26 @@ mod tests {
         assert!(all(&oracle(0.0, 64), 1.0));
         // The plain one's relative L2 error is 2 / 8 units: 1.5 are allowed.
         assert!(all(&oracle(2.0, 64), 1.0) && !all(&oracle(2.0, 64), 2.0));
-        // 33 elements by two units and the others by one: 1.6.
-        let out: Vec<f16> = (0..64).map(|i| f16::from_f64(1.0 + if i < 33 { 2.0 } else { 1.0 } * ULP)).collect();
-        let report = check(&oracle(2.0, 64), 1, &out, None);
-        assert!(report.failed_rows == 0 && !report.passed, "{report:?}");
+        // Some elements by two units and the others by one: with 33 of 64 it is 1.6, with 20 it is 1.4.
+        for (elements, passes) in [(33, false), (20, true)] {
+            let error = |index| if index < elements { 2.0 } else { 1.0 } * ULP;
+            let out: Vec<f16> = (0..64).map(|index| f16::from_f64(1.0 + error(index))).collect();
+            let report = check(&oracle(2.0, 64), 1, &out, None);
+            assert_eq!((report.failed_rows, report.passed), (0, passes), "{report:?}");
+        }
+    }
+
+    #[test]
+    fn errors_of_all_rows_are_relative_to_their_size() {
+        let mut large = oracle(2.0, 64);
+        large.rows[0].out.fill(4.0);
+        large.rows[0].plain.fill(4.0);
+        large.rows[0].plain[0] = (4.0 + 8.0 * ULP) as f32;
+        let report = check(&large, 1, &[f16::from_f64(4.0 + 4.0 * ULP); 64], None);
+        assert!(report.passed, "{report:?}");
+        assert!((report.relative_l2_error - ULP).abs() < 1e-9, "{report:?}");
+        assert!((report.plain_relative_l2_error - 2.0 * ULP / 8.0).abs() < 1e-9, "{report:?}");
+        assert_eq!((report.max_abs_error, report.plain_max_abs_error), (4.0 * ULP, 8.0 * ULP));
     }
 
     #[test]

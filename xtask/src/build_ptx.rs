@@ -13,7 +13,7 @@ use std::path::Path;
 pub(crate) struct Args {
     /// Compare a fresh build with the committed PTX instead of writing it.
     #[arg(long)]
-    check: bool,
+    pub(crate) check: bool,
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {

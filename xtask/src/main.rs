@@ -8,8 +8,10 @@ mod check_ptx;
 mod core_source;
 #[cfg(test)]
 mod dependencies;
+mod dist;
 mod doctor;
 mod error_doc;
+mod fuzz;
 mod gpu_bundle;
 mod lint_kernels;
 mod ptx;
@@ -54,6 +56,10 @@ enum Command {
     Wheel(wheel::Args),
     /// Write the type stubs of the Python extension.
     Stubs(stubs::Args),
+    /// Build the fuzz targets and run them.
+    Fuzz(fuzz::Args),
+    /// Collect what a release consists of, checked, in one folder.
+    Dist(dist::Args),
     /// Run the long property tests.
     TestLong,
     /// Test the Python package without a GPU, with one version of torch after another: gigabytes from PyPI.
@@ -72,6 +78,8 @@ fn main() -> anyhow::Result<()> {
         Command::GpuBundle(args) => gpu_bundle::run(&args),
         Command::Wheel(args) => wheel::run(&args),
         Command::Stubs(args) => stubs::run(&args),
+        Command::Fuzz(args) => fuzz::run(&args),
+        Command::Dist(args) => dist::run(&args),
         Command::TestLong => test_long::run(),
         Command::TestTorch(args) => test_torch::run(&args),
     }

@@ -15,10 +15,10 @@ const FOLDER: &str = "dist/wheels";
 pub(crate) struct Args {
     /// Where to put it.
     #[arg(long, default_value = FOLDER, value_name = "DIR")]
-    out: PathBuf,
+    pub(crate) out: PathBuf,
     /// Cargo profile: `dev` is faster to build where one of the tests is all the wheel is for.
     #[arg(long, default_value = "release")]
-    profile: String,
+    pub(crate) profile: String,
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {

@@ -195,8 +195,9 @@ mod tests {
     fn first_tokens_and_kv_limits_count() {
         const DIM: usize = 64;
         let problem = Problem::new(AttentionShape::new(2, 1, DIM as u32, Dtype::F16).unwrap(), 8);
-        let table: &[u32] = &[2, 0, 1];
-        let batch = DecodeBatch::from_block_tables(&[table], &[20], 8, 3).unwrap();
+        let tables: [&[u32]; 1] = [&[2, 0, 1]];
+        let table = tables[0];
+        let batch = DecodeBatch::from_block_tables(&tables, &[20], 8, 3).unwrap();
         let mut planner = Planner::new(problem, DeviceProfile::h200(), PlanMode::Flat.into()).unwrap();
         let mut plan = planner.plan(&batch).unwrap();
         assert_eq!(plan.items().len(), 1);

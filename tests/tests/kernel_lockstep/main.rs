@@ -12,12 +12,7 @@ mod merge;
 mod plan_words;
 mod rescaling;
 #[path = "../../../kernels-gpu/src/softmax.rs"]
-#[expect(
-    clippy::needless_range_loop,
-    unreachable_pub,
-    dead_code,
-    reason = "as in the device crate, of which this is a part"
-)]
+#[expect(unreachable_pub, dead_code, reason = "as in the device crate, of which this is a part")]
 mod softmax;
 
 /// The device crate's names.

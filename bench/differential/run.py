@@ -1,0 +1,188 @@
+"""Random ragged forests with features, ours beside torch in float64 and, where they are installed, FlashAttention 3 (of vLLM) and
+FlashInfer. Wrong is what is beyond the numerics rule (rule.py).
+
+    python3 bench/differential/run.py --device cuda:0 --cases 20000 --seconds 300
+
+Prints the cases, how many were wrong, and the worst error over its allowance, for every implementation. Ends with an error where
+ours is wrong, or too few cases ran. Others' wrong cases are counted, and shown with --verbose."""
+
+import argparse
+import collections
+import inspect
+import math
+import sys
+import time
+
+import torch
+
+import forests
+import peers
+from rule import Expected
+
+import prefix_attn as pa
+
+
+def options():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--cases", type=int, default=20_000)
+    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--first", type=int, default=0, help="index of the first case")
+    parser.add_argument("--peers", default="fa3,flashinfer", help="implementations beside ours, where they are installed")
+    parser.add_argument("--peers-every", type=int, default=4, help="peers see every so many cases")
+    parser.add_argument("--verbose", action="store_true")
+    return parser.parse_args()
+
+
+def features():
+    """What the installed wheel computes, and takes: asked, not known."""
+    shape = pa.AttentionShape(8, 2, 128, "bfloat16")
+    names = set(inspect.signature(pa.run).parameters)
+    found = []
+    if pa.supports(shape, 16, softcap=30.0) is None and "softcap" in names:
+        found.append("softcap")
+    if pa.supports(shape, 16, sinks=True) is None and "sinks" in names:
+        found.append("sinks")
+    shapes = [(dim, pa.AttentionShape(8, 2, dim, "bfloat16")) for dim in (64, 128, 256)]
+    head_dims = tuple(dim for dim, shape in shapes if pa.supports(shape, 16) is None)
+    return tuple(found), head_dims
+
+
+class Tensors:
+    """q, k and v of a case. Where no sequence has a token, k and v are NaN: an implementation that reads there shows. `clean` are
+    the same without NaN, for those that multiply what they do not use by zero."""
+
+    def __init__(self, case, device):
+        generator = torch.Generator(device=device)
+        generator.manual_seed(case.index)
+        dtype = getattr(torch, case.dtype)
+
+        def normal(*shape):
+            return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
+
+        self.q = normal(len(case.row_lengths), case.q_heads, case.head_dim)
+        self.k_clean, self.v_clean = (
+            normal(case.num_pages, case.page_size, case.kv_heads, case.head_dim) for _ in range(2)
+        )
+        owned = torch.zeros(case.num_pages, dtype=torch.int64)
+        for table, length in zip(case.block_tables, case.lengths):
+            for index, page in enumerate(table):
+                owned[page] = max(int(owned[page]), min(length - index * case.page_size, case.page_size))
+        unowned = (torch.arange(case.page_size)[None, :] >= owned[:, None]).to(device)[:, :, None, None]
+        k, v = (pool.masked_fill(unowned, math.nan) for pool in (self.k_clean, self.v_clean))
+        if case.layout == "HND":
+            k, v = (pool.transpose(1, 2).contiguous() for pool in (k, v))
+        elif case.layout == "interleaved":
+            both = torch.cat([k, v], dim=-1)
+            k, v = both[..., : case.head_dim], both[..., case.head_dim :]
+        self.k, self.v, self.layout = k, v, "HND" if case.layout == "HND" else "NHD"
+        self.sinks = normal(case.q_heads).float() if case.has_sinks else None
+
+
+class Ours:
+    """The wheel."""
+
+    name = "pat-rs"
+
+    def __init__(self, device):
+        self.device, self.planners = device, {}
+
+    def run(self, case, tensors):
+        """Out and log-sum-exp of all rows. Raises what the wheel raises."""
+        mode = f"fixed-chunk:{2 * case.page_size}" if case.mode == "fixed-chunk" else case.mode
+        more = {"softcap": case.softcap} if case.softcap else {}
+        key = (case.q_heads, case.kv_heads, case.head_dim, case.dtype, mode, case.softcap)
+        if key not in self.planners:
+            shape = pa.AttentionShape(*key[:4])
+            self.planners[key] = pa.Planner(shape, device=self.device, mode=mode, **more)
+        is_plain = all(count == 1 for count in case.query_tokens)
+        plan = self.planners[key].plan(
+            case.block_tables,
+            case.lengths,
+            case.page_size,
+            case.num_pages,
+            query_tokens=None if is_plain else case.query_tokens,
+        )
+        if tensors.sinks is not None:
+            more["sinks"] = tensors.sinks
+        out = torch.full_like(tensors.q, math.nan)
+        return pa.run(
+            plan,
+            tensors.q,
+            tensors.k,
+            tensors.v,
+            out,
+            scale=case.scale,
+            return_lse=True,
+            kv_layout=tensors.layout,
+            **more,
+        )
+
+
+class Tally:
+    """Of one implementation."""
+
+    def __init__(self):
+        self.cases = self.wrong = 0
+        self.worst = 0.0
+        self.passed_over = collections.Counter()
+
+    def line(self, name):
+        text = f"{name}: {self.cases} cases, {self.wrong} wrong, worst error at {self.worst:.3f} of its allowance"
+        for reason, count in self.passed_over.most_common():
+            text += f"; {count} cases passed over: {reason}"
+        return text
+
+
+def main():
+    args = options()
+    device = torch.device(args.device)
+    found, head_dims = features()
+    ours = Ours(args.device)
+    others = peers.installed([name for name in args.peers.split(",") if name], device)
+    tallies = {name: Tally() for name in [ours.name, *(other.name for other in others)]}
+    seen = collections.Counter()
+    begin = time.monotonic()
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    print(f"device {where}, torch {torch.__version__}, features {found or 'none'}, head dims {head_dims}", flush=True)
+    for index in range(args.first, args.first + args.cases):
+        if time.monotonic() - begin > args.seconds:
+            break
+        case = forests.draw(args.seed, index, head_dims, found)
+        tensors = Tensors(case, device)
+        expected = Expected(case, tensors.q, tensors.k_clean, tensors.v_clean, tensors.sinks)
+        seen[case.dtype, case.head_dim, case.layout] += 1
+        seen["softcap" if case.softcap else "no softcap"] += 1
+        seen["sinks" if case.has_sinks else "no sinks"] += 1
+        seen["drafts" if any(count > 1 for count in case.query_tokens) else "no drafts"] += 1
+        beside = others if index % args.peers_every == 0 else []
+        for implementation in [ours, *beside]:
+            tally = tallies[implementation.name]
+            try:
+                out, lse = implementation.run(case, tensors)
+            except peers.NotExpressible as reason:
+                tally.passed_over[str(reason)] += 1
+                continue
+            rows = None
+            if implementation is not ours:
+                # What an empty sequence gives is ours to define.
+                rows = expected.lengths > 0
+            ratio = expected.worst_ratio(out, lse, rows)
+            tally.cases += 1
+            tally.worst = max(tally.worst, ratio)
+            if ratio > 1:
+                tally.wrong += 1
+                if implementation is ours or args.verbose:
+                    print(f"{implementation.name}: WRONG: {ratio:.3f} of the allowance: {case}", flush=True)
+    for name, tally in tallies.items():
+        print(tally.line(name))
+    for kind, count in sorted(seen.items(), key=str):
+        print(f"  {kind if isinstance(kind, str) else ' '.join(map(str, kind))}: {count}")
+    ran = tallies[ours.name].cases
+    print(f"{ran} of {args.cases} cases in {time.monotonic() - begin:.0f} s")
+    return 0 if ran == args.cases and tallies[ours.name].wrong == 0 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
