@@ -50,6 +50,7 @@ pub(crate) struct PyPlanner {
 impl PyPlanner {
     #[new]
     #[pyo3(signature = (shape: "AttentionShape", device: "DeviceProfile | torch.device | str | None" = None, *, mode = "auto", capacity: "Capacity | None" = None, variants = None, softcap: "float | None" = None, window: "int | None" = None))]
+    #[expect(clippy::too_many_arguments, reason = "the Python signature")]
     fn new(
         py: Python<'_>,
         shape: &Bound<'_, PyShape>,

@@ -147,8 +147,9 @@ impl TileVariant {
     /// Whether the variant's kernels may be launched with these switches. `wgmma128` has no registers left to cap scores with,
     /// and the masks of the wgmma kernels do not say where a window begins.
     pub const fn serves(self, switches: Switches) -> bool {
-        !(switches.soft_cap && matches!(self, Self::Wgmma128))
-            && !(switches.window && matches!(self.arch(), Arch::Sm90a))
+        let lacks_soft_cap = matches!(self, Self::Wgmma128);
+        let lacks_window = matches!(self.arch(), Arch::Sm90a);
+        !(switches.soft_cap && lacks_soft_cap || switches.window && lacks_window)
     }
 
     /// Whether a CTA serves a piece of work of every round, dealt first CTA to last and back, instead of one piece alone:
