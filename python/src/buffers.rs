@@ -39,7 +39,7 @@ enum Memory {
     Cuda {
         ordinal: usize,
         engine: Arc<CudaEngine>,
-        buffers: RwLock<PlanBuffers>,
+        buffers: Box<RwLock<PlanBuffers>>,
     },
 }
 
@@ -59,7 +59,7 @@ impl PyPlanBuffers {
                 let buffers = PlanBuffers::for_capacity(engine.device(), &capacity, &variants)?;
                 // The driver compiles them now, not while a stream is captured.
                 engine.prepare_variants(&planner.problem(page_size), &variants)?;
-                Memory::Cuda { ordinal, engine, buffers: RwLock::new(buffers) }
+                Memory::Cuda { ordinal, engine, buffers: Box::new(RwLock::new(buffers)) }
             }
         };
         let window = planner.problem(page_size).visibility().window;
