@@ -117,6 +117,17 @@ fn modes_forms_and_admission_are_series_of_their_own() {
 }
 
 #[test]
+fn runs_of_two_devices_share_no_line() {
+    let mut records = records();
+    let mut other = records[0].clone();
+    other["machine"]["device"] = "another GPU".into();
+    records.push(other);
+    let titles: Vec<String> = figures(&records).panels.into_iter().map(|panel| panel.title).collect();
+    let expected = ["conversation, a GPU", "conversation, another GPU", "toolagent, a GPU"];
+    assert_eq!(titles, expected.map(|title| format!("qwen3-8b, {title}")));
+}
+
+#[test]
 fn pats_records_are_drawn_too() {
     let pat = |backend: &str, rate: &str, tpot: f64| {
         json!({"config": {"model": "Qwen/Qwen3-8B", "max_model_len": "32768", "port": "9000", "gpu_id": "0", "ATTENTION_BACKEND": backend,

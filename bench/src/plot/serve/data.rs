@@ -20,7 +20,7 @@ pub struct ServeFigures {
 /// A workload on a model.
 #[derive(Clone, Debug)]
 pub struct Panel {
-    /// `model, workload`.
+    /// `model, workload`, and the device where records of several are shown.
     pub title: String,
     /// By series: its runs, the rates ascending.
     pub runs: Vec<Vec<Run>>,
@@ -72,6 +72,8 @@ impl ServeFigures {
         if names.len() > MAX_SERIES {
             return Err(PlotError::TooMany { count: names.len(), what: "series" });
         }
+        let several_devices = records.iter().filter_map(device).collect::<BTreeSet<_>>().len() > 1;
+        let title = |record: &Record| title(record, several_devices);
         let titles: BTreeSet<String> = records.iter().map(title).collect();
         let panel = |title_of_panel: String| {
             let mut runs = vec![Vec::new(); names.len()];
@@ -122,7 +124,8 @@ fn series(record: &Record, with_form: bool) -> String {
     }
 }
 
-fn title(record: &Record) -> String {
+/// Runs of two devices share no line.
+fn title(record: &Record, with_device: bool) -> String {
     let model = record.config("model");
     let model = model.rsplit('/').next().unwrap_or(model);
     let trace = match record.config("trace") {
@@ -130,14 +133,20 @@ fn title(record: &Record) -> String {
         "burst" => "conversation",
         trace => trace,
     };
-    format!("{model}, {trace}")
+    match device(record) {
+        Some(device) if with_device => format!("{model}, {trace}, {device}"),
+        _ => format!("{model}, {trace}"),
+    }
+}
+
+fn device(record: &Record) -> Option<&str> {
+    record.machine.as_ref()?.get("device")?.as_str()
 }
 
 /// Devices and files.
 fn source(records: &[Record], files: &str) -> String {
-    let device = |record: &Record| record.machine.as_ref()?.get("device")?.as_str().map(str::to_owned);
-    let devices: BTreeSet<String> = records.iter().filter_map(device).collect();
-    devices.into_iter().chain([files.to_owned()]).collect::<Vec<_>>().join("; ")
+    let devices: BTreeSet<&str> = records.iter().filter_map(device).collect();
+    devices.into_iter().chain([files]).collect::<Vec<_>>().join("; ")
 }
 
 impl Run {
