@@ -1,6 +1,7 @@
 """What the package says of itself: docstrings, stubs, ABI."""
 
 import ast
+import importlib.metadata
 import inspect
 import pathlib
 import re
@@ -8,6 +9,7 @@ import sys
 import sysconfig
 
 import pytest
+from packaging import tags
 
 import prefix_attn as pa
 from prefix_attn import _native
@@ -63,6 +65,15 @@ def test_the_extension_is_one_of_the_stable_abi():
     assert not sysconfig.get_config_var("Py_GIL_DISABLED")
     is_enabled = getattr(sys, "_is_gil_enabled", lambda: True)
     assert is_enabled()
+
+
+def test_pip_takes_the_wheel_for_builds_with_the_lock_alone():
+    text = importlib.metadata.distribution("prefix-attn").read_text("WHEEL")
+    of_wheel = set().union(*map(tags.parse_tag, re.findall(r"^Tag: (\S+)$", text, re.M)))
+    platforms = {tag.platform for tag in of_wheel}
+    accepted = lambda version, abi: of_wheel & set(tags.cpython_tags(version, [abi], platforms))  # noqa: E731
+    assert accepted((3, 10), "cp310") and accepted((3, 14), "cp314")
+    assert not accepted((3, 13), "cp313t") and not accepted((3, 14), "cp314t")
 
 
 def test_importing_it_does_not_import_torch(tmp_path):

@@ -52,9 +52,8 @@ pub fn check<T: Element>(engine: &Engine, case: &Case, options: PlanOptions, see
     let (expected_out, expected_lse) =
         (spread(&out, heads, dim, out_strides, gap), spread(&lse, heads, 1, lse_strides, 7.0));
     let (mut out, mut lse) = (vec![gap; expected_out.len()], vec![7.0f32; expected_lse.len()]);
-    let mut strided = tensors.host(scale);
-    strided.q = &q;
-    (strided.q_strides, strided.out_strides, strided.lse_strides) = (q_strides, out_strides, lse_strides);
+    let mut strided = tensors.host(scale).with_row_strides(q_strides, out_strides);
+    (strided.q, strided.lse_strides) = (&q, lse_strides);
     run(&strided, &mut out, &mut lse);
     assert!(
         bytemuck::cast_slice::<T, u16>(&out) == bytemuck::cast_slice::<T, u16>(&expected_out),

@@ -89,6 +89,7 @@ fn a_driver_call_that_fails_is_an_error_and_nothing_is_lost(engine: &Engine) {
             let has_happened = fault.has_happened();
             drop(fault);
             if !has_happened {
+                result.unwrap_or_else(|error| panic!("{call} was not made to fail, and yet: {error}"));
                 break;
             }
             let error =

@@ -72,7 +72,9 @@ fn the_first_rows_of_a_padded_matrix_are_a_batch() {
     // Mixed batches put their decode rows first: only those are planned.
     let matrix = [0, 1, -1, 0, 2, 3, 7, 7, 7];
     let decode = DecodeBatch::from_padded(&matrix, 3, &[20, 40], 16, 4).expect("valid");
-    assert_eq!(plan(&decode).sequence_count(), 2);
+    assert_eq!((decode.page_size(), decode.num_pages()), (16, 4));
+    let plan = plan(&decode);
+    assert_eq!((plan.sequence_count(), plan.page_size(), plan.num_pages()), (2, 16, 4));
 }
 
 #[test]
@@ -165,6 +167,15 @@ fn csr_that_contradicts_itself() {
     // A sequence's own pages count, not where they stand: 20,000 of 65,536 tokens are below 2^31.
     let indptr = [0u32, 20_000, 40_000];
     DecodeBatch::from_csr(&indptr, &vec![0; 40_000], &[1, 1], 1 << 16, 1).expect("valid");
+}
+
+#[test]
+fn the_largest_batches_that_are_accepted() {
+    let most = DecodeBatch::MAX_TOKENS;
+    let row = vec![most - 1; 1 << 15];
+    DecodeBatch::from_block_tables(&[&row], &[most], 1 << 16, most).expect("the longest sequence, the largest pool");
+    refusal(DecodeBatch::from_block_tables(&[&row], &[most + 1], 1 << 16, most), &["lengths[0]", "got 2147483648"]);
+    DecodeBatch::from_block_tables(&[&[]], &[0u32], 16, 0).expect("no pages, and no sequence that wants one");
 }
 
 #[test]

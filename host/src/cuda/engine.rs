@@ -104,7 +104,8 @@ impl CudaEngine {
             let spec = forward_kernel(variant, run.shape, switches)?;
             if spec.tensor_maps > 0 && kernels.maps.is_none() {
                 let [k, v] = args.tensor_maps()?;
-                kernels.maps = Some([driver::encode_tensor_map(&k)?, driver::encode_tensor_map(&v)?]);
+                kernels.maps =
+                    Some([driver::encode_tensor_map(self.device, &k)?, driver::encode_tensor_map(self.device, &v)?]);
             }
             kernels.forward[variant.index()] = Some(self.device.kernel(spec, switches)?);
         }

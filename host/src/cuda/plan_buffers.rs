@@ -7,7 +7,7 @@ use crate::arguments::same;
 use crate::plan::{PlanCapacity, PlanGeneration};
 use crate::problem::Planned;
 use crate::{AttentionShape, Error, Plan, Result};
-use pat_abi::{MAX_TILE_VARIANTS, TileVariant};
+use pat_abi::TileVariant;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// Upper bounds of what a launch covers. CUDA graphs need one that does not change from plan to plan: kernels exit where
@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LaunchGeometry {
     /// Work items per tile variant (by discriminant); a variant with 0 is not launched.
-    pub max_items: [u32; MAX_TILE_VARIANTS],
+    pub max_items: [u32; TileVariant::ALL.len()],
     /// Rows of the merge; with 0 it is not launched.
     pub max_merge_rows: u32,
     /// Partial slots.
@@ -29,7 +29,7 @@ impl LaunchGeometry {
     pub fn of(plan: &Plan) -> Self {
         let header = plan.header();
         Self {
-            max_items: header.variants.map(|variant| variant.count),
+            max_items: std::array::from_fn(|variant| header.variants[variant].count),
             max_merge_rows: header.merge_count,
             max_slots: header.slot_count,
             max_sequences: header.sequence_count,
@@ -38,7 +38,7 @@ impl LaunchGeometry {
 
     /// What every plan within `capacity` needs that uses `variants` alone ([`crate::Planner::tile_variants`]).
     pub fn for_capacity(capacity: &PlanCapacity, variants: &[TileVariant]) -> Self {
-        let mut max_items = [0; MAX_TILE_VARIANTS];
+        let mut max_items = [0; TileVariant::ALL.len()];
         variants.iter().for_each(|variant| max_items[variant.index()] = capacity.max_items);
         Self {
             max_items,

@@ -10,7 +10,8 @@ import logging
 
 #: The attention backend's name.
 NAME = "prefix_attn"
-TESTED_VERSIONS = ("0.5.23",)
+#: The first is the newest that asks for torch 2.11.
+TESTED_VERSIONS = ("0.5.16", "0.5.23")
 
 _log = logging.getLogger("prefix_attn.sglang")
 
@@ -23,12 +24,20 @@ def register() -> None:
         tested = ", ".join(TESTED_VERSIONS)
         _log.warning("prefix_attn: sglang %s is installed, tested is %s: backend not registered", sglang.__version__, tested)
         return
-    from sglang.srt.arg_groups import choices
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
-    if NAME not in choices.ATTENTION_BACKEND_CHOICES:
-        choices.add_attention_backend_choices([NAME])
+    if NAME not in choices().ATTENTION_BACKEND_CHOICES:
+        choices().add_attention_backend_choices([NAME])
     register_attention_backend(NAME)(_create)
+
+
+def choices():
+    """SGLang's module of what its arguments may be."""
+    try:
+        from sglang.srt.arg_groups import choices
+    except ImportError:  # 0.5.16
+        from sglang.srt import server_args as choices
+    return choices
 
 
 def _create(runner):

@@ -55,7 +55,9 @@ def install(is_comparing: bool, vocab: int, drafts: int) -> None:
         tokens = split.decode_tokens
         if tokens not in (split.decode_rows, split.decode_rows * (1 + STATE.drafts)):
             return output  # rows with unequal numbers of drafts, the steps in which requests begin or end
-        right, is_real = exact(query[:tokens], self._caches(kv_cache), metadata, split.decode_rows, self.scale, self.sinks)
+        behind = (self.sliding_window or (-1, -1))[0]
+        scores = self.scale, self.sinks, behind + 1 if behind >= 0 else None
+        right, is_real = exact(query[:tokens], self._caches(kv_cache), metadata, split.decode_rows, *scores)
         if STATE.server == "float32":
             output[:tokens] = torch.where(is_real[:, None, None], right, 0).to(output.dtype)
         else:
@@ -90,13 +92,14 @@ def next_token(token, position):
     return ((token - FIRST_TOKEN) * 48271 + position * 69621 + 11) % count + FIRST_TOKEN
 
 
-def exact(query, caches, metadata, rows: int, scale: float, sinks=None):
+def exact(query, caches, metadata, rows: int, scale: float, sinks=None, window=None):
     """Attention of the first rows' query tokens in float32, by the device's own tables and lengths.
 
     Args:
         query: ``[tokens, q_heads, head_dim]``, equally many tokens for each row.
         caches: K and V ``[pages, page_size, kv_heads, head_dim]``.
         sinks: ``[q_heads]``, one more score of each head, without a value.
+        window: tokens that a query token sees at most.
 
     Returns:
         ``[tokens, q_heads, head_dim]``, and which of these tokens are a request's.
@@ -112,9 +115,12 @@ def exact(query, caches, metadata, rows: int, scale: float, sinks=None):
         part = slice(begin, min(begin + 16, rows))
         keys, values = (cache[table[part].long()].flatten(1, 2).float() for cache in caches)
         seen = lengths[part, None] + newest
-        mask = torch.arange(keys.shape[1], device=query.device) < seen[:, :, None]
-        # What lies behind a row's tokens may be anything, infinities and NaN included.
-        held = mask[:, -1, :, None, None]
+        places = torch.arange(keys.shape[1], device=query.device)
+        mask = places < seen[:, :, None]
+        if window is not None:
+            mask &= places >= seen[:, :, None] - window
+        # What no query token sees may be anything, infinities and NaN included.
+        held = mask.any(1)[:, :, None, None]
         keys, values = keys.where(held, 0), values.where(held, 0)
         q = query[part.start * each : part.stop * each].float().view(-1, each, kv_heads, q_heads // kv_heads, head_dim)
         scores = torch.einsum("rnhgd,rthd->rnhgt", q, keys) * scale
@@ -134,7 +140,8 @@ def add_errors(layer: str, ours, stock, right, is_real) -> None:
     """Per row and head: the norm of the difference to float32, as a part of the norm of what is right."""
     if layer not in STATE.errors:
         # Made by the warm-up that comes before each capture.
-        STATE.errors[layer] = torch.zeros(5, dtype=torch.float64, device=right.device)
+        with torch.inference_mode(False):  # `take_errors` is outside of vLLM's
+            STATE.errors[layer] = torch.zeros(5, dtype=torch.float64, device=right.device)
     sums, size = STATE.errors[layer], right.norm(dim=-1)
     is_counted = is_real[:, None].expand_as(size)
     sums[0] += is_counted.sum()

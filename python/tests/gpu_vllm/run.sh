@@ -3,11 +3,12 @@
 # and beside it vllm026/ (parts of a reduced vLLM with setup.py and env.sh). Logs and JSON under $OUT/vllm-JOB/.
 #   smoke   2 minutes, one GPU: tokens of a small model, eager and in FULL graphs
 #   big     3 minutes, one GPU: step times of the 8B shape, profile
-#   exact   2 minutes, one GPU: the 8B shape in FULL graphs beside float32 attention, layer by layer and by log-probs
+#   exact   2 minutes, one GPU: FULL graphs beside float32 attention: the 8B shape layer by layer and by log-probs; small models with
+#           drafts and with gpt-oss's attention layer by layer
 #   tokens  2 minutes, one GPU: tokens of a small model in PIECEWISE graphs; restart, no memory
-#   drafts  2.5 minutes, one GPU: speculative decoding with 3 drafts: tokens, layers beside float32, step times of the 8B shape
+#   drafts  2.5 minutes, one GPU: speculative decoding with 3 drafts: tokens, step times of the 8B shape
 #   more    2 minutes, one GPU: 200 requests with preemption and aborts: Qwen3, Llama, gpt-oss's attention
-#   gpt_oss 2 minutes, one GPU: windows and sinks: tokens, layers beside float32 attention, step times of gpt-oss-20b's attention
+#   gpt_oss 2 minutes, one GPU: windows and sinks: tokens, step times of gpt-oss-20b's attention
 #   ranks   2 minutes, two GPUs: data parallel 2, decode context parallel 2 in graphs
 #   tp      3 minutes, TP GPUs (2, or 4): tensor parallel, decode context parallel 2, step times of the 8B shape, a killed worker
 set -u
@@ -80,14 +81,25 @@ big() {
 }
 
 exact() {
-    local t=64x1500+100:24
+    local t=64x1500+100:24 s=64x1000+77:32
+    local small="--shape small --kv-gib 1 --seqs 64 --tokens 4096 --max-len 2048" known="--drafts 3 --known $out/plain-fa.json"
     local big="--shape 8b --mode graph --kv-gib 2.5 --seqs 64 --tokens 4096 --max-len 2048 --sizes 64"
     # All at a time: three engines of the 8B shape take 60 GB.
     drive exact $big --compare layers:$t layers:$t:broken forced:$t:{ours,stock,float32,broken} tokens:$t broken:$t &
     drive exact-fa $big --backend FLASH_ATTN forced:$t:engine tokens:$t tokens:$t:32 &
     drive exact-triton $big --backend TRITON_ATTN forced:$t:engine tokens:$t &
+    rm -f "$out"/plain-fa.json
+    drive plain-fa $small --backend FLASH_ATTN tokens:$s &
+    drive drafts-exact $small $known --mode graph --sizes 256 --compare layers:$s layers:$s:broken &
+    drive gpt-oss-exact $small --model gpt-oss --mode graph --sizes 64 --compare layers:$s layers:$s:broken &
     wait
-    failed_in_background "$out"/exact{,-fa,-triton}.json
+    failed_in_background "$out"/{exact,exact-fa,exact-triton,plain-fa,drafts-exact,gpt-oss-exact}.json
+    for what in drafts gpt-oss; do
+        exactness "small, $what, FULL graphs, each layer: as near to float32 attention as stock?" \
+            layers "$out"/$what-exact.json layers:$s
+        exactness "small, $what, each layer, one token left out of every row: must be found" \
+            layers "$out"/$what-exact.json layers:$s:broken --expect-different
+    done
     local forced="--exact forced:$t:float32 --stock forced:$t:stock"
     for backend in fa triton; do forced="$forced --also $out/exact-$backend.json forced:$t:engine"; done
     exactness "8B shape, FULL graphs, each layer: as near to float32 attention as stock?" layers "$out"/exact.json layers:$t
@@ -134,7 +146,6 @@ drafts() {
     drive drafts-fa $small $known --backend FLASH_ATTN tokens:$t & engines="$engines $!"
     PREFIX_ATTN_CHECK=1 drive drafts-eager $small $known tokens:$t & engines="$engines $!"
     drive drafts-graph $small $known --mode graph --sizes 64,256 tokens:$t broken:$t & engines="$engines $!"
-    drive drafts-exact $small $known --mode graph --sizes 256 --compare layers:$t layers:$t:broken & engines="$engines $!"
     drive 8b-drafts-fa $big --wait "$out"/go-fa --backend FLASH_ATTN $times & local stock=$!
     drive 8b-drafts-ours $big --wait "$out"/go-ours $times & local ours=$!
     wait $engines
@@ -143,17 +154,13 @@ drafts() {
     touch "$out"/go-ours
     wait $ours
     rm -f "$out"/go-*
-    failed_in_background "$out"/{plain-fa,drafts-fa,drafts-eager,drafts-graph,drafts-exact,8b-drafts-fa,8b-drafts-ours}.json
+    failed_in_background "$out"/{plain-fa,drafts-fa,drafts-eager,drafts-graph,8b-drafts-fa,8b-drafts-ours}.json
     local noise="--noise $out/drafts-fa.json tokens:$t --noise $out/plain-fa.json tokens:$t:16"
     for mode in eager graph; do
         judge "small, 3 drafts, $mode: as stock without drafts?" "$out"/plain-fa.json "$out"/drafts-$mode.json tokens:$t $noise
     done
     judge "small, 3 drafts, one token left out of every row: must be found" "$out"/plain-fa.json "$out"/drafts-graph.json \
         tokens:$t $noise --task-of-ours broken:$t --expect-different
-    exactness "small, 3 drafts, FULL graphs, each layer: as near to float32 attention as stock?" \
-        layers "$out"/drafts-exact.json layers:$t
-    exactness "small, 3 drafts, each layer, one token left out of every row: must be found" \
-        layers "$out"/drafts-exact.json layers:$t:broken --expect-different
     python3 table.py "$out"/8b-drafts-fa.json "$out"/8b-drafts-ours.json || failed=1
 }
 
@@ -162,7 +169,7 @@ more() {
     for model in qwen3 llama gpt-oss; do
         # As many tokens as make some requests wait and others go.
         local small="--shape small --model $model --seqs 48 --tokens 1024 --max-len 4096 --kv-gib 0.12"
-        [ $model != gpt-oss ] || small="$small --kv-gib 0.04"
+        [ $model != gpt-oss ] || small="$small --kv-gib 0.016"
         drive $model-fa $small --backend FLASH_ATTN $c churn:40:2 &
         drive $model-triton $small --backend TRITON_ATTN $c &
         PREFIX_ATTN_CHECK=1 drive $model-eager $small $c &
@@ -196,7 +203,6 @@ gpt_oss() {
     drive gpt-oss-fa $small --backend FLASH_ATTN tokens:$t tokens:$t:16 & local engines=$!
     drive gpt-oss-triton $small --backend TRITON_ATTN tokens:$t & engines="$engines $!"
     drive gpt-oss-graph $small --mode graph --sizes 8,16,64 tokens:$t broken:$t & engines="$engines $!"
-    drive gpt-oss-exact $small --mode graph --sizes 64 --compare layers:$t layers:$t:broken & engines="$engines $!"
     drive oss-fa $big --wait "$out"/go-fa --backend FLASH_ATTN $times & local stock=$!
     drive oss-ours $big --wait "$out"/go-ours $times & local ours=$!
     wait $engines
@@ -205,15 +211,11 @@ gpt_oss() {
     touch "$out"/go-ours
     wait $ours
     rm -f "$out"/go-*
-    failed_in_background "$out"/gpt-oss-{fa,triton,graph,exact}.json "$out"/oss-{fa,ours}.json
+    failed_in_background "$out"/gpt-oss-{fa,triton,graph}.json "$out"/oss-{fa,ours}.json
     local noise="--noise $out/gpt-oss-triton.json tokens:$t --noise $out/gpt-oss-fa.json tokens:$t:16"
     judge "gpt-oss's attention, FULL graphs: as stock?" "$out"/gpt-oss-fa.json "$out"/gpt-oss-graph.json tokens:$t $noise
     judge "gpt-oss's attention, one token left out of every row: must be found" \
         "$out"/gpt-oss-fa.json "$out"/gpt-oss-graph.json tokens:$t $noise --task-of-ours broken:$t --expect-different
-    exactness "gpt-oss's attention, FULL graphs, each layer: as near to float32 attention as stock?" \
-        layers "$out"/gpt-oss-exact.json layers:$t
-    exactness "gpt-oss's attention, each layer, one token left out of every row: must be found" \
-        layers "$out"/gpt-oss-exact.json layers:$t:broken --expect-different
     python3 table.py "$out"/oss-fa.json "$out"/oss-ours.json
 }
 

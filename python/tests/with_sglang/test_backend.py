@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 import sglang
 import torch
-from sglang.srt.arg_groups import choices
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.radix_attention import RadixAttention
@@ -77,7 +76,7 @@ def test_the_entry_point_registers_the_backend():
     assert (register, distribution) == (prefix_attn.sglang.register, "prefix-attn")
     register()
     register()
-    assert choices.ATTENTION_BACKEND_CHOICES.count("prefix_attn") == 1
+    assert prefix_attn.sglang.choices().ATTENTION_BACKEND_CHOICES.count("prefix_attn") == 1
     made = ATTENTION_BACKENDS["prefix_attn"](runner_of(16))
     assert isinstance(made, TorchNativeAttnBackend) and type(made) is not TorchNativeAttnBackend
 

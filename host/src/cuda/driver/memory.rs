@@ -213,13 +213,14 @@ impl StagingRing {
     /// last one.
     pub(crate) fn upload(&mut self, bytes: &[u8], target: &Allocation, stream: &Stream) -> Result<()> {
         target.check_range(0, bytes.len())?;
+        // Before cudarc's slice, which makes the context current on its own.
+        let current = stream.enter(target.device)?;
         let _allowed = WhileOthersCapture::enter()?;
         let slot = &mut self.slots[self.next];
         slot.copied.synchronize()?;
         let staged = attempt(DriverCall::EventSynchronize, || slot.memory.as_mut_slice())?;
         let staged = &mut staged[..bytes.len()];
         staged.copy_from_slice(bytes);
-        let current = stream.enter(target.device)?;
         // SAFETY: both ranges hold `bytes.len()` bytes (target checked above, staging as large as the target); the
         // staging bytes are not touched again before `copied` has been waited for.
         attempt(DriverCall::MemcpyHtoDAsync, || unsafe {
