@@ -43,7 +43,7 @@ impl RowSoftmax {
 /// below `head_dim`.
 #[inline(always)]
 #[allow(clippy::too_many_arguments, reason = "the place of two columns, by parts")]
-pub unsafe fn attend_pair<E: Element, const CAPS_SCORES: bool>(
+pub unsafe fn attend_pair<E: Element, const CAPS_SCORES: bool, const HAS_WINDOWS: bool>(
     params: &ForwardParams,
     stream: Stream,
     kv_head: u32,
@@ -67,7 +67,7 @@ pub unsafe fn attend_pair<E: Element, const CAPS_SCORES: bool>(
             let words = unsafe { WhenUsed::new() };
             page_id = stream.page_id(words, page);
             let mask = stream.mask(words, page);
-            attends = mask.has_row(row) && in_page < mask.token_end() && !is_hidden(&stream, page, in_page);
+            attends = mask.has_row(row) && in_page < mask.token_end() && !(HAS_WINDOWS && is_hidden(&stream, page, in_page));
         }
         if attends {
             let key = strided(keys, page_id, params.k_page_stride, in_page, params.k_token_stride);
@@ -114,7 +114,7 @@ pub unsafe fn attend_pair<E: Element, const CAPS_SCORES: bool>(
 /// says where a tile row's result goes.
 #[inline(always)]
 #[allow(clippy::too_many_arguments, reason = "the rows of one warp, by parts")]
-pub unsafe fn restore_rows<E: Element, const CAPS_SCORES: bool>(
+pub unsafe fn restore_rows<E: Element, const CAPS_SCORES: bool, const HAS_WINDOWS: bool>(
     params: &ForwardParams,
     stream: Stream,
     kv_head: u32,
@@ -150,7 +150,7 @@ pub unsafe fn restore_rows<E: Element, const CAPS_SCORES: bool>(
                 let (of_row, column) = (first_row + row, block + 2 * lane);
                 // SAFETY: the caller's contract; the lanes write different columns.
                 unsafe {
-                    let pair = attend_pair::<E, CAPS_SCORES>(
+                    let pair = attend_pair::<E, CAPS_SCORES, HAS_WINDOWS>(
                         params,
                         stream,
                         kv_head,

@@ -57,12 +57,12 @@ impl Item {
     }
 }
 
-/// Whether token `in_page` of the page of entry `entry` stands in front of the window of the rows that read the entry. Of a stream that
-/// was given no first tokens, none does.
+/// Whether token `in_page` of the page of entry `entry` stands in front of the window of the rows that read the entry. The stream has
+/// masks and, where the kernel is compiled for windows, first tokens.
 #[inline(always)]
 pub fn is_hidden(stream: &Stream, entry: u32, in_page: u32) -> bool {
     // SAFETY: an item that has first tokens has one for each of its entries.
-    in_page < stream.first_token(unsafe { WhenUsed::new() }, entry)
+    switches::window() && in_page < stream.first_token(unsafe { WhenUsed::new() }, entry)
 }
 
 /// `base + i*i_stride + j*j_stride`, in bytes; strides may be negative.

@@ -196,7 +196,8 @@ impl Emitter<'_> {
         let token_count = buffer::checked_count("tokens of an item", token_count)?;
         let variant = self.choice.variant(row_count / group);
         let (mut first_token_begin, kv_limit_begin) = (NONE, NONE);
-        if has_hidden_tokens {
+        // Kernels that are compiled for windows ask every item that has masks.
+        if !uniform && !self.hidden_tokens.is_empty() {
             first_token_begin = buffer::checked_count("first tokens", records.words.len() as u64)?;
             for run in runs.iter() {
                 records.words.push(self.hidden_tokens(run));

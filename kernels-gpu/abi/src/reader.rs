@@ -171,7 +171,7 @@ pub struct Stream {
     page_ids: u64,
     /// Address of the first entry's mask; 0 where all rows attend to all tokens.
     masks: u64,
-    /// Address of the first entry's first token; 0 where tokens count from the first of a page on, or that was not asked for.
+    /// Address of the first entry's first token; 0 where there are none, or they were not asked for.
     first_tokens: u64,
     /// Number of tokens, at least 1.
     pub token_count: u32,
@@ -184,10 +184,10 @@ impl Stream {
         Self { first_tokens: exceptions.first_tokens, ..self }
     }
 
-    /// The first token that counts of the page of an entry.
+    /// The first token that counts of the page of an entry; the stream has first tokens.
     #[inline(always)]
     pub fn first_token(&self, words: impl PlanWords, entry: u32) -> u32 {
-        if self.first_tokens == 0 { 0 } else { words.word(self.first_tokens + entry as u64 * 4) }
+        words.word(self.first_tokens + entry as u64 * 4)
     }
 
     /// Whether rows attend to different tokens.

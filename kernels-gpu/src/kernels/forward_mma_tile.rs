@@ -185,7 +185,7 @@ unsafe fn store<E: Element, const HEAD_STEPS: usize>(
         let Written { not_finite, softmaxes } =
             write_rows::<E>(params, output, softmax, exists, has_masks, lane, |half| locate(rows[half]));
         if has_masks {
-            restore_rows::<E, true>(
+            restore_rows::<E, true, true>(
                 params,
                 item.stream,
                 item.kv_head,
