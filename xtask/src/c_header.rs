@@ -1,30 +1,14 @@
 //! `cargo xtask c-header`: the header of the C interface, from the crate that implements it.
 
-use crate::workspace;
-use anyhow::{Context, Result, bail};
-use std::fs;
+use crate::workspace::{self, Generated};
+use anyhow::{Result, bail};
 
 const HEADER: &str = "capi/include/pat.h";
 /// The files with what C sees, in the order of the header.
 const SOURCES: [&str; 5] = ["status.rs", "types.rs", "planning.rs", "device.rs", "border.rs"];
 
-#[derive(clap::Args)]
-pub(crate) struct Args {
-    /// Only compare with what is committed.
-    #[arg(long)]
-    check: bool,
-}
-
-pub(crate) fn run(args: &Args) -> Result<()> {
-    let path = workspace::root().join(HEADER);
-    let text = header()?;
-    if !args.check {
-        return fs::write(&path, text).with_context(|| path.display().to_string());
-    }
-    if fs::read_to_string(&path).with_context(|| path.display().to_string())? != text {
-        bail!("{HEADER} is not what capi/src gives: run `cargo xtask c-header`");
-    }
-    Ok(())
+pub(crate) fn run(header_file: &Generated) -> Result<()> {
+    header_file.put(HEADER, &header()?, "c-header")
 }
 
 fn header() -> Result<String> {
@@ -49,6 +33,6 @@ mod tests {
 
     #[test]
     fn the_committed_header_is_what_the_sources_give() {
-        run(&Args { check: true }).unwrap();
+        run(&Generated { check: true }).unwrap();
     }
 }

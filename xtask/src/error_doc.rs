@@ -3,7 +3,7 @@
 //! A variant's message is that of its `#[error]` attribute, its cause the first paragraph of its documentation, its fix the
 //! paragraph that begins with `Fix:`. Variants that only pass another error on have no row.
 
-use crate::workspace;
+use crate::workspace::{self, Generated};
 use anyhow::{Context, Result, bail};
 use std::fs;
 use std::path::Path;
@@ -55,23 +55,8 @@ result failed verification or became slower. In Rust, `Error::code` tells the cl
 `{...}` stands for what a message fills in. `cargo xtask error-doc` writes this page from the error types; do not edit it.
 ";
 
-#[derive(clap::Args)]
-pub(crate) struct Args {
-    /// Only compare with what is committed.
-    #[arg(long)]
-    check: bool,
-}
-
-pub(crate) fn run(args: &Args) -> Result<()> {
-    let path = workspace::root().join(DOCUMENT);
-    let text = document()?;
-    if !args.check {
-        return fs::write(&path, text).with_context(|| path.display().to_string());
-    }
-    if fs::read_to_string(&path).with_context(|| path.display().to_string())? != text {
-        bail!("{DOCUMENT} is not what the error types say: run `cargo xtask error-doc`");
-    }
-    Ok(())
+pub(crate) fn run(page: &Generated) -> Result<()> {
+    page.put(DOCUMENT, &document()?, "error-doc")
 }
 
 fn document() -> Result<String> {
@@ -197,7 +182,7 @@ mod tests {
 
     #[test]
     fn the_committed_page_is_what_the_error_types_say() {
-        run(&Args { check: true }).unwrap();
+        run(&Generated { check: true }).unwrap();
     }
 
     #[test]

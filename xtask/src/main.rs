@@ -45,9 +45,9 @@ enum Command {
     /// Format check and clippy for the device crate.
     LintKernels,
     /// Write docs/errors.md from the error types.
-    ErrorDoc(error_doc::Args),
+    ErrorDoc(workspace::Generated),
     /// Write the header of the C interface, capi/include/pat.h.
-    CHeader(c_header::Args),
+    CHeader(workspace::Generated),
     /// Say what works on this machine, and how to fix what does not.
     Doctor,
     /// Collect test executables, the tool and a runner in one folder for a GPU machine without cargo.
@@ -55,7 +55,7 @@ enum Command {
     /// Build the Python package as a wheel, and list what is in it.
     Wheel(wheel::Args),
     /// Write the type stubs of the Python extension.
-    Stubs(stubs::Args),
+    Stubs(workspace::Generated),
     /// Build the fuzz targets and run them.
     Fuzz(fuzz::Args),
     /// Collect what a release consists of, checked, in one folder.
@@ -72,12 +72,12 @@ fn main() -> anyhow::Result<()> {
         Command::CheckPtx(args) => check_ptx::run(&args),
         Command::CheckCudaLinking => check_cuda_linking::run(),
         Command::LintKernels => lint_kernels::run(),
-        Command::ErrorDoc(args) => error_doc::run(&args),
-        Command::CHeader(args) => c_header::run(&args),
+        Command::ErrorDoc(page) => error_doc::run(&page),
+        Command::CHeader(header) => c_header::run(&header),
         Command::Doctor => doctor::run(),
         Command::GpuBundle(args) => gpu_bundle::run(&args),
         Command::Wheel(args) => wheel::run(&args),
-        Command::Stubs(args) => stubs::run(&args),
+        Command::Stubs(stubs) => stubs::run(&stubs),
         Command::Fuzz(args) => fuzz::run(&args),
         Command::Dist(args) => dist::run(&args),
         Command::TestLong => test_long::run(),

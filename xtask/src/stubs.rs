@@ -1,19 +1,11 @@
 //! `cargo xtask stubs`: the type stubs of the Python extension, from what pyo3 has written into the compiled library.
 
-use crate::workspace;
+use crate::workspace::{self, Generated};
 use anyhow::{Context, Result, bail};
 use pyo3_introspection::{introspect_cdylib, module_stub_files};
-use std::fs;
 use std::process::Command;
 
-#[derive(clap::Args)]
-pub(crate) struct Args {
-    /// Write nothing; fail if the committed file differs.
-    #[arg(long)]
-    check: bool,
-}
-
-pub(crate) fn run(args: &Args) -> Result<()> {
+pub(crate) fn run(stubs: &Generated) -> Result<()> {
     workspace::run(
         Command::new("cargo").args(["build", "--quiet", "--package", "pat-python"]).current_dir(workspace::root()),
     )?;
@@ -27,12 +19,5 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     // The annotations that name torch's types are strings, for which pyo3 writes no import.
     let text = text.replacen("\nfrom ", "\nimport torch\nfrom ", 1);
     let text = format!("# Made by `cargo xtask stubs` from the compiled extension.\n\n{text}");
-    let committed = workspace::root().join("python/prefix_attn/_native.pyi");
-    if !args.check {
-        return fs::write(&committed, text).with_context(|| committed.display().to_string());
-    }
-    if fs::read_to_string(&committed).unwrap_or_default() != text {
-        bail!("{} is not what the extension gives: run `cargo xtask stubs`", committed.display());
-    }
-    Ok(())
+    stubs.put("python/prefix_attn/_native.pyi", &text, "stubs")
 }

@@ -1,6 +1,7 @@
 //! Where things are, and running commands.
 
 use anyhow::{Context, Result, bail};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -17,6 +18,28 @@ pub(crate) fn target_dir() -> PathBuf {
 /// The committed PTX file of an architecture.
 pub(crate) fn ptx_file(arch: pat_abi::Arch) -> PathBuf {
     root().join("host/src/cuda/ptx").join(format!("{}.ptx", arch.name()))
+}
+
+/// How a task treats the committed file that it makes.
+#[derive(clap::Args)]
+pub(crate) struct Generated {
+    /// Write nothing; fail if the committed file differs.
+    #[arg(long)]
+    pub(crate) check: bool,
+}
+
+impl Generated {
+    /// Writes `text` to `file` of the repository, or compares the two. `task` makes the file.
+    pub(crate) fn put(&self, file: &str, text: &str, task: &str) -> Result<()> {
+        let path = root().join(file);
+        if !self.check {
+            return fs::write(&path, text).with_context(|| path.display().to_string());
+        }
+        if fs::read_to_string(&path).with_context(|| path.display().to_string())? != text {
+            bail!("{file} is not what its sources give: run `cargo xtask {task}`");
+        }
+        Ok(())
+    }
 }
 
 /// Runs a command to its end; an error carries what it printed.

@@ -135,6 +135,15 @@ tokens() {
         "$out"/eager-fa.json "$out"/eager-restarts.json $t --task-of-ours again:${t#*:} --noise "$out"/eager-fa.json $t:16
 }
 
+one_by_one() { # "engines that run beside each other", stock, ours: the last two wait for a file each, so that neither is disturbed
+    wait $1
+    touch "$out"/go-fa
+    wait $2
+    touch "$out"/go-ours
+    wait $3
+    rm -f "$out"/go-*
+}
+
 drafts() {
     local t=64x1000+77:48
     local small="--shape small --kv-gib 1 --seqs 64 --tokens 4096 --max-len 2048"
@@ -148,12 +157,7 @@ drafts() {
     drive drafts-graph $small $known --mode graph --sizes 64,256 tokens:$t broken:$t & engines="$engines $!"
     drive 8b-drafts-fa $big --wait "$out"/go-fa --backend FLASH_ATTN $times & local stock=$!
     drive 8b-drafts-ours $big --wait "$out"/go-ours $times & local ours=$!
-    wait $engines
-    touch "$out"/go-fa
-    wait $stock
-    touch "$out"/go-ours
-    wait $ours
-    rm -f "$out"/go-*
+    one_by_one "$engines" $stock $ours
     failed_in_background "$out"/{plain-fa,drafts-fa,drafts-eager,drafts-graph,8b-drafts-fa,8b-drafts-ours}.json
     local noise="--noise $out/drafts-fa.json tokens:$t --noise $out/plain-fa.json tokens:$t:16"
     for mode in eager graph; do
@@ -205,12 +209,7 @@ gpt_oss() {
     drive gpt-oss-graph $small --mode graph --sizes 8,16,64 tokens:$t broken:$t & engines="$engines $!"
     drive oss-fa $big --wait "$out"/go-fa --backend FLASH_ATTN $times & local stock=$!
     drive oss-ours $big --wait "$out"/go-ours $times & local ours=$!
-    wait $engines
-    touch "$out"/go-fa
-    wait $stock
-    touch "$out"/go-ours
-    wait $ours
-    rm -f "$out"/go-*
+    one_by_one "$engines" $stock $ours
     failed_in_background "$out"/gpt-oss-{fa,triton,graph}.json "$out"/oss-{fa,ours}.json
     local noise="--noise $out/gpt-oss-triton.json tokens:$t --noise $out/gpt-oss-fa.json tokens:$t:16"
     judge "gpt-oss's attention, FULL graphs: as stock?" "$out"/gpt-oss-fa.json "$out"/gpt-oss-graph.json tokens:$t $noise
