@@ -44,7 +44,7 @@ class FlashAttention3:
         _require_plain(case)
         if case.page_size % 16:
             raise NotExpressible("pages that are no multiple of 16 tokens")
-        if case.q_heads == 0 or max(case.lengths) == 0:
+        if max(case.lengths) == 0:
             raise NotExpressible("no tokens")
         more = {"s_aux": tensors.sinks.to(torch.bfloat16)} if tensors.sinks is not None else {}
         if more and not torch.equal(more["s_aux"].float(), tensors.sinks):
@@ -89,6 +89,8 @@ class FlashInfer:
     def run(self, case, tensors):
         """Out and log-sum-exp. Raises NotExpressible."""
         _require_plain(case)
+        if max(case.lengths) == 0:
+            raise NotExpressible("no tokens")
         if case.has_sinks:
             raise NotExpressible("sinks")
         if case.softcap or case.head_dim > 128:
@@ -108,7 +110,6 @@ class FlashInfer:
             q_data_type=tensors.q.dtype,
             kv_data_type=tensors.q.dtype,
             sm_scale=case.scale,
-            logits_soft_cap=case.softcap or None,
         )
         out, lse = self.wrapper.run(tensors.q, (tensors.k_clean, tensors.v_clean), return_lse=True)
         # FlashInfer's is to the base of 2.

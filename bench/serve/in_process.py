@@ -153,17 +153,20 @@ class Benchmark:
             return None
         if self.engine is None:
             self.engine = self.make_engine(self.arguments)
+            self.engine.backend_counters()  # what starting it counted is no run's
             print(f"engine up in {self.engine.start_seconds:.1f} s: {self.engine.describe()}", flush=True)
         begin = time.monotonic()
         a = self.arguments
         window = Window(a.warm_up, a.measured, a.warm_up + a.measured + a.tail, a.patience)
         result = run(self.engine, workload, rate, window, clock=self.make_clock(self.arguments.clock == "virtual"), admission=self.admission(),
                      seed=self.arguments.seed)
+        counted = self.engine.backend_counters()
         profile = None
         if self.arguments.profile and not result.stopped:
             profile = self.engine.profile(self.arguments.profile)
         self.engine.clear(result.running)
-        self.complete(record, result, profile)
+        self.engine.backend_counters()  # nor is what profile and clearing counted
+        self.complete(record, result, profile, counted)
         records.append(self.arguments.output, record)
         self.former[records.key(record)] = record
         self.failed |= record["status"] != "success"
@@ -189,7 +192,7 @@ class Benchmark:
             "workload_seed": str(workload.seed), "clock": a.clock,
         }}
 
-    def complete(self, record, result, profile):
+    def complete(self, record, result, profile, counted):
         figures, counts, goodput = metrics.summarise(result)
         notes = []
         if result.stopped:
@@ -202,7 +205,7 @@ class Benchmark:
         record.update(
             status="success" if good else "failed", metrics=figures, requests=counts, goodput=goodput, notes=notes,
             steps=metrics.steps(result), machine=self.engine.describe(), date=datetime.datetime.now(datetime.timezone.utc).date().isoformat())
-        for name, value in (("step_time", profile), ("backend_counters", self.engine.backend_counters())):
+        for name, value in (("step_time", profile), ("backend_counters", counted)):
             if value:
                 record[name] = value
         if not good:

@@ -9,7 +9,8 @@ SCHEMA_VERSION = 1
 def key(record):
     """What tells runs apart: a run whose key the file has is not repeated."""
     config = record["config"]
-    names = ("model", "trace", "ATTENTION_BACKEND", "request_rate", "admission", "mode", "form", "window", "workload_seed")
+    names = ("model", "trace", "ATTENTION_BACKEND", "request_rate", "admission", "mode", "form", "window", "workload_seed",
+        "arrival_seed")
     return tuple(str(config.get(name)) for name in names)
 
 

@@ -43,6 +43,7 @@ class FakeEngine:
     def __init__(self, time, broken=None):
         self.time, self.broken = time, broken
         self.requests, self.step_log, self.most, self.cleared = {}, [], 0, 0
+        self.counted = 7  # steps that starting took
 
     def add(self, name, token_ids, output_tokens):
         assert name not in self.requests
@@ -51,6 +52,7 @@ class FakeEngine:
     def step(self):
         assert self.requests, "an engine without requests is not asked to step"
         self.most = max(self.most, len(self.requests))
+        self.counted += 1
         prompt_tokens = sum(prompt for prompt, _, _ in self.requests.values())
         prompts = sum(prompt > 0 for prompt, _, _ in self.requests.values())
         self.time.seconds += 5e-3 + 1e-4 * len(self.requests) + 1e-5 * prompt_tokens
@@ -69,15 +71,18 @@ class FakeEngine:
             del self.requests[name]
         assert not self.requests
         self.cleared += 1
+        self.counted += 1
 
     def profile(self, steps):
+        self.counted += steps
         return {"requests": 1.0, "steps": steps, "ms": {"attention": 1.0}}
 
     def describe(self):
         return {"device": "none"}
 
     def backend_counters(self):
-        return {"decode_steps": 3}
+        counted, self.counted = self.counted, 0
+        return {"decode_steps": counted}
 
 
 def workload(count=4000, prompt=((0, 500), (None, 100)), output=50, more=None):
@@ -254,7 +259,8 @@ class Command(unittest.TestCase):
         for kind in ("mean", "median", "p99"):
             for name in ("ttft", "tpot", "itl", "e2el"):
                 self.assertGreater(record["metrics"][f"{kind}_{name}_ms"], 0)
-        self.assertEqual(record["backend_counters"], {"decode_steps": 3})
+        # Those of the run alone: neither of what was before it, nor of profile and clearing.
+        self.assertEqual(written[1]["backend_counters"]["decode_steps"], len(self.engines[0].step_log))
         self.assertEqual(record["step_time"]["ms"], {"attention": 1.0})
         self.assertEqual([engine.cleared for engine in self.engines], [2])
         status, text = self.command("--rates", "20,40,60")

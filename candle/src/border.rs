@@ -46,6 +46,16 @@ impl Resident {
         }
     }
 
+    /// Refuses tensors whose stream is not the step's: two candle devices of one GPU have a stream each, and nothing would order
+    /// them.
+    fn check_stream(&self, argument: &str, device: &CudaDevice) -> Result<()> {
+        if device.cuda_stream().cu_stream() as u64 == self.stream.handle() {
+            return Ok(());
+        }
+        let expected = "one of the candle device that the step was made on";
+        Err(Error::invalid(argument, "a tensor of another candle device on the same GPU", expected))
+    }
+
     /// Uploads a plan that is not there yet, into larger memory where it has grown out of the former.
     pub(crate) fn hold(&mut self, plan: &Plan) -> Result<()> {
         if self.buffers.uploaded().is_ok_and(|uploaded| uploaded.generation() == plan.generation()) {
@@ -73,6 +83,9 @@ pub(crate) fn run<T: CudaDType + DeviceRepr>(
     let strides = op.strides(q.1, k.1, v.1)?;
     let resident = op.step.resident().map_err(candle_core::Error::wrap)?;
     resident.check_thread().map_err(candle_core::Error::wrap)?;
+    for (argument, (storage, _)) in [("q", q), ("k_cache", k), ("v_cache", v)] {
+        resident.check_stream(argument, &storage.device).map_err(candle_core::Error::wrap)?;
+    }
     let device = &q.0.device;
     let stream = device.cuda_stream();
     let elements = op.out_shape().elem_count();
@@ -87,8 +100,7 @@ pub(crate) fn run<T: CudaDType + DeviceRepr>(
         let span = |address: u64, total: usize, skipped: usize| {
             let (skipped, bytes) = (size_of::<T>() * skipped.min(total), size_of::<T>() * total);
             // SAFETY: the range is candle's allocation from the tensor's first element on, in the device's primary context. The
-            // storage outlives the call, and cudarc frees its memory in the order of the streams it was used on, which the
-            // guards record. The output is nobody else's yet.
+            // storage outlives the call, its stream is the run's (`check_stream`), and cudarc frees memory in that stream's order. The output is nobody else's yet.
             unsafe { DeviceSpan::from_raw(address + skipped as u64, (bytes - skipped) as u64) }
         };
         let input = |(storage, layout): (&CudaStorage, &Layout), address| -> candle_core::Result<DeviceSpan> {

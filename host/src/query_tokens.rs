@@ -36,10 +36,14 @@ pub struct QueryTokens<'a> {
 }
 
 impl<'a> QueryTokens<'a> {
+    /// Most query tokens of a sequence of length 0: they are padding, and no length bounds them.
+    pub const MAX_OF_EMPTY: u32 = 1 << 16;
+
     /// `tokens` query tokens in every sequence. A sequence of length 0, a padding row, has as many rows of length 0.
     ///
     /// # Errors
-    /// `tokens` is 0, or a sequence that is not empty has fewer tokens; there are more than [`DecodeBatch::MAX_TOKENS`] rows.
+    /// `tokens` is 0, or a sequence that is not empty has fewer tokens, or there is an empty one and `tokens` exceeds
+    /// [`Self::MAX_OF_EMPTY`]; there are more than [`DecodeBatch::MAX_TOKENS`] rows.
     pub fn uniform(batch: &DecodeBatch<'a>, tokens: u32) -> Result<Self> {
         if tokens == 0 {
             return Err(Error::invalid("query_tokens", tokens, "at least 1"));
@@ -50,8 +54,8 @@ impl<'a> QueryTokens<'a> {
     /// `counts[b]` query tokens in sequence `b`; with 0 it has no row.
     ///
     /// # Errors
-    /// There is not one count per sequence, a sequence that is not empty has fewer tokens than its count, or there are more than
-    /// [`DecodeBatch::MAX_TOKENS`] rows.
+    /// There is not one count per sequence, a sequence that is not empty has fewer tokens than its count, an empty one has more
+    /// than [`Self::MAX_OF_EMPTY`], or there are more than [`DecodeBatch::MAX_TOKENS`] rows.
     pub fn ragged(batch: &DecodeBatch<'a>, counts: &[u32]) -> Result<Self> {
         if counts.len() != batch.sequence_count() {
             let expected = format!("one per sequence ({})", batch.sequence_count());
@@ -65,9 +69,12 @@ impl<'a> QueryTokens<'a> {
         let mut rows = 0u64;
         for sequence in 0..batch.sequence_count() {
             let (count, length) = (count(sequence), batch.length(sequence));
-            if length > 0 && count > length {
-                let expected = format!("at most lengths[{sequence}] = {length}");
-                return Err(Error::invalid(argument(sequence), count, expected));
+            let (most, what) = match length {
+                0 => (Self::MAX_OF_EMPTY, format!("of an empty sequence at most {}", Self::MAX_OF_EMPTY)),
+                _ => (length, format!("at most lengths[{sequence}] = {length}")),
+            };
+            if count > most {
+                return Err(Error::invalid(argument(sequence), count, what));
             }
             rows += u64::from(count);
         }

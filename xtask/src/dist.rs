@@ -12,6 +12,9 @@ const PUBLISHED: [&str; 2] = ["pat-abi", "pat-rs"];
 /// What the changelog calls changes that no version has yet.
 const UNRELEASED: &str = "Unreleased";
 
+/// The version's section of the changelog: by it a folder is known as a release.
+const CHANGES: &str = "CHANGES.md";
+
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// Where to put it.
@@ -29,10 +32,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let root = workspace::root();
     let version = env!("CARGO_PKG_VERSION");
     let out = root.join(&args.out);
-    if out.exists() {
-        fs::remove_dir_all(&out)?;
+    if fs::read_dir(&out).is_ok_and(|mut entries| entries.next().is_some()) && !out.join(CHANGES).is_file() {
+        bail!("--out {}: got a folder with other things in it, expected an earlier release, an empty folder or none", out.display());
     }
-    fs::create_dir_all(&out)?;
 
     let changelog = fs::read_to_string(root.join("CHANGELOG.md"))?;
     let section = match section(&changelog, version) {
@@ -44,8 +46,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             bail!("CHANGELOG.md has no section `## {version}`: write the version over `## {UNRELEASED}`, with the day")
         }
     };
-    fs::write(out.join("CHANGES.md"), section)?;
     check_versions(root, version)?;
+    if out.exists() {
+        fs::remove_dir_all(&out)?;
+    }
+    fs::create_dir_all(&out)?;
+    fs::write(out.join(CHANGES), section)?;
     if !args.crates_only {
         // The kernels in the packages are those of the sources.
         build_ptx::run(&build_ptx::Args { check: true })?;

@@ -202,8 +202,18 @@ impl Record {
 
 /// What tells runs apart, of a configuration.
 pub fn key(config: &Config) -> Vec<String> {
-    const NAMES: [&str; 9] =
-        ["model", "trace", "ATTENTION_BACKEND", "request_rate", "admission", "mode", "form", "window", "workload_seed"];
+    const NAMES: [&str; 10] = [
+        "model",
+        "trace",
+        "ATTENTION_BACKEND",
+        "request_rate",
+        "admission",
+        "mode",
+        "form",
+        "window",
+        "workload_seed",
+        "arrival_seed",
+    ];
     NAMES.iter().map(|name| config.get(*name).cloned().unwrap_or_default()).collect()
 }
 

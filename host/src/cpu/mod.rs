@@ -84,7 +84,8 @@ impl<'a, T> HostTensors<'a, T> {
 }
 
 /// Executes `plan`: writes the output of every sequence to `out` and, where asked, the natural log-sum-exp of its scores
-/// to `lse`. An empty sequence gets output 0 and log-sum-exp −inf. Elements between the strided rows keep their values.
+/// to `lse`. An empty sequence gets output 0 and log-sum-exp −inf (with
+/// sinks, the head's sink). Elements between the strided rows keep their values.
 ///
 /// # Errors
 /// [`crate::Error::PlanMismatch`] when the plan was made for another problem or element type; [`crate::Error::Unsupported`]

@@ -59,13 +59,15 @@ pub fn check_embedded_ptx() -> Result<usize> {
         let module = cut(text(kernel.arch), kernel.entry, Switches::OFF)?;
         let target = format!(".target {}", kernel.arch.name());
         let bounds = format!(".maxntid {}, 1, 1\n.minnctapersm {}\n", kernel.threads, kernel.min_ctas_per_sm);
-        for expected in [target, bounds] {
-            if !module.contains(&expected) || module.contains(Switches::PREFIX) {
-                return Err(Error::Cuda {
-                    call: format!("checking kernel {}", kernel.entry),
-                    reason: format!("the embedded PTX lacks {expected:?}: run `cargo xtask build-ptx`"),
-                });
-            }
+        let refuse = |what: String| Error::Cuda {
+            call: format!("checking kernel {}", kernel.entry),
+            reason: format!("the embedded PTX {what}: run `cargo xtask build-ptx`"),
+        };
+        if let Some(missing) = [target, bounds].into_iter().find(|expected| !module.contains(expected)) {
+            return Err(refuse(format!("lacks {missing:?}")));
+        }
+        if module.contains(Switches::PREFIX) {
+            return Err(refuse("has a switch that the host does not know".into()));
         }
     }
     Ok(KERNELS.len())

@@ -166,7 +166,7 @@ pub struct ItemQuery {
     pub slot: u32,
 }
 
-/// A sequence whose output the merge kernel writes: two or more partials, or none (length 0: output 0, LSE −inf). Rows of a
+/// A sequence whose output the merge kernel writes: two or more partials, or none (length 0: output 0, LSE −inf or the sink). Rows of a
 /// plan are in the order of their partials, most first, then of their sequences: they are dealt out in turn.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]

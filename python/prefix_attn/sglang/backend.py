@@ -21,6 +21,16 @@ def backend_over(stock):
     return type("PrefixAttnBackend", (_PrefixAttn, stock), {})
 
 
+@functools.cache
+def _has_kernels(q_heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, page_size: int) -> bool:
+    """Whether layers of these heads can be computed; the stock backend serves others."""
+    try:
+        shape = prefix_attn.AttentionShape(q_heads, kv_heads, head_dim, dtype)
+    except (TypeError, ValueError):
+        return False
+    return prefix_attn.supports(shape, page_size) is None
+
+
 class _PrefixAttn:
     # The plan is made of lengths on the host.
     needs_cpu_seq_lens = True
@@ -78,6 +88,7 @@ class _PrefixAttn:
             and layer.k_scale is None
             and all(value is None for value in options.values())
             and self.token_to_kv_pool.get_key_buffer(layer.layer_id).dtype == k.dtype
+            and _has_kernels(layer.tp_q_head_num, layer.tp_k_head_num, layer.head_dim, k.dtype, self._page_size)
         )
 
     def _plan(self, *geometry) -> prefix_attn.Plan:

@@ -178,10 +178,9 @@ class Builder(FlashAttentionMetadataBuilder):
         )
 
     def _visible(self) -> dict:
-        """What the planner must know of the layers' windows and scores."""
-        window = eligibility.window_of(self.kv_cache_spec)
+        """What the planner must know of the layers' scores."""
         softcap = max(layer.impl.logits_soft_cap or 0.0 for layer in self._layers)
-        return {**({"window": window} if window else {}), **({"softcap": softcap} if softcap else {})}
+        return {"softcap": softcap} if softcap else {}
 
     def _stay_stock(self, reason: str) -> None:
         if self._decoder is not None:

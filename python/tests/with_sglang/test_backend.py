@@ -121,6 +121,12 @@ def test_layers_with_more_go_to_the_stock_backend(options, monkeypatch):
     assert len(called) == 1 and backend.stats == {"decode_batches": 1, "stock_calls": 1}
 
 
+def test_heads_without_a_kernel_go_to_the_stock_backend():
+    assert backend._has_kernels(8, 2, 128, torch.bfloat16, 16)
+    assert not backend._has_kernels(8, 2, 96, torch.bfloat16, 16)
+    assert not backend._has_kernels(8, 2, 128, torch.float32, 16)
+
+
 def test_cuda_graphs_and_mla_are_refused_at_start():
     made = backend.backend_over(TorchNativeAttnBackend)(runner_of(16))
     with pytest.raises(ValueError, match="--disable-cuda-graph"):

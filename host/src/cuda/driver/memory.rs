@@ -239,8 +239,9 @@ impl Drop for StagingRing {
         let _allowed = WhileOthersCapture::try_enter();
         // The pinned memory must outlive the copies that read it.
         for slot in self.slots.drain(..) {
-            let _current = try_make_current(slot.copied.device());
-            let _ = slot.copied.try_synchronize();
+            if let Ok(_current) = try_make_current(slot.copied.device()) {
+                let _ = slot.copied.try_synchronize();
+            }
             drop(slot);
         }
     }
