@@ -149,10 +149,14 @@ mod tests {
         assert_eq!(refusal(QueryTokens::uniform(&sequences(), 0)), "query_tokens: got 0, expected at least 1");
         let message = refusal(QueryTokens::uniform(&sequences(), 10));
         assert_eq!(message, "query_tokens: got 10, expected at most lengths[2] = 9");
-        let message = refusal(QueryTokens::ragged(&sequences(), &[1, u32::MAX, 10]));
+        let message = refusal(QueryTokens::ragged(&sequences(), &[1, QueryTokens::MAX_OF_EMPTY, 10]));
         assert_eq!(message, "query_tokens[2]: got 10, expected at most lengths[2] = 9");
-        let message = refusal(QueryTokens::ragged(&sequences(), &[1, u32::MAX, 9]));
-        assert_eq!(message, "query_tokens: got 4294967305 in all, expected at most 2147483647");
+        let message = refusal(QueryTokens::ragged(&sequences(), &[1, 65_537, 9]));
+        assert_eq!(message, "query_tokens[1]: got 65537, expected of an empty sequence at most 65536");
+        let (tables, lengths) = (vec![&[][..]; 1 << 15], vec![0; 1 << 15]);
+        let empty = DecodeBatch::from_block_tables(&tables, &lengths, 16, 1).unwrap();
+        let message = refusal(QueryTokens::uniform(&empty, QueryTokens::MAX_OF_EMPTY));
+        assert_eq!(message, "query_tokens: got 2147483648 in all, expected at most 2147483647");
         let message = refusal(QueryTokens::ragged(&sequences(), &[1, 1]));
         assert_eq!(message, "query_tokens: got 2 counts, expected one per sequence (3)");
     }

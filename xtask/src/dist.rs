@@ -33,7 +33,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let version = env!("CARGO_PKG_VERSION");
     let out = root.join(&args.out);
     if fs::read_dir(&out).is_ok_and(|mut entries| entries.next().is_some()) && !out.join(CHANGES).is_file() {
-        bail!("--out {}: got a folder with other things in it, expected an earlier release, an empty folder or none", out.display());
+        bail!(
+            "--out {}: got a folder with other things in it, expected an earlier release, an empty folder or none",
+            out.display()
+        );
     }
 
     let changelog = fs::read_to_string(root.join("CHANGELOG.md"))?;

@@ -1,5 +1,6 @@
 //! Servers that the benchmark starts itself, and the GPUs they are dealt over.
 
+use rustix::process::{Pid, Signal, kill_process_group, test_kill_process_group};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -67,10 +68,13 @@ pub enum ServerError {
     Gpus(String),
 }
 
-/// A server that was started. Dropping it kills it at once; [`ServerProcess::stop`] lets it end.
+/// A server that was started, with the processes that it started: a group. Dropping it kills them at once;
+/// [`ServerProcess::stop`] lets them end.
 #[derive(Debug)]
 pub struct ServerProcess {
     child: Child,
+    /// None where all of them have ended.
+    group: Option<Pid>,
 }
 
 impl ServerCommand {
@@ -98,7 +102,9 @@ impl ServerCommand {
         if let Some(gpu) = gpu {
             shell.env("CUDA_VISIBLE_DEVICES", gpu);
         }
-        let mut server = ServerProcess { child: shell.spawn().map_err(io(format!("sh -c {command:?}")))? };
+        let child = shell.spawn().map_err(io(format!("sh -c {command:?}")))?;
+        let group = child.id().and_then(|id| Pid::from_raw(id.cast_signed()));
+        let mut server = ServerProcess { child, group };
         let url = format!("http://127.0.0.1:{port}{}", self.health_path);
         let end = Instant::now() + self.start_limit;
         while Instant::now() < end {
@@ -123,29 +129,45 @@ impl ServerProcess {
         self.child.try_wait().ok().flatten().map(|status| status.to_string())
     }
 
-    /// Asks it to end, and kills it when it has not after 20 s.
+    /// Asks the group to end, and kills what of it has not after 20 s.
     pub async fn stop(mut self) {
-        self.signal(rustix::process::Signal::TERM);
-        if timeout(Duration::from_secs(20), self.child.wait()).await.is_err() {
-            self.signal(rustix::process::Signal::KILL);
+        self.signal(Signal::TERM);
+        if !self.has_ended(Duration::from_secs(20)).await {
+            self.signal(Signal::KILL);
             // A process that even this does not end is left to the system.
-            let _ = timeout(Duration::from_secs(5), self.child.wait()).await;
+            self.has_ended(Duration::from_secs(5)).await;
         }
     }
 
+    /// Waits for the shell and all that it started: the shell may end before the server does.
+    async fn has_ended(&mut self, limit: Duration) -> bool {
+        let end = Instant::now() + limit;
+        while let Some(group) = self.group {
+            // The shell itself is in the group until somebody has asked for its status.
+            let shell_has_ended = self.exit_status().is_some();
+            if shell_has_ended && test_kill_process_group(group).is_err() {
+                self.group = None;
+            } else if Instant::now() >= end {
+                return false;
+            } else {
+                sleep(Duration::from_millis(20)).await;
+            }
+        }
+        true
+    }
+
     /// To the server and the processes that it started.
-    fn signal(&self, signal: rustix::process::Signal) {
-        let Some(group) = self.child.id().and_then(|id| rustix::process::Pid::from_raw(id.cast_signed())) else {
-            return;
-        };
-        // It may just have ended by itself.
-        let _ = rustix::process::kill_process_group(group, signal);
+    fn signal(&self, signal: Signal) {
+        if let Some(group) = self.group {
+            // It may just have ended by itself.
+            let _ = kill_process_group(group, signal);
+        }
     }
 }
 
 impl Drop for ServerProcess {
     fn drop(&mut self) {
-        self.signal(rustix::process::Signal::KILL);
+        self.signal(Signal::KILL);
     }
 }
 

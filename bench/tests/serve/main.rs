@@ -286,11 +286,26 @@ async fn servers_are_started_dealt_over_and_stopped() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_a_server_has_started_has_ended_when_the_run_has() {
+    let folder = TempDir::new().expect("a temporary folder");
+    let (first, _) = neighbours().await;
+    let mock = Mock::on(first, Fault::None, 1);
+    // The shell ends at once when it is asked to, its child some seconds later.
+    let note = folder.path().join("child");
+    let script = format!("sh -c 'trap \"\" TERM; echo $$ > {}; sleep 1; sleep 1; sleep 1' & wait", note.display());
+    let target = Target::Started { command: command(&folder, &script), gpus: vec![None], first_port: mock.port };
+    let records = records(&sweep(target, &["A"], &[20.0])).await;
+    assert!(records.iter().all(|record| record.status == Status::Success), "{records:?}");
+    let child = std::fs::read_to_string(note).expect("written");
+    assert!(!std::path::Path::new(&format!("/proc/{}", child.trim())).exists(), "{child}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_does_not_start_is_an_error_in_each_record() {
     let folder = TempDir::new().expect("a temporary folder");
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
     let first_port = listener.local_addr().expect("bound").port();
-    drop(listener);
+    // It stays bound, so that no other test's server gets the port: nobody answers there.
     for (script, part) in [("echo no GPU >&2; exit 3", "no GPU"), ("sleep 1000", "did not answer with 200 within 3 s")]
     {
         let target = Target::Started { command: command(&folder, script), gpus: vec![None], first_port };
