@@ -72,7 +72,7 @@ fn a_larger_group_is_refused_by_its_size() {
         let message = supports(&problem, None, None).expect_err("too large").to_string();
         assert_eq!(message, format!("q_heads / kv_heads: got {group}, expected 1 to {most}"));
         let planner = Planner::new(problem, DeviceProfile::h200(), PlanOptions::default());
-        assert_eq!(planner.err().expect("too large").to_string(), message);
+        assert_eq!(planner.expect_err("too large").to_string(), message);
     }
 }
 

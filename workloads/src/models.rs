@@ -1,8 +1,8 @@
 //! Attention shapes of public models, by name.
 //!
 //! The numbers are those of the `config.json` that the repository [`KnownModel::source`] publishes on Hugging Face, as the
-//! configuration classes of transformers 5.24, LMCache's table of models or (Gemma 4 31B, Qwen3.5) test programs repeat them; read
-//! in November 2026. Left out: models whose number of heads differs from layer to layer in no fixed pattern (Step-3.7, Laguna),
+//! configuration classes of transformers 5.24, LMCache's table of models or (Gemma 4 31B, Qwen3.5) test programs repeat them
+//! (November 2026). Left out: models whose number of heads differs from layer to layer in no fixed pattern (Step-3.7, Laguna),
 //! those that choose tokens per query by an index (DeepSeek V3.2, GLM-5, MiniMax M3), and layers without a KV cache (linear
 //! attention, convolutions).
 
