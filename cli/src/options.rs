@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, bail};
 use pat_bench::measure::features;
 use pat_rs::plan::PlanMode;
-use pat_rs::{AttentionShape, DeviceProfile, Dtype, Error, Part, PlanOptions, Problem, Reason, TileVariant, supports};
+use pat_rs::{AttentionShape, DeviceProfile, Dtype, Error, PlanOptions, Problem, TileVariant, supports};
 use pat_workloads::{
     MOONCAKE_BLOCK_TOKENS, ModelParts, OwnedBatch, TraceCut, TraceError, TreeSpec, count_requests, parse_dtype,
     read_batch,
@@ -182,14 +182,7 @@ impl Features {
         if let Some(tokens) = self.window {
             problem = problem.with_window(tokens);
         }
-        let named = |reason: Reason| match reason.part {
-            Part::SoftCap => {
-                anyhow::Error::new(reason).context(format!("--softcap {}", self.softcap.unwrap_or_default()))
-            }
-            Part::Window => anyhow::Error::new(reason).context(format!("--window {}", self.window.unwrap_or_default())),
-            _ => reason.into(),
-        };
-        supports(&problem, None, None).map_err(named)?;
+        supports(&problem, None, None).map_err(Error::from)?;
         Ok(problem)
     }
 }
@@ -400,12 +393,14 @@ fn option_of_argument(error: &Error) -> Option<&'static str> {
 
 /// Library arguments and the options that give them.
 fn option_named(argument: &str) -> Option<&'static str> {
-    const OPTIONS: [(&str, &str); 9] = [
+    const OPTIONS: [(&str, &str); 11] = [
         ("q_heads", "--heads"),
         ("kv_heads", "--heads"),
         ("head_dim", "--head-dim"),
         ("dtype", "--dtype"),
         ("page_size", "--page-size"),
+        ("soft_cap", "--softcap"),
+        ("window", "--window"),
         ("block_tokens", "--trace-block"),
         ("batch_size", "--batch"),
         ("first_request", "--first-request"),

@@ -58,7 +58,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             for switches in
                 Switches::ALL.into_iter().filter(|switches| of_arch().any(|kernel| kernel.serves(*switches)))
             {
-                let assembled = ptxas::assemble(&ptxas, &specialised(&text, switches), target)?;
+                let assembled = ptxas::assemble(&ptxas, &switches.specialise(&text), target)?;
                 warnings.extend(assembled.warnings.iter().cloned());
                 for kernel in of_arch().filter(|kernel| kernel.serves(switches)) {
                     let Some(entry) = module.entries.iter().find(|entry| entry.name == kernel.entry) else {
@@ -98,11 +98,6 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         bail!("{bad} kernels break a rule, ptxas gave {} warnings", warnings.len());
     }
     Ok(())
-}
-
-/// PTX with numbers for the switches.
-fn specialised(text: &str, switches: Switches) -> String {
-    switches.values().iter().fold(text.to_owned(), |text, (symbol, value)| text.replace(symbol, value))
 }
 
 /// Whether two kernels have as many instructions, and as many of each operation but for one in a thousand: ptxas chooses registers, the
