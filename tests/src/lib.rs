@@ -2,6 +2,7 @@
 
 pub mod device_tests;
 pub mod fuzzing;
+pub mod interpreted;
 pub mod invariants;
 pub mod on_device;
 pub mod pat_schedule;

@@ -20,7 +20,7 @@ pub(super) use event::Event;
 pub(super) use graph::{GraphExec, drop_released, retain_in_capture};
 pub(super) use kernel::{
     BareLaunch, Kernel, TensorMap, encode_tensor_map, launch_append, launch_fill, launch_flush, launch_forward,
-    launch_merge, launch_merge_states,
+    launch_merge, launch_merge_states, max_grid,
 };
 pub(super) use memory::{Allocation, StagingRing};
 pub(super) use stream::{CaptureStatus, CurrentStream};
