@@ -473,13 +473,13 @@ impl Warp {
         transposed: bool,
         common: &mut Common<'_>,
     ) -> Result<[[f32; 8]; DEPTH]> {
-        let mut b = [[0.0; 8]; DEPTH];
+        let mut b = [[0; 8]; DEPTH];
         let chunks = if transposed { DEPTH } else { 2 * 8 };
         for chunk in 0..chunks {
             let (n, k) = if transposed { (first_column, chunk) } else { (first_column + chunk % 8, 8 * (chunk / 8)) };
             let bytes: [u8; 16] = common.shared.read(self.by(0), descriptor.chunk(n, k, transposed))?;
             for (index, bits) in bytes.chunks_exact(2).enumerate() {
-                let value = of.to_f32(u16::from_le_bytes([bits[0], bits[1]]));
+                let value = u16::from_le_bytes([bits[0], bits[1]]);
                 if transposed {
                     b[k][index] = value;
                 } else {
@@ -487,7 +487,7 @@ impl Warp {
                 }
             }
         }
-        Ok(b)
+        Ok(of.to_f32(&b))
     }
 }
 

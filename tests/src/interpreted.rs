@@ -78,18 +78,23 @@ pub struct InterpretedRun {
     pub launches: Vec<LaunchRecord>,
     memory: DeviceMemory,
     out: DeviceSpan,
-    lse: DeviceSpan,
+    lse: Option<DeviceSpan>,
 }
 
 impl InterpretedRun {
-    /// Lays out the tensors, outputs of these lengths (NaN) and a workspace (NaN) in memory, and takes down the launches.
+    /// Lays out the tensors, the outputs as they are, and a workspace of NaN in memory, and takes down the launches.
     ///
     /// # Errors
     /// An argument is refused.
     ///
     /// # Panics
     /// V begins inside K and ends behind it.
-    pub fn new<T: Element>(plan: &Plan, host: &HostTensors<'_, T>, lengths: (usize, usize)) -> pat_rs::Result<Self> {
+    pub fn new<T: Element>(
+        plan: &Plan,
+        host: &HostTensors<'_, T>,
+        out: &[T],
+        lse: Option<&[f32]>,
+    ) -> pat_rs::Result<Self> {
         let mut memory = DeviceMemory::new();
         let mut plan_bytes = plan.bytes().to_vec();
         // Kernels fetch as much before they know how long the plan is.
@@ -101,16 +106,18 @@ impl InterpretedRun {
             Some(offset) => k.skip(offset).expect("inside K"),
             None => memory.add("V", host.v, Access::Read),
         };
-        let out = memory.add("O", &vec![T::from_f32(f32::NAN); lengths.0], Access::ReadWrite);
-        let lse = memory.add("LSE", &vec![f32::NAN; lengths.1], Access::ReadWrite);
+        let out = memory.add("O", out, Access::ReadWrite);
+        let lse = lse.map(|lse| memory.add("LSE", lse, Access::ReadWrite));
         let nan = vec![f32::NAN; (Workspace::bytes_for(plan) / 4) as usize];
         let workspace = Workspace::from_span(memory.add("the workspace", &nan, Access::ReadWrite));
 
         let header = plan.header();
         let mut args = RunArgs::new(host.problem, plan.num_pages(), header.sequence_count, (q, k, v, out.clone()))
             .with_kv_strides(host.k_strides, host.v_strides)
-            .with_row_strides(host.q_strides, host.out_strides)
-            .with_lse(lse.clone(), host.lse_strides);
+            .with_row_strides(host.q_strides, host.out_strides);
+        if let Some(lse) = &lse {
+            args = args.with_lse(lse.clone(), host.lse_strides);
+        }
         if let Some(sinks) = host.sinks {
             args = args.with_sinks(memory.add("the sinks", sinks, Access::Read));
         }
@@ -124,7 +131,8 @@ impl InterpretedRun {
     /// The interpreter's.
     pub fn run<T: Element>(&mut self) -> pat_ptx_interpreter::Result<Output<T>> {
         self.launches.iter().try_for_each(|record| self.memory.launch(record))?;
-        Ok(Output { out: self.memory.read(&self.out), lse: self.memory.read(&self.lse) })
+        let lse = self.lse.as_ref().map(|lse| self.memory.read(lse)).unwrap_or_default();
+        Ok(Output { out: self.memory.read(&self.out), lse })
     }
 }
 

@@ -1,6 +1,7 @@
 //! Test support: small random ragged forests and a run of the CPU executor.
 
 pub mod device_tests;
+pub mod executor;
 pub mod fuzzing;
 pub mod interpreted;
 pub mod invariants;

@@ -53,6 +53,14 @@ pub fn span(address: u64, bytes: u64) -> DeviceSpan {
     DeviceSpan::of_nothing(address, bytes)
 }
 
+/// The module that the driver would compile for a kernel.
+///
+/// # Errors
+/// The committed PTX lacks it.
+pub fn module(kernel: &KernelSpec, switches: Switches) -> Result<String> {
+    ptx::cut(ptx::text(kernel.arch), kernel.entry, switches)
+}
+
 /// The launches of a run of `plan`, which lies at `plan_address`, on a device with `sm_count` multiprocessors: forward kernels in
 /// order of tile variants, then the merge, where there is something to merge.
 ///
@@ -120,7 +128,7 @@ impl LaunchRecord {
     ) -> Result<Self> {
         Ok(Self {
             kernel,
-            ptx: ptx::cut(ptx::text(kernel.arch), kernel.entry, switches)?,
+            ptx: module(kernel, switches)?,
             ctas: ctas.min(driver::max_grid(kernel, sm_count)),
             params: bytes_of(params).to_vec(),
             tensor_maps: Vec::new(),
