@@ -5,6 +5,7 @@
 
 pub mod batch_file;
 pub mod model;
+pub mod models;
 pub mod nodes;
 pub mod numerics;
 pub mod oracle;
@@ -18,6 +19,7 @@ pub mod whole_file;
 
 pub use batch_file::{BatchFileError, batch_text, read_batch};
 pub use model::{ModelParts, parse_dtype, parse_heads};
+pub use models::{KnownModel, LayerKind, MODELS, ModelError, Reach};
 pub use nodes::{NodeError, NodeSpec, lay_out};
 pub use numerics::{NumericsReport, check};
 pub use oracle::{Oracle, RowSample};

@@ -55,7 +55,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         for target in targets(arch) {
             let plain = ptxas::assemble(&ptxas, &plain, target)?;
             for switches in Switches::ALL {
-                let assembled = ptxas::assemble(&ptxas, &specialised(&text, switches), target)?;
+                let assembled = ptxas::assemble(&ptxas, &switches.specialise(&text), target)?;
                 warnings.extend(assembled.warnings.iter().cloned());
                 for kernel in KERNELS.iter().filter(|kernel| kernel.arch == arch && serves(kernel, switches)) {
                     let Some(entry) = module.entries.iter().find(|entry| entry.name == kernel.entry) else {
@@ -103,11 +103,6 @@ fn serves(kernel: &KernelSpec, switches: Switches) -> bool {
         Family::Forward(variant) => variant.serves(switches),
         _ => switches == Switches::OFF,
     }
-}
-
-/// PTX with numbers for the switches.
-fn specialised(text: &str, switches: Switches) -> String {
-    switches.values().iter().fold(text.to_owned(), |text, (symbol, value)| text.replace(symbol, value))
 }
 
 /// Whether two kernels have as many instructions, and as many of each operation but for one in a thousand: ptxas chooses registers, the

@@ -103,9 +103,7 @@ impl CudaEngine {
         for variant in TileVariant::ALL.into_iter().filter(|variant| run.forward_grids[variant.index()] > 0) {
             let spec = forward_kernel(variant, run.shape, switches)?;
             if spec.tensor_maps > 0 && kernels.maps.is_none() {
-                let [k, v] = args.tensor_maps()?;
-                kernels.maps =
-                    Some([driver::encode_tensor_map(self.device, &k)?, driver::encode_tensor_map(self.device, &v)?]);
+                kernels.maps = Some(driver::encode_tensor_maps(self.device, &args.tensor_maps()?)?);
             }
             kernels.forward[variant.index()] = Some(self.device.kernel(spec, switches)?);
         }

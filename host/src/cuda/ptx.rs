@@ -45,7 +45,7 @@ pub(super) fn cut(module: &str, entry: &str, switches: Switches) -> Result<Strin
             reason: "the embedded PTX does not contain it: run `cargo xtask build-ptx`".into(),
         });
     }
-    Ok(switches.values().iter().fold(prelude + &body, |text, (symbol, value)| text.replace(symbol, value)))
+    Ok(switches.specialise(&(prelude + &body)))
 }
 
 /// Whether the embedded PTX is the manifest's: every kernel is there, for its architecture and with its launch bounds.

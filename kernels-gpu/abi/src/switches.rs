@@ -5,6 +5,9 @@
 //! that kernel by a number. `cargo xtask check-ptx` proves that with all switches off a kernel has the instructions of a build without
 //! them, but for one in a thousand that ptxas chooses differently.
 
+#[cfg(not(target_arch = "nvptx64"))]
+use alloc::string::String;
+
 /// The symbol of [`Switches::soft_cap`], as a literal.
 #[macro_export]
 macro_rules! soft_cap_symbol {
@@ -27,6 +30,12 @@ impl Switches {
     pub const OFF: Self = Self { soft_cap: false };
     /// Every combination that may be launched.
     pub const ALL: [Self; 2] = [Self::OFF, Self { soft_cap: true }];
+
+    /// PTX with numbers for the symbols: what the driver or ptxas takes.
+    #[cfg(not(target_arch = "nvptx64"))]
+    pub fn specialise(self, ptx: &str) -> String {
+        self.values().iter().fold(String::from(ptx), |text, (symbol, value)| text.replace(symbol, value))
+    }
 
     /// Symbols and what replaces them.
     pub const fn values(self) -> [(&'static str, &'static str); 1] {

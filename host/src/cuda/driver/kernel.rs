@@ -316,10 +316,14 @@ fn parameter_pointers<P: NoUninit>(record: &P, maps: &[TensorMap]) -> ([*mut c_v
     (params, 1 + maps.len())
 }
 
-/// Encodes a tensor map: 128-byte swizzle, no L2 promotion (measured to be slower), zeros out of range.
-pub(crate) fn encode_tensor_map(device: CudaDevice, spec: &TensorMapSpec) -> Result<TensorMap> {
+/// Encodes the tensor maps of K and V: 128-byte swizzle, no L2 promotion (measured to be slower), zeros out of range.
+pub(crate) fn encode_tensor_maps(device: CudaDevice, [k, v]: &[TensorMapSpec; 2]) -> Result<[TensorMap; 2]> {
     // It uses no device, but the driver refuses it without a context.
     let _current = make_current(device)?;
+    Ok([encode_tensor_map(k)?, encode_tensor_map(v)?])
+}
+
+fn encode_tensor_map(spec: &TensorMapSpec) -> Result<TensorMap> {
     let mut map = sys::CUtensorMap { opaque: [0; 16] };
     let dtype = match spec.dtype {
         Dtype::F16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
