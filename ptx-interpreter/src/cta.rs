@@ -12,8 +12,8 @@ use crate::shared::{Accessor, Clock, Shared};
 use crate::warp::{Wait, Warp};
 use std::collections::VecDeque;
 
-/// Most instructions of a CTA.
-const MAX_INSTRUCTIONS: u64 = 1 << 28;
+/// Most instructions of a CTA's warps.
+pub(crate) const MAX_INSTRUCTIONS: u64 = 1 << 28;
 
 /// A box that TMA is copying.
 #[derive(Clone, Debug)]
@@ -73,15 +73,7 @@ pub(crate) fn run(
         for index in 0..warps.len() {
             while let Some(group) = warps[index].next_group(common.changes) {
                 has_run = true;
-                let at = warps[index].groups[group].pc;
                 let run = warps[index].run_group(group, &mut common);
-                let run = run.and_then(|()| {
-                    if common.executed < MAX_INSTRUCTIONS {
-                        Ok(())
-                    } else {
-                        Err((at, Fault::Endless(MAX_INSTRUCTIONS)))
-                    }
-                });
                 run.map_err(|(pc, fault)| Error::Run { at: place(kernel, cta, index, pc), fault })?;
                 for released in common.released.drain(..) {
                     warps[released].groups.iter_mut().filter(|group| matches!(group.wait, Wait::Barrier(_))).for_each(

@@ -1,6 +1,6 @@
 //! What each instruction does.
 
-use crate::cta::{Common, TensorCopy};
+use crate::cta::{Common, MAX_INSTRUCTIONS, TensorCopy};
 use crate::error::Fault;
 use crate::instruction::{Address, Instruction, MatrixType, Op, Shuffle, Slot, Space, Vote};
 use crate::lanes::{Lanes, WARP, lanes_of};
@@ -40,6 +40,9 @@ impl Warp {
                 return Ok(());
             };
             common.executed += 1;
+            if common.executed > MAX_INSTRUCTIONS {
+                return Err((group.pc, Fault::Endless(MAX_INSTRUCTIONS)));
+            }
             let lanes = group.lanes & self.guarded(instruction);
             let flow = if lanes == 0 {
                 Flow::Next

@@ -5,11 +5,13 @@ use crate::lanewise::Lanewise;
 /// Index into a warp's registers.
 pub(crate) type Slot = u32;
 
+/// A predicate and its value in the lanes that execute an instruction.
+pub(crate) type Guard = (Slot, bool);
+
 /// An instruction with its guard.
 #[derive(Clone, Debug)]
 pub(crate) struct Instruction {
-    /// Lanes whose predicate differs from the flag do nothing.
-    pub(crate) guard: Option<(Slot, bool)>,
+    pub(crate) guard: Option<Guard>,
     pub(crate) op: Op,
     /// Line of the text.
     pub(crate) line: usize,

@@ -2,7 +2,7 @@
 
 use crate::decode::decode;
 use crate::error::{Error, Result};
-use crate::instruction::{Instruction, Op, Slot};
+use crate::instruction::{Guard, Instruction, Op, Slot};
 use crate::text::{Kind, newlines, statements};
 use std::collections::HashMap;
 
@@ -205,7 +205,7 @@ impl Reader {
     }
 
     /// Splits `@%p1 ...` and `@!%p1 ...`.
-    fn guard<'a>(&mut self, text: &'a str) -> std::result::Result<(Option<(Slot, bool)>, &'a str), String> {
+    fn guard<'a>(&mut self, text: &'a str) -> std::result::Result<(Option<Guard>, &'a str), String> {
         let Some(rest) = text.strip_prefix('@') else { return Ok((None, text)) };
         let (name, bare) = rest.split_once(char::is_whitespace).ok_or("a guard without an instruction")?;
         let (name, expected) = name.strip_prefix('!').map_or((name, true), |name| (name, false));

@@ -6,6 +6,7 @@
 
 use crate::lanes::{Float16, Lanes, Pair, Scalar};
 use half::{bf16, f16};
+use std::cmp::Ordering;
 
 /// Computes a register from the operands; behind the last one stands any.
 pub(crate) type Lanewise = fn([&Lanes; 3]) -> Lanes;
@@ -189,23 +190,23 @@ fn ordered<T: Scalar + Ord>(operator: &str) -> Option<(usize, Lanewise)> {
     })
 }
 
-/// Those that end in `u` are true where an operand is NaN, `ne` without it is not.
+/// Where an operand is NaN, those that end in `u` are true and the others false.
 fn float_comparison(operator: &str) -> Option<(usize, Lanewise)> {
     Some(match operator {
-        "eq" => lanes!(|a: f32, b: f32| a == b),
-        "ne" => lanes!(|a: f32, b: f32| a < b || a > b),
-        "lt" => lanes!(|a: f32, b: f32| a < b),
-        "le" => lanes!(|a: f32, b: f32| a <= b),
-        "gt" => lanes!(|a: f32, b: f32| a > b),
-        "ge" => lanes!(|a: f32, b: f32| a >= b),
-        "equ" => lanes!(|a: f32, b: f32| !(a < b || a > b)),
-        "neu" => lanes!(|a: f32, b: f32| a != b),
-        "ltu" => lanes!(|a: f32, b: f32| !(a >= b)),
-        "leu" => lanes!(|a: f32, b: f32| !(a > b)),
-        "gtu" => lanes!(|a: f32, b: f32| !(a <= b)),
-        "geu" => lanes!(|a: f32, b: f32| !(a < b)),
-        "num" => lanes!(|a: f32, b: f32| !a.is_nan() && !b.is_nan()),
-        "nan" => lanes!(|a: f32, b: f32| a.is_nan() || b.is_nan()),
+        "eq" => lanes!(|a: f32, b: f32| a.partial_cmp(&b).is_some_and(Ordering::is_eq)),
+        "ne" => lanes!(|a: f32, b: f32| a.partial_cmp(&b).is_some_and(Ordering::is_ne)),
+        "lt" => lanes!(|a: f32, b: f32| a.partial_cmp(&b).is_some_and(Ordering::is_lt)),
+        "le" => lanes!(|a: f32, b: f32| a.partial_cmp(&b).is_some_and(Ordering::is_le)),
+        "gt" => lanes!(|a: f32, b: f32| a.partial_cmp(&b).is_some_and(Ordering::is_gt)),
+        "ge" => lanes!(|a: f32, b: f32| a.partial_cmp(&b).is_some_and(Ordering::is_ge)),
+        "equ" => lanes!(|a: f32, b: f32| a.partial_cmp(&b).is_none_or(Ordering::is_eq)),
+        "neu" => lanes!(|a: f32, b: f32| a.partial_cmp(&b).is_none_or(Ordering::is_ne)),
+        "ltu" => lanes!(|a: f32, b: f32| a.partial_cmp(&b).is_none_or(Ordering::is_lt)),
+        "leu" => lanes!(|a: f32, b: f32| a.partial_cmp(&b).is_none_or(Ordering::is_le)),
+        "gtu" => lanes!(|a: f32, b: f32| a.partial_cmp(&b).is_none_or(Ordering::is_gt)),
+        "geu" => lanes!(|a: f32, b: f32| a.partial_cmp(&b).is_none_or(Ordering::is_ge)),
+        "num" => lanes!(|a: f32, b: f32| a.partial_cmp(&b).is_some()),
+        "nan" => lanes!(|a: f32, b: f32| a.partial_cmp(&b).is_none()),
         _ => return None,
     })
 }

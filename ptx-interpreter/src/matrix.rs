@@ -103,10 +103,13 @@ mod tests {
         u64::from(f16::from_f32(value as f32).to_bits())
     }
 
+    /// Row and column, by a lane's group of four and its place in that.
+    type Place = fn(usize, usize) -> (usize, usize);
+
     /// Registers of a matrix by the tables of the manual, written down here a second time: `(row, column)` of the low half.
     fn registers<const N: usize>(
         value: impl Fn(usize, usize) -> usize,
-        place: [fn(usize, usize) -> (usize, usize); N],
+        place: [Place; N],
         step: (usize, usize),
     ) -> [Lanes; N] {
         place.map(|place| {
@@ -130,13 +133,13 @@ mod tests {
         let c: [Lanes; 4] = std::array::from_fn(|index| [u64::from((index as f32).to_bits()); WARP]);
         let of = MatrixType::F16;
         let d = multiply_add(&a_matrix(of, a.each_ref()), &b_matrix(of, b.each_ref()), c.each_ref());
-        for lane in 0..WARP {
-            let (g, t) = (lane / 4, lane % 4);
-            for (index, (row, column)) in
-                [(g, 2 * t), (g, 2 * t + 1), (g + 8, 2 * t), (g + 8, 2 * t + 1)].into_iter().enumerate()
-            {
+        let places: [Place; 4] =
+            [|g, t| (g, 2 * t), |g, t| (g, 2 * t + 1), |g, t| (g + 8, 2 * t), |g, t| (g + 8, 2 * t + 1)];
+        for (index, (register, place)) in d.iter().zip(places).enumerate() {
+            for (lane, &bits) in register.iter().enumerate() {
+                let (row, column) = place(lane / 4, lane % 4);
                 let sum: usize = (0..16).map(|k| a_of(row, k) * b_of(k, column)).sum();
-                assert_eq!(f32::from_bits(d[index][lane] as u32), (sum + index) as f32);
+                assert_eq!(f32::from_bits(bits as u32), (sum + index) as f32);
             }
         }
     }

@@ -180,12 +180,12 @@ mod tests {
     fn descriptors_name_the_chunks_of_a_box() {
         let bits = (0x800 >> 4) | (0x2000 >> 4) << 16 | (1024 >> 4) << 32 | 1 << 62;
         let descriptor = MatrixDescriptor::decode(bits).unwrap();
-        // K-major: column 9, elements 8 to 15 of K: row 9, chunk 1.
-        assert_eq!(descriptor.chunk(9, 8, false), 0x800 + 9 * 128 + (1 ^ 1) * 16);
-        // Transposed: element 3 of K, columns 64 + 16 on: the second block, row 3, chunk 2.
-        assert_eq!(descriptor.chunk(80, 3, true), 0x800 + 0x2000 + 3 * 128 + (2 ^ 3) * 16);
+        // K-major: column 9, elements 8 to 15 of K: row 9, chunk 1, which comes first.
+        assert_eq!(descriptor.chunk(9, 8, false), 0x800 + 9 * 128);
+        // Transposed: element 3 of K, columns 64 + 16 on: the second block, row 3, chunk 2, which is second.
+        assert_eq!(descriptor.chunk(80, 3, true), 0x800 + 0x2000 + 3 * 128 + 16);
         // A later start inside the swizzle's rows: elements 16 on of K.
-        assert_eq!(MatrixDescriptor::decode(bits + 2).unwrap().chunk(9, 8, false), 0x800 + 9 * 128 + (3 ^ 1) * 16);
+        assert_eq!(MatrixDescriptor::decode(bits + 2).unwrap().chunk(9, 8, false), 0x800 + 9 * 128 + 2 * 16);
         assert!(MatrixDescriptor::decode(bits | 1 << 63).is_err() && MatrixDescriptor::decode(bits | 1 << 49).is_err());
     }
 }

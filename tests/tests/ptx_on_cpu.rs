@@ -221,11 +221,11 @@ fn merge_states<T: Element>() {
         lse[rng.random_range(0..15)] = f32::NEG_INFINITY;
         (out, lse)
     };
-    let [mut a, b] = [draw(), draw()];
+    let [mut a, mut b] = [draw(), draw()];
     // A row that neither has tokens of: what A's output holds there must not matter.
-    let mut b = b;
     (a.1[7], b.1[7]) = (f32::NEG_INFINITY, f32::NEG_INFINITY);
-    a.0[(7 % 5) * out_strides.sequence as usize + (7 / 5) * 144] = T::from_f32(f32::NAN);
+    // Row 2 of head 1.
+    a.0[2 * out_strides.sequence as usize + 144] = T::from_f32(f32::NAN);
 
     let mut memory = DeviceMemory::new();
     let mut state = |name: &str, (out, lse): &(Vec<T>, Vec<f32>)| DeviceState {
@@ -273,7 +273,7 @@ fn fill<T: Element>() {
     let (pages, tokens, heads, dim) = (3, 5, 2, 64);
     let strides = KvStrides { page: 5 * 144, token: 144, head: 72 };
     let mut memory = DeviceMemory::new();
-    let target = memory.add("a tensor", &vec![T::from_f32(7.0); 3 * 5 * 144], Access::ReadWrite);
+    let target = memory.add("a tensor", &[T::from_f32(7.0); 3 * 5 * 144], Access::ReadWrite);
     let params = FillParams {
         base: target.address(),
         page_stride: strides.page * 2,
