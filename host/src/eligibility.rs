@@ -159,7 +159,7 @@ impl Asked<'_> {
             (Part::ComputeCapability, compute_capability.is_some_and(|capability| !kernel.arch.runs_on(capability))),
             (Part::SharedMemory, self.smem_per_cta_bytes().is_some_and(|bytes| kernel.smem_bytes > bytes)),
             (Part::QDtype, shape.dtype() != kernel.dtype),
-            (Part::KvDtype, shape.kv_dtype() != kernel.dtype),
+            (Part::KvDtype, shape.kv_dtype() != kernel.kv_dtype),
             (Part::OutDtype, shape.out_dtype() != kernel.dtype),
             (Part::HeadDim, shape.head_dim() != kernel.head_dim),
             (Part::VHeadDim, shape.v_head_dim() != kernel.head_dim),
@@ -232,7 +232,8 @@ fn accepted_by(problem: &Problem, kernel: &KernelSpec, variant: TileVariant, par
             Arch::Sm90a => one("90".into()),
         },
         Part::SharedMemory => one(format!("{} bytes or more", kernel.smem_bytes)),
-        Part::QDtype | Part::KvDtype | Part::OutDtype => one(kernel.dtype.name().into()),
+        Part::QDtype | Part::OutDtype => one(kernel.dtype.name().into()),
+        Part::KvDtype => one(kernel.kv_dtype.name().into()),
         Part::HeadDim | Part::VHeadDim => one(kernel.head_dim.to_string()),
         Part::QueryTokens => Accepted::Range(1, None),
         Part::Window if variant.serves(switches_of(problem, part)) => Accepted::Range(1, None),
@@ -245,7 +246,7 @@ fn accepted_by(problem: &Problem, kernel: &KernelSpec, variant: TileVariant, par
         Part::Group => Accepted::Range(1, Some(variant.rows())),
         Part::PageSize if variant.supports_page_size(1) => Accepted::Range(1, Some(Problem::MAX_PAGE_SIZE)),
         Part::PageSize => one(format!("a power of two from 16 to {}", Problem::MAX_PAGE_SIZE)),
-        Part::Stride { .. } => one(accepted_strides(kernel.dtype.bytes())),
+        Part::Stride { .. } => one(accepted_strides(kernel.kv_dtype.bytes())),
     }
 }
 
