@@ -168,6 +168,7 @@ impl Operands<'_, '_> {
     fn warp(&mut self) -> Result<Option<Op>> {
         Ok(Some(match self.opcode {
             "ret" | "exit" => Op::Exit,
+            "trap" => Op::Trap,
             "shfl.sync.idx.b32" | "shfl.sync.bfly.b32" => {
                 self.expect(5)?;
                 let kind = if self.opcode.contains("idx") { Shuffle::Index } else { Shuffle::Butterfly };

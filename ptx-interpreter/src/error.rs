@@ -152,6 +152,9 @@ pub enum Fault {
     /// A tensor map or matrix descriptor that the interpreter does not know.
     #[error("{0}")]
     Descriptor(String),
+    /// The instruction `trap`.
+    #[error("the kernel traps")]
+    Trap,
     /// More instructions than the launch allows.
     #[error("the CTA has executed {0} instructions")]
     Endless(u64),

@@ -165,6 +165,7 @@ impl Warp {
             Op::Store { space, to, from, bytes } => self.store(lanes, *space, *to, from, *bytes, common)?,
             &Op::Branch { target } => return Ok(Flow::Jump(target)),
             Op::Exit => return Ok(Flow::Exit),
+            Op::Trap => return Err(Fault::Trap),
             Op::Nothing => {}
             &Op::Shuffle { kind, to, from, lane, clamp, members } => {
                 if self.members(members, lanes)?.is_none() {
@@ -189,6 +190,8 @@ impl Warp {
                 if self.members(members, lanes)?.is_none() {
                     return Ok(Flow::Wait(Wait::Lanes));
                 }
+                // Unlike the other `.sync` instructions it orders memory accesses.
+                common.shared.release(self.index);
             }
             &Op::CtaBarrier { id, threads } => return self.cta_barrier(lanes, id, threads, common),
             &Op::CopyAsync { to, from, bytes, source_bytes } => {
@@ -402,6 +405,7 @@ impl Warp {
         let clock = common.shared.release(self.index);
         for lane in lanes_of(lanes) {
             let bytes = bytes.map_or(0, |slot| self.get(slot)[lane] as u32);
+            common.shared.use_barrier(self.by(lane), self.shared_address(at, lane))?;
             let is_complete = common.counting.arrive(self.shared_address(at, lane), bytes, &clock)?;
             common.changes += u64::from(is_complete);
         }
@@ -414,6 +418,7 @@ impl Warp {
         let mut vain = None;
         for lane in lanes_of(lanes) {
             let address = self.shared_address(at, lane);
+            common.shared.use_barrier(self.by(lane), address)?;
             match common.counting.passed(address, self.get(parity)[lane])? {
                 Some(clock) => {
                     common.shared.acquire(self.index, clock);
@@ -443,6 +448,7 @@ impl Warp {
         let map = common.kernel.tensor_map(common.launch, map_address).ok_or_else(unknown)?;
         let (to, barrier) = (self.shared_address(to, lane), self.shared_address(barrier, lane));
         let by = self.by(lane);
+        common.shared.use_barrier(by, barrier)?;
         common.shared.reserve(by, to, map.box_bytes(), 128)?;
         let bytes =
             map.read_box(lane, common.global, coordinates.map(|slot| self.get(slot)[lane] as u32 as i32), to)?;

@@ -94,6 +94,7 @@ pub(crate) enum Op {
         target: usize,
     },
     Exit,
+    Trap,
     /// Fences, hints and what is about time alone.
     Nothing,
     Shuffle {

@@ -3,12 +3,24 @@
 //!
 //! What orders warps are barriers. Each warp has a vector clock: its own count of releases, and how much of the others' it has
 //! acquired. (Lamport, "Time, clocks, and the ordering of events in a distributed system", 1978; Mattern, "Virtual time and global
-//! states of distributed systems", 1988.) Lanes of one warp are not told apart.
+//! states of distributed systems", 1988.) Lanes of a warp share its clock: between them, what is at the same time is not ordered.
 
 use crate::error::Fault;
 use crate::global::check_alignment;
 use crate::kernel::SHARED_BEGIN;
 use crate::launch::Unset;
+
+/// An access: which warp, at what time of its, which lane.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Event {
+    time: u32,
+    warp: u16,
+    /// [`MANY`] where it is several.
+    lane: u16,
+}
+
+/// Several lanes of a warp.
+const MANY: u16 = u16::MAX;
 
 /// Bytes whose accesses are told apart.
 const GRANULE: usize = 2;
@@ -63,10 +75,10 @@ pub(crate) struct Shared {
     warps: usize,
     /// What each warp knows.
     clocks: Vec<Clock>,
-    /// Of each granule: the warp that wrote last, and when.
-    writes: Vec<(u32, u32)>,
-    /// Of each granule and warp: when it read last.
-    reads: Vec<u32>,
+    /// Of each granule: the last write.
+    writes: Vec<Event>,
+    /// Of each granule and warp: the last read.
+    reads: Vec<Event>,
 }
 
 impl Shared {
@@ -87,8 +99,8 @@ impl Shared {
             states: vec![state; bytes],
             warps,
             clocks: clocks.collect(),
-            writes: vec![(0, 0); granules],
-            reads: vec![0; granules * warps],
+            writes: vec![Event::default(); granules],
+            reads: vec![Event::default(); granules * warps],
         }
     }
 
@@ -97,7 +109,7 @@ impl Shared {
         self.clocks[warp].0[warp]
     }
 
-    /// What `warp` has done so far is known to who joins the clock returned.
+    /// The end of a time of `warp`: what it has done so far is known to who joins the clock returned, and to its own lanes.
     pub(crate) fn release(&mut self, warp: usize) -> Clock {
         let released = self.clocks[warp].clone();
         self.clocks[warp].0[warp] += 1;
@@ -127,7 +139,9 @@ impl Shared {
         let now = self.now(by.warp);
         for granule in at / GRANULE..(at + bytes).div_ceil(GRANULE) {
             self.check_behind_write(by, granule, "a read")?;
-            self.reads[granule * self.warps + by.warp] = now;
+            let last = &mut self.reads[granule * self.warps + by.warp];
+            let is_shared = last.time == now && last.lane != by.lane as u16;
+            *last = Event { lane: if is_shared { MANY } else { by.lane as u16 }, ..by.at(now) };
         }
         into.copy_from_slice(&self.bytes[at..at + bytes]);
         Ok(())
@@ -156,7 +170,7 @@ impl Shared {
     /// The copy is there, as written by its warp `when`: others read it behind a barrier that knows of this time.
     pub(crate) fn fill(&mut self, by: Accessor, when: u32, address: u64, bytes: &[u8]) -> Result<(), Fault> {
         let at = self.find(by.lane, address, bytes.len())?;
-        self.writes[at / GRANULE..(at + bytes.len()).div_ceil(GRANULE)].fill((by.warp as u32, when));
+        self.writes[at / GRANULE..(at + bytes.len()).div_ceil(GRANULE)].fill(by.at(when));
         self.bytes[at..at + bytes.len()].copy_from_slice(bytes);
         self.states[at..at + bytes.len()].fill(State::Set);
         Ok(())
@@ -168,6 +182,12 @@ impl Shared {
         self.begin_write(by, at, 8, "the start of a barrier")?;
         self.states[at..at + 8].fill(State::Barrier);
         Ok(())
+    }
+
+    /// A barrier is used: behind its start.
+    pub(crate) fn use_barrier(&self, by: Accessor, address: u64) -> Result<(), Fault> {
+        let at = self.locate(by.lane, address, 8)?;
+        self.check_behind_write(by, at / GRANULE, "the use of a barrier")
     }
 
     fn locate(&self, lane: usize, address: u64, bytes: usize) -> Result<usize, Fault> {
@@ -199,25 +219,40 @@ impl Shared {
         for granule in at / GRANULE..(at + bytes).div_ceil(GRANULE) {
             self.check_behind_write(by, granule, what)?;
             let reads = &self.reads[granule * self.warps..][..self.warps];
-            let known = &self.clocks[by.warp].0;
-            if let Some(other) = (0..self.warps).find(|&warp| warp != by.warp && reads[warp] > known[warp]) {
-                return Err(race(by, granule, what, format!("a read of warp {other}")));
+            if let Some(read) = reads.iter().find(|read| !self.is_behind(by, **read)) {
+                return Err(race(by, granule, what, "a read", *read));
             }
-            self.writes[granule] = (by.warp as u32, now);
+            self.writes[granule] = by.at(now);
         }
         Ok(())
     }
 
     fn check_behind_write(&self, by: Accessor, granule: usize, what: &'static str) -> Result<(), Fault> {
-        let (writer, written) = self.writes[granule];
-        if writer as usize == by.warp || written <= self.clocks[by.warp].0[writer as usize] {
-            return Ok(());
+        let write = self.writes[granule];
+        if self.is_behind(by, write) { Ok(()) } else { Err(race(by, granule, what, "a write", write)) }
+    }
+
+    /// Whether what a lane does now is behind what was done before.
+    fn is_behind(&self, by: Accessor, before: Event) -> bool {
+        if usize::from(before.warp) == by.warp {
+            before.time < self.now(by.warp) || usize::from(before.lane) == by.lane
+        } else {
+            before.time <= self.clocks[by.warp].0[usize::from(before.warp)]
         }
-        Err(race(by, granule, what, format!("a write of warp {writer}")))
     }
 }
 
-fn race(by: Accessor, granule: usize, access: &'static str, other: String) -> Fault {
+impl Accessor {
+    fn at(self, time: u32) -> Event {
+        Event { time, warp: self.warp as u16, lane: self.lane as u16 }
+    }
+}
+
+fn race(by: Accessor, granule: usize, access: &'static str, before: &'static str, event: Event) -> Fault {
+    let other = match event.lane {
+        MANY => format!("{before} of lanes of warp {}", event.warp),
+        lane => format!("{before} of lane {lane} of warp {}", event.warp),
+    };
     Fault::Race { lane: by.lane, address: SHARED_BEGIN + (granule * GRANULE) as u64, access, other }
 }
 
@@ -276,16 +311,48 @@ mod tests {
         let mut shared = Shared::new(64, Unset::Fault, 2);
         shared.write(FIRST, SHARED_BEGIN, &[5; 4]).unwrap();
         let error = shared.read::<4>(SECOND, SHARED_BEGIN).unwrap_err().to_string();
-        assert_eq!(error, "lane 2: a read of shared memory at 0x400, which nothing orders behind a write of warp 0");
+        assert_eq!(
+            error,
+            "lane 2: a read of shared memory at 0x400, which nothing orders behind a write of lane 1 of warp 0"
+        );
         meet(&mut shared);
         shared.read::<4>(SECOND, SHARED_BEGIN).unwrap();
         let error = shared.write(FIRST, SHARED_BEGIN, &[6; 4]).unwrap_err().to_string();
-        assert_eq!(error, "lane 1: a write of shared memory at 0x400, which nothing orders behind a read of warp 1");
+        assert_eq!(
+            error,
+            "lane 1: a write of shared memory at 0x400, which nothing orders behind a read of lane 2 of warp 1"
+        );
         meet(&mut shared);
         shared.write(FIRST, SHARED_BEGIN, &[6; 4]).unwrap();
         assert!(shared.write(SECOND, SHARED_BEGIN, &[6; 2]).is_err());
         shared.write(SECOND, SHARED_BEGIN + 4, &[6; 2]).unwrap();
         assert!(shared.reserve(FIRST, SHARED_BEGIN, 16, 16).is_err());
+    }
+
+    #[test]
+    fn lanes_that_no_barrier_orders_race() {
+        let mut shared = Shared::new(64, Unset::Fault, 1);
+        let neighbour = Accessor { warp: 0, lane: 3 };
+        shared.write(FIRST, SHARED_BEGIN, &[5; 4]).unwrap();
+        shared.read::<4>(FIRST, SHARED_BEGIN).unwrap();
+        let error = shared.read::<4>(neighbour, SHARED_BEGIN).unwrap_err().to_string();
+        assert!(error.ends_with("nothing orders behind a write of lane 1 of warp 0"), "{error}");
+        shared.release(0);
+        shared.read::<4>(neighbour, SHARED_BEGIN).unwrap();
+        shared.read::<4>(FIRST, SHARED_BEGIN).unwrap();
+        let error = shared.write(neighbour, SHARED_BEGIN, &[6; 4]).unwrap_err().to_string();
+        assert!(error.ends_with("nothing orders behind a read of lanes of warp 0"), "{error}");
+        shared.release(0);
+        shared.write(neighbour, SHARED_BEGIN, &[6; 4]).unwrap();
+    }
+
+    #[test]
+    fn a_barrier_is_used_behind_its_start() {
+        let mut shared = Shared::new(64, Unset::Fault, 2);
+        shared.place_barrier(FIRST, SHARED_BEGIN).unwrap();
+        assert!(shared.use_barrier(SECOND, SHARED_BEGIN).unwrap_err().to_string().contains("the use of a barrier"));
+        meet(&mut shared);
+        shared.use_barrier(SECOND, SHARED_BEGIN).unwrap();
     }
 
     #[test]
