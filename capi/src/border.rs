@@ -147,12 +147,8 @@ pub unsafe extern "C" fn pat_planner_plan_padded(
     tables: *const PatPaddedTables,
     plan: *mut *mut PatPlan,
 ) -> PatStatus {
-    guard(|| {
-        // SAFETY: rule 1.
-        let (planner, tables, plan) = unsafe { (read("planner", planner)?, padded(tables)?, slot("plan", plan)?) };
-        give(plan, planner.plan(&tables)?);
-        Ok(())
-    })
+    // SAFETY: rule 1.
+    guard(|| unsafe { plan_tables(planner, &padded(tables)?, plan) })
 }
 
 /// Plans a batch. Give the plan back with `pat_plan_free`.
@@ -165,12 +161,17 @@ pub unsafe extern "C" fn pat_planner_plan_csr(
     tables: *const PatCsrTables,
     plan: *mut *mut PatPlan,
 ) -> PatStatus {
-    guard(|| {
-        // SAFETY: rule 1.
-        let (planner, tables, plan) = unsafe { (read("planner", planner)?, csr(tables)?, slot("plan", plan)?) };
-        give(plan, planner.plan(&tables)?);
-        Ok(())
-    })
+    // SAFETY: rule 1.
+    guard(|| unsafe { plan_tables(planner, &csr(tables)?, plan) })
+}
+
+/// # Safety
+/// Rule 1.
+unsafe fn plan_tables(planner: *const PatPlanner, tables: &Tables<'_>, plan: *mut *mut PatPlan) -> Result<()> {
+    // SAFETY: the caller's contract.
+    let (planner, plan) = unsafe { (read("planner", planner)?, slot("plan", plan)?) };
+    give(plan, planner.plan(tables)?);
+    Ok(())
 }
 
 /// Makes `plan` the plan of the next decode step, predicted to be about as fast as planning the batch from scratch; with fixed
@@ -189,19 +190,8 @@ pub unsafe extern "C" fn pat_planner_advance_padded(
     changed_row_count: usize,
     change: *mut PatPlanChange,
 ) -> PatStatus {
-    guard(|| {
-        // SAFETY: rule 1.
-        let (planner, plan, tables, changed_rows, change) = unsafe {
-            (
-                read("planner", planner)?,
-                read("plan", plan)?,
-                padded(tables)?,
-                elements_optional("changed_rows", changed_rows, changed_row_count)?,
-                slot_optional("change", change)?,
-            )
-        };
-        advance(planner, plan, &tables, changed_rows, change)
-    })
+    // SAFETY: rule 1.
+    guard(|| unsafe { advance(planner, plan, &padded(tables)?, (changed_rows, changed_row_count), change) })
 }
 
 /// As `pat_planner_advance_padded`.
@@ -217,28 +207,28 @@ pub unsafe extern "C" fn pat_planner_advance_csr(
     changed_row_count: usize,
     change: *mut PatPlanChange,
 ) -> PatStatus {
-    guard(|| {
-        // SAFETY: rule 1.
-        let (planner, plan, tables, changed_rows, change) = unsafe {
-            (
-                read("planner", planner)?,
-                read("plan", plan)?,
-                csr(tables)?,
-                elements_optional("changed_rows", changed_rows, changed_row_count)?,
-                slot_optional("change", change)?,
-            )
-        };
-        advance(planner, plan, &tables, changed_rows, change)
-    })
+    // SAFETY: rule 1.
+    guard(|| unsafe { advance(planner, plan, &csr(tables)?, (changed_rows, changed_row_count), change) })
 }
 
-fn advance(
-    planner: &PatPlanner,
-    plan: &PatPlan,
+/// # Safety
+/// Rule 1.
+unsafe fn advance(
+    planner: *const PatPlanner,
+    plan: *const PatPlan,
     tables: &Tables<'_>,
-    changed_rows: Option<&[u32]>,
-    change: Option<&mut MaybeUninit<PatPlanChange>>,
+    (changed_rows, changed_row_count): (*const u32, usize),
+    change: *mut PatPlanChange,
 ) -> Result<()> {
+    // SAFETY: the caller's contract.
+    let (planner, plan, changed_rows, change) = unsafe {
+        (
+            read("planner", planner)?,
+            read("plan", plan)?,
+            elements_optional("changed_rows", changed_rows, changed_row_count)?,
+            slot_optional("change", change)?,
+        )
+    };
     let changed = planner.advance(plan, tables, changed_rows)?;
     if let Some(change) = change {
         change.write(changed.into());

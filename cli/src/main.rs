@@ -9,6 +9,7 @@
 mod bench;
 mod calibrate;
 mod doctor;
+mod models;
 mod options;
 mod output;
 mod plan;
@@ -45,6 +46,9 @@ drawing the pool and computing the batch take (the first example: about a second
         after_help = "Takes: milliseconds, and the time to read a file. No tensors are drawn and no device computes."
     )]
     Plan(plan::Args),
+    /// List the attention shapes of public models, and whether there are kernels for each.
+    #[command(after_help = "Takes: milliseconds; no device is asked.")]
+    Models(models::Args),
     /// Measure suites of batches; compare measurements.
     #[command(subcommand)]
     Bench(bench::Command),
@@ -89,6 +93,7 @@ fn main() -> ExitCode {
     let result = match cli.command {
         Command::Run(args) => run::run(&args),
         Command::Plan(args) => plan::run(&args),
+        Command::Models(args) => models::run(&args),
         Command::Bench(command) => bench::run(&command),
         Command::Workload(command) => workload::run(&command),
         Command::Plot(command) => plot::run(&command),

@@ -269,6 +269,7 @@ fn a_full_disk_is_an_error() {
         &["bench", "compare", &compared, "--new", &compared],
         &["bench", "peers", &compared, "--with", &peers],
         &["doctor"],
+        &["models"],
         &["--help"],
         &["--version"],
     ] {
@@ -403,6 +404,7 @@ fn every_command_says_how_long_it_takes() {
         &["plan"],
         &["calibrate"],
         &["doctor"],
+        &["models"],
         &["workload", "make"],
         &["workload", "show"],
         &["bench", "kernels"],

@@ -6,6 +6,7 @@
 pub mod batch_file;
 pub mod decode_loop;
 pub mod model;
+pub mod models;
 pub mod nodes;
 pub mod numerics;
 pub mod oracle;
@@ -20,6 +21,7 @@ pub mod whole_file;
 pub use batch_file::{BatchFileError, batch_text, read_batch};
 pub use decode_loop::{DecodeLoop, DecodeLoopSpec};
 pub use model::{ModelParts, parse_dtype, parse_heads};
+pub use models::{KnownModel, LayerKind, MODELS, ModelError, Reach};
 pub use nodes::{NodeError, NodeSpec, lay_out};
 pub use numerics::{NumericsReport, check};
 pub use oracle::{Oracle, RowSample};

@@ -16,12 +16,13 @@ const DOCUMENT: &str = "docs/errors.md";
 const SECTIONS: [(&str, &[&str]); 4] = [
     ("The library", &["host/src/error.rs", "host/src/eligibility.rs"]),
     (
-        "Files that the tool reads",
+        "Files and names that the tool reads",
         &[
             "workloads/src/batch_file.rs",
             "workloads/src/trace.rs",
             "workloads/src/tree.rs",
             "workloads/src/nodes.rs",
+            "workloads/src/models.rs",
             "bench/src/suites/spec.rs",
             "bench/src/suites/mod.rs",
             "workloads/src/requests/file.rs",

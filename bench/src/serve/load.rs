@@ -97,6 +97,14 @@ pub struct Counters {
     pub failed: AtomicU64,
 }
 
+/// What has become of the requests so far.
+#[derive(Default)]
+struct Progress {
+    sent: Vec<Sent>,
+    /// Measured ones that are due or were sent, and have not ended.
+    measured_open: usize,
+}
+
 /// Shared by the tasks of a run.
 struct Shared {
     endpoint: Endpoint,
@@ -104,7 +112,7 @@ struct Shared {
     window: Window,
     patience: Patience,
     begin: Instant,
-    sent: Mutex<Vec<Sent>>,
+    progress: Mutex<Progress>,
     ended: Notify,
     counters: Arc<Counters>,
 }
@@ -130,7 +138,7 @@ impl Load<'_> {
             window: self.window,
             patience: self.patience,
             begin: Instant::now(),
-            sent: Mutex::default(),
+            progress: Mutex::default(),
             ended: Notify::new(),
             counters,
         });
@@ -142,7 +150,9 @@ impl Load<'_> {
         loop {
             let now = shared.now();
             while let Some((due, group)) = arrivals.next_if(|(due, _)| *due <= now) {
-                tasks.spawn(Arc::clone(&shared).session(due, group.to_vec()));
+                let session = group.to_vec();
+                shared.progress().expect(turns(&session).next().unwrap_or_default(), due, self.window);
+                tasks.spawn(Arc::clone(&shared).session(due, session));
             }
             while tasks.try_join_next().is_some() {}
             if now >= self.window.end() && shared.measured_have_ended() {
@@ -168,9 +178,24 @@ impl Load<'_> {
         let seconds = shared.now();
         drop(tasks);
         // Copied: a task that is just at work notices only later that it was ended, and still writes to the list.
-        let sent = shared.sent().clone();
+        let sent = shared.progress().sent.clone();
         Run { sent, window: self.window, seconds, given_up, exhausted }
     }
+}
+
+impl Progress {
+    /// Of requests that are to be sent at `due`. To be said as soon as that is known: who sends them may come to it only behind the
+    /// end of the window.
+    fn expect(&mut self, requests: &[Request], due: f64, window: Window) {
+        if window.holds(due) {
+            self.measured_open += requests.len();
+        }
+    }
+}
+
+/// Requests of a session that are sent together.
+fn turns(session: &[Request]) -> impl Iterator<Item = &[Request]> {
+    session.chunk_by(|a, b| a.turn == b.turn)
 }
 
 impl Shared {
@@ -182,34 +207,37 @@ impl Shared {
         sleep_until(self.begin + Duration::from_secs_f64(seconds)).await;
     }
 
-    fn sent(&self) -> MutexGuard<'_, Vec<Sent>> {
-        // A task that panicked has left the list whole: it is only pushed to and assigned in.
-        self.sent.lock().unwrap_or_else(PoisonError::into_inner)
+    fn progress(&self) -> MutexGuard<'_, Progress> {
+        // A task that panicked has left it whole: the list is only pushed to and assigned in.
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn measured_have_ended(&self) -> bool {
-        self.sent().iter().all(|sent| !sent.measured || sent.ended.is_some())
+        self.progress().measured_open == 0
     }
 
     fn reason_to_give_up(&self, now: f64) -> Option<String> {
         let Window { first_token, limit, .. } = self.window;
         let silent = |sent: &Sent| sent.measured && sent.ended.is_none() && sent.chunks.is_empty();
-        if self.sent().iter().any(|sent| silent(sent) && now - sent.due > first_token) {
+        if self.progress().sent.iter().any(|sent| silent(sent) && now - sent.due > first_token) {
             return Some(format!("a request had waited {first_token} s for its first token"));
         }
         (now > limit).then(|| format!("the measured requests had not ended after {limit} s"))
     }
 
-    /// The requests of an arrival: those of a turn together, the next turn when all have ended.
+    /// The requests of an arrival: those of a turn together, the next turn when all have ended. The first turn is expected already.
     async fn session(self: Arc<Self>, due: f64, requests: Vec<Request>) {
         let mut due = due;
-        for turn in requests.chunk_by(|a, b| a.turn == b.turn) {
-            let think = f64::from(turn[0].think_ms) / 1e3;
-            if think > 0.0 {
-                due = self.now() + think;
-                sleep(Duration::from_secs_f64(think)).await;
-            } else if turn[0].turn > 0 {
-                due = self.now();
+        for (index, turn) in turns(&requests).enumerate() {
+            if index > 0 {
+                let think = Duration::from_millis(turn[0].think_ms.into());
+                {
+                    // The time is read under the lock: who has seen the end of the window and nothing open finds nothing later.
+                    let mut progress = self.progress();
+                    due = self.now() + think.as_secs_f64();
+                    progress.expect(turn, due, self.window);
+                }
+                sleep(think).await;
             }
             let mut together = JoinSet::new();
             for request in turn {
@@ -222,7 +250,7 @@ impl Shared {
     async fn request(self: Arc<Self>, due: f64, request: Request) {
         let prompt = self.header.token_ids(&request.prompt);
         let place = {
-            let mut list = self.sent();
+            let list = &mut self.progress().sent;
             list.push(Sent {
                 due,
                 sent: self.now(),
@@ -237,16 +265,18 @@ impl Shared {
         self.counters.sent.fetch_add(1, Ordering::Relaxed);
         let on_chunk = || {
             let now = self.now();
-            self.sent()[place].chunks.push(now);
+            self.progress().sent[place].chunks.push(now);
         };
         let outcome = self.endpoint.complete(&prompt, request.output_tokens, self.patience, on_chunk).await;
         let counter = if outcome.is_ok() { &self.counters.ended } else { &self.counters.failed };
         counter.fetch_add(1, Ordering::Relaxed);
         {
-            let mut list = self.sent();
+            let mut progress = self.progress();
             let now = self.now();
-            list[place].ended = Some(now);
-            list[place].outcome = outcome;
+            let sent = &mut progress.sent[place];
+            sent.ended = Some(now);
+            sent.outcome = outcome;
+            progress.measured_open -= usize::from(self.window.holds(due));
         }
         self.ended.notify_one();
     }

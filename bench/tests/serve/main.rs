@@ -78,6 +78,22 @@ async fn requests_are_sent_as_they_are_due_and_their_times_are_the_servers() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_is_due_at_the_end_of_the_window_is_measured() {
+    let mock = Mock::start(Fault::None, 1).await;
+    let workload = workload();
+    // Windows that end so shortly behind an arrival that it cannot be sent before, with nothing else open.
+    for seed in 0..8 {
+        let due: Vec<f64> = pat_workloads::requests::arrival_times(2.0, seed).take(2).collect();
+        let window = Window { warm_up: due[0] - 1e-9, measured: 2e-9, ..WINDOW };
+        let load = Load { rate: 2.0, arrival_seed: seed, window, ..load(&workload) };
+        let run = run(&mock, load).await;
+        let measured: Vec<f64> = run.sent.iter().filter(|sent| sent.measured).map(|sent| sent.due).collect();
+        assert_eq!(measured, due[..1], "{:?}", run.sent);
+        assert_eq!(Summary::of(&run).failed(), 0);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn every_kind_of_failure_is_counted_and_said() {
     let workload = workload();
     for (fault, kind) in [

@@ -28,8 +28,8 @@ struct Inner {
     /// Major * 10 + minor.
     compute_capability: u32,
     sm_count: u32,
-    /// One per entry of the manifest.
-    kernels: Vec<KernelSlot>,
+    /// One per entry of the manifest and combination of switches.
+    kernels: Vec<[KernelSlot; Switches::ALL.len()]>,
     /// Held for writing by a capture of ours, for reading by what waits for the whole device: a wait would spoil the capture.
     capturing: RwLock<()>,
 }
@@ -115,7 +115,7 @@ impl Inner {
             )));
         }
         let sm_count = attribute(&context, Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
-        let kernels = KERNELS.iter().flat_map(|_| Switches::ALL).map(|_| KernelSlot::default()).collect();
+        let kernels = KERNELS.iter().map(|_| Default::default()).collect();
         Ok(Self { context, name, compute_capability, sm_count, kernels, capturing: RwLock::new(()) })
     }
 }
@@ -236,9 +236,9 @@ impl CudaDevice {
 
     /// The loaded kernel, compiled now if this is its first use.
     pub(super) fn kernel(&self, spec: &'static KernelSpec, switches: Switches) -> Result<&'static Kernel> {
-        let known = KERNELS.iter().flat_map(|known| Switches::ALL.map(|switches| (known.entry, switches)));
-        let slot = known.zip(&self.inner.kernels).find(|(known, _)| *known == (spec.entry, switches));
-        let Some((_, slot)) = slot else {
+        let slots = KERNELS.iter().zip(&self.inner.kernels).find(|(known, _)| known.entry == spec.entry);
+        let slot = slots.and_then(|(_, slots)| slots.iter().zip(Switches::ALL).find(|(_, known)| *known == switches));
+        let Some((slot, _)) = slot else {
             return Err(Error::invalid("kernel", spec.entry, "an entry of the manifest"));
         };
         if let Some(kernel) = slot.kernel.get() {

@@ -21,7 +21,7 @@ mod snapshot;
 mod summary;
 pub mod tiling;
 
-use crate::{DecodeBatch, DeviceProfile, Error, Problem, Result};
+use crate::{DecodeBatch, DeviceProfile, Error, Problem, Result, WindowedBatch};
 pub use buffer::Plan;
 use buffer::Records;
 pub use capacity::PlanCapacity;
@@ -90,7 +90,7 @@ pub enum PlanMode {
 }
 
 /// Makes plans for one problem on one device; keeps its scratch memory between calls, so that a step of a batch that
-/// does not grow allocates nothing ([`Planner::plan_into`], [`Planner::advance`]).
+/// does not grow allocates nothing ([`Planner::plan_into`], [`Planner::advance`]), but where there is a sliding window.
 #[derive(Clone, Debug)]
 pub struct Planner {
     problem: Problem,
@@ -295,15 +295,27 @@ impl Planner {
     /// # Errors
     /// As [`Self::plan`]; `plan` is as before.
     pub fn plan_into(&mut self, batch: &DecodeBatch<'_>, plan: &mut Plan) -> Result<()> {
+        match self.problem.visibility().window {
+            None => self.plan_tokens(batch, &[], plan),
+            Some(window) => {
+                let windowed = WindowedBatch::new(batch, window);
+                self.plan_tokens(&windowed.batch(), windowed.hidden_tokens(), plan)
+            }
+        }
+    }
+
+    /// Plans a batch from scratch, but for `hidden_tokens` where a window leaves no more of it
+    /// ([`WindowedBatch::hidden_tokens`]).
+    fn plan_tokens(&mut self, batch: &DecodeBatch<'_>, hidden_tokens: &[u32], plan: &mut Plan) -> Result<()> {
         self.check_batch(batch)?;
-        self.take(batch);
-        self.plan_best(batch, plan, 0)
+        self.take(batch, hidden_tokens);
+        self.plan_best(batch, hidden_tokens, plan, 0)
     }
 
     /// Takes a batch for the one that is planned.
-    fn take(&mut self, batch: &DecodeBatch<'_>) {
+    fn take(&mut self, batch: &DecodeBatch<'_>, hidden_tokens: &[u32]) {
         self.newest = None;
-        self.forest.build(batch);
+        self.forest.build_windowed(batch, hidden_tokens);
         self.snapshot.take(batch, &self.forest);
     }
 
@@ -316,7 +328,8 @@ impl Planner {
     ///
     /// `changed_rows`, where given, names the rows of the batch whose table entries *that were in use before* may differ
     /// (a row that only grew is not among them); with `None` all entries are compared. Lengths and appended entries are
-    /// looked at in any case. A plan that this planner did not make last is planned from scratch.
+    /// looked at in any case. A plan that this planner did not make last is planned from scratch, and so is one under a sliding
+    /// window, which moves with every token.
     ///
     /// # Errors
     /// As [`Self::plan`]; or a changed row is not in the batch. `plan` is as before.
@@ -326,7 +339,7 @@ impl Planner {
         changed_rows: Option<&[u32]>,
         plan: &mut Plan,
     ) -> Result<PlanChange> {
-        if self.newest != Some(plan.generation()) {
+        if self.newest != Some(plan.generation()) || self.problem.visibility().window.is_some() {
             self.plan_into(batch, plan)?;
             return Ok(PlanChange::Forest);
         }
@@ -348,9 +361,9 @@ impl Planner {
             return Ok(change);
         }
         if keeps_tiles || change == PlanChange::Forest {
-            self.take(batch);
+            self.take(batch, &[]);
         }
-        match self.plan_best(batch, plan, room) {
+        match self.plan_best(batch, &[], plan, room) {
             // A plan that is slow is better than none: what is faster exceeds the capacity.
             Err(_) if step == Step::Slow => Ok(change),
             result => result.map(|()| change),
@@ -398,7 +411,7 @@ impl Planner {
         self.kept.tiles(extents, choice, rule, tiles);
         self.tiling.pages = PageCounts::new(extents, &self.forest);
         changed_pages = changed_pages.max(self.tiling.pages.unique.abs_diff(unique));
-        self.write_records(batch, room)?;
+        self.write_records(batch, &[], room)?;
         if self.capacity.is_some_and(|capacity| capacity.check_records(&self.scratch.records).is_err()) {
             return Ok(Step::Impossible);
         }
@@ -464,7 +477,7 @@ impl Planner {
 
     /// Plans a batch whose forest is there in the tiling that is predicted to be best, with room for `room` more pages of each
     /// sequence.
-    fn plan_best(&mut self, batch: &DecodeBatch<'_>, plan: &mut Plan, room: u32) -> Result<()> {
+    fn plan_best(&mut self, batch: &DecodeBatch<'_>, hidden_tokens: &[u32], plan: &mut Plan, room: u32) -> Result<()> {
         self.newest = None;
         let page_size = self.problem.page_size();
         let choices = &mut self.choices;
@@ -503,7 +516,7 @@ impl Planner {
             tiles.push(RowTile { chunk_pages: chunks.pages, chunks: chunks.count, ..tile });
         });
         self.kept.take(tiles);
-        self.write_records(batch, room)?;
+        self.write_records(batch, hidden_tokens, room)?;
         let Scratch { records, .. } = &self.scratch;
         if let Some(capacity) = &self.capacity {
             capacity.check_records(records)?;
@@ -515,7 +528,7 @@ impl Planner {
     }
 
     /// Writes the records of the tiles, with room for `room` more pages of each sequence where the capacity has it.
-    fn write_records(&mut self, batch: &DecodeBatch<'_>, room: u32) -> Result<()> {
+    fn write_records(&mut self, batch: &DecodeBatch<'_>, hidden_tokens: &[u32], room: u32) -> Result<()> {
         let Scratch { extents, tiles, emit: emit_scratch, records, .. } = &mut self.scratch;
         let with_room = || {
             let stream_pages: u64 = tiles.iter().map(|tile| u64::from(tile.page_count)).sum();
@@ -525,6 +538,7 @@ impl Planner {
         let emitter = Emitter {
             shape: self.problem.shape(),
             batch,
+            hidden_tokens,
             forest: &self.forest,
             extents,
             choice: self.choices.in_use(),

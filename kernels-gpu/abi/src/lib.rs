@@ -7,6 +7,10 @@
 #![no_std]
 #![forbid(unsafe_code)]
 
+// The device has no heap.
+#[cfg(not(target_arch = "nvptx64"))]
+extern crate alloc;
+
 pub mod generator;
 pub mod layout;
 pub mod manifest;

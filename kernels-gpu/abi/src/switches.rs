@@ -5,6 +5,9 @@
 //! that kernel by a number. `cargo xtask check-ptx` proves that with all switches off a kernel has the instructions of a build without
 //! them, but for one in a thousand that ptxas chooses differently.
 
+#[cfg(not(target_arch = "nvptx64"))]
+use alloc::string::String;
+
 /// The symbol of [`Switches::soft_cap`], as a literal.
 #[macro_export]
 macro_rules! soft_cap_symbol {
@@ -13,23 +16,50 @@ macro_rules! soft_cap_symbol {
     };
 }
 
+/// The symbol of [`Switches::window`], as a literal.
+#[macro_export]
+macro_rules! window_symbol {
+    () => {
+        "PAT_SPEC_WINDOW"
+    };
+}
+
 /// The switches of a forward kernel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Switches {
     /// Scores are capped: `cap * tanh(score / cap)`.
     pub soft_cap: bool,
+    /// Rows attend to the later tokens only of the first page of their stream: under a sliding window.
+    pub window: bool,
 }
 
 impl Switches {
     /// What the symbols begin with.
     pub const PREFIX: &str = "PAT_SPEC_";
     /// None.
-    pub const OFF: Self = Self { soft_cap: false };
-    /// Every combination that may be launched.
-    pub const ALL: [Self; 2] = [Self::OFF, Self { soft_cap: true }];
+    pub const OFF: Self = Self { soft_cap: false, window: false };
+    /// Every combination.
+    pub const ALL: [Self; 4] = {
+        let mut all = [Self::OFF; 4];
+        let mut i = 0;
+        while i < all.len() {
+            all[i] = Self { soft_cap: i & 1 != 0, window: i & 2 != 0 };
+            i += 1;
+        }
+        all
+    };
+
+    /// PTX with numbers for the symbols: what the driver or ptxas takes.
+    #[cfg(not(target_arch = "nvptx64"))]
+    pub fn specialise(self, ptx: &str) -> String {
+        self.values().iter().fold(String::from(ptx), |text, (symbol, value)| text.replace(symbol, value))
+    }
 
     /// Symbols and what replaces them.
-    pub const fn values(self) -> [(&'static str, &'static str); 1] {
-        [(soft_cap_symbol!(), if self.soft_cap { "1" } else { "0" })]
+    pub const fn values(self) -> [(&'static str, &'static str); 2] {
+        const fn digit(is_on: bool) -> &'static str {
+            if is_on { "1" } else { "0" }
+        }
+        [(soft_cap_symbol!(), digit(self.soft_cap)), (window_symbol!(), digit(self.window))]
     }
 }

@@ -1,0 +1,175 @@
+//! Shapes that random forests do not have: every size of a GQA group, page sizes that are no powers of two, pools of more than
+//! 2^31 elements. On the CPU executor, against the f64 oracle.
+
+use half::{bf16, f16};
+use pat_rs::{
+    AttentionShape, DeviceProfile, Dtype, Element, HostTensors, KvStrides, PlanOptions, Planner, Problem, supports,
+};
+use pat_tests::invariants::{self, modes};
+use pat_tests::{Case, Output, judge, run_tensors, softmax_scale};
+use pat_workloads::{Oracle, OwnedBatch, PoolLayout, RowSample, Tensors, check};
+use rayon::prelude::*;
+
+const SEED: u32 = 23;
+
+/// Sequences that share, with lengths before, on and behind the ends of pages, and one without tokens. Page ids are far apart.
+fn forest(page_size: u32, num_pages: u32) -> OwnedBatch {
+    let lengths = vec![
+        3 * page_size + 1,
+        3 * page_size,
+        2 * page_size + page_size.div_ceil(2),
+        2 * page_size,
+        0,
+        page_size,
+        1,
+        4 * page_size - page_size / 3,
+    ];
+    // Five sequences begin with two pages, one of them and another with the third; the rest is their own.
+    let tables: [&[u32]; 8] = [&[0, 1, 2, 3], &[0, 1, 2], &[0, 1, 4], &[0, 1], &[], &[0], &[5], &[0, 1, 6, 7]];
+    let spread = (num_pages - 1) / 7;
+    let table = |(table, &length): (&&[u32], &u32)| {
+        let needed = length.div_ceil(page_size) as usize;
+        table[..needed].iter().map(|page| (7 - page) * spread).collect()
+    };
+    let block_tables = tables.iter().zip(&lengths).map(table).collect();
+    OwnedBatch { page_size, num_pages, lengths, block_tables }
+}
+
+fn verify<T: Element>(q_heads: u32, kv_heads: u32, head_dim: u32, page_size: u32) {
+    let shape = AttentionShape::new(q_heads, kv_heads, head_dim, T::DTYPE).expect("a valid shape");
+    let case = Case { batch: forest(page_size, 40), shape, layout: PoolLayout::Nhd };
+    let sample = RowSample::for_batch(&case.batch, shape);
+    let oracle = Oracle::compute::<T>(&case.batch, shape, SEED, softmax_scale(shape), sample).expect("a valid case");
+    let tensors = Tensors::<T>::draw(&case.batch, shape, case.layout, SEED).expect("a valid case");
+    for mode in modes(page_size) {
+        let output = run_tensors(&case, mode.into(), &tensors, softmax_scale(shape)).expect("a valid case");
+        let report = check(&oracle, q_heads, &output.out, Some(&output.lse));
+        assert!(report.passed, "{q_heads}/{kv_heads} x {head_dim}, pages of {page_size}, {mode:?}: {report:?}");
+    }
+}
+
+#[test]
+fn every_group_that_a_tile_holds_agrees_with_the_oracle() {
+    (1..=128u32).into_par_iter().for_each(|group| {
+        // The widest tile of head dim 256 has 64 rows.
+        let head_dims: &[u32] = if group > 64 { &[64, 128] } else { &[64, 128, 256] };
+        let (kv_heads, head_dim) = (1 + group % 2, head_dims[group as usize % head_dims.len()]);
+        let page_size = [16, 1, 8, 24][group as usize / 3 % 4];
+        match group % 4 {
+            0 => verify::<bf16>(group * kv_heads, kv_heads, head_dim, page_size),
+            _ => verify::<f16>(group * kv_heads, kv_heads, head_dim, page_size),
+        }
+    });
+}
+
+#[test]
+fn a_larger_group_is_refused_by_its_size() {
+    for (group, kv_heads, head_dim, most) in
+        [(65, 2, 256, 64), (129, 1, 128, 128), (256, 1, 64, 128), (65_535, 1, 128, 128)]
+    {
+        let shape = AttentionShape::new(group * kv_heads, kv_heads, head_dim, Dtype::F16).expect("a valid shape");
+        let problem = Problem::new(shape, 16);
+        let message = supports(&problem, None, None).expect_err("too large").to_string();
+        assert_eq!(message, format!("q_heads / kv_heads: got {group}, expected 1 to {most}"));
+        let planner = Planner::new(problem, DeviceProfile::h200(), PlanOptions::default());
+        assert_eq!(planner.expect_err("too large").to_string(), message);
+    }
+}
+
+/// How a caller runs a group of more than 128 rows over one KV head: as KV heads that lie at the same place.
+#[test]
+fn kv_heads_at_the_same_place_make_a_group_of_256() {
+    let shape = AttentionShape::new(256, 1, 128, Dtype::F16).expect("a valid shape");
+    let case = Case { batch: forest(16, 40), shape, layout: PoolLayout::Nhd };
+    let tensors = Tensors::<f16>::draw(&case.batch, shape, case.layout, SEED).expect("a valid case");
+    let twice = AttentionShape::new(256, 2, 128, Dtype::F16).expect("a valid shape");
+    let problem = Problem::new(twice, 16);
+    let strides = KvStrides { head: 0, ..tensors.kv_strides };
+    assert_eq!(supports(&problem, Some((strides, strides)), None), Ok(()));
+    let rows = case.batch.rows();
+    let mut planner = Planner::new(problem, DeviceProfile::h200(), PlanOptions::default()).expect("supported");
+    let plan = planner.plan(&case.batch.view(&rows).expect("valid")).expect("a plan");
+    let host = HostTensors::new(problem, &tensors.q, &tensors.kv, &tensors.kv[tensors.v_begin..])
+        .with_kv_strides(strides, strides);
+    let mut output =
+        Output { out: vec![f16::NAN; tensors.q.len()], lse: vec![f32::NAN; 256 * case.batch.lengths.len()] };
+    pat_rs::cpu::run(&plan, &host, &mut output.out, Some(&mut output.lse)).expect("a run");
+    let report = judge(&case, &output, SEED).expect("a valid case");
+    assert!(report.passed, "{report:?}");
+}
+
+#[test]
+fn page_sizes_of_engines_agree_with_the_oracle() {
+    // 784 and 1056: hybrid models, whose attention pages are as large as their linear layers' states.
+    [1, 2, 8, 24, 48, 784, 1056].into_par_iter().for_each(|page_size| {
+        verify::<bf16>(8, 2, 128, page_size);
+        verify::<f16>(6, 1, 256, page_size);
+    });
+}
+
+#[test]
+fn pools_of_more_than_2_to_the_31_elements_agree_with_the_oracle() {
+    for (page_size, layout) in [(16, PoolLayout::Nhd), (1, PoolLayout::Hnd), (784, PoolLayout::Nhd)] {
+        let shape = AttentionShape::new(8, 2, 128, Dtype::F16).expect("a valid shape");
+        let page_elements = page_size as usize * 2 * 128;
+        let num_pages = (1usize << 31).div_ceil(page_elements) as u32 + 100;
+        let sparse = forest(page_size, num_pages);
+        let compact = Case { batch: sparse.compacted(), shape, layout };
+        let drawn = Tensors::<f16>::draw(&compact.batch, shape, layout, SEED).expect("a valid case");
+        // Zeroed memory: the system backs only what is touched.
+        let [mut keys, mut values] = [(); 2].map(|()| vec![0u16; num_pages as usize * page_elements]);
+        let (keys, values) =
+            (bytemuck::cast_slice_mut::<_, f16>(&mut keys), bytemuck::cast_slice_mut::<_, f16>(&mut values));
+        let mut furthest = 0;
+        for (table, compact) in sparse.block_tables.iter().zip(&compact.batch.block_tables) {
+            for (&page, &small) in table.iter().zip(compact) {
+                let (begin, small) = (page as usize * page_elements, small as usize * page_elements);
+                furthest = furthest.max(begin);
+                keys[begin..][..page_elements].copy_from_slice(&drawn.kv[small..][..page_elements]);
+                let small = drawn.v_begin + small;
+                values[begin..][..page_elements].copy_from_slice(&drawn.kv[small..][..page_elements]);
+            }
+        }
+        assert!(furthest > 1 << 30 && keys.len() > 1 << 31);
+
+        let problem = sparse.problem(shape);
+        let rows = sparse.rows();
+        for mode in modes(page_size) {
+            let mut planner = Planner::new(problem, DeviceProfile::h200(), mode.into()).expect("supported");
+            let plan = planner.plan(&sparse.view(&rows).expect("valid")).expect("a plan");
+            invariants::check(&plan, &sparse, shape);
+            let strides = layout.strides(shape, page_size);
+            let host = HostTensors::new(problem.with_scale(softmax_scale(shape)), &drawn.q, keys, values)
+                .with_kv_strides(strides, strides);
+            let mut output =
+                Output { out: vec![f16::NAN; drawn.q.len()], lse: vec![f32::NAN; 8 * sparse.lengths.len()] };
+            pat_rs::cpu::run(&plan, &host, &mut output.out, Some(&mut output.lse)).expect("a run");
+            let report = judge(&compact, &output, SEED).expect("a valid case");
+            assert!(report.passed, "pages of {page_size}, {mode:?}: {report:?}");
+            // One element too few, of more than 2^31.
+            let mut short = host;
+            short.k = &keys[1..];
+            let message = pat_rs::cpu::run(&plan, &short, &mut output.out, None).unwrap_err().to_string();
+            let (got, needed) = (keys.len() - 1, keys.len());
+            assert!(message.starts_with(&format!("k: got {got} elements, expected at least {needed}")), "{message}");
+        }
+    }
+}
+
+/// As many pages as there may be, and pages as large: what the planner counts in.
+#[test]
+fn plans_of_the_largest_pools_keep_their_invariants() {
+    let most = pat_rs::DecodeBatch::MAX_TOKENS;
+    for (page_size, num_pages) in [(1, most), (8, most), (784, most), (1056, most), (Problem::MAX_PAGE_SIZE, most)] {
+        let shape = AttentionShape::new(64, 8, 128, Dtype::Bf16).expect("a valid shape");
+        let batch = forest(page_size, num_pages);
+        let rows = batch.rows();
+        assert!(rows.iter().flat_map(|row| row.iter()).any(|&page| page > most - 8));
+        for mode in modes(page_size) {
+            let mut planner =
+                Planner::new(batch.problem(shape), DeviceProfile::h200(), mode.into()).expect("supported");
+            let plan = planner.plan(&batch.view(&rows).expect("valid")).expect("a plan");
+            invariants::check(&plan, &batch, shape);
+        }
+    }
+}
