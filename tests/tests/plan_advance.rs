@@ -30,8 +30,11 @@ fn advance(planner: &mut Planner, batch: &OwnedBatch, changed_rows: Option<&[u32
     planner.advance(&view, changed_rows, plan).expect("a plan")
 }
 
-/// The nodes of a planner's newest batch, by their sequences and pages, and what each row shares.
-fn sharing(planner: &Planner, rows: usize) -> (BTreeSet<(Vec<u32>, u32, u32)>, Vec<u32>) {
+/// A node: its sequences, its first page and their end.
+type SharedRun = (Vec<u32>, u32, u32);
+
+/// The nodes of a planner's newest batch, and what each row shares.
+fn sharing(planner: &Planner, rows: usize) -> (BTreeSet<SharedRun>, Vec<u32>) {
     let forest = planner.forest();
     let nodes = forest.nodes().iter().enumerate().map(|(index, node)| {
         let mut sequences = forest.order()[node.order_begin as usize..node.order_end as usize].to_vec();

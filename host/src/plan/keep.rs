@@ -194,7 +194,8 @@ impl KeptTiles {
         let (mut least_pages, mut is_between) = (u32::MAX, false);
         for position in begin..=end {
             // Not between sequences that share more with each other.
-            if position > begin && position < end && extents[position].shared > most_shared {
+            let is_inside = position > begin && position < end;
+            if is_inside && extents.get(position).is_some_and(|extent| extent.shared > most_shared) {
                 continue;
             }
             let [before, behind] =
