@@ -94,11 +94,13 @@ fn lines_with<'a>(ptx: &'a str, instruction: &str) -> Vec<(usize, &'a str)> {
 }
 
 /// What orders a kernel's threads and copies.
-const WAITS: [&str; 8] = [
+const WAITS: [&str; 10] = [
     "cp.async.wait_group",
     "cp.async.commit_group",
     "cp.async.mbarrier.arrive",
     "bar.sync",
+    "fence.mbarrier_init",
+    "fence.proxy",
     "bar.warp.sync",
     "mbarrier.arrive",
     "mbarrier.try_wait",
