@@ -352,7 +352,13 @@ mod tests {
         let usual = usual();
         let shape = usual.shape();
         let of = |shape| refusal(Problem::new(shape, 16), None);
-        assert_eq!(of(shape.with_kv_dtype(Dtype::E4m3)), "kv_dtype: got e4m3, expected f16");
+        assert_eq!(of(shape.with_kv_dtype(Dtype::Bf16)), "kv_dtype: got bf16, expected f16 or e4m3 or e5m2");
+        let eight_bit = |shape: AttentionShape| Problem::new(shape.with_kv_dtype(Dtype::E4m3), 16);
+        assert_eq!(supports(&eight_bit(shape), None, None), Ok(()));
+        let wide = problem(32, 8, 256, Dtype::F16, 16).shape();
+        assert_eq!(refusal(eight_bit(wide), None), "head_dim: got 256, expected 64 or 128");
+        let grouped = problem(65, 1, 128, Dtype::F16, 16).shape();
+        assert_eq!(refusal(eight_bit(grouped), None), "q_heads / kv_heads: got 65, expected 1 to 64");
         assert_eq!(of(shape.with_out_dtype(Dtype::Bf16)), "out_dtype: got bf16, expected f16");
         assert_eq!(of(shape.with_v_head_dim(64).unwrap()), "v_head_dim: got 64, expected 128");
         let cases = [
