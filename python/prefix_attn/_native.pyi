@@ -310,8 +310,8 @@ class Planner:
     def __repr__(self, /) -> str: ...
     def advance(self, /, plan: "Plan", block_tables: Any, lengths: Any, changed_rows: Any | None = None, *, query_tokens: Any | None = None) -> "str":
         """
-        Makes ``plan``, the plan that this planner made last, the plan of the next decode step, in place: equal to planning
-        the batch from scratch, and much faster where little has changed.
+        Makes ``plan``, the plan that this planner made last, the plan of the next decode step, in place: much faster than
+        planning from scratch, and predicted to be about as fast on the device. With fixed chunks the two are equal.
 
         Args:
             plan: a plan of this planner. An older one than the last is planned from scratch.
