@@ -162,12 +162,9 @@ impl<C: Code> EightBit<C> {
         };
         let k_scale = params.k_scale * of_head(params.k_scales);
         let mut forward = params.forward;
-        // The cap is of what comes behind the scale.
-        if switches::soft_cap() {
-            forward.soft_cap_scale *= k_scale;
-        } else {
-            forward.scale_log2 *= k_scale;
-        }
+        // A cap is of what comes behind the scale, and without one its factor is not used.
+        forward.soft_cap_scale *= k_scale;
+        forward.scale_log2 *= switches::one_under_cap(k_scale);
         (Self { v_scale: params.v_scale * of_head(params.v_scales), code: PhantomData }, forward)
     }
 
