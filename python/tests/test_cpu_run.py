@@ -37,6 +37,15 @@ def test_caps_and_sinks_equal_torch(head_dim, softcap, with_sinks):
     torch.testing.assert_close(lse.double(), expected_lse, atol=1e-3, rtol=0)
 
 
+def test_tensors_without_elements_have_no_address(planner):
+    rows, pages = torch.empty(0, 8, 64, dtype=torch.float16), torch.empty(0, 16, 2, 64, dtype=torch.float16)
+    assert rows.data_ptr() == pages.data_ptr() == 0
+    assert pa.run(planner.plan([], [], 16, 0), rows, pages, pages).shape == (0, 8, 64)
+    # Rows without tokens need no pages.
+    out, lse = pa.run(planner.plan([[]], [0], 16, 0), queries(1), pages, pages, return_lse=True)
+    assert not out.any() and lse.isneginf().all()
+
+
 def test_a_sink_of_minus_infinity_is_none(planner):
     batch = random_forest(3)
     plan = planner.plan(batch.block_tables, batch.lengths, 16, batch.num_pages)
