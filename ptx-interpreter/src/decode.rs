@@ -3,6 +3,7 @@
 use crate::instruction::{Address, MatrixType, Op, Shuffle, Slot, Space, Vote};
 use crate::kernel::{Reader, number};
 use crate::lanewise;
+use crate::order::Fence;
 use crate::text::operands;
 
 type Result<T> = std::result::Result<T, String>;
@@ -159,7 +160,7 @@ impl Operands<'_, '_> {
             ["cp", "async", "commit_group"] => Op::CommitCopies,
             ["cp", "async", "wait_group"] => Op::WaitCopies { open_groups: self.immediate(0)? as usize },
             ["cp", "async", "wait_all"] => Op::WaitCopies { open_groups: 0 },
-            ["prefetch", ..] | ["createpolicy", ..] | ["fence", ..] | ["membar", ..] => Op::Nothing,
+            ["prefetch", ..] | ["createpolicy", ..] => Op::Nothing,
             _ => return Ok(None),
         }))
     }
@@ -168,6 +169,7 @@ impl Operands<'_, '_> {
     fn warp(&mut self) -> Result<Option<Op>> {
         Ok(Some(match self.opcode {
             "ret" | "exit" => Op::Exit,
+            "trap" => Op::Trap,
             "shfl.sync.idx.b32" | "shfl.sync.bfly.b32" => {
                 self.expect(5)?;
                 let kind = if self.opcode.contains("idx") { Shuffle::Index } else { Shuffle::Butterfly };
@@ -207,6 +209,8 @@ impl Operands<'_, '_> {
     /// What compute capability 9.0 has beyond.
     fn hopper(&mut self) -> Result<Option<Op>> {
         Ok(Some(match self.opcode {
+            "fence.proxy.async.shared::cta" => Op::Fence { of: Fence::Proxy },
+            "fence.mbarrier_init.release.cluster" => Op::Fence { of: Fence::Barriers },
             "griddepcontrol.wait" | "griddepcontrol.launch_dependents" => Op::Nothing,
             "setmaxnreg.inc.sync.aligned.u32" | "setmaxnreg.dec.sync.aligned.u32" => Op::Nothing,
             "mbarrier.init.shared::cta.b64" => {

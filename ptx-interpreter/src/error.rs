@@ -132,6 +132,20 @@ pub enum Fault {
         /// What the other one did.
         other: String,
     },
+    /// TMA or wgmma access shared memory that was written by other instructions, and no fence makes it visible to them.
+    #[error(
+        "lane {lane}: {access} of shared memory at {address:#x} by TMA or wgmma: no proxy fence stands behind {other}"
+    )]
+    Unfenced {
+        /// The lane.
+        lane: usize,
+        /// The first byte.
+        address: u64,
+        /// What TMA or wgmma do.
+        access: &'static str,
+        /// What was done before.
+        other: String,
+    },
     /// Lanes that must have arrived never will.
     #[error("lanes {missing:#010x} have exited, which the instruction waits for")]
     Exited {
@@ -152,6 +166,9 @@ pub enum Fault {
     /// A tensor map or matrix descriptor that the interpreter does not know.
     #[error("{0}")]
     Descriptor(String),
+    /// The instruction `trap`.
+    #[error("the kernel traps")]
+    Trap,
     /// More instructions than the launch allows.
     #[error("the CTA has executed {0} instructions")]
     Endless(u64),

@@ -5,7 +5,7 @@ use crate::error::Fault;
 use crate::instruction::{Address, Instruction, MatrixType, Op, Shuffle, Slot, Space, Vote};
 use crate::lanes::{Lanes, WARP, lanes_of};
 use crate::matrix::{DEPTH, a_matrix, b_matrix, distribute, multiply_add};
-use crate::shared::Accessor;
+use crate::order::{Accessor, Proxy};
 use crate::tensor::MatrixDescriptor;
 use crate::warp::{Copy, Group, Product, Wait, Warp};
 
@@ -99,7 +99,7 @@ impl Warp {
     }
 
     fn by(&self, lane: usize) -> Accessor {
-        Accessor { warp: self.index, lane }
+        Accessor::new(self.index, lane)
     }
 
     fn address(&self, at: Address, lane: usize) -> u64 {
@@ -165,7 +165,9 @@ impl Warp {
             Op::Store { space, to, from, bytes } => self.store(lanes, *space, *to, from, *bytes, common)?,
             &Op::Branch { target } => return Ok(Flow::Jump(target)),
             Op::Exit => return Ok(Flow::Exit),
+            Op::Trap => return Err(Fault::Trap),
             Op::Nothing => {}
+            &Op::Fence { of } => common.shared.order.fence(self.index, of),
             &Op::Shuffle { kind, to, from, lane, clamp, members } => {
                 if self.members(members, lanes)?.is_none() {
                     return Ok(Flow::Wait(Wait::Lanes));
@@ -189,6 +191,8 @@ impl Warp {
                 if self.members(members, lanes)?.is_none() {
                     return Ok(Flow::Wait(Wait::Lanes));
                 }
+                // Unlike the other `.sync` instructions it orders memory accesses.
+                common.shared.order.release(self.index);
             }
             &Op::CtaBarrier { id, threads } => return self.cta_barrier(lanes, id, threads, common),
             &Op::CopyAsync { to, from, bytes, source_bytes } => {
@@ -247,7 +251,7 @@ impl Warp {
                 for lane in lanes_of(lanes) {
                     let (address, count) = (self.shared_address(at, lane), self.get(count)[lane] as u32);
                     common.shared.place_barrier(self.by(lane), address)?;
-                    let clock = common.shared.release(self.index);
+                    let clock = common.shared.order.release(self.index);
                     common.counting.init(address, count, clock)?;
                 }
             }
@@ -353,9 +357,9 @@ impl Warp {
             None => common.launch.threads,
         };
         if let Some(warps) = common.numbered.arrive(id, threads, self.index)? {
-            let mut clock = common.shared.release(self.index);
-            warps.iter().for_each(|&warp| clock.join(&common.shared.release(warp)));
-            warps.iter().for_each(|&warp| common.shared.acquire(warp, &clock));
+            let mut clock = common.shared.order.release(self.index);
+            warps.iter().for_each(|&warp| clock.join(&common.shared.order.release(warp)));
+            warps.iter().for_each(|&warp| common.shared.order.acquire(warp, &clock));
             common.released.extend(warps);
         }
         Ok(Flow::Wait(Wait::Barrier(id)))
@@ -394,14 +398,15 @@ impl Warp {
     }
 
     fn finish_copy(&self, lane: usize, copy: Copy, common: &mut Common<'_>) -> Result<()> {
-        let now = common.shared.now(self.index);
+        let now = common.shared.order.now(self.index);
         common.shared.fill(self.by(lane), now, copy.to, &copy.bytes)
     }
 
     fn arrive(&self, lanes: u32, at: Address, bytes: Option<Slot>, common: &mut Common<'_>) -> Result<()> {
-        let clock = common.shared.release(self.index);
+        let clock = common.shared.order.release(self.index);
         for lane in lanes_of(lanes) {
             let bytes = bytes.map_or(0, |slot| self.get(slot)[lane] as u32);
+            common.shared.use_barrier(self.by(lane), self.shared_address(at, lane))?;
             let is_complete = common.counting.arrive(self.shared_address(at, lane), bytes, &clock)?;
             common.changes += u64::from(is_complete);
         }
@@ -414,9 +419,10 @@ impl Warp {
         let mut vain = None;
         for lane in lanes_of(lanes) {
             let address = self.shared_address(at, lane);
+            common.shared.use_barrier(self.by(lane), address)?;
             match common.counting.passed(address, self.get(parity)[lane])? {
                 Some(clock) => {
-                    common.shared.acquire(self.index, clock);
+                    common.shared.order.acquire(self.index, clock);
                     passed[lane] = 1;
                 }
                 None => vain = Some(address),
@@ -442,12 +448,13 @@ impl Warp {
         let unknown = || Fault::Descriptor(format!("lane {lane}: there is no tensor map at {map_address:#x}"));
         let map = common.kernel.tensor_map(common.launch, map_address).ok_or_else(unknown)?;
         let (to, barrier) = (self.shared_address(to, lane), self.shared_address(barrier, lane));
-        let by = self.by(lane);
+        let by = Accessor { proxy: Proxy::Async, ..self.by(lane) };
+        common.shared.use_barrier(by, barrier)?;
         common.shared.reserve(by, to, map.box_bytes(), 128)?;
         let bytes =
             map.read_box(lane, common.global, coordinates.map(|slot| self.get(slot)[lane] as u32 as i32), to)?;
-        let when = common.shared.now(self.index);
-        let clock = common.shared.release(self.index);
+        let when = common.shared.order.now(self.index);
+        let clock = common.shared.order.release(self.index);
         common.tensor_copies.push_back(TensorCopy { by, when, clock, to, bytes, barrier });
         Ok(())
     }
@@ -476,11 +483,12 @@ impl Warp {
         transposed: bool,
         common: &mut Common<'_>,
     ) -> Result<[[f32; 8]; DEPTH]> {
+        let by = Accessor { proxy: Proxy::Async, ..self.by(0) };
         let mut b = [[0; 8]; DEPTH];
         let chunks = if transposed { DEPTH } else { 2 * 8 };
         for chunk in 0..chunks {
             let (n, k) = if transposed { (first_column, chunk) } else { (first_column + chunk % 8, 8 * (chunk / 8)) };
-            let bytes: [u8; 16] = common.shared.read(self.by(0), descriptor.chunk(n, k, transposed))?;
+            let bytes: [u8; 16] = common.shared.read(by, descriptor.chunk(n, k, transposed))?;
             for (index, bits) in bytes.chunks_exact(2).enumerate() {
                 let value = u16::from_le_bytes([bits[0], bits[1]]);
                 if transposed {

@@ -1,6 +1,7 @@
 //! Decoded instructions: registers, constants and special registers are all slots of a warp's register file.
 
 use crate::lanewise::Lanewise;
+use crate::order::Fence;
 
 /// Index into a warp's registers.
 pub(crate) type Slot = u32;
@@ -94,8 +95,13 @@ pub(crate) enum Op {
         target: usize,
     },
     Exit,
-    /// Fences, hints and what is about time alone.
+    Trap,
+    /// Hints, and what is about time alone.
     Nothing,
+    /// What the async proxy sees.
+    Fence {
+        of: Fence,
+    },
     Shuffle {
         kind: Shuffle,
         to: Slot,

@@ -217,6 +217,8 @@ fn moving(opcode: &str) -> Option<(usize, Lanewise)> {
         "mov.b32" | "mov.u32" | "mov.f32" => lanes!(|a: u32| a),
         "mov.b64" | "mov.u64" => lanes!(|a: u64| a),
         "mov.pred" => lanes!(|a: bool| a),
+        // Of all bits where it holds.
+        "set.lt.u32.u32" => lanes!(|a: u32, b: u32| if a < b { u32::MAX } else { 0 }),
         "selp.b16" | "selp.u16" => lanes!(|a: u16, b: u16, c: bool| if c { a } else { b }),
         "selp.b32" | "selp.u32" | "selp.s32" | "selp.f32" => lanes!(|a: u32, b: u32, c: bool| if c { a } else { b }),
         "selp.b64" | "selp.u64" | "selp.s64" => lanes!(|a: u64, b: u64, c: bool| if c { a } else { b }),
@@ -308,6 +310,8 @@ mod tests {
         assert_eq!(compute("setp.lt.s32", &[0xffff_ffff, 0]), 1);
         assert_eq!(compute("setp.lt.u32", &[0xffff_ffff, 0]), 0);
         assert_eq!(compute("setp.ge.u64", &[1 << 40, 7]), 1);
+        assert_eq!(compute("set.lt.u32.u32", &[1, 2]), 0xffff_ffff);
+        assert_eq!(compute("set.lt.u32.u32", &[2, 2]), 0);
     }
 
     #[test]

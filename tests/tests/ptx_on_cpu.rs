@@ -62,15 +62,21 @@ fn rows_of_tokens(batch: &OwnedBatch, tokens: u32) -> (OwnedBatch, Vec<u32>) {
     (rows, counts)
 }
 
-/// Runs one forest of several query tokens, scales, modes, caps and sinks through a kernel; tells which entries were launched.
+/// Runs one forest of several query tokens, scales, modes, caps, windows and sinks through a kernel; tells which entries were launched.
 fn run_forest<T: Element>(kernel: &KernelSpec, variant: TileVariant, index: u64) -> BTreeSet<&'static str> {
     let mut rng = ChaCha8Rng::seed_from_u64(index);
     let case = draw_case(&mut rng, kernel, variant);
     let scale = softmax_scale(case.shape) * [1.0, 16.0, 1.0, 64.0][index as usize % 4];
     let query_tokens = *[1, 1, 1, 3, 5].choose(&mut rng).unwrap();
     let mut problem = case.batch.problem(case.shape).with_scale(scale).with_query_tokens(query_tokens);
-    if variant.serves(Switches { soft_cap: true }) && rng.random_bool(0.3) {
+    if variant.serves(Switches { soft_cap: true, ..Switches::OFF }) && rng.random_bool(0.3) {
         problem = problem.with_soft_cap(2.0);
+    }
+    if variant.serves(Switches { window: true, ..Switches::OFF }) && rng.random_bool(0.4) {
+        // Of less than a page, of a page, of several, in many nodes, and larger than any context.
+        let page_size = case.batch.page_size;
+        problem = problem
+            .with_window(*[1, page_size.div_ceil(2), page_size, page_size + 1, 33, 1 << 20].choose(&mut rng).unwrap());
     }
     let sinks: Option<Vec<f32>> =
         rng.random_bool(0.3).then(|| (0..case.shape.q_heads()).map(|_| rng.random_range(-4.0..4.0)).collect());

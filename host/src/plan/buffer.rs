@@ -4,8 +4,8 @@ use super::PlanGeneration;
 use super::cost::Prediction;
 use crate::{AttentionShape, DecodeBatch, DeviceProfile, Error, Problem, Result};
 use pat_abi::{
-    ItemQuery, MAX_TILE_VARIANTS, MergeRow, NO_MASKS, PLAN_MAGIC, PageMask, PlanHeader, TileVariant, VariantItems,
-    WorkItem,
+    ItemQuery, MAX_TILE_VARIANTS, MergeRow, NO_MASKS, NONE, PLAN_MAGIC, PageMask, PlanHeader, TileVariant,
+    VariantItems, WorkItem,
 };
 use std::fmt;
 use std::sync::Arc;
@@ -24,10 +24,16 @@ pub(super) struct Records {
     pub(super) merges: Vec<MergeRow>,
     /// Page masks of the items that have any.
     pub(super) masks: Vec<PageMask>,
+    /// First tokens of the pages of the items that have any.
+    pub(super) words: Vec<u32>,
     /// Partial slots in all.
     pub(super) slot_count: u32,
     /// By batch row, where the tokens of the sequence's last page are counted.
     pub(super) tails: Vec<Tail>,
+    /// By item of the plan, pages that can be appended to its stream.
+    room: Vec<u32>,
+    /// By index in `items`, the item's place in the plan.
+    places: Vec<u32>,
 }
 
 /// Where an item stands in the launch order: by variant, longest first, so that what is left at the end is short. Of equally
@@ -56,63 +62,86 @@ impl LaunchKey {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct PendingItem {
     item: WorkItem,
-    /// The sequence whose last tokens the item counts, if it has no masks.
-    tail_of: Option<u32>,
+    room: u32,
 }
 
-/// The record that counts the tokens of a sequence's last page.
+/// Where the tokens of a sequence's last page are counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Tail(u32);
+pub(super) struct Tail {
+    /// The item whose stream has the page: its index in [`Records::items`], once these are in order its place in the plan.
+    /// [`NONE`] where no record counts the tokens alone: the sequence is empty or shares its last page.
+    pub(super) item: u32,
+    /// The page's mask, or [`NO_MASKS`] where the item has none.
+    pub(super) mask: u32,
+    /// The row tile that the item is of.
+    pub(super) tile: u32,
+}
 
 impl Tail {
-    /// No record counts them alone: the sequence is empty or shares its last page.
-    pub(super) const NONE: Self = Self(u32::MAX);
-    const ITEM: u32 = 1 << 31;
+    pub(super) const NONE: Self = Self { item: NONE, mask: NO_MASKS, tile: NONE };
+}
 
-    /// Mask number `index`.
-    pub(super) fn mask(index: u32) -> Self {
-        Self(index)
-    }
-
-    /// Item number `index` of the plan.
-    fn item(index: u32) -> Self {
-        Self(index | Self::ITEM)
-    }
+/// What a step adds to a sequence whose last page is its own.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Growth<'a> {
+    /// Row of the batch.
+    pub(super) row: u32,
+    /// Tokens more, or fewer.
+    pub(super) tokens: i32,
+    /// Tokens of its last page, from now on.
+    pub(super) last_page_tokens: u32,
+    /// Pages more.
+    pub(super) pages: &'a [u32],
 }
 
 impl Records {
     /// Drops the records, keeps the memory.
     pub(super) fn clear(&mut self) {
-        let Self { items, order, queries, pages, merges, masks, slot_count, tails } = self;
+        let Self { items, order, queries, pages, merges, masks, words, slot_count, tails, room, places } = self;
         items.clear();
         order.clear();
         queries.clear();
         pages.clear();
         merges.clear();
         masks.clear();
+        words.clear();
         tails.clear();
+        room.clear();
+        places.clear();
         *slot_count = 0;
     }
 
-    /// `chunk` is which of its tile's chunks the item is.
+    /// `chunk` is which of its tile's chunks the item is, `room` how many pages can be appended to its stream.
     pub(super) fn push_item(
         &mut self,
         (variant, page_count, chunk): (TileVariant, u32, u32),
         item: WorkItem,
-        tail_of: Option<u32>,
+        room: u32,
     ) {
         self.order.push((LaunchKey::new(variant, page_count, chunk), self.items.len() as u32));
-        self.items.push(PendingItem { item, tail_of });
+        self.items.push(PendingItem { item, room });
     }
 
     /// Settles the launch order.
     pub(super) fn order_items(&mut self) {
         self.order.sort_unstable();
-        for (position, &(_, index)) in (0u32..).zip(&self.order) {
-            if let Some(sequence) = self.items[index as usize].tail_of {
-                self.tails[sequence as usize] = Tail::item(position);
-            }
+        self.places.resize(self.items.len(), 0);
+        self.room.reserve(self.items.len());
+        for (place, &(_, index)) in (0u32..).zip(&self.order) {
+            self.places[index as usize] = place;
+            self.room.push(self.items[index as usize].room);
         }
+        for tail in self.tails.iter_mut().filter(|tail| tail.item != NONE) {
+            tail.item = self.places[tail.item as usize];
+        }
+    }
+
+    /// Takes the room that `pages` more pages of a sequence need; `false` where there is none.
+    pub(super) fn take_room(&mut self, row: u32, pages: u32) -> bool {
+        let Some(room) = self.room.get_mut(self.tails[row as usize].item as usize) else { return false };
+        let left = room.checked_sub(pages);
+        *room = left.unwrap_or(0);
+        left.is_some()
     }
 }
 
@@ -207,7 +236,8 @@ impl Plan {
         let pages_offset = align(queries_offset + size_of_val(records.queries.as_slice()));
         let merges_offset = align(pages_offset + size_of_val(records.pages.as_slice()));
         let masks_offset = align(merges_offset + size_of_val(records.merges.as_slice()));
-        let total_bytes = align(masks_offset + size_of_val(records.masks.as_slice()));
+        let words_offset = align(masks_offset + size_of_val(records.masks.as_slice()));
+        let total_bytes = align(words_offset + size_of_val(records.words.as_slice()));
         count("bytes", total_bytes)?;
         let mut header = PlanHeader {
             magic: PLAN_MAGIC,
@@ -224,8 +254,8 @@ impl Plan {
             page_size: batch.page_size(),
             masks_offset_bytes: masks_offset as u32,
             mask_count: count("masks", records.masks.len())?,
-            words_offset_bytes: total_bytes as u32,
-            word_count: 0,
+            words_offset_bytes: words_offset as u32,
+            word_count: count("first tokens", records.words.len())?,
             variants: [VariantItems::default(); MAX_TILE_VARIANTS],
         };
         for &(key, _) in &records.order {
@@ -253,7 +283,8 @@ impl Plan {
             (queries_offset, pages_offset, bytemuck::cast_slice::<_, u8>(&records.queries)),
             (pages_offset, merges_offset, bytemuck::cast_slice(&records.pages)),
             (merges_offset, masks_offset, bytemuck::cast_slice(&records.merges)),
-            (masks_offset, total_bytes, bytemuck::cast_slice(&records.masks)),
+            (masks_offset, words_offset, bytemuck::cast_slice(&records.masks)),
+            (words_offset, total_bytes, bytemuck::cast_slice(&records.words)),
         ] {
             let (data, padding) = bytes[offset..end].split_at_mut(source.len());
             data.copy_from_slice(source);
@@ -272,34 +303,62 @@ impl Plan {
         Ok(())
     }
 
-    /// Gives the last pages of sequences other numbers of tokens. `changes` are where they are counted and by how much
-    /// they change.
-    pub(super) fn change_lengths(&mut self, changes: impl Iterator<Item = (Tail, i32)>) {
+    /// Lets sequences grow at their ends, or shrink within their last pages. There is room for the pages
+    /// ([`Records::take_room`]), in the plan that `tails`, which are kept up to date, are about. `grown` is told the tile of each
+    /// sequence with more pages, how many, and what its last item has now.
+    pub(super) fn grow<'a>(
+        &mut self,
+        growths: impl Iterator<Item = Growth<'a>>,
+        tails: &mut [Tail],
+        mut grown: impl FnMut(u32, u32, u32),
+    ) {
         let header = *self.header();
-        let mut grown = 0i64;
+        let page_size = header.page_size;
+        let mut all_tokens = 0i64;
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut self.words);
-        let (front, masks) = bytes.split_at_mut(header.masks_offset_bytes as usize);
         let items_begin = PlanHeader::ITEMS_OFFSET_BYTES as usize;
+        let (front, masks) = bytes.split_at_mut(header.masks_offset_bytes as usize);
+        let (front, pages) = front.split_at_mut(header.pages_offset_bytes as usize);
         let items_end = items_begin + header.item_count as usize * size_of::<WorkItem>();
         let items: &mut [WorkItem] = bytemuck::cast_slice_mut(&mut front[items_begin..items_end]);
+        let pages: &mut [u32] = bytemuck::cast_slice_mut(&mut pages[..header.page_count as usize * size_of::<u32>()]);
         let masks: &mut [PageMask] =
             bytemuck::cast_slice_mut(&mut masks[..header.mask_count as usize * size_of::<PageMask>()]);
-        for (tail, tokens) in changes {
-            grown += i64::from(tokens);
-            let index = (tail.0 & !Tail::ITEM) as usize;
-            if tail.0 & Tail::ITEM != 0 {
-                let count = &mut items[index].token_count;
-                *count = count.wrapping_add_signed(tokens);
+        for Growth { row, tokens, last_page_tokens, pages: new_pages } in growths {
+            all_tokens += i64::from(tokens);
+            let tail = &mut tails[row as usize];
+            let item = &mut items[tail.item as usize];
+            let (old_pages, more_pages) = (item.token_count.div_ceil(page_size), new_pages.len() as u32);
+            let new_begin = (item.page_begin + old_pages) as usize;
+            pages[new_begin..][..new_pages.len()].copy_from_slice(new_pages);
+            if tail.mask == NO_MASKS {
+                item.token_count = item.token_count.wrapping_add_signed(tokens);
             } else {
-                let mask = masks[index];
-                let end = mask.token_end().wrapping_add_signed(tokens);
-                masks[index] = PageMask::new((mask.row_begin(), mask.row_end()), end);
+                // The stream is in any order: what is new stands at its end.
+                let mask = masks[tail.mask as usize];
+                let rows = (mask.row_begin(), mask.row_end());
+                if more_pages > 0 {
+                    let full = PageMask::new(rows, page_size);
+                    masks[tail.mask as usize] = full;
+                    masks[(item.mask_begin + old_pages) as usize..][..new_pages.len()].fill(full);
+                    tail.mask = item.mask_begin + old_pages + more_pages - 1;
+                    item.token_count += more_pages * page_size;
+                }
+                masks[tail.mask as usize] = PageMask::new(rows, last_page_tokens);
+            }
+            if more_pages > 0 {
+                grown(tail.tile, more_pages, old_pages + more_pages);
             }
         }
         self.generation = PlanGeneration::next();
-        self.logical_tokens = self.logical_tokens.wrapping_add_signed(grown);
-        let grown_bytes = grown * self.shape().kv_bytes_per_token() as i64;
+        self.logical_tokens = self.logical_tokens.wrapping_add_signed(all_tokens);
+        let grown_bytes = all_tokens * self.shape().kv_bytes_per_token() as i64;
         self.unique_kv_bytes = self.unique_kv_bytes.wrapping_add_signed(grown_bytes);
+    }
+
+    /// Changes what is predicted.
+    pub(super) fn predict(&mut self, prediction: Prediction) {
+        self.prediction = prediction;
     }
 
     /// Tells this plan from every other one of the process.
@@ -362,7 +421,16 @@ impl Plan {
         &all[item.mask_begin as usize..][..(item.token_count / self.page_size()) as usize]
     }
 
-    /// KV tokens that an item reads.
+    /// The first tokens that count of an item's pages, one per page; empty where all tokens count from a page's first on.
+    pub fn first_tokens(&self, item: &WorkItem) -> &[u32] {
+        if item.first_token_begin == NONE {
+            return &[];
+        }
+        let all: &[u32] = self.records(self.header().words_offset_bytes, self.header().word_count);
+        &all[item.first_token_begin as usize..][..item.token_count.div_ceil(self.page_size()) as usize]
+    }
+
+    /// KV tokens that an item reads, the first ones of pages among them that none of its rows attends to.
     pub fn stream_tokens(&self, item: &WorkItem) -> u64 {
         match self.masks(item) {
             [] => u64::from(item.token_count),
@@ -410,7 +478,7 @@ impl Plan {
         u64::from(self.header().slot_count) * self.shape().partial_bytes()
     }
 
-    /// Gives the first item first tokens of its pages and KV limits of its queries, which no planner does.
+    /// Gives the first item first tokens of its pages and KV limits of its queries, which no planner does without a window.
     #[cfg(test)]
     pub(crate) fn limit_first_item(&mut self, first_tokens: &[u32], kv_limits: &[u32]) {
         let words_offset = self.bytes().len();
