@@ -167,6 +167,9 @@ pub(crate) struct Features {
     /// Each sequence sees its last TOKENS tokens only.
     #[arg(long, value_name = "TOKENS", allow_negative_numbers = true)]
     window: Option<u32>,
+    /// Each sequence sees its tokens since the last multiple of TOKENS only (Llama 4).
+    #[arg(long, value_name = "TOKENS", allow_negative_numbers = true, conflicts_with = "window")]
+    chunk: Option<u32>,
 }
 
 impl Features {
@@ -181,6 +184,9 @@ impl Features {
         }
         if let Some(tokens) = self.window {
             problem = problem.with_window(tokens);
+        }
+        if let Some(tokens) = self.chunk {
+            problem = problem.with_chunk(tokens);
         }
         supports(&problem, None, None).map_err(Error::from)?;
         Ok(problem)
@@ -393,7 +399,7 @@ fn option_of_argument(error: &Error) -> Option<&'static str> {
 
 /// Library arguments and the options that give them.
 fn option_named(argument: &str) -> Option<&'static str> {
-    const OPTIONS: [(&str, &str); 11] = [
+    const OPTIONS: [(&str, &str); 12] = [
         ("q_heads", "--heads"),
         ("kv_heads", "--heads"),
         ("head_dim", "--head-dim"),
@@ -401,6 +407,7 @@ fn option_named(argument: &str) -> Option<&'static str> {
         ("page_size", "--page-size"),
         ("soft_cap", "--softcap"),
         ("window", "--window"),
+        ("chunk", "--chunk"),
         ("block_tokens", "--trace-block"),
         ("batch_size", "--batch"),
         ("first_request", "--first-request"),

@@ -35,8 +35,10 @@ pub(super) struct Scratch {
 pub(super) struct Emitter<'a> {
     pub(super) shape: AttentionShape,
     pub(super) batch: &'a DecodeBatch<'a>,
-    /// By row, tokens at the front of its first page that it does not attend to; nothing where there is no window.
+    /// By row, tokens at the front of its first page that it does not attend to; nothing where it attends to all.
     pub(super) hidden_tokens: &'a [u32],
+    /// Whether kernels ask for the first tokens of pages that have masks.
+    pub(super) has_first_tokens: bool,
     pub(super) forest: &'a Forest,
     pub(super) extents: &'a [Extent],
     pub(super) choice: &'a TileChoice,
@@ -210,7 +212,7 @@ impl Emitter<'_> {
         let variant = self.choice.variant(row_count / group);
         let (mut first_token_begin, kv_limit_begin) = (NONE, NONE);
         // Kernels that are compiled for windows ask for those of every item that has masks, by the place of its masks.
-        if !uniform && !self.hidden_tokens.is_empty() {
+        if !uniform && self.has_first_tokens {
             first_token_begin = mask_begin;
             for run in runs.iter() {
                 records.words.push(self.hidden_tokens(run));

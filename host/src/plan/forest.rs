@@ -87,8 +87,8 @@ impl Forest {
         self.build_windowed(batch, &[]);
     }
 
-    /// As [`Self::build`], of what a window leaves: `hidden_tokens` are [`crate::WindowedBatch::hidden_tokens`], nothing where
-    /// there is no window. Sequences that do not attend to the same tokens of their first page share nothing.
+    /// As [`Self::build`], of what rows see: `hidden_tokens` are [`crate::VisibleBatch::hidden_tokens`], nothing where they
+    /// see all. Sequences that do not attend to the same tokens of their first page share nothing.
     pub(crate) fn build_windowed(&mut self, batch: &DecodeBatch<'_>, hidden_tokens: &[u32]) {
         let sequences = batch.sequence_count();
         self.nodes.clear();

@@ -21,7 +21,7 @@ mod snapshot;
 mod summary;
 pub mod tiling;
 
-use crate::{DecodeBatch, DeviceProfile, Error, Problem, Result, WindowedBatch};
+use crate::{DecodeBatch, DeviceProfile, Error, Problem, Reach, Result, VisibleBatch};
 pub use buffer::Plan;
 use buffer::Records;
 pub use capacity::PlanCapacity;
@@ -90,7 +90,7 @@ pub enum PlanMode {
 }
 
 /// Makes plans for one problem on one device; keeps its scratch memory between calls, so that a step of a batch that
-/// does not grow allocates nothing ([`Planner::plan_into`], [`Planner::advance`]), but where there is a sliding window.
+/// does not grow allocates nothing ([`Planner::plan_into`], [`Planner::advance`]), but where rows do not see all of their sequences.
 #[derive(Clone, Debug)]
 pub struct Planner {
     problem: Problem,
@@ -295,17 +295,16 @@ impl Planner {
     /// # Errors
     /// As [`Self::plan`]; `plan` is as before.
     pub fn plan_into(&mut self, batch: &DecodeBatch<'_>, plan: &mut Plan) -> Result<()> {
-        match self.problem.visibility().window {
-            None => self.plan_tokens(batch, &[], plan),
-            Some(window) => {
-                let windowed = WindowedBatch::new(batch, window);
-                self.plan_tokens(&windowed.batch(), windowed.hidden_tokens(), plan)
+        match self.problem.visibility().reach {
+            Reach::Full => self.plan_tokens(batch, &[], plan),
+            reach => {
+                let visible = VisibleBatch::new(batch, reach);
+                self.plan_tokens(&visible.batch(), visible.hidden_tokens(), plan)
             }
         }
     }
 
-    /// Plans a batch from scratch, but for `hidden_tokens` where a window leaves no more of it
-    /// ([`WindowedBatch::hidden_tokens`]).
+    /// Plans a batch from scratch, but for `hidden_tokens` where rows see no more of it ([`VisibleBatch::hidden_tokens`]).
     fn plan_tokens(&mut self, batch: &DecodeBatch<'_>, hidden_tokens: &[u32], plan: &mut Plan) -> Result<()> {
         self.check_batch(batch)?;
         self.take(batch, hidden_tokens);
@@ -328,8 +327,8 @@ impl Planner {
     ///
     /// `changed_rows`, where given, names the rows of the batch whose table entries *that were in use before* may differ
     /// (a row that only grew is not among them); with `None` all entries are compared. Lengths and appended entries are
-    /// looked at in any case. A plan that this planner did not make last is planned from scratch, and so is one under a sliding
-    /// window, which moves with every token.
+    /// looked at in any case. A plan that this planner did not make last is planned from scratch, and so is one under a window
+    /// or in chunks, since what a row sees moves.
     ///
     /// # Errors
     /// As [`Self::plan`]; or a changed row is not in the batch. `plan` is as before.
@@ -339,7 +338,7 @@ impl Planner {
         changed_rows: Option<&[u32]>,
         plan: &mut Plan,
     ) -> Result<PlanChange> {
-        if self.newest != Some(plan.generation()) || self.problem.visibility().window.is_some() {
+        if self.newest != Some(plan.generation()) || self.problem.visibility().reach != Reach::Full {
             self.plan_into(batch, plan)?;
             return Ok(PlanChange::Forest);
         }
@@ -539,6 +538,7 @@ impl Planner {
             shape: self.problem.shape(),
             batch,
             hidden_tokens,
+            has_first_tokens: self.problem.switches().window,
             forest: &self.forest,
             extents,
             choice: self.choices.in_use(),
