@@ -21,7 +21,8 @@ impl Forests {
     /// A variable is there and no number.
     pub fn of_a_device(count: u64) -> Self {
         let from_env = |name: &str, default| {
-            std::env::var(name).map_or(default, |value| value.parse().unwrap_or_else(|_| panic!("{name}: got {value:?}")))
+            std::env::var(name)
+                .map_or(default, |value| value.parse().unwrap_or_else(|_| panic!("{name}: got {value:?}")))
         };
         Self { count: from_env("PAT_GPU_FORESTS", count), seed: from_env("PAT_GPU_SEED", 1) }
     }

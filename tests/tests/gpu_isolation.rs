@@ -12,8 +12,8 @@ use pat_tests::executor::{Executor, Interpreter};
 use pat_tests::forests::Forests;
 use pat_tests::{Case, device_test, softmax_scale};
 use pat_workloads::{Oracle, RowSample, Tensors, check};
-use rand::seq::IndexedRandom;
 use rand::Rng;
+use rand::seq::IndexedRandom;
 use std::collections::BTreeMap;
 use std::process::ExitCode;
 
