@@ -181,3 +181,12 @@ def test_16_bit_caches_have_no_factor(planner):
     plan = planner.plan(batch.block_tables, batch.lengths, 16, batch.num_pages)
     with pytest.raises(ValueError, match="k_scale: got 2"):
         pa.run(plan, queries(len(batch.lengths)), *caches(batch), k_scale=2.0)
+
+
+def test_tensors_without_elements_have_no_address(planner):
+    rows, pages = torch.empty(0, 8, 64, dtype=torch.float16), torch.empty(0, 16, 2, 64, dtype=torch.float16)
+    assert rows.data_ptr() == pages.data_ptr() == 0
+    assert pa.run(planner.plan([], [], 16, 0), rows, pages, pages).shape == (0, 8, 64)
+    # Rows without tokens need no pages.
+    out, lse = pa.run(planner.plan([[]], [0], 16, 0), queries(1), pages, pages, return_lse=True)
+    assert not out.any() and lse.isneginf().all()
