@@ -28,7 +28,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             let options =
                 variants.map_or_else(PlanOptions::default, |these| PlanOptions::default().with_variants(these));
             let plan = Planner::new(batch.problem(shape), profile.clone(), options)?.plan(&batch.view(&rows)?)?;
-            let case = DeviceCase::new(&engine, &batch, shape)?;
+            let case = DeviceCase::new(&engine, &batch, batch.problem(shape))?;
             let prepared = case.prepare(&plan)?;
             prepared.host_times(CALLS / 10)?;
             let mut times = prepared.host_times(CALLS)?;

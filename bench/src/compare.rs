@@ -95,6 +95,9 @@ fn name(record: &Record) -> String {
     if record.head_dim != 128 {
         name += &format!(" d{}", record.head_dim);
     }
+    if !record.features.is_empty() {
+        name += &format!(", {}", record.features);
+    }
     name
 }
 

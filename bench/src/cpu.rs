@@ -1,7 +1,8 @@
 //! One batch on the CPU executor: checked, then timed.
 
-use crate::device::{SEED, softmax_scale};
-use pat_rs::{AttentionShape, Element, Engine, Plan, Result};
+use crate::device::SEED;
+use pat_rs::{Element, Engine, Plan, Problem, Result};
+use pat_workloads::tensors::sinks;
 use pat_workloads::{NumericsReport, Oracle, OwnedBatch, PoolLayout, Tensors, check};
 use std::time::Instant;
 
@@ -10,22 +11,25 @@ use std::time::Instant;
 pub struct CpuCase<T> {
     engine: Engine,
     tensors: Tensors<T>,
-    shape: AttentionShape,
+    problem: Problem,
+    sinks: Option<Vec<f32>>,
     out: Vec<T>,
     lse: Vec<f32>,
 }
 
 impl<T: Element> CpuCase<T> {
-    /// Draws the tensors: the same elements as on a device.
+    /// Draws the tensors: the same elements as on a device, [`sinks`] among them where the problem has some.
     ///
     /// # Errors
     /// The batch is not valid.
-    pub fn new(batch: &OwnedBatch, shape: AttentionShape) -> Result<Self> {
+    pub fn new(batch: &OwnedBatch, problem: Problem) -> Result<Self> {
+        let shape = problem.shape();
         let rows = batch.lengths.len() * shape.q_heads() as usize;
         Ok(Self {
             engine: Engine::cpu(),
             tensors: Tensors::draw(batch, shape, PoolLayout::Nhd, SEED)?,
-            shape,
+            problem,
+            sinks: problem.has_sinks().then(|| sinks(shape.q_heads())),
             out: vec![T::from_f32(f32::NAN); rows * shape.head_dim() as usize],
             lse: vec![f32::NAN; rows],
         })
@@ -36,7 +40,8 @@ impl<T: Element> CpuCase<T> {
     /// # Errors
     /// Those of the run.
     pub fn run_us(&mut self, plan: &Plan) -> Result<f64> {
-        let tensors = self.tensors.host(softmax_scale(self.shape));
+        let mut tensors = self.tensors.host(self.problem.score().scale);
+        (tensors.problem, tensors.sinks) = (self.problem, self.sinks.as_deref());
         let begin = Instant::now();
         self.engine.run_host(plan, &tensors, &mut self.out, Some(&mut self.lse))?;
         Ok(begin.elapsed().as_secs_f64() * 1e6)
@@ -50,6 +55,6 @@ impl<T: Element> CpuCase<T> {
         self.out.fill(T::from_f32(f32::NAN));
         self.lse.fill(f32::NAN);
         self.run_us(plan)?;
-        Ok(check(oracle, self.shape.q_heads(), &self.out, Some(&self.lse)))
+        Ok(check(oracle, self.problem.shape().q_heads(), &self.out, Some(&self.lse)))
     }
 }

@@ -9,7 +9,8 @@ use pat_rs::cuda::bench_support::{FillSpec, HostTimes, L2Flush, TimingEvent, fil
 use pat_rs::cuda::{
     BoundRun, CudaEngine, DeviceBuffer, Graph, LaunchGeometry, PlanBuffers, RunArgs, Stream, Workspace,
 };
-use pat_rs::{AttentionShape, Element, KvStrides, Plan, Result, RowStrides};
+use pat_rs::{AttentionShape, Element, KvStrides, Plan, Problem, Result, RowStrides};
+use pat_workloads::tensors::sinks;
 use pat_workloads::{NumericsReport, Oracle, OwnedBatch, check};
 use std::time::Instant;
 
@@ -54,21 +55,23 @@ impl Times {
 pub struct DeviceCase<'a> {
     engine: &'a CudaEngine,
     batch: &'a OwnedBatch,
-    shape: AttentionShape,
+    problem: Problem,
     stream: Stream,
     q: DeviceBuffer,
     k: DeviceBuffer,
     v: DeviceBuffer,
     out: DeviceBuffer,
     lse: DeviceBuffer,
+    sinks: Option<DeviceBuffer>,
 }
 
 impl<'a> DeviceCase<'a> {
-    /// Allocates and draws the tensors.
+    /// Allocates and draws the tensors, [`sinks`] among them where the problem has some.
     ///
     /// # Errors
     /// The driver's.
-    pub fn new(engine: &'a CudaEngine, batch: &'a OwnedBatch, shape: AttentionShape) -> Result<Self> {
+    pub fn new(engine: &'a CudaEngine, batch: &'a OwnedBatch, problem: Problem) -> Result<Self> {
+        let shape = problem.shape();
         let device = engine.device();
         let stream = device.new_stream()?;
         let rows = batch.lengths.len();
@@ -78,12 +81,16 @@ impl<'a> DeviceCase<'a> {
         let case = Self {
             engine,
             batch,
-            shape,
+            problem,
             q: DeviceBuffer::zeroed(device, rows * row_elements * 2)?,
             k: DeviceBuffer::zeroed(device, pool_elements * 2)?,
             v: DeviceBuffer::zeroed(device, pool_elements * 2)?,
             out: DeviceBuffer::zeroed(device, rows * row_elements * 2)?,
             lse: DeviceBuffer::zeroed(device, rows * shape.q_heads() as usize * 4)?,
+            sinks: match problem.has_sinks() {
+                true => Some(DeviceBuffer::from_slice(device, &sinks(shape.q_heads()))?),
+                false => None,
+            },
             stream,
         };
         let spec = |tensor, pages, tokens, heads| FillSpec {
@@ -107,8 +114,9 @@ impl<'a> DeviceCase<'a> {
     fn args(&self) -> RunArgs {
         let spans = (self.q.span(), self.k.span(), self.v.span(), self.out.span());
         let (num_pages, rows) = (self.batch.num_pages, self.batch.lengths.len() as u32);
-        RunArgs::new(self.batch.problem(self.shape), num_pages, rows, spans)
-            .with_lse(self.lse.span(), RowStrides::lse(self.shape.q_heads()))
+        let args = RunArgs::new(self.problem, num_pages, rows, spans)
+            .with_lse(self.lse.span(), RowStrides::lse(self.problem.shape().q_heads()));
+        self.sinks.iter().fold(args, |args, sinks| args.with_sinks(sinks.span()))
     }
 
     /// Runs the plan into poisoned outputs and compares with the oracle.
@@ -122,12 +130,13 @@ impl<'a> DeviceCase<'a> {
         let buffers = self.engine.upload(plan, &self.stream)?;
         self.engine.run(&buffers, &self.args(), &workspace, &self.stream)?;
         self.stream.synchronize()?;
-        let rows = self.batch.lengths.len() * self.shape.q_heads() as usize;
-        let mut out = vec![T::zeroed(); rows * self.shape.head_dim() as usize];
+        let shape = self.problem.shape();
+        let rows = self.batch.lengths.len() * shape.q_heads() as usize;
+        let mut out = vec![T::zeroed(); rows * shape.head_dim() as usize];
         let mut lse = vec![0f32; rows];
         self.out.read(0, &mut out)?;
         self.lse.read(0, &mut lse)?;
-        Ok(check(oracle, self.shape.q_heads(), &out, Some(&lse)))
+        Ok(check(oracle, shape.q_heads(), &out, Some(&lse)))
     }
 
     /// Uploads the plan and allocates what its runs need.

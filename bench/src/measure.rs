@@ -10,7 +10,7 @@ use crate::sample::oracle;
 use crate::statistics::{median, quartiles};
 use half::{bf16, f16};
 use pat_rs::cuda::bench_support::L2Flush;
-use pat_rs::{AttentionShape, DeviceProfile, Dtype, Element, Engine, Error, Plan, PlanOptions, Planner};
+use pat_rs::{DeviceProfile, Dtype, Element, Engine, Error, Plan, PlanOptions, Planner, Problem};
 use pat_workloads::{NumericsReport, OwnedBatch};
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -74,15 +74,16 @@ impl Target {
         &self,
         (suite, name): (&str, &str),
         batch: &OwnedBatch,
-        shape: AttentionShape,
+        problem: Problem,
         options: &PlanOptions,
         repeats: Repeats,
     ) -> Result<Record, MeasureError> {
+        let shape = problem.shape();
         batch.view(&batch.rows())?;
         let batch = &batch.compacted();
         let rows = batch.rows();
         let view = batch.view(&rows)?;
-        let mut planner = Planner::new(batch.problem(shape), self.profile.clone(), options.clone())?;
+        let mut planner = Planner::new(problem, self.profile.clone(), options.clone())?;
         let plan = planner.plan(&view)?;
         let mut plan_times = Vec::new();
         for _ in 0..9 {
@@ -92,14 +93,14 @@ impl Target {
         }
         let plan_us = median(&mut plan_times);
         let (report, times) = match shape.dtype() {
-            Dtype::F16 => self.verify_and_time::<f16>(batch, &plan, repeats)?,
-            Dtype::Bf16 => self.verify_and_time::<bf16>(batch, &plan, repeats)?,
+            Dtype::F16 => self.verify_and_time::<f16>(batch, problem, &plan, repeats)?,
+            Dtype::Bf16 => self.verify_and_time::<bf16>(batch, problem, &plan, repeats)?,
             other => return Err(Error::invalid("dtype", other.name(), "f16 or bf16").into()),
         };
         let summary = plan.summary();
         let rows_bytes = 2 * 2 * batch.lengths.len() as u64 * u64::from(shape.q_heads()) * u64::from(shape.head_dim());
         let bytes = summary.unique_kv_bytes + rows_bytes;
-        let flop = batch_flop(batch, shape);
+        let flop = batch_flop(batch, &problem);
         let cold_us = times.cold_us;
         let by_method = |us: f64| BTreeMap::from([(METHOD.to_owned(), us / 1e3)]);
         let correctness = Correctness {
@@ -116,6 +117,7 @@ impl Target {
             head_dim: shape.head_dim(),
             block_size: batch.page_size,
             dtype: shape.dtype().name().into(),
+            features: features(&problem),
             sequences: summary.sequences,
             latencies: by_method(cold_us),
             warm_latencies: times.warm_us.map(by_method).unwrap_or_default(),
@@ -145,13 +147,13 @@ impl Target {
     fn verify_and_time<T: Element>(
         &self,
         batch: &OwnedBatch,
+        problem: Problem,
         plan: &Plan,
         repeats: Repeats,
     ) -> Result<(NumericsReport, Times), MeasureError> {
-        let shape = plan.shape();
         if let (Some(cuda), Some(flush)) = (self.engine.as_cuda(), &self.flush) {
-            let mut case = DeviceCase::new(cuda, batch, shape)?;
-            let report = case.verify::<T>(plan, &oracle::<T>(batch, shape)?)?;
+            let mut case = DeviceCase::new(cuda, batch, problem)?;
+            let report = case.verify::<T>(plan, &oracle::<T>(batch, problem)?)?;
             let times = case.time(plan, flush, repeats)?;
             return Ok((
                 report,
@@ -164,9 +166,9 @@ impl Target {
                 },
             ));
         }
-        memory::check_fits(batch, shape, plan)?;
-        let mut case = CpuCase::<T>::new(batch, shape)?;
-        let report = case.verify(plan, &oracle::<T>(batch, shape)?)?;
+        memory::check_fits(batch, problem.shape(), plan)?;
+        let mut case = CpuCase::<T>::new(batch, problem)?;
+        let report = case.verify(plan, &oracle::<T>(batch, problem)?)?;
         let mut wall_times = (0..repeats.timed).map(|_| case.run_us(plan)).collect::<pat_rs::Result<Vec<_>>>()?;
         let times = Times {
             cold_us: median(&mut wall_times),
@@ -179,6 +181,14 @@ impl Target {
     }
 }
 
+/// What a problem has beyond plain decode attention, for result files: `softcap 30, sinks, window 128`.
+pub fn features(problem: &Problem) -> String {
+    let softcap = problem.score().soft_cap.map(|cap| format!("softcap {cap}"));
+    let sinks = problem.has_sinks().then(|| "sinks".to_owned());
+    let window = problem.visibility().window.map(|tokens| format!("window {tokens}"));
+    [softcap, sinks, window].into_iter().flatten().collect::<Vec<_>>().join(", ")
+}
+
 /// In microseconds; options are what only a GPU gives.
 struct Times {
     cold_us: f64,
@@ -188,8 +198,9 @@ struct Times {
     upload_us: Option<f64>,
 }
 
-/// Multiplications and additions of Q·K and P·V, over all sequences.
-pub fn batch_flop(batch: &OwnedBatch, shape: AttentionShape) -> f64 {
-    let tokens: f64 = batch.lengths.iter().map(|&length| f64::from(length)).sum();
+/// Multiplications and additions of Q·K and P·V, over all sequences, as far as the window shows them.
+pub fn batch_flop(batch: &OwnedBatch, problem: &Problem) -> f64 {
+    let (shape, window) = (problem.shape(), problem.visibility().window.unwrap_or(u32::MAX));
+    let tokens: f64 = batch.lengths.iter().map(|&length| f64::from(length.min(window))).sum();
     4.0 * tokens * f64::from(shape.q_heads()) * f64::from(shape.head_dim())
 }

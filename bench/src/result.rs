@@ -63,6 +63,9 @@ pub struct Record {
     pub block_size: u32,
     /// Element type.
     pub dtype: String,
+    /// What the attention has beside the softmax, in words; nothing where it has none of it.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub features: String,
     /// Rows of the batch; 0 where the file does not say.
     #[serde(default)]
     pub sequences: u32,
@@ -152,6 +155,9 @@ pub struct RecordKey {
     pub head_dim: u32,
     /// Element type.
     pub dtype: String,
+    /// See [`Record::features`].
+    #[serde(default)]
+    pub features: String,
 }
 
 impl Record {
@@ -164,6 +170,7 @@ impl Record {
             nheads_kv: self.nheads_kv,
             head_dim: self.head_dim,
             dtype: self.dtype.clone(),
+            features: self.features.clone(),
         }
     }
 
@@ -285,6 +292,7 @@ pub(crate) fn test_record(tree: &str, cold_us: f64) -> Record {
         head_dim: 128,
         block_size: 32,
         dtype: "f16".into(),
+        features: String::new(),
         sequences: 1,
         latencies: BTreeMap::from([(METHOD.into(), cold_us / 1e3)]),
         warm_latencies: BTreeMap::new(),

@@ -1,8 +1,9 @@
 //! Options that several commands share: where the batch comes from, the model's shape, how to plan.
 
 use anyhow::{Context, Result, bail};
+use pat_bench::measure::features;
 use pat_rs::plan::PlanMode;
-use pat_rs::{AttentionShape, DeviceProfile, Dtype, Error, PlanOptions, Problem, TileVariant, supports};
+use pat_rs::{AttentionShape, DeviceProfile, Dtype, Error, Part, PlanOptions, Problem, Reason, TileVariant, supports};
 use pat_workloads::{
     MOONCAKE_BLOCK_TOKENS, ModelParts, OwnedBatch, TraceCut, TraceError, TreeSpec, count_requests, parse_dtype,
     read_batch,
@@ -154,6 +155,45 @@ pub(crate) struct Model {
     pub(crate) dtype: Option<Dtype>,
 }
 
+/// What a model has beyond plain decode attention.
+#[derive(clap::Args, Clone, Copy, Debug)]
+pub(crate) struct Features {
+    /// Scores are capped: CAP * tanh(score / CAP).
+    #[arg(long, value_name = "CAP", allow_negative_numbers = true)]
+    softcap: Option<f32>,
+    /// With attention sinks, one for each query head, evenly spread from -4 to 4.
+    #[arg(long)]
+    sinks: bool,
+    /// Each sequence sees its last TOKENS tokens only.
+    #[arg(long, value_name = "TOKENS", allow_negative_numbers = true)]
+    window: Option<u32>,
+}
+
+impl Features {
+    /// Plain attention with these.
+    pub(crate) fn of(self, plain: Problem) -> Result<Problem> {
+        let mut problem = plain;
+        if let Some(cap) = self.softcap {
+            problem = problem.with_soft_cap(cap);
+        }
+        if self.sinks {
+            problem = problem.with_sinks();
+        }
+        if let Some(tokens) = self.window {
+            problem = problem.with_window(tokens);
+        }
+        let named = |reason: Reason| match reason.part {
+            Part::SoftCap => {
+                anyhow::Error::new(reason).context(format!("--softcap {}", self.softcap.unwrap_or_default()))
+            }
+            Part::Window => anyhow::Error::new(reason).context(format!("--window {}", self.window.unwrap_or_default())),
+            _ => reason.into(),
+        };
+        supports(&problem, None, None).map_err(named)?;
+        Ok(problem)
+    }
+}
+
 fn dtype(name: &str) -> std::result::Result<Dtype, &'static str> {
     parse_dtype(name).ok_or("expected f16 or bf16")
 }
@@ -215,12 +255,15 @@ pub(crate) fn parse_heads(heads: &str) -> Result<(u32, u32)> {
 }
 
 /// The model and the pool, as reports show them.
-#[derive(Clone, Copy, Serialize)]
+#[derive(Clone, Serialize)]
 pub(crate) struct ModelReport {
     q_heads: u32,
     kv_heads: u32,
     head_dim: u32,
     dtype: &'static str,
+    /// In words; nothing where there are none.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    features: String,
     page_size: u32,
     /// Of the pool that the block tables belong to.
     num_pages: u32,
@@ -229,12 +272,14 @@ pub(crate) struct ModelReport {
 }
 
 impl ModelReport {
-    pub(crate) fn new(shape: AttentionShape, batch: &OwnedBatch) -> Self {
+    pub(crate) fn new(problem: &Problem, batch: &OwnedBatch) -> Self {
+        let shape = problem.shape();
         Self {
             q_heads: shape.q_heads(),
             kv_heads: shape.kv_heads(),
             head_dim: shape.head_dim(),
             dtype: shape.dtype().name(),
+            features: features(problem),
             page_size: batch.page_size,
             num_pages: batch.num_pages,
             pages_read: batch.unique_pages(),
@@ -242,12 +287,13 @@ impl ModelReport {
     }
 
     /// `32/8 heads, head dim 128, f16`.
-    pub(crate) fn model(self) -> String {
-        format!("{}/{} heads, head dim {}, {}", self.q_heads, self.kv_heads, self.head_dim, self.dtype)
+    pub(crate) fn model(&self) -> String {
+        let plain = format!("{}/{} heads, head dim {}, {}", self.q_heads, self.kv_heads, self.head_dim, self.dtype);
+        if self.features.is_empty() { plain } else { format!("{plain}, {}", self.features) }
     }
 
     /// `pages of 16 tokens, 5 of 8 read`.
-    pub(crate) fn pool(self) -> String {
+    pub(crate) fn pool(&self) -> String {
         format!("pages of {} tokens, {} of {} read", self.page_size, self.pages_read, self.num_pages)
     }
 }

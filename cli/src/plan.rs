@@ -1,11 +1,11 @@
 //! `pat plan`: the forest and the row tiles, for people, machines and pictures.
 
-use crate::options::{Loaded, ModelReport, Planning, Shape, Source};
+use crate::options::{Features, Loaded, ModelReport, Planning, Shape, Source};
 use crate::output;
 use anyhow::{Context, Result};
 use pat_report::{Candidate, explain};
 use pat_rs::plan::{PlanSummary, SharedNodes};
-use pat_rs::{DeviceProfile, Engine};
+use pat_rs::{DeviceProfile, Engine, WindowedBatch};
 use pat_workloads::whole_file::{self, Staged};
 use pat_workloads::{Existing, ModelParts, batch_text};
 use serde::Serialize;
@@ -17,6 +17,8 @@ pub(crate) struct Args {
     source: Source,
     #[command(flatten)]
     shape: Shape,
+    #[command(flatten)]
+    features: Features,
     #[command(flatten)]
     planning: Planning,
     /// Say why: the plan beside no sharing and beside the widest tiles, what bounds it, the largest shared runs.
@@ -60,7 +62,8 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     }
     let Loaded { name, batch, model } = args.source.load()?;
     let shape = args.shape.resolve(model)?;
-    let model = ModelReport::new(shape, &batch);
+    let problem = args.features.of(batch.problem(shape))?;
+    let model = ModelReport::new(&problem, &batch);
     let profile = match args.planning.profile()? {
         Some(profile) => profile,
         None => Engine::auto().profile().unwrap_or_else(|_| DeviceProfile::h200()),
@@ -68,10 +71,13 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     let rows = batch.rows();
     let view = batch.view(&rows)?;
     let options = args.planning.resolve()?;
-    let chosen = Candidate::new(shape, &profile, options.clone(), &view)?;
+    let chosen = Candidate::new(problem, &profile, options.clone(), &view)?;
     let Candidate { planner, plan, summary } = &chosen;
+    // What is planned is what windows leave.
+    let windowed = problem.visibility().window.map(|window| WindowedBatch::new(&view, window));
+    let planned = windowed.as_ref().map_or(view, WindowedBatch::batch);
     let svg = args.svg.as_ref().map(|file| {
-        let svg = pat_report::svg(planner.forest(), planner.tiles(), &view, &name);
+        let svg = pat_report::svg(planner.forest(), planner.tiles(), &planned, &name);
         whole_file::stage(file, svg.as_bytes(), existing).context("--svg")
     });
     let saved = args.save_batch.as_ref().map(|file| {
@@ -88,7 +94,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         output::print(serde_json::to_string_pretty(&report)?)?;
     } else {
         output::print(format_args!("{name}, planned for {}", planner.profile().name))?;
-        let forest = pat_report::forest(planner.forest(), planner.tiles(), &view);
+        let forest = pat_report::forest(planner.forest(), planner.tiles(), &planned);
         output::print(format_args!("{forest}{:<17}{}\n{:<17}{}", "model", model.model(), "pool", model.pool()))?;
         output::print(summary)?;
         if args.explain {

@@ -1,16 +1,18 @@
 //! `pat run`: plan, execute, verify, report.
 
-use crate::options::{Loaded, ModelReport, Planning, Shape, Source};
+use crate::options::{Features, Loaded, ModelReport, Planning, Shape, Source};
 use crate::{output, render};
 use anyhow::{Context, Result, bail};
 use half::{bf16, f16};
 use indicatif::{ProgressBar, ProgressStyle};
-use pat_bench::device::{DeviceCase, Repeats, SEED, softmax_scale};
+use pat_bench::device::{DeviceCase, Repeats, SEED};
 use pat_bench::memory;
+use pat_bench::sample::exact_rows;
 use pat_rs::cuda::CudaEngine;
 use pat_rs::cuda::bench_support::L2Flush;
 use pat_rs::plan::PlanSummary;
-use pat_rs::{AttentionShape, Dtype, Element, Engine, Plan, Planner};
+use pat_rs::{Dtype, Element, Engine, Plan, Planner, Problem};
+use pat_workloads::tensors::sinks;
 use pat_workloads::{NumericsReport, Oracle, OwnedBatch, PoolLayout, RowSample, Tensors, check};
 use serde::Serialize;
 use std::time::{Duration, Instant};
@@ -21,6 +23,8 @@ pub(crate) struct Args {
     source: Source,
     #[command(flatten)]
     shape: Shape,
+    #[command(flatten)]
+    features: Features,
     #[command(flatten)]
     planning: Planning,
     /// auto, cpu, cuda or cuda:N.
@@ -63,13 +67,14 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     }
     let Loaded { name, batch, model } = args.source.load()?;
     let shape = args.shape.resolve(model)?;
-    let model = ModelReport::new(shape, &batch);
+    let problem = args.features.of(batch.problem(shape))?;
+    let model = ModelReport::new(&problem, &batch);
     // An engine's pool may be far larger than what one batch reads of it: nothing else is drawn.
     let batch = batch.compacted();
     let rows = batch.rows();
     let view = batch.view(&rows)?;
     let profile = args.planning.profile()?.map_or_else(|| engine.profile(), Ok)?;
-    let mut planner = Planner::new(batch.problem(shape), profile, options)?;
+    let mut planner = Planner::new(problem, profile, options)?;
     planner.plan(&view)?;
     let begin = Instant::now();
     let plan = planner.plan(&view)?;
@@ -81,7 +86,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         "sample" => Some(pat_bench::sample::sample(&batch, shape)),
         other => bail!("--check: got {other:?}, expected auto, sample or none"),
     };
-    let job = Job { batch: &batch, shape, plan: &plan, sample, seed: args.seed };
+    let job = Job { batch: &batch, problem, plan: &plan, sample, seed: args.seed };
     let (execution_us, numerics) = match (engine.as_cuda(), shape.dtype()) {
         (Some(cuda), Dtype::F16) => job.on_device::<f16>(cuda)?,
         (Some(cuda), Dtype::Bf16) => job.on_device::<bf16>(cuda)?,
@@ -127,7 +132,7 @@ pub(crate) fn engine(device: &str) -> Result<Engine> {
 
 struct Job<'a> {
     batch: &'a OwnedBatch,
-    shape: AttentionShape,
+    problem: Problem,
     plan: &'a Plan,
     sample: Option<RowSample>,
     seed: u32,
@@ -137,31 +142,34 @@ impl Job<'_> {
     fn oracle<T: Element>(&self, seed: u32) -> Result<Option<Oracle>> {
         let Some(sample) = self.sample.clone() else { return Ok(None) };
         let _spinner = spinner("computing the oracle");
-        Ok(Some(Oracle::compute::<T>(self.batch, self.shape, seed, softmax_scale(self.shape), sample)?))
+        Ok(Some(exact_rows::<T>(self.batch, self.problem, seed, sample)?))
     }
 
     fn on_cpu<T: Element>(&self) -> Result<(f64, Option<NumericsReport>)> {
-        memory::check_fits(self.batch, self.shape, self.plan)?;
+        let shape = self.problem.shape();
+        memory::check_fits(self.batch, shape, self.plan)?;
         let drawing = spinner("drawing Q, K and V");
-        let tensors = Tensors::<T>::draw(self.batch, self.shape, PoolLayout::Nhd, self.seed)?;
+        let tensors = Tensors::<T>::draw(self.batch, shape, PoolLayout::Nhd, self.seed)?;
         drop(drawing);
-        let rows = self.batch.lengths.len() * self.shape.q_heads() as usize;
-        let mut out = vec![T::zeroed(); rows * self.shape.head_dim() as usize];
+        let sinks = self.problem.has_sinks().then(|| sinks(shape.q_heads()));
+        let rows = self.batch.lengths.len() * shape.q_heads() as usize;
+        let mut out = vec![T::zeroed(); rows * shape.head_dim() as usize];
         let mut lse = vec![f32::NAN; rows];
         let running = spinner("computing attention");
         let begin = Instant::now();
-        let host = tensors.host(softmax_scale(self.shape));
+        let mut host = tensors.host(self.problem.score().scale);
+        (host.problem, host.sinks) = (self.problem, sinks.as_deref());
         Engine::cpu().run_host(self.plan, &host, &mut out, Some(&mut lse))?;
         let execution_us = begin.elapsed().as_secs_f64() * 1e6;
         drop(running);
         let oracle = self.oracle::<T>(self.seed)?;
-        Ok((execution_us, oracle.map(|oracle| check(&oracle, self.shape.q_heads(), &out, Some(&lse)))))
+        Ok((execution_us, oracle.map(|oracle| check(&oracle, shape.q_heads(), &out, Some(&lse)))))
     }
 
     fn on_device<T: Element>(&self, engine: &CudaEngine) -> Result<(f64, Option<NumericsReport>)> {
         let oracle = self.oracle::<T>(SEED)?;
         let _spinner = spinner("running on the device");
-        let mut case = DeviceCase::new(engine, self.batch, self.shape)?;
+        let mut case = DeviceCase::new(engine, self.batch, self.problem)?;
         let numerics = oracle.map(|oracle| case.verify::<T>(self.plan, &oracle)).transpose()?;
         let times = case.time(self.plan, &L2Flush::new(engine.device())?, Repeats { warm_ups: 3, timed: 10 })?;
         Ok((times.cold_us, numerics))

@@ -304,6 +304,38 @@ fn a_trace_is_cut_into_a_batch() {
 }
 
 #[test]
+fn caps_sinks_windows_and_wide_heads_are_verified() {
+    let tree = ["--tree", "1,4_64,40", "--heads", "4/2"];
+    for extra in [
+        &["--softcap", "30", "--sinks"][..],
+        &["--window", "50", "--sinks", "--head-dim", "64"],
+        &["--head-dim", "256", "--softcap", "5", "--window", "1", "--dtype", "bf16"],
+    ] {
+        let report = json(&[&["run"], &tree[..], extra, &["--device", "cpu", "--json"]].concat());
+        assert_eq!(report["numerics"]["passed"], true, "{report}");
+    }
+    let report = json(&[&["plan"], &tree[..], &["--window", "50", "--sinks", "--json"]].concat());
+    assert_eq!(report["features"], "sinks, window 50");
+    // The last 50 of 104 tokens begin in the second page of 32.
+    assert_eq!(report["flat_kv_bytes"], 4 * 72 * 2 * 2 * 128 * 2);
+    assert!(stdout(&[&["plan"], &tree[..], &["--window", "50"]].concat()).contains("window 50"));
+}
+
+#[test]
+fn features_that_nothing_computes_are_refused() {
+    let tree = ["run", "--tree", "1,2_32,8"];
+    for (extra, parts) in [
+        (["--softcap", "0"], &["--softcap 0", "soft_cap: got 0, expected", "a positive number"][..]),
+        (["--softcap", "-3"], &["--softcap -3", "a positive number"]),
+        (["--softcap", "inf"], &["--softcap inf"]),
+        (["--window", "0"], &["--window 0", "window: got 0, expected 1 or more"]),
+        (["--window", "-1"], &["--window"]),
+    ] {
+        refused(&[&tree[..], &extra].concat(), parts);
+    }
+}
+
+#[test]
 fn bad_model_shapes_are_refused() {
     let tree = ["run", "--tree", "1,2_32,8"];
     for (extra, parts) in [

@@ -3,7 +3,7 @@
 //! It says what *can* run; which of the kernels that can is best is the planner's choice.
 
 use crate::{KvStrides, Problem};
-use pat_abi::{Arch, DeviceLimits, Family, KERNELS, KernelSpec, TileVariant};
+use pat_abi::{Arch, DeviceLimits, Family, KERNELS, KernelSpec, Switches, TileVariant};
 use std::fmt;
 
 /// What the kernels' 128-bit loads, cp.async and TMA need of addresses and of strides in bytes.
@@ -165,8 +165,8 @@ impl Asked<'_> {
             (Part::VHeadDim, shape.v_head_dim() != kernel.head_dim),
             (Part::QueryTokens, visibility.query_tokens == 0),
             (Part::QueryTree, visibility.is_tree),
-            (Part::Window, visibility.window.is_some()),
-            (Part::SoftCap, !is_soft_cap(problem) || !variant.serves(problem.switches())),
+            (Part::Window, visibility.window == Some(0) || !variant.serves(switches_of(problem, Part::Window))),
+            (Part::SoftCap, !is_soft_cap(problem) || !variant.serves(switches_of(problem, Part::SoftCap))),
             (Part::Alibi, score.has_alibi),
             // The kernels scale the running maximum, which only a positive factor keeps a maximum.
             (Part::Scale, ![scale_log2, score.scale].iter().all(|scale| scale.is_finite() && *scale > 0.0)),
@@ -211,6 +211,12 @@ impl Asked<'_> {
     }
 }
 
+/// The switch that a part of a problem asks for.
+fn switches_of(problem: &Problem, part: Part) -> Switches {
+    let Switches { soft_cap, window } = problem.switches();
+    Switches { soft_cap: soft_cap && part == Part::SoftCap, window: window && part == Part::Window }
+}
+
 /// Whether a cap, if there is one, is one that scores can be divided and multiplied by.
 fn is_soft_cap(problem: &Problem) -> bool {
     let factors = [problem.scale_log2(), problem.soft_cap_scale()];
@@ -229,8 +235,9 @@ fn accepted_by(problem: &Problem, kernel: &KernelSpec, variant: TileVariant, par
         Part::QDtype | Part::KvDtype | Part::OutDtype => one(kernel.dtype.name().into()),
         Part::HeadDim | Part::VHeadDim => one(kernel.head_dim.to_string()),
         Part::QueryTokens => Accepted::Range(1, None),
+        Part::Window if variant.serves(switches_of(problem, part)) => Accepted::Range(1, None),
         Part::QueryTree | Part::Window | Part::Alibi => one("none".into()),
-        Part::SoftCap if variant.serves(problem.switches()) => {
+        Part::SoftCap if variant.serves(switches_of(problem, part)) => {
             one("a positive number, finite also beside the scale".into())
         }
         Part::SoftCap => one("none".into()),
@@ -361,7 +368,7 @@ mod tests {
                 usual.with_soft_cap(f32::INFINITY),
                 "soft_cap: got inf, expected none or a positive number, finite also beside the scale",
             ),
-            (usual.with_window(4096), "window: got 4096, expected none"),
+            (usual.with_window(0), "window: got 0, expected 1 or more"),
             (usual.with_query_tokens(0), "query_tokens: got 0, expected 1 or more"),
             (usual.with_query_tree(1), "query tree: got yes, expected none"),
             (usual.with_alibi(), "alibi: got yes, expected none"),

@@ -62,6 +62,7 @@ pub mod problem;
 pub mod profile;
 mod query_tokens;
 pub mod shape;
+mod window;
 
 pub use batch::{DecodeBatch, Int32};
 pub use cpu::{Element, HostTensors};
@@ -75,6 +76,7 @@ pub use problem::{Problem, Score, Visibility};
 pub use profile::DeviceProfile;
 pub use query_tokens::QueryTokens;
 pub use shape::AttentionShape;
+pub use window::WindowedBatch;
 
 /// Compiles and runs the Rust snippets of the README and the guide.
 #[cfg(doctest)]

@@ -151,7 +151,7 @@ impl Problem {
 
     /// What is compiled into its kernels.
     pub(crate) fn switches(&self) -> Switches {
-        Switches { soft_cap: self.score.soft_cap.is_some() }
+        Switches { soft_cap: self.score.soft_cap.is_some(), window: self.visibility.window.is_some() }
     }
 
     /// What a plan depends on: plans serve layers that differ in the rest.

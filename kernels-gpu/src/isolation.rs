@@ -16,6 +16,7 @@ use crate::ptx::ldst::{load_global_u32, load_global_u32x2};
 use crate::ptx::special::run_time;
 use crate::ptx::{barrier, math, shuffle};
 use crate::softmax::cap_scores;
+use crate::window::mask_in_window;
 
 /// A row's softmax over the keys it attends to in an item.
 #[derive(Clone, Copy)]
@@ -43,7 +44,7 @@ impl RowSoftmax {
 /// below `head_dim`.
 #[inline(always)]
 #[allow(clippy::too_many_arguments, reason = "the place of two columns, by parts")]
-pub unsafe fn attend_pair<E: Element, const CAPS_SCORES: bool>(
+pub unsafe fn attend_pair<E: Element, const CAPS_SCORES: bool, const HAS_WINDOWS: bool>(
     params: &ForwardParams,
     stream: Stream,
     kv_head: u32,
@@ -66,7 +67,12 @@ pub unsafe fn attend_pair<E: Element, const CAPS_SCORES: bool>(
             // SAFETY: the token is one of the stream's, whose pages have an id and a mask each.
             let words = unsafe { WhenUsed::new() };
             page_id = stream.page_id(words, page);
-            let mask = stream.mask(words, page);
+            let mask = if HAS_WINDOWS {
+                // SAFETY: the caller's contract.
+                unsafe { mask_in_window(params, &stream, page, in_page) }
+            } else {
+                stream.mask(words, page)
+            };
             attends = mask.has_row(row) && in_page < mask.token_end();
         }
         if attends {
@@ -114,7 +120,7 @@ pub unsafe fn attend_pair<E: Element, const CAPS_SCORES: bool>(
 /// says where a tile row's result goes.
 #[inline(always)]
 #[allow(clippy::too_many_arguments, reason = "the rows of one warp, by parts")]
-pub unsafe fn restore_rows<E: Element, const CAPS_SCORES: bool>(
+pub unsafe fn restore_rows<E: Element, const CAPS_SCORES: bool, const HAS_WINDOWS: bool>(
     params: &ForwardParams,
     stream: Stream,
     kv_head: u32,
@@ -150,7 +156,7 @@ pub unsafe fn restore_rows<E: Element, const CAPS_SCORES: bool>(
                 let (of_row, column) = (first_row + row, block + 2 * lane);
                 // SAFETY: the caller's contract; the lanes write different columns.
                 unsafe {
-                    let pair = attend_pair::<E, CAPS_SCORES>(
+                    let pair = attend_pair::<E, CAPS_SCORES, HAS_WINDOWS>(
                         params,
                         stream,
                         kv_head,

@@ -17,6 +17,7 @@ mod plan_words;
 pub mod ptx;
 pub mod softmax;
 pub mod tile;
+pub mod window;
 
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo<'_>) -> ! {

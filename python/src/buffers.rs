@@ -39,7 +39,7 @@ enum Memory {
     Cuda {
         ordinal: usize,
         engine: Arc<CudaEngine>,
-        buffers: RwLock<PlanBuffers>,
+        buffers: Box<RwLock<PlanBuffers>>,
     },
 }
 
@@ -59,10 +59,11 @@ impl PyPlanBuffers {
                 let buffers = PlanBuffers::for_capacity(engine.device(), &capacity, &variants)?;
                 // The driver compiles them now, not while a stream is captured.
                 engine.prepare_variants(&planner.problem(page_size), &variants)?;
-                Memory::Cuda { ordinal, engine, buffers: RwLock::new(buffers) }
+                Memory::Cuda { ordinal, engine, buffers: Box::new(RwLock::new(buffers)) }
             }
         };
-        let facts = Facts { shape, page_size, num_pages, rows: capacity.max_sequences, device: Some(device) };
+        let window = planner.problem(page_size).visibility().window;
+        let facts = Facts { shape, page_size, window, num_pages, rows: capacity.max_sequences, device: Some(device) };
         Ok(Self { memory: Arc::new(memory), facts })
     }
 
@@ -193,7 +194,9 @@ impl PyPlanBuffers {
         }
         if (Facts { rows: self.facts.rows, ..given }) != self.facts {
             let describe = |facts: &Facts| {
-                format!("{:?}, page_size {}, num_pages {}", facts.shape, facts.page_size, facts.num_pages)
+                let Facts { shape, page_size, window, num_pages, .. } = facts;
+                let window = window.map_or(String::new(), |tokens| format!(", window {tokens}"));
+                format!("{shape:?}, page_size {page_size}, num_pages {num_pages}{window}")
             };
             return Err(invalid("plan", format!("one for {}", describe(&given)), describe(&self.facts)));
         }

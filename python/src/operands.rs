@@ -37,6 +37,8 @@ impl Span {
 pub(crate) struct Facts {
     pub(crate) shape: AttentionShape,
     pub(crate) page_size: u32,
+    /// Tokens that a sliding window leaves.
+    pub(crate) window: Option<u32>,
     pub(crate) num_pages: u32,
     /// Least rows of Q, O and LSE.
     pub(crate) rows: u32,
@@ -49,6 +51,7 @@ impl Facts {
         Self {
             shape: plan.shape(),
             page_size: plan.page_size(),
+            window: plan.problem().visibility().window,
             num_pages: plan.num_pages(),
             rows: plan.sequence_count(),
             device,
@@ -145,6 +148,9 @@ impl Operands {
             }
         };
         let mut problem = scores.of(Problem::new(shape, facts.page_size));
+        if let Some(tokens) = facts.window {
+            problem = problem.with_window(tokens);
+        }
         let sinks = match sinks {
             None => None,
             Some(sinks) => {

@@ -30,6 +30,8 @@ use std::thread::JoinHandle;
 ///     capacity: bounds of the plans; needed for :class:`PlanBuffers`.
 ///     variants: names of the only tile variants to use; by default the best of those that the device runs.
 ///     softcap: the cap of the runs' scores, if they have one: not every kernel can cap. Runs without a cap may use the plans, too.
+///     window: tokens that each sequence sees, the last ones, under a sliding window. Pages in front of it are neither planned
+///         nor read; their entries in the block tables must still be page ids.
 ///
 /// Raises:
 ///     ValueError: a mode or variant that is not known, or not possible on the device.
@@ -47,7 +49,8 @@ pub(crate) struct PyPlanner {
 #[pymethods]
 impl PyPlanner {
     #[new]
-    #[pyo3(signature = (shape: "AttentionShape", device: "DeviceProfile | torch.device | str | None" = None, *, mode = "auto", capacity: "Capacity | None" = None, variants = None, softcap: "float | None" = None))]
+    #[pyo3(signature = (shape: "AttentionShape", device: "DeviceProfile | torch.device | str | None" = None, *, mode = "auto", capacity: "Capacity | None" = None, variants = None, softcap: "float | None" = None, window: "int | None" = None))]
+    #[expect(clippy::too_many_arguments, reason = "the Python signature")]
     fn new(
         py: Python<'_>,
         shape: &Bound<'_, PyShape>,
@@ -56,6 +59,7 @@ impl PyPlanner {
         capacity: Option<&Bound<'_, PyCapacity>>,
         variants: Option<Vec<String>>,
         softcap: Option<&Bound<'_, PyAny>>,
+        window: Option<u32>,
     ) -> Result<Self> {
         let soft_cap = read_positive("softcap", softcap)?;
         let (device, profile) = match device.map(|device| (device, device.cast::<PyProfile>())) {
@@ -70,7 +74,7 @@ impl PyPlanner {
         let options = variants.into_iter().fold(PlanOptions::from(parse_mode(mode)?), PlanOptions::with_variants);
         let shape = *shape.get();
         let capacity = capacity.map(|capacity| capacity.get().inner);
-        let origin = Origin { shape: shape.inner, soft_cap, profile, options, capacity };
+        let origin = Origin { shape: shape.inner, soft_cap, window, profile, options, capacity };
         let origin = Arc::new(origin);
         let planner = Arc::new(Mutex::new(PagedPlanner::new(origin.clone())?));
         Ok(Self { shape, device, capacity, origin, planner, pool: Arc::default() })

@@ -178,6 +178,7 @@ OBJECTS = [
     ("text", ValueError, lambda: pa.DeviceProfile.from_json("{}")),
     ("max_items", ValueError, lambda: pa.Capacity(8, 64, pa.DeviceProfile.named("h200"), max_items=4)),
     ("mode", ValueError, lambda: pa.Planner(pa.AttentionShape(8, 2, 64, "float16"), "cpu", mode="best")),
+    ("window", ValueError, lambda: pa.Planner(pa.AttentionShape(8, 2, 64, "float16"), "cpu", window=0)),
     ("softcap", ValueError, lambda: pa.Planner(pa.AttentionShape(8, 2, 64, "float16"), "cpu", softcap=-1.0)),
     ("variants", ValueError, lambda: pa.Planner(pa.AttentionShape(8, 2, 64, "float16"), "cpu", variants=["mma7"])),
     ("planner", ValueError, lambda: pa.PlanBuffers(pa.Planner(pa.AttentionShape(8, 2, 64, "float16"), "cpu"), 16, 8)),

@@ -37,6 +37,21 @@ def test_caps_and_sinks_equal_torch(head_dim, softcap, with_sinks):
     torch.testing.assert_close(lse.double(), expected_lse, atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("window", [1, 5, 16, 40, 10_000])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_windows_equal_torch(window, with_sinks):
+    batch = random_forest(window)
+    shape = pa.AttentionShape(**SHAPE, dtype="float16")
+    plan = pa.Planner(shape, "cpu", window=window).plan(batch.block_tables, batch.lengths, 16, batch.num_pages)
+    q, (k, v) = queries(len(batch.lengths)), caches(batch)
+    sinks = torch.linspace(-4, 6, 8) if with_sinks else None
+    out, lse = pa.run(plan, q, k, v, return_lse=True, sinks=sinks)
+    expected, expected_lse = reference(batch, q, k, v, sinks=sinks, window=window)
+    torch.testing.assert_close(out.double(), expected, atol=tolerance(torch.float16), rtol=0)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=1e-3, rtol=0)
+    assert "<svg" in plan.svg() and plan.explain()
+
+
 def test_a_sink_of_minus_infinity_is_none(planner):
     batch = random_forest(3)
     plan = planner.plan(batch.block_tables, batch.lengths, 16, batch.num_pages)

@@ -3,7 +3,7 @@
 use comfy_table::{CellAlignment, Table, presets};
 use pat_rs::plan::cost::Prediction;
 use pat_rs::plan::{PlanMode, PlanSummary, ReadReason, SharedNodes};
-use pat_rs::{AttentionShape, DecodeBatch, DeviceProfile, Plan, PlanOptions, Planner, Problem, Result};
+use pat_rs::{DecodeBatch, DeviceProfile, Plan, PlanOptions, Planner, Problem, Result};
 
 /// Kinds of nodes that get a line: those that save most.
 const LINES: usize = 5;
@@ -28,12 +28,12 @@ impl Candidate {
     /// # Errors
     /// Those of planning.
     pub fn new(
-        shape: AttentionShape,
+        problem: Problem,
         profile: &DeviceProfile,
         options: PlanOptions,
         batch: &DecodeBatch<'_>,
     ) -> Result<Self> {
-        let mut planner = Planner::new(Problem::new(shape, batch.page_size()), profile.clone(), options)?;
+        let mut planner = Planner::new(problem, profile.clone(), options)?;
         let plan = planner.plan(batch)?;
         Ok(Self { planner, summary: plan.summary(), plan })
     }
@@ -51,7 +51,8 @@ impl Candidate {
 /// Those of planning with the options in the modes of the two ends.
 pub fn explain(chosen: &Candidate, options: &PlanOptions, batch: &DecodeBatch<'_>) -> Result<String> {
     let shape = chosen.plan.shape();
-    let candidate = |mode| Candidate::new(shape, chosen.planner.profile(), options.clone().with_mode(mode), batch);
+    let problem = chosen.planner.problem();
+    let candidate = |mode| Candidate::new(problem, chosen.planner.profile(), options.clone().with_mode(mode), batch);
     let (flat, packed) = (candidate(PlanMode::Flat)?, candidate(PlanMode::Packed)?);
 
     let mut table = Table::new();

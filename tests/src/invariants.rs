@@ -39,11 +39,11 @@ pub fn random_forest(rng: &mut impl Rng) -> OwnedBatch {
     OwnedBatch { page_size, num_pages: next_page + 2, lengths, block_tables: tables }
 }
 
-/// A partial of one row: its slot, its pages, its tokens.
-type Piece = (u32, Vec<u32>, u32);
+/// A partial of one row: its slot, its pages, its tokens, and those at the front of its pages that the row does not see.
+type Piece = (u32, Vec<u32>, u32, u32);
 
-/// Invariants 1 to 3: every (sequence, token, head of the group) is covered once; every slot is written once; items fit
-/// their tile, their run and the pool.
+/// Invariants 1 to 3: every (sequence, token, head of the group) is covered once, as far as the plan's window shows it; every slot is
+/// written once; items fit their tile, their run and the pool.
 ///
 /// # Panics
 /// One does not hold.
@@ -55,7 +55,7 @@ pub fn check(plan: &Plan, batch: &OwnedBatch, shape: AttentionShape) {
     for variant in TileVariant::ALL {
         for item in plan.variant_items(variant) {
             assert!(item.token_count >= 1);
-            assert_eq!((item.first_token_begin, item.kv_limit_begin), (NONE, NONE));
+            assert_eq!(item.kv_limit_begin, NONE);
             assert!((1..=variant.rows()).contains(&item.row_count));
             let pages = item.page_begin as usize..(item.page_begin + item.token_count.div_ceil(page_size)) as usize;
             let pages = plan.pages()[pages].to_vec();
@@ -66,18 +66,23 @@ pub fn check(plan: &Plan, batch: &OwnedBatch, shape: AttentionShape) {
                 assert!(masks.iter().all(|m| m.row_end() <= item.row_count || m.row_end() == PageMask::ALL_ROWS));
                 assert!(masks.iter().all(|m| m.token_end() <= page_size));
             }
+            let first_tokens = plan.first_tokens(item);
+            let under_window = plan.problem().visibility().window.is_some();
+            assert_eq!(item.first_token_begin, if under_window { item.mask_begin } else { NONE });
+            assert!(first_tokens.iter().zip(masks).all(|(&first, mask)| first < mask.token_end()));
             for row in 0..item.row_count {
                 let query = plan.queries()[(item.query_begin + row / group) as usize];
-                let (mut own, mut tokens) = (pages.clone(), item.token_count);
+                let (mut own, mut tokens, mut hidden) = (pages.clone(), item.token_count, 0);
                 if !masks.is_empty() {
                     let reads = |m: &PageMask| m.has_row(row);
                     own = pages.iter().zip(masks).filter(|(_, m)| reads(m)).map(|(&page, _)| page).collect();
-                    tokens = masks.iter().filter(|m| reads(m)).map(|m| m.token_end()).sum();
-                    // Only the last page may be partial.
-                    assert_eq!(own.len() as u32, tokens.div_ceil(page_size));
+                    hidden = first_tokens.iter().zip(masks).filter(|(_, m)| reads(m)).map(|(first, _)| first).sum();
+                    tokens = masks.iter().filter(|m| reads(m)).map(|m| m.token_end()).sum::<u32>() - hidden;
+                    // Only the last page may be partial, and only of the first may tokens be hidden.
+                    assert_eq!(own.len() as u32, (hidden + tokens).div_ceil(page_size));
                 }
                 assert!(tokens > 0, "a row without a token");
-                pieces.entry((query.query_token, row % group)).or_default().push((query.slot, own, tokens));
+                pieces.entry((query.query_token, row % group)).or_default().push((query.slot, own, tokens, hidden));
             }
         }
     }
@@ -109,17 +114,21 @@ pub fn check(plan: &Plan, batch: &OwnedBatch, shape: AttentionShape) {
                     }
                 }
             }
+            let first_token = plan.problem().visibility().window.map_or(0, |window| length.saturating_sub(window));
             let tokens: u32 = of_row.iter().map(|piece| piece.2).sum();
-            assert_eq!(tokens, length, "sequence {sequence}");
+            assert_eq!(tokens, length - first_token, "sequence {sequence}");
+            let hidden: u32 = of_row.iter().map(|piece| piece.3).sum();
+            assert_eq!(hidden, first_token % page_size, "sequence {sequence}");
             // An item may hold its runs in any order.
             let mut pages: Vec<u32> = of_row.iter().flat_map(|piece| piece.1.clone()).collect();
-            let mut expected = batch.block_tables[sequence][..length.div_ceil(page_size) as usize].to_vec();
+            let in_window = (first_token / page_size) as usize..length.div_ceil(page_size) as usize;
+            let mut expected = batch.block_tables[sequence][in_window].to_vec();
             pages.sort_unstable();
             expected.sort_unstable();
             assert_eq!(pages, expected);
             // Only the last piece may end inside a page.
             for piece in &of_row[..of_row.len() - 1] {
-                assert_eq!(piece.2 % page_size, 0);
+                assert_eq!((piece.2 + piece.3) % page_size, 0);
             }
         }
     }

@@ -1,9 +1,9 @@
-//! What happens to scores beside the softmax: soft caps and attention sinks, on the CPU and on a device, every variant against the f64
-//! oracle. `PAT_GPU_FORESTS` sets how many forests a device gets (default 400), `PAT_GPU_SEED` which.
+//! What models add to attention: soft caps, attention sinks and sliding windows, on the CPU and on a device, every variant
+//! against the f64 oracle. `PAT_GPU_FORESTS` sets how many forests a device gets (default 400), `PAT_GPU_SEED` which.
 
 use half::{bf16, f16};
 use pat_rs::plan::PlanMode;
-use pat_rs::{DeviceProfile, Dtype, Element, Engine, PlanOptions, Planner, Problem, TileVariant};
+use pat_rs::{AttentionShape, DeviceProfile, Dtype, Element, Engine, PlanOptions, Planner, Problem, TileVariant};
 use pat_tests::{Case, device_test, random_case, softmax_scale};
 use pat_workloads::{Oracle, RowSample, Tensors, check};
 use rand::seq::IndexedRandom;
@@ -18,10 +18,14 @@ fn from_env(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|value| value.parse().ok()).unwrap_or(default)
 }
 
-/// A problem with a cap, with sinks or both. Scores are of the usual size, or large, so that caps cut and references move.
+/// A problem with a cap, with sinks or both, or with a window and any of them. Scores are of the usual size, or large, so that caps
+/// cut and references move.
 fn draw_problem(rng: &mut impl Rng, case: &Case) -> (Problem, Option<Vec<f32>>) {
     let scale = softmax_scale(case.shape) * *[1.0, 16.0].choose(rng).unwrap();
     let mut problem = Problem::new(case.shape, case.batch.page_size).with_scale(scale);
+    if rng.random_bool(0.3) {
+        problem = problem.with_window(*[1, 5, 16, 33, 128, 100_000].choose(rng).unwrap());
+    }
     let kind = rng.random_range(0..3);
     if kind > 0 {
         problem = problem.with_soft_cap(*[1.5, 30.0, 50.0].choose(rng).unwrap());
@@ -34,6 +38,13 @@ fn draw_problem(rng: &mut impl Rng, case: &Case) -> (Problem, Option<Vec<f32>>) 
     (problem.with_sinks(), Some(sinks.collect()))
 }
 
+/// Runs by variant and whether the problem has a cap and a window.
+type Runs = BTreeMap<(TileVariant, (bool, bool)), u64>;
+
+fn features(problem: Problem) -> (bool, bool) {
+    (problem.score().soft_cap.is_some(), problem.visibility().window.is_some())
+}
+
 /// Runs one forest through every variant that can; counts the runs.
 fn run_forest<T: Element>(
     engine: &Engine,
@@ -41,7 +52,7 @@ fn run_forest<T: Element>(
     rng: &mut impl Rng,
     case: &Case,
     index: u64,
-    runs: &mut BTreeMap<(TileVariant, bool), u64>,
+    runs: &mut Runs,
 ) {
     let (problem, sinks) = draw_problem(rng, case);
     let tensors = Tensors::<T>::draw(&case.batch, case.shape, case.layout, SEED).unwrap();
@@ -62,13 +73,13 @@ fn run_forest<T: Element>(
         engine.run_host(&plan, &host, &mut out, Some(&mut lse)).unwrap();
         let report = check(&oracle, case.shape.q_heads(), &out, Some(&lse));
         assert!(report.passed, "forest {index}, {variant:?}, {mode:?}, {problem:?}: {report:?}\n{sinks:?}\n{case:?}");
-        *runs.entry((variant, problem.score().soft_cap.is_some())).or_default() += 1;
+        *runs.entry((variant, features(problem))).or_default() += 1;
     }
 }
 
 fn check_scores(engine: &Engine, profile: &DeviceProfile, forests: u64, seed: u64) {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let mut runs = BTreeMap::new();
+    let mut runs = Runs::new();
     for index in 0..forests {
         let dtype = if index.is_multiple_of(2) { Dtype::F16 } else { Dtype::Bf16 };
         let case = random_case(&mut rng, dtype);
@@ -77,13 +88,16 @@ fn check_scores(engine: &Engine, profile: &DeviceProfile, forests: u64, seed: u6
             _ => run_forest::<bf16>(engine, profile, &mut rng, &case, index, &mut runs),
         }
     }
-    println!("{forests} forests on {}, runs by variant and cap: {runs:?}", engine.name());
-    let plain = Problem::new(random_case(&mut rng, Dtype::F16).shape, 16);
+    println!("{forests} forests on {}, runs by variant and (cap, window): {runs:?}", engine.name());
+    // Every variant of the device had its share of every kind of problem that it serves, and none of others.
+    let plain = Problem::new(AttentionShape::new(8, 2, 128, Dtype::F16).unwrap(), 16);
     for variant in profile.variants(&plain) {
-        for has_cap in [false, true] {
-            let expected = !has_cap || variant.serves(pat_abi::Switches { soft_cap: true });
-            let count = runs.get(&(variant, has_cap)).copied().unwrap_or(0);
-            assert_eq!(count * 12 > forests, expected, "{variant:?}, cap {has_cap}: {runs:?}");
+        for (has_cap, has_window) in [(false, false), (true, false), (false, true), (true, true)] {
+            let problem = if has_cap { plain.with_soft_cap(30.0) } else { plain };
+            let problem = if has_window { problem.with_window(128) } else { problem };
+            let serves = profile.variants(&problem).contains(&variant);
+            let count = runs.get(&(variant, (has_cap, has_window))).copied().unwrap_or(0);
+            assert_eq!(count * 30 > forests, serves, "{variant:?}, cap {has_cap}, window {has_window}: {runs:?}");
         }
     }
 }

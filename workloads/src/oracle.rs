@@ -87,7 +87,7 @@ impl Oracle {
         Self::compute_problem::<T>(batch, problem, None, seed, sample)
     }
 
-    /// As [`Self::compute`], of a problem that may cap scores and have sinks, one for each query head.
+    /// As [`Self::compute`], of a problem that may cap scores, have sinks, one for each query head, and a sliding window.
     ///
     /// # Errors
     /// As [`Self::compute`].
@@ -156,7 +156,9 @@ fn expected_rows<T: Element>(
 ) -> Vec<ExpectedRow> {
     let (shape, score) = (problem.shape(), problem.score());
     let head_dim = shape.head_dim() as usize;
-    let tokens = batch.lengths[sequence as usize];
+    let end = batch.lengths[sequence as usize];
+    let begin = problem.visibility().window.map_or(0, |window| end.saturating_sub(window));
+    let tokens = end - begin;
     let table = &batch.block_tables[sequence as usize];
     let mut narrow = vec![T::zeroed(); head_dim];
     let mut draw = |tensor: Tensor, page: u32, token: u32, head: u32, row: &mut [f32]| {
@@ -174,7 +176,7 @@ fn expected_rows<T: Element>(
     let mut exact_scores = vec![Vec::with_capacity(tokens as usize); heads.len()];
     let mut plain_scores = vec![Vec::with_capacity(tokens as usize); heads.len()];
     let mut score_magnitudes = vec![0f64; heads.len()];
-    for token in 0..tokens {
+    for token in begin..end {
         let (page, in_page) = place(token);
         draw(Tensor::K, page, in_page, kv_head, &mut kv_row);
         for (index, q_row) in q.iter().enumerate() {
@@ -217,12 +219,12 @@ fn expected_rows<T: Element>(
     };
     let mut exact_sums: Vec<f64> = (0..heads.len()).map(weight_of_sink).collect();
     let mut plain_sums: Vec<f32> = exact_sums.iter().map(|&sum| sum as f32).collect();
-    for token in 0..tokens {
+    for token in begin..end {
         let (page, in_page) = place(token);
         draw(Tensor::V, page, in_page, kv_head, &mut kv_row);
         for index in 0..heads.len() {
-            let exact = (exact_scores[index][token as usize] - exact_maxima[index]).exp();
-            let plain = (plain_scores[index][token as usize] - plain_maxima[index]).exp();
+            let exact = (exact_scores[index][(token - begin) as usize] - exact_maxima[index]).exp();
+            let plain = (plain_scores[index][(token - begin) as usize] - plain_maxima[index]).exp();
             exact_sums[index] += exact;
             plain_sums[index] += plain;
             let plain = T::from_f32(plain).to_f32();

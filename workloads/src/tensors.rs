@@ -33,6 +33,11 @@ impl PoolLayout {
     }
 }
 
+/// Attention sinks of measurements, one for each query head: evenly spread from -4 to 4, beside scores of about -3 to 3.
+pub fn sinks(q_heads: u32) -> Vec<f32> {
+    (0..q_heads).map(|head| 8.0 * head as f32 / (q_heads.max(2) - 1) as f32 - 4.0).collect()
+}
+
 /// Inputs of a decode step. KV rows that no sequence of the batch owns are NaN, so that reading one shows.
 #[derive(Clone, Debug)]
 pub struct Tensors<T> {

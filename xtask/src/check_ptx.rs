@@ -5,7 +5,7 @@ use crate::sysroot::{self, CoreSource};
 use crate::toolchain::Toolchain;
 use crate::{build_ptx, ptxas, workspace};
 use anyhow::{Context, Result, bail};
-use pat_abi::{Arch, Family, KERNELS, KernelSpec, Switches};
+use pat_abi::{Arch, KERNELS, KernelSpec, Switches};
 use std::collections::BTreeMap;
 use std::fs;
 
@@ -54,10 +54,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         let plain = build_ptx::compile(&toolchain, &sysroot, arch, true)?;
         for target in targets(arch) {
             let plain = ptxas::assemble(&ptxas, &plain, target)?;
-            for switches in Switches::ALL {
+            let of_arch = || KERNELS.iter().filter(|kernel| kernel.arch == arch);
+            for switches in
+                Switches::ALL.into_iter().filter(|switches| of_arch().any(|kernel| kernel.serves(*switches)))
+            {
                 let assembled = ptxas::assemble(&ptxas, &switches.specialise(&text), target)?;
                 warnings.extend(assembled.warnings.iter().cloned());
-                for kernel in KERNELS.iter().filter(|kernel| kernel.arch == arch && serves(kernel, switches)) {
+                for kernel in of_arch().filter(|kernel| kernel.serves(switches)) {
                     let Some(entry) = module.entries.iter().find(|entry| entry.name == kernel.entry) else {
                         bail!("{} has no {}: run `cargo xtask build-ptx`", file.display(), kernel.entry);
                     };
@@ -95,14 +98,6 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         bail!("{bad} kernels break a rule, ptxas gave {} warnings", warnings.len());
     }
     Ok(())
-}
-
-/// Whether a kernel may be launched with these switches.
-fn serves(kernel: &KernelSpec, switches: Switches) -> bool {
-    match kernel.family {
-        Family::Forward(variant) => variant.serves(switches),
-        _ => switches == Switches::OFF,
-    }
 }
 
 /// Whether two kernels have as many instructions, and as many of each operation but for one in a thousand: ptxas chooses registers, the
@@ -144,14 +139,14 @@ fn limits(kernel: &KernelSpec, resources: ptxas::Resources, barriers: u32) -> Ve
 
 fn print_table(rows: &[Row]) {
     println!(
-        "{:36} {:7} {:10} {:>9} {:>5} {:>6} {:>8} {:>8}  verdict",
+        "{:36} {:7} {:21} {:>9} {:>5} {:>6} {:>8} {:>8}  verdict",
         "kernel", "target", "switches", "registers", "stack", "spills", "smem", "barriers"
     );
     for row in rows {
         let spills = row.resources.spill_store_bytes + row.resources.spill_load_bytes;
         let verdict = if row.violations.is_empty() { "ok".to_owned() } else { row.violations.join("; ") };
         println!(
-            "{:36} {:7} {:10} {:>9} {:>5} {:>6} {:>8} {:>8}  {verdict}",
+            "{:36} {:7} {:21} {:>9} {:>5} {:>6} {:>8} {:>8}  {verdict}",
             row.entry,
             row.assembled_for,
             row.switches,

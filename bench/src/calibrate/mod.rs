@@ -59,7 +59,7 @@ impl Probe {
     /// The driver's, or the device is too small.
     fn measure(&self, engine: &CudaEngine, flush: &L2Flush, repeats: Repeats) -> Result<Sample> {
         let plan = self.plan(&engine.device().profile()?)?;
-        let case = DeviceCase::new(engine, &self.batch, self.shape)?;
+        let case = DeviceCase::new(engine, &self.batch, self.batch.problem(self.shape))?;
         let mut times = case.prepare(&plan)?.times_us(Some(flush), repeats)?;
         Ok(Sample { name: self.name.clone(), quantity: self.quantity, measured_us: median(&mut times) })
     }

@@ -169,6 +169,9 @@ impl Point {
         if record.head_dim != 128 {
             shape += &format!(" d{}", record.head_dim);
         }
+        if !record.features.is_empty() {
+            shape += &format!(", {}", record.features);
+        }
         let microseconds = |map: &BTreeMap<String, f64>| -> BTreeMap<String, f64> {
             map.iter().map(|(method, ms)| (method.clone(), ms * 1e3)).collect()
         };

@@ -4,17 +4,17 @@ use super::list::list;
 use super::output::{Output, begun_file, former_results};
 use super::select::{Selection, shape};
 use super::table::{Columns, duration};
-use crate::options::{Model, Planning};
+use crate::options::{Features, Model, Planning};
 use crate::output;
 use crate::run::engine;
 use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use pat_bench::device::Repeats;
-use pat_bench::measure::{Target, batch_flop};
+use pat_bench::measure::{Target, batch_flop, features};
 use pat_bench::memory::pool_bytes;
 use pat_bench::result::{Method, RecordKey};
 use pat_bench::suites::Configuration;
-use pat_rs::{AttentionShape, PlanOptions};
+use pat_rs::{AttentionShape, PlanOptions, Problem};
 use pat_workloads::OwnedBatch;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -50,6 +50,8 @@ pub(crate) struct Args {
     #[command(flatten)]
     model: Model,
     #[command(flatten)]
+    features: Features,
+    #[command(flatten)]
     planning: Planning,
 }
 
@@ -81,7 +83,8 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
 
     let begin = Instant::now();
     let end = args.time_limit.map(|seconds| begin + Duration::from_secs(seconds));
-    let mut run = Run { target: Arc::new(target), options, repeats, output, end, selected: BTreeSet::new() };
+    let features = args.features;
+    let mut run = Run { target: Arc::new(target), features, options, repeats, output, end, selected: BTreeSet::new() };
     let (planned, left_out) = run.choose(&configurations, args.model, args.quick)?;
     let failures = run.measure(&planned)?;
     let passed = run.summarise()?;
@@ -97,6 +100,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
 
 struct Run<'a> {
     target: Arc<Target>,
+    features: Features,
     options: PlanOptions,
     repeats: Repeats,
     output: Output<'a>,
@@ -113,9 +117,11 @@ impl Run<'_> {
         let (mut planned, mut left_out) = (Vec::new(), 0);
         for configuration in all {
             let shape = shape(configuration, model)?;
-            let key = key(configuration, shape);
+            // Of one page size as of any other: where kernels differ in these, others serve it.
+            let problem = self.features.of(Problem::new(shape, 1))?;
+            let key = key(configuration, &problem);
             if !self.output.file.records.iter().any(|record| record.key() == key) {
-                if quick && !is_quick(&configuration.batch()?, shape, self.target.is_cuda()) {
+                if quick && !is_quick(&configuration.batch()?, &problem, self.target.is_cuda()) {
                     left_out += 1;
                     continue;
                 }
@@ -139,7 +145,8 @@ impl Run<'_> {
             let (target, options, repeats) = (Arc::clone(&self.target), self.options.clone(), self.repeats);
             let batch = configuration.batch()?;
             let (suite, name) = (configuration.suite, configuration.name.clone());
-            let measured = within(self.end, move || target.measure((suite, &name), &batch, shape, &options, repeats));
+            let problem = self.features.of(batch.problem(shape))?;
+            let measured = within(self.end, move || target.measure((suite, &name), &batch, problem, &options, repeats));
             let Some(measured) = measured else {
                 let advice = if self.output.path.is_some() { ": --resume continues" } else { "" };
                 bar.suspend(|| output::print(format_args!("time limit reached{advice}")))?;
@@ -200,7 +207,8 @@ fn within<T: Send + 'static>(end: Option<Instant>, work: impl FnOnce() -> T + Se
     }
 }
 
-fn key(configuration: &Configuration, shape: AttentionShape) -> RecordKey {
+fn key(configuration: &Configuration, problem: &Problem) -> RecordKey {
+    let shape = problem.shape();
     RecordKey {
         suite: configuration.suite.into(),
         tree: configuration.name.clone(),
@@ -208,15 +216,16 @@ fn key(configuration: &Configuration, shape: AttentionShape) -> RecordKey {
         nheads_kv: shape.kv_heads(),
         head_dim: shape.head_dim(),
         dtype: shape.dtype().name().into(),
+        features: features(problem),
     }
 }
 
 /// Whether a batch is measured by --quick: on a device all but the largest tree of Figure 10 and its like, on the CPU what takes a
 /// second or two on two cores.
-fn is_quick(batch: &OwnedBatch, shape: AttentionShape, is_cuda: bool) -> bool {
+fn is_quick(batch: &OwnedBatch, problem: &Problem, is_cuda: bool) -> bool {
     if is_cuda {
         u64::from(batch.num_pages) * u64::from(batch.page_size) <= 1 << 19
     } else {
-        batch_flop(batch, shape) <= 2e9 && pool_bytes(batch, shape) <= 256 << 20
+        batch_flop(batch, problem) <= 2e9 && pool_bytes(batch, problem.shape()) <= 256 << 20
     }
 }

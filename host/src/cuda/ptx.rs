@@ -76,7 +76,6 @@ pub fn check_embedded_ptx() -> Result<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use pat_abi::Family;
 
     const MODULE: &str = "\
 .version 8.0
@@ -115,19 +114,24 @@ mod tests {
     fn switches_are_numbers_where_a_kernel_is_cut_out() {
         let module = MODULE.replace(
             "ret; }\n\t// .globl\tfirst_and",
-            "mov.u32 %r1, PAT_SPEC_SOFT_CAP; ret; }\n\t// .globl\tfirst_and",
+            "mov.u32 %r1, PAT_SPEC_SOFT_CAP; mov.u32 %r2, PAT_SPEC_WINDOW; ret; }\n\t// .globl\tfirst_and",
         );
-        for (switches, expected) in
-            [(Switches::OFF, "mov.u32 %r1, 0;"), (Switches { soft_cap: true }, "mov.u32 %r1, 1;")]
-        {
+        let soft_cap = Switches { soft_cap: true, ..Switches::OFF };
+        let window = Switches { window: true, ..Switches::OFF };
+        for (switches, expected) in [
+            (Switches::OFF, "mov.u32 %r1, 0; mov.u32 %r2, 0;"),
+            (soft_cap, "mov.u32 %r1, 1; mov.u32 %r2, 0;"),
+            (window, "mov.u32 %r1, 0; mov.u32 %r2, 1;"),
+        ] {
             assert!(cut(&module, "first", switches).unwrap().contains(expected));
         }
-        // Every forward kernel has it, but where there is no kernel with it.
+        // A kernel has those that it serves and no others.
         for kernel in pat_abi::KERNELS {
-            let serves =
-                matches!(kernel.family, Family::Forward(variant) if variant.serves(Switches { soft_cap: true }));
             let cut = |switches| cut(text(kernel.arch), kernel.entry, switches).unwrap();
-            assert_eq!(cut(Switches::OFF) != cut(Switches { soft_cap: true }), serves, "{}", kernel.entry);
+            for switches in [soft_cap, window] {
+                let is_there = cut(Switches::OFF) != cut(switches);
+                assert_eq!(is_there, kernel.serves(switches), "{} {switches:?}", kernel.entry);
+            }
         }
     }
 

@@ -4,8 +4,8 @@ use super::PlanGeneration;
 use super::cost::Prediction;
 use crate::{AttentionShape, DecodeBatch, DeviceProfile, Error, Problem, Result};
 use pat_abi::{
-    ItemQuery, MAX_TILE_VARIANTS, MergeRow, NO_MASKS, PLAN_MAGIC, PageMask, PlanHeader, TileVariant, VariantItems,
-    WorkItem,
+    ItemQuery, MAX_TILE_VARIANTS, MergeRow, NO_MASKS, NONE, PLAN_MAGIC, PageMask, PlanHeader, TileVariant,
+    VariantItems, WorkItem,
 };
 use std::fmt;
 use std::sync::Arc;
@@ -24,6 +24,8 @@ pub(super) struct Records {
     pub(super) merges: Vec<MergeRow>,
     /// Page masks of the items that have any.
     pub(super) masks: Vec<PageMask>,
+    /// First tokens of the pages of the items that have any.
+    pub(super) words: Vec<u32>,
     /// Partial slots in all.
     pub(super) slot_count: u32,
     /// By batch row, where the tokens of the sequence's last page are counted.
@@ -83,13 +85,14 @@ impl Tail {
 impl Records {
     /// Drops the records, keeps the memory.
     pub(super) fn clear(&mut self) {
-        let Self { items, order, queries, pages, merges, masks, slot_count, tails } = self;
+        let Self { items, order, queries, pages, merges, masks, words, slot_count, tails } = self;
         items.clear();
         order.clear();
         queries.clear();
         pages.clear();
         merges.clear();
         masks.clear();
+        words.clear();
         tails.clear();
         *slot_count = 0;
     }
@@ -207,7 +210,8 @@ impl Plan {
         let pages_offset = align(queries_offset + size_of_val(records.queries.as_slice()));
         let merges_offset = align(pages_offset + size_of_val(records.pages.as_slice()));
         let masks_offset = align(merges_offset + size_of_val(records.merges.as_slice()));
-        let total_bytes = align(masks_offset + size_of_val(records.masks.as_slice()));
+        let words_offset = align(masks_offset + size_of_val(records.masks.as_slice()));
+        let total_bytes = align(words_offset + size_of_val(records.words.as_slice()));
         count("bytes", total_bytes)?;
         let mut header = PlanHeader {
             magic: PLAN_MAGIC,
@@ -224,8 +228,8 @@ impl Plan {
             page_size: batch.page_size(),
             masks_offset_bytes: masks_offset as u32,
             mask_count: count("masks", records.masks.len())?,
-            words_offset_bytes: total_bytes as u32,
-            word_count: 0,
+            words_offset_bytes: words_offset as u32,
+            word_count: count("first tokens", records.words.len())?,
             variants: [VariantItems::default(); MAX_TILE_VARIANTS],
         };
         for &(key, _) in &records.order {
@@ -253,7 +257,8 @@ impl Plan {
             (queries_offset, pages_offset, bytemuck::cast_slice::<_, u8>(&records.queries)),
             (pages_offset, merges_offset, bytemuck::cast_slice(&records.pages)),
             (merges_offset, masks_offset, bytemuck::cast_slice(&records.merges)),
-            (masks_offset, total_bytes, bytemuck::cast_slice(&records.masks)),
+            (masks_offset, words_offset, bytemuck::cast_slice(&records.masks)),
+            (words_offset, total_bytes, bytemuck::cast_slice(&records.words)),
         ] {
             let (data, padding) = bytes[offset..end].split_at_mut(source.len());
             data.copy_from_slice(source);
@@ -362,7 +367,16 @@ impl Plan {
         &all[item.mask_begin as usize..][..(item.token_count / self.page_size()) as usize]
     }
 
-    /// KV tokens that an item reads.
+    /// The first tokens that count of an item's pages, one per page; empty where all tokens count from a page's first on.
+    pub fn first_tokens(&self, item: &WorkItem) -> &[u32] {
+        if item.first_token_begin == NONE {
+            return &[];
+        }
+        let all: &[u32] = self.records(self.header().words_offset_bytes, self.header().word_count);
+        &all[item.first_token_begin as usize..][..item.token_count.div_ceil(self.page_size()) as usize]
+    }
+
+    /// KV tokens that an item reads, the first ones of pages among them that none of its rows attends to.
     pub fn stream_tokens(&self, item: &WorkItem) -> u64 {
         match self.masks(item) {
             [] => u64::from(item.token_count),
@@ -410,7 +424,7 @@ impl Plan {
         u64::from(self.header().slot_count) * self.shape().partial_bytes()
     }
 
-    /// Gives the first item first tokens of its pages and KV limits of its queries, which no planner does.
+    /// Gives the first item first tokens of its pages and KV limits of its queries, which no planner does without a window.
     #[cfg(test)]
     pub(crate) fn limit_first_item(&mut self, first_tokens: &[u32], kv_limits: &[u32]) {
         let words_offset = self.bytes().len();

@@ -30,13 +30,14 @@ impl PlanCapacity {
 
     /// Bytes of the largest plan.
     pub fn plan_bytes(&self) -> usize {
-        // A row is a query of one item that is not cut, and of as many others as it has slots.
+        // A page has an id, a mask and a first token. A row is a query of one item that is not cut, and of as many others as it
+        // has slots.
         let queries = self.max_sequences as usize + self.max_slots as usize;
-        let padding = 4 * 16;
+        let padding = 5 * 16;
         size_of::<PlanHeader>()
             + self.max_items as usize * size_of::<WorkItem>()
             + queries * size_of::<ItemQuery>()
-            + self.max_pages as usize * (size_of::<u32>() + size_of::<PageMask>())
+            + self.max_pages as usize * (2 * size_of::<u32>() + size_of::<PageMask>())
             + self.max_sequences as usize * size_of::<MergeRow>()
             + padding
     }

@@ -35,6 +35,8 @@ pub(super) struct Scratch {
 pub(super) struct Emitter<'a> {
     pub(super) shape: AttentionShape,
     pub(super) batch: &'a DecodeBatch<'a>,
+    /// By row, tokens at the front of its first page that it does not attend to; nothing where there is no window.
+    pub(super) hidden_tokens: &'a [u32],
     pub(super) forest: &'a Forest,
     pub(super) extents: &'a [Extent],
     pub(super) choice: &'a TileChoice,
@@ -155,7 +157,8 @@ impl Emitter<'_> {
         let first_row = |reader: u32| u32::from(first_row[reader as usize]);
         let rows_of = |run: &Run| (first_row(run.reader_begin), first_row(run.reader_end));
 
-        let uniform = runs.iter().all(|run| rows_of(run) == (0, row_count));
+        let has_hidden_tokens = runs.iter().any(|run| self.hidden_tokens(run) > 0);
+        let uniform = !has_hidden_tokens && runs.iter().all(|run| rows_of(run) == (0, row_count));
         if leaves_first && !uniform {
             runs.reverse();
         }
@@ -192,7 +195,15 @@ impl Emitter<'_> {
         }
         let token_count = buffer::checked_count("tokens of an item", token_count)?;
         let variant = self.choice.variant(row_count / group);
-        let (first_token_begin, kv_limit_begin) = (NONE, NONE);
+        let (mut first_token_begin, kv_limit_begin) = (NONE, NONE);
+        // Kernels that are compiled for windows ask for those of every item that has masks, by the place of its masks.
+        if !uniform && !self.hidden_tokens.is_empty() {
+            first_token_begin = mask_begin;
+            for run in runs.iter() {
+                records.words.push(self.hidden_tokens(run));
+                records.words.extend((run.page_begin + 1..run.page_end).map(|_| 0));
+            }
+        }
         let item = WorkItem {
             page_begin,
             token_count,
@@ -207,6 +218,11 @@ impl Emitter<'_> {
         buffer::checked_count("items", records.items.len() as u64)?;
         runs.clear();
         Ok(())
+    }
+
+    /// Tokens at the front of a run's first page that its readers do not attend to: all of them the same.
+    fn hidden_tokens(&self, run: &Run) -> u32 {
+        if run.page_begin > 0 { 0 } else { self.hidden_tokens.get(run.sequence as usize).copied().unwrap_or(0) }
     }
 
     fn tokens_of_last_page(&self, run: &Run) -> u32 {

@@ -82,6 +82,12 @@ impl Forest {
     /// Finds the forest of a batch; what was in `self` is replaced. Time is linear in pages, times the logarithm of the
     /// number of sequences that part at a node.
     pub fn build(&mut self, batch: &DecodeBatch<'_>) {
+        self.build_windowed(batch, &[]);
+    }
+
+    /// As [`Self::build`], of what a window leaves: `hidden_tokens` are [`crate::WindowedBatch::hidden_tokens`], nothing where
+    /// there is no window. Sequences that do not attend to the same tokens of their first page share nothing.
+    pub(crate) fn build_windowed(&mut self, batch: &DecodeBatch<'_>, hidden_tokens: &[u32]) {
         let sequences = batch.sequence_count();
         self.nodes.clear();
         self.order.clear();
@@ -96,7 +102,18 @@ impl Forest {
             }
         }
         self.pending.clear();
-        self.pending.push(Group { parent: None, depth: 0, order_begin: 0, order_end: self.order.len() as u32 });
+        if hidden_tokens.is_empty() {
+            self.pending.push(Group { parent: None, depth: 0, order_begin: 0, order_end: self.order.len() as u32 });
+        } else {
+            let hidden = |sequence: u32| hidden_tokens[sequence as usize];
+            self.order.sort_by_key(|&sequence| hidden(sequence));
+            let mut order_begin = 0;
+            for alike in self.order.chunk_by(|&a, &b| hidden(a) == hidden(b)) {
+                let order_end = order_begin + alike.len() as u32;
+                self.pending.push(Group { parent: None, depth: 0, order_begin, order_end });
+                order_begin = order_end;
+            }
+        }
         while let Some(group) = self.pending.pop() {
             self.divide(batch, group);
         }

@@ -19,7 +19,7 @@ mod snapshot;
 mod summary;
 pub mod tiling;
 
-use crate::{DecodeBatch, DeviceProfile, Error, Problem, Result};
+use crate::{DecodeBatch, DeviceProfile, Error, Problem, Result, WindowedBatch};
 pub use buffer::Plan;
 use buffer::Records;
 pub use capacity::PlanCapacity;
@@ -87,7 +87,7 @@ pub enum PlanMode {
 }
 
 /// Makes plans for one problem on one device; keeps its scratch memory between calls, so that a step of a batch that
-/// does not grow allocates nothing ([`Planner::plan_into`], [`Planner::advance`]).
+/// does not grow allocates nothing ([`Planner::plan_into`], [`Planner::advance`]), but where there is a sliding window.
 #[derive(Clone, Debug)]
 pub struct Planner {
     problem: Problem,
@@ -247,11 +247,23 @@ impl Planner {
     /// # Errors
     /// As [`Self::plan`]; `plan` is as before.
     pub fn plan_into(&mut self, batch: &DecodeBatch<'_>, plan: &mut Plan) -> Result<()> {
+        match self.problem.visibility().window {
+            None => self.plan_tokens(batch, &[], plan),
+            Some(window) => {
+                let windowed = WindowedBatch::new(batch, window);
+                self.plan_tokens(&windowed.batch(), windowed.hidden_tokens(), plan)
+            }
+        }
+    }
+
+    /// Plans a batch from scratch, but for `hidden_tokens` where a window leaves no more of it
+    /// ([`WindowedBatch::hidden_tokens`]).
+    fn plan_tokens(&mut self, batch: &DecodeBatch<'_>, hidden_tokens: &[u32], plan: &mut Plan) -> Result<()> {
         self.check_batch(batch)?;
         self.newest = None;
-        self.forest.build(batch);
+        self.forest.build_windowed(batch, hidden_tokens);
         self.snapshot.take(batch, &self.forest);
-        self.plan_forest(batch, plan)
+        self.plan_forest(batch, hidden_tokens, plan)
     }
 
     /// Makes `plan`, the plan this planner made last, the plan of the next decode step: equal, bit for bit, to planning
@@ -260,7 +272,8 @@ impl Planner {
     ///
     /// `changed_rows`, where given, names the rows of the batch whose table entries *that were in use before* may differ
     /// (a row that only grew is not among them); with `None` all entries are compared. Lengths and appended entries are
-    /// looked at in any case. A plan that this planner did not make last is planned from scratch.
+    /// looked at in any case. A plan that this planner did not make last is planned from scratch, and so is one under a sliding
+    /// window, which moves with every token.
     ///
     /// # Errors
     /// As [`Self::plan`]; or a changed row is not in the batch. `plan` is as before.
@@ -270,7 +283,7 @@ impl Planner {
         changed_rows: Option<&[u32]>,
         plan: &mut Plan,
     ) -> Result<PlanChange> {
-        if self.newest != Some(plan.generation()) {
+        if self.newest != Some(plan.generation()) || self.problem.visibility().window.is_some() {
             self.plan_into(batch, plan)?;
             return Ok(PlanChange::Forest);
         }
@@ -283,7 +296,7 @@ impl Planner {
                 plan.change_lengths(self.snapshot.grown_rows().map(|(row, tokens)| (tails[row as usize], tokens)));
                 self.newest = Some(plan.generation());
             }
-            PlanChange::Pages => self.plan_forest(batch, plan)?,
+            PlanChange::Pages => self.plan_forest(batch, &[], plan)?,
             PlanChange::Forest => self.plan_into(batch, plan)?,
         }
         Ok(change)
@@ -300,7 +313,7 @@ impl Planner {
     }
 
     /// Plans a batch whose forest is there.
-    fn plan_forest(&mut self, batch: &DecodeBatch<'_>, plan: &mut Plan) -> Result<()> {
+    fn plan_forest(&mut self, batch: &DecodeBatch<'_>, hidden_tokens: &[u32], plan: &mut Plan) -> Result<()> {
         self.newest = None;
         let (shape, page_size) = (self.problem.shape(), self.problem.page_size());
         let choices = &mut self.choices;
@@ -351,6 +364,7 @@ impl Planner {
         let emitter = Emitter {
             shape,
             batch,
+            hidden_tokens,
             forest: &self.forest,
             extents,
             choice,

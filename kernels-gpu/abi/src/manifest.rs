@@ -144,9 +144,12 @@ impl TileVariant {
         }
     }
 
-    /// Whether the variant's kernels may be launched with these switches. `wgmma128` has no registers left to cap scores with.
+    /// Whether the variant's kernels may be launched with these switches. `wgmma128` has no registers left to cap scores with,
+    /// and the masks of the wgmma kernels do not say where a window begins.
     pub const fn serves(self, switches: Switches) -> bool {
-        !(switches.soft_cap && matches!(self, Self::Wgmma128))
+        let lacks_soft_cap = matches!(self, Self::Wgmma128);
+        let lacks_window = matches!(self.arch(), Arch::Sm90a);
+        !(switches.soft_cap && lacks_soft_cap || switches.window && lacks_window)
     }
 
     /// Whether a CTA serves a piece of work of every round, dealt first CTA to last and back, instead of one piece alone:
@@ -207,6 +210,16 @@ pub struct KernelSpec {
     pub barriers: u32,
     /// Tensor-map parameters (128 bytes each) behind the first parameter.
     pub tensor_maps: u32,
+}
+
+impl KernelSpec {
+    /// Whether it may be launched with these switches.
+    pub fn serves(&self, switches: Switches) -> bool {
+        match self.family {
+            Family::Forward(variant) => variant.serves(switches),
+            _ => switches == Switches::OFF,
+        }
+    }
 }
 
 /// Which element types and head dimensions there are kernels for: calls a macro with what stands in the braces, followed by

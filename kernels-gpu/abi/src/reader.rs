@@ -192,6 +192,15 @@ impl Stream {
     pub fn mask(&self, words: impl PlanWords, entry: u32) -> PageMask {
         PageMask(words.word(self.masks + entry as u64 * size_of::<PageMask>() as u64))
     }
+
+    /// The first token that counts of the page of an entry; the stream is of the plan buffer at `plan`, made for a sliding window, and
+    /// has masks: first tokens stand in their order ([`WorkItem::first_token_begin`]).
+    #[inline(always)]
+    pub fn first_token(&self, words: impl PlanWords, plan: u64, entry: u32) -> u32 {
+        let masks = words.word(plan + offset_of!(PlanHeader, masks_offset_bytes) as u64);
+        let first_tokens = words.word(plan + offset_of!(PlanHeader, words_offset_bytes) as u64);
+        words.word(self.masks + (first_tokens - masks) as u64 + entry as u64 * size_of::<PageMask>() as u64)
+    }
 }
 
 /// What a few items have beside their stream and queries: [`WorkItem::first_token_begin`], [`WorkItem::kv_limit_begin`].
@@ -357,6 +366,7 @@ mod tests {
         assert_eq!((query.token_and_slot(words), head), ([8, 4], 5));
         let (query, head) = plan.row(&work, 2, group);
         assert_eq!((query.query_token(words), head), (9, 4));
+        assert_eq!([0, 1].map(|entry| stream.first_token(words, 0, entry)), [77, 0]);
         let exceptions = Exceptions::load(words, 0, &plan, 5, kv_heads);
         assert_eq!([0, 1].map(|entry| exceptions.first_token(words, entry)), [0, 1]);
         assert_eq!([0, 1].map(|query| exceptions.kv_limit(words, query)), [6, u32::MAX]);

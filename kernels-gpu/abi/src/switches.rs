@@ -16,20 +16,38 @@ macro_rules! soft_cap_symbol {
     };
 }
 
+/// The symbol of [`Switches::window`], as a literal.
+#[macro_export]
+macro_rules! window_symbol {
+    () => {
+        "PAT_SPEC_WINDOW"
+    };
+}
+
 /// The switches of a forward kernel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Switches {
     /// Scores are capped: `cap * tanh(score / cap)`.
     pub soft_cap: bool,
+    /// Rows attend to the later tokens only of the first page of their stream: under a sliding window.
+    pub window: bool,
 }
 
 impl Switches {
     /// What the symbols begin with.
     pub const PREFIX: &str = "PAT_SPEC_";
     /// None.
-    pub const OFF: Self = Self { soft_cap: false };
-    /// Every combination that may be launched.
-    pub const ALL: [Self; 2] = [Self::OFF, Self { soft_cap: true }];
+    pub const OFF: Self = Self { soft_cap: false, window: false };
+    /// Every combination.
+    pub const ALL: [Self; 4] = {
+        let mut all = [Self::OFF; 4];
+        let mut i = 0;
+        while i < all.len() {
+            all[i] = Self { soft_cap: i & 1 != 0, window: i & 2 != 0 };
+            i += 1;
+        }
+        all
+    };
 
     /// PTX with numbers for the symbols: what the driver or ptxas takes.
     #[cfg(not(target_arch = "nvptx64"))]
@@ -38,7 +56,10 @@ impl Switches {
     }
 
     /// Symbols and what replaces them.
-    pub const fn values(self) -> [(&'static str, &'static str); 1] {
-        [(soft_cap_symbol!(), if self.soft_cap { "1" } else { "0" })]
+    pub const fn values(self) -> [(&'static str, &'static str); 2] {
+        const fn digit(is_on: bool) -> &'static str {
+            if is_on { "1" } else { "0" }
+        }
+        [(soft_cap_symbol!(), digit(self.soft_cap)), (window_symbol!(), digit(self.window))]
     }
 }

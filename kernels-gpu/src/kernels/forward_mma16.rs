@@ -63,7 +63,7 @@ unsafe fn forward<
     let mut unit = warp * UNIT_TOKENS;
     let mut incoming = unit;
     // SAFETY: the plan's page ids; stages are free before their first use.
-    let mut place = unsafe { Token::locate(&item.stream, params.page_size, incoming + located) };
+    let mut place = unsafe { Token::locate(params, &item.stream, incoming + located) };
     let query_tile = special::dynamic_smem() + layout.q;
     if Queries::<HEAD_STEPS>::IN_SMEM {
         const SHARE: u32 = ROWS / WARPS;
@@ -89,7 +89,7 @@ unsafe fn forward<
         }
         incoming += stride;
         // SAFETY: as above.
-        place = unsafe { Token::locate(&item.stream, params.page_size, incoming + located) };
+        place = unsafe { Token::locate(params, &item.stream, incoming + located) };
     }
 
     // SAFETY: the caller's contract.
@@ -147,7 +147,7 @@ unsafe fn forward<
         unit += stride;
         incoming += stride;
         // SAFETY: the plan's page ids. The load has the whole next unit to arrive.
-        place = unsafe { Token::locate(&item.stream, params.page_size, incoming + located) };
+        place = unsafe { Token::locate(params, &item.stream, incoming + located) };
         k_stage += 2 * unit_bytes;
         // A ring may end behind its stages: it also holds the warp's state.
         if k_stage == ring + STAGES * 2 * unit_bytes {

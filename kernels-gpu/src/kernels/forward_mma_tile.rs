@@ -67,7 +67,7 @@ unsafe fn forward<
     let mut incoming = 0;
     // Lanes whose row is past LOADED locate tokens that other warps gather; their places go unused.
     // SAFETY: the plan's page ids.
-    let mut place = unsafe { Token::locate(&item.stream, params.page_size, loaded_first + located) };
+    let mut place = unsafe { Token::locate(params, &item.stream, loaded_first + located) };
     let first_row = warp % M_WARPS * 16;
     let query_tile = ring + layout.q + first_row * row_bytes;
     if Queries::<HEAD_STEPS>::IN_SMEM && warp < M_WARPS {
@@ -93,7 +93,7 @@ unsafe fn forward<
         }
         incoming += tile_tokens;
         // SAFETY: as above.
-        place = unsafe { Token::locate(&item.stream, params.page_size, incoming + loaded_first + located) };
+        place = unsafe { Token::locate(params, &item.stream, incoming + loaded_first + located) };
     }
 
     let first_key = warp / M_WARPS * (tile_tokens / KV_WARPS);
@@ -144,7 +144,7 @@ unsafe fn forward<
         tile += tile_tokens;
         incoming += tile_tokens;
         // SAFETY: the plan's page ids. The load has a whole tile to arrive.
-        place = unsafe { Token::locate(&item.stream, params.page_size, incoming + loaded_first + located) };
+        place = unsafe { Token::locate(params, &item.stream, incoming + loaded_first + located) };
         k_stage = if k_stage == ring { ring + 2 * tile_bytes } else { ring };
     }
     softmax.finish();
@@ -185,7 +185,7 @@ unsafe fn store<E: Element, const HEAD_STEPS: usize>(
         let Written { not_finite, softmaxes } =
             write_rows::<E>(params, output, softmax, exists, has_masks, lane, |half| locate(rows[half]));
         if has_masks {
-            restore_rows::<E, true>(
+            restore_rows::<E, true, true>(
                 params,
                 item.stream,
                 item.kv_head,

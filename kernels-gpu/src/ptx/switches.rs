@@ -17,3 +17,49 @@ pub fn soft_cap() -> bool {
     }
     value != 0
 }
+
+/// `ld.global.nc.u32` (sm_35) in kernels that are compiled for sliding windows; in others 0, and nothing is read. It is no branch: one
+/// that is never taken would still change how the code around it is laid out.
+///
+/// # Safety
+/// In kernels that are compiled for windows, as [`super::ldst::load_global_u32`].
+#[inline(always)]
+pub unsafe fn load_global_u32_under_window(address: u64) -> u32 {
+    if cfg!(pat_plain) {
+        return 0;
+    }
+    let value: u32;
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!(
+            "{{ .reg .pred under_window; .reg .b32 window;",
+            concat!("mov.u32 window, ", pat_abi::window_symbol!(), ";"),
+            "setp.ne.u32 under_window, window, 0;",
+            "mov.u32 {0}, 0;",
+            "@under_window ld.global.nc.u32 {0}, [{1}]; }}",
+            out(reg32) value, in(reg64) address, options(pure, readonly, nostack, preserves_flags));
+    }
+    value
+}
+
+/// `value`; 0 in kernels that are compiled for sliding windows, where `token < first_token`. No branch and no choice either: ptxas sees
+/// that a product with 0 is 0, but not that no number is below 0.
+#[inline(always)]
+pub fn zero_before_window(value: u32, token: u32, first_token: u32) -> u32 {
+    if cfg!(pat_plain) {
+        return value;
+    }
+    let result: u32;
+    // SAFETY: computes with registers.
+    unsafe {
+        asm!(
+            "{{ .reg .b32 before;",
+            "set.lt.u32.u32 before, {2}, {3};",
+            concat!("mul.lo.u32 before, before, ", pat_abi::window_symbol!(), ";"),
+            "not.b32 before, before;",
+            "and.b32 {0}, {1}, before; }}",
+            out(reg32) result, in(reg32) value, in(reg32) token, in(reg32) first_token,
+            options(pure, nomem, nostack, preserves_flags));
+    }
+    result
+}

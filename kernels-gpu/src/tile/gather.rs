@@ -1,13 +1,14 @@
 //! Gathering scattered KV rows into a swizzled shared-memory tile.
 
+use pat_abi::ForwardParams;
 use pat_abi::layout::swizzled_chunk;
 use pat_abi::reader::Stream;
-use pat_abi::{FastDivisor, ForwardParams};
 
 use crate::plan_words::WhenUsed;
 use crate::ptx::cp_async::copy_16_bytes;
 use crate::ptx::ldst::store_shared_u16;
 use crate::ptx::shuffle;
+use crate::window::mask_in_window;
 
 /// Where one KV head of K or V lies in its pool.
 #[derive(Clone, Copy)]
@@ -50,10 +51,10 @@ impl Token {
     /// Issued a step before the copies that need it, the load of the page id is off the critical path.
     ///
     /// # Safety
-    /// The stream comes from a valid plan with this page size.
+    /// The stream comes from the plan of `params`, which is valid and, where the kernel is compiled for windows, one for windows.
     #[inline(always)]
-    pub unsafe fn locate(stream: &Stream, page_size: FastDivisor, token: u32) -> Self {
-        let (page, in_page) = page_size.divide_remainder(token);
+    pub unsafe fn locate(params: &ForwardParams, stream: &Stream, token: u32) -> Self {
+        let (page, in_page) = params.page_size.divide_remainder(token);
         if token >= stream.token_count {
             return Self { page_id: 0, in_page, rows: 0 };
         }
@@ -62,7 +63,8 @@ impl Token {
         let page_id = stream.page_id(words, page);
         let mut rows = Self::ALL_ROWS;
         if stream.has_masks() {
-            let mask = stream.mask(words, page);
+            // SAFETY: the caller's contract.
+            let mask = unsafe { mask_in_window(params, stream, page, in_page) };
             rows = if in_page < mask.token_end() { mask.0 & 0xffff } else { 0 };
         }
         Self { page_id, in_page, rows }

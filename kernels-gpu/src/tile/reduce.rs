@@ -84,8 +84,16 @@ pub unsafe fn combine_and_store<E: Element, const HEAD_STEPS: usize, const M_WAR
                 let not_finite = math::fma(pair[1], 0.0, pair[0] * 0.0) != 0.0;
                 if shuffle::any(not_finite && softmax.is_finite()) {
                     let columns = (head_dim, column);
-                    pair =
-                        attend_pair::<E, true>(params, item.stream, item.kv_head, row, target, softmax, columns, lane);
+                    pair = attend_pair::<E, true, true>(
+                        params,
+                        item.stream,
+                        item.kv_head,
+                        row,
+                        target,
+                        softmax,
+                        columns,
+                        lane,
+                    );
                 }
             }
             target.store_pair::<E>(params, head_dim, column, pair);

@@ -29,6 +29,14 @@ class Group:
     visible: dict = dataclasses.field(default_factory=dict)
 
     @property
+    def max_planned_pages(self) -> int:
+        """Pages of a row in a plan, at most: those that its window may lie in."""
+        window = self.visible.get("window")
+        if window is None:
+            return self.max_row_pages
+        return min(self.max_row_pages, (window + self.page_size - 2) // self.page_size + 1)
+
+    @property
     def max_tokens(self) -> int:
         """Query tokens of the largest batch: what a plan has as rows."""
         return self.max_rows * self.max_row_tokens
@@ -130,7 +138,7 @@ def limits(group: Group, rows: int) -> "pa.Capacity":
     """
     profile = pa.DeviceProfile.detect(group.device)
     max_items = rows + -(-4 * profile.sm_count // group.shape.kv_heads)
-    return pa.Capacity(rows, rows * group.max_row_pages, profile, max_items=max_items)
+    return pa.Capacity(rows, rows * group.max_planned_pages, profile, max_items=max_items)
 
 
 def planner(group: Group, rows: int) -> "pa.Planner":

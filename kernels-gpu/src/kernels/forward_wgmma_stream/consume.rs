@@ -166,7 +166,7 @@ pub(super) unsafe fn consume<
                 };
                 let stream = plan.stream(&work);
                 if Smem::<HEAD_DIM, GROUPS>::CAPS_SCORES {
-                    restore_rows::<E, true>(
+                    restore_rows::<E, true, false>(
                         p,
                         stream,
                         work.kv_head,
@@ -178,7 +178,7 @@ pub(super) unsafe fn consume<
                         locate,
                     );
                 } else {
-                    restore_rows::<E, false>(
+                    restore_rows::<E, false, false>(
                         p,
                         stream,
                         work.kv_head,

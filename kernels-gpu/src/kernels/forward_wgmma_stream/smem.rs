@@ -15,7 +15,7 @@ pub(super) struct Smem<const HEAD_DIM: u32, const GROUPS: u32> {
 
 impl<const HEAD_DIM: u32, const GROUPS: u32> Smem<HEAD_DIM, GROUPS> {
     pub(super) const VARIANT: TileVariant = if GROUPS == 1 { TileVariant::Wgmma64 } else { TileVariant::Wgmma128 };
-    pub(super) const CAPS_SCORES: bool = Self::VARIANT.serves(Switches { soft_cap: true });
+    pub(super) const CAPS_SCORES: bool = Self::VARIANT.serves(Switches { soft_cap: true, ..Switches::OFF });
     const CONFIG: TileConfig = Self::VARIANT.config(HEAD_DIM);
     const LAYOUT: SmemLayout = {
         let config = Self::CONFIG;

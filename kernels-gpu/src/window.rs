@@ -1,0 +1,46 @@
+//! Where a sliding window begins: what the mma.sync kernels ask of a token beside its mask. Where they are not compiled for windows,
+//! nothing of it is left.
+
+use pat_abi::reader::{PlanWords, Stream};
+use pat_abi::{ForwardParams, PageMask};
+
+use crate::plan_words::WhenUsed;
+use crate::ptx::switches::{load_global_u32_under_window, zero_before_window};
+
+/// The mask of entry `entry` of the stream, which has masks, for token `in_page` of the entry's page: of no rows where the token stands in
+/// front of their window.
+///
+/// What it needs beside the masks it loads where it is asked: held from the item on, it would cost kernels without windows registers.
+///
+/// # Safety
+/// The stream is of the plan of `params`, which is one for windows where the kernel is compiled for them; it has the entry.
+#[inline(always)]
+pub unsafe fn mask_in_window(params: &ForwardParams, stream: &Stream, entry: u32, in_page: u32) -> PageMask {
+    // SAFETY: the caller's contract.
+    let mask = stream.mask(unsafe { WhenUsed::new() }, entry);
+    // Such a plan has a first token for each mask.
+    let first_token = stream.first_token(UnderWindow, params.plan, entry);
+    PageMask(zero_before_window(mask.0, in_page, first_token))
+}
+
+/// Words of a plan buffer in kernels that are compiled for windows; 0 in others. Of this file: it asks for words of the plan alone.
+#[derive(Clone, Copy)]
+struct UnderWindow;
+
+impl PlanWords for UnderWindow {
+    #[inline(always)]
+    fn word(self, address: u64) -> u32 {
+        // SAFETY: a word of a plan buffer, which nothing writes while a kernel reads it.
+        unsafe { load_global_u32_under_window(address) }
+    }
+
+    #[inline(always)]
+    fn pair(self, address: u64) -> [u32; 2] {
+        [self.word(address), self.word(address + 4)]
+    }
+
+    #[inline(always)]
+    fn quad(self, address: u64) -> [u32; 4] {
+        [0, 4, 8, 12].map(|offset| self.word(address + offset))
+    }
+}
