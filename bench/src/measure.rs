@@ -181,12 +181,14 @@ impl Target {
     }
 }
 
-/// What a problem has beyond plain decode attention, for result files: `softcap 30, sinks, window 128`.
+/// What a problem has beyond plain decode attention, for result files: `softcap 30, sinks, window 128, 4 query tokens`.
 pub fn features(problem: &Problem) -> String {
+    let visible = problem.visibility();
     let softcap = problem.score().soft_cap.map(|cap| format!("softcap {cap}"));
     let sinks = problem.has_sinks().then(|| "sinks".to_owned());
-    let window = problem.visibility().window.map(|tokens| format!("window {tokens}"));
-    [softcap, sinks, window].into_iter().flatten().collect::<Vec<_>>().join(", ")
+    let window = visible.window.map(|tokens| format!("window {tokens}"));
+    let queries = (visible.query_tokens > 1).then(|| format!("{} query tokens", visible.query_tokens));
+    [softcap, sinks, window, queries].into_iter().flatten().collect::<Vec<_>>().join(", ")
 }
 
 /// In microseconds; options are what only a GPU gives.
