@@ -4,7 +4,7 @@
 use super::option_of_argument;
 use anyhow::{Context, Result, bail};
 use pat_bench::measure::features;
-use pat_rs::{AttentionShape, Dtype, Part, Problem, supports};
+use pat_rs::{AttentionShape, Dtype, Error, Part, Problem, supports};
 use pat_workloads::{LayerKind, ModelParts, OwnedBatch, Reach, models, parse_dtype};
 use serde::Serialize;
 use std::fmt;
@@ -270,13 +270,17 @@ impl Asked {
             problem = problem.with_window(window.value);
         }
         supports(&problem, None, None).map_err(|reason| {
-            let context = match (reason.part, &self.soft_cap, &self.window) {
-                (Part::SoftCap, Some(cap), _) => cap.context(),
-                (Part::Window, _, Some(window)) => window.context(),
-                (Part::QueryTokens, ..) => "--query-tokens".into(),
-                _ => return anyhow::Error::new(reason),
+            let option = match (reason.part, &self.soft_cap, &self.window) {
+                (Part::SoftCap, Some(cap), _) => Some(cap.context()),
+                (Part::Window, _, Some(window)) => Some(window.context()),
+                (Part::QueryTokens, ..) => Some("--query-tokens".into()),
+                _ => None,
             };
-            anyhow::Error::new(reason).context(context)
+            let error = anyhow::Error::new(Error::from(reason));
+            match option {
+                Some(option) => error.context(option),
+                None => error,
+            }
         })?;
         Ok(problem)
     }
