@@ -325,10 +325,10 @@ fn caps_sinks_windows_and_wide_heads_are_verified() {
 fn features_that_nothing_computes_are_refused() {
     let tree = ["run", "--tree", "1,2_32,8"];
     for (extra, parts) in [
-        (["--softcap", "0"], &["--softcap 0", "soft_cap: got 0, expected", "a positive number"][..]),
-        (["--softcap", "-3"], &["--softcap -3", "a positive number"]),
-        (["--softcap", "inf"], &["--softcap inf"]),
-        (["--window", "0"], &["--window 0", "window: got 0, expected 1 or more"]),
+        (["--softcap", "0"], &["--softcap", "soft_cap: got 0, expected", "a positive number"][..]),
+        (["--softcap", "-3"], &["--softcap", "got -3", "a positive number"]),
+        (["--softcap", "inf"], &["--softcap", "got inf"]),
+        (["--window", "0"], &["--window", "window: got 0, expected 1 or more"]),
         (["--window", "-1"], &["--window"]),
     ] {
         refused(&[&tree[..], &extra].concat(), parts);

@@ -151,7 +151,7 @@ fn options_that_contradict_the_model_are_refused() {
     refused(&["plan", "--batch", file, "--model", "qwen3-8b"], message);
     refused(
         &["plan", "--tree", "1_32", "--value-head-dim", "64"],
-        "--value-head-dim 64: v_head_dim: got 64, expected 128",
+        "--value-head-dim: v_head_dim: got 64, expected 128",
     );
 }
 

@@ -1,7 +1,9 @@
 //! Test support: small random ragged forests and a run of the CPU executor.
 
 pub mod device_tests;
+pub mod executor;
 pub mod fuzzing;
+pub mod interpreted;
 pub mod invariants;
 pub mod on_device;
 pub mod pat_schedule;

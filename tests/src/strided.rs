@@ -1,7 +1,8 @@
-//! Q, O and LSE with gaps between rows and heads, on either executor.
+//! Q, O and LSE with gaps between rows and heads, on any executor.
 
+use crate::executor::Executor;
 use crate::{Case, softmax_scale};
-use pat_rs::{Element, Engine, HostTensors, PlanOptions, Planner, RowStrides};
+use pat_rs::{Element, HostTensors, PlanOptions, Planner, RowStrides};
 use pat_workloads::Tensors;
 
 /// Elements of a matrix `[rows, heads, dim]` spread over memory by `strides`, `gap` between them.
@@ -27,7 +28,7 @@ fn extent(rows: usize, heads: usize, dim: usize, strides: RowStrides) -> usize {
 ///
 /// # Panics
 /// Where they differ, or the case is not valid.
-pub fn check<T: Element>(engine: &Engine, case: &Case, options: PlanOptions, seed: u32) {
+pub fn check<T: Element>(engine: &impl Executor, case: &Case, options: PlanOptions, seed: u32) {
     let shape = case.shape;
     let (heads, dim) = (shape.q_heads() as usize, shape.head_dim() as usize);
     let tensors = Tensors::<T>::draw(&case.batch, shape, case.layout, seed).expect("a valid case");

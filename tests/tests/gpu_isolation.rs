@@ -1,6 +1,6 @@
-//! NaN and Inf in K and V of one sequence, on the CPU and on a device: every variant gives all other sequences what the f64 oracle
-//! gives, and the sequence itself what its own keys say. `PAT_GPU_FORESTS` sets how many forests a device gets (default 400),
-//! `PAT_GPU_SEED` which.
+//! NaN and Inf in K and V of one sequence, on the CPU, in interpreted PTX and on a device: every variant gives all other sequences
+//! what the f64 oracle gives, and the sequence itself what its own keys say. `PAT_GPU_FORESTS` sets how many forests a device gets
+//! (default 400), `PAT_GPU_SEED` which.
 
 use half::{bf16, f16};
 use pat_rs::plan::PlanMode;
@@ -8,6 +8,7 @@ use pat_rs::{
     AttentionShape, DeviceProfile, Dtype, Element, Engine, HostTensors, Plan, PlanOptions, Planner, Problem,
     TileVariant,
 };
+use pat_tests::executor::{Executor, Interpreter};
 use pat_tests::{Case, device_test, random_case, softmax_scale};
 use pat_workloads::{Oracle, RowSample, Tensors, check};
 use rand::seq::IndexedRandom;
@@ -83,7 +84,7 @@ impl Place {
 
 /// Runs one forest through every variant; counts, by variant, the runs in which the element could have spread.
 fn run_forest<T: Element>(
-    engine: &Engine,
+    engine: &impl Executor,
     profile: &DeviceProfile,
     rng: &mut impl Rng,
     case: &Case,
@@ -146,7 +147,7 @@ fn run_forest<T: Element>(
 }
 
 /// Runs `forests` forests; asserts that every variant has met many in which the element could have spread.
-fn check_isolation(engine: &Engine, profile: &DeviceProfile, forests: u64, seed: u64) {
+fn check_isolation(engine: &impl Executor, profile: &DeviceProfile, forests: u64, seed: u64) {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut exposed = BTreeMap::new();
     for index in 0..forests {
@@ -169,6 +170,10 @@ fn a_sequences_nan_and_inf_reach_no_other_sequence_on_the_cpu(engine: &Engine) {
     check_isolation(engine, &DeviceProfile::h200(), 120, 1);
 }
 
+fn a_sequences_nan_and_inf_reach_no_other_sequence_in_interpreted_ptx(_: &Engine) {
+    check_isolation(&Interpreter, &DeviceProfile::h200(), 40, 1);
+}
+
 fn a_sequences_nan_and_inf_reach_no_other_sequence(engine: &Engine) {
     let profile = engine.profile().unwrap();
     check_isolation(engine, &profile, from_env("PAT_GPU_FORESTS", 400), from_env("PAT_GPU_SEED", 1));
@@ -177,6 +182,7 @@ fn a_sequences_nan_and_inf_reach_no_other_sequence(engine: &Engine) {
 fn main() -> ExitCode {
     pat_tests::device_tests::main([
         device_test!(a_sequences_nan_and_inf_reach_no_other_sequence_on_the_cpu).on_the_cpu(),
+        device_test!(a_sequences_nan_and_inf_reach_no_other_sequence_in_interpreted_ptx).on_the_cpu(),
         device_test!(a_sequences_nan_and_inf_reach_no_other_sequence),
     ])
 }

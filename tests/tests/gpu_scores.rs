@@ -1,9 +1,10 @@
-//! What models add to attention: soft caps, attention sinks and sliding windows, on the CPU and on a device, every variant
-//! against the f64 oracle. `PAT_GPU_FORESTS` sets how many forests a device gets (default 400), `PAT_GPU_SEED` which.
+//! What models add to attention: soft caps, attention sinks and sliding windows, on the CPU, in interpreted PTX and on a device,
+//! every variant against the f64 oracle. `PAT_GPU_FORESTS` sets how many forests a device gets (default 400), `PAT_GPU_SEED` which.
 
 use half::{bf16, f16};
 use pat_rs::plan::PlanMode;
 use pat_rs::{AttentionShape, DeviceProfile, Dtype, Element, Engine, PlanOptions, Planner, Problem, TileVariant};
+use pat_tests::executor::{Executor, Interpreter};
 use pat_tests::{Case, device_test, random_case, softmax_scale};
 use pat_workloads::{Oracle, RowSample, Tensors, check};
 use rand::seq::IndexedRandom;
@@ -47,7 +48,7 @@ fn features(problem: Problem) -> (bool, bool) {
 
 /// Runs one forest through every variant that can; counts the runs.
 fn run_forest<T: Element>(
-    engine: &Engine,
+    engine: &impl Executor,
     profile: &DeviceProfile,
     rng: &mut impl Rng,
     case: &Case,
@@ -77,7 +78,7 @@ fn run_forest<T: Element>(
     }
 }
 
-fn check_scores(engine: &Engine, profile: &DeviceProfile, forests: u64, seed: u64) {
+fn check_scores(engine: &impl Executor, profile: &DeviceProfile, forests: u64, seed: u64) {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut runs = Runs::new();
     for index in 0..forests {
@@ -106,11 +107,19 @@ fn on_the_cpu(engine: &Engine) {
     check_scores(engine, &DeviceProfile::h200(), 100, 1);
 }
 
+fn in_interpreted_ptx(_: &Engine) {
+    check_scores(&Interpreter, &DeviceProfile::h200(), 40, 1);
+}
+
 fn on_a_device(engine: &Engine) {
     let profile = engine.profile().unwrap();
     check_scores(engine, &profile, from_env("PAT_GPU_FORESTS", 400), from_env("PAT_GPU_SEED", 1));
 }
 
 fn main() -> ExitCode {
-    pat_tests::device_tests::main([device_test!(on_the_cpu).on_the_cpu(), device_test!(on_a_device)])
+    pat_tests::device_tests::main([
+        device_test!(on_the_cpu).on_the_cpu(),
+        device_test!(in_interpreted_ptx).on_the_cpu(),
+        device_test!(on_a_device),
+    ])
 }

@@ -4,10 +4,9 @@
 use super::option_of_argument;
 use anyhow::{Context, Result, bail};
 use pat_bench::measure::features;
-use pat_rs::{AttentionShape, Dtype, Error, Part, Problem, supports};
+use pat_rs::{AttentionShape, Dtype, Error, Problem, supports};
 use pat_workloads::{LayerKind, ModelParts, OwnedBatch, Reach, models, parse_dtype};
 use serde::Serialize;
-use std::fmt;
 
 /// The elements of Q and K.
 #[derive(clap::Args, Clone, Copy, Debug)]
@@ -95,17 +94,6 @@ struct Given<T> {
     value: T,
     /// `--model` and the model's name, or another option without its value.
     option: String,
-}
-
-impl<T: Copy + PartialEq + fmt::Display> Given<T> {
-    /// For messages: the model says its values itself.
-    fn context(&self) -> String {
-        if self.option.starts_with("--model ") {
-            self.option.clone()
-        } else {
-            format!("{} {}", self.option, self.value)
-        }
-    }
 }
 
 impl<T: Copy + PartialEq> Given<T> {
@@ -237,8 +225,8 @@ impl Asked {
             let context = match (option_of_argument(&error), &self.model) {
                 (_, Some(model)) => model.option.clone(),
                 (Some("--head-dim"), _) => format!("--head-dim {head_dim}"),
-                (Some("--value-head-dim"), _) => self.value_head_dim.as_ref().map(Given::context).unwrap_or_default(),
-                _ => format!("--heads {q}/{kv}"),
+                (Some("--heads"), _) => format!("--heads {q}/{kv}"),
+                _ => return anyhow::Error::new(error),
             };
             anyhow::Error::new(error).context(context)
         })
@@ -270,15 +258,9 @@ impl Asked {
             problem = problem.with_window(window.value);
         }
         supports(&problem, None, None).map_err(|reason| {
-            let option = match (reason.part, &self.soft_cap, &self.window) {
-                (Part::SoftCap, Some(cap), _) => Some(cap.context()),
-                (Part::Window, _, Some(window)) => Some(window.context()),
-                (Part::QueryTokens, ..) => Some("--query-tokens".into()),
-                _ => None,
-            };
             let error = anyhow::Error::new(Error::from(reason));
-            match option {
-                Some(option) => error.context(option),
+            match &self.model {
+                Some(model) => error.context(model.option.clone()),
                 None => error,
             }
         })?;

@@ -17,11 +17,21 @@ use std::sync::Arc;
 /// ([`Self::from_raw`]) can be given an owner ([`Self::with_owner`]), which a [`BoundRun`](super::BoundRun) then holds.
 #[derive(Clone, Debug)]
 pub struct DeviceSpan {
-    /// Unknown for memory of other libraries.
-    device: Option<CudaDevice>,
+    home: Home,
     address: u64,
     bytes: u64,
     owner: Option<Arc<dyn Any + Send + Sync>>,
+}
+
+/// Where a span's memory is.
+#[derive(Clone, Copy, Debug)]
+enum Home {
+    Device(CudaDevice),
+    /// Of other libraries' memory it is not known.
+    Foreign,
+    /// On no device: a span that nothing is launched with.
+    #[cfg(any(test, feature = "launch-records"))]
+    Nowhere,
 }
 
 impl DeviceSpan {
@@ -34,17 +44,17 @@ impl DeviceSpan {
     /// nothing else accesses it meanwhile.
     #[allow(unsafe_code, reason = "the caller vouches for a raw handle")]
     pub unsafe fn from_raw(address: u64, bytes: u64) -> Self {
-        Self { device: None, address, bytes, owner: None }
+        Self { home: Home::Foreign, address, bytes, owner: None }
     }
 
     pub(super) fn owned(device: CudaDevice, address: u64, bytes: u64, owner: Arc<dyn Any + Send + Sync>) -> Self {
-        Self { device: Some(device), address, bytes, owner: Some(owner) }
+        Self { home: Home::Device(device), address, bytes, owner: Some(owner) }
     }
 
     /// A span that nothing is launched with.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "launch-records"))]
     pub(super) fn of_nothing(address: u64, bytes: u64) -> Self {
-        Self { device: None, address, bytes, owner: None }
+        Self { home: Home::Nowhere, address, bytes, owner: None }
     }
 
     /// The same range; `owner` is kept as long as the span, its clones, and the runs bound to it. It may be dropped on any
@@ -84,14 +94,13 @@ impl DeviceSpan {
 
     /// Refuses memory that is known to be another device's.
     pub(super) fn check_device(&self, name: &str, device: CudaDevice) -> Result<()> {
-        match self.device {
-            Some(own) if own != device => Err(Error::invalid(
-                name,
-                format!("memory of device {}", own.ordinal()),
-                format!("memory of device {}", device.ordinal()),
-            )),
-            _ => Ok(()),
-        }
+        let own = match self.home {
+            Home::Device(own) if own != device => format!("memory of device {}", own.ordinal()),
+            Home::Device(_) | Home::Foreign => return Ok(()),
+            #[cfg(any(test, feature = "launch-records"))]
+            Home::Nowhere => "memory of no device".into(),
+        };
+        Err(Error::invalid(name, own, format!("memory of device {}", device.ordinal())))
     }
 }
 

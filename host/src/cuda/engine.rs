@@ -117,7 +117,7 @@ impl CudaEngine {
 
 /// Behind a forward kernel of sm_90a the merge that starts while that drains; else the one that every device has, so that plans
 /// of sm_80 tiles run the same kernels everywhere. `launched` says how much of each tile variant is launched.
-fn merge_kernel(shape: AttentionShape, launched: &[u32]) -> Result<&'static KernelSpec> {
+pub(super) fn merge_kernel(shape: AttentionShape, launched: &[u32]) -> Result<&'static KernelSpec> {
     let overlapping = TileVariant::ALL
         .into_iter()
         .any(|variant| variant.arch() == Arch::Sm90a && launched[variant.index()] > 0)
@@ -128,7 +128,11 @@ fn merge_kernel(shape: AttentionShape, launched: &[u32]) -> Result<&'static Kern
 
 /// # Errors
 /// The variant has no kernel for the shape, or none with these features: a plan made for a problem without them may use it.
-fn forward_kernel(variant: TileVariant, shape: AttentionShape, switches: Switches) -> Result<&'static KernelSpec> {
+pub(super) fn forward_kernel(
+    variant: TileVariant,
+    shape: AttentionShape,
+    switches: Switches,
+) -> Result<&'static KernelSpec> {
     if !variant.serves(switches) {
         return Err(Error::PlanMismatch {
             what: "the features of the kernels".into(),

@@ -45,6 +45,8 @@ mod engine;
 #[cfg(feature = "fault-injection")]
 pub mod faults;
 mod graph;
+#[cfg(feature = "launch-records")]
+pub mod launch_records;
 mod plan_buffers;
 mod ptx;
 mod row_ops;

@@ -66,9 +66,13 @@ impl CudaEngine {
             return Ok(());
         }
         let device = *self.device();
-        for (name, span) in
-            [("k_new", &args.k_new), ("v_new", &args.v_new), ("k_cache", &args.k_cache), ("v_cache", &args.v_cache)]
-        {
+        for (name, span) in [
+            ("k_new", &args.k_new),
+            ("v_new", &args.v_new),
+            ("k_cache", &args.k_cache),
+            ("v_cache", &args.v_cache),
+            ("slots", &args.slots),
+        ] {
             span.check_device(name, device)?;
         }
         let kernel = device.kernel(row_kernel(Family::Append, Dtype::F16)?, Switches::OFF)?;
@@ -106,7 +110,7 @@ impl CudaEngine {
 pub(super) struct CheckedAppend(pub(super) AppendParams, pub(super) u32);
 
 impl CheckedAppend {
-    fn new(args: &AppendArgs) -> Result<Self> {
+    pub(super) fn new(args: &AppendArgs) -> Result<Self> {
         let CacheLayout { num_pages, page_size, kv_heads, head_dim, strides: k } = args.k_layout;
         let v = args.v_layout.strides;
         if (CacheLayout { strides: k, ..args.v_layout }) != args.k_layout {
@@ -172,7 +176,7 @@ impl CheckedAppend {
 pub(super) struct CheckedMergeStates(pub(super) MergeStatesParams, pub(super) u32);
 
 impl CheckedMergeStates {
-    fn new((rows, heads, head_dim): (u32, u32, u32), states: [&DeviceState; 3]) -> Result<Self> {
+    pub(super) fn new((rows, heads, head_dim): (u32, u32, u32), states: [&DeviceState; 3]) -> Result<Self> {
         const NAMES: [[&str; 2]; 3] = [["out_a", "lse_a"], ["out_b", "lse_b"], ["out", "lse"]];
         let chunks = head_chunks(head_dim)?;
         let warps = below_2_31("rows * heads", product([rows, heads, 1]))?;
@@ -229,7 +233,7 @@ fn below_2_31(what: &str, count: u64) -> Result<u32> {
         .ok_or_else(|| Error::invalid(what, count, "fewer than 2^31"))
 }
 
-fn row_kernel(family: Family, dtype: Dtype) -> Result<&'static pat_abi::KernelSpec> {
+pub(super) fn row_kernel(family: Family, dtype: Dtype) -> Result<&'static pat_abi::KernelSpec> {
     manifest::find(family, dtype, 0)
         .ok_or_else(|| Error::invalid("dtype", format!("{dtype:?}"), "one that there is a kernel for"))
 }

@@ -2,6 +2,9 @@
 //!
 //! Addresses are device addresses or, on the host, offsets in a buffer ([`PlanBytes`]). How words are loaded is up to the caller
 //! ([`PlanWords`]): on the device a load that stands early hides its latency, and a load that stands late needs no register.
+//!
+//! Sums wrap, as they do on the device: of records that no planner wrote, the host reads zeros or other records of the buffer, never
+//! what lies outside.
 
 use core::mem::offset_of;
 
@@ -85,11 +88,12 @@ impl PlanView {
         let [queries, pages, masks, _] = words.quad(plan + offset_of!(PlanHeader, queries_offset_bytes) as u64);
         let [begin, count] = words.pair(plan + variants as u64);
         Self {
-            items: plan + (PlanHeader::ITEMS_OFFSET_BYTES + begin * size_of::<WorkItem>() as u32) as u64,
+            items: plan
+                + begin.wrapping_mul(size_of::<WorkItem>() as u32).wrapping_add(PlanHeader::ITEMS_OFFSET_BYTES) as u64,
             queries: plan + queries as u64,
             pages: plan + pages as u64,
             masks: plan + masks as u64,
-            work_count: if magic == PLAN_MAGIC { count * kv_heads } else { 0 },
+            work_count: if magic == PLAN_MAGIC { count.wrapping_mul(kv_heads) } else { 0 },
         }
     }
 
@@ -121,20 +125,20 @@ impl PlanView {
     #[inline(always)]
     pub fn row(&self, work: &Work, row: u32, group: FastDivisor) -> (QueryAddress, u32) {
         let (query, in_group) = group.divide_remainder(row);
-        let address = self.queries + (work.query_begin + query) as u64 * size_of::<ItemQuery>() as u64;
+        let address = self.queries + work.query_begin.wrapping_add(query) as u64 * size_of::<ItemQuery>() as u64;
         (QueryAddress(address), work.kv_head * group.divisor + in_group)
     }
 
     /// The page id of entry `entry` of `work`'s stream.
     #[inline(always)]
     pub fn page_id(&self, words: impl PlanWords, work: &Work, entry: u32) -> u32 {
-        words.word(self.pages + (work.page_begin + entry) as u64 * 4)
+        words.word(self.pages + work.page_begin.wrapping_add(entry) as u64 * 4)
     }
 
     /// The mask of entry `entry` of `work`, which has masks.
     #[inline(always)]
     pub fn mask(&self, words: impl PlanWords, work: &Work, entry: u32) -> PageMask {
-        let address = self.masks + (work.mask_begin + entry) as u64 * size_of::<PageMask>() as u64;
+        let address = self.masks + work.mask_begin.wrapping_add(entry) as u64 * size_of::<PageMask>() as u64;
         PageMask(words.word(address))
     }
 }

@@ -178,9 +178,10 @@ class Builder(FlashAttentionMetadataBuilder):
         )
 
     def _visible(self) -> dict:
-        """What the planner must know of the layers' scores."""
+        """What the planner must know of the layers' windows and scores."""
+        window = eligibility.window_of(self.kv_cache_spec)
         softcap = max(layer.impl.logits_soft_cap or 0.0 for layer in self._layers)
-        return {"softcap": softcap} if softcap else {}
+        return {**({"window": window} if window else {}), **({"softcap": softcap} if softcap else {})}
 
     def _stay_stock(self, reason: str) -> None:
         if self._decoder is not None:

@@ -25,7 +25,7 @@ class Group:
     max_rows: int
     max_row_pages: int
     max_row_tokens: int = 1
-    #: ``softcap`` of :class:`pa.Planner`, where the layers have one.
+    #: ``window`` and ``softcap`` of :class:`pa.Planner`, where the layers have them.
     visible: dict = dataclasses.field(default_factory=dict)
 
     @property

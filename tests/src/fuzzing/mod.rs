@@ -4,6 +4,7 @@
 mod advance;
 mod batches;
 mod files;
+mod plan_records;
 mod plans;
 mod tensors;
 
@@ -20,7 +21,7 @@ pub struct Target {
 }
 
 /// All of them.
-pub const TARGETS: [Target; 9] = [
+pub const TARGETS: [Target; 10] = [
     Target { name: "batch_file", check: files::batch_file },
     Target { name: "trace", check: files::trace },
     Target { name: "requests", check: files::requests },
@@ -28,6 +29,7 @@ pub const TARGETS: [Target; 9] = [
     Target { name: "spec_file", check: files::spec_file },
     Target { name: "profile", check: files::profile },
     Target { name: "plan", check: plans::plan },
+    Target { name: "plan_records", check: plan_records::plan_records },
     Target { name: "advance", check: advance::advance },
     Target { name: "tensors", check: tensors::tensors },
 ];

@@ -66,12 +66,7 @@ impl Kernel {
         );
         loaded.map_err(|error| with_log(error, &log))?;
         // From here on dropping `kernel` unloads the module.
-        let max_grid = match spec.family {
-            Family::Forward(variant) if variant.is_persistent() => sm_count * spec.min_ctas_per_sm,
-            // Its CTAs step through the rows, too.
-            Family::Merge => sm_count * spec.min_ctas_per_sm,
-            _ => u32::MAX,
-        };
+        let max_grid = max_grid(spec, sm_count);
         let mut kernel = Self { device, module, function: std::ptr::null_mut(), spec, max_grid };
         // SAFETY: the module has just been loaded and is owned by `kernel`.
         kernel.function = attempt_for(
@@ -135,6 +130,16 @@ impl Kernel {
             attrs: attribute,
             numAttrs: u32::from(programmatic),
         }
+    }
+}
+
+/// Largest useful grid of a kernel on a device of `sm_count` multiprocessors.
+pub(crate) fn max_grid(spec: &KernelSpec, sm_count: u32) -> u32 {
+    match spec.family {
+        Family::Forward(variant) if variant.is_persistent() => sm_count * spec.min_ctas_per_sm,
+        // Its CTAs step through the rows, too.
+        Family::Merge => sm_count * spec.min_ctas_per_sm,
+        _ => u32::MAX,
     }
 }
 

@@ -18,6 +18,8 @@ pub(super) use call::{DriverCall, attempt, attempt_for, describe};
 pub(super) use context::{CurrentContext, driver_version, library_is_present};
 pub(super) use event::Event;
 pub(super) use graph::{GraphExec, drop_released, retain_in_capture};
+#[cfg(feature = "launch-records")]
+pub(super) use kernel::max_grid;
 pub(super) use kernel::{
     BareLaunch, Kernel, TensorMap, encode_tensor_maps, launch_append, launch_fill, launch_flush, launch_forward,
     launch_merge, launch_merge_states,

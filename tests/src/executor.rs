@@ -1,0 +1,81 @@
+//! What executes plans over tensors in host memory: the library's engines, and the interpreter of its PTX. The tests of one are
+//! the tests of the others.
+
+use crate::interpreted::InterpretedRun;
+use pat_rs::{DeviceProfile, Element, Engine, HostTensors, Plan};
+use std::error::Error;
+
+/// Executes plans over tensors in host memory.
+pub trait Executor {
+    /// For messages.
+    fn name(&self) -> String;
+
+    /// What plans are made for.
+    ///
+    /// # Errors
+    /// The device cannot be asked.
+    fn profile(&self) -> pat_rs::Result<DeviceProfile>;
+
+    /// As [`Engine::run_host`].
+    ///
+    /// # Errors
+    /// Those of the library and of the interpreter.
+    fn run_host<T: Element>(
+        &self,
+        plan: &Plan,
+        tensors: &HostTensors<'_, T>,
+        out: &mut [T],
+        lse: Option<&mut [f32]>,
+    ) -> Result<(), Box<dyn Error>>;
+}
+
+impl Executor for Engine {
+    fn name(&self) -> String {
+        Self::name(self).into()
+    }
+
+    fn profile(&self) -> pat_rs::Result<DeviceProfile> {
+        self.profile()
+    }
+
+    fn run_host<T: Element>(
+        &self,
+        plan: &Plan,
+        tensors: &HostTensors<'_, T>,
+        out: &mut [T],
+        lse: Option<&mut [f32]>,
+    ) -> Result<(), Box<dyn Error>> {
+        Ok(self.run_host(plan, tensors, out, lse)?)
+    }
+}
+
+/// Executes the PTX of the kernels on the CPU.
+#[derive(Clone, Copy, Debug)]
+pub struct Interpreter;
+
+impl Executor for Interpreter {
+    fn name(&self) -> String {
+        "interpreted PTX".into()
+    }
+
+    /// Of a device that all kernels are for.
+    fn profile(&self) -> pat_rs::Result<DeviceProfile> {
+        Ok(DeviceProfile::h200())
+    }
+
+    fn run_host<T: Element>(
+        &self,
+        plan: &Plan,
+        tensors: &HostTensors<'_, T>,
+        out: &mut [T],
+        lse: Option<&mut [f32]>,
+    ) -> Result<(), Box<dyn Error>> {
+        let mut run = InterpretedRun::new(plan, tensors, out, lse.as_deref())?;
+        let output = run.run()?;
+        out.copy_from_slice(&output.out);
+        if let Some(lse) = lse {
+            lse.copy_from_slice(&output.lse);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,342 @@
+//! The committed PTX, interpreted on the CPU: every entry of the manifest computes what it should. Where there is no GPU, this is what
+//! executes the kernels.
+
+use half::{bf16, f16};
+use pat_abi::generator::{self, Tensor};
+use pat_abi::{
+    Arch, Dtype, Family, FastDivisor, FillParams, FlushParams, KERNELS, KernelSpec, Switches, TileVariant, manifest,
+};
+use pat_ptx_interpreter::Access;
+use pat_rs::cpu::{CacheLayout, NewRows, State};
+use pat_rs::cuda::launch_records::{self, LaunchRecord};
+use pat_rs::cuda::{AppendArgs, DeviceState};
+use pat_rs::plan::PlanMode;
+use pat_rs::{AttentionShape, Element, KvStrides, PlanOptions, Planner, Problem, QueryTokens, RowStrides};
+use pat_tests::executor::{Executor, Interpreter};
+use pat_tests::interpreted::{DeviceMemory, InterpretedRun};
+use pat_tests::{Case, Output, random_case, softmax_scale, strided};
+use pat_workloads::{Oracle, OwnedBatch, RowSample, Tensors, check};
+use rand::seq::IndexedRandom;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
+use std::cell::Cell;
+use std::collections::BTreeSet;
+
+const SEED: u32 = 23;
+
+/// Forests that each forward kernel computes.
+const FORESTS: u64 = 10;
+
+/// Forward kernels with their variants.
+fn forward_kernels() -> impl Iterator<Item = (&'static KernelSpec, TileVariant)> {
+    KERNELS.iter().filter_map(|kernel| match kernel.family {
+        Family::Forward(variant) => Some((kernel, variant)),
+        _ => None,
+    })
+}
+
+/// A forest of a kernel's head dimension and with pages that it reads.
+fn draw_case(rng: &mut impl Rng, kernel: &KernelSpec, variant: TileVariant) -> Case {
+    loop {
+        let case = random_case(rng, kernel.dtype);
+        if variant.supports_page_size(case.batch.page_size) {
+            let (q_heads, kv_heads) = (case.shape.q_heads(), case.shape.kv_heads());
+            let shape = AttentionShape::new(q_heads, kv_heads, kernel.head_dim, kernel.dtype).unwrap();
+            return Case { shape, ..case };
+        }
+    }
+}
+
+/// The batch of query tokens as rows, written out.
+fn rows_of_tokens(batch: &OwnedBatch, tokens: u32) -> (OwnedBatch, Vec<u32>) {
+    let counts: Vec<u32> =
+        batch.lengths.iter().map(|&length| if length == 0 { 1 } else { length.min(tokens) }).collect();
+    let mut rows = OwnedBatch { lengths: Vec::new(), block_tables: Vec::new(), ..*batch };
+    for ((&length, table), &count) in batch.lengths.iter().zip(&batch.block_tables).zip(&counts) {
+        for token in 0..count {
+            rows.lengths.push(if length == 0 { 0 } else { length - count + 1 + token });
+            rows.block_tables.push(table.clone());
+        }
+    }
+    (rows, counts)
+}
+
+/// Runs one forest of several query tokens, scales, modes, caps, windows and sinks through a kernel; tells which entries were launched.
+fn run_forest<T: Element>(kernel: &KernelSpec, variant: TileVariant, index: u64) -> BTreeSet<&'static str> {
+    let mut rng = ChaCha8Rng::seed_from_u64(index);
+    let case = draw_case(&mut rng, kernel, variant);
+    let scale = softmax_scale(case.shape) * [1.0, 16.0, 1.0, 64.0][index as usize % 4];
+    let query_tokens = *[1, 1, 1, 3, 5].choose(&mut rng).unwrap();
+    let mut problem = case.batch.problem(case.shape).with_scale(scale).with_query_tokens(query_tokens);
+    if variant.serves(Switches { soft_cap: true, ..Switches::OFF }) && rng.random_bool(0.3) {
+        problem = problem.with_soft_cap(2.0);
+    }
+    if variant.serves(Switches { window: true, ..Switches::OFF }) && rng.random_bool(0.4) {
+        // Of less than a page, of a page, of several, in many nodes, and larger than any context.
+        let page_size = case.batch.page_size;
+        problem = problem
+            .with_window(*[1, page_size.div_ceil(2), page_size, page_size + 1, 33, 1 << 20].choose(&mut rng).unwrap());
+    }
+    let sinks: Option<Vec<f32>> =
+        rng.random_bool(0.3).then(|| (0..case.shape.q_heads()).map(|_| rng.random_range(-4.0..4.0)).collect());
+    if sinks.is_some() {
+        problem = problem.with_sinks();
+    }
+    let chunk = PlanMode::FixedChunk { tokens: 2 * case.batch.page_size };
+    let mode = [PlanMode::Auto, PlanMode::Packed, PlanMode::PerNode, PlanMode::Flat, chunk][index as usize % 5];
+    let what = format!("{}, forest {index}, {mode:?}, {problem:?} {sinks:?}\n{case:?}", kernel.entry);
+
+    let (rows, counts) = rows_of_tokens(&case.batch, query_tokens);
+    let slices = case.batch.rows();
+    let view = case.batch.view(&slices).unwrap();
+    let queries = QueryTokens::ragged(&view, &counts).unwrap();
+    let options = PlanOptions::from(mode).with_variants([variant]);
+    let plan = Planner::new(problem, Interpreter.profile().unwrap(), options).unwrap().plan(&queries.batch()).unwrap();
+    let tensors = Tensors::<T>::draw(&rows, case.shape, case.layout, SEED).unwrap();
+    let mut host = tensors.host(scale);
+    host.problem = problem;
+    host.sinks = sinks.as_deref();
+    let out = vec![T::from_f32(f32::NAN); tensors.q.len()];
+    let lse = vec![f32::NAN; tensors.q.len() / case.shape.head_dim() as usize];
+    let mut run = InterpretedRun::new(&plan, &host, &out, Some(&lse)).unwrap();
+    let Output { out, lse } = run.run::<T>().unwrap_or_else(|error| panic!("{error}: {what}"));
+    let everything = RowSample::for_batch(&rows, case.shape);
+    let oracle = Oracle::compute_problem::<T>(&rows, problem, sinks.as_deref(), SEED, everything).unwrap();
+    let report = check(&oracle, case.shape.q_heads(), &out, Some(&lse));
+    assert!(report.passed, "{report:?}: {what}");
+    run.launches.iter().map(|record| record.kernel.entry).collect()
+}
+
+#[test]
+fn every_forward_and_merge_kernel_agrees_with_the_oracle() {
+    let kernels: Vec<_> = forward_kernels().collect();
+    let runs: Vec<(&KernelSpec, TileVariant, u64)> =
+        kernels.iter().flat_map(|&(kernel, variant)| (0..FORESTS).map(move |index| (kernel, variant, index))).collect();
+    let launched: BTreeSet<&str> = runs
+        .into_par_iter()
+        .flat_map_iter(|(kernel, variant, index)| match kernel.dtype {
+            Dtype::F16 => run_forest::<f16>(kernel, variant, index),
+            Dtype::Bf16 => run_forest::<bf16>(kernel, variant, index),
+            other => panic!("no forest is drawn in {other:?}"),
+        })
+        .collect();
+    let missing: Vec<&str> = KERNELS
+        .iter()
+        .filter(|kernel| matches!(kernel.family, Family::Forward(_) | Family::Merge))
+        .map(|kernel| kernel.entry)
+        .filter(|entry| !launched.contains(entry))
+        .collect();
+    // No wgmma kernel has head dimension 256, and only behind one stands the merge of its architecture.
+    assert_eq!(missing, ["pat_merge_pdl_d256_f16", "pat_merge_pdl_d256_bf16"]);
+}
+
+#[test]
+fn merge_kernels_of_both_architectures_give_the_same_bits() {
+    for kernel in KERNELS.iter().filter(|kernel| kernel.family == Family::Merge && kernel.arch == Arch::Sm90a) {
+        match kernel.dtype {
+            Dtype::F16 => merge_behind_sm_80::<f16>(kernel),
+            Dtype::Bf16 => merge_behind_sm_80::<bf16>(kernel),
+            other => panic!("no merge is run in {other:?}"),
+        }
+    }
+}
+
+/// Partials of sm_80 tiles, merged by that architecture's kernel and by `other`.
+fn merge_behind_sm_80<T: Element>(other: &'static KernelSpec) {
+    let variant = TileVariant::Mma16;
+    let forward = manifest::find(Family::Forward(variant), T::DTYPE, other.head_dim).unwrap();
+    let case = draw_case(&mut ChaCha8Rng::seed_from_u64(5), forward, variant);
+    let options = PlanOptions::from(PlanMode::FixedChunk { tokens: case.batch.page_size }).with_variants([variant]);
+    let plan = pat_tests::plan(&case, options).unwrap();
+    let tensors = Tensors::<T>::draw(&case.batch, case.shape, case.layout, SEED).unwrap();
+    let out = vec![T::from_f32(f32::NAN); tensors.q.len()];
+    let mut run = InterpretedRun::new(&plan, &tensors.host(softmax_scale(case.shape)), &out, None).unwrap();
+    let mut with_other = run.clone();
+    let merge = with_other.launches.last_mut().unwrap();
+    assert!(merge.kernel.family == Family::Merge && merge.kernel.arch == Arch::Sm80);
+    (merge.kernel, merge.ptx) = (other, launch_records::module(other, Switches::OFF).unwrap());
+    let [expected, actual] = [&mut run, &mut with_other].map(|run| run.run::<T>().unwrap().out);
+    assert!(bytemuck::cast_slice::<T, u16>(&expected) == bytemuck::cast_slice::<T, u16>(&actual), "{}", other.entry);
+    assert!(expected.iter().all(|value| value.to_f32().is_finite()), "{}", other.entry);
+}
+
+#[test]
+fn strides_of_q_o_and_lse_are_followed() {
+    forward_kernels().collect::<Vec<_>>().into_par_iter().filter(|(kernel, _)| kernel.dtype == Dtype::F16).for_each(
+        |(kernel, variant)| {
+            let case = draw_case(&mut ChaCha8Rng::seed_from_u64(7), kernel, variant);
+            for mode in [PlanMode::Packed, PlanMode::FixedChunk { tokens: case.batch.page_size }] {
+                strided::check::<f16>(&Interpreter, &case, PlanOptions::from(mode).with_variants([variant]), SEED);
+            }
+        },
+    );
+}
+
+#[test]
+fn new_rows_are_appended_as_on_the_cpu() {
+    let (num_pages, page_size, kv_heads, head_dim, rows) = (4, 16, 3, 64, 9u32);
+    let mut rng = ChaCha8Rng::seed_from_u64(1);
+    let mut draw =
+        |count: usize| -> Vec<f16> { (0..count).map(|_| f16::from_f32(rng.random_range(-1.0..1.0))).collect() };
+    let new_strides = RowStrides { sequence: 3 * 64 + 16, head: 64 };
+    let new_elements = rows as usize * new_strides.sequence as usize;
+    let layouts = [KvStrides::nhd(page_size, kv_heads, head_dim), KvStrides::hnd(page_size, kv_heads, head_dim)]
+        .map(|strides| CacheLayout { num_pages, page_size, kv_heads, head_dim, strides });
+    let cache_elements = (num_pages * page_size * kv_heads * head_dim) as usize;
+    let new = [draw(new_elements), draw(new_elements)];
+    let caches = [draw(cache_elements), draw(cache_elements)];
+    // The host cannot look at slots: those that are negative or beyond the cache are skipped.
+    let slots: Vec<i64> = vec![5, -1, 63, 0, 64, 17, i64::MAX, 40, i64::MIN];
+
+    let mut memory = DeviceMemory::new();
+    let [k_new, v_new] = [&new[0], &new[1]].map(|new| memory.add("new rows", new, Access::Read));
+    let [k_cache, v_cache] = [&caches[0], &caches[1]].map(|cache| memory.add("a cache", cache, Access::ReadWrite));
+    let record = launch_records::append_kv(&AppendArgs {
+        rows,
+        k_new,
+        k_new_strides: new_strides,
+        v_new,
+        v_new_strides: new_strides,
+        k_cache: k_cache.clone(),
+        k_layout: layouts[0],
+        v_cache: v_cache.clone(),
+        v_layout: layouts[1],
+        slots: memory.add("slots", &slots, Access::Read),
+    });
+    memory.launch(&record.unwrap()).unwrap();
+    for (((new, cache), layout), span) in new.iter().zip(caches).zip(&layouts).zip([k_cache, v_cache]) {
+        let new: Vec<Cell<f16>> = new.iter().copied().map(Cell::new).collect();
+        let expected: Vec<Cell<f16>> = cache.into_iter().map(Cell::new).collect();
+        let inside: Vec<i64> = slots.iter().map(|&slot| if slot < 64 { slot } else { -1 }).collect();
+        let rows = NewRows { rows: &new, strides: new_strides, slots: &inside };
+        pat_rs::cpu::append_rows(&rows, layout, &expected).unwrap();
+        assert!(memory.read::<f16>(&span).iter().zip(&expected).all(|(actual, expected)| *actual == expected.get()));
+    }
+}
+
+fn merge_states<T: Element>() {
+    let (rows, heads, head_dim) = (5u32, 3u32, 136u32);
+    let mut rng = ChaCha8Rng::seed_from_u64(2);
+    let (out_strides, lse_strides) =
+        (RowStrides { sequence: 3 * 144 + 8, head: 144 }, RowStrides { sequence: 1, head: 5 });
+    let elements = rows as usize * out_strides.sequence as usize;
+    let mut draw = || {
+        let out: Vec<T> = (0..elements).map(|_| T::from_f32(rng.random_range(-2.0..2.0))).collect();
+        let mut lse: Vec<f32> = (0..15).map(|_| rng.random_range(-5.0..5.0)).collect();
+        lse[rng.random_range(0..15)] = f32::NEG_INFINITY;
+        (out, lse)
+    };
+    let [mut a, mut b] = [draw(), draw()];
+    // A row that neither has tokens of: what A's output holds there must not matter.
+    (a.1[7], b.1[7]) = (f32::NEG_INFINITY, f32::NEG_INFINITY);
+    // Row 2 of head 1.
+    a.0[2 * out_strides.sequence as usize + 144] = T::from_f32(f32::NAN);
+
+    let mut memory = DeviceMemory::new();
+    let mut state = |name: &str, (out, lse): &(Vec<T>, Vec<f32>)| DeviceState {
+        out: memory.add(name, out, Access::ReadWrite),
+        out_strides,
+        lse: memory.add(name, lse, Access::ReadWrite),
+        lse_strides,
+    };
+    let [state_a, state_b] = [state("A", &a), state("B", &b)];
+    // The result lies where A does.
+    let record =
+        launch_records::merge_states((rows, heads, head_dim), T::DTYPE, [&state_a, &state_b], &state_a).unwrap();
+    memory.launch(&record).unwrap();
+
+    let [a, b] = [&a, &b].map(|(out, lse)| -> (Vec<Cell<T>>, Vec<Cell<f32>>) {
+        (out.iter().copied().map(Cell::new).collect(), lse.iter().copied().map(Cell::new).collect())
+    });
+    let [on_cpu, other] = [&a, &b].map(|(out, lse)| State { out, out_strides, lse, lse_strides });
+    pat_rs::cpu::merge_states((rows, heads, head_dim), [&on_cpu, &other], &on_cpu).unwrap();
+    for (index, (actual, expected)) in memory.read::<T>(&state_a.out).iter().zip(&a.0).enumerate() {
+        let (actual, expected) = (actual.to_f32(), expected.get().to_f32());
+        // One rounding of the result.
+        assert!((actual - expected).abs() <= T::EPSILON * expected.abs(), "{index}: {actual}, not {expected}");
+    }
+    for (actual, expected) in memory.read::<f32>(&state_a.lse).iter().zip(&a.1) {
+        let expected = expected.get();
+        assert!(*actual == expected || (actual - expected).abs() < 1e-5, "{actual}, not {expected}");
+    }
+}
+
+#[test]
+fn states_are_merged_as_on_the_cpu() {
+    merge_states::<f16>();
+    merge_states::<bf16>();
+}
+
+/// A launch of a kernel of tests and benchmarks, whose parameters no argument of a run becomes.
+fn support_record(family: Family, dtype: Dtype, params: &[u8]) -> LaunchRecord {
+    let kernel = manifest::find(family, dtype, 0).unwrap();
+    let ptx = launch_records::module(kernel, Switches::OFF).unwrap();
+    LaunchRecord { kernel, ptx, ctas: 3, params: params.to_vec(), tensor_maps: Vec::new() }
+}
+
+fn fill<T: Element>() {
+    let (pages, tokens, heads, dim) = (3, 5, 2, 64);
+    let strides = KvStrides { page: 5 * 144, token: 144, head: 72 };
+    let mut memory = DeviceMemory::new();
+    let target = memory.add("a tensor", &[T::from_f32(7.0); 3 * 5 * 144], Access::ReadWrite);
+    let params = FillParams {
+        base: target.address(),
+        page_stride: strides.page * 2,
+        token_stride: strides.token * 2,
+        head_stride: strides.head * 2,
+        tokens: FastDivisor::new(tokens),
+        heads: FastDivisor::new(heads),
+        pages,
+        dim,
+        seed: SEED,
+        tensor: Tensor::V as u32,
+    };
+    memory.launch(&support_record(Family::Fill, T::DTYPE, bytemuck::bytes_of(&params))).unwrap();
+    let drawn = memory.read::<T>(&target);
+    for (row, values) in drawn.chunks_exact(72).enumerate() {
+        let (row, head) = (row as u32 / heads, row as u32 % heads);
+        let key = generator::row_key(SEED, Tensor::V as u32, row / tokens, row % tokens, head);
+        let expected = (0..dim).map(|at| T::from_f32(generator::element(key, at))).chain([T::from_f32(7.0); 8]);
+        assert!(values.iter().map(|value| value.to_f32()).eq(expected.map(Element::to_f32)), "row {row}, head {head}");
+    }
+}
+
+#[test]
+fn the_generator_draws_what_it_draws_on_the_cpu() {
+    fill::<f16>();
+    fill::<bf16>();
+}
+
+#[test]
+fn the_flush_reads_its_buffer_once() {
+    let mut memory = DeviceMemory::new();
+    let words: Vec<u32> = (0..4096).map(|word: u32| word.wrapping_mul(2_654_435_761)).collect();
+    let buffer = memory.add("a buffer", &words, Access::Read);
+    let sums = memory.add("sums", &[0u32; 3], Access::ReadWrite);
+    let params = FlushParams { buffer: buffer.address(), bytes: buffer.bytes(), sums: sums.address() };
+    memory.launch(&support_record(Family::Flush, Dtype::F16, bytemuck::bytes_of(&params))).unwrap();
+    // Of each CTA the first warp's, 4 words per thread.
+    let mut expected = [0u32; 3];
+    for (chunk, words) in words.chunks_exact(4).enumerate() {
+        let (cta, thread) =
+            (chunk / manifest::SUPPORT_THREADS as usize % 3, chunk % manifest::SUPPORT_THREADS as usize);
+        if thread < 32 {
+            expected[cta] = words.iter().fold(expected[cta], |sum, &word| sum.wrapping_add(word));
+        }
+    }
+    assert_eq!(memory.read::<u32>(&sums), expected);
+}
+
+/// A problem that every variant but one serves.
+#[test]
+fn what_no_kernel_serves_is_launched_by_none() {
+    let kernel = manifest::find(Family::Forward(TileVariant::Wgmma128), Dtype::F16, 128).unwrap();
+    let case = draw_case(&mut ChaCha8Rng::seed_from_u64(3), kernel, TileVariant::Wgmma128);
+    let plan = pat_tests::plan(&case, PlanOptions::default().with_variants([TileVariant::Wgmma128])).unwrap();
+    let tensors = Tensors::<f16>::draw(&case.batch, case.shape, case.layout, SEED).unwrap();
+    let mut host = tensors.host(1.0);
+    host.problem = Problem::new(case.shape, case.batch.page_size).with_soft_cap(30.0);
+    let error = InterpretedRun::new(&plan, &host, &tensors.q, None).unwrap_err().to_string();
+    assert!(error.contains("wgmma128"), "{error}");
+}
