@@ -186,9 +186,9 @@ pub fn features(problem: &Problem) -> String {
     let visible = problem.visibility();
     let softcap = problem.score().soft_cap.map(|cap| format!("softcap {cap}"));
     let sinks = problem.has_sinks().then(|| "sinks".to_owned());
-    let window = visible.window.map(|tokens| format!("window {tokens}"));
+    let reach = visible.reach.tokens().map(|tokens| format!("{} {tokens}", visible.reach.name()));
     let queries = (visible.query_tokens > 1).then(|| format!("{} query tokens", visible.query_tokens));
-    [softcap, sinks, window, queries].into_iter().flatten().collect::<Vec<_>>().join(", ")
+    [softcap, sinks, reach, queries].into_iter().flatten().collect::<Vec<_>>().join(", ")
 }
 
 /// In microseconds; options are what only a GPU gives.
@@ -200,9 +200,10 @@ struct Times {
     upload_us: Option<f64>,
 }
 
-/// Multiplications and additions of Q·K and P·V, over all sequences, as far as the window shows them.
+/// Multiplications and additions of Q·K and P·V, over all sequences, as far as they are seen.
 pub fn batch_flop(batch: &OwnedBatch, problem: &Problem) -> f64 {
-    let (shape, window) = (problem.shape(), problem.visibility().window.unwrap_or(u32::MAX));
-    let tokens: f64 = batch.lengths.iter().map(|&length| f64::from(length.min(window))).sum();
+    let (shape, reach) = (problem.shape(), problem.visibility().reach);
+    let seen = |length: u32| length - reach.first_token(length.saturating_sub(1));
+    let tokens: f64 = batch.lengths.iter().map(|&length| f64::from(seen(length))).sum();
     4.0 * tokens * f64::from(shape.q_heads()) * f64::from(shape.head_dim())
 }

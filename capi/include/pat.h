@@ -72,7 +72,7 @@ enum PatPlanChange
     PAT_PLAN_CHANGE_LENGTHS = 1,
     // Private pages.
     PAT_PLAN_CHANGE_PAGES = 2,
-    // Who shares what: planned from scratch.
+    // Rows, or who shares what.
     PAT_PLAN_CHANGE_FOREST = 3,
 };
 #ifndef __cplusplus
@@ -355,8 +355,8 @@ PatStatus pat_planner_plan_padded(PatPlanner *planner, const PatPaddedTables *ta
 // Plans a batch. Give the plan back with `pat_plan_free`.
 PatStatus pat_planner_plan_csr(PatPlanner *planner, const PatCsrTables *tables, PatPlan **plan);
 
-// Makes `plan` the plan of the next decode step, equal to planning the batch from scratch. It is fast where `plan` is the one
-// that the planner made last and little has changed. `changed_rows` names the rows whose table entries *that were in use
+// Makes `plan` the plan of the next decode step, predicted to be about as fast as planning the batch from scratch; with fixed
+// chunks the two are equal. It takes little time where `plan` is the one that the planner made last. `changed_rows` names the rows whose table entries *that were in use
 // before* may differ (a row that only grew is not among them); NULL: all entries are compared, as with `query_tokens`.
 // `change` may be NULL. Where the call fails, the plan is as before.
 PatStatus pat_planner_advance_padded(PatPlanner *planner,

@@ -174,8 +174,8 @@ unsafe fn plan_tables(planner: *const PatPlanner, tables: &Tables<'_>, plan: *mu
     Ok(())
 }
 
-/// Makes `plan` the plan of the next decode step, equal to planning the batch from scratch. It is fast where `plan` is the one
-/// that the planner made last and little has changed. `changed_rows` names the rows whose table entries *that were in use
+/// Makes `plan` the plan of the next decode step, predicted to be about as fast as planning the batch from scratch; with fixed
+/// chunks the two are equal. It takes little time where `plan` is the one that the planner made last. `changed_rows` names the rows whose table entries *that were in use
 /// before* may differ (a row that only grew is not among them); NULL: all entries are compared, as with `query_tokens`.
 /// `change` may be NULL. Where the call fails, the plan is as before.
 ///

@@ -188,7 +188,7 @@ pub enum PatPlanChange {
     Lengths = 1,
     /// Private pages.
     Pages = 2,
-    /// Who shares what: planned from scratch.
+    /// Rows, or who shares what.
     Forest = 3,
 }
 

@@ -3,8 +3,8 @@
 use crate::output;
 use anyhow::Result;
 use comfy_table::{Table, presets};
-use pat_rs::{Dtype, Error, supports};
-use pat_workloads::{KnownModel, LayerKind, MODELS, Reach};
+use pat_rs::{Dtype, Error, Reach, supports};
+use pat_workloads::{KnownModel, LayerKind, MODELS};
 use serde::Serialize;
 
 #[derive(clap::Args)]

@@ -247,7 +247,7 @@ fn option_of_argument(error: &Error) -> Option<&'static str> {
 
 /// Library arguments and the options that give them.
 fn option_named(argument: &str) -> Option<&'static str> {
-    const OPTIONS: [(&str, &str); 14] = [
+    const OPTIONS: [(&str, &str); 15] = [
         ("q_heads", "--heads"),
         ("kv_heads", "--heads"),
         ("head_dim", "--head-dim"),
@@ -258,6 +258,7 @@ fn option_named(argument: &str) -> Option<&'static str> {
         ("page_size", "--page-size"),
         ("soft_cap", "--softcap"),
         ("window", "--window"),
+        ("chunk", "--chunk"),
         ("block_tokens", "--trace-block"),
         ("batch_size", "--batch"),
         ("first_request", "--first-request"),

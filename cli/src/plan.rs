@@ -5,7 +5,7 @@ use crate::output;
 use anyhow::{Context, Result};
 use pat_report::{Candidate, explain};
 use pat_rs::plan::{PlanSummary, SharedNodes};
-use pat_rs::{DeviceProfile, Engine, WindowedBatch};
+use pat_rs::{DeviceProfile, Engine, VisibleBatch};
 use pat_workloads::whole_file::{self, Staged};
 use pat_workloads::{Existing, ModelParts, batch_text};
 use serde::Serialize;
@@ -74,9 +74,9 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     let options = args.planning.resolve()?;
     let chosen = Candidate::new(problem, &profile, options.clone(), &view)?;
     let Candidate { planner, plan, summary } = &chosen;
-    // What is planned is what windows leave.
-    let windowed = problem.visibility().window.map(|window| WindowedBatch::new(&view, window));
-    let planned = windowed.as_ref().map_or(view, WindowedBatch::batch);
+    // What is planned is what rows see.
+    let visible = VisibleBatch::new(&view, problem.visibility().reach);
+    let planned = visible.batch();
     let svg = args.svg.as_ref().map(|file| {
         let svg = pat_report::svg(planner.forest(), planner.tiles(), &planned, &name);
         whole_file::stage(file, svg.as_bytes(), existing).context("--svg")

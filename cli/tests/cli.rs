@@ -310,6 +310,8 @@ fn caps_sinks_windows_and_wide_heads_are_verified() {
         &["--softcap", "30", "--sinks"][..],
         &["--window", "50", "--sinks", "--head-dim", "64"],
         &["--head-dim", "256", "--softcap", "5", "--window", "1", "--dtype", "bf16"],
+        &["--chunk", "32"],
+        &["--chunk", "50", "--sinks"],
     ] {
         let report = json(&[&["run"], &tree[..], extra, &["--device", "cpu", "--json"]].concat());
         assert_eq!(report["numerics"]["passed"], true, "{report}");
@@ -319,6 +321,10 @@ fn caps_sinks_windows_and_wide_heads_are_verified() {
     // The last 50 of 104 tokens begin in the second page of 32.
     assert_eq!(report["flat_kv_bytes"], 4 * 72 * 2 * 2 * 128 * 2);
     assert!(stdout(&[&["plan"], &tree[..], &["--window", "50"]].concat()).contains("window 50"));
+    let report = json(&[&["plan"], &tree[..], &["--chunk", "96", "--json"]].concat());
+    assert_eq!(report["features"], "chunk 96");
+    // Of 104 tokens the last 8.
+    assert_eq!(report["flat_kv_bytes"], 4 * 8 * 2 * 2 * 128 * 2);
 }
 
 #[test]
@@ -330,6 +336,8 @@ fn features_that_nothing_computes_are_refused() {
         (["--softcap", "inf"], &["--softcap", "got inf"]),
         (["--window", "0"], &["--window", "window: got 0, expected 1 or more"]),
         (["--window", "-1"], &["--window"]),
+        (["--chunk", "0"], &["--chunk", "chunk: got 0, expected 1 or more"]),
+        (["--chunk=8", "--window=8"], &["--chunk", "--window"]),
     ] {
         refused(&[&tree[..], &extra].concat(), parts);
     }

@@ -85,7 +85,9 @@ fn a_models_attention_is_run_and_verified() {
     // Of 168 tokens each, the last chunk has as many: nothing is left out.
     assert_eq!(run(&["--model", "llama-4-scout/chunk"])["q_heads"], 40);
     let chunked = report(&["plan", "--tree", "1,2_8192,64", "--model", "llama-4-scout/chunk"]);
-    assert_eq!(chunked["pages_read"], 4);
+    assert_eq!((&chunked["features"], &chunked["q_heads"]), (&json!("chunk 8192"), &json!(40)));
+    // Of each sequence's 8,256 tokens, the 64 behind the chunk's end.
+    assert_eq!(chunked["flat_kv_bytes"], 2 * 64 * 2 * 8 * 128 * 2);
     assert!(
         stdout(&["plan", "--tree", "1_32", "--model", "qwen3-8b"]).contains("qwen3-8b: 32/8 heads, head dim 128, f16")
     );

@@ -1,9 +1,12 @@
-//! Prints docs/planner-speed.md's tables: median planning times over sizes on one thread, and the line fitted to them.
+//! Prints docs/planner-speed.md's tables: median planning times over sizes on one thread and the line fitted to them; and those
+//! of decode steps as a serving engine makes them (`steps` prints these alone).
 //!
-//! `cargo run --release -p pat-rs --example planner_speed`
+//! `cargo run --release -p pat-rs --example planner_speed [steps]`
 
+use pat_rs::plan::PlanChange;
 use pat_rs::{AttentionShape, DecodeBatch, DeviceProfile, Dtype, Plan, PlanOptions, Planner, Problem};
-use pat_workloads::{OwnedBatch, RaggedGroups};
+use pat_workloads::{DecodeLoop, DecodeLoopSpec, OwnedBatch, RaggedGroups};
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 /// The target: microseconds, per sequence, per page.
@@ -62,7 +65,131 @@ fn fit(points: &[(f64, f64, f64)]) -> [f64; 3] {
     [0, 1, 2].map(|i| m[i][3] / m[i][i])
 }
 
+/// Steps of a loop.
+const STEPS: usize = 300;
+
+/// Times the loop is made again: of each step's times the least counts, since others use the machine.
+const ROUNDS: usize = 5;
+
+/// What one step took and did.
+#[derive(Clone, Copy, Debug)]
+struct Step {
+    change: PlanChange,
+    advance_us: f64,
+    scratch_us: f64,
+    validate_us: f64,
+    plan_bytes: usize,
+    changed_bytes: usize,
+    /// Predicted time over that of the plan from scratch.
+    predicted: f64,
+}
+
+fn time_us<T>(run: impl FnOnce() -> T) -> (T, f64) {
+    let start = Instant::now();
+    let result = run();
+    (result, start.elapsed().as_secs_f64() * 1e6)
+}
+
+/// Bytes of the 16-byte units in which two plans differ, those included that only one of them has.
+fn changed_bytes(before: &[u8], after: &[u8]) -> usize {
+    let differing = before.chunks(16).zip(after.chunks(16)).filter(|(before, after)| before != after).count();
+    differing * 16 + after.len().saturating_sub(before.len())
+}
+
+/// Makes a loop's steps, each advanced by one planner and planned from scratch by another.
+fn steps(spec: DecodeLoopSpec) -> pat_rs::Result<Vec<Step>> {
+    let mut engine = DecodeLoop::new(spec);
+    let first = engine.batch.clone();
+    let (mut advancing, mut plan) = planned(&first.view(&first.rows())?)?;
+    let (mut planning, mut scratch) = planned(&first.view(&first.rows())?)?;
+    let mut steps = Vec::new();
+    for _ in 0..STEPS {
+        let changed_rows = engine.step();
+        let rows = engine.batch.rows();
+        let (view, validate_us) = time_us(|| engine.batch.view(&rows));
+        let view = view?;
+        let before = plan.bytes().to_vec();
+        let (change, advance_us) = time_us(|| advancing.advance(&view, Some(&changed_rows), &mut plan));
+        let (planned, scratch_us) = time_us(|| planning.plan_into(&view, &mut scratch));
+        planned?;
+        steps.push(Step {
+            change: change?,
+            advance_us,
+            scratch_us,
+            validate_us,
+            plan_bytes: plan.bytes().len(),
+            changed_bytes: changed_bytes(&before, plan.bytes()),
+            predicted: plan.prediction().total_us() / scratch.prediction().total_us(),
+        });
+    }
+    Ok(steps)
+}
+
+fn print_steps(spec: DecodeLoopSpec) -> pat_rs::Result<()> {
+    let mut least = steps(spec)?;
+    for _ in 1..ROUNDS {
+        for (least, again) in least.iter_mut().zip(steps(spec)?) {
+            least.advance_us = least.advance_us.min(again.advance_us);
+            least.scratch_us = least.scratch_us.min(again.scratch_us);
+            least.validate_us = least.validate_us.min(again.validate_us);
+        }
+    }
+    let mean =
+        |steps: &[&Step], of: fn(&Step) -> f64| steps.iter().map(|step| of(step)).sum::<f64>() / steps.len() as f64;
+    let mut kinds: BTreeMap<PlanChange, Vec<&Step>> = BTreeMap::new();
+    for step in &least {
+        kinds.entry(step.change).or_default().push(step);
+    }
+    let all: Vec<&Step> = least.iter().collect();
+    let kinds = kinds.iter().map(|(kind, steps)| (format!("{kind:?}"), steps));
+    for (kind, steps) in kinds.chain([("all".into(), &all)]) {
+        let [advance_us, scratch_us] =
+            [|step: &Step| step.advance_us, |step: &Step| step.scratch_us].map(|of| mean(steps, of));
+        let most = steps.iter().map(|step| step.predicted).fold(0.0, f64::max);
+        println!(
+            "| {} x {} | {} | {kind} | {} | {advance_us:.1} | {scratch_us:.1} | {:.2} | {:.1} | {:.0} | {:.0} | {:+.2}% | {:+.1}% |",
+            spec.sequences,
+            spec.shared_pages * spec.page_size,
+            spec.page_size,
+            steps.len(),
+            advance_us / scratch_us,
+            mean(steps, |step| step.validate_us),
+            mean(steps, |step| step.plan_bytes as f64),
+            mean(steps, |step| step.changed_bytes as f64),
+            (mean(steps, |step| step.predicted) - 1.0) * 1e2,
+            (most - 1.0) * 1e2
+        );
+    }
+    Ok(())
+}
+
+/// Decode steps of 64, 256 and 1,024 sequences.
+fn print_loops() -> pat_rs::Result<()> {
+    println!(
+        "| sequences x shared tokens | page size | change | steps | advance us | from scratch us | ratio | validate us | plan bytes | changed | predicted, mean | most |"
+    );
+    println!("|---|---|---|---|---|---|---|---|---|---|---|---|");
+    for page_size in [16, 1] {
+        for (sequences, shared_tokens) in [(64, 512), (256, 512), (256, 0), (1024, 512)] {
+            print_steps(DecodeLoopSpec {
+                sequences,
+                groups: sequences / 64,
+                shared_pages: shared_tokens / page_size,
+                prompt_tokens: 512,
+                output_tokens: 1024,
+                page_size,
+                reuses_rows: true,
+                seed: 1,
+            })?;
+        }
+    }
+    Ok(())
+}
+
 fn main() -> pat_rs::Result<()> {
+    if std::env::args().any(|argument| argument == "steps") {
+        return print_loops();
+    }
     println!(
         "| sequences | pages | plan bytes | validate us | from scratch us | target us | lengths, hinted us | lengths us | pages, hinted us |"
     );
@@ -115,5 +242,5 @@ fn main() -> pat_rs::Result<()> {
         per_sequence_us * 1e3,
         per_page_us * 1e3
     );
-    Ok(())
+    print_loops()
 }

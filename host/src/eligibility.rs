@@ -2,7 +2,7 @@
 //!
 //! It says what *can* run; which of the kernels that can is best is the planner's choice.
 
-use crate::{KvStrides, Problem};
+use crate::{KvStrides, Problem, Reach};
 use pat_abi::{Arch, DeviceLimits, Family, KERNELS, KernelSpec, Switches, TileVariant};
 use std::fmt;
 
@@ -51,6 +51,8 @@ pub enum Part {
     QueryTree,
     /// A sliding window.
     Window,
+    /// Chunked attention.
+    Chunk,
     /// A soft cap of the scores.
     SoftCap,
     /// ALiBi.
@@ -83,6 +85,7 @@ impl fmt::Display for Part {
             Self::QueryTokens => "query_tokens",
             Self::QueryTree => "query tree",
             Self::Window => "window",
+            Self::Chunk => "chunk",
             Self::SoftCap => "soft_cap",
             Self::Alibi => "alibi",
             Self::Scale => "softmax_scale",
@@ -165,7 +168,8 @@ impl Asked<'_> {
             (Part::VHeadDim, shape.v_head_dim() != kernel.head_dim),
             (Part::QueryTokens, visibility.query_tokens == 0),
             (Part::QueryTree, visibility.is_tree),
-            (Part::Window, visibility.window == Some(0) || !variant.serves(switches_of(problem, Part::Window))),
+            (Part::Window, visibility.reach == Reach::Window(0) || !variant.serves(switches_of(problem, Part::Window))),
+            (Part::Chunk, visibility.reach == Reach::Chunk(0) || !variant.serves(switches_of(problem, Part::Chunk))),
             (Part::SoftCap, !is_soft_cap(problem) || !variant.serves(switches_of(problem, Part::SoftCap))),
             (Part::Alibi, score.has_alibi),
             // The kernels scale the running maximum, which only a positive factor keeps a maximum.
@@ -198,7 +202,7 @@ impl Asked<'_> {
             Part::VHeadDim => shape.v_head_dim().to_string(),
             Part::QueryTokens => visibility.query_tokens.to_string(),
             Part::QueryTree | Part::Alibi => "yes".into(),
-            Part::Window => visibility.window.unwrap_or_default().to_string(),
+            Part::Window | Part::Chunk => visibility.reach.tokens().unwrap_or_default().to_string(),
             Part::SoftCap => score.soft_cap.unwrap_or_default().to_string(),
             Part::Scale => score.scale.to_string(),
             Part::Group => shape.group().to_string(),
@@ -214,7 +218,12 @@ impl Asked<'_> {
 /// The switch that a part of a problem asks for.
 fn switches_of(problem: &Problem, part: Part) -> Switches {
     let Switches { soft_cap, window } = problem.switches();
-    Switches { soft_cap: soft_cap && part == Part::SoftCap, window: window && part == Part::Window }
+    let asks_for_window = match problem.visibility().reach {
+        Reach::Full => false,
+        Reach::Window(_) => part == Part::Window,
+        Reach::Chunk(_) => part == Part::Chunk,
+    };
+    Switches { soft_cap: soft_cap && part == Part::SoftCap, window: window && asks_for_window }
 }
 
 /// Whether a cap, if there is one, is one that scores can be divided and multiplied by.
@@ -235,7 +244,8 @@ fn accepted_by(problem: &Problem, kernel: &KernelSpec, variant: TileVariant, par
         Part::QDtype | Part::KvDtype | Part::OutDtype => one(kernel.dtype.name().into()),
         Part::HeadDim | Part::VHeadDim => one(kernel.head_dim.to_string()),
         Part::QueryTokens => Accepted::Range(1, None),
-        Part::Window if variant.serves(switches_of(problem, part)) => Accepted::Range(1, None),
+        Part::Window | Part::Chunk if variant.serves(switches_of(problem, part)) => Accepted::Range(1, None),
+        Part::Chunk => one(format!("none or a multiple of page_size = {}", problem.page_size())),
         Part::QueryTree | Part::Window | Part::Alibi => one("none".into()),
         Part::SoftCap if variant.serves(switches_of(problem, part)) => {
             one("a positive number, finite also beside the scale".into())
@@ -369,6 +379,7 @@ mod tests {
                 "soft_cap: got inf, expected none or a positive number, finite also beside the scale",
             ),
             (usual.with_window(0), "window: got 0, expected 1 or more"),
+            (usual.with_chunk(0), "chunk: got 0, expected 1 or more"),
             (usual.with_query_tokens(0), "query_tokens: got 0, expected 1 or more"),
             (usual.with_query_tree(1), "query tree: got yes, expected none"),
             (usual.with_alibi(), "alibi: got yes, expected none"),

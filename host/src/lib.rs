@@ -62,7 +62,7 @@ pub mod problem;
 pub mod profile;
 mod query_tokens;
 pub mod shape;
-mod window;
+mod visible;
 
 pub use batch::{DecodeBatch, Int32};
 pub use cpu::{Element, HostTensors};
@@ -72,11 +72,11 @@ pub use error::{Error, ErrorCode, Result};
 pub use layout::{KvStrides, RowStrides};
 pub use pat_abi::{Dtype, TileVariant};
 pub use plan::{Plan, PlanOptions, Planner};
-pub use problem::{Problem, Score, Visibility};
+pub use problem::{Problem, Reach, Score, Visibility};
 pub use profile::DeviceProfile;
 pub use query_tokens::QueryTokens;
 pub use shape::AttentionShape;
-pub use window::WindowedBatch;
+pub use visible::VisibleBatch;
 
 /// Compiles and runs the Rust snippets of the README and the guide.
 #[cfg(doctest)]

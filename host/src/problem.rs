@@ -29,12 +29,66 @@ pub struct Problem {
     has_sinks: bool,
 }
 
+/// How far back a row sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Reach {
+    /// Everything up to itself.
+    Full,
+    /// The last so many tokens, itself included.
+    Window(u32),
+    /// The tokens since the last multiple of so many (Llama 4).
+    Chunk(u32),
+}
+
+impl Reach {
+    /// `full`, `window` or `chunk`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Full => "full",
+            Self::Window(_) => "window",
+            Self::Chunk(_) => "chunk",
+        }
+    }
+
+    /// Tokens that a row sees at most.
+    pub fn tokens(self) -> Option<u32> {
+        match self {
+            Self::Full => None,
+            Self::Window(tokens) | Self::Chunk(tokens) => Some(tokens),
+        }
+    }
+
+    /// The first token that the one at `position` (from 0 on) sees. A reach of 0 tokens, which nothing supports, is one of 1.
+    ///
+    /// ```
+    /// use pat_rs::Reach;
+    ///
+    /// assert_eq!([Reach::Full, Reach::Window(8), Reach::Chunk(8)].map(|reach| reach.first_token(20)), [0, 13, 16]);
+    /// ```
+    pub fn first_token(self, position: u32) -> u32 {
+        match self {
+            Self::Full => 0,
+            Self::Window(tokens) => position.saturating_sub(tokens.saturating_sub(1)),
+            Self::Chunk(tokens) => position - position % tokens.max(1),
+        }
+    }
+
+    /// Whether a row may see the later tokens only of a page of `page_size` tokens.
+    fn divides_pages(self, page_size: u32) -> bool {
+        match self {
+            Self::Full => false,
+            Self::Window(_) => true,
+            Self::Chunk(tokens) => !tokens.is_multiple_of(page_size),
+        }
+    }
+}
+
 /// Which tokens of its sequence a row attends to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct Visibility {
-    /// Only so many tokens, the last one included.
-    pub window: Option<u32>,
+    /// How far back.
+    pub reach: Reach,
     /// Most query tokens per sequence: its last tokens, each of which sees the tokens up to itself. They are rows of the batch
     /// ([`crate::QueryTokens`]), so plans do not depend on it.
     pub query_tokens: u32,
@@ -64,7 +118,7 @@ impl Problem {
         Self {
             shape,
             page_size,
-            visibility: Visibility { window: None, query_tokens: 1, is_tree: false },
+            visibility: Visibility { reach: Reach::Full, query_tokens: 1, is_tree: false },
             score: Score { scale: 1.0 / (shape.head_dim() as f32).sqrt(), soft_cap: None, has_alibi: false },
             has_sinks: false,
         }
@@ -89,8 +143,18 @@ impl Problem {
     }
 
     /// Attending to the last `tokens` tokens only.
-    pub fn with_window(mut self, tokens: u32) -> Self {
-        self.visibility.window = Some(tokens);
+    pub fn with_window(self, tokens: u32) -> Self {
+        self.with_reach(Reach::Window(tokens))
+    }
+
+    /// Attending to the tokens since the last multiple of `tokens` only: chunked attention (Llama 4).
+    pub fn with_chunk(self, tokens: u32) -> Self {
+        self.with_reach(Reach::Chunk(tokens))
+    }
+
+    /// Attending to what is within `reach` only.
+    pub fn with_reach(mut self, reach: Reach) -> Self {
+        self.visibility.reach = reach;
         self
     }
 
@@ -151,7 +215,8 @@ impl Problem {
 
     /// What is compiled into its kernels.
     pub(crate) fn switches(&self) -> Switches {
-        Switches { soft_cap: self.score.soft_cap.is_some(), window: self.visibility.window.is_some() }
+        let window = self.visibility.reach.divides_pages(self.page_size);
+        Switches { soft_cap: self.score.soft_cap.is_some(), window }
     }
 
     /// What a plan depends on: plans serve layers that differ in the rest.

@@ -1,7 +1,7 @@
 //! Barriers: those of warps by number (`bar.sync`), and those in shared memory that count arrivals and bytes (`mbarrier`).
 
 use crate::error::Fault;
-use crate::shared::Clock;
+use crate::order::Clock;
 use std::collections::BTreeMap;
 
 /// `bar.sync` of one number, while warps wait at it.

@@ -8,7 +8,8 @@ use crate::error::{Error, Fault, Place, Result};
 use crate::global::GlobalMemory;
 use crate::kernel::Kernel;
 use crate::launch::Launch;
-use crate::shared::{Accessor, Clock, Shared};
+use crate::order::{Accessor, Clock};
+use crate::shared::Shared;
 use crate::warp::{Wait, Warp};
 use std::collections::VecDeque;
 

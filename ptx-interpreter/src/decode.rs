@@ -3,6 +3,7 @@
 use crate::instruction::{Address, MatrixType, Op, Shuffle, Slot, Space, Vote};
 use crate::kernel::{Reader, number};
 use crate::lanewise;
+use crate::order::Fence;
 use crate::text::operands;
 
 type Result<T> = std::result::Result<T, String>;
@@ -159,7 +160,7 @@ impl Operands<'_, '_> {
             ["cp", "async", "commit_group"] => Op::CommitCopies,
             ["cp", "async", "wait_group"] => Op::WaitCopies { open_groups: self.immediate(0)? as usize },
             ["cp", "async", "wait_all"] => Op::WaitCopies { open_groups: 0 },
-            ["prefetch", ..] | ["createpolicy", ..] | ["fence", ..] | ["membar", ..] => Op::Nothing,
+            ["prefetch", ..] | ["createpolicy", ..] => Op::Nothing,
             _ => return Ok(None),
         }))
     }
@@ -208,6 +209,8 @@ impl Operands<'_, '_> {
     /// What compute capability 9.0 has beyond.
     fn hopper(&mut self) -> Result<Option<Op>> {
         Ok(Some(match self.opcode {
+            "fence.proxy.async.shared::cta" => Op::Fence { of: Fence::Proxy },
+            "fence.mbarrier_init.release.cluster" => Op::Fence { of: Fence::Barriers },
             "griddepcontrol.wait" | "griddepcontrol.launch_dependents" => Op::Nothing,
             "setmaxnreg.inc.sync.aligned.u32" | "setmaxnreg.dec.sync.aligned.u32" => Op::Nothing,
             "mbarrier.init.shared::cta.b64" => {
@@ -230,7 +233,7 @@ impl Operands<'_, '_> {
                 self.expect(3)?;
                 Op::TryWait { to: self.register(0)?, at: self.address(1)?, parity: self.source(2)? }
             }
-            "wgmma.fence.sync.aligned" => Op::Nothing,
+            "wgmma.fence.sync.aligned" => Op::FenceProducts,
             "wgmma.commit_group.sync.aligned" => Op::CommitProducts,
             "wgmma.wait_group.sync.aligned" => Op::WaitProducts { open_groups: self.immediate(0)? as usize },
             _ if self.opcode.starts_with("wgmma.mma_async.sync.aligned.m64n") => self.wgmma()?,

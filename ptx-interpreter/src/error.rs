@@ -132,6 +132,20 @@ pub enum Fault {
         /// What the other one did.
         other: String,
     },
+    /// TMA or wgmma access shared memory that was written by other instructions, and no fence makes it visible to them.
+    #[error(
+        "lane {lane}: {access} of shared memory at {address:#x} by TMA or wgmma: no proxy fence stands behind {other}"
+    )]
+    Unfenced {
+        /// The lane.
+        lane: usize,
+        /// The first byte.
+        address: u64,
+        /// What TMA or wgmma do.
+        access: &'static str,
+        /// What was done before.
+        other: String,
+    },
     /// Lanes that must have arrived never will.
     #[error("lanes {missing:#010x} have exited, which the instruction waits for")]
     Exited {
@@ -149,6 +163,9 @@ pub enum Fault {
         /// What is wrong.
         what: String,
     },
+    /// Registers of a matrix product of a warpgroup were used as they must not be.
+    #[error("wgmma: {0}")]
+    Product(&'static str),
     /// A tensor map or matrix descriptor that the interpreter does not know.
     #[error("{0}")]
     Descriptor(String),

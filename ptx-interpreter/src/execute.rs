@@ -5,7 +5,7 @@ use crate::error::Fault;
 use crate::instruction::{Address, Instruction, MatrixType, Op, Shuffle, Slot, Space, Vote};
 use crate::lanes::{Lanes, WARP, lanes_of};
 use crate::matrix::{DEPTH, a_matrix, b_matrix, distribute, multiply_add};
-use crate::shared::Accessor;
+use crate::order::{Accessor, Proxy};
 use crate::tensor::MatrixDescriptor;
 use crate::warp::{Copy, Group, Product, Wait, Warp};
 
@@ -47,7 +47,10 @@ impl Warp {
             let flow = if lanes == 0 {
                 Flow::Next
             } else {
-                self.execute(lanes, group.pc, &instruction.op, common).map_err(|fault| (group.pc, fault))?
+                {
+                    let flow = self.execute(lanes, group.pc, &instruction.op, common);
+                    flow.and_then(|flow| self.products.check().map(|()| flow)).map_err(|fault| (group.pc, fault))?
+                }
             };
             match flow {
                 Flow::Next => self.groups[index].pc += 1,
@@ -99,7 +102,7 @@ impl Warp {
     }
 
     fn by(&self, lane: usize) -> Accessor {
-        Accessor { warp: self.index, lane }
+        Accessor::new(self.index, lane)
     }
 
     fn address(&self, at: Address, lane: usize) -> u64 {
@@ -167,6 +170,7 @@ impl Warp {
             Op::Exit => return Ok(Flow::Exit),
             Op::Trap => return Err(Fault::Trap),
             Op::Nothing => {}
+            &Op::Fence { of } => common.shared.order.fence(self.index, of),
             &Op::Shuffle { kind, to, from, lane, clamp, members } => {
                 if self.members(members, lanes)?.is_none() {
                     return Ok(Flow::Wait(Wait::Lanes));
@@ -191,7 +195,7 @@ impl Warp {
                     return Ok(Flow::Wait(Wait::Lanes));
                 }
                 // Unlike the other `.sync` instructions it orders memory accesses.
-                common.shared.release(self.index);
+                common.shared.order.release(self.index);
             }
             &Op::CtaBarrier { id, threads } => return self.cta_barrier(lanes, id, threads, common),
             &Op::CopyAsync { to, from, bytes, source_bytes } => {
@@ -224,24 +228,25 @@ impl Warp {
                 let sums = multiply_add(&a, &b, c.map(|slot| self.get(slot)));
                 d.into_iter().zip(&sums).for_each(|(slot, values)| self.set(slot, lanes, values));
             }
-            &Op::Wgmma { b, adds, .. } => {
+            Op::FenceProducts => self.products.fence(),
+            Op::Wgmma { d, a, b, adds, .. } => {
                 if !self.gathered(u32::MAX, lanes)? {
                     return Ok(Flow::Wait(Wait::Lanes));
                 }
-                let b = MatrixDescriptor::decode(self.uniform(b, lanes, "a matrix descriptor")?)?;
-                let adds = self.uniform(adds, lanes, "whether a product is added")? != 0;
-                self.open_products.push(Product { pc, b, adds });
+                let b = MatrixDescriptor::decode(self.uniform(*b, lanes, "a matrix descriptor")?)?;
+                let adds = self.uniform(*adds, lanes, "whether a product is added")? != 0;
+                self.products.start(Product { pc, b, adds }, d.iter().chain(a).copied())?;
             }
             Op::CommitProducts => {
-                let group = std::mem::take(&mut self.open_products);
-                self.product_groups.push_back(group);
+                let group = std::mem::take(&mut self.products.open);
+                self.products.groups.push_back(group);
             }
             &Op::WaitProducts { open_groups } => {
                 if !self.gathered(u32::MAX, lanes)? {
                     return Ok(Flow::Wait(Wait::Lanes));
                 }
-                while self.product_groups.len() > open_groups {
-                    for product in self.product_groups.pop_front().unwrap_or_default() {
+                while self.products.groups.len() > open_groups {
+                    for product in self.products.groups.pop_front().unwrap_or_default() {
                         self.multiply(product, common)?;
                     }
                 }
@@ -250,7 +255,7 @@ impl Warp {
                 for lane in lanes_of(lanes) {
                     let (address, count) = (self.shared_address(at, lane), self.get(count)[lane] as u32);
                     common.shared.place_barrier(self.by(lane), address)?;
-                    let clock = common.shared.release(self.index);
+                    let clock = common.shared.order.release(self.index);
                     common.counting.init(address, count, clock)?;
                 }
             }
@@ -296,7 +301,7 @@ impl Warp {
                 }
             }
             for (&slot, value) in to.iter().zip(vector.chunks_exact(bytes)) {
-                self.registers[slot as usize][lane] = little_endian(value);
+                self.get_mut(slot)[lane] = little_endian(value);
             }
         }
         Ok(())
@@ -356,9 +361,9 @@ impl Warp {
             None => common.launch.threads,
         };
         if let Some(warps) = common.numbered.arrive(id, threads, self.index)? {
-            let mut clock = common.shared.release(self.index);
-            warps.iter().for_each(|&warp| clock.join(&common.shared.release(warp)));
-            warps.iter().for_each(|&warp| common.shared.acquire(warp, &clock));
+            let mut clock = common.shared.order.release(self.index);
+            warps.iter().for_each(|&warp| clock.join(&common.shared.order.release(warp)));
+            warps.iter().for_each(|&warp| common.shared.order.acquire(warp, &clock));
             common.released.extend(warps);
         }
         Ok(Flow::Wait(Wait::Barrier(id)))
@@ -397,12 +402,12 @@ impl Warp {
     }
 
     fn finish_copy(&self, lane: usize, copy: Copy, common: &mut Common<'_>) -> Result<()> {
-        let now = common.shared.now(self.index);
+        let now = common.shared.order.now(self.index);
         common.shared.fill(self.by(lane), now, copy.to, &copy.bytes)
     }
 
     fn arrive(&self, lanes: u32, at: Address, bytes: Option<Slot>, common: &mut Common<'_>) -> Result<()> {
-        let clock = common.shared.release(self.index);
+        let clock = common.shared.order.release(self.index);
         for lane in lanes_of(lanes) {
             let bytes = bytes.map_or(0, |slot| self.get(slot)[lane] as u32);
             common.shared.use_barrier(self.by(lane), self.shared_address(at, lane))?;
@@ -421,7 +426,7 @@ impl Warp {
             common.shared.use_barrier(self.by(lane), address)?;
             match common.counting.passed(address, self.get(parity)[lane])? {
                 Some(clock) => {
-                    common.shared.acquire(self.index, clock);
+                    common.shared.order.acquire(self.index, clock);
                     passed[lane] = 1;
                 }
                 None => vain = Some(address),
@@ -447,13 +452,13 @@ impl Warp {
         let unknown = || Fault::Descriptor(format!("lane {lane}: there is no tensor map at {map_address:#x}"));
         let map = common.kernel.tensor_map(common.launch, map_address).ok_or_else(unknown)?;
         let (to, barrier) = (self.shared_address(to, lane), self.shared_address(barrier, lane));
-        let by = self.by(lane);
+        let by = Accessor { proxy: Proxy::Async, ..self.by(lane) };
         common.shared.use_barrier(by, barrier)?;
         common.shared.reserve(by, to, map.box_bytes(), 128)?;
         let bytes =
             map.read_box(lane, common.global, coordinates.map(|slot| self.get(slot)[lane] as u32 as i32), to)?;
-        let when = common.shared.now(self.index);
-        let clock = common.shared.release(self.index);
+        let when = common.shared.order.now(self.index);
+        let clock = common.shared.order.release(self.index);
         common.tensor_copies.push_back(TensorCopy { by, when, clock, to, bytes, barrier });
         Ok(())
     }
@@ -462,14 +467,17 @@ impl Warp {
     fn multiply(&mut self, product: Product, common: &mut Common<'_>) -> Result<()> {
         let Product { pc, b: descriptor, adds } = product;
         let Op::Wgmma { of, d, a, transposed, .. } = &common.kernel.instructions[pc].op else { return Ok(()) };
-        let a = a_matrix(*of, a.map(|slot| self.get(slot)));
+        let registers = || d.iter().chain(a).copied();
+        let a = a_matrix(*of, a.map(|slot| self.get_of_product(slot)));
         for (block, d) in d.chunks_exact(4).enumerate() {
             let b = self.read_b(*of, descriptor, 8 * block, *transposed, common)?;
             let zeros = [0; WARP];
-            let sums: [&Lanes; 4] = std::array::from_fn(|index| if adds { self.get(d[index]) } else { &zeros });
+            let sums: [&Lanes; 4] =
+                std::array::from_fn(|index| if adds { self.get_of_product(d[index]) } else { &zeros });
             let sums = multiply_add(&a, &b, sums);
-            d.iter().zip(&sums).for_each(|(&slot, values)| self.set(slot, u32::MAX, values));
+            d.iter().zip(sums).for_each(|(&slot, values)| self.set_of_product(slot, values));
         }
+        self.products.finish(registers());
         Ok(())
     }
 
@@ -482,11 +490,12 @@ impl Warp {
         transposed: bool,
         common: &mut Common<'_>,
     ) -> Result<[[f32; 8]; DEPTH]> {
+        let by = Accessor { proxy: Proxy::Async, ..self.by(0) };
         let mut b = [[0; 8]; DEPTH];
         let chunks = if transposed { DEPTH } else { 2 * 8 };
         for chunk in 0..chunks {
             let (n, k) = if transposed { (first_column, chunk) } else { (first_column + chunk % 8, 8 * (chunk / 8)) };
-            let bytes: [u8; 16] = common.shared.read(self.by(0), descriptor.chunk(n, k, transposed))?;
+            let bytes: [u8; 16] = common.shared.read(by, descriptor.chunk(n, k, transposed))?;
             for (index, bits) in bytes.chunks_exact(2).enumerate() {
                 let value = u16::from_le_bytes([bits[0], bits[1]]);
                 if transposed {

@@ -1,6 +1,7 @@
 //! Decoded instructions: registers, constants and special registers are all slots of a warp's register file.
 
 use crate::lanewise::Lanewise;
+use crate::order::Fence;
 
 /// Index into a warp's registers.
 pub(crate) type Slot = u32;
@@ -95,8 +96,12 @@ pub(crate) enum Op {
     },
     Exit,
     Trap,
-    /// Fences, hints and what is about time alone.
+    /// Hints, and what is about time alone.
     Nothing,
+    /// What the async proxy sees.
+    Fence {
+        of: Fence,
+    },
     Shuffle {
         kind: Shuffle,
         to: Slot,
@@ -149,6 +154,7 @@ pub(crate) enum Op {
         adds: Slot,
         transposed: bool,
     },
+    FenceProducts,
     CommitProducts,
     WaitProducts {
         open_groups: usize,

@@ -41,15 +41,16 @@
 //! - **Accesses outside** every buffer or the CTA's shared memory, misaligned ones, writes to what is only read.
 //! - **Reads of shared memory that nothing was written to**, or that an asynchronous copy is still writing. Copies and matrix products
 //!   happen as late as the waits allow, so that a missing wait shows.
-//! - **Races** in shared memory: two accesses of different warps or lanes, one of them a write, that no barrier orders.
+//! - **Races** in shared memory: two accesses of different warps or lanes, one of them a write, that no barrier orders; and writes
+//!   that TMA or wgmma might not see, for lack of a proxy fence.
+//! - **Registers of a matrix product under way** that something else touches, or that no `wgmma.fence` stands in front of.
 //! - **Deadlocks**, with who waits where; instructions that want all lanes of a warp and do not get them.
 //!
 //! # What it does not
 //!
-//! Time, registers and caches; the order of memory accesses beyond barriers (fences and proxies are taken for granted); races in
-//! global memory; CTAs that wait for each other (they run one after the other). Approximate instructions
-//! are rounded correctly, and tensor cores add in order and round to nearest, where a device differs in the last places. Registers
-//! start at 0.
+//! Time, registers and caches; races in global memory; CTAs that wait for each other (they run one after the other). Approximate
+//! instructions are rounded correctly, and tensor cores add in order and round to nearest, where a device differs in the last places.
+//! Registers start at 0.
 //!
 //! # Where semantics come from
 //!
@@ -68,6 +69,7 @@ mod lanes;
 mod lanewise;
 mod launch;
 mod matrix;
+mod order;
 mod shared;
 mod tensor;
 mod text;

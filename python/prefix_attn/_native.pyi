@@ -301,17 +301,18 @@ class Planner:
         softcap: the cap of the runs' scores, if they have one: not every kernel can cap. Runs without a cap may use the plans, too.
         window: tokens that each sequence sees, the last ones, under a sliding window. Pages in front of it are neither planned
             nor read; their entries in the block tables must still be page ids.
+        chunk: instead of a window, the tokens of a chunk: each sequence sees those since the last multiple of it (Llama 4).
 
     Raises:
         ValueError: a mode or variant that is not known, or not possible on the device.
         CudaUnavailable: the device is not there.
     """
-    def __new__(cls, /, shape: "AttentionShape", device: "DeviceProfile | torch.device | str | None" = None, *, mode: str = "auto", capacity: "Capacity | None" = None, variants: SupportsGetItem[int, str] | None = None, softcap: "float | None" = None, window: "int | None" = None) -> Planner: ...
+    def __new__(cls, /, shape: "AttentionShape", device: "DeviceProfile | torch.device | str | None" = None, *, mode: str = "auto", capacity: "Capacity | None" = None, variants: SupportsGetItem[int, str] | None = None, softcap: "float | None" = None, window: "int | None" = None, chunk: "int | None" = None) -> Planner: ...
     def __repr__(self, /) -> str: ...
     def advance(self, /, plan: "Plan", block_tables: Any, lengths: Any, changed_rows: Any | None = None, *, query_tokens: Any | None = None) -> "str":
         """
-        Makes ``plan``, the plan that this planner made last, the plan of the next decode step, in place: equal to planning
-        the batch from scratch, and much faster where little has changed.
+        Makes ``plan``, the plan that this planner made last, the plan of the next decode step, in place: much faster than
+        planning from scratch, and predicted to be about as fast on the device. With fixed chunks the two are equal.
 
         Args:
             plan: a plan of this planner. An older one than the last is planned from scratch.
@@ -523,7 +524,7 @@ def run(plan: "Plan", q: "torch.Tensor", k_cache: "torch.Tensor", v_cache: "torc
         CudaError: the driver refuses a launch.
     """
 
-def supports(shape: "AttentionShape", page_size: SupportsIndex, *, window: "int | None" = None, softcap: "float | None" = None, sinks: bool = False, kv_dtype: "torch.dtype | str | None" = None, query_tokens: SupportsIndex = 1, alibi: bool = False, value_head_dim: "int | None" = None) -> "str | None":
+def supports(shape: "AttentionShape", page_size: SupportsIndex, *, window: "int | None" = None, softcap: "float | None" = None, sinks: bool = False, kv_dtype: "torch.dtype | str | None" = None, query_tokens: SupportsIndex = 1, alibi: bool = False, value_head_dim: "int | None" = None, chunk: "int | None" = None) -> "str | None":
     """
     Whether the kernels compute a model's attention. Asks no device.
 
@@ -531,6 +532,7 @@ def supports(shape: "AttentionShape", page_size: SupportsIndex, *, window: "int 
         shape: heads, head dimension and type.
         page_size: tokens per page.
         window: tokens that a sliding window leaves, if the model has one.
+        chunk: tokens of a chunk, if the model has chunked attention (Llama 4) instead.
         softcap: the cap of scores, if the model has one.
         sinks: whether it has attention sinks.
         kv_dtype: the type of the KV cache, where it is not that of Q.

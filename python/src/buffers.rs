@@ -62,8 +62,8 @@ impl PyPlanBuffers {
                 Memory::Cuda { ordinal, engine, buffers: Box::new(RwLock::new(buffers)) }
             }
         };
-        let window = planner.problem(page_size).visibility().window;
-        let facts = Facts { shape, page_size, window, num_pages, rows: capacity.max_sequences, device: Some(device) };
+        let reach = planner.problem(page_size).visibility().reach;
+        let facts = Facts { shape, page_size, reach, num_pages, rows: capacity.max_sequences, device: Some(device) };
         Ok(Self { memory: Arc::new(memory), facts })
     }
 
@@ -194,9 +194,9 @@ impl PyPlanBuffers {
         }
         if (Facts { rows: self.facts.rows, ..given }) != self.facts {
             let describe = |facts: &Facts| {
-                let Facts { shape, page_size, window, num_pages, .. } = facts;
-                let window = window.map_or(String::new(), |tokens| format!(", window {tokens}"));
-                format!("{shape:?}, page_size {page_size}, num_pages {num_pages}{window}")
+                let Facts { shape, page_size, reach, num_pages, .. } = facts;
+                let reach = reach.tokens().map_or(String::new(), |tokens| format!(", {} {tokens}", reach.name()));
+                format!("{shape:?}, page_size {page_size}, num_pages {num_pages}{reach}")
             };
             return Err(invalid("plan", format!("one for {}", describe(&given)), describe(&self.facts)));
         }

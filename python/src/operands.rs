@@ -6,7 +6,7 @@ use crate::foreign;
 use crate::scores::Scores;
 use crate::tensor::{Element, Tensor};
 use pat_rs::cuda::RunArgs;
-use pat_rs::{AttentionShape, KvStrides, Plan, Problem, RowStrides};
+use pat_rs::{AttentionShape, KvStrides, Plan, Problem, Reach, RowStrides};
 
 /// What the kernels' 16-byte accesses need of addresses.
 const ALIGNMENT_BYTES: u64 = 16;
@@ -37,8 +37,8 @@ impl Span {
 pub(crate) struct Facts {
     pub(crate) shape: AttentionShape,
     pub(crate) page_size: u32,
-    /// Tokens that a sliding window leaves.
-    pub(crate) window: Option<u32>,
+    /// How far back rows see.
+    pub(crate) reach: Reach,
     pub(crate) num_pages: u32,
     /// Least rows of Q, O and LSE.
     pub(crate) rows: u32,
@@ -51,7 +51,7 @@ impl Facts {
         Self {
             shape: plan.shape(),
             page_size: plan.page_size(),
-            window: plan.problem().visibility().window,
+            reach: plan.problem().visibility().reach,
             num_pages: plan.num_pages(),
             rows: plan.sequence_count(),
             device,
@@ -147,10 +147,7 @@ impl Operands {
                 Some((Span::of(lse)?, strides))
             }
         };
-        let mut problem = scores.of(Problem::new(shape, facts.page_size));
-        if let Some(tokens) = facts.window {
-            problem = problem.with_window(tokens);
-        }
+        let mut problem = scores.of(Problem::new(shape, facts.page_size).with_reach(facts.reach));
         let sinks = match sinks {
             None => None,
             Some(sinks) => {

@@ -6,7 +6,7 @@ use crate::resident::{Pool, Resident};
 use crate::tables::Tables;
 use pat_report::Candidate;
 use pat_rs::plan::PlanCapacity;
-use pat_rs::{AttentionShape, DecodeBatch, DeviceProfile, Plan, PlanOptions, Planner, Problem, WindowedBatch};
+use pat_rs::{AttentionShape, DecodeBatch, DeviceProfile, Plan, PlanOptions, Planner, Problem, Reach, VisibleBatch};
 use pyo3::prelude::*;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -16,8 +16,8 @@ pub(crate) struct Origin {
     pub(crate) shape: AttentionShape,
     /// Where runs cap scores: plans then name kernels that can.
     pub(crate) soft_cap: Option<f32>,
-    /// Tokens that a sliding window leaves.
-    pub(crate) window: Option<u32>,
+    /// How far back rows see.
+    pub(crate) reach: Reach,
     pub(crate) profile: DeviceProfile,
     pub(crate) options: PlanOptions,
     pub(crate) capacity: Option<PlanCapacity>,
@@ -25,9 +25,8 @@ pub(crate) struct Origin {
 
 impl Origin {
     pub(crate) fn problem(&self, page_size: u32) -> Problem {
-        let problem = Problem::new(self.shape, page_size);
-        let problem = self.soft_cap.map_or(problem, |cap| problem.with_soft_cap(cap));
-        self.window.map_or(problem, |tokens| problem.with_window(tokens))
+        let problem = Problem::new(self.shape, page_size).with_reach(self.reach);
+        self.soft_cap.map_or(problem, |cap| problem.with_soft_cap(cap))
     }
 
     /// For pages of `page_size` tokens.
@@ -130,10 +129,9 @@ impl PyPlan {
     fn svg(&self, py: Python<'_>) -> Result<String> {
         self.planned_again(py, |origin, chosen, batch| {
             let title = format!("{} sequences, planned for {}", batch.sequence_count(), origin.profile.name);
-            // What is planned is what a window leaves.
-            let windowed = origin.window.map(|window| WindowedBatch::new(batch, window));
-            let planned = windowed.as_ref().map_or(*batch, WindowedBatch::batch);
-            Ok(pat_report::svg(chosen.planner.forest(), chosen.planner.tiles(), &planned, &title))
+            // What is planned is what rows see.
+            let visible = VisibleBatch::new(batch, origin.reach);
+            Ok(pat_report::svg(chosen.planner.forest(), chosen.planner.tiles(), &visible.batch(), &title))
         })
     }
 

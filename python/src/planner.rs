@@ -10,7 +10,7 @@ use crate::scores::read_positive;
 use crate::shape::PyShape;
 use crate::tables::{Tables, read_integers};
 use pat_rs::plan::{PlanCapacity, PlanChange, PlanMode};
-use pat_rs::{Plan, PlanOptions, Planner, Problem, TileVariant};
+use pat_rs::{Plan, PlanOptions, Planner, Problem, Reach, TileVariant};
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -32,6 +32,7 @@ use std::thread::JoinHandle;
 ///     softcap: the cap of the runs' scores, if they have one: not every kernel can cap. Runs without a cap may use the plans, too.
 ///     window: tokens that each sequence sees, the last ones, under a sliding window. Pages in front of it are neither planned
 ///         nor read; their entries in the block tables must still be page ids.
+///     chunk: instead of a window, the tokens of a chunk: each sequence sees those since the last multiple of it (Llama 4).
 ///
 /// Raises:
 ///     ValueError: a mode or variant that is not known, or not possible on the device.
@@ -49,7 +50,7 @@ pub(crate) struct PyPlanner {
 #[pymethods]
 impl PyPlanner {
     #[new]
-    #[pyo3(signature = (shape: "AttentionShape", device: "DeviceProfile | torch.device | str | None" = None, *, mode = "auto", capacity: "Capacity | None" = None, variants = None, softcap: "float | None" = None, window: "int | None" = None))]
+    #[pyo3(signature = (shape: "AttentionShape", device: "DeviceProfile | torch.device | str | None" = None, *, mode = "auto", capacity: "Capacity | None" = None, variants = None, softcap: "float | None" = None, window: "int | None" = None, chunk: "int | None" = None))]
     #[expect(clippy::too_many_arguments, reason = "the Python signature")]
     fn new(
         py: Python<'_>,
@@ -60,7 +61,9 @@ impl PyPlanner {
         variants: Option<Vec<String>>,
         softcap: Option<&Bound<'_, PyAny>>,
         window: Option<u32>,
+        chunk: Option<u32>,
     ) -> Result<Self> {
+        let reach = read_reach(window, chunk)?;
         let soft_cap = read_positive("softcap", softcap)?;
         let (device, profile) = match device.map(|device| (device, device.cast::<PyProfile>())) {
             Some((_, Ok(profile))) => (None, profile.get().inner.clone()),
@@ -74,7 +77,7 @@ impl PyPlanner {
         let options = variants.into_iter().fold(PlanOptions::from(parse_mode(mode)?), PlanOptions::with_variants);
         let shape = *shape.get();
         let capacity = capacity.map(|capacity| capacity.get().inner);
-        let origin = Origin { shape: shape.inner, soft_cap, window, profile, options, capacity };
+        let origin = Origin { shape: shape.inner, soft_cap, reach, profile, options, capacity };
         let origin = Arc::new(origin);
         let planner = Arc::new(Mutex::new(PagedPlanner::new(origin.clone())?));
         Ok(Self { shape, device, capacity, origin, planner, pool: Arc::default() })
@@ -112,8 +115,8 @@ impl PyPlanner {
         Ok(self.made(plan, tables))
     }
 
-    /// Makes ``plan``, the plan that this planner made last, the plan of the next decode step, in place: equal to planning
-    /// the batch from scratch, and much faster where little has changed.
+    /// Makes ``plan``, the plan that this planner made last, the plan of the next decode step, in place: much faster than
+    /// planning from scratch, and predicted to be about as fast on the device. With fixed chunks the two are equal.
     ///
     /// Args:
     ///     plan: a plan of this planner. An older one than the last is planned from scratch.
@@ -278,6 +281,19 @@ impl PagedPlanner {
             None => self.origin.planner(page_size)?,
         };
         Ok(self.planner.insert(planner))
+    }
+}
+
+/// The reach that one of `window` and `chunk` gives.
+pub(crate) fn read_reach(window: Option<u32>, chunk: Option<u32>) -> Result<Reach> {
+    match (window, chunk) {
+        (None, None) => Ok(Reach::Full),
+        (Some(tokens), None) => Ok(Reach::Window(tokens)),
+        (None, Some(tokens)) => Ok(Reach::Chunk(tokens)),
+        (Some(window), Some(chunk)) => {
+            let expected = format!("None beside window = {window}: a layer has one of them");
+            Err(invalid("chunk", chunk, expected))
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! `supports`.
 
 use crate::errors::{Result, invalid};
+use crate::planner::read_reach;
 use crate::shape::{PyShape, parse_stored};
 use pat_rs::Problem;
 use pyo3::prelude::*;
@@ -11,6 +12,7 @@ use pyo3::prelude::*;
 ///     shape: heads, head dimension and type.
 ///     page_size: tokens per page.
 ///     window: tokens that a sliding window leaves, if the model has one.
+///     chunk: tokens of a chunk, if the model has chunked attention (Llama 4) instead.
 ///     softcap: the cap of scores, if the model has one.
 ///     sinks: whether it has attention sinks.
 ///     kv_dtype: the type of the KV cache, where it is not that of Q.
@@ -21,7 +23,7 @@ use pyo3::prelude::*;
 /// Returns:
 ///     None if it can, else the reason why not.
 #[pyfunction]
-#[pyo3(signature = (shape: "AttentionShape", page_size, *, window: "int | None" = None, softcap: "float | None" = None, sinks = false, kv_dtype: "torch.dtype | str | None" = None, query_tokens = 1, alibi = false, value_head_dim: "int | None" = None) -> "str | None")]
+#[pyo3(signature = (shape: "AttentionShape", page_size, *, window: "int | None" = None, softcap: "float | None" = None, sinks = false, kv_dtype: "torch.dtype | str | None" = None, query_tokens = 1, alibi = false, value_head_dim: "int | None" = None, chunk: "int | None" = None) -> "str | None")]
 #[expect(clippy::too_many_arguments, reason = "the Python signature")]
 pub(crate) fn supports(
     shape: &Bound<'_, PyShape>,
@@ -33,6 +35,7 @@ pub(crate) fn supports(
     query_tokens: u32,
     alibi: bool,
     value_head_dim: Option<u32>,
+    chunk: Option<u64>,
 ) -> Result<Option<String>> {
     let shape = shape.get();
     if query_tokens == 0 {
@@ -45,12 +48,11 @@ pub(crate) fn supports(
     if let Some(dtype) = kv_dtype {
         inner = inner.with_kv_dtype(parse_stored("kv_dtype", dtype)?);
     }
-    let mut problem = Problem::new(inner, page_size).with_query_tokens(query_tokens);
+    let [window, chunk] = [window, chunk].map(|tokens| tokens.map(|tokens| u32::try_from(tokens).unwrap_or(u32::MAX)));
+    let reach = read_reach(window, chunk)?;
+    let mut problem = Problem::new(inner, page_size).with_query_tokens(query_tokens).with_reach(reach);
     if let Some(cap) = softcap {
         problem = problem.with_soft_cap(cap as f32);
-    }
-    if let Some(tokens) = window {
-        problem = problem.with_window(u32::try_from(tokens).unwrap_or(u32::MAX));
     }
     if sinks {
         problem = problem.with_sinks();

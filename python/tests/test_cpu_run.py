@@ -37,16 +37,18 @@ def test_caps_and_sinks_equal_torch(head_dim, softcap, with_sinks):
     torch.testing.assert_close(lse.double(), expected_lse, atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("window", [1, 5, 16, 40, 10_000])
+@pytest.mark.parametrize("tokens", [1, 5, 16, 40, 10_000])
+@pytest.mark.parametrize("reach", ["window", "chunk"])
 @pytest.mark.parametrize("with_sinks", [False, True])
-def test_windows_equal_torch(window, with_sinks):
-    batch = random_forest(window)
-    shape = pa.AttentionShape(**SHAPE, dtype="float16")
-    plan = pa.Planner(shape, "cpu", window=window).plan(batch.block_tables, batch.lengths, 16, batch.num_pages)
+def test_windows_and_chunks_equal_torch(tokens, reach, with_sinks):
+    batch = random_forest(tokens)
+    shape, reach = pa.AttentionShape(**SHAPE, dtype="float16"), {reach: tokens}
+    assert pa.supports(shape, 16, **reach) is None
+    plan = pa.Planner(shape, "cpu", **reach).plan(batch.block_tables, batch.lengths, 16, batch.num_pages)
     q, (k, v) = queries(len(batch.lengths)), caches(batch)
     sinks = torch.linspace(-4, 6, 8) if with_sinks else None
     out, lse = pa.run(plan, q, k, v, return_lse=True, sinks=sinks)
-    expected, expected_lse = reference(batch, q, k, v, sinks=sinks, window=window)
+    expected, expected_lse = reference(batch, q, k, v, sinks=sinks, **reach)
     torch.testing.assert_close(out.double(), expected, atol=tolerance(torch.float16), rtol=0)
     torch.testing.assert_close(lse.double(), expected_lse, atol=1e-3, rtol=0)
     assert "<svg" in plan.svg() and plan.explain()

@@ -2,7 +2,7 @@
 
 use pat_abi::{DIRECT_SLOT, NONE, PageMask, TileVariant};
 use pat_rs::plan::PlanMode;
-use pat_rs::{AttentionShape, Plan};
+use pat_rs::{AttentionShape, Plan, Reach};
 use pat_workloads::OwnedBatch;
 use rand::Rng;
 use rand::seq::{IndexedRandom, SliceRandom};
@@ -42,7 +42,7 @@ pub fn random_forest(rng: &mut impl Rng) -> OwnedBatch {
 /// A partial of one row: its slot, its pages, its tokens, and those at the front of its pages that the row does not see.
 type Piece = (u32, Vec<u32>, u32, u32);
 
-/// Invariants 1 to 3: every (sequence, token, head of the group) is covered once, as far as the plan's window shows it; every slot is
+/// Invariants 1 to 3: every (sequence, token, head of the group) is covered once, as far as it is within the plan's reach; every slot is
 /// written once; items fit their tile, their run and the pool.
 ///
 /// # Panics
@@ -67,8 +67,13 @@ pub fn check(plan: &Plan, batch: &OwnedBatch, shape: AttentionShape) {
                 assert!(masks.iter().all(|m| m.token_end() <= page_size));
             }
             let first_tokens = plan.first_tokens(item);
-            let under_window = plan.problem().visibility().window.is_some();
-            assert_eq!(item.first_token_begin, if under_window { item.mask_begin } else { NONE });
+            let reach = plan.problem().visibility().reach;
+            let divides_pages = match reach {
+                Reach::Full => false,
+                Reach::Window(_) => true,
+                Reach::Chunk(tokens) => !tokens.is_multiple_of(page_size),
+            };
+            assert_eq!(item.first_token_begin, if divides_pages { item.mask_begin } else { NONE });
             assert!(first_tokens.iter().zip(masks).all(|(&first, mask)| first < mask.token_end()));
             for row in 0..item.row_count {
                 let query = plan.queries()[(item.query_begin + row / group) as usize];
@@ -114,7 +119,7 @@ pub fn check(plan: &Plan, batch: &OwnedBatch, shape: AttentionShape) {
                     }
                 }
             }
-            let first_token = plan.problem().visibility().window.map_or(0, |window| length.saturating_sub(window));
+            let first_token = plan.problem().visibility().reach.first_token(length - 1);
             let tokens: u32 = of_row.iter().map(|piece| piece.2).sum();
             assert_eq!(tokens, length - first_token, "sequence {sequence}");
             let hidden: u32 = of_row.iter().map(|piece| piece.3).sum();

@@ -105,6 +105,15 @@ pub fn run_cpu<T: Element>(case: &Case, options: PlanOptions, seed: u32) -> pat_
     run_tensors(case, options, &tensors, softmax_scale(case.shape))
 }
 
+/// Executes a plan of a case on the CPU.
+///
+/// # Errors
+/// Of execution.
+pub fn run_plan<T: Element>(case: &Case, plan: &Plan, seed: u32) -> pat_rs::Result<Output<T>> {
+    let tensors = Tensors::<T>::draw(&case.batch, case.shape, case.layout, seed)?;
+    execute(case, plan, &tensors, softmax_scale(case.shape))
+}
+
 /// The plan of a case for an H200.
 ///
 /// # Errors
@@ -124,12 +133,15 @@ pub fn run_tensors<T: Element>(
     tensors: &Tensors<T>,
     scale: f32,
 ) -> pat_rs::Result<Output<T>> {
-    let plan = plan(case, options)?;
+    execute(case, &plan(case, options)?, tensors, scale)
+}
+
+fn execute<T: Element>(case: &Case, plan: &Plan, tensors: &Tensors<T>, scale: f32) -> pat_rs::Result<Output<T>> {
     let mut output = Output {
         out: vec![T::from_f32(f32::NAN); tensors.q.len()],
         lse: vec![f32::NAN; tensors.q.len() / case.shape.head_dim() as usize],
     };
-    pat_rs::cpu::run(&plan, &tensors.host(scale), &mut output.out, Some(&mut output.lse))?;
+    pat_rs::cpu::run(plan, &tensors.host(scale), &mut output.out, Some(&mut output.lse))?;
     Ok(output)
 }
 

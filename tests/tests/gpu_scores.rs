@@ -3,7 +3,9 @@
 
 use half::{bf16, f16};
 use pat_rs::plan::PlanMode;
-use pat_rs::{AttentionShape, DeviceProfile, Dtype, Element, Engine, PlanOptions, Planner, Problem, TileVariant};
+use pat_rs::{
+    AttentionShape, DeviceProfile, Dtype, Element, Engine, PlanOptions, Planner, Problem, Reach, TileVariant,
+};
 use pat_tests::executor::{Executor, Interpreter};
 use pat_tests::{Case, device_test, random_case, softmax_scale};
 use pat_workloads::{Oracle, RowSample, Tensors, check};
@@ -43,7 +45,7 @@ fn draw_problem(rng: &mut impl Rng, case: &Case) -> (Problem, Option<Vec<f32>>) 
 type Runs = BTreeMap<(TileVariant, (bool, bool)), u64>;
 
 fn features(problem: Problem) -> (bool, bool) {
-    (problem.score().soft_cap.is_some(), problem.visibility().window.is_some())
+    (problem.score().soft_cap.is_some(), problem.visibility().reach != Reach::Full)
 }
 
 /// Runs one forest through every variant that can; counts the runs.

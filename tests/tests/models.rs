@@ -3,8 +3,8 @@
 
 use half::bf16;
 use pat_rs::plan::PlanMode;
-use pat_rs::{DeviceProfile, Dtype, PlanOptions, Planner, supports};
-use pat_workloads::{LayerKind, MODELS, Oracle, OwnedBatch, PoolLayout, Reach, RowSample, Tensors, check, models};
+use pat_rs::{DeviceProfile, Dtype, PlanOptions, Planner, Reach, supports};
+use pat_workloads::{LayerKind, MODELS, Oracle, OwnedBatch, PoolLayout, RowSample, Tensors, check, models};
 
 const PAGE_SIZE: u32 = 16;
 const SEED: u32 = 11;
@@ -127,10 +127,7 @@ fn batch(reach: Reach) -> OwnedBatch {
 }
 
 fn verify(name: &str, layer: LayerKind) {
-    let batch = match layer.reach {
-        Reach::Chunk(tokens) => batch(layer.reach).last_chunks(tokens).expect("whole pages"),
-        reach => batch(reach),
-    };
+    let batch = batch(layer.reach);
     let problem = layer.problem(Dtype::Bf16, PAGE_SIZE).expect("valid");
     let shape = problem.shape();
     // About as large as scores are, for some heads larger.

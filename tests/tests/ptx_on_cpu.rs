@@ -11,7 +11,7 @@ use pat_rs::cpu::{CacheLayout, NewRows, State};
 use pat_rs::cuda::launch_records::{self, LaunchRecord};
 use pat_rs::cuda::{AppendArgs, DeviceState};
 use pat_rs::plan::PlanMode;
-use pat_rs::{AttentionShape, Element, KvStrides, PlanOptions, Planner, Problem, QueryTokens, RowStrides};
+use pat_rs::{AttentionShape, Element, KvStrides, PlanOptions, Planner, Problem, QueryTokens, Reach, RowStrides};
 use pat_tests::executor::{Executor, Interpreter};
 use pat_tests::interpreted::{DeviceMemory, InterpretedRun};
 use pat_tests::{Case, Output, random_case, softmax_scale, strided};
@@ -62,7 +62,7 @@ fn rows_of_tokens(batch: &OwnedBatch, tokens: u32) -> (OwnedBatch, Vec<u32>) {
     (rows, counts)
 }
 
-/// Runs one forest of several query tokens, scales, modes, caps, windows and sinks through a kernel; tells which entries were launched.
+/// Runs one forest of several query tokens, scales, modes, caps, windows, chunks and sinks through a kernel; tells which entries were launched.
 fn run_forest<T: Element>(kernel: &KernelSpec, variant: TileVariant, index: u64) -> BTreeSet<&'static str> {
     let mut rng = ChaCha8Rng::seed_from_u64(index);
     let case = draw_case(&mut rng, kernel, variant);
@@ -75,8 +75,12 @@ fn run_forest<T: Element>(kernel: &KernelSpec, variant: TileVariant, index: u64)
     if variant.serves(Switches { window: true, ..Switches::OFF }) && rng.random_bool(0.4) {
         // Of less than a page, of a page, of several, in many nodes, and larger than any context.
         let page_size = case.batch.page_size;
-        problem = problem
-            .with_window(*[1, page_size.div_ceil(2), page_size, page_size + 1, 33, 1 << 20].choose(&mut rng).unwrap());
+        let tokens = *[1, page_size.div_ceil(2), page_size, page_size + 1, 33, 1 << 20].choose(&mut rng).unwrap();
+        problem = problem.with_reach(if rng.random_bool(0.7) { Reach::Window(tokens) } else { Reach::Chunk(tokens) });
+    }
+    if problem.visibility().reach == Reach::Full && rng.random_bool(0.2) {
+        // Of whole pages: every kernel serves them.
+        problem = problem.with_chunk(2 * case.batch.page_size);
     }
     let sinks: Option<Vec<f32>> =
         rng.random_bool(0.3).then(|| (0..case.shape.q_heads()).map(|_| rng.random_range(-4.0..4.0)).collect());

@@ -4,6 +4,7 @@
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::panic, clippy::unreachable))]
 
 pub mod batch_file;
+pub mod decode_loop;
 pub mod model;
 pub mod models;
 pub mod nodes;
@@ -18,8 +19,9 @@ pub mod tree;
 pub mod whole_file;
 
 pub use batch_file::{BatchFileError, batch_text, read_batch};
+pub use decode_loop::{DecodeLoop, DecodeLoopSpec};
 pub use model::{ModelParts, parse_dtype, parse_heads};
-pub use models::{KnownModel, LayerKind, MODELS, ModelError, Reach};
+pub use models::{KnownModel, LayerKind, MODELS, ModelError};
 pub use nodes::{NodeError, NodeSpec, lay_out};
 pub use numerics::{NumericsReport, check};
 pub use oracle::{Oracle, RowSample};

@@ -6,7 +6,7 @@
 //! those that choose tokens per query by an index (DeepSeek V3.2, GLM-5, MiniMax M3), and layers without a KV cache (linear
 //! attention, convolutions).
 
-use pat_rs::{AttentionShape, Dtype, Error, Problem};
+use pat_rs::{AttentionShape, Dtype, Error, Problem, Reach};
 
 /// A model, and what its attention layers are like.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -40,36 +40,6 @@ pub struct LayerKind {
     pub soft_cap: Option<f32>,
     /// Whether there is an attention sink for each query head.
     pub has_sinks: bool,
-}
-
-/// What a row sees of its sequence.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reach {
-    /// Everything up to itself.
-    Full,
-    /// The last so many tokens, itself included.
-    Window(u32),
-    /// The tokens since the last multiple of so many.
-    Chunk(u32),
-}
-
-impl Reach {
-    /// `full`, `window` or `chunk`: what stands behind a model's name.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Full => "full",
-            Self::Window(_) => "window",
-            Self::Chunk(_) => "chunk",
-        }
-    }
-
-    /// Tokens that a row sees at most.
-    pub fn tokens(self) -> Option<u32> {
-        match self {
-            Self::Full => None,
-            Self::Window(tokens) | Self::Chunk(tokens) => Some(tokens),
-        }
-    }
 }
 
 impl LayerKind {
@@ -136,16 +106,12 @@ impl LayerKind {
         AttentionShape::new(self.q_heads, self.kv_heads, self.head_dim, dtype)?.with_v_head_dim(self.v_head_dim)
     }
 
-    /// What the kernels are asked for. Chunks are no part of it: the batch's block tables begin at the chunk of each row
-    /// ([`crate::OwnedBatch::last_chunks`]).
+    /// What the kernels are asked for.
     ///
     /// # Errors
     /// As [`Self::shape`].
     pub fn problem(self, dtype: Dtype, page_size: u32) -> pat_rs::Result<Problem> {
-        let mut problem = Problem::new(self.shape(dtype)?, page_size);
-        if let Reach::Window(tokens) = self.reach {
-            problem = problem.with_window(tokens);
-        }
+        let mut problem = Problem::new(self.shape(dtype)?, page_size).with_reach(self.reach);
         if let Some(cap) = self.soft_cap {
             problem = problem.with_soft_cap(cap);
         }

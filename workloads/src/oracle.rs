@@ -87,7 +87,7 @@ impl Oracle {
         Self::compute_problem::<T>(batch, problem, None, seed, sample)
     }
 
-    /// As [`Self::compute`], of a problem that may cap scores, have sinks, one for each query head, and a sliding window.
+    /// As [`Self::compute`], of a problem that may cap scores, have sinks, one for each query head, and a window or chunks.
     ///
     /// # Errors
     /// As [`Self::compute`].
@@ -157,7 +157,7 @@ fn expected_rows<T: Element>(
     let (shape, score) = (problem.shape(), problem.score());
     let head_dim = shape.head_dim() as usize;
     let end = batch.lengths[sequence as usize];
-    let begin = problem.visibility().window.map_or(0, |window| end.saturating_sub(window));
+    let begin = problem.visibility().reach.first_token(end.saturating_sub(1));
     let tokens = end - begin;
     let table = &batch.block_tables[sequence as usize];
     let mut narrow = vec![T::zeroed(); head_dim];

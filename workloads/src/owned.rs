@@ -1,6 +1,6 @@
 //! A decode batch that owns its block tables.
 
-use pat_rs::{AttentionShape, DecodeBatch, Error, Problem, QueryTokens};
+use pat_rs::{AttentionShape, DecodeBatch, Problem, QueryTokens};
 
 /// Block tables and lengths of a decode step. [`crate::batch_file`] reads and writes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,26 +47,6 @@ impl OwnedBatch {
         Ok(Self {
             lengths: rows.clone().map(|row| batch.length(row)).collect(),
             block_tables: rows.map(|row| batch.pages(row).to_vec()).collect(),
-            ..*self
-        })
-    }
-
-    /// Each row from the last multiple of `tokens` tokens on: what it sees in a layer with chunked attention (Llama 4).
-    ///
-    /// # Errors
-    /// `tokens` is no positive multiple of the page size: chunks would begin within pages.
-    pub fn last_chunks(&self, tokens: u32) -> pat_rs::Result<Self> {
-        if self.page_size == 0 || tokens == 0 || !tokens.is_multiple_of(self.page_size) {
-            let accepted = format!("a divisor of the {tokens} tokens of a chunk");
-            return Err(Error::invalid("page_size", self.page_size, accepted));
-        }
-        let begin = |length: u32| length.saturating_sub(1) / tokens * tokens;
-        let table = |(table, &length): (&Vec<u32>, &u32)| {
-            table.iter().skip((begin(length) / self.page_size) as usize).copied().collect()
-        };
-        Ok(Self {
-            lengths: self.lengths.iter().map(|&length| length - begin(length)).collect(),
-            block_tables: self.block_tables.iter().zip(&self.lengths).map(table).collect(),
             ..*self
         })
     }
@@ -147,17 +127,5 @@ mod tests {
         assert_eq!(long().query_rows(1).expect("one each").lengths, long().lengths);
         let message = long().query_rows(4).unwrap_err().to_string();
         assert_eq!(message, "query_tokens: got 4, expected at most lengths[3] = 3");
-    }
-
-    #[test]
-    fn a_chunk_begins_at_a_multiple_of_its_tokens() {
-        let chunks = long().last_chunks(8).expect("two pages");
-        assert_eq!(chunks.lengths, [1, 8, 0, 3]);
-        assert_eq!(chunks.block_tables, [vec![4], vec![2, 5], vec![], vec![6, 8]]);
-        chunks.view(&chunks.rows()).expect("valid");
-        for tokens in [0, 2, 6] {
-            let message = long().last_chunks(tokens).unwrap_err().to_string();
-            assert_eq!(message, format!("page_size: got 4, expected a divisor of the {tokens} tokens of a chunk"));
-        }
     }
 }

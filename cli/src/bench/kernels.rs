@@ -142,7 +142,7 @@ impl Run<'_> {
             bar.set_message(configuration.label());
             let (target, options, repeats) = (Arc::clone(&self.target), self.options.clone(), self.repeats);
             let batch = self.rows(configuration)?;
-            let (suite, name) = (configuration.suite, self.asked.name(&configuration.name));
+            let (suite, name) = (configuration.suite, configuration.name.clone());
             let problem = self.asked.problem(batch.problem(shape))?;
             let measured = within(self.end, move || target.measure((suite, &name), &batch, problem, &options, repeats));
             let Some(measured) = measured else {
@@ -190,7 +190,7 @@ impl Run<'_> {
         let shape = problem.shape();
         RecordKey {
             suite: configuration.suite.into(),
-            tree: self.asked.name(&configuration.name),
+            tree: configuration.name.clone(),
             nheads_q: shape.q_heads(),
             nheads_kv: shape.kv_heads(),
             head_dim: shape.head_dim(),

@@ -4,8 +4,8 @@
 use super::option_of_argument;
 use anyhow::{Context, Result, bail};
 use pat_bench::measure::features;
-use pat_rs::{AttentionShape, Dtype, Error, Problem, supports};
-use pat_workloads::{LayerKind, ModelParts, OwnedBatch, Reach, models, parse_dtype};
+use pat_rs::{AttentionShape, Dtype, Error, Problem, Reach, supports};
+use pat_workloads::{LayerKind, ModelParts, OwnedBatch, models, parse_dtype};
 use serde::Serialize;
 
 /// The elements of Q and K.
@@ -30,7 +30,7 @@ impl Elements {
             value_head_dim: None,
             dtype: self.dtype,
             soft_cap: None,
-            window: None,
+            reach: Reach::Full,
             has_sinks: false,
             query_tokens: 1,
         }
@@ -65,6 +65,9 @@ pub(crate) struct Attention {
     /// Each sequence sees its last TOKENS tokens only.
     #[arg(long, value_name = "TOKENS", allow_negative_numbers = true)]
     window: Option<u32>,
+    /// Each sequence sees its tokens since the last multiple of TOKENS only (Llama 4).
+    #[arg(long, value_name = "TOKENS", allow_negative_numbers = true, conflicts_with = "window")]
+    chunk: Option<u32>,
     /// Query tokens per sequence (drafts that are verified): its last N tokens, each of which sees those up to itself.
     #[arg(long, value_name = "N", default_value_t = 1, allow_negative_numbers = true)]
     query_tokens: u32,
@@ -126,7 +129,7 @@ pub(crate) struct Asked {
     value_head_dim: Option<Given<u32>>,
     dtype: Option<Dtype>,
     soft_cap: Option<Given<f32>>,
-    window: Option<Given<u32>>,
+    reach: Reach,
     has_sinks: bool,
     query_tokens: u32,
 }
@@ -143,6 +146,14 @@ impl Attention {
             settled(option, asked, model.as_ref(), own, u32::to_string)
         };
         let pair = |&(q, kv): &(u32, u32)| format!("{q}/{kv}");
+        let window = settle("--window", self.window, |layer| match layer.reach {
+            Reach::Window(tokens) => Some(tokens),
+            _ => None,
+        })?;
+        let chunk = settle("--chunk", self.chunk, |layer| match layer.reach {
+            Reach::Chunk(tokens) => Some(tokens),
+            _ => None,
+        })?;
         let sinks = |layer: LayerKind| layer.has_sinks.then_some("yes");
         Ok(Asked {
             heads: settled("--heads", heads, model.as_ref(), |layer| Some((layer.q_heads, layer.kv_heads)), pair)?,
@@ -150,10 +161,11 @@ impl Attention {
             value_head_dim: settle("--value-head-dim", self.value_head_dim, |layer| Some(layer.v_head_dim))?,
             dtype: self.elements.dtype,
             soft_cap: settled("--softcap", self.softcap, model.as_ref(), |layer| layer.soft_cap, f32::to_string)?,
-            window: settle("--window", self.window, |layer| match layer.reach {
-                Reach::Window(tokens) => Some(tokens),
-                _ => None,
-            })?,
+            reach: match (window, chunk) {
+                (Some(window), _) => Reach::Window(window.value),
+                (_, Some(chunk)) => Reach::Chunk(chunk.value),
+                (None, None) => Reach::Full,
+            },
             has_sinks: settled("--sinks", self.sinks.then_some("yes"), model.as_ref(), sinks, |&yes| yes.into())?
                 .is_some(),
             query_tokens: self.query_tokens,
@@ -247,15 +259,12 @@ impl Asked {
     /// # Errors
     /// No kernel can compute it.
     pub(crate) fn problem(&self, plain: Problem) -> Result<Problem> {
-        let mut problem = plain.with_query_tokens(self.query_tokens);
+        let mut problem = plain.with_query_tokens(self.query_tokens).with_reach(self.reach);
         if let Some(cap) = &self.soft_cap {
             problem = problem.with_soft_cap(cap.value);
         }
         if self.has_sinks {
             problem = problem.with_sinks();
-        }
-        if let Some(window) = &self.window {
-            problem = problem.with_window(window.value);
         }
         supports(&problem, None, None).map_err(|reason| {
             let error = anyhow::Error::new(Error::from(reason));
@@ -267,26 +276,14 @@ impl Asked {
         Ok(problem)
     }
 
-    /// The rows to plan: one for each query token, from the beginning of its chunk where the model has chunks.
+    /// The rows to plan: one for each query token.
     ///
     /// # Errors
-    /// A sequence has fewer tokens than query tokens, or pages do not divide the chunk.
+    /// A sequence has fewer tokens than query tokens.
     pub(crate) fn rows(&self, batch: OwnedBatch) -> Result<OwnedBatch> {
-        let batch = match self.query_tokens {
-            1 => batch,
-            tokens => batch.query_rows(tokens).context("--query-tokens")?,
-        };
-        match self.model.as_ref().map(|model| (model.layer.reach, &model.option)) {
-            Some((Reach::Chunk(tokens), option)) => batch.last_chunks(tokens).with_context(|| option.clone()),
-            _ => Ok(batch),
-        }
-    }
-
-    /// A batch's name; with the chunk, if only that of each row is read.
-    pub(crate) fn name(&self, batch: &str) -> String {
-        match self.model.as_ref().map(|model| model.layer.reach) {
-            Some(Reach::Chunk(tokens)) => format!("{batch}, last chunks of {tokens}"),
-            _ => batch.into(),
+        match self.query_tokens {
+            1 => Ok(batch),
+            tokens => batch.query_rows(tokens).context("--query-tokens"),
         }
     }
 }

@@ -30,6 +30,10 @@ pub(super) struct Records {
     pub(super) slot_count: u32,
     /// By batch row, where the tokens of the sequence's last page are counted.
     pub(super) tails: Vec<Tail>,
+    /// By item of the plan, pages that can be appended to its stream.
+    room: Vec<u32>,
+    /// By index in `items`, the item's place in the plan.
+    places: Vec<u32>,
 }
 
 /// Where an item stands in the launch order: by variant, longest first, so that what is left at the end is short. Of equally
@@ -58,34 +62,42 @@ impl LaunchKey {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct PendingItem {
     item: WorkItem,
-    /// The sequence whose last tokens the item counts, if it has no masks.
-    tail_of: Option<u32>,
+    room: u32,
 }
 
-/// The record that counts the tokens of a sequence's last page.
+/// Where the tokens of a sequence's last page are counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Tail(u32);
+pub(super) struct Tail {
+    /// The item whose stream has the page: its index in [`Records::items`], once these are in order its place in the plan.
+    /// [`NONE`] where no record counts the tokens alone: the sequence is empty or shares its last page.
+    pub(super) item: u32,
+    /// The page's mask, or [`NO_MASKS`] where the item has none.
+    pub(super) mask: u32,
+    /// The row tile that the item is of.
+    pub(super) tile: u32,
+}
 
 impl Tail {
-    /// No record counts them alone: the sequence is empty or shares its last page.
-    pub(super) const NONE: Self = Self(u32::MAX);
-    const ITEM: u32 = 1 << 31;
+    pub(super) const NONE: Self = Self { item: NONE, mask: NO_MASKS, tile: NONE };
+}
 
-    /// Mask number `index`.
-    pub(super) fn mask(index: u32) -> Self {
-        Self(index)
-    }
-
-    /// Item number `index` of the plan.
-    fn item(index: u32) -> Self {
-        Self(index | Self::ITEM)
-    }
+/// What a step adds to a sequence whose last page is its own.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Growth<'a> {
+    /// Row of the batch.
+    pub(super) row: u32,
+    /// Tokens more, or fewer.
+    pub(super) tokens: i32,
+    /// Tokens of its last page, from now on.
+    pub(super) last_page_tokens: u32,
+    /// Pages more.
+    pub(super) pages: &'a [u32],
 }
 
 impl Records {
     /// Drops the records, keeps the memory.
     pub(super) fn clear(&mut self) {
-        let Self { items, order, queries, pages, merges, masks, words, slot_count, tails } = self;
+        let Self { items, order, queries, pages, merges, masks, words, slot_count, tails, room, places } = self;
         items.clear();
         order.clear();
         queries.clear();
@@ -94,28 +106,42 @@ impl Records {
         masks.clear();
         words.clear();
         tails.clear();
+        room.clear();
+        places.clear();
         *slot_count = 0;
     }
 
-    /// `chunk` is which of its tile's chunks the item is.
+    /// `chunk` is which of its tile's chunks the item is, `room` how many pages can be appended to its stream.
     pub(super) fn push_item(
         &mut self,
         (variant, page_count, chunk): (TileVariant, u32, u32),
         item: WorkItem,
-        tail_of: Option<u32>,
+        room: u32,
     ) {
         self.order.push((LaunchKey::new(variant, page_count, chunk), self.items.len() as u32));
-        self.items.push(PendingItem { item, tail_of });
+        self.items.push(PendingItem { item, room });
     }
 
     /// Settles the launch order.
     pub(super) fn order_items(&mut self) {
         self.order.sort_unstable();
-        for (position, &(_, index)) in (0u32..).zip(&self.order) {
-            if let Some(sequence) = self.items[index as usize].tail_of {
-                self.tails[sequence as usize] = Tail::item(position);
-            }
+        self.places.resize(self.items.len(), 0);
+        self.room.reserve(self.items.len());
+        for (place, &(_, index)) in (0u32..).zip(&self.order) {
+            self.places[index as usize] = place;
+            self.room.push(self.items[index as usize].room);
         }
+        for tail in self.tails.iter_mut().filter(|tail| tail.item != NONE) {
+            tail.item = self.places[tail.item as usize];
+        }
+    }
+
+    /// Takes the room that `pages` more pages of a sequence need; `false` where there is none.
+    pub(super) fn take_room(&mut self, row: u32, pages: u32) -> bool {
+        let Some(room) = self.room.get_mut(self.tails[row as usize].item as usize) else { return false };
+        let left = room.checked_sub(pages);
+        *room = left.unwrap_or(0);
+        left.is_some()
     }
 }
 
@@ -277,34 +303,62 @@ impl Plan {
         Ok(())
     }
 
-    /// Gives the last pages of sequences other numbers of tokens. `changes` are where they are counted and by how much
-    /// they change.
-    pub(super) fn change_lengths(&mut self, changes: impl Iterator<Item = (Tail, i32)>) {
+    /// Lets sequences grow at their ends, or shrink within their last pages. There is room for the pages
+    /// ([`Records::take_room`]), in the plan that `tails`, which are kept up to date, are about. `grown` is told the tile of each
+    /// sequence with more pages, how many, and what its last item has now.
+    pub(super) fn grow<'a>(
+        &mut self,
+        growths: impl Iterator<Item = Growth<'a>>,
+        tails: &mut [Tail],
+        mut grown: impl FnMut(u32, u32, u32),
+    ) {
         let header = *self.header();
-        let mut grown = 0i64;
+        let page_size = header.page_size;
+        let mut all_tokens = 0i64;
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut self.words);
-        let (front, masks) = bytes.split_at_mut(header.masks_offset_bytes as usize);
         let items_begin = PlanHeader::ITEMS_OFFSET_BYTES as usize;
+        let (front, masks) = bytes.split_at_mut(header.masks_offset_bytes as usize);
+        let (front, pages) = front.split_at_mut(header.pages_offset_bytes as usize);
         let items_end = items_begin + header.item_count as usize * size_of::<WorkItem>();
         let items: &mut [WorkItem] = bytemuck::cast_slice_mut(&mut front[items_begin..items_end]);
+        let pages: &mut [u32] = bytemuck::cast_slice_mut(&mut pages[..header.page_count as usize * size_of::<u32>()]);
         let masks: &mut [PageMask] =
             bytemuck::cast_slice_mut(&mut masks[..header.mask_count as usize * size_of::<PageMask>()]);
-        for (tail, tokens) in changes {
-            grown += i64::from(tokens);
-            let index = (tail.0 & !Tail::ITEM) as usize;
-            if tail.0 & Tail::ITEM != 0 {
-                let count = &mut items[index].token_count;
-                *count = count.wrapping_add_signed(tokens);
+        for Growth { row, tokens, last_page_tokens, pages: new_pages } in growths {
+            all_tokens += i64::from(tokens);
+            let tail = &mut tails[row as usize];
+            let item = &mut items[tail.item as usize];
+            let (old_pages, more_pages) = (item.token_count.div_ceil(page_size), new_pages.len() as u32);
+            let new_begin = (item.page_begin + old_pages) as usize;
+            pages[new_begin..][..new_pages.len()].copy_from_slice(new_pages);
+            if tail.mask == NO_MASKS {
+                item.token_count = item.token_count.wrapping_add_signed(tokens);
             } else {
-                let mask = masks[index];
-                let end = mask.token_end().wrapping_add_signed(tokens);
-                masks[index] = PageMask::new((mask.row_begin(), mask.row_end()), end);
+                // The stream is in any order: what is new stands at its end.
+                let mask = masks[tail.mask as usize];
+                let rows = (mask.row_begin(), mask.row_end());
+                if more_pages > 0 {
+                    let full = PageMask::new(rows, page_size);
+                    masks[tail.mask as usize] = full;
+                    masks[(item.mask_begin + old_pages) as usize..][..new_pages.len()].fill(full);
+                    tail.mask = item.mask_begin + old_pages + more_pages - 1;
+                    item.token_count += more_pages * page_size;
+                }
+                masks[tail.mask as usize] = PageMask::new(rows, last_page_tokens);
+            }
+            if more_pages > 0 {
+                grown(tail.tile, more_pages, old_pages + more_pages);
             }
         }
         self.generation = PlanGeneration::next();
-        self.logical_tokens = self.logical_tokens.wrapping_add_signed(grown);
-        let grown_bytes = grown * self.shape().kv_bytes_per_token() as i64;
+        self.logical_tokens = self.logical_tokens.wrapping_add_signed(all_tokens);
+        let grown_bytes = all_tokens * self.shape().kv_bytes_per_token() as i64;
         self.unique_kv_bytes = self.unique_kv_bytes.wrapping_add_signed(grown_bytes);
+    }
+
+    /// Changes what is predicted.
+    pub(super) fn predict(&mut self, prediction: Prediction) {
+        self.prediction = prediction;
     }
 
     /// Tells this plan from every other one of the process.

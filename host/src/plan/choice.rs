@@ -81,6 +81,11 @@ impl TileChoices {
         self.is_wide_in_use = wide;
     }
 
+    /// Whether the plan made last has wide tiles.
+    pub(super) fn is_wide_in_use(&self) -> bool {
+        self.is_wide_in_use
+    }
+
     /// The wide tiles, where they may help a batch whose plan in the usual ones is predicted so.
     pub(super) fn wide_for(&self, usual: &Prediction) -> Option<&TileChoice> {
         self.wide.as_ref().filter(|_| usual.tensor_us >= LEAST_TENSOR_PART * usual.busy_us)

@@ -1,6 +1,7 @@
 //! The cost model: what a tiling is predicted to take. Every term has a name and a unit; the rates are the device
 //! profile's.
 
+use super::Plan;
 use super::choice::TileChoice;
 use super::deal::Deal;
 use super::tiling::{TileClass, TilingRule};
@@ -162,6 +163,28 @@ impl CostModel<'_> {
         let prediction = self.predict_work(work, totals, deal);
         debug_assert!(least_us <= prediction.total_us(), "{least_us} us at least, {prediction:?}");
         (prediction.total_us() < limit_us).then_some((prediction, moved_bytes))
+    }
+
+    /// Predicts the items of a plan as they are. `work` and `deal` are scratch.
+    pub(super) fn predict_plan(&self, plan: &Plan, (work, deal): (&mut Vec<Work>, &mut Deal)) -> Prediction {
+        work.clear();
+        let mut totals = Totals { partials: u64::from(plan.header().slot_count), ..Totals::default() };
+        for variant in TileVariant::ALL {
+            for item in plan.variant_items(variant) {
+                let pages = item.token_count.div_ceil(self.page_size);
+                let tokens = u64::from(pages) * u64::from(self.page_size);
+                let of_item = Work { variant, steps: tokens.div_ceil(u64::from(variant.keys())) as u32, items: 1 };
+                totals.page_count += u64::from(pages);
+                totals.masked_steps += if item.row_count > self.shape.group() { of_item.all_steps() } else { 0.0 };
+                // Nearly in order: equal ones stand together.
+                match work.last_mut() {
+                    Some(last) if last.order() == of_item.order() => last.items += 1,
+                    _ => work.push(of_item),
+                }
+            }
+        }
+        totals.are_packed = totals.masked_steps > 0.0;
+        self.predict_work(work, totals, deal)
     }
 
     /// Predicts packs without masks, each one item per KV head of the variant that holds it.
@@ -341,7 +364,7 @@ fn side_by_side_us(a_us: f64, b_us: f64) -> f64 {
 }
 
 /// What a tiling adds up to.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 struct Totals {
     /// Pages it reads.
     page_count: u64,

@@ -35,13 +35,17 @@ pub(super) struct Scratch {
 pub(super) struct Emitter<'a> {
     pub(super) shape: AttentionShape,
     pub(super) batch: &'a DecodeBatch<'a>,
-    /// By row, tokens at the front of its first page that it does not attend to; nothing where there is no window.
+    /// By row, tokens at the front of its first page that it does not attend to; nothing where it attends to all.
     pub(super) hidden_tokens: &'a [u32],
+    /// Whether kernels ask for the first tokens of pages that have masks.
+    pub(super) has_first_tokens: bool,
     pub(super) forest: &'a Forest,
     pub(super) extents: &'a [Extent],
     pub(super) choice: &'a TileChoice,
     /// Whether an item may not hold pages of more than one node.
     pub(super) per_node: bool,
+    /// Pages that each sequence can get without a new plan.
+    pub(super) room: u32,
 }
 
 impl Emitter<'_> {
@@ -53,6 +57,7 @@ impl Emitter<'_> {
         // The bulk is known beforehand: a plan that cannot be is not begun.
         let items: u64 = tiles.iter().map(|tile| u64::from(tile.chunks)).sum();
         let pages: u64 = tiles.iter().map(|tile| u64::from(tile.page_count)).sum();
+        let pages = pages + u64::from(self.room) * self.extents.len() as u64;
         buffer::checked_count("items", items)?;
         buffer::checked_count("pages", pages)?;
         buffer::checked_count("bytes", items * size_of::<WorkItem>() as u64 + pages * size_of::<u32>() as u64)?;
@@ -65,19 +70,18 @@ impl Emitter<'_> {
         scratch.slots.clear();
         scratch.slots.resize(self.batch.sequence_count(), 0);
         records.tails.resize(self.batch.sequence_count(), Tail::NONE);
-        for (index, tile) in tiles.iter().enumerate() {
+        for (index, tile) in (0u32..).zip(tiles) {
             // Shared pages come from L2 and keep the tensor cores busy, private ones come from DRAM: half of the CTAs
-            // begin with these, half with those.
-            self.tile(tile, index % 2 == 1, scratch, records)?;
+            // begin with these, half with those: every other one turns the runs of its items around.
+            self.tile(index, tile, scratch, records)?;
         }
         self.assign_slots(scratch, records)?;
         records.order_items();
         Ok(())
     }
 
-    /// Walks the stream of a tile in depth-first order: a node, then what lies below it. `leaves_first` turns the runs of
-    /// each item around.
-    fn tile(&self, tile: &RowTile, leaves_first: bool, scratch: &mut Scratch, records: &mut Records) -> Result<()> {
+    /// Walks the stream of tile `index` in depth-first order: a node, then what lies below it.
+    fn tile(&self, index: u32, tile: &RowTile, scratch: &mut Scratch, records: &mut Records) -> Result<()> {
         let extents = &self.extents[tile.order_begin as usize..tile.order_end as usize];
         let order = &self.forest.order()[tile.order_begin as usize..tile.order_end as usize];
         let count = extents.len() as u32;
@@ -110,7 +114,7 @@ impl Emitter<'_> {
                     room -= split - run.page_begin;
                     run.page_begin = split;
                     if room == 0 || (self.per_node && run.page_begin == run.page_end) {
-                        self.item(order, leaves_first, chunk, &mut scratch.runs, &mut scratch.slots, records)?;
+                        self.item(order, (index, chunk), &mut scratch.runs, &mut scratch.slots, records)?;
                         room = tile.chunk_pages;
                         chunk += 1;
                     }
@@ -118,17 +122,17 @@ impl Emitter<'_> {
             }
         }
         if !scratch.runs.is_empty() {
-            self.item(order, leaves_first, chunk, &mut scratch.runs, &mut scratch.slots, records)?;
+            self.item(order, (index, chunk), &mut scratch.runs, &mut scratch.slots, records)?;
         }
         Ok(())
     }
 
-    /// Writes chunk `chunk` of a stream as an item, and empties `runs`. `order` are the tile's sequences.
+    /// Writes a chunk of a tile's stream, given by their numbers, as an item, and empties `runs`. `order` are the tile's
+    /// sequences.
     fn item(
         &self,
         order: &[u32],
-        leaves_first: bool,
-        chunk: u32,
+        (tile, chunk): (u32, u32),
         runs: &mut Vec<Run>,
         partials: &mut [u32],
         records: &mut Records,
@@ -159,7 +163,7 @@ impl Emitter<'_> {
 
         let has_hidden_tokens = runs.iter().any(|run| self.hidden_tokens(run) > 0);
         let uniform = !has_hidden_tokens && runs.iter().all(|run| rows_of(run) == (0, row_count));
-        if leaves_first && !uniform {
+        if tile % 2 == 1 && !uniform {
             runs.reverse();
         }
         let page_begin = buffer::checked_count("pages", records.pages.len() as u64)?;
@@ -171,12 +175,16 @@ impl Emitter<'_> {
         let page_count = records.pages.len() as u32 - page_begin;
         let mut token_count = u64::from(page_count) * u64::from(page_size);
         let mut mask_begin = NO_MASKS;
-        let mut tail_of = None;
+        let mut tails = 0;
+        let tail = Tail { item: records.items.len() as u32, mask: NO_MASKS, tile };
         if uniform {
             // Only a sequence's own last page is partial, so only the last one here can be.
             if let Some(last) = runs.last() {
                 token_count -= u64::from(page_size - self.tokens_of_last_page(last));
-                tail_of = last.is_tail.then_some(last.sequence);
+                if last.is_tail {
+                    tails = 1;
+                    records.tails[last.sequence as usize] = tail;
+                }
             }
         } else {
             mask_begin = buffer::checked_count("masks", records.masks.len() as u64)?;
@@ -189,15 +197,22 @@ impl Emitter<'_> {
                 records.masks.extend((run.page_begin + 1..run.page_end).map(|_| full));
                 records.masks.push(PageMask::new(rows, self.tokens_of_last_page(run)));
                 if run.is_tail {
-                    records.tails[run.sequence as usize] = Tail::mask(records.masks.len() as u32 - 1);
+                    tails += 1;
+                    records.tails[run.sequence as usize] = Tail { mask: records.masks.len() as u32 - 1, ..tail };
                 }
             }
+        }
+        // What a plan has room for is page 0 in no item.
+        let room = tails * self.room;
+        records.pages.resize(records.pages.len() + room as usize, 0);
+        if !uniform {
+            records.masks.resize(records.masks.len() + room as usize, PageMask::new((0, 0), 1));
         }
         let token_count = buffer::checked_count("tokens of an item", token_count)?;
         let variant = self.choice.variant(row_count / group);
         let (mut first_token_begin, kv_limit_begin) = (NONE, NONE);
         // Kernels that are compiled for windows ask for those of every item that has masks, by the place of its masks.
-        if !uniform && !self.hidden_tokens.is_empty() {
+        if !uniform && self.has_first_tokens {
             first_token_begin = mask_begin;
             for run in runs.iter() {
                 records.words.push(self.hidden_tokens(run));
@@ -214,7 +229,7 @@ impl Emitter<'_> {
             kv_limit_begin,
             reserved: 0,
         };
-        records.push_item((variant, page_count, chunk), item, tail_of);
+        records.push_item((variant, page_count, chunk), item, room);
         buffer::checked_count("items", records.items.len() as u64)?;
         runs.clear();
         Ok(())

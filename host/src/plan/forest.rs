@@ -39,6 +39,8 @@ pub struct Forest {
     order: Vec<u32>,
     innermost: Vec<Option<u32>>,
     pending: Vec<Group>,
+    /// Nodes whose ends are not known yet.
+    open: Vec<Node>,
     /// Full pages by sequence.
     full_pages: Vec<u32>,
     keys: Vec<Key>,
@@ -85,8 +87,8 @@ impl Forest {
         self.build_windowed(batch, &[]);
     }
 
-    /// As [`Self::build`], of what a window leaves: `hidden_tokens` are [`crate::WindowedBatch::hidden_tokens`], nothing where
-    /// there is no window. Sequences that do not attend to the same tokens of their first page share nothing.
+    /// As [`Self::build`], of what rows see: `hidden_tokens` are [`crate::VisibleBatch::hidden_tokens`], nothing where they
+    /// see all. Sequences that do not attend to the same tokens of their first page share nothing.
     pub(crate) fn build_windowed(&mut self, batch: &DecodeBatch<'_>, hidden_tokens: &[u32]) {
         let sequences = batch.sequence_count();
         self.nodes.clear();
@@ -170,6 +172,43 @@ impl Forest {
         }
     }
 
+    /// The order itself, for edits that keep the sequences of every node together; [`Self::find_nodes`] must follow.
+    pub(super) fn order_mut(&mut self) -> &mut Vec<u32> {
+        &mut self.order
+    }
+
+    /// Finds the nodes anew where the order is known, and how many full pages each sequence of it shares with the one before it.
+    /// `rows` are the rows of the batch.
+    pub(super) fn find_nodes(&mut self, rows: usize, shared_pages: impl Iterator<Item = u32>) {
+        self.nodes.clear();
+        self.open.clear();
+        let end = self.order.len() as u32;
+        for (position, shared) in (0..end).zip(shared_pages).chain([(end, 0)]) {
+            let mut order_begin = position.saturating_sub(1);
+            while let Some(node) = self.open.pop_if(|node| node.page_end > shared) {
+                order_begin = node.order_begin;
+                self.nodes.push(Node { order_end: position, ..node });
+            }
+            if shared > self.open.last().map_or(0, |node| node.page_end) {
+                let node = Node { parent: None, page_begin: 0, page_end: shared, order_begin, order_end: 0 };
+                self.open.push(node);
+            }
+        }
+        self.nodes.sort_unstable_by_key(|node| (node.order_begin, node.page_end));
+        self.innermost.clear();
+        self.innermost.resize(rows, None);
+        for index in 0..self.nodes.len() {
+            let Node { order_begin, order_end, .. } = self.nodes[index];
+            // Its parent has written there before it.
+            let parent = self.innermost[self.order[order_begin as usize] as usize];
+            let page_begin = parent.map_or(0, |parent| self.nodes[parent as usize].page_end);
+            (self.nodes[index].parent, self.nodes[index].page_begin) = (parent, page_begin);
+            for &sequence in &self.order[order_begin as usize..order_end as usize] {
+                self.innermost[sequence as usize] = Some(index as u32);
+            }
+        }
+    }
+
     /// The nodes; a parent comes before its children.
     pub fn nodes(&self) -> &[Node] {
         &self.nodes
@@ -192,7 +231,7 @@ impl Forest {
 }
 
 /// Length of the common prefix; compares by blocks, which the compiler vectorises.
-fn common_prefix(a: &[u32], b: &[u32]) -> usize {
+pub(super) fn common_prefix(a: &[u32], b: &[u32]) -> usize {
     const BLOCK: usize = 16;
     let length = a.len().min(b.len());
     let blocks = a.chunks_exact(BLOCK).zip(b.chunks_exact(BLOCK)).take_while(|(x, y)| x == y).count();

@@ -2,7 +2,8 @@
 //!
 //! batch -> [`forest`] (who shares which pages) -> [`tiling`] (which sequences one CTA serves, how their KV is cut) ->
 //! emit (streams, masks, order, slots) -> [`Plan`]. The cost model ([`cost`]) compares candidate tilings, from no sharing
-//! at all to as many sequences per CTA as its tile has rows.
+//! at all to as many sequences per CTA as its tile has rows. From step to step ([`Planner::advance`]) tiles are kept
+//! ([`keep`]), and sequences that have only grown get their pages in place.
 
 mod balance;
 mod buffer;
@@ -13,21 +14,23 @@ mod deal;
 mod emit;
 pub mod forest;
 mod generation;
+mod keep;
 mod search;
 mod sharing;
 mod snapshot;
 mod summary;
 pub mod tiling;
 
-use crate::{DecodeBatch, DeviceProfile, Error, Problem, Result, WindowedBatch};
+use crate::{DecodeBatch, DeviceProfile, Error, Problem, Reach, Result, VisibleBatch};
 pub use buffer::Plan;
 use buffer::Records;
 pub use capacity::PlanCapacity;
 use choice::{TileChoices, is_wide_better, widths};
-use cost::{CostModel, VariantTerms};
+use cost::{CostModel, Prediction, VariantTerms};
 use emit::Emitter;
 use forest::Forest;
 pub use generation::PlanGeneration;
+use keep::KeptTiles;
 use pat_abi::TileVariant;
 use search::Search;
 use serde::Serialize;
@@ -87,7 +90,7 @@ pub enum PlanMode {
 }
 
 /// Makes plans for one problem on one device; keeps its scratch memory between calls, so that a step of a batch that
-/// does not grow allocates nothing ([`Planner::plan_into`], [`Planner::advance`]), but where there is a sliding window.
+/// does not grow allocates nothing ([`Planner::plan_into`], [`Planner::advance`]), but where rows do not see all of their sequences.
 #[derive(Clone, Debug)]
 pub struct Planner {
     problem: Problem,
@@ -103,8 +106,52 @@ pub struct Planner {
     /// The plan that the members above are about.
     newest: Option<PlanGeneration>,
     /// How that plan's tiles were cut.
-    rule: TilingRule,
+    tiling: Tiling,
+    /// Those tiles.
+    kept: KeptTiles,
 }
+
+/// How the tiles of a plan were cut, and what has become of them since.
+#[derive(Clone, Copy, Debug, Default)]
+struct Tiling {
+    rule: TilingRule,
+    pages: PageCounts,
+    /// Predicted time by distinct page, when other tilings were looked at last.
+    us_per_page: f64,
+    /// Pages that came and went since then.
+    changed_pages: u64,
+    /// Steps with such pages since then.
+    steps: u32,
+}
+
+/// Pages of a batch.
+#[derive(Clone, Copy, Debug, Default)]
+struct PageCounts {
+    /// Distinct ones.
+    unique: u64,
+    /// Those of the sequences beyond the distinct ones.
+    repeated: u64,
+    /// Distinct ones that several sequences read.
+    shared: u64,
+    /// Of the longest sequence.
+    longest: u32,
+}
+
+/// Tokens by which every sequence can grow in place, in a plan that [`Planner::advance`] has laid out.
+const ROOM_TOKENS: u32 = 16;
+
+/// How much slower a plan in kept tiles may be predicted to be than another tiling, when [`Planner::advance`] looks at others; and
+/// how much its predicted time by page may rise before it does.
+const MOST_LOSS: f64 = 0.01;
+
+/// With fewer sequences it looks at others at every step: one more page may decide, and looking takes little.
+const FEW_SEQUENCES: usize = 32;
+
+/// Steps after which it looks at others in any case.
+const MOST_STEPS: u32 = 32;
+
+/// Part of the pages that may change before it does.
+const MOST_CHANGED: f64 = 0.25;
 
 #[derive(Clone, Debug, Default)]
 struct Scratch {
@@ -140,7 +187,8 @@ impl Planner {
             snapshot: Snapshot::default(),
             scratch: Scratch::default(),
             newest: None,
-            rule: TilingRule::default(),
+            tiling: Tiling::default(),
+            kept: KeptTiles::default(),
         })
     }
 
@@ -194,7 +242,7 @@ impl Planner {
             forest: &self.forest,
             extents,
             tiles,
-            rule: self.rule,
+            rule: self.tiling.rule,
             widest: self.choices.in_use().widest(),
             mode: self.options.mode,
             page_size,
@@ -247,33 +295,40 @@ impl Planner {
     /// # Errors
     /// As [`Self::plan`]; `plan` is as before.
     pub fn plan_into(&mut self, batch: &DecodeBatch<'_>, plan: &mut Plan) -> Result<()> {
-        match self.problem.visibility().window {
-            None => self.plan_tokens(batch, &[], plan),
-            Some(window) => {
-                let windowed = WindowedBatch::new(batch, window);
-                self.plan_tokens(&windowed.batch(), windowed.hidden_tokens(), plan)
+        match self.problem.visibility().reach {
+            Reach::Full => self.plan_tokens(batch, &[], plan),
+            reach => {
+                let visible = VisibleBatch::new(batch, reach);
+                self.plan_tokens(&visible.batch(), visible.hidden_tokens(), plan)
             }
         }
     }
 
-    /// Plans a batch from scratch, but for `hidden_tokens` where a window leaves no more of it
-    /// ([`WindowedBatch::hidden_tokens`]).
+    /// Plans a batch from scratch, but for `hidden_tokens` where rows see no more of it ([`VisibleBatch::hidden_tokens`]).
     fn plan_tokens(&mut self, batch: &DecodeBatch<'_>, hidden_tokens: &[u32], plan: &mut Plan) -> Result<()> {
         self.check_batch(batch)?;
+        self.take(batch, hidden_tokens);
+        self.plan_best(batch, hidden_tokens, plan, 0)
+    }
+
+    /// Takes a batch for the one that is planned.
+    fn take(&mut self, batch: &DecodeBatch<'_>, hidden_tokens: &[u32]) {
         self.newest = None;
         self.forest.build_windowed(batch, hidden_tokens);
         self.snapshot.take(batch, &self.forest);
-        self.plan_forest(batch, hidden_tokens, plan)
     }
 
-    /// Makes `plan`, the plan this planner made last, the plan of the next decode step: equal, bit for bit, to planning
-    /// `batch` from scratch. Sequences may have grown or shrunk, got or lost pages, joined, left, or been permuted, and
-    /// pages anywhere may have been replaced by others.
+    /// Makes `plan`, the plan this planner made last, the plan of the next decode step. Sequences may have grown or shrunk, got
+    /// or lost pages, joined, left, or been permuted, and pages anywhere may have been replaced by others.
+    ///
+    /// With fixed chunks the plan equals, bit for bit, the one from scratch. In the other modes it is one that covers the batch
+    /// exactly as well, about as fast: who is served together stays, until another tiling is predicted to be faster by more
+    /// than 1% when the planner looks. The same steps give the same plans.
     ///
     /// `changed_rows`, where given, names the rows of the batch whose table entries *that were in use before* may differ
     /// (a row that only grew is not among them); with `None` all entries are compared. Lengths and appended entries are
-    /// looked at in any case. A plan that this planner did not make last is planned from scratch, and so is one under a sliding
-    /// window, which moves with every token.
+    /// looked at in any case. A plan that this planner did not make last is planned from scratch, and so is one under a window
+    /// or in chunks, since what a row sees moves.
     ///
     /// # Errors
     /// As [`Self::plan`]; or a changed row is not in the batch. `plan` is as before.
@@ -283,23 +338,130 @@ impl Planner {
         changed_rows: Option<&[u32]>,
         plan: &mut Plan,
     ) -> Result<PlanChange> {
-        if self.newest != Some(plan.generation()) || self.problem.visibility().window.is_some() {
+        if self.newest != Some(plan.generation()) || self.problem.visibility().reach != Reach::Full {
             self.plan_into(batch, plan)?;
             return Ok(PlanChange::Forest);
         }
         self.check_batch(batch)?;
-        let change = self.snapshot.update(batch, changed_rows)?;
-        match change {
-            PlanChange::Nothing => {}
-            PlanChange::Lengths => {
-                let tails = &self.scratch.records.tails;
-                plan.change_lengths(self.snapshot.grown_rows().map(|(row, tokens)| (tails[row as usize], tokens)));
-                self.newest = Some(plan.generation());
-            }
-            PlanChange::Pages => self.plan_forest(batch, &[], plan)?,
-            PlanChange::Forest => self.plan_into(batch, plan)?,
+        // Fixed chunks are where they are, whatever the step: there is nothing to keep, and no room for another page.
+        let keeps_tiles = !matches!(self.options.mode, PlanMode::FixedChunk { .. });
+        let room = if keeps_tiles { ROOM_TOKENS.div_ceil(self.problem.page_size()) } else { 0 };
+        let (change, is_known) = self.snapshot.update(batch, changed_rows, keeps_tiles)?;
+        if change == PlanChange::Nothing {
+            return Ok(change);
         }
-        Ok(change)
+        let mut step = if change < PlanChange::Forest { self.grow(plan) } else { Step::Impossible };
+        self.newest = None;
+        if step == Step::Impossible && keeps_tiles && is_known {
+            step = self.keep(batch, plan, change, room)?;
+        }
+        if step == Step::Done {
+            self.newest = Some(plan.generation());
+            return Ok(change);
+        }
+        if keeps_tiles || change == PlanChange::Forest {
+            self.take(batch, &[]);
+        }
+        match self.plan_best(batch, &[], plan, room) {
+            // A plan that is slow is better than none: what is faster exceeds the capacity.
+            Err(_) if step == Step::Slow => Ok(change),
+            result => result.map(|()| change),
+        }
+    }
+
+    /// Makes `plan`, the newest, that of sequences which have but grown. Impossible where it has no room for their pages.
+    fn grow(&mut self, plan: &mut Plan) -> Step {
+        let Some(growths) = self.snapshot.growths() else { return Step::Impossible };
+        let Scratch { records, tiles, extents, .. } = &mut self.scratch;
+        let mut pages = 0;
+        for growth in growths {
+            let of_row = growth.pages.len() as u32;
+            if of_row > 0 && !records.take_room(growth.row, of_row) {
+                return Step::Impossible;
+            }
+            pages += u64::from(of_row);
+        }
+        let growths = self.snapshot.growths().into_iter().flatten();
+        plan.grow(growths, &mut records.tails, |tile, pages, item_pages| {
+            let tile = &mut tiles[tile as usize];
+            tile.page_count += pages;
+            tile.chunk_pages = tile.chunk_pages.max(item_pages);
+        });
+        if pages == 0 {
+            return Step::Done;
+        }
+        self.snapshot.measure(&self.forest, extents);
+        self.tiling.pages.unique += pages;
+        self.judge(plan, pages)
+    }
+
+    /// Plans `batch` in the tiles of the plan before, with the sequences that have left and joined since. Impossible where
+    /// that exceeds the capacity.
+    fn keep(&mut self, batch: &DecodeBatch<'_>, plan: &mut Plan, change: PlanChange, room: u32) -> Result<Step> {
+        let Scratch { extents, tiles, .. } = &mut self.scratch;
+        let (rule, choice) = (self.tiling.rule, self.choices.in_use());
+        let unique = self.tiling.pages.unique;
+        let mut changed_pages = 0;
+        if change == PlanChange::Forest {
+            changed_pages = self.kept.change_sequences(batch, &mut self.snapshot, &mut self.forest, extents, rule);
+        } else {
+            self.snapshot.measure(&self.forest, extents);
+        }
+        self.kept.tiles(extents, choice, rule, tiles);
+        self.tiling.pages = PageCounts::new(extents, &self.forest);
+        changed_pages = changed_pages.max(self.tiling.pages.unique.abs_diff(unique));
+        self.write_records(batch, &[], room)?;
+        if self.capacity.is_some_and(|capacity| capacity.check_records(&self.scratch.records).is_err()) {
+            return Ok(Step::Impossible);
+        }
+        let prediction = plan.prediction();
+        plan.write(self.problem, &self.profile, batch, &self.scratch.records, self.tiling.pages.repeated, prediction)?;
+        Ok(self.judge(plan, changed_pages))
+    }
+
+    /// Predicts `plan`, whose tiles were kept while so many pages changed. Where that, or what has changed so far, gives reason
+    /// to, looks whether another tiling is predicted to be faster by more than [`MOST_LOSS`].
+    fn judge(&mut self, plan: &mut Plan, changed_pages: u64) -> Step {
+        let Tiling { pages, us_per_page, changed_pages: all_changed_pages, steps, .. } = &mut self.tiling;
+        *all_changed_pages += changed_pages;
+        *steps += 1;
+        let Scratch { extents, search: search_scratch, .. } = &mut self.scratch;
+        let model = pages.model(self.problem, &self.profile, &self.variants);
+        let choices = &self.choices;
+        let capacity = self.capacity.as_ref();
+        let search = Search { model: &model, choice: &choices.usual, extents, longest: pages.longest, capacity };
+        let prediction = search.predict_plan(plan, search_scratch);
+        plan.predict(prediction);
+        let now_us_per_page = pages.us_per_page(&prediction);
+        let is_due = now_us_per_page > (1.0 + MOST_LOSS) * *us_per_page
+            || *all_changed_pages as f64 > MOST_CHANGED * pages.unique as f64
+            || *steps >= MOST_STEPS
+            || extents.len() < FEW_SEQUENCES;
+        if !is_due {
+            return Step::Done;
+        }
+        (*us_per_page, *all_changed_pages, *steps) = (now_us_per_page, 0, 0);
+        let limit_us = prediction.total_us() / (1.0 + MOST_LOSS);
+        let widest = choices.usual.widest();
+        let (from, to) = match self.options.mode {
+            PlanMode::FixedChunk { .. } => return Step::Done,
+            PlanMode::Flat => (1, 1),
+            PlanMode::PerNode | PlanMode::Packed => (widest, widest),
+            PlanMode::Auto => (widest, 1),
+        };
+        let tried = widths(from).chain([1]).filter(|width| (to..=from).contains(width));
+        let is_beaten = search.is_beaten(limit_us, |_| true, tried, search_scratch);
+        let is_wide_better = |wide: &Prediction| choices.is_wide_in_use() || is_wide_better(wide, &prediction);
+        let is_slow = is_beaten
+            || choices.wide_for(&prediction).is_some_and(|wide| {
+                Search { choice: wide, ..search }.is_beaten(
+                    limit_us,
+                    is_wide_better,
+                    widths(wide.widest()),
+                    search_scratch,
+                )
+            });
+        if is_slow { Step::Slow } else { Step::Done }
     }
 
     /// Refuses a batch that this planner can make no plan of, whatever the plan.
@@ -312,27 +474,18 @@ impl Planner {
         self.capacity.map_or(Ok(()), |capacity| capacity.check_batch(batch))
     }
 
-    /// Plans a batch whose forest is there.
-    fn plan_forest(&mut self, batch: &DecodeBatch<'_>, hidden_tokens: &[u32], plan: &mut Plan) -> Result<()> {
+    /// Plans a batch whose forest is there in the tiling that is predicted to be best, with room for `room` more pages of each
+    /// sequence.
+    fn plan_best(&mut self, batch: &DecodeBatch<'_>, hidden_tokens: &[u32], plan: &mut Plan, room: u32) -> Result<()> {
         self.newest = None;
-        let (shape, page_size) = (self.problem.shape(), self.problem.page_size());
+        let page_size = self.problem.page_size();
         let choices = &mut self.choices;
-        let Scratch { extents, tiles, search: search_scratch, emit: emit_scratch, records } = &mut self.scratch;
+        let Scratch { extents, tiles, search: search_scratch, .. } = &mut self.scratch;
         tiling::measure(batch, &self.forest, extents);
-        let unique_pages = extents.iter().map(|extent| u64::from(extent.pages - extent.shared)).sum();
-        let repeated_pages = extents.iter().map(|extent| u64::from(extent.shared)).sum();
-        let shared_pages = self.forest.nodes().iter().map(|node| u64::from(node.page_count())).sum();
-        let model = CostModel {
-            profile: &self.profile,
-            shape,
-            page_size,
-            variants: &self.variants,
-            unique_pages,
-            shared_pages,
-        };
-        let longest = extents.iter().map(|extent| extent.pages).max().unwrap_or(0);
+        let pages = PageCounts::new(extents, &self.forest);
+        let model = pages.model(self.problem, &self.profile, &self.variants);
         let capacity = self.capacity.as_ref();
-        let search = Search { model: &model, choice: &choices.usual, extents, longest, capacity };
+        let search = Search { model: &model, choice: &choices.usual, extents, longest: pages.longest, capacity };
         let widest = choices.usual.widest();
         let (mut rule, mut prediction) = match self.options.mode {
             PlanMode::FixedChunk { tokens } => {
@@ -361,22 +514,79 @@ impl Planner {
             let chunks = rule.chunks(tile.page_count, key_tile_pages);
             tiles.push(RowTile { chunk_pages: chunks.pages, chunks: chunks.count, ..tile });
         });
-        let emitter = Emitter {
-            shape,
-            batch,
-            hidden_tokens,
-            forest: &self.forest,
-            extents,
-            choice,
-            per_node: self.options.mode == PlanMode::PerNode,
-        };
-        emitter.emit(tiles, emit_scratch, records)?;
+        self.kept.take(tiles);
+        self.write_records(batch, hidden_tokens, room)?;
+        let Scratch { records, .. } = &self.scratch;
         if let Some(capacity) = &self.capacity {
             capacity.check_records(records)?;
         }
-        plan.write(self.problem, &self.profile, batch, records, repeated_pages, prediction)?;
+        plan.write(self.problem, &self.profile, batch, records, pages.repeated, prediction)?;
         self.newest = Some(plan.generation());
-        self.rule = rule;
+        self.tiling = Tiling { rule, pages, us_per_page: pages.us_per_page(&prediction), changed_pages: 0, steps: 0 };
         Ok(())
+    }
+
+    /// Writes the records of the tiles, with room for `room` more pages of each sequence where the capacity has it.
+    fn write_records(&mut self, batch: &DecodeBatch<'_>, hidden_tokens: &[u32], room: u32) -> Result<()> {
+        let Scratch { extents, tiles, emit: emit_scratch, records, .. } = &mut self.scratch;
+        let with_room = || {
+            let stream_pages: u64 = tiles.iter().map(|tile| u64::from(tile.page_count)).sum();
+            stream_pages + u64::from(room) * extents.len() as u64
+        };
+        let has_room = self.capacity.is_none_or(|capacity| with_room() <= u64::from(capacity.max_pages));
+        let emitter = Emitter {
+            shape: self.problem.shape(),
+            batch,
+            hidden_tokens,
+            has_first_tokens: self.problem.switches().window,
+            forest: &self.forest,
+            extents,
+            choice: self.choices.in_use(),
+            per_node: self.options.mode == PlanMode::PerNode,
+            room: if has_room { room } else { 0 },
+        };
+        emitter.emit(tiles, emit_scratch, records)
+    }
+}
+
+/// What became of a step that was not planned from scratch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    Done,
+    /// The plan is one of the step, but another tiling is faster.
+    Slow,
+    /// It must be planned in another way.
+    Impossible,
+}
+
+impl PageCounts {
+    fn new(extents: &[Extent], forest: &Forest) -> Self {
+        Self {
+            unique: extents.iter().map(|extent| u64::from(extent.pages - extent.shared)).sum(),
+            repeated: extents.iter().map(|extent| u64::from(extent.shared)).sum(),
+            shared: forest.nodes().iter().map(|node| u64::from(node.page_count())).sum(),
+            longest: extents.iter().map(|extent| extent.pages).max().unwrap_or(0),
+        }
+    }
+
+    /// Predicted time by distinct page.
+    fn us_per_page(&self, prediction: &Prediction) -> f64 {
+        prediction.total_us() / self.unique.max(1) as f64
+    }
+
+    fn model<'a>(
+        &self,
+        problem: Problem,
+        profile: &'a DeviceProfile,
+        variants: &'a [VariantTerms; TileVariant::ALL.len()],
+    ) -> CostModel<'a> {
+        CostModel {
+            profile,
+            shape: problem.shape(),
+            page_size: problem.page_size(),
+            variants,
+            unique_pages: self.unique,
+            shared_pages: self.shared,
+        }
     }
 }

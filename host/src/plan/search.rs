@@ -1,5 +1,6 @@
 //! The search for a tiling: candidates are compared by prediction, from counts alone; only the winner is made.
 
+use super::Plan;
 use super::capacity::PlanCapacity;
 use super::choice::TileChoice;
 use super::cost::{CostModel, Prediction, Work};
@@ -76,6 +77,38 @@ impl Search<'_> {
         self.classes(rule, uncut);
         let prediction = self.model.predict_below(|_| f64::INFINITY, uncut, rule, self.choice, (work, deal));
         prediction.expect("every time is below infinity").0
+    }
+
+    /// What the items of a plan are predicted to take.
+    pub(super) fn predict_plan(self, plan: &Plan, scratch: &mut Scratch) -> Prediction {
+        let Scratch { work, deal, .. } = scratch;
+        self.model.predict_plan(plan, (work, deal))
+    }
+
+    /// Whether some tiling of those that [`Self::best`] tries is predicted to take less than `limit_us`, and counts. `widths`
+    /// descend.
+    pub(super) fn is_beaten(
+        self,
+        limit_us: f64,
+        counts: impl Fn(&Prediction) -> bool,
+        widths: impl Iterator<Item = u32>,
+        scratch: &mut Scratch,
+    ) -> bool {
+        self.reserve(scratch);
+        let prediction = Prediction { busy_us: limit_us, ..Prediction::default() };
+        // Whatever a tiling moves, it must be faster than this.
+        let limit = Best { rule: TilingRule::default(), prediction, moved_bytes: f64::INFINITY };
+        for width in widths {
+            let mut best = Some(limit);
+            let is_last = !self.try_width(width, scratch, &mut best);
+            if best.is_some_and(|best| best.moved_bytes < f64::INFINITY && counts(&best.prediction)) {
+                return true;
+            }
+            if is_last {
+                break;
+            }
+        }
+        false
     }
 
     /// Whatever is tried, there are no more classes than sequences: no candidate grows the memory.

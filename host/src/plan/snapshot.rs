@@ -1,6 +1,8 @@
 //! What the batch of the former step looked like, and how much of the plan a new step leaves valid.
 
+use super::buffer::Growth;
 use super::forest::Forest;
+use super::tiling::Extent;
 use crate::{DecodeBatch, Error, Result};
 
 /// What a decode step has changed, from least to most.
@@ -12,7 +14,7 @@ pub enum PlanChange {
     Lengths,
     /// Private pages: more, fewer or other ones. Who shares what with whom is as before.
     Pages,
-    /// Anything else (rows, sharing, the pool), and what cannot be told from it: planned from scratch.
+    /// Anything else: rows, sharing, the pool.
     Forest,
 }
 
@@ -24,8 +26,33 @@ pub(super) struct Snapshot {
     rows: Vec<Row>,
     /// Page ids; each row has room to grow behind its own.
     ids: Vec<u32>,
-    /// Rows of another length since the last update, and by how many tokens.
-    grown: Vec<(u32, i32)>,
+    /// Entries of `ids` when all rows were taken.
+    taken: usize,
+    /// What the last update has found, while it could tell.
+    found: Found,
+}
+
+/// What an update has found.
+#[derive(Clone, Debug, Default)]
+struct Found {
+    /// Rows of another length that were planned before.
+    grown: Vec<Grown>,
+    /// Whether entries were replaced or dropped.
+    has_lost_entries: bool,
+    /// Rows, as they were numbered before, whose sequences have ended or moved to another place in the forest.
+    left: Vec<u32>,
+    /// Rows with new sequences, or with those that have moved.
+    joined: Vec<u32>,
+}
+
+/// How a row differs from what it was.
+#[derive(Clone, Copy, Debug)]
+struct Grown {
+    row: u32,
+    /// Tokens more, or fewer.
+    tokens: i32,
+    /// Pages more.
+    pages: u32,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -72,9 +99,41 @@ impl Snapshot {
     /// Room for more pages of each row, in entries: rows move when one has outgrown its own.
     const SLACK: u32 = 8;
 
-    /// Rows whose lengths the last update has changed, and by how many tokens.
-    pub(super) fn grown_rows(&self) -> impl Iterator<Item = (u32, i32)> {
-        self.grown.iter().copied()
+    /// How the rows have grown, where the last update found nothing else.
+    pub(super) fn growths(&self) -> Option<impl Iterator<Item = Growth<'_>>> {
+        let growth = |grown: &Grown| {
+            let row = &self.rows[grown.row as usize];
+            Growth {
+                row: grown.row,
+                tokens: grown.tokens,
+                last_page_tokens: row.length - row.pages.saturating_sub(1) * self.page_size,
+                pages: &self.ids[row.begin..][(row.pages - grown.pages) as usize..row.pages as usize],
+            }
+        };
+        (!self.found.has_lost_entries).then(|| self.found.grown.iter().map(growth))
+    }
+
+    /// Rows whose sequences have ended or moved, as they were numbered before the last update.
+    pub(super) fn left(&self) -> &[u32] {
+        &self.found.left
+    }
+
+    /// Rows with new sequences, or with those that have moved.
+    pub(super) fn joined(&self) -> &[u32] {
+        &self.found.joined
+    }
+
+    /// Takes note that a row shares so many pages with another, at least.
+    pub(super) fn raise_shared(&mut self, row: u32, pages: u32) {
+        let shared = &mut self.rows[row as usize].shared_pages;
+        *shared = pages.max(*shared);
+    }
+
+    /// Brings the page counts of `forest`'s sequences up to date.
+    pub(super) fn measure(&self, forest: &Forest, extents: &mut [Extent]) {
+        for (extent, &row) in extents.iter_mut().zip(forest.order()) {
+            extent.pages = self.rows[row as usize].pages;
+        }
     }
 
     /// Keeps `batch`, whose forest is `forest`.
@@ -82,10 +141,16 @@ impl Snapshot {
         self.page_size = batch.page_size();
         self.num_pages = batch.num_pages();
         self.rows.clear();
-        self.grown.clear();
-        self.grown.reserve(batch.sequence_count());
+        let sequences = batch.sequence_count();
+        let Found { grown, has_lost_entries: _, left, joined } = &mut self.found;
+        grown.clear();
+        grown.reserve(sequences);
+        left.clear();
+        left.reserve(sequences);
+        joined.clear();
+        joined.reserve(sequences);
         let mut end = 0;
-        for sequence in 0..batch.sequence_count() {
+        for sequence in 0..sequences {
             let length = batch.length(sequence);
             let pages = length.div_ceil(batch.page_size());
             let capacity = pages + Self::SLACK;
@@ -95,35 +160,82 @@ impl Snapshot {
         }
         // What stands behind a row's own entries is never read.
         self.ids.resize(end, 0);
+        self.taken = end;
         for (sequence, row) in self.rows.iter().enumerate() {
             let pages = row.pages as usize;
             self.ids[row.begin..][..pages].copy_from_slice(batch.first_pages(sequence, pages));
         }
     }
 
-    /// Says what `batch` changes. `changed_rows` are the rows whose entries in use may have changed, `None` for all. Unless
-    /// the answer is [`PlanChange::Forest`], the snapshot is that of `batch` on return; else it must be taken anew.
+    /// Says what `batch` changes. `changed_rows` are the rows whose entries in use may have changed, `None` for all. Below
+    /// [`PlanChange::Forest`], the snapshot is that of `batch` on return. With that answer it is where the second value says so,
+    /// but for what rows share with [`Self::joined`] ones; else it must be taken anew. `follows_rows` asks for that.
     ///
     /// # Errors
     /// A changed row is not in the batch; the snapshot is as before.
-    pub(super) fn update(&mut self, batch: &DecodeBatch<'_>, changed_rows: Option<&[u32]>) -> Result<PlanChange> {
+    pub(super) fn update(
+        &mut self,
+        batch: &DecodeBatch<'_>,
+        changed_rows: Option<&[u32]>,
+        follows_rows: bool,
+    ) -> Result<(PlanChange, bool)> {
+        const UNKNOWN: (PlanChange, bool) = (PlanChange::Forest, false);
         if let Some(&row) = changed_rows.into_iter().flatten().find(|&&row| row as usize >= batch.sequence_count()) {
             let expected = format!("rows of the batch, below {}", batch.sequence_count());
             return Err(Error::invalid("changed_rows", row, expected));
         }
         let same_pool = self.page_size == batch.page_size() && self.num_pages == batch.num_pages();
-        if !same_pool || self.rows.len() != batch.sequence_count() {
-            return Ok(PlanChange::Forest);
+        let (rows, new_rows) = (self.rows.len(), batch.sequence_count());
+        if !same_pool || (rows != new_rows && !follows_rows) {
+            return Ok(UNKNOWN);
         }
-        let mut change = PlanChange::Nothing;
-        match changed_rows {
-            None => (0..self.rows.len()).for_each(|row| change = change.max(self.compare_entries(batch, row))),
-            Some(rows) => rows.iter().for_each(|&row| change = change.max(self.compare_entries(batch, row as usize))),
+        let Found { grown, has_lost_entries, left, joined } = &mut self.found;
+        grown.clear();
+        left.clear();
+        joined.clear();
+        *has_lost_entries = false;
+        for row in new_rows..rows {
+            if self.rows[row].length > 0 {
+                left.push(row as u32);
+            }
         }
-        if change < PlanChange::Forest {
-            change = change.max(self.compare_lengths(batch));
+        self.rows.truncate(new_rows);
+        for row in rows..new_rows {
+            self.rows.push(Row { begin: 0, capacity: 0, pages: 0, length: 0, shared_pages: 0 });
+            self.replace(batch, row);
         }
-        Ok(change)
+        let common = rows.min(new_rows);
+        let mut change = if rows == new_rows { PlanChange::Nothing } else { PlanChange::Forest };
+        // More changes than this take longer one by one.
+        let most_moves = rows / 8 + 2;
+        let mut compare = |row: usize, change: &mut PlanChange| {
+            let of_row = self.compare_entries(batch, row);
+            *change = of_row.max(*change);
+            self.found.has_lost_entries |= of_row != PlanChange::Nothing;
+            if of_row == PlanChange::Forest && follows_rows {
+                self.replace(batch, row);
+            }
+            (of_row < PlanChange::Forest || follows_rows) && self.found.joined.len() <= most_moves
+        };
+        let goes_on = match changed_rows {
+            None => (0..common).all(|row| compare(row, &mut change)),
+            Some(changed) => {
+                let mut changed = changed.iter().map(|&row| row as usize).filter(|row| *row < common);
+                changed.all(|row| compare(row, &mut change))
+            }
+        };
+        if !goes_on {
+            return Ok(UNKNOWN);
+        }
+        let of_lengths = self.compare_lengths(batch, follows_rows);
+        let moves = self.found.left.len().max(self.found.joined.len());
+        if of_lengths == PlanChange::Forest && !follows_rows
+            || moves > most_moves
+            || self.ids.len() > 2 * self.taken + 4096
+        {
+            return Ok(UNKNOWN);
+        }
+        Ok((change.max(of_lengths), true))
     }
 
     /// Compares the entries that were in use and still are, and takes over those that differ.
@@ -141,17 +253,17 @@ impl Snapshot {
     }
 
     /// Compares lengths, and takes over what rows have grown or shrunk by.
-    fn compare_lengths(&mut self, batch: &DecodeBatch<'_>) -> PlanChange {
+    fn compare_lengths(&mut self, batch: &DecodeBatch<'_>, follows_rows: bool) -> PlanChange {
         let page_size = self.page_size;
         let mut change = PlanChange::Nothing;
         // Rows that end at a node stand in the order of their lengths: it stays if they grow alike.
         let mut growth_at_nodes = None;
-        self.grown.clear();
-        for (index, row) in self.rows.iter_mut().enumerate() {
+        for index in 0..self.rows.len() {
+            let row = self.rows[index];
             let length = batch.length(index);
             // Lengths are below 2^31.
             let growth = length as i32 - row.length as i32;
-            if row.length > 0 && row.ends_at_node(row.length, page_size) {
+            if !follows_rows && row.length > 0 && row.ends_at_node(row.length, page_size) {
                 if growth_at_nodes.is_some_and(|others| others != growth) {
                     return PlanChange::Forest;
                 }
@@ -163,18 +275,56 @@ impl Snapshot {
             let new = batch.pages(index);
             let pages = new.len() as u32;
             // Entries that were not in use before are other pages, not other contents.
-            change = change.max(row.change(length, pages, row.pages.min(pages), page_size));
-            if change == PlanChange::Forest || pages > row.capacity {
-                return PlanChange::Forest;
+            let of_row = row.change(length, pages, row.pages.min(pages), page_size);
+            change = change.max(of_row);
+            if of_row == PlanChange::Forest {
+                if !follows_rows {
+                    return change;
+                }
+                self.replace(batch, index);
+                continue;
             }
-            if pages > row.pages {
-                let appended = row.pages as usize..pages as usize;
-                self.ids[row.begin..][appended.clone()].copy_from_slice(&new[appended]);
+            if pages > row.capacity {
+                self.move_row(index, pages);
             }
+            let row = &mut self.rows[index];
+            let appended = pages.saturating_sub(row.pages);
+            if appended > 0 {
+                let range = row.pages as usize..pages as usize;
+                self.ids[row.begin..][range.clone()].copy_from_slice(&new[range]);
+            }
+            self.found.has_lost_entries |= pages < row.pages;
             (row.length, row.pages) = (length, pages);
-            self.grown.push((index as u32, growth));
+            self.found.grown.push(Grown { row: index as u32, tokens: growth, pages: appended });
         }
         change
+    }
+
+    /// Takes a row for another sequence, whose place in the forest is to be found.
+    fn replace(&mut self, batch: &DecodeBatch<'_>, index: usize) {
+        let (length, new) = (batch.length(index), batch.pages(index));
+        let pages = new.len() as u32;
+        if self.rows[index].length > 0 {
+            self.found.left.push(index as u32);
+        }
+        if length > 0 {
+            self.found.joined.push(index as u32);
+        }
+        if pages > self.rows[index].capacity {
+            self.move_row(index, pages);
+        }
+        let row = &mut self.rows[index];
+        self.ids[row.begin..][..new.len()].copy_from_slice(new);
+        (row.length, row.pages, row.shared_pages) = (length, pages, 0);
+    }
+
+    /// Gives a row room for `pages` entries and more.
+    fn move_row(&mut self, index: usize, pages: u32) {
+        let row = &mut self.rows[index];
+        let former = row.begin..row.begin + row.pages as usize;
+        (row.begin, row.capacity) = (self.ids.len(), pages + Self::SLACK);
+        self.ids.resize(row.begin + row.capacity as usize, 0);
+        self.ids.copy_within(former, row.begin);
     }
 }
 
@@ -192,7 +342,7 @@ mod tests {
         forest.build(&before);
         let mut snapshot = Snapshot::default();
         snapshot.take(&before, &forest);
-        snapshot.update(&batch(after), None).unwrap()
+        snapshot.update(&batch(after), None, false).unwrap().0
     }
 
     #[test]
@@ -230,9 +380,9 @@ mod tests {
         snapshot.take(&before, &forest);
         let after: &[&[u32]] = &[&[1], &[4]];
         let after = DecodeBatch::from_block_tables(after, &[4, 4], PAGE, 100).unwrap();
-        assert_eq!(snapshot.clone().update(&after, Some(&[])).unwrap(), PlanChange::Lengths);
-        assert_eq!(snapshot.clone().update(&after, Some(&[1])).unwrap(), PlanChange::Pages);
-        let error = snapshot.update(&after, Some(&[0, 2])).unwrap_err().to_string();
+        assert_eq!(snapshot.clone().update(&after, Some(&[]), false).unwrap().0, PlanChange::Lengths);
+        assert_eq!(snapshot.clone().update(&after, Some(&[1]), false).unwrap().0, PlanChange::Pages);
+        let error = snapshot.update(&after, Some(&[0, 2]), false).unwrap_err().to_string();
         assert!(error.contains("changed_rows") && error.contains("got 2"), "{error}");
     }
 
@@ -247,7 +397,7 @@ mod tests {
         snapshot.take(&at(1), &forest);
         let mut taken = 0;
         for length in 2..lengths.len() {
-            let change = snapshot.update(&at(length), None).unwrap();
+            let change = snapshot.update(&at(length), None, false).unwrap().0;
             if change == PlanChange::Forest {
                 forest.build(&at(length));
                 snapshot.take(&at(length), &forest);

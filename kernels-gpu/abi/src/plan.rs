@@ -102,8 +102,8 @@ pub struct WorkItem {
     /// Index, in the mask array, of the first page's mask, or [`NO_MASKS`].
     pub mask_begin: u32,
     /// Index, among the words for a few items, of the first page's first token that counts, followed by those of its other pages; or
-    /// [`NONE`]: tokens count from the first of a page on. In plans under a sliding window every item with masks has them, at
-    /// [`Self::mask_begin`], and no other has: so the mma.sync kernels find them that are compiled for windows.
+    /// [`NONE`]: tokens count from the first of a page on. In plans for kernels with
+    /// [`crate::Switches::window`] every item with masks has them, at [`Self::mask_begin`], and no other has: so they find them.
     pub first_token_begin: u32,
     /// Index, among the words for a few items, of the first query's KV limit, followed by those of its other queries: its rows attend
     /// to none of the item's stream from this token on, whatever the entries say. Or [`NONE`]. The CPU executor reads it, no kernel

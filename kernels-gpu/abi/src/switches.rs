@@ -29,7 +29,8 @@ macro_rules! window_symbol {
 pub struct Switches {
     /// Scores are capped: `cap * tanh(score / cap)`.
     pub soft_cap: bool,
-    /// Rows attend to the later tokens only of the first page of their stream: under a sliding window.
+    /// Rows attend to the later tokens only of some pages of their stream: of the first, under a sliding window or in chunks that
+    /// begin within pages.
     pub window: bool,
 }
 

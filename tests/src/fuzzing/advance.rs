@@ -1,10 +1,12 @@
-//! Steps of a batch that lives: `advance` gives the plan that planning from scratch gives.
+//! Steps of a batch that lives: `advance` gives a plan of every step, with fixed chunks the one from scratch, whether it is told
+//! what has changed or not.
 
 use super::batches;
+use crate::invariants;
 use crate::walk::changed_rows;
 use arbitrary::{Result, Unstructured};
-use pat_rs::plan::PlanChange;
-use pat_rs::{DeviceProfile, Plan, Planner};
+use pat_rs::plan::{PlanChange, PlanMode};
+use pat_rs::{DeviceProfile, Planner};
 use pat_workloads::OwnedBatch;
 
 const MOST_STEPS: usize = 64;
@@ -18,6 +20,7 @@ pub(super) fn advance(bytes: &[u8]) {
 fn walk(u: &mut Unstructured<'_>) -> Result<()> {
     let (mut batch, shape) = (batches::batch(u)?, batches::shape(u)?);
     let options = batches::options(u, batch.page_size)?;
+    let is_fixed = matches!(options.mode, PlanMode::FixedChunk { .. });
     let Ok(planner) = Planner::new(batch.problem(shape), DeviceProfile::h200(), options) else { return Ok(()) };
     let planner = if u.ratio(1, 4)? {
         let Ok(bounded) = planner.with_capacity(batches::capacity(u)?) else { return Ok(()) };
@@ -38,30 +41,34 @@ fn walk(u: &mut Unstructured<'_>) -> Result<()> {
         let (rows, changed) = (batch.rows(), changed_rows(&before, &batch));
         let view = batch.view(&rows).expect("a valid batch");
         let expected = scratch.plan(&view);
+        let mut has_failed = false;
         for (planner, plan, hint) in [(&mut comparing, &mut compared, None), (&mut hinted, &mut told, Some(&changed))] {
             let was = plan.clone();
             let result = planner.advance(&view, hint.map(Vec::as_slice), plan);
-            assert_step(&was, plan, &expected, result);
+            has_failed = result.is_err();
+            match result {
+                Ok(change) => {
+                    assert_eq!(change == PlanChange::Nothing, was.generation() == plan.generation(), "{change:?}");
+                    invariants::check(plan, &batch, shape);
+                    if is_fixed {
+                        assert!(expected.as_ref().ok() == Some(&*plan), "{change:?}: not the plan from scratch");
+                    }
+                }
+                Err(error) => {
+                    assert_eq!(Some(error.to_string()), expected.as_ref().err().map(ToString::to_string));
+                    assert!(
+                        was == *plan && was.generation() == plan.generation(),
+                        "a refused step has changed the plan"
+                    );
+                }
+            }
         }
-        if expected.is_err() {
+        if has_failed {
             break;
         }
+        assert!(compared == told, "what has changed was told, and makes a difference");
     }
     Ok(())
-}
-
-fn assert_step(was: &Plan, is: &Plan, expected: &pat_rs::Result<Plan>, result: pat_rs::Result<PlanChange>) {
-    match (expected, result) {
-        (Ok(expected), Ok(change)) => {
-            assert!(is == expected, "{change:?}: not the plan from scratch");
-            assert_eq!(change == PlanChange::Nothing, was.generation() == is.generation(), "{change:?}");
-        }
-        (Err(expected), Err(error)) => {
-            assert_eq!(error.to_string(), expected.to_string());
-            assert!(was == is && was.generation() == is.generation(), "a refused step has changed the plan");
-        }
-        (expected, result) => panic!("from scratch {expected:?}, advanced {result:?}"),
-    }
 }
 
 fn step(u: &mut Unstructured<'_>, batch: &mut OwnedBatch) -> Result<()> {
