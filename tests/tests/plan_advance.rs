@@ -120,6 +120,7 @@ fn decode_loops_of_600_steps() {
         (64, 8, 256, 2048, 16, false),
         (256, 32, 512, 256, 16, true),
         (256, 0, 1024, 512, 16, true),
+        (256, 32, 512, 512, 16, false),
         (64, 512, 512, 256, 1, true),
     ] {
         let groups = sequences / 64;
@@ -273,4 +274,30 @@ fn a_refused_step_leaves_the_plan_as_it_was() {
     assert!(error.contains("changed_rows") && error.contains("got 4") && error.contains("below 4"), "{error}");
     assert_eq!((&plan, plan.generation()), (&before, before.generation()));
     assert_eq!(advance(&mut planner, &batch, None, &mut plan), PlanChange::Nothing);
+}
+
+/// Rows that move up, as where an engine takes finished ones out of its lists, keep their tiles.
+#[test]
+fn rows_that_move_up_are_followed() {
+    let spec = RaggedGroups { sequences: 80, groups: 2, shared_pages: 8, private_pages: 20, page_size: 16, seed: 3 };
+    let before = spec.batch();
+    for leaving in [&[0u32][..], &[79], &[40], &[3, 4, 5], &[2, 30, 31, 77]] {
+        for hinted in [false, true] {
+            let mut batch = before.clone();
+            for &row in leaving.iter().rev() {
+                batch.block_tables.remove(row as usize);
+                batch.lengths.remove(row as usize);
+            }
+            // One joins, behind the others.
+            batch.block_tables.push(before.block_tables[7][..9].to_vec());
+            batch.lengths.push(9 * 16 - 3);
+            let [mut planner, mut scratch] = [(); 2].map(|()| self::planner(PlanMode::Auto, 16));
+            let mut plan = from_scratch(&mut planner, &before);
+            let rows = changed_rows(&before, &batch);
+            let change = advance(&mut planner, &batch, hinted.then_some(&rows[..]), &mut plan);
+            assert_eq!(change, PlanChange::Forest);
+            let expected = from_scratch(&mut scratch, &batch);
+            held_against(&plan, &planner, &batch, &expected, &scratch);
+        }
+    }
 }
