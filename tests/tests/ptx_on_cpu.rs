@@ -28,7 +28,7 @@ const SEED: u32 = 23;
 /// Forests that each forward kernel computes.
 const FORESTS: u64 = 10;
 
-/// Forward kernels of 16-bit K and V with their variants. (Of 8-bit ones: eight_bit.)
+/// Forward kernels of 16-bit K and V with their variants. (Of 8-bit ones: gpu_eight_bit.)
 fn forward_kernels() -> impl Iterator<Item = (&'static KernelSpec, TileVariant)> {
     KERNELS.iter().filter(|kernel| kernel.kv_dtype == kernel.dtype).filter_map(|kernel| match kernel.family {
         Family::Forward(variant) => Some((kernel, variant)),
