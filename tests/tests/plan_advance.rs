@@ -5,10 +5,11 @@ use half::f16;
 use pat_abi::WorkItem;
 use pat_rs::plan::{PlanCapacity, PlanChange, PlanMode};
 use pat_rs::{AttentionShape, DeviceProfile, Dtype, Plan, Planner, Problem};
+use pat_tests::executor::{Executor, Interpreter};
 use pat_tests::invariants::check;
 use pat_tests::walk::{Limits, Walk, changed_rows};
-use pat_tests::{Case, judge, run_plan};
-use pat_workloads::{DecodeLoop, DecodeLoopSpec, OwnedBatch, PoolLayout, RaggedGroups};
+use pat_tests::{Case, Output, judge, run_plan, softmax_scale};
+use pat_workloads::{DecodeLoop, DecodeLoopSpec, OwnedBatch, PoolLayout, RaggedGroups, Tensors};
 use proptest::prelude::*;
 use std::collections::BTreeSet;
 
@@ -152,7 +153,8 @@ fn decode_loops_of_600_steps() {
     }
 }
 
-/// Pages in any order of a stream, as appending leaves them, are attended to as they should be.
+/// Pages in any order of a stream, as appending leaves them, are attended to as they should be, by the CPU executor and by the
+/// kernels, whose PTX is interpreted.
 #[test]
 fn the_outputs_of_advanced_plans_are_those_of_the_oracle() {
     const LIMITS: Limits = Limits { num_pages: 256, sequences: 12, tokens: 400 };
@@ -172,6 +174,15 @@ fn the_outputs_of_advanced_plans_are_those_of_the_oracle() {
             let output = run_plan::<f16>(&case, &plan, seed as u32).expect("a valid plan");
             let report = judge(&case, &output, seed as u32).expect("a valid case");
             assert!(report.passed, "walk {seed}, step {step}: {report:?}");
+            if step % 9 == 0 {
+                let tensors = Tensors::<f16>::draw(&case.batch, shape, case.layout, seed as u32).expect("a valid case");
+                let mut of_kernels = output.clone();
+                of_kernels.out.fill(f16::NAN);
+                let Output { out, lse } = &mut of_kernels;
+                Interpreter.run_host(&plan, &tensors.host(softmax_scale(shape)), out, Some(lse)).expect("a run");
+                let report = judge(&case, &of_kernels, seed as u32).expect("a valid case");
+                assert!(report.passed, "kernels, walk {seed}, step {step}: {report:?}");
+            }
         }
     }
 }
