@@ -54,8 +54,8 @@ impl DeviceMemory {
             })
         });
         let params: Vec<Param<'_>> = [Param::Bytes(&record.params)].into_iter().chain(maps).collect();
-        // The wgmma kernels compute tile rows that the item does not have from whatever the queries before have left there: rows do
-        // not mix, and theirs are not stored. NaN shows if they do.
+        // The wgmma kernels compute tile rows that the item does not have from whatever the queries before have left there:
+        // rows do not mix, and theirs are not stored. NaN shows if they do.
         let unset_shared = match record.kernel.family {
             Family::Forward(variant) if variant.is_persistent() => Unset::Reads(0xff),
             _ => Unset::Fault,

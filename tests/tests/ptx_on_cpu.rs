@@ -1,5 +1,5 @@
-//! The committed PTX, interpreted on the CPU: every entry of the manifest computes what it should. Where there is no GPU, this is what
-//! executes the kernels.
+//! The committed PTX, interpreted on the CPU: every entry of the manifest computes what it should. Where there is no GPU, this
+//! is what executes the kernels.
 
 use half::{bf16, f16};
 use pat_abi::generator::{self, Tensor};
@@ -62,7 +62,8 @@ fn rows_of_tokens(batch: &OwnedBatch, tokens: u32) -> (OwnedBatch, Vec<u32>) {
     (rows, counts)
 }
 
-/// Runs one forest of several query tokens, scales, modes, caps, windows, chunks and sinks through a kernel; tells which entries were launched.
+/// Runs one forest of several query tokens, scales, modes, caps, windows, chunks and sinks through a kernel; tells which
+/// entries were launched.
 fn run_forest<T: Element>(kernel: &KernelSpec, variant: TileVariant, index: u64) -> BTreeSet<&'static str> {
     let mut rng = ChaCha8Rng::seed_from_u64(index);
     let case = draw_case(&mut rng, kernel, variant);

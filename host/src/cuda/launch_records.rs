@@ -1,5 +1,5 @@
-//! What calls would launch, where there is no device: kernels as they would be compiled, grids and parameters. For tests that run the
-//! PTX elsewhere.
+//! What calls would launch, where there is no device: kernels as they would be compiled, grids and parameters. For tests that
+//! run the PTX elsewhere.
 
 use super::args::RunArgs;
 use super::engine::{forward_kernel, merge_kernel};
