@@ -94,6 +94,15 @@ pub(super) struct Growth<'a> {
     pub(super) pages: &'a [u32],
 }
 
+/// Tokens of a batch.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct TokenCounts {
+    /// Of all rows together.
+    pub(super) logical: u64,
+    /// Of these, those beyond the distinct ones: only full pages, and parts of pages that rows see alike, are shared.
+    pub(super) repeated: u64,
+}
+
 impl Records {
     /// Drops the records, keeps the memory.
     pub(super) fn clear(&mut self) {
@@ -212,7 +221,7 @@ impl Plan {
         }
     }
 
-    /// Makes this the plan of `records`. `repeated_pages` are the pages of the batch's sequences beyond the distinct ones.
+    /// Makes this the plan of `records`.
     /// Allocates only where it grows.
     ///
     /// # Errors
@@ -223,7 +232,7 @@ impl Plan {
         profile: &Arc<DeviceProfile>,
         batch: &DecodeBatch<'_>,
         records: &Records,
-        repeated_pages: u64,
+        tokens: TokenCounts,
         prediction: Prediction,
     ) -> Result<()> {
         let count = |what: &str, n: usize| checked_count(what, n as u64);
@@ -290,15 +299,12 @@ impl Plan {
             data.copy_from_slice(source);
             padding.fill(0);
         }
-        let logical_tokens = (0..batch.sequence_count()).map(|sequence| u64::from(batch.length(sequence))).sum();
         self.generation = PlanGeneration::next();
         self.problem = problem;
         self.profile.clone_from(profile);
         self.num_pages = batch.num_pages();
-        self.logical_tokens = logical_tokens;
-        // Only full pages are shared.
-        let repeated_tokens = repeated_pages * u64::from(batch.page_size());
-        self.unique_kv_bytes = (logical_tokens - repeated_tokens) * self.shape().kv_bytes_per_token();
+        self.logical_tokens = tokens.logical;
+        self.unique_kv_bytes = (tokens.logical - tokens.repeated) * self.shape().kv_bytes_per_token();
         self.prediction = prediction;
         Ok(())
     }
