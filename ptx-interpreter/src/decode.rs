@@ -233,7 +233,7 @@ impl Operands<'_, '_> {
                 self.expect(3)?;
                 Op::TryWait { to: self.register(0)?, at: self.address(1)?, parity: self.source(2)? }
             }
-            "wgmma.fence.sync.aligned" => Op::Nothing,
+            "wgmma.fence.sync.aligned" => Op::FenceProducts,
             "wgmma.commit_group.sync.aligned" => Op::CommitProducts,
             "wgmma.wait_group.sync.aligned" => Op::WaitProducts { open_groups: self.immediate(0)? as usize },
             _ if self.opcode.starts_with("wgmma.mma_async.sync.aligned.m64n") => self.wgmma()?,

@@ -163,6 +163,9 @@ pub enum Fault {
         /// What is wrong.
         what: String,
     },
+    /// Registers of a matrix product of a warpgroup were used as they must not be.
+    #[error("wgmma: {0}")]
+    Product(&'static str),
     /// A tensor map or matrix descriptor that the interpreter does not know.
     #[error("{0}")]
     Descriptor(String),

@@ -47,7 +47,10 @@ impl Warp {
             let flow = if lanes == 0 {
                 Flow::Next
             } else {
-                self.execute(lanes, group.pc, &instruction.op, common).map_err(|fault| (group.pc, fault))?
+                {
+                    let flow = self.execute(lanes, group.pc, &instruction.op, common);
+                    flow.and_then(|flow| self.products.check().map(|()| flow)).map_err(|fault| (group.pc, fault))?
+                }
             };
             match flow {
                 Flow::Next => self.groups[index].pc += 1,
@@ -225,24 +228,25 @@ impl Warp {
                 let sums = multiply_add(&a, &b, c.map(|slot| self.get(slot)));
                 d.into_iter().zip(&sums).for_each(|(slot, values)| self.set(slot, lanes, values));
             }
-            &Op::Wgmma { b, adds, .. } => {
+            Op::FenceProducts => self.products.fence(),
+            Op::Wgmma { d, a, b, adds, .. } => {
                 if !self.gathered(u32::MAX, lanes)? {
                     return Ok(Flow::Wait(Wait::Lanes));
                 }
-                let b = MatrixDescriptor::decode(self.uniform(b, lanes, "a matrix descriptor")?)?;
-                let adds = self.uniform(adds, lanes, "whether a product is added")? != 0;
-                self.open_products.push(Product { pc, b, adds });
+                let b = MatrixDescriptor::decode(self.uniform(*b, lanes, "a matrix descriptor")?)?;
+                let adds = self.uniform(*adds, lanes, "whether a product is added")? != 0;
+                self.products.start(Product { pc, b, adds }, d.iter().chain(a).copied())?;
             }
             Op::CommitProducts => {
-                let group = std::mem::take(&mut self.open_products);
-                self.product_groups.push_back(group);
+                let group = std::mem::take(&mut self.products.open);
+                self.products.groups.push_back(group);
             }
             &Op::WaitProducts { open_groups } => {
                 if !self.gathered(u32::MAX, lanes)? {
                     return Ok(Flow::Wait(Wait::Lanes));
                 }
-                while self.product_groups.len() > open_groups {
-                    for product in self.product_groups.pop_front().unwrap_or_default() {
+                while self.products.groups.len() > open_groups {
+                    for product in self.products.groups.pop_front().unwrap_or_default() {
                         self.multiply(product, common)?;
                     }
                 }
@@ -297,7 +301,7 @@ impl Warp {
                 }
             }
             for (&slot, value) in to.iter().zip(vector.chunks_exact(bytes)) {
-                self.registers[slot as usize][lane] = little_endian(value);
+                self.get_mut(slot)[lane] = little_endian(value);
             }
         }
         Ok(())
@@ -463,14 +467,17 @@ impl Warp {
     fn multiply(&mut self, product: Product, common: &mut Common<'_>) -> Result<()> {
         let Product { pc, b: descriptor, adds } = product;
         let Op::Wgmma { of, d, a, transposed, .. } = &common.kernel.instructions[pc].op else { return Ok(()) };
-        let a = a_matrix(*of, a.map(|slot| self.get(slot)));
+        let registers = || d.iter().chain(a).copied();
+        let a = a_matrix(*of, a.map(|slot| self.get_of_product(slot)));
         for (block, d) in d.chunks_exact(4).enumerate() {
             let b = self.read_b(*of, descriptor, 8 * block, *transposed, common)?;
             let zeros = [0; WARP];
-            let sums: [&Lanes; 4] = std::array::from_fn(|index| if adds { self.get(d[index]) } else { &zeros });
+            let sums: [&Lanes; 4] =
+                std::array::from_fn(|index| if adds { self.get_of_product(d[index]) } else { &zeros });
             let sums = multiply_add(&a, &b, sums);
-            d.iter().zip(&sums).for_each(|(&slot, values)| self.set(slot, u32::MAX, values));
+            d.iter().zip(sums).for_each(|(&slot, values)| self.set_of_product(slot, values));
         }
+        self.products.finish(registers());
         Ok(())
     }
 

@@ -154,6 +154,7 @@ pub(crate) enum Op {
         adds: Slot,
         transposed: bool,
     },
+    FenceProducts,
     CommitProducts,
     WaitProducts {
         open_groups: usize,

@@ -43,6 +43,7 @@
 //!   happen as late as the waits allow, so that a missing wait shows.
 //! - **Races** in shared memory: two accesses of different warps or lanes, one of them a write, that no barrier orders; and writes
 //!   that TMA or wgmma might not see, for lack of a proxy fence.
+//! - **Registers of a matrix product under way** that something else touches, or that no `wgmma.fence` stands in front of.
 //! - **Deadlocks**, with who waits where; instructions that want all lanes of a warp and do not get them.
 //!
 //! # What it does not

@@ -1,10 +1,12 @@
 //! A warp: 32 lanes that may go different ways. Lanes at the same instruction form a group; of the groups that can go on, the one that
 //! is furthest behind does, so that they meet again where their ways do.
 
+use crate::error::Fault;
 use crate::instruction::Slot;
 use crate::kernel::{Kernel, Special};
 use crate::lanes::{Lanes, WARP};
 use crate::tensor::MatrixDescriptor;
+use std::cell::Cell;
 use std::collections::VecDeque;
 
 /// Lanes that are at the same instruction.
@@ -57,13 +59,65 @@ pub(crate) struct Product {
 #[derive(Clone, Debug)]
 pub(crate) struct Warp {
     pub(crate) index: usize,
-    pub(crate) registers: Vec<Lanes>,
+    registers: Vec<Lanes>,
     pub(crate) groups: Vec<Group>,
     pub(crate) exited: u32,
     pub(crate) copies: [LaneCopies; WARP],
-    /// Matrix products of the warpgroup, computed when they are waited for, and no earlier.
-    pub(crate) open_products: Vec<Product>,
-    pub(crate) product_groups: VecDeque<Vec<Product>>,
+    pub(crate) products: Products,
+}
+
+/// Matrix products of the warpgroup, computed when they are waited for, and no earlier.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Products {
+    pub(crate) open: Vec<Product>,
+    pub(crate) groups: VecDeque<Vec<Product>>,
+    /// Of each register: how many products under way read or write it.
+    in_flight: Vec<u32>,
+    /// Whether another instruction has accessed one of these.
+    is_accessed: Cell<bool>,
+    /// Registers that were written since the last fence.
+    unfenced: Vec<bool>,
+}
+
+impl Products {
+    /// A product with these registers is under way.
+    ///
+    /// # Errors
+    /// One of them was written since the last fence.
+    pub(crate) fn start(&mut self, product: Product, registers: impl Iterator<Item = Slot>) -> Result<(), Fault> {
+        for slot in registers {
+            if self.unfenced[slot as usize] {
+                return Err(Fault::Product("a register was written since the last wgmma.fence"));
+            }
+            self.in_flight[slot as usize] += 1;
+        }
+        self.open.push(product);
+        Ok(())
+    }
+
+    /// It has been computed.
+    pub(crate) fn finish(&mut self, registers: impl Iterator<Item = Slot>) {
+        registers.for_each(|slot| self.in_flight[slot as usize] -= 1);
+    }
+
+    pub(crate) fn fence(&mut self) {
+        self.unfenced.fill(false);
+    }
+
+    fn access(&self, slot: Slot) {
+        if self.in_flight[slot as usize] > 0 {
+            self.is_accessed.set(true);
+        }
+    }
+
+    /// # Errors
+    /// An instruction has accessed a register of a product under way.
+    pub(crate) fn check(&self) -> Result<(), Fault> {
+        if self.is_accessed.get() {
+            return Err(Fault::Product("a register is accessed that a product under way reads or writes"));
+        }
+        Ok(())
+    }
 }
 
 impl Warp {
@@ -91,18 +145,29 @@ impl Warp {
             groups: vec![Group { pc: 0, lanes: u32::MAX, wait: Wait::None }],
             exited: 0,
             copies: std::array::from_fn(|_| LaneCopies::default()),
-            open_products: Vec::new(),
-            product_groups: VecDeque::new(),
+            products: Products {
+                in_flight: vec![0; kernel.slots],
+                unfenced: vec![false; kernel.slots],
+                ..Products::default()
+            },
         }
     }
 
     pub(crate) fn get(&self, slot: Slot) -> &Lanes {
+        self.products.access(slot);
         &self.registers[slot as usize]
+    }
+
+    /// A register that is written.
+    pub(crate) fn get_mut(&mut self, slot: Slot) -> &mut Lanes {
+        self.products.access(slot);
+        self.products.unfenced[slot as usize] = true;
+        &mut self.registers[slot as usize]
     }
 
     /// Sets a register in some lanes.
     pub(crate) fn set(&mut self, slot: Slot, lanes: u32, values: &Lanes) {
-        let register = &mut self.registers[slot as usize];
+        let register = self.get_mut(slot);
         if lanes == u32::MAX {
             *register = *values;
         } else {
@@ -112,6 +177,16 @@ impl Warp {
                 }
             }
         }
+    }
+
+    /// A register of a product under way, for that product.
+    pub(crate) fn get_of_product(&self, slot: Slot) -> &Lanes {
+        &self.registers[slot as usize]
+    }
+
+    /// Sets an accumulator of a product under way.
+    pub(crate) fn set_of_product(&mut self, slot: Slot, values: Lanes) {
+        self.registers[slot as usize] = values;
     }
 
     /// Groups at the same instruction become one, which may then go on; and the group to run next, if one can.

@@ -253,6 +253,53 @@ fn boxes_of_tensors_come_behind_a_barrier() {
     assert!(error.contains("there is no tensor map at 0x8"), "{error}");
 }
 
+/// Four warps multiply 64 rows of ones with 16 rows of the tensor, 16 elements of each, and say one column each.
+const PRODUCT: &str = "add.s32 %r4, %r2, 2048;
+mov.b32 %r5, 0;
+setp.ne.b32 %p1, %r1, 0;
+@%p1 bra $started;
+mbarrier.init.shared::cta.b64 [%r4], 1;
+fence.mbarrier_init.release.cluster;
+mov.b64 %rd5, map;
+mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r4], 2048;
+cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%r2], [%rd5, {%r5, %r5, %r5, %r5}], [%r4];
+$started: bar.sync 0;
+$wait: mbarrier.try_wait.parity.shared::cta.b64 %p3, [%r4], 0;
+@!%p3 bra $wait;
+shr.u32 %r6, %r2, 4;
+cvt.u64.u32 %rd6, %r6;
+or.b64 %rd6, %rd6, 4611686293305294848;
+mov.b32 %r7, 1006648320;
+setp.ne.b32 %p4, 0, 0;
+wgmma.fence.sync.aligned;
+wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {%r10, %r11, %r12, %r13, %r14, %r15, %r16, %r17}, {%r7, %r7, %r7, %r7}, %rd6, %p4, 1, 1, 0;
+wgmma.commit_group.sync.aligned;
+wgmma.wait_group.sync.aligned 0;
+st.global.u32 [%rd3], %r15;";
+
+#[test]
+fn warpgroups_multiply() {
+    let words = run(PRODUCT, 128).unwrap();
+    for (thread, &word) in words.iter().enumerate() {
+        // Register 5: the second column of the thread's pair in the second block of eight.
+        let column = 8 + 2 * (thread % 4) + 1;
+        let sum: usize = (0..16).map(|k| (column * 64 + k) % 7).sum();
+        assert_eq!(f32::from_bits(word), sum as f32, "thread {thread}");
+    }
+    let error = message(&PRODUCT.replace("wgmma.fence.sync.aligned;", ""), 128);
+    assert!(error.contains("written since the last wgmma.fence"), "{error}");
+    for missing in ["wgmma.wait_group.sync.aligned 0;", "wgmma.commit_group.sync.aligned;"] {
+        let error = message(&PRODUCT.replace(missing, ""), 128);
+        assert!(error.contains("a product under way reads or writes"), "{error}");
+    }
+    // What was written by other instructions than TMA's is not seen without a fence.
+    let written = PRODUCT
+        .replace("shr.u32 %r6", "@%p1 bra $written;\nst.shared.u32 [%r3], %r5;\n$written: bar.sync 0;\nshr.u32 %r6");
+    let error = message(&written, 128);
+    assert!(error.contains("no proxy fence stands behind a write of lane 0 of warp 0"), "{error}");
+    run(&written.replace("$written:", "fence.proxy.async.shared::cta;\n$written:"), 128).unwrap();
+}
+
 #[test]
 fn launches_fit_their_kernels() {
     let kernel = Kernel::parse(&program(""), "program").unwrap();
