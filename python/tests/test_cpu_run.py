@@ -140,3 +140,12 @@ def test_numpy_through_dlpack(planner):
     assert pa.run(plan, q.numpy(), k.numpy(), v.numpy(), out, lse) is out
     expected, expected_lse = pa.run(plan, q, k, v, return_lse=True)
     assert torch.equal(torch.from_numpy(out), expected) and torch.equal(torch.from_numpy(lse), expected_lse)
+
+
+def test_tensors_without_elements_have_no_address(planner):
+    rows, pages = torch.empty(0, 8, 64, dtype=torch.float16), torch.empty(0, 16, 2, 64, dtype=torch.float16)
+    assert rows.data_ptr() == pages.data_ptr() == 0
+    assert pa.run(planner.plan([], [], 16, 0), rows, pages, pages).shape == (0, 8, 64)
+    # Rows without tokens need no pages.
+    out, lse = pa.run(planner.plan([[]], [0], 16, 0), queries(1), pages, pages, return_lse=True)
+    assert not out.any() and lse.isneginf().all()

@@ -2,6 +2,7 @@
 
 pub mod device_tests;
 pub mod executor;
+pub mod forests;
 pub mod fuzzing;
 pub mod interpreted;
 pub mod invariants;

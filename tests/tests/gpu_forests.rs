@@ -6,10 +6,9 @@
 use half::{bf16, f16};
 use pat_rs::plan::PlanMode;
 use pat_rs::{AttentionShape, Dtype, Element, Engine, PlanOptions, Planner, Problem, TileVariant};
-use pat_tests::{Case, device_test, random_case, softmax_scale};
+use pat_tests::forests::Forests;
+use pat_tests::{Case, device_test, softmax_scale};
 use pat_workloads::{Oracle, RowSample, Tensors, check};
-use rand::SeedableRng;
-use rand_chacha::ChaCha8Rng;
 use std::collections::BTreeMap;
 use std::process::ExitCode;
 
@@ -17,10 +16,6 @@ const SEED: u32 = 11;
 
 /// Factors on the usual scale of the logits, taken in turn.
 const LOUDNESS: [f32; 4] = [1.0, 16.0, 1.0, 64.0];
-
-fn from_env(name: &str, default: u64) -> u64 {
-    std::env::var(name).ok().and_then(|value| value.parse().ok()).unwrap_or(default)
-}
 
 /// Runs one forest through every variant; returns the variants that ran.
 fn run_forest<T: Element>(engine: &Engine, case: &Case, index: u64) -> Vec<TileVariant> {
@@ -74,21 +69,18 @@ fn run_forest<T: Element>(engine: &Engine, case: &Case, index: u64) -> Vec<TileV
 }
 
 fn every_variant_agrees_with_the_oracle_on_random_forests(engine: &Engine) {
-    let forests = from_env("PAT_GPU_FORESTS", 2_000);
-    let mut rng = ChaCha8Rng::seed_from_u64(from_env("PAT_GPU_SEED", 1));
+    let forests = Forests::of_a_device(2_000);
     let mut runs: BTreeMap<TileVariant, u64> = BTreeMap::new();
-    for index in 0..forests {
-        let dtype = if index.is_multiple_of(2) { Dtype::F16 } else { Dtype::Bf16 };
-        let case = random_case(&mut rng, dtype);
-        let variants = match dtype {
-            Dtype::F16 => run_forest::<f16>(engine, &case, index),
-            Dtype::Bf16 => run_forest::<bf16>(engine, &case, index),
-            other => panic!("no case was drawn in {other:?}"),
+    forests.for_each(|_, index, case| {
+        let variants = match case.shape.dtype() {
+            Dtype::F16 => run_forest::<f16>(engine, case, index),
+            _ => run_forest::<bf16>(engine, case, index),
         };
         for variant in variants {
             *runs.entry(variant).or_default() += 1;
         }
-    }
+    });
+    let forests = forests.count;
     eprintln!("{forests} forests on {}, runs by variant: {runs:?}", engine.name());
     // Every variant of the device had its share: those of any page size and head dimension all forests, the others about half: those
     // that suit them.

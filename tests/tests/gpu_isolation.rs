@@ -9,19 +9,15 @@ use pat_rs::{
     TileVariant,
 };
 use pat_tests::executor::{Executor, Interpreter};
-use pat_tests::{Case, device_test, random_case, softmax_scale};
+use pat_tests::forests::Forests;
+use pat_tests::{Case, device_test, softmax_scale};
 use pat_workloads::{Oracle, RowSample, Tensors, check};
+use rand::Rng;
 use rand::seq::IndexedRandom;
-use rand::{Rng, SeedableRng};
-use rand_chacha::ChaCha8Rng;
 use std::collections::BTreeMap;
 use std::process::ExitCode;
 
 const SEED: u32 = 13;
-
-fn from_env(name: &str, default: u64) -> u64 {
-    std::env::var(name).ok().and_then(|value| value.parse().ok()).unwrap_or(default)
-}
 
 /// An element of K or V that only one sequence attends to.
 #[derive(Clone, Copy, Debug)]
@@ -146,19 +142,14 @@ fn run_forest<T: Element>(
     }
 }
 
-/// Runs `forests` forests; asserts that every variant has met many in which the element could have spread.
-fn check_isolation(engine: &impl Executor, profile: &DeviceProfile, forests: u64, seed: u64) {
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+/// Asserts that every variant has met many in which the element could have spread.
+fn check_isolation(engine: &impl Executor, profile: &DeviceProfile, forests: Forests) {
     let mut exposed = BTreeMap::new();
-    for index in 0..forests {
-        let dtype = if index.is_multiple_of(2) { Dtype::F16 } else { Dtype::Bf16 };
-        let case = random_case(&mut rng, dtype);
-        match dtype {
-            Dtype::F16 => run_forest::<f16>(engine, profile, &mut rng, &case, index, &mut exposed),
-            Dtype::Bf16 => run_forest::<bf16>(engine, profile, &mut rng, &case, index, &mut exposed),
-            other => panic!("no case was drawn in {other:?}"),
-        }
-    }
+    forests.for_each(|rng, index, case| match case.shape.dtype() {
+        Dtype::F16 => run_forest::<f16>(engine, profile, rng, case, index, &mut exposed),
+        _ => run_forest::<bf16>(engine, profile, rng, case, index, &mut exposed),
+    });
+    let forests = forests.count;
     eprintln!("{forests} forests on {}, runs in which the element stood beside others: {exposed:?}", engine.name());
     let problem = Problem::new(AttentionShape::new(8, 2, 128, Dtype::F16).unwrap(), 16);
     for variant in profile.variants(&problem) {
@@ -167,16 +158,15 @@ fn check_isolation(engine: &impl Executor, profile: &DeviceProfile, forests: u64
 }
 
 fn a_sequences_nan_and_inf_reach_no_other_sequence_on_the_cpu(engine: &Engine) {
-    check_isolation(engine, &DeviceProfile::h200(), 120, 1);
+    check_isolation(engine, &DeviceProfile::h200(), Forests { count: 120, seed: 1 });
 }
 
 fn a_sequences_nan_and_inf_reach_no_other_sequence_in_interpreted_ptx(_: &Engine) {
-    check_isolation(&Interpreter, &DeviceProfile::h200(), 40, 1);
+    check_isolation(&Interpreter, &DeviceProfile::h200(), Forests { count: 40, seed: 1 });
 }
 
 fn a_sequences_nan_and_inf_reach_no_other_sequence(engine: &Engine) {
-    let profile = engine.profile().unwrap();
-    check_isolation(engine, &profile, from_env("PAT_GPU_FORESTS", 400), from_env("PAT_GPU_SEED", 1));
+    check_isolation(engine, &engine.profile().unwrap(), Forests::of_a_device(400));
 }
 
 fn main() -> ExitCode {

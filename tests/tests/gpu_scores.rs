@@ -7,19 +7,15 @@ use pat_rs::{
     AttentionShape, DeviceProfile, Dtype, Element, Engine, PlanOptions, Planner, Problem, Reach, TileVariant,
 };
 use pat_tests::executor::{Executor, Interpreter};
-use pat_tests::{Case, device_test, random_case, softmax_scale};
+use pat_tests::forests::Forests;
+use pat_tests::{Case, device_test, softmax_scale};
 use pat_workloads::{Oracle, RowSample, Tensors, check};
+use rand::Rng;
 use rand::seq::IndexedRandom;
-use rand::{Rng, SeedableRng};
-use rand_chacha::ChaCha8Rng;
 use std::collections::BTreeMap;
 use std::process::ExitCode;
 
 const SEED: u32 = 17;
-
-fn from_env(name: &str, default: u64) -> u64 {
-    std::env::var(name).ok().and_then(|value| value.parse().ok()).unwrap_or(default)
-}
 
 /// A problem with a cap, with sinks or both, or with a window and any of them. Scores are of the usual size, or large, so that caps
 /// cut and references move.
@@ -80,17 +76,13 @@ fn run_forest<T: Element>(
     }
 }
 
-fn check_scores(engine: &impl Executor, profile: &DeviceProfile, forests: u64, seed: u64) {
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+fn check_scores(engine: &impl Executor, profile: &DeviceProfile, forests: Forests) {
     let mut runs = Runs::new();
-    for index in 0..forests {
-        let dtype = if index.is_multiple_of(2) { Dtype::F16 } else { Dtype::Bf16 };
-        let case = random_case(&mut rng, dtype);
-        match dtype {
-            Dtype::F16 => run_forest::<f16>(engine, profile, &mut rng, &case, index, &mut runs),
-            _ => run_forest::<bf16>(engine, profile, &mut rng, &case, index, &mut runs),
-        }
-    }
+    forests.for_each(|rng, index, case| match case.shape.dtype() {
+        Dtype::F16 => run_forest::<f16>(engine, profile, rng, case, index, &mut runs),
+        _ => run_forest::<bf16>(engine, profile, rng, case, index, &mut runs),
+    });
+    let forests = forests.count;
     println!("{forests} forests on {}, runs by variant and (cap, window): {runs:?}", engine.name());
     // Every variant of the device had its share of every kind of problem that it serves, and none of others.
     let plain = Problem::new(AttentionShape::new(8, 2, 128, Dtype::F16).unwrap(), 16);
@@ -106,16 +98,15 @@ fn check_scores(engine: &impl Executor, profile: &DeviceProfile, forests: u64, s
 }
 
 fn on_the_cpu(engine: &Engine) {
-    check_scores(engine, &DeviceProfile::h200(), 100, 1);
+    check_scores(engine, &DeviceProfile::h200(), Forests { count: 100, seed: 1 });
 }
 
 fn in_interpreted_ptx(_: &Engine) {
-    check_scores(&Interpreter, &DeviceProfile::h200(), 40, 1);
+    check_scores(&Interpreter, &DeviceProfile::h200(), Forests { count: 40, seed: 1 });
 }
 
 fn on_a_device(engine: &Engine) {
-    let profile = engine.profile().unwrap();
-    check_scores(engine, &profile, from_env("PAT_GPU_FORESTS", 400), from_env("PAT_GPU_SEED", 1));
+    check_scores(engine, &engine.profile().unwrap(), Forests::of_a_device(400));
 }
 
 fn main() -> ExitCode {

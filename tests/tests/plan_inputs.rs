@@ -146,6 +146,8 @@ fn tables_that_are_too_short_or_name_no_page() {
     refusal(DecodeBatch::from_padded(&[0, 1, 2], 2, &[32, 16], 16, 4), &["block_table", "3 entries", "= 4"]);
     refusal(DecodeBatch::from_padded(&[0, 1], 1, &[32, 16], 16, 4), &["block_tables[0]", "at least 2"]);
     refusal(DecodeBatch::from_padded(&[0, -1], 2, &[32], 16, 4), &["block_tables[0][1]", "got -1", "num_pages = 4"]);
+    // What transformers' stock path gives its kernel for a padded row.
+    refusal(DecodeBatch::from_padded(&[-1], 1, &[-1], 16, 4), &["lengths[0]", "got -1"]);
     refusal(DecodeBatch::from_padded(&[0], usize::MAX, &[1, 1], 16, 4), &["block_table", "1 entries"]);
 }
 

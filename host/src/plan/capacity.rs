@@ -77,3 +77,18 @@ fn check(what: &str, n: u64, field: &str, limit: u32) -> Result<()> {
     }
     Err(Error::invalid(what, n, format!("at most capacity.{field} = {limit}")))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Dtype;
+
+    #[test]
+    fn the_largest_plan_is_counted_record_by_record() {
+        let capacity = PlanCapacity { max_sequences: 3, max_pages: 1000, max_items: 50, max_slots: 700 };
+        // Header, items, queries, pages (id, mask, first token), merge rows; five sections that end at multiples of 16.
+        assert_eq!(capacity.plan_bytes(), 192 + 50 * 32 + (3 + 700) * 8 + 1000 * 12 + 3 * 16 + 5 * 16);
+        let shape = AttentionShape::new(8, 2, 64, Dtype::F16).unwrap();
+        assert_eq!(capacity.partial_bytes(shape), 700 * 8 * (64 + 1) * 4);
+    }
+}

@@ -67,6 +67,16 @@ def test_one_prefill_does_not_take_the_decodes_along(monkeypatch, model_folder, 
     assert stock_kernels == [(1, last.prompt - 48)] * 2
 
 
+def test_blocks_that_are_computed_in_the_same_step(monkeypatch, model_folder, stock_kernels, seeded):
+    """vLLM shares blocks before anybody has computed them: a row of one token reads what another row's prefill writes."""
+    world = World(monkeypatch, model_folder)
+    running = world.joined(48, 49, 49)
+    assert [request.computed for request in running] == [0, 48, 48]
+    metadata, _ = world.step([(running[1], 1), (running[2], 1), (running[0], 48)])
+    assert metadata.prefix_attn.decode_rows == 2
+    assert stock_kernels == [(1, 48)] * 2
+
+
 def test_a_step_without_announced_tables_is_stock(monkeypatch, model_folder, stock_kernels, seeded):
     world = World(monkeypatch, model_folder)
     world.builder.step_tables = None
