@@ -107,6 +107,7 @@ impl PyPlanner {
     ///     TypeError: an argument is of another type (integers of another width included).
     ///     ValueError: an argument has a value that is not accepted: the message names it, with its index.
     #[pyo3(signature = (block_tables, lengths, page_size, num_pages, *, query_tokens = None, parents = None) -> "Plan")]
+    #[expect(clippy::too_many_arguments, reason = "the Python signature")]
     fn plan(
         &self,
         py: Python<'_>,
@@ -138,6 +139,7 @@ impl PyPlanner {
     /// Raises:
     ///     TypeError, ValueError: as :meth:`plan`; the plan is as before.
     #[pyo3(signature = (plan: "Plan", block_tables, lengths, changed_rows = None, *, query_tokens = None, parents = None) -> "str")]
+    #[expect(clippy::too_many_arguments, reason = "the Python signature")]
     fn advance(
         &self,
         py: Python<'_>,

@@ -1,79 +1,22 @@
-//! Query trees: plans cover the context, ancestors and self of each row once and read shared drafts once per tile; on the CPU executor
-//! and in interpreted PTX, random trees agree with the f64 oracle. (Not run on a device yet.)
+//! Query trees: plans cover the context, ancestors and self of each row once and read shared drafts once per tile. (Numerics:
+//! gpu_trees.)
 
-use half::{bf16, f16};
+use half::f16;
 use pat_rs::plan::{PlanCapacity, PlanChange};
 use pat_rs::{
-    AttentionShape, DecodeBatch, DeviceProfile, Dtype, Element, Engine, PlanOptions, Planner, Problem, QueryTokens,
-    Reach, supports,
+    AttentionShape, DecodeBatch, DeviceProfile, Dtype, PlanOptions, Planner, Problem, QueryTokens, Reach, supports,
 };
-use pat_tests::executor::{Executor, Interpreter};
 use pat_tests::invariants::{check_visible, modes, random_forest};
-use pat_tests::{Case, random_case};
-use pat_workloads::{Oracle, OwnedBatch, RowSample, Tensors};
-use rand::seq::IndexedRandom;
+use pat_tests::random_case;
+use pat_tests::trees::{Parents, draw_reach, draw_trees, slices, written_out};
+use pat_workloads::Tensors;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 const SEED: u32 = 29;
 
-type Parents = Vec<Vec<Option<u32>>>;
-
-/// A tree of each sequence, of up to 16 tokens: random ones, chains, and such whose root is all drafts' ancestor.
-fn draw_trees(rng: &mut impl Rng, batch: &OwnedBatch) -> Parents {
-    let tree = |length: &u32| {
-        let most = if *length == 0 { 3 } else { (*length).min(16) };
-        let tokens = if rng.random_bool(0.2) { 1.min(most) } else { rng.random_range(0..=most) };
-        let kind = rng.random_range(0..4);
-        let parent = |token: u32| match (token, kind) {
-            (0, _) => None,
-            (_, 0) => Some(token - 1),
-            (_, 1) => Some(rng.random_range(0..token)),
-            // Often one of the latest: deep trees.
-            (_, 2) => Some(token - rng.random_range(1..=token.min(3))),
-            _ => rng.random_bool(0.7).then(|| rng.random_range(0..token)),
-        };
-        (0..tokens).map(parent).collect()
-    };
-    batch.lengths.iter().map(tree).collect()
-}
-
-/// The rows written out, and the tokens that each sees: those of the context that are within reach, its ancestors that are, itself.
-fn written_out(batch: &OwnedBatch, trees: &Parents, reach: Reach) -> (OwnedBatch, Vec<Vec<u32>>) {
-    let mut rows = OwnedBatch { lengths: Vec::new(), block_tables: Vec::new(), ..*batch };
-    let mut visible = Vec::new();
-    for ((&length, table), tree) in batch.lengths.iter().zip(&batch.block_tables).zip(trees) {
-        let context = length.saturating_sub(tree.len() as u32);
-        for token in 0..tree.len() as u32 {
-            rows.lengths.push(if length == 0 { 0 } else { context + token + 1 });
-            rows.block_tables.push(table.clone());
-            if length == 0 {
-                visible.push(Vec::new());
-                continue;
-            }
-            let mut path: Vec<u32> = std::iter::successors(Some(token), |&at| tree[at as usize]).collect();
-            path.reverse();
-            // By position along the path.
-            let tokens = (0..context).chain(path.iter().map(|&at| context + at));
-            let position = context + path.len() as u32 - 1;
-            let first = reach.first_token(position) as usize;
-            visible.push(tokens.skip(first).collect());
-        }
-    }
-    (rows, visible)
-}
-
-fn slices(trees: &Parents) -> Vec<&[Option<u32>]> {
-    trees.iter().map(Vec::as_slice).collect()
-}
-
 fn planner(problem: Problem, options: impl Into<PlanOptions>) -> Planner {
     Planner::new(problem, DeviceProfile::h200(), options.into()).unwrap()
-}
-
-fn draw_reach(rng: &mut impl Rng) -> Reach {
-    let tokens = *[1, 3, 16, 40].choose(rng).unwrap();
-    *[Reach::Full, Reach::Full, Reach::Full, Reach::Window(tokens), Reach::Chunk(tokens)].choose(rng).unwrap()
 }
 
 #[test]
@@ -92,81 +35,6 @@ fn plans_cover_what_rows_of_random_trees_see() {
             let plan = planner(problem, mode).plan(&queries.batch()).unwrap();
             check_visible(&plan, &rows, shape, &visible);
             assert_eq!(plan.logical_tokens(), visible.iter().map(|row| row.len() as u64).sum::<u64>());
-        }
-    }
-}
-
-fn agree<T: Element>(executor: &impl Executor, rng: &mut impl Rng, index: usize) {
-    let case = random_case(rng, T::DTYPE);
-    // Drafts across the borders of pages.
-    let page_size = *[1u32, 8, 16].choose(rng).unwrap();
-    let case = Case { batch: repaged(&case.batch, page_size), ..case };
-    let trees = draw_trees(rng, &case.batch);
-    let mut problem = case.batch.problem(case.shape).with_query_tree(16).with_reach(draw_reach(rng));
-    let sinks: Option<Vec<f32>> =
-        rng.random_bool(0.3).then(|| (0..case.shape.q_heads()).map(|_| rng.random_range(-4.0..4.0)).collect());
-    if sinks.is_some() {
-        problem = problem.with_sinks();
-    }
-    let (rows, visible) = written_out(&case.batch, &trees, problem.visibility().reach);
-    let tensors = Tensors::<T>::draw(&rows, case.shape, case.layout, SEED).unwrap();
-    let everything = RowSample::for_batch(&rows, case.shape);
-    let oracle = Oracle::compute_visible::<T>(&rows, (problem, sinks.as_deref()), &visible, SEED, everything).unwrap();
-    let tables = case.batch.rows();
-    let view = case.batch.view(&tables).unwrap();
-    let queries = QueryTokens::trees(&view, &slices(&trees)).unwrap();
-    let mode = modes(case.batch.page_size)[index % 5];
-    let variants = DeviceProfile::h200().variants(&problem);
-    let options = PlanOptions::from(mode).with_variants([variants[index % variants.len()], *variants.last().unwrap()]);
-    let plan = planner(problem, options).plan(&queries.batch()).unwrap();
-    let mut host = tensors.host(problem.score().scale);
-    (host.problem, host.sinks) = (problem, sinks.as_deref());
-    let mut out = vec![T::from_f32(f32::NAN); tensors.q.len()];
-    let mut lse = vec![f32::NAN; tensors.q.len() / case.shape.head_dim() as usize];
-    executor.run_host(&plan, &host, &mut out, Some(&mut lse)).unwrap();
-    let report = pat_workloads::check(&oracle, case.shape.q_heads(), &out, Some(&lse));
-    assert!(report.passed, "forest {index}, {mode:?}, {problem:?}: {report:?}\n{trees:?}\n{case:?}");
-}
-
-/// The same sequences in pages of another size, of which those are shared that lie in shared pages.
-fn repaged(batch: &OwnedBatch, page_size: u32) -> OwnedBatch {
-    // A token's place in the pool, cut into pages anew; page sizes of cases are 1 or multiples of the new ones.
-    if batch.page_size < page_size {
-        return batch.clone();
-    }
-    let parts = batch.page_size / page_size;
-    let cut = |table: &Vec<u32>| {
-        let page = |&page: &u32| (0..parts).map(move |part| page.saturating_mul(parts).saturating_add(part));
-        table.iter().flat_map(page).collect()
-    };
-    OwnedBatch {
-        page_size,
-        num_pages: batch.num_pages * parts,
-        lengths: batch.lengths.clone(),
-        block_tables: batch.block_tables.iter().map(cut).collect(),
-    }
-}
-
-#[test]
-fn random_trees_agree_with_the_oracle_on_the_cpu() {
-    let mut rng = ChaCha8Rng::seed_from_u64(2);
-    for index in 0..120 {
-        if index % 2 == 0 {
-            agree::<f16>(&Engine::cpu(), &mut rng, index);
-        } else {
-            agree::<bf16>(&Engine::cpu(), &mut rng, index);
-        }
-    }
-}
-
-#[test]
-fn random_trees_agree_with_the_oracle_in_interpreted_ptx() {
-    let mut rng = ChaCha8Rng::seed_from_u64(3);
-    for index in 0..24 {
-        if index % 2 == 0 {
-            agree::<f16>(&Interpreter, &mut rng, index);
-        } else {
-            agree::<bf16>(&Interpreter, &mut rng, index);
         }
     }
 }
