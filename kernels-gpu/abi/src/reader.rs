@@ -203,7 +203,7 @@ impl Stream {
     pub fn first_token(&self, words: impl PlanWords, plan: u64, entry: u32) -> u32 {
         let masks = words.word(plan + offset_of!(PlanHeader, masks_offset_bytes) as u64);
         let first_tokens = words.word(plan + offset_of!(PlanHeader, words_offset_bytes) as u64);
-        words.word(self.masks + (first_tokens - masks) as u64 + entry as u64 * size_of::<PageMask>() as u64)
+        words.word(self.masks + first_tokens.wrapping_sub(masks) as u64 + entry as u64 * size_of::<PageMask>() as u64)
     }
 }
 

@@ -129,6 +129,13 @@ impl Read<'_> {
                     buffer.element::<PageMask>(header.masks_offset_bytes, mask_begin.wrapping_add(entry))
                 );
             }
+            if stream.has_masks() {
+                // Under a window: as far from the masks' as the words are.
+                let masks = u64::from(header.masks_offset_bytes) + u64::from(mask_begin) * 4;
+                let words_behind = u64::from(header.words_offset_bytes.wrapping_sub(header.masks_offset_bytes));
+                let first_token: u32 = buffer.record(masks + words_behind + u64::from(entry) * 4);
+                assert_eq!(stream.first_token(words, 0, entry), first_token);
+            }
             assert_eq!(exceptions.first_token(words, entry), word(first_tokens, entry, 0));
             assert_eq!(exceptions.kv_limit(words, entry), word(kv_limits, entry, u32::MAX));
         }
