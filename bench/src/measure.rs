@@ -181,13 +181,14 @@ impl Target {
     }
 }
 
-/// What a problem has beyond plain decode attention, for result files: `softcap 30, sinks, window 128`.
+/// What a problem has beyond plain decode attention, for result files: `softcap 30, sinks, window 128, 4 query tokens`.
 pub fn features(problem: &Problem) -> String {
+    let visible = problem.visibility();
     let softcap = problem.score().soft_cap.map(|cap| format!("softcap {cap}"));
     let sinks = problem.has_sinks().then(|| "sinks".to_owned());
-    let reach = problem.visibility().reach;
-    let reach = reach.tokens().map(|tokens| format!("{} {tokens}", reach.name()));
-    [softcap, sinks, reach].into_iter().flatten().collect::<Vec<_>>().join(", ")
+    let reach = visible.reach.tokens().map(|tokens| format!("{} {tokens}", visible.reach.name()));
+    let queries = (visible.query_tokens > 1).then(|| format!("{} query tokens", visible.query_tokens));
+    [softcap, sinks, reach, queries].into_iter().flatten().collect::<Vec<_>>().join(", ")
 }
 
 /// In microseconds; options are what only a GPU gives.

@@ -120,7 +120,8 @@ fn message(error: &anyhow::Error) -> String {
         text => format!("{text}: {cause}"),
     });
     match options::option_of(error) {
-        Some(option) if !text.contains(option) => format!("{option}: {text}"),
+        // A model's name is the option then.
+        Some(option) if !text.contains(option) && !text.starts_with("--model ") => format!("{option}: {text}"),
         _ => text,
     }
 }

@@ -1,14 +1,15 @@
-//! Options that several commands share: where the batch comes from, the model's shape, how to plan.
+//! Options that several commands share: where the batch comes from, the model's attention, how to plan.
+
+mod attention;
+
+pub(crate) use attention::{Asked, Attention, Elements, ModelReport, Shape};
 
 use anyhow::{Context, Result, bail};
-use pat_bench::measure::features;
 use pat_rs::plan::PlanMode;
-use pat_rs::{AttentionShape, DeviceProfile, Dtype, Error, PlanOptions, Problem, TileVariant, supports};
+use pat_rs::{DeviceProfile, Error, PlanOptions, TileVariant};
 use pat_workloads::{
-    MOONCAKE_BLOCK_TOKENS, ModelParts, OwnedBatch, TraceCut, TraceError, TreeSpec, count_requests, parse_dtype,
-    read_batch,
+    MOONCAKE_BLOCK_TOKENS, ModelParts, OwnedBatch, TraceCut, TraceError, TreeSpec, count_requests, read_batch,
 };
-use serde::Serialize;
 use std::fs::File;
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
@@ -144,159 +145,6 @@ impl Source {
     }
 }
 
-/// What heads alone do not say of a model.
-#[derive(clap::Args, Clone, Copy, Debug)]
-pub(crate) struct Model {
-    /// Elements per head, 64, 128 or 256 [default: the batch file's, else 128].
-    #[arg(long, allow_negative_numbers = true)]
-    pub(crate) head_dim: Option<u32>,
-    /// Element type, f16 or bf16 [default: the batch file's, else f16].
-    #[arg(long, value_parser = dtype)]
-    pub(crate) dtype: Option<Dtype>,
-}
-
-/// What a model has beyond plain decode attention.
-#[derive(clap::Args, Clone, Copy, Debug)]
-pub(crate) struct Features {
-    /// Scores are capped: CAP * tanh(score / CAP).
-    #[arg(long, value_name = "CAP", allow_negative_numbers = true)]
-    softcap: Option<f32>,
-    /// With attention sinks, one for each query head, evenly spread from -4 to 4.
-    #[arg(long)]
-    sinks: bool,
-    /// Each sequence sees its last TOKENS tokens only.
-    #[arg(long, value_name = "TOKENS", allow_negative_numbers = true)]
-    window: Option<u32>,
-    /// Each sequence sees its tokens since the last multiple of TOKENS only (Llama 4).
-    #[arg(long, value_name = "TOKENS", allow_negative_numbers = true, conflicts_with = "window")]
-    chunk: Option<u32>,
-}
-
-impl Features {
-    /// Plain attention with these.
-    pub(crate) fn of(self, plain: Problem) -> Result<Problem> {
-        let mut problem = plain;
-        if let Some(cap) = self.softcap {
-            problem = problem.with_soft_cap(cap);
-        }
-        if self.sinks {
-            problem = problem.with_sinks();
-        }
-        if let Some(tokens) = self.window {
-            problem = problem.with_window(tokens);
-        }
-        if let Some(tokens) = self.chunk {
-            problem = problem.with_chunk(tokens);
-        }
-        supports(&problem, None, None).map_err(Error::from)?;
-        Ok(problem)
-    }
-}
-
-fn dtype(name: &str) -> std::result::Result<Dtype, &'static str> {
-    parse_dtype(name).ok_or("expected f16 or bf16")
-}
-
-/// The model's shape.
-#[derive(clap::Args, Clone, Debug)]
-pub(crate) struct Shape {
-    /// Query heads / KV heads [default: the batch file's, else 32/8].
-    #[arg(long, value_name = "Q/KV", allow_hyphen_values = true)]
-    heads: Option<String>,
-    #[command(flatten)]
-    model: Model,
-}
-
-impl Shape {
-    /// `of_file` is what the batch's file says.
-    pub(crate) fn resolve(&self, of_file: ModelParts) -> Result<AttentionShape> {
-        let heads = self.heads.as_deref().map(parse_heads).transpose()?;
-        let heads = agreed("--heads", heads, of_file.heads, |(q, kv)| format!("{q}/{kv}"))?;
-        let head_dim = agreed("--head-dim", self.model.head_dim, of_file.head_dim, |head_dim| head_dim.to_string())?;
-        let dtype = agreed("--dtype", self.model.dtype, of_file.dtype, |dtype| dtype.name().to_owned())?;
-        let (q, kv) = heads.unwrap_or((32, 8));
-        let (head_dim, dtype) = (head_dim.unwrap_or(128), dtype.unwrap_or(Dtype::F16));
-        AttentionShape::new(q, kv, head_dim, dtype).and_then(supported).map_err(|error| {
-            let context = match option_of_argument(&error) {
-                Some("--head-dim") => format!("--head-dim {head_dim}"),
-                _ => format!("--heads {q}/{kv}"),
-            };
-            anyhow::Error::new(error).context(context)
-        })
-    }
-}
-
-/// What was asked for, else what the batch file says; both must be the same where both are there.
-fn agreed<T: Copy + PartialEq>(
-    option: &str,
-    asked: Option<T>,
-    of_file: Option<T>,
-    text: impl Fn(T) -> String,
-) -> Result<Option<T>> {
-    match (asked, of_file) {
-        (Some(asked), Some(own)) if asked != own => {
-            bail!("{option}: got {}, expected the batch file's {} or nothing", text(asked), text(own))
-        }
-        _ => Ok(asked.or(of_file)),
-    }
-}
-
-/// Refuses a shape that no kernel can compute, whatever the pages.
-pub(crate) fn supported(shape: AttentionShape) -> pat_rs::Result<AttentionShape> {
-    supports(&Problem::new(shape, 1), None, None)?;
-    Ok(shape)
-}
-
-/// `Q/KV`.
-pub(crate) fn parse_heads(heads: &str) -> Result<(u32, u32)> {
-    pat_workloads::parse_heads(heads)
-        .with_context(|| format!("--heads: got {heads:?}, expected QUERY/KV heads such as 32/8"))
-}
-
-/// The model and the pool, as reports show them.
-#[derive(Clone, Serialize)]
-pub(crate) struct ModelReport {
-    q_heads: u32,
-    kv_heads: u32,
-    head_dim: u32,
-    dtype: &'static str,
-    /// In words; nothing where there are none.
-    #[serde(skip_serializing_if = "String::is_empty")]
-    features: String,
-    page_size: u32,
-    /// Of the pool that the block tables belong to.
-    num_pages: u32,
-    /// Those that a sequence reads.
-    pages_read: usize,
-}
-
-impl ModelReport {
-    pub(crate) fn new(problem: &Problem, batch: &OwnedBatch) -> Self {
-        let shape = problem.shape();
-        Self {
-            q_heads: shape.q_heads(),
-            kv_heads: shape.kv_heads(),
-            head_dim: shape.head_dim(),
-            dtype: shape.dtype().name(),
-            features: features(problem),
-            page_size: batch.page_size,
-            num_pages: batch.num_pages,
-            pages_read: batch.unique_pages(),
-        }
-    }
-
-    /// `32/8 heads, head dim 128, f16`.
-    pub(crate) fn model(&self) -> String {
-        let plain = format!("{}/{} heads, head dim {}, {}", self.q_heads, self.kv_heads, self.head_dim, self.dtype);
-        if self.features.is_empty() { plain } else { format!("{plain}, {}", self.features) }
-    }
-
-    /// `pages of 16 tokens, 5 of 8 read`.
-    pub(crate) fn pool(&self) -> String {
-        format!("pages of {} tokens, {} of {} read", self.page_size, self.pages_read, self.num_pages)
-    }
-}
-
 /// How to plan.
 #[derive(clap::Args, Clone, Debug)]
 pub(crate) struct Planning {
@@ -399,10 +247,13 @@ fn option_of_argument(error: &Error) -> Option<&'static str> {
 
 /// Library arguments and the options that give them.
 fn option_named(argument: &str) -> Option<&'static str> {
-    const OPTIONS: [(&str, &str); 12] = [
+    const OPTIONS: [(&str, &str); 15] = [
         ("q_heads", "--heads"),
         ("kv_heads", "--heads"),
         ("head_dim", "--head-dim"),
+        ("v_head_dim", "--value-head-dim"),
+        ("query_tokens", "--query-tokens"),
+        ("tensor_parallel", "--tensor-parallel"),
         ("dtype", "--dtype"),
         ("page_size", "--page-size"),
         ("soft_cap", "--softcap"),

@@ -1,6 +1,6 @@
 //! `pat plan`: the forest and the row tiles, for people, machines and pictures.
 
-use crate::options::{Features, Loaded, ModelReport, Planning, Shape, Source};
+use crate::options::{Loaded, ModelReport, Planning, Shape, Source};
 use crate::output;
 use anyhow::{Context, Result};
 use pat_report::{Candidate, explain};
@@ -17,8 +17,6 @@ pub(crate) struct Args {
     source: Source,
     #[command(flatten)]
     shape: Shape,
-    #[command(flatten)]
-    features: Features,
     #[command(flatten)]
     planning: Planning,
     /// Say why: the plan beside no sharing and beside the widest tiles, what bounds it, the largest shared runs.
@@ -61,9 +59,12 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         file.as_ref().map_or(Ok(()), |file| whole_file::check(file, existing)).context(option)?;
     }
     let Loaded { name, batch, model } = args.source.load()?;
-    let shape = args.shape.resolve(model)?;
-    let problem = args.features.of(batch.problem(shape))?;
-    let model = ModelReport::new(&problem, &batch);
+    let asked = args.shape.asked()?;
+    let shape = asked.shape(model)?;
+    let problem = asked.problem(batch.problem(shape))?;
+    let sequences = batch;
+    let batch = asked.rows(sequences.clone())?;
+    let model = ModelReport::new(&asked, &problem, &batch);
     let profile = match args.planning.profile()? {
         Some(profile) => profile,
         None => Engine::auto().profile().unwrap_or_else(|_| DeviceProfile::h200()),
@@ -83,7 +84,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     let saved = args.save_batch.as_ref().map(|file| {
         let heads = Some((shape.q_heads(), shape.kv_heads()));
         let model = ModelParts { heads, head_dim: Some(shape.head_dim()), dtype: Some(shape.dtype()) };
-        whole_file::stage(file, batch_text(&batch, model).as_bytes(), existing).context("--save-batch")
+        whole_file::stage(file, batch_text(&sequences, model).as_bytes(), existing).context("--save-batch")
     });
     let (svg, saved) = (svg.transpose()?, saved.transpose()?);
     svg.map_or(Ok(()), Staged::commit).context("--svg")?;

@@ -1,6 +1,6 @@
 //! `pat run`: plan, execute, verify, report.
 
-use crate::options::{Features, Loaded, ModelReport, Planning, Shape, Source};
+use crate::options::{Loaded, ModelReport, Planning, Shape, Source};
 use crate::{output, render};
 use anyhow::{Context, Result, bail};
 use half::{bf16, f16};
@@ -23,8 +23,6 @@ pub(crate) struct Args {
     source: Source,
     #[command(flatten)]
     shape: Shape,
-    #[command(flatten)]
-    features: Features,
     #[command(flatten)]
     planning: Planning,
     /// auto, cpu, cuda or cuda:N.
@@ -66,9 +64,11 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         bail!("--seed: got {}, expected {SEED} on a CUDA device, whose tensors are drawn there", args.seed);
     }
     let Loaded { name, batch, model } = args.source.load()?;
-    let shape = args.shape.resolve(model)?;
-    let problem = args.features.of(batch.problem(shape))?;
-    let model = ModelReport::new(&problem, &batch);
+    let asked = args.shape.asked()?;
+    let shape = asked.shape(model)?;
+    let problem = asked.problem(batch.problem(shape))?;
+    let batch = asked.rows(batch)?;
+    let model = ModelReport::new(&asked, &problem, &batch);
     // An engine's pool may be far larger than what one batch reads of it: nothing else is drawn.
     let batch = batch.compacted();
     let rows = batch.rows();

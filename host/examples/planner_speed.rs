@@ -147,9 +147,10 @@ fn print_steps(spec: DecodeLoopSpec) -> pat_rs::Result<()> {
             [|step: &Step| step.advance_us, |step: &Step| step.scratch_us].map(|of| mean(steps, of));
         let most = steps.iter().map(|step| step.predicted).fold(0.0, f64::max);
         println!(
-            "| {} x {} | {} | {kind} | {} | {advance_us:.1} | {scratch_us:.1} | {:.2} | {:.1} | {:.0} | {:.0} | {:+.2}% | {:+.1}% |",
+            "| {} x {}{} | {} | {kind} | {} | {advance_us:.1} | {scratch_us:.1} | {:.2} | {:.1} | {:.0} | {:.0} | {:+.2}% | {:+.1}% |",
             spec.sequences,
             spec.shared_pages * spec.page_size,
+            if spec.reuses_rows { "" } else { ", moving up" },
             spec.page_size,
             steps.len(),
             advance_us / scratch_us,
@@ -170,7 +171,9 @@ fn print_loops() -> pat_rs::Result<()> {
     );
     println!("|---|---|---|---|---|---|---|---|---|---|---|---|");
     for page_size in [16, 1] {
-        for (sequences, shared_tokens) in [(64, 512), (256, 512), (256, 0), (1024, 512)] {
+        for (sequences, shared_tokens, reuses_rows) in
+            [(64, 512, true), (256, 512, true), (256, 512, false), (256, 0, true), (1024, 512, true)]
+        {
             print_steps(DecodeLoopSpec {
                 sequences,
                 groups: sequences / 64,
@@ -178,7 +181,7 @@ fn print_loops() -> pat_rs::Result<()> {
                 prompt_tokens: 512,
                 output_tokens: 1024,
                 page_size,
-                reuses_rows: true,
+                reuses_rows,
                 seed: 1,
             })?;
         }

@@ -5,10 +5,11 @@ use half::f16;
 use pat_abi::WorkItem;
 use pat_rs::plan::{PlanCapacity, PlanChange, PlanMode};
 use pat_rs::{AttentionShape, DeviceProfile, Dtype, Plan, Planner, Problem};
+use pat_tests::executor::{Executor, Interpreter};
 use pat_tests::invariants::check;
 use pat_tests::walk::{Limits, Walk, changed_rows};
-use pat_tests::{Case, judge, run_plan};
-use pat_workloads::{DecodeLoop, DecodeLoopSpec, OwnedBatch, PoolLayout, RaggedGroups};
+use pat_tests::{Case, Output, judge, run_plan, softmax_scale};
+use pat_workloads::{DecodeLoop, DecodeLoopSpec, OwnedBatch, PoolLayout, RaggedGroups, Tensors};
 use proptest::prelude::*;
 use std::collections::BTreeSet;
 
@@ -120,6 +121,7 @@ fn decode_loops_of_600_steps() {
         (64, 8, 256, 2048, 16, false),
         (256, 32, 512, 256, 16, true),
         (256, 0, 1024, 512, 16, true),
+        (256, 32, 512, 512, 16, false),
         (64, 512, 512, 256, 1, true),
     ] {
         let groups = sequences / 64;
@@ -151,7 +153,8 @@ fn decode_loops_of_600_steps() {
     }
 }
 
-/// Pages in any order of a stream, as appending leaves them, are attended to as they should be.
+/// Pages in any order of a stream, as appending leaves them, are attended to as they should be, by the CPU executor and by the
+/// kernels, whose PTX is interpreted.
 #[test]
 fn the_outputs_of_advanced_plans_are_those_of_the_oracle() {
     const LIMITS: Limits = Limits { num_pages: 256, sequences: 12, tokens: 400 };
@@ -171,6 +174,15 @@ fn the_outputs_of_advanced_plans_are_those_of_the_oracle() {
             let output = run_plan::<f16>(&case, &plan, seed as u32).expect("a valid plan");
             let report = judge(&case, &output, seed as u32).expect("a valid case");
             assert!(report.passed, "walk {seed}, step {step}: {report:?}");
+            if step % 9 == 0 {
+                let tensors = Tensors::<f16>::draw(&case.batch, shape, case.layout, seed as u32).expect("a valid case");
+                let mut of_kernels = output.clone();
+                of_kernels.out.fill(f16::NAN);
+                let Output { out, lse } = &mut of_kernels;
+                Interpreter.run_host(&plan, &tensors.host(softmax_scale(shape)), out, Some(lse)).expect("a run");
+                let report = judge(&case, &of_kernels, seed as u32).expect("a valid case");
+                assert!(report.passed, "kernels, walk {seed}, step {step}: {report:?}");
+            }
         }
     }
 }
@@ -273,4 +285,30 @@ fn a_refused_step_leaves_the_plan_as_it_was() {
     assert!(error.contains("changed_rows") && error.contains("got 4") && error.contains("below 4"), "{error}");
     assert_eq!((&plan, plan.generation()), (&before, before.generation()));
     assert_eq!(advance(&mut planner, &batch, None, &mut plan), PlanChange::Nothing);
+}
+
+/// Rows that move up, as where an engine takes finished ones out of its lists, keep their tiles.
+#[test]
+fn rows_that_move_up_are_followed() {
+    let spec = RaggedGroups { sequences: 80, groups: 2, shared_pages: 8, private_pages: 20, page_size: 16, seed: 3 };
+    let before = spec.batch();
+    for leaving in [&[0u32][..], &[79], &[40], &[3, 4, 5], &[2, 30, 31, 77]] {
+        for hinted in [false, true] {
+            let mut batch = before.clone();
+            for &row in leaving.iter().rev() {
+                batch.block_tables.remove(row as usize);
+                batch.lengths.remove(row as usize);
+            }
+            // One joins, behind the others.
+            batch.block_tables.push(before.block_tables[7][..9].to_vec());
+            batch.lengths.push(9 * 16 - 3);
+            let [mut planner, mut scratch] = [(); 2].map(|()| self::planner(PlanMode::Auto, 16));
+            let mut plan = from_scratch(&mut planner, &before);
+            let rows = changed_rows(&before, &batch);
+            let change = advance(&mut planner, &batch, hinted.then_some(&rows[..]), &mut plan);
+            assert_eq!(change, PlanChange::Forest);
+            let expected = from_scratch(&mut scratch, &batch);
+            held_against(&plan, &planner, &batch, &expected, &scratch);
+        }
+    }
 }

@@ -1,7 +1,7 @@
 //! `pat bench export`: the measured batches for programs that measure other libraries on them.
 
 use super::select::{Selection, shape};
-use crate::options::Model;
+use crate::options::Elements;
 use crate::output;
 use anyhow::{Context, Result};
 use pat_bench::exchange;
@@ -18,13 +18,13 @@ pub(crate) struct Args {
     #[arg(long)]
     force: bool,
     #[command(flatten)]
-    model: Model,
+    elements: Elements,
 }
 
 pub(crate) fn run(args: &Args) -> Result<bool> {
-    let configurations = args.selection.configurations()?;
-    let shapes =
-        configurations.iter().map(|configuration| shape(configuration, args.model)).collect::<Result<Vec<_>>>()?;
+    let asked = args.elements.asked();
+    let configurations = args.selection.configurations(&asked)?;
+    let shapes = configurations.iter().map(|configuration| shape(configuration, &asked)).collect::<Result<Vec<_>>>()?;
     let written = exchange::write(&args.output, configurations.iter().zip(shapes), args.force).context("--output")?;
     output::print(format_args!(
         "{}: {} configurations, {} batches, {:.1} MB",

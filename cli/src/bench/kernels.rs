@@ -4,7 +4,7 @@ use super::list::list;
 use super::output::{Output, begun_file, former_results};
 use super::select::{Selection, shape};
 use super::table::{Columns, duration};
-use crate::options::{Features, Model, Planning};
+use crate::options::{Asked, Attention, Planning};
 use crate::output;
 use crate::run::engine;
 use anyhow::{Context, Result, bail};
@@ -48,21 +48,20 @@ pub(crate) struct Args {
     #[arg(long, value_name = "SECONDS")]
     time_limit: Option<u64>,
     #[command(flatten)]
-    model: Model,
-    #[command(flatten)]
-    features: Features,
+    attention: Attention,
     #[command(flatten)]
     planning: Planning,
 }
 
 /// Whether every answer was verified.
 pub(crate) fn run(args: &Args) -> Result<bool> {
+    let asked = args.attention.asked(args.selection.heads())?;
     if args.list {
-        output::print(list(&args.selection, args.model)?)?;
+        output::print(list(&args.selection, &asked)?)?;
         return Ok(true);
     }
     let options = args.planning.resolve()?;
-    let configurations = args.selection.configurations()?;
+    let configurations = args.selection.configurations(&asked)?;
     let former = former_results(args.output.as_deref(), args.resume, args.force)?;
     let engine = engine(&args.device)?;
     let profile = args.planning.profile()?.map_or_else(|| engine.profile(), Ok)?;
@@ -83,9 +82,8 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
 
     let begin = Instant::now();
     let end = args.time_limit.map(|seconds| begin + Duration::from_secs(seconds));
-    let features = args.features;
-    let mut run = Run { target: Arc::new(target), features, options, repeats, output, end, selected: BTreeSet::new() };
-    let (planned, left_out) = run.choose(&configurations, args.model, args.quick)?;
+    let mut run = Run { target: Arc::new(target), asked, options, repeats, output, end, selected: BTreeSet::new() };
+    let (planned, left_out) = run.choose(&configurations, args.quick)?;
     let failures = run.measure(&planned)?;
     let passed = run.summarise()?;
     if left_out > 0 {
@@ -100,7 +98,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
 
 struct Run<'a> {
     target: Arc<Target>,
-    features: Features,
+    asked: Asked,
     options: PlanOptions,
     repeats: Repeats,
     output: Output<'a>,
@@ -113,15 +111,15 @@ type Planned<'a> = Vec<(&'a Configuration, AttentionShape)>;
 
 impl Run<'_> {
     /// What is still to be measured, and the number of configurations that are too large for --quick.
-    fn choose<'a>(&mut self, all: &'a [Configuration], model: Model, quick: bool) -> Result<(Planned<'a>, usize)> {
+    fn choose<'a>(&mut self, all: &'a [Configuration], quick: bool) -> Result<(Planned<'a>, usize)> {
         let (mut planned, mut left_out) = (Vec::new(), 0);
         for configuration in all {
-            let shape = shape(configuration, model)?;
+            let shape = shape(configuration, &self.asked)?;
             // Of one page size as of any other: where kernels differ in these, others serve it.
-            let problem = self.features.of(Problem::new(shape, 1))?;
-            let key = key(configuration, &problem);
+            let problem = self.asked.problem(Problem::new(shape, 1))?;
+            let key = self.key(configuration, &problem);
             if !self.output.file.records.iter().any(|record| record.key() == key) {
-                if quick && !is_quick(&configuration.batch()?, &problem, self.target.is_cuda()) {
+                if quick && !is_quick(&self.rows(configuration)?, &problem, self.target.is_cuda()) {
                     left_out += 1;
                     continue;
                 }
@@ -143,9 +141,9 @@ impl Run<'_> {
         for (number, &(configuration, shape)) in (1..).zip(planned) {
             bar.set_message(configuration.label());
             let (target, options, repeats) = (Arc::clone(&self.target), self.options.clone(), self.repeats);
-            let batch = configuration.batch()?;
+            let batch = self.rows(configuration)?;
             let (suite, name) = (configuration.suite, configuration.name.clone());
-            let problem = self.features.of(batch.problem(shape))?;
+            let problem = self.asked.problem(batch.problem(shape))?;
             let measured = within(self.end, move || target.measure((suite, &name), &batch, problem, &options, repeats));
             let Some(measured) = measured else {
                 let advice = if self.output.path.is_some() { ": --resume continues" } else { "" };
@@ -183,6 +181,24 @@ impl Run<'_> {
         Ok((!by_suite.is_empty()).then_some(all_verified))
     }
 
+    /// What is planned of a configuration.
+    fn rows(&self, configuration: &Configuration) -> Result<OwnedBatch> {
+        self.asked.rows(configuration.batch()?).with_context(|| configuration.label())
+    }
+
+    fn key(&self, configuration: &Configuration, problem: &Problem) -> RecordKey {
+        let shape = problem.shape();
+        RecordKey {
+            suite: configuration.suite.into(),
+            tree: configuration.name.clone(),
+            nheads_q: shape.q_heads(),
+            nheads_kv: shape.kv_heads(),
+            head_dim: shape.head_dim(),
+            dtype: shape.dtype().name().into(),
+            features: features(problem),
+        }
+    }
+
     fn columns(&self) -> Columns {
         if self.target.is_cuda() { Columns::Cuda } else { Columns::Cpu }
     }
@@ -204,19 +220,6 @@ fn within<T: Send + 'static>(end: Option<Instant>, work: impl FnOnce() -> T + Se
             Ok(()) => None,
             Err(panic) => std::panic::resume_unwind(panic),
         },
-    }
-}
-
-fn key(configuration: &Configuration, problem: &Problem) -> RecordKey {
-    let shape = problem.shape();
-    RecordKey {
-        suite: configuration.suite.into(),
-        tree: configuration.name.clone(),
-        nheads_q: shape.q_heads(),
-        nheads_kv: shape.kv_heads(),
-        head_dim: shape.head_dim(),
-        dtype: shape.dtype().name().into(),
-        features: features(problem),
     }
 }
 

@@ -1,7 +1,7 @@
 //! `pat bench kernels --list`.
 
 use super::select::{Selection, shape};
-use crate::options::Model;
+use crate::options::Asked;
 use anyhow::{Context, Result};
 use comfy_table::{Table, presets};
 use pat_bench::memory::pool_bytes;
@@ -9,7 +9,7 @@ use pat_bench::suites::SUITES;
 use pat_workloads::tensors::owned_tokens;
 
 /// The suites with their counts, or the configurations selected.
-pub(super) fn list(selection: &Selection, model: Model) -> Result<Table> {
+pub(super) fn list(selection: &Selection, asked: &Asked) -> Result<Table> {
     let mut table = Table::new();
     table.load_preset(presets::NOTHING);
     if !selection.is_explicit() {
@@ -21,8 +21,8 @@ pub(super) fn list(selection: &Selection, model: Model) -> Result<Table> {
         return Ok(table);
     }
     table.set_header(["suite", "tree", "heads", "page size", "sequences", "tokens", "pool MB", "sharing"]);
-    for configuration in selection.configurations()? {
-        let batch = configuration.batch().with_context(|| configuration.label())?;
+    for configuration in selection.configurations(asked)? {
+        let batch = asked.rows(configuration.batch()?).with_context(|| configuration.label())?;
         let tokens: u64 = batch.lengths.iter().map(|&length| u64::from(length)).sum();
         let unique: u64 = owned_tokens(&batch).into_iter().map(u64::from).sum();
         table.add_row([
@@ -32,7 +32,7 @@ pub(super) fn list(selection: &Selection, model: Model) -> Result<Table> {
             batch.page_size.to_string(),
             batch.lengths.len().to_string(),
             tokens.to_string(),
-            format!("{:.0}", pool_bytes(&batch, shape(&configuration, model)?) as f64 / 1e6),
+            format!("{:.0}", pool_bytes(&batch, shape(&configuration, asked)?) as f64 / 1e6),
             format!("{:.2}", tokens as f64 / unique.max(1) as f64),
         ]);
     }

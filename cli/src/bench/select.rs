@@ -1,6 +1,6 @@
 //! Which configurations to measure.
 
-use crate::options::{Model, TraceBlock, option_of, parse_heads, supported};
+use crate::options::{Asked, TraceBlock, option_of};
 use crate::output::note;
 use anyhow::{Context, Result, bail};
 use pat_bench::suites::{self, BATCH_SIZES, Configuration, SUITES};
@@ -32,13 +32,14 @@ pub(crate) struct Selection {
 }
 
 /// The shape of a configuration's attention.
-pub(super) fn shape(configuration: &Configuration, model: Model) -> Result<AttentionShape> {
-    let Model { head_dim, dtype } = model;
-    configuration.shape(head_dim, dtype).and_then(supported).map_err(|error| {
+pub(super) fn shape(configuration: &Configuration, asked: &Asked) -> Result<AttentionShape> {
+    let (head_dim, dtype) = asked.elements();
+    asked.checked(configuration.shape(head_dim, dtype)).map_err(|error| {
         let error = anyhow::Error::new(error);
-        let option = match (option_of(&error), head_dim) {
-            (Some("--head-dim"), Some(head_dim)) => format!("--head-dim {head_dim}: "),
-            (Some("--dtype"), _) => "--dtype: ".into(),
+        let option = match (option_of(&error), asked.model(), head_dim) {
+            (Some("--dtype"), ..) => "--dtype: ".into(),
+            (_, Some(model), _) => format!("{model}: "),
+            (Some("--head-dim"), None, Some(head_dim)) => format!("--head-dim {head_dim}: "),
             _ => String::new(),
         };
         error.context(format!("{option}{}", configuration.label()))
@@ -50,6 +51,11 @@ fn suite_names() -> String {
 }
 
 impl Selection {
+    /// `--heads`.
+    pub(crate) fn heads(&self) -> Option<&str> {
+        self.heads.as_deref()
+    }
+
     /// Whether anything but the default was asked for.
     pub(crate) fn is_explicit(&self) -> bool {
         !self.suites().is_empty() || self.spec.is_some() || !self.batch.is_empty() || !self.filter.is_empty()
@@ -63,13 +69,13 @@ impl Selection {
         }
     }
 
-    /// In the order they are measured, each once.
-    pub(crate) fn configurations(&self) -> Result<Vec<Configuration>> {
+    /// In the order they are measured, each once. With a model, suites have its heads instead of theirs.
+    pub(crate) fn configurations(&self, asked: &Asked) -> Result<Vec<Configuration>> {
         let mut suites = self.suites();
         if suites.is_empty() && self.spec.is_none() && self.batch.is_empty() {
             suites.push("figure10");
         }
-        let heads = self.heads.as_deref().map(parse_heads).transpose()?;
+        let heads = asked.heads();
         let mut configurations = Vec::new();
         for name in suites {
             match name {
@@ -90,10 +96,16 @@ impl Selection {
         if let Some(file) = &self.spec {
             configurations.extend(suites::spec_file(file).context("--spec")?);
         }
+        if let (Some((heads, _)), Some(_)) = (heads, asked.model()) {
+            configurations.iter_mut().for_each(|own: &mut Configuration| (own.q_heads, own.kv_heads) = heads);
+        }
         for file in &self.batch {
-            configurations.push(suites::batch_file(file, heads).map_err(|error| {
-                let option = if let suites::OwnBatchError::Heads { .. } = error { "--heads" } else { "--batch" };
-                anyhow::Error::new(error).context(option)
+            configurations.push(suites::batch_file(file, heads.map(|(heads, _)| heads)).map_err(|error| {
+                let option = match (&error, heads) {
+                    (suites::OwnBatchError::Heads { .. }, Some((_, option))) => option,
+                    _ => "--batch",
+                };
+                anyhow::Error::new(error).context(option.to_owned())
             })?);
         }
         configurations.retain(|configuration| configuration.label().contains(&self.filter));

@@ -2,6 +2,7 @@
 
 use super::PlanGeneration;
 use super::cost::Prediction;
+use crate::visible::Hidden;
 use crate::{AttentionShape, DecodeBatch, DeviceProfile, Error, Problem, Result};
 use pat_abi::{
     ItemQuery, MAX_TILE_VARIANTS, MergeRow, NO_MASKS, NONE, PLAN_MAGIC, PageMask, PlanHeader, TileVariant,
@@ -18,12 +19,14 @@ pub(super) struct Records {
     order: Vec<(LaunchKey, u32)>,
     /// Queries of the items.
     pub(super) queries: Vec<ItemQuery>,
-    /// Page ids of the items' streams.
-    pub(super) pages: Vec<u32>,
+    /// The items' streams, one after the other: a long run of small pages is copied once, from the block table into the plan.
+    pub(super) runs: Vec<StreamRun>,
+    /// Page ids of all runs.
+    pub(super) page_count: u32,
     /// Sequences the merge kernel writes.
     pub(super) merges: Vec<MergeRow>,
-    /// Page masks of the items that have any.
-    pub(super) masks: Vec<PageMask>,
+    /// Page masks of the runs that have any.
+    pub(super) mask_count: u32,
     /// First tokens of the pages of the items that have any.
     pub(super) words: Vec<u32>,
     /// Partial slots in all.
@@ -34,6 +37,19 @@ pub(super) struct Records {
     room: Vec<u32>,
     /// By index in `items`, the item's place in the plan.
     places: Vec<u32>,
+}
+
+/// A run of pages in an item's stream.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct StreamRun {
+    /// A row of the batch whose block table holds the pages; [`NONE`] where it is room for others.
+    pub(super) sequence: u32,
+    /// First page in the block table.
+    pub(super) page_begin: u32,
+    /// End of the pages.
+    pub(super) page_end: u32,
+    /// Masks of the last page and of those before it, where the item has masks.
+    pub(super) masks: Option<[PageMask; 2]>,
 }
 
 /// Where an item stands in the launch order: by variant, longest first, so that what is left at the end is short. Of equally
@@ -106,18 +122,38 @@ pub(super) struct TokenCounts {
 impl Records {
     /// Drops the records, keeps the memory.
     pub(super) fn clear(&mut self) {
-        let Self { items, order, queries, pages, merges, masks, words, slot_count, tails, room, places } = self;
+        let Self {
+            items,
+            order,
+            queries,
+            runs,
+            page_count,
+            merges,
+            mask_count,
+            words,
+            slot_count,
+            tails,
+            room,
+            places,
+        } = self;
         items.clear();
         order.clear();
         queries.clear();
-        pages.clear();
+        runs.clear();
         merges.clear();
-        masks.clear();
         words.clear();
         tails.clear();
         room.clear();
         places.clear();
-        *slot_count = 0;
+        (*page_count, *mask_count, *slot_count) = (0, 0, 0);
+    }
+
+    /// Adds a run to the stream of the next item, which has masks where its other runs do.
+    pub(super) fn push_run(&mut self, run: StreamRun) {
+        let pages = run.page_end - run.page_begin;
+        self.page_count += pages;
+        self.mask_count += if run.masks.is_some() { pages } else { 0 };
+        self.runs.push(run);
     }
 
     /// `chunk` is which of its tile's chunks the item is, `room` how many pages can be appended to its stream.
@@ -129,6 +165,40 @@ impl Records {
     ) {
         self.order.push((LaunchKey::new(variant, page_count, chunk), self.items.len() as u32));
         self.items.push(PendingItem { item, room });
+    }
+
+    /// Writes the page ids and masks of the streams, exactly as many as there are.
+    fn write_streams(
+        &self,
+        (batch, hidden): (&DecodeBatch<'_>, Hidden<'_>),
+        mut page_ids: &mut [u32],
+        mut page_masks: &mut [PageMask],
+    ) {
+        for &StreamRun { sequence, page_begin, page_end, masks } in &self.runs {
+            let count = (page_end - page_begin) as usize;
+            let ids = page_ids.split_off_mut(..count).unwrap_or_default();
+            if sequence == NONE {
+                ids.fill(0);
+            } else {
+                ids.copy_from_slice(&batch.first_pages(sequence as usize, page_end as usize)[page_begin as usize..]);
+            }
+            if let Some([last, others]) = masks
+                && let Some(of_run) = page_masks.split_off_mut(..count)
+                && let Some((last_mask, other_masks)) = of_run.split_last_mut()
+            {
+                other_masks.fill(others);
+                *last_mask = last;
+                if !hidden.parts.is_empty() {
+                    // An item with parts of pages has masks.
+                    for (id, mask) in ids.iter_mut().zip(of_run) {
+                        if let Some(part) = hidden.part(batch.num_pages(), *id) {
+                            *id = part.page;
+                            *mask = PageMask::new((mask.row_begin(), mask.row_end()), part.token_end);
+                        }
+                    }
+                }
+            }
+        }
     }
 
     /// Settles the launch order.
@@ -230,7 +300,7 @@ impl Plan {
         &mut self,
         problem: Problem,
         profile: &Arc<DeviceProfile>,
-        batch: &DecodeBatch<'_>,
+        (batch, hidden): (&DecodeBatch<'_>, Hidden<'_>),
         records: &Records,
         tokens: TokenCounts,
         prediction: Prediction,
@@ -243,9 +313,11 @@ impl Plan {
         let items_end = PlanHeader::ITEMS_OFFSET_BYTES as usize + item_count as usize * size_of::<WorkItem>();
         let queries_offset = align(items_end);
         let pages_offset = align(queries_offset + size_of_val(records.queries.as_slice()));
-        let merges_offset = align(pages_offset + size_of_val(records.pages.as_slice()));
+        let pages_end = pages_offset + records.page_count as usize * size_of::<u32>();
+        let merges_offset = align(pages_end);
         let masks_offset = align(merges_offset + size_of_val(records.merges.as_slice()));
-        let words_offset = align(masks_offset + size_of_val(records.masks.as_slice()));
+        let masks_end = masks_offset + records.mask_count as usize * size_of::<PageMask>();
+        let words_offset = align(masks_end);
         let total_bytes = align(words_offset + size_of_val(records.words.as_slice()));
         count("bytes", total_bytes)?;
         let mut header = PlanHeader {
@@ -254,7 +326,7 @@ impl Plan {
             sequence_count: count("sequences", batch.sequence_count())?,
             item_count,
             query_count: count("queries", records.queries.len())?,
-            page_count: count("pages", records.pages.len())?,
+            page_count: records.page_count,
             merge_count: count("merge rows", records.merges.len())?,
             slot_count: records.slot_count,
             queries_offset_bytes: queries_offset as u32,
@@ -262,7 +334,7 @@ impl Plan {
             merges_offset_bytes: merges_offset as u32,
             page_size: batch.page_size(),
             masks_offset_bytes: masks_offset as u32,
-            mask_count: count("masks", records.masks.len())?,
+            mask_count: records.mask_count,
             words_offset_bytes: words_offset as u32,
             word_count: count("first tokens", records.words.len())?,
             variants: [VariantItems::default(); MAX_TILE_VARIANTS],
@@ -290,15 +362,21 @@ impl Plan {
         }
         for (offset, end, source) in [
             (queries_offset, pages_offset, bytemuck::cast_slice::<_, u8>(&records.queries)),
-            (pages_offset, merges_offset, bytemuck::cast_slice(&records.pages)),
             (merges_offset, masks_offset, bytemuck::cast_slice(&records.merges)),
-            (masks_offset, words_offset, bytemuck::cast_slice(&records.masks)),
             (words_offset, total_bytes, bytemuck::cast_slice(&records.words)),
         ] {
             let (data, padding) = bytes[offset..end].split_at_mut(source.len());
             data.copy_from_slice(source);
             padding.fill(0);
         }
+        let (front, back) = bytes.split_at_mut(masks_offset);
+        front[pages_end..merges_offset].fill(0);
+        back[masks_end - masks_offset..words_offset - masks_offset].fill(0);
+        records.write_streams(
+            (batch, hidden),
+            bytemuck::cast_slice_mut(&mut front[pages_offset..pages_end]),
+            bytemuck::cast_slice_mut(&mut back[..masks_end - masks_offset]),
+        );
         self.generation = PlanGeneration::next();
         self.problem = problem;
         self.profile.clone_from(profile);

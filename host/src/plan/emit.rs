@@ -1,6 +1,6 @@
 //! Row tiles to the records of a plan: streams, masks, launch order, slots.
 
-use super::buffer::{self, Records, Tail};
+use super::buffer::{self, Records, StreamRun, Tail};
 use super::choice::TileChoice;
 use super::forest::Forest;
 use super::tiling::{Extent, RowTile};
@@ -74,7 +74,7 @@ impl Emitter<'_> {
         records.tails.resize(self.batch.sequence_count(), Tail::NONE);
         for (index, tile) in (0u32..).zip(tiles) {
             // Shared pages come from L2 and keep the tensor cores busy, private ones come from DRAM: half of the CTAs
-            // begin with these, half with those: every other one turns the runs of its items around.
+            // begin with these, half with those. Every other tile turns the runs of its items around.
             self.tile(index, tile, scratch, records)?;
         }
         self.assign_slots(scratch, records)?;
@@ -168,53 +168,36 @@ impl Emitter<'_> {
         if tile % 2 == 1 && !uniform {
             runs.reverse();
         }
-        let page_begin = buffer::checked_count("pages", records.pages.len() as u64)?;
+        let page_begin = records.page_count;
+        let mask_begin = if uniform { NO_MASKS } else { records.mask_count };
+        let (mut tails, mut last_page_tokens) = (0, page_size);
         for run in runs.iter() {
-            let begin = records.pages.len();
-            records.pages.extend_from_slice(self.page_ids(run));
-            for (entry, part) in self.parts(run) {
-                records.pages[begin + entry] = part.page;
-            }
-        }
-        let page_count = records.pages.len() as u32 - page_begin;
-        let mut token_count = u64::from(page_count) * u64::from(page_size);
-        let mut mask_begin = NO_MASKS;
-        let mut tails = 0;
-        let tail = Tail { item: records.items.len() as u32, mask: NO_MASKS, tile };
-        if uniform {
-            // Only a sequence's own last page is partial, so only the last one here can be.
-            if let Some(last) = runs.last() {
-                token_count -= u64::from(page_size - self.tokens_of_last_page(last));
-                if last.is_tail {
-                    tails = 1;
-                    records.tails[last.sequence as usize] = tail;
-                }
-            }
-        } else {
-            mask_begin = buffer::checked_count("masks", records.masks.len() as u64)?;
-            for run in runs.iter() {
+            last_page_tokens = self.tokens_of_last_page(run);
+            let masks = (!uniform).then(|| {
                 let rows = match rows_of(run) {
                     (0, end) if end == row_count => (0, PageMask::ALL_ROWS),
                     part => part,
                 };
-                let full = PageMask::new(rows, page_size);
-                let begin = records.masks.len();
-                records.masks.extend((run.page_begin + 1..run.page_end).map(|_| full));
-                records.masks.push(PageMask::new(rows, self.tokens_of_last_page(run)));
-                for (entry, part) in self.parts(run) {
-                    records.masks[begin + entry] = PageMask::new(rows, part.token_end);
-                }
-                if run.is_tail {
-                    tails += 1;
-                    records.tails[run.sequence as usize] = Tail { mask: records.masks.len() as u32 - 1, ..tail };
-                }
+                [PageMask::new(rows, last_page_tokens), PageMask::new(rows, page_size)]
+            });
+            let Run { sequence, page_begin, page_end, .. } = *run;
+            records.push_run(StreamRun { sequence, page_begin, page_end, masks });
+            if run.is_tail {
+                tails += 1;
+                let mask = if uniform { NO_MASKS } else { records.mask_count - 1 };
+                records.tails[sequence as usize] = Tail { item: records.items.len() as u32, mask, tile };
             }
         }
-        // What a plan has room for is page 0 in no item.
+        let page_count = records.page_count - page_begin;
+        let mut token_count = u64::from(page_count) * u64::from(page_size);
+        if uniform {
+            // Only a sequence's own last page is partial, so only the last one here can be.
+            token_count -= u64::from(page_size - last_page_tokens);
+        }
         let room = tails * self.room;
-        records.pages.resize(records.pages.len() + room as usize, 0);
-        if !uniform {
-            records.masks.resize(records.masks.len() + room as usize, PageMask::new((0, 0), 1));
+        if room > 0 {
+            let masks = (!uniform).then_some([PageMask::new((0, 0), 1); 2]);
+            records.push_run(StreamRun { sequence: NONE, page_begin: 0, page_end: room, masks });
         }
         let token_count = buffer::checked_count("tokens of an item", token_count)?;
         let variant = self.choice.variant(row_count / group);

@@ -114,6 +114,7 @@ impl KeptTiles {
                 }
             }
         }
+        forest.order_mut().iter_mut().for_each(|row| *row = snapshot.row_now(*row));
         if !is_known {
             self.parting.resize(extents.len(), STALE);
         }

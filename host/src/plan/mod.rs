@@ -421,7 +421,7 @@ impl Planner {
         }
         let prediction = plan.prediction();
         let counts = self.token_counts(batch, Hidden::default());
-        plan.write(self.problem, &self.profile, batch, &self.scratch.records, counts, prediction)?;
+        plan.write(self.problem, &self.profile, (batch, Hidden::default()), &self.scratch.records, counts, prediction)?;
         Ok(self.judge(plan, changed_pages))
     }
 
@@ -528,7 +528,7 @@ impl Planner {
         }
         self.tiling = Tiling { rule, pages, us_per_page: pages.us_per_page(&prediction), changed_pages: 0, steps: 0 };
         let counts = self.token_counts(batch, hidden);
-        plan.write(self.problem, &self.profile, batch, &self.scratch.records, counts, prediction)?;
+        plan.write(self.problem, &self.profile, (batch, hidden), &self.scratch.records, counts, prediction)?;
         self.newest = Some(plan.generation());
         Ok(())
     }

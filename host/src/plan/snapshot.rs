@@ -28,6 +28,8 @@ pub(super) struct Snapshot {
     ids: Vec<u32>,
     /// Entries of `ids` when all rows were taken.
     taken: usize,
+    /// Memory for rows.
+    spare: Vec<Row>,
     /// What the last update has found, while it could tell.
     found: Found,
 }
@@ -43,6 +45,10 @@ struct Found {
     left: Vec<u32>,
     /// Rows with new sequences, or with those that have moved.
     joined: Vec<u32>,
+    /// By row as it was numbered before, its number now; nothing where no row was passed over.
+    moved: Vec<u32>,
+    /// By row, the number that it had; likewise.
+    origins: Vec<u32>,
 }
 
 /// How a row differs from what it was.
@@ -123,6 +129,11 @@ impl Snapshot {
         &self.found.joined
     }
 
+    /// What number a row has now, of which the last update has said that it has not left.
+    pub(super) fn row_now(&self, row: u32) -> u32 {
+        self.found.moved.get(row as usize).copied().unwrap_or(row)
+    }
+
     /// Takes note that a row shares so many pages with another, at least.
     pub(super) fn raise_shared(&mut self, row: u32, pages: u32) {
         let shared = &mut self.rows[row as usize].shared_pages;
@@ -142,13 +153,17 @@ impl Snapshot {
         self.num_pages = batch.num_pages();
         self.rows.clear();
         let sequences = batch.sequence_count();
-        let Found { grown, has_lost_entries: _, left, joined } = &mut self.found;
+        let Found { grown, has_lost_entries: _, left, joined, moved, origins } = &mut self.found;
         grown.clear();
         grown.reserve(sequences);
         left.clear();
         left.reserve(sequences);
         joined.clear();
         joined.reserve(sequences);
+        moved.clear();
+        moved.reserve(sequences);
+        origins.clear();
+        origins.reserve(sequences);
         let mut end = 0;
         for sequence in 0..sequences {
             let length = batch.length(sequence);
@@ -189,45 +204,61 @@ impl Snapshot {
         if !same_pool || (rows != new_rows && !follows_rows) {
             return Ok(UNKNOWN);
         }
-        let Found { grown, has_lost_entries, left, joined } = &mut self.found;
+        let Found { grown, has_lost_entries, left, joined, moved, origins } = &mut self.found;
         grown.clear();
         left.clear();
         joined.clear();
+        moved.clear();
+        origins.clear();
         *has_lost_entries = false;
-        for row in new_rows..rows {
-            if self.rows[row].length > 0 {
-                left.push(row as u32);
-            }
-        }
-        self.rows.truncate(new_rows);
-        for row in rows..new_rows {
-            self.rows.push(Row { begin: 0, capacity: 0, pages: 0, length: 0, shared_pages: 0 });
-            self.replace(batch, row);
-        }
-        let common = rows.min(new_rows);
         let mut change = if rows == new_rows { PlanChange::Nothing } else { PlanChange::Forest };
         // More changes than this take longer one by one.
         let most_moves = rows / 8 + 2;
-        let mut compare = |row: usize, change: &mut PlanChange| {
+        // The first row from which on rows have moved up.
+        let mut moved_from = None;
+        let common = rows.min(new_rows);
+        let named =
+            changed_rows.map_or(0..common, |_| 0..0).chain(changed_rows.into_iter().flatten().map(|row| *row as usize));
+        for row in named.filter(|row| *row < common) {
+            if moved_from.is_some_and(|from| row >= from) {
+                continue;
+            }
             let of_row = self.compare_entries(batch, row);
-            *change = of_row.max(*change);
-            self.found.has_lost_entries |= of_row != PlanChange::Nothing;
-            if of_row == PlanChange::Forest && follows_rows {
+            self.note(of_row, &mut change);
+            if of_row < PlanChange::Forest {
+                continue;
+            }
+            if !follows_rows || self.found.joined.len() > most_moves {
+                return Ok(UNKNOWN);
+            }
+            // Where rows behind it have been replaced already, they are no longer what they were.
+            let is_first = moved_from.is_none() && self.found.joined.iter().all(|joined| (*joined as usize) < row);
+            if is_first && self.moves_up(batch, row) {
+                moved_from = Some(row);
+            } else {
                 self.replace(batch, row);
             }
-            (of_row < PlanChange::Forest || follows_rows) && self.found.joined.len() <= most_moves
-        };
-        let goes_on = match changed_rows {
-            None => (0..common).all(|row| compare(row, &mut change)),
-            Some(changed) => {
-                let mut changed = changed.iter().map(|&row| row as usize).filter(|row| *row < common);
-                changed.all(|row| compare(row, &mut change))
+        }
+        for row in moved_from.unwrap_or(new_rows)..self.rows.len().min(new_rows) {
+            let of_row = self.compare_entries(batch, row);
+            self.note(of_row, &mut change);
+            if of_row == PlanChange::Forest {
+                self.replace(batch, row);
             }
-        };
-        if !goes_on {
-            return Ok(UNKNOWN);
+        }
+        for row in new_rows..self.rows.len() {
+            if self.rows[row].length > 0 {
+                self.found.left.push(row as u32);
+            }
+        }
+        self.rows.truncate(new_rows);
+        for row in self.rows.len()..new_rows {
+            self.rows.push(Row { begin: 0, capacity: 0, pages: 0, length: 0, shared_pages: 0 });
+            self.replace(batch, row);
         }
         let of_lengths = self.compare_lengths(batch, follows_rows);
+        // In whatever order the caller has named them.
+        self.found.joined.sort_unstable();
         let moves = self.found.left.len().max(self.found.joined.len());
         if of_lengths == PlanChange::Forest && !follows_rows
             || moves > most_moves
@@ -236,6 +267,55 @@ impl Snapshot {
             return Ok(UNKNOWN);
         }
         Ok((change.max(of_lengths), true))
+    }
+
+    fn note(&mut self, of_row: PlanChange, change: &mut PlanChange) {
+        *change = of_row.max(*change);
+        self.found.has_lost_entries |= of_row != PlanChange::Nothing;
+    }
+
+    /// Whether row `from` has what a row shortly behind it had, as where the ones between have left and those behind moved up. If so,
+    /// every row from there on is taken for the next one whose first own page it has, and what is passed over has left. What they
+    /// are exactly is yet to be compared.
+    fn moves_up(&mut self, batch: &DecodeBatch<'_>, from: usize) -> bool {
+        /// Rows that may leave next to each other.
+        const MOST_LEAVING: usize = 4;
+        let (rows, ids) = (&self.rows, &self.ids);
+        // By its first own page: a row without one is like none.
+        let is_like = |row: usize, former: usize| {
+            let (new, Row { begin, pages, shared_pages, .. }) = (batch.pages(row), rows[former]);
+            let own = (shared_pages < pages).then(|| ids[begin + shared_pages as usize]);
+            if pages == 0 { new.is_empty() } else { own.is_some() && new.get(shared_pages as usize).copied() == own }
+        };
+        // What stood there has been overwritten in the comparison.
+        let last = (from + MOST_LEAVING).min(rows.len().saturating_sub(1));
+        if !(from + 1..=last).any(|former| is_like(from, former)) {
+            return false;
+        }
+        let Found { left, moved, origins, .. } = &mut self.found;
+        moved.extend(0..from as u32);
+        origins.extend(0..from as u32);
+        self.spare.clear();
+        self.spare.extend_from_slice(&rows[..from]);
+        for (former, of_row) in rows.iter().enumerate().skip(from) {
+            let row = self.spare.len();
+            let is_there = row < batch.sequence_count();
+            let is = |former: usize| former > from && former < rows.len() && is_there && is_like(row, former);
+            // One that is like none of them was replaced where it stood.
+            let has_left = former == from || (!is(former) && (former + 1..=former + MOST_LEAVING).any(is));
+            if is_there && !has_left {
+                moved.push(row as u32);
+                origins.push(former as u32);
+                self.spare.push(*of_row);
+            } else {
+                moved.push(u32::MAX);
+                if of_row.length > 0 {
+                    left.push(former as u32);
+                }
+            }
+        }
+        std::mem::swap(&mut self.rows, &mut self.spare);
+        true
     }
 
     /// Compares the entries that were in use and still are, and takes over those that differ.
@@ -305,7 +385,8 @@ impl Snapshot {
         let (length, new) = (batch.length(index), batch.pages(index));
         let pages = new.len() as u32;
         if self.rows[index].length > 0 {
-            self.found.left.push(index as u32);
+            let former = self.found.origins.get(index).copied().unwrap_or(index as u32);
+            self.found.left.push(former);
         }
         if length > 0 {
             self.found.joined.push(index as u32);
@@ -407,5 +488,35 @@ mod tests {
             }
         }
         assert!(taken <= 2 + 90 / Snapshot::SLACK, "{taken}");
+    }
+
+    #[test]
+    fn rows_that_move_up_are_followed() {
+        let tables: Vec<Vec<u32>> = (0..40).map(|row| vec![99, row, 40 + row]).collect();
+        let lengths = [45; 41];
+        let all: Vec<&[u32]> = tables.iter().map(|table| &**table).collect();
+        let before = DecodeBatch::from_block_tables(&all, &lengths[..40], PAGE, 100).unwrap();
+        let mut forest = Forest::default();
+        forest.build(&before);
+        let mut snapshot = Snapshot::default();
+        snapshot.take(&before, &forest);
+        for leaving in [&[0][..], &[39], &[17], &[3, 4, 5], &[2, 20, 38], &[4, 5, 6, 7]] {
+            let left: Vec<u32> = leaving.iter().map(|row| *row as u32).collect();
+            let rows: Vec<usize> = (0..40).filter(|row| !leaving.contains(row)).collect();
+            for joining in [None, Some(&[99, 80, 81][..])] {
+                let mut after: Vec<&[u32]> = rows.iter().map(|row| all[*row]).collect();
+                after.extend(joining);
+                let after = DecodeBatch::from_block_tables(&after, &lengths[..after.len()], PAGE, 100).unwrap();
+                let mut snapshot = snapshot.clone();
+                let change = snapshot.update(&after, None, true).unwrap();
+                assert_eq!(change, (PlanChange::Forest, true));
+                assert_eq!(snapshot.left(), left);
+                let joined: Vec<u32> = joining.iter().map(|_| rows.len() as u32).collect();
+                assert_eq!(snapshot.joined(), joined, "{leaving:?}");
+                for (row, former) in rows.iter().enumerate() {
+                    assert_eq!(snapshot.row_now(*former as u32), row as u32);
+                }
+            }
+        }
     }
 }
