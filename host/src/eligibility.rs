@@ -162,7 +162,7 @@ impl Asked<'_> {
             (Part::ComputeCapability, compute_capability.is_some_and(|capability| !kernel.arch.runs_on(capability))),
             (Part::SharedMemory, self.smem_per_cta_bytes().is_some_and(|bytes| kernel.smem_bytes > bytes)),
             (Part::QDtype, shape.dtype() != kernel.dtype),
-            (Part::KvDtype, shape.kv_dtype() != kernel.dtype),
+            (Part::KvDtype, shape.kv_dtype() != kernel.kv_dtype),
             (Part::OutDtype, shape.out_dtype() != kernel.dtype),
             (Part::HeadDim, shape.head_dim() != kernel.head_dim),
             (Part::VHeadDim, shape.v_head_dim() != kernel.head_dim),
@@ -240,7 +240,8 @@ fn accepted_by(problem: &Problem, kernel: &KernelSpec, variant: TileVariant, par
             Arch::Sm90a => one("90".into()),
         },
         Part::SharedMemory => one(format!("{} bytes or more", kernel.smem_bytes)),
-        Part::QDtype | Part::KvDtype | Part::OutDtype => one(kernel.dtype.name().into()),
+        Part::QDtype | Part::OutDtype => one(kernel.dtype.name().into()),
+        Part::KvDtype => one(kernel.kv_dtype.name().into()),
         Part::HeadDim | Part::VHeadDim => one(kernel.head_dim.to_string()),
         Part::QueryTokens => Accepted::Range(1, None),
         Part::Window | Part::Chunk if variant.serves(switches_of(problem, part)) => Accepted::Range(1, None),
@@ -254,7 +255,7 @@ fn accepted_by(problem: &Problem, kernel: &KernelSpec, variant: TileVariant, par
         Part::Group => Accepted::Range(1, Some(variant.rows())),
         Part::PageSize if variant.supports_page_size(1) => Accepted::Range(1, Some(Problem::MAX_PAGE_SIZE)),
         Part::PageSize => one(format!("a power of two from 16 to {}", Problem::MAX_PAGE_SIZE)),
-        Part::Stride { .. } => one(accepted_strides(kernel.dtype.bytes())),
+        Part::Stride { .. } => one(accepted_strides(kernel.kv_dtype.bytes())),
     }
 }
 
@@ -360,7 +361,13 @@ mod tests {
         let usual = usual();
         let shape = usual.shape();
         let of = |shape| refusal(Problem::new(shape, 16), None);
-        assert_eq!(of(shape.with_kv_dtype(Dtype::E4m3)), "kv_dtype: got e4m3, expected f16");
+        assert_eq!(of(shape.with_kv_dtype(Dtype::Bf16)), "kv_dtype: got bf16, expected f16 or e4m3 or e5m2");
+        let eight_bit = |shape: AttentionShape| Problem::new(shape.with_kv_dtype(Dtype::E4m3), 16);
+        assert_eq!(supports(&eight_bit(shape), None, None), Ok(()));
+        let wide = problem(32, 8, 256, Dtype::F16, 16).shape();
+        assert_eq!(refusal(eight_bit(wide), None), "head_dim: got 256, expected 64 or 128");
+        let grouped = problem(65, 1, 128, Dtype::F16, 16).shape();
+        assert_eq!(refusal(eight_bit(grouped), None), "q_heads / kv_heads: got 65, expected 1 to 64");
         assert_eq!(of(shape.with_out_dtype(Dtype::Bf16)), "out_dtype: got bf16, expected f16");
         assert_eq!(of(shape.with_v_head_dim(64).unwrap()), "v_head_dim: got 64, expected 128");
         let cases = [

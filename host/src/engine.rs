@@ -1,7 +1,7 @@
 //! One front for both executors.
 
-use crate::cuda::{CudaEngine, DeviceBuffer, RunArgs, Workspace};
-use crate::{DeviceProfile, Element, HostTensors, Plan, Result, cpu};
+use crate::cuda::{CudaEngine, DeviceBuffer, DeviceKvScale, RunArgs, Workspace};
+use crate::{DeviceProfile, Element, HostTensors, KvElement, KvScale, Plan, Result, cpu};
 
 /// Executes plans, on the CPU or on a CUDA device.
 #[derive(Debug)]
@@ -69,10 +69,10 @@ impl Engine {
     ///
     /// # Errors
     /// As [`cpu::run`]; on CUDA also those of [`CudaEngine::run`].
-    pub fn run_host<T: Element>(
+    pub fn run_host<T: Element, C: KvElement>(
         &self,
         plan: &Plan,
-        tensors: &HostTensors<'_, T>,
+        tensors: &HostTensors<'_, T, C>,
         out: &mut [T],
         lse: Option<&mut [f32]>,
     ) -> Result<()> {
@@ -83,10 +83,10 @@ impl Engine {
     }
 }
 
-fn run_host_on<T: Element>(
+fn run_host_on<T: Element, C: KvElement>(
     engine: &CudaEngine,
     plan: &Plan,
-    tensors: &HostTensors<'_, T>,
+    tensors: &HostTensors<'_, T, C>,
     out: &mut [T],
     lse: Option<&mut [f32]>,
 ) -> Result<()> {
@@ -108,6 +108,13 @@ fn run_host_on<T: Element>(
     args.lse = device_lse.as_ref().map(|buffer| (buffer.span(), tensors.lse_strides));
     let sinks = tensors.sinks.map(|sinks| DeviceBuffer::from_slice(device, sinks)).transpose()?;
     args.sinks = sinks.as_ref().map(DeviceBuffer::span);
+    let on_device = |scale: KvScale<'_>| match scale {
+        KvScale::Tensor(scale) => Ok(DeviceKvScale::Tensor(scale)),
+        KvScale::Heads(scales) => {
+            DeviceBuffer::from_slice(device, scales).map(|scales| DeviceKvScale::Heads(scales.span()))
+        }
+    };
+    args = args.with_kv_scales(on_device(tensors.k_scale)?, on_device(tensors.v_scale)?);
     engine.run(&buffers, &args, &workspace, &stream)?;
     stream.synchronize()?;
     device_out.read(0, out)?;

@@ -1,5 +1,6 @@
 //! The 16-bit element types of Q, K, V and O.
 
+use crate::eight_bit::Code;
 use crate::ptx::{math, mma};
 
 /// A 16-bit floating-point type that the tensor cores multiply with f32 accumulation.
@@ -12,6 +13,9 @@ pub trait Element {
 
     /// `sum + 0 * element` for both elements of a word: NaN once one was not finite.
     fn add_zero_times(sum: u32, word: u32) -> u32;
+
+    /// Two numbers of codes in the upper bytes of a word's halves, exactly.
+    fn widen<C: Code>(codes: u32) -> u32;
 
     /// accumulator (16x8) += A (16x16, row-major) * B (16x8, column-major). Convergent.
     fn multiply(accumulator: &mut [f32; 4], a: &[u32; 4], b: [u32; 2]);
@@ -40,6 +44,11 @@ impl Element for F16 {
     }
 
     #[inline(always)]
+    fn widen<C: Code>(codes: u32) -> u32 {
+        C::to_f16x2(codes)
+    }
+
+    #[inline(always)]
     fn multiply(accumulator: &mut [f32; 4], a: &[u32; 4], b: [u32; 2]) {
         mma::mma_m16n8k16_f16(accumulator, a, b);
     }
@@ -60,6 +69,11 @@ impl Element for Bf16 {
     #[inline(always)]
     fn add_zero_times(sum: u32, word: u32) -> u32 {
         math::add_zero_times_bf16x2(sum, word)
+    }
+
+    #[inline(always)]
+    fn widen<C: Code>(codes: u32) -> u32 {
+        C::to_bf16x2(codes)
     }
 
     #[inline(always)]

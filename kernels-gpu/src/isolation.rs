@@ -8,11 +8,12 @@
 use pat_abi::ForwardParams;
 use pat_abi::reader::Stream;
 
+use crate::cache::Cache;
 use crate::element::Element;
 use crate::epilogue::Row;
 use crate::item::strided;
 use crate::plan_words::WhenUsed;
-use crate::ptx::ldst::{load_global_u32, load_global_u32x2};
+use crate::ptx::ldst::load_global_u32x2;
 use crate::ptx::special::run_time;
 use crate::ptx::{barrier, math, shuffle};
 use crate::softmax::cap_scores;
@@ -44,8 +45,9 @@ impl RowSoftmax {
 /// below `head_dim`.
 #[inline(always)]
 #[allow(clippy::too_many_arguments, reason = "the place of two columns, by parts")]
-pub unsafe fn attend_pair<E: Element, const CAPS_SCORES: bool, const HAS_WINDOWS: bool>(
+pub unsafe fn attend_pair<E: Element, C: Cache, const CAPS_SCORES: bool, const HAS_WINDOWS: bool>(
     params: &ForwardParams,
+    cache: C,
     stream: Stream,
     kv_head: u32,
     row: u32,
@@ -55,7 +57,7 @@ pub unsafe fn attend_pair<E: Element, const CAPS_SCORES: bool, const HAS_WINDOWS
     lane: u32,
 ) -> [f32; 2] {
     let keys = strided(params.k, kv_head, params.k_head_stride, 0, 0);
-    let values = strided(params.v, kv_head, params.v_head_stride, 0, 0) + column as u64 * 2;
+    let values = strided(params.v, kv_head, params.v_head_stride, 0, 0) + column as u64 * C::BYTES as u64;
     let query = target.query_address(params);
     let (row_bytes, lanes) = (run_time(2 * head_dim), run_time(32));
     let mut pair = [0.0; 2];
@@ -79,11 +81,10 @@ pub unsafe fn attend_pair<E: Element, const CAPS_SCORES: bool, const HAS_WINDOWS
             let key = strided(keys, page_id, params.k_page_stride, in_page, params.k_token_stride);
             let (mut score, mut offset) = (0.0, 0);
             while offset < row_bytes {
-                // SAFETY: query and key are rows of `row_bytes` bytes, multiples of 16 like their addresses.
-                let (q, k) =
-                    unsafe { (load_global_u32x2(query + offset as u64), load_global_u32x2(key + offset as u64)) };
+                // SAFETY: query and key are rows of `row_bytes / 2` elements, at multiples of 16 bytes.
+                let (q, k) = unsafe { (load_global_u32x2(query + offset as u64), C::load_four(key, offset)) };
                 for word in 0..2 {
-                    let (q, k) = (E::unpack(q[word]), E::unpack(k[word]));
+                    let (q, k) = (E::unpack(q[word]), C::two_of_four::<E>(k, word));
                     score = math::fma(q[1], k[1], math::fma(q[0], k[0], score));
                 }
                 offset += 8;
@@ -102,7 +103,7 @@ pub unsafe fn attend_pair<E: Element, const CAPS_SCORES: bool, const HAS_WINDOWS
                 let in_page = shuffle::from_lane_u32(in_page, source);
                 let address = strided(values, page_id, params.v_page_stride, in_page, params.v_token_stride);
                 // SAFETY: the columns of a token's values.
-                let value = E::unpack(unsafe { load_global_u32(address) });
+                let value = unsafe { cache.two_of_value::<E>(address) };
                 pair = [math::fma(weight, value[0], pair[0]), math::fma(weight, value[1], pair[1])];
             }
             source += 1;
@@ -120,8 +121,9 @@ pub unsafe fn attend_pair<E: Element, const CAPS_SCORES: bool, const HAS_WINDOWS
 /// says where a tile row's result goes.
 #[inline(always)]
 #[allow(clippy::too_many_arguments, reason = "the rows of one warp, by parts")]
-pub unsafe fn restore_rows<E: Element, const CAPS_SCORES: bool, const HAS_WINDOWS: bool>(
+pub unsafe fn restore_rows<E: Element, C: Cache, const CAPS_SCORES: bool, const HAS_WINDOWS: bool>(
     params: &ForwardParams,
+    cache: C,
     stream: Stream,
     kv_head: u32,
     first_row: u32,
@@ -156,8 +158,9 @@ pub unsafe fn restore_rows<E: Element, const CAPS_SCORES: bool, const HAS_WINDOW
                 let (of_row, column) = (first_row + row, block + 2 * lane);
                 // SAFETY: the caller's contract; the lanes write different columns.
                 unsafe {
-                    let pair = attend_pair::<E, CAPS_SCORES, HAS_WINDOWS>(
+                    let pair = attend_pair::<E, C, CAPS_SCORES, HAS_WINDOWS>(
                         params,
+                        cache,
                         stream,
                         kv_head,
                         of_row,

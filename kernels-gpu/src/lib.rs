@@ -7,6 +7,8 @@
 #![feature(abi_ptx, asm_experimental_arch, stdarch_nvptx, link_llvm_intrinsics)]
 #![allow(internal_features)]
 
+pub mod cache;
+pub mod eight_bit;
 pub mod element;
 pub mod epilogue;
 pub mod finish;

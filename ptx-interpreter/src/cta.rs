@@ -1,7 +1,7 @@
 //! A CTA: its warps, what they share, and the order in which they run.
 //!
-//! A warp runs until it waits. What is asynchronous happens as late as it may: copies when they are waited for, those of TMA when no
-//! warp can go on otherwise, matrix products when they are waited for. So a wait that is missing shows.
+//! A warp runs until it waits. What is asynchronous happens as late as it may: copies when they are waited for, those of TMA
+//! when no warp can go on otherwise, matrix products when they are waited for. So a wait that is missing shows.
 
 use crate::barrier::{CountingBarriers, NumberedBarriers};
 use crate::error::{Error, Fault, Place, Result};

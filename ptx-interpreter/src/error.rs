@@ -86,6 +86,18 @@ pub enum Fault {
         /// The buffer.
         buffer: String,
     },
+    /// An access to what another CTA has written.
+    #[error("lane {lane}: an access to {buffer} at {address:#x}, which CTA {cta} of the same launch has written")]
+    OtherCta {
+        /// The lane.
+        lane: usize,
+        /// The byte.
+        address: u64,
+        /// The buffer.
+        buffer: String,
+        /// The CTA that wrote.
+        cta: u32,
+    },
     /// An address that is not a multiple of the access's size.
     #[error("lane {lane}: {bytes} bytes at {address:#x}, which is no multiple of {bytes}")]
     Misaligned {

@@ -1,4 +1,5 @@
-//! Global memory: buffers with names and limits. An access outside all of them, or a write to one that is only read, is a fault.
+//! Global memory: buffers with names and limits. An access outside all of them, a write to one that is only read, and an access
+//! to what another CTA of the launch has written, are faults.
 
 use crate::error::Fault;
 
@@ -24,6 +25,8 @@ struct Buffer {
     address: u64,
     bytes: Vec<u8>,
     access: Access,
+    /// Of each byte the CTA that wrote it last, by its number among those of all launches; 0 where none did. Empty where none may.
+    writers: Vec<u32>,
 }
 
 /// The buffers that launches work on.
@@ -31,6 +34,10 @@ struct Buffer {
 pub struct GlobalMemory {
     /// In the order of their addresses.
     buffers: Vec<Buffer>,
+    /// Number of the CTA that runs, among those of all launches, from 1 on.
+    cta: u32,
+    /// Number of the first CTA of its launch.
+    first_cta: u32,
 }
 
 impl GlobalMemory {
@@ -43,7 +50,8 @@ impl GlobalMemory {
     pub fn add(&mut self, name: &str, bytes: Vec<u8>, access: Access) -> u64 {
         let end = self.buffers.last().map(|last| last.address + last.bytes.len() as u64 + GAP_BYTES);
         let address = end.unwrap_or(FIRST_ADDRESS).next_multiple_of(ALIGNMENT);
-        self.buffers.push(Buffer { name: name.into(), address, bytes, access });
+        let writers = vec![0; if access == Access::Read { 0 } else { bytes.len() }];
+        self.buffers.push(Buffer { name: name.into(), address, bytes, access, writers });
         address
     }
 
@@ -52,28 +60,50 @@ impl GlobalMemory {
         self.buffers.iter().find(|buffer| buffer.address == address).map(|buffer| &buffer.bytes[..])
     }
 
+    /// The accesses from now on are those of the next CTA, of a new launch or of the one before.
+    pub(crate) fn begin_cta(&mut self, of_new_launch: bool) {
+        self.cta += 1;
+        if of_new_launch {
+            self.first_cta = self.cta;
+        }
+    }
+
     /// Reads `into.len()` bytes from an address that is a multiple of `alignment`.
     pub(crate) fn read_into(&self, lane: usize, address: u64, alignment: usize, into: &mut [u8]) -> Result<(), Fault> {
         check_alignment(lane, address, alignment)?;
         let (index, at) = self.find(lane, address, into.len())?;
+        self.check_writers(lane, address, &self.buffers[index], at, into.len())?;
         into.copy_from_slice(&self.buffers[index].bytes[at..at + into.len()]);
         Ok(())
     }
 
     /// Writes bytes, aligned to their number.
     pub(crate) fn write(&mut self, lane: usize, address: u64, bytes: &[u8]) -> Result<(), Fault> {
-        let (index, at) = self.locate(lane, address, bytes.len())?;
+        check_alignment(lane, address, bytes.len())?;
+        let (index, at) = self.find(lane, address, bytes.len())?;
+        self.check_writers(lane, address, &self.buffers[index], at, bytes.len())?;
         let buffer = &mut self.buffers[index];
         if buffer.access == Access::Read {
             return Err(Fault::ReadOnly { lane, address, buffer: buffer.name.clone() });
         }
         buffer.bytes[at..at + bytes.len()].copy_from_slice(bytes);
+        buffer.writers[at..at + bytes.len()].fill(self.cta);
         Ok(())
     }
 
-    fn locate(&self, lane: usize, address: u64, bytes: usize) -> Result<(usize, usize), Fault> {
-        check_alignment(lane, address, bytes)?;
-        self.find(lane, address, bytes)
+    /// Nothing orders the CTAs of a launch: what one writes, no other reads or writes.
+    fn check_writers(&self, lane: usize, address: u64, buffer: &Buffer, at: usize, bytes: usize) -> Result<(), Fault> {
+        let writers = buffer.writers.get(at..at + bytes).unwrap_or_default();
+        let other = writers.iter().position(|&writer| writer >= self.first_cta.max(1) && writer != self.cta);
+        match other {
+            None => Ok(()),
+            Some(offset) => Err(Fault::OtherCta {
+                lane,
+                address: address + offset as u64,
+                buffer: buffer.name.clone(),
+                cta: writers[offset] - self.first_cta,
+            }),
+        }
     }
 
     /// The buffer that holds these bytes, and where.
@@ -123,5 +153,25 @@ mod tests {
         assert_eq!(memory.bytes(b).unwrap()[11..], [2, 7, 7, 7, 7]);
         assert!(memory.write(0, a, &[7]).unwrap_err().to_string().contains("only read"));
         assert!(memory.bytes(a + 1).is_none());
+    }
+
+    #[test]
+    fn ctas_of_a_launch_do_not_meet() {
+        let mut memory = GlobalMemory::new();
+        let a = memory.add("a", vec![1; 16], Access::ReadWrite);
+        memory.begin_cta(true);
+        memory.write(0, a, &[7; 4]).unwrap();
+        memory.write(0, a, &[8; 4]).unwrap();
+        memory.begin_cta(false);
+        memory.write(0, a + 4, &[9; 4]).unwrap();
+        let error = read(&memory, 0, a, 8).unwrap_err().to_string();
+        assert!(
+            error.ends_with(&format!("an access to a at {a:#x}, which CTA 0 of the same launch has written")),
+            "{error}"
+        );
+        assert!(memory.write(0, a, &[7; 4]).is_err());
+        // Launches follow each other.
+        memory.begin_cta(true);
+        assert_eq!(read(&memory, 0, a, 8).unwrap(), [8, 8, 8, 8, 9, 9, 9, 9]);
     }
 }

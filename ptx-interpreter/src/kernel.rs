@@ -6,8 +6,8 @@ use crate::instruction::{Guard, Instruction, Op, Slot};
 use crate::text::{Kind, newlines, statements};
 use std::collections::HashMap;
 
-/// Where the shared memory of a CTA begins. Not at 0, so that an offset that was taken for an address shows; aligned as the widest
-/// swizzle wants it.
+/// Where the shared memory of a CTA begins. Not at 0, so that an offset that was taken for an address shows; aligned as the
+/// widest swizzle wants it.
 pub(crate) const SHARED_BEGIN: u64 = 1024;
 /// Where the parameters of a launch begin. No buffer of global memory is there.
 pub(crate) const PARAMS_BEGIN: u64 = 1 << 20;
@@ -317,7 +317,11 @@ mod tests {
 
     #[test]
     fn parameters_are_laid_out_by_their_alignment() {
-        let text = ".entry k(\n.param .align 8 .b8 k_param_0[12],\n.param .align 64 .b8 k_param_1[128],\n.param .u32 k_param_2\n)\n.maxntid 96, 1, 1\n{ ret; }";
+        let text = ".entry k(
+            .param .align 8 .b8 k_param_0[12],
+            .param .align 64 .b8 k_param_1[128],
+            .param .u32 k_param_2
+            ) .maxntid 96, 1, 1 { ret; }";
         let kernel = Kernel::parse(text, "k").unwrap();
         let offsets: Vec<(usize, usize)> = kernel.params.iter().map(|param| (param.offset, param.bytes)).collect();
         assert_eq!(offsets, [(0, 12), (64, 128), (192, 4)]);

@@ -43,8 +43,8 @@ impl Kernel {
     /// Runs every CTA of a launch.
     ///
     /// # Errors
-    /// The launch does not fit the kernel; or an instruction did what it must not do, or threads wait in vain: the memory is as it
-    /// was then.
+    /// The launch does not fit the kernel; or an instruction did what it must not do, or threads wait in vain: the memory is as
+    /// it was then.
     pub fn launch(&self, launch: &Launch<'_>, memory: &mut GlobalMemory) -> Result<()> {
         let refuse = |what: String| Err(Error::Launch(format!("{}: {what}", self.name)));
         if launch.threads == 0
@@ -69,7 +69,10 @@ impl Kernel {
                 Param::TensorMap(map) => map.check().or_else(|what| refuse(format!("parameter {index}: {what}")))?,
             }
         }
-        (0..launch.ctas).try_for_each(|cta| cta::run(self, launch, &bytes, cta, memory))
+        (0..launch.ctas).try_for_each(|cta| {
+            memory.begin_cta(cta == 0);
+            cta::run(self, launch, &bytes, cta, memory)
+        })
     }
 
     /// The tensor map whose parameter is at `address`.

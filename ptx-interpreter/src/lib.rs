@@ -1,7 +1,8 @@
 //! Runs PTX on the CPU: the very text that a driver would compile, so that a machine without a GPU can tell whether it is right.
 //!
-//! It is a tool for tests, written for the kernels of this project: it knows the instructions that they use, and refuses any other by
-//! name. [`Kernel::parse`] reads one entry of a PTX text, [`GlobalMemory`] holds the buffers, [`Kernel::launch`] runs every CTA:
+//! It is a tool for tests, written for the kernels of this project: it knows the instructions that they use, and refuses any
+//! other by name. [`Kernel::parse`] reads one entry of a PTX text, [`GlobalMemory`] holds the buffers, [`Kernel::launch`] runs
+//! every CTA:
 //!
 //! ```
 //! use pat_ptx_interpreter::{Access, GlobalMemory, Kernel, Launch, Param, Unset};
@@ -38,19 +39,20 @@
 //! # What it finds
 //!
 //! - **Wrong results**, by comparing what kernels wrote with what they should have.
-//! - **Accesses outside** every buffer or the CTA's shared memory, misaligned ones, writes to what is only read.
-//! - **Reads of shared memory that nothing was written to**, or that an asynchronous copy is still writing. Copies and matrix products
-//!   happen as late as the waits allow, so that a missing wait shows.
-//! - **Races** in shared memory: two accesses of different warps or lanes, one of them a write, that no barrier orders; and writes
-//!   that TMA or wgmma might not see, for lack of a proxy fence.
+//! - **Accesses outside** every buffer or the CTA's shared memory, misaligned ones, writes to what is only read, accesses to what
+//!   another CTA of the launch has written.
+//! - **Reads of shared memory that nothing was written to**, or that an asynchronous copy is still writing. Copies and matrix
+//!   products happen as late as the waits allow, so that a missing wait shows.
+//! - **Races** in shared memory: two accesses of different warps or lanes, one of them a write, that no barrier orders; and
+//!   writes that TMA or wgmma might not see, for lack of a proxy fence.
 //! - **Registers of a matrix product under way** that something else touches, or that no `wgmma.fence` stands in front of.
 //! - **Deadlocks**, with who waits where; instructions that want all lanes of a warp and do not get them.
 //!
 //! # What it does not
 //!
-//! Time, registers and caches; races in global memory; CTAs that wait for each other (they run one after the other). Approximate
-//! instructions are rounded correctly, and tensor cores add in order and round to nearest, where a device differs in the last places.
-//! Registers start at 0.
+//! Time, registers and caches; races in global memory within a CTA; CTAs that wait for each other (they run one after the other).
+//! Approximate instructions are rounded correctly, and tensor cores add in order and round to nearest, where a device differs in
+//! the last places. Registers start at 0.
 //!
 //! # Where semantics come from
 //!

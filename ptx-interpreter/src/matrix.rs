@@ -1,8 +1,8 @@
 //! Matrix products of a warp, and the fragments that its lanes hold.
 //!
-//! PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type" and, for the accumulators of wgmma, "Register Fragments and
-//! Shared Memory Matrix Layouts". Products of 16-bit elements are exact in f32; they are added in order, rounded to nearest. A device
-//! adds them in another order and truncates: both are within the numerics rule.
+//! PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type" and, for the accumulators of wgmma, "Register
+//! Fragments and Shared Memory Matrix Layouts". Products of 16-bit elements are exact in f32; they are added in order, rounded
+//! to nearest. A device adds them in another order and truncates: both are within the numerics rule.
 
 use crate::instruction::MatrixType;
 use crate::lanes::{Lanes, WARP};

@@ -1,11 +1,12 @@
 //! What orders accesses to shared memory: an access that nothing orders behind another lane's is a race.
 //!
 //! What orders warps are barriers. Each warp has a vector clock: its own count of releases, and how much of the others' it has
-//! acquired. (Lamport, "Time, clocks, and the ordering of events in a distributed system", 1978; Mattern, "Virtual time and global
-//! states of distributed systems", 1988.) Lanes of a warp share its clock: between them, what is at the same time is not ordered.
+//! acquired. (Lamport, "Time, clocks, and the ordering of events in a distributed system", 1978; Mattern, "Virtual time and
+//! global states of distributed systems", 1988.) Lanes of a warp share its clock: between them, what is at the same time is not
+//! ordered.
 //!
-//! TMA and wgmma access memory through the async proxy. What was written through the generic one they see behind a fence only, which
-//! the writer executes before the barrier or the reader behind it. PTX ISA, "Async proxy" and "membar / fence".
+//! TMA and wgmma access memory through the async proxy. What was written through the generic one they see behind a fence only,
+//! which the writer executes before the barrier or the reader behind it. PTX ISA, "Async proxy" and "membar / fence".
 
 use crate::error::Fault;
 use crate::kernel::SHARED_BEGIN;

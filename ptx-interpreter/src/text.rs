@@ -98,7 +98,8 @@ mod tests {
 
     #[test]
     fn statements_have_their_lines_and_scopes() {
-        let text = "\n// nothing\nadd.s32 %r1, %r2,\n 3; $L_1:\n{ .reg .b16 l; mbarrier.init.shared::cta.b64 [%r1], %r2; }\nret;\n}\nbehind";
+        let text = "\n// nothing\nadd.s32 %r1, %r2,\n 3; $L_1:\n\
+            { .reg .b16 l; mbarrier.init.shared::cta.b64 [%r1], %r2; }\nret;\n}\nbehind";
         let found = statements(text, 10).unwrap();
         let lines: Vec<usize> = found.iter().map(|statement| statement.line).collect();
         let kinds: Vec<Kind<'_>> = found.into_iter().map(|statement| statement.kind).collect();

@@ -1,5 +1,5 @@
-//! A warp: 32 lanes that may go different ways. Lanes at the same instruction form a group; of the groups that can go on, the one that
-//! is furthest behind does, so that they meet again where their ways do.
+//! A warp: 32 lanes that may go different ways. Lanes at the same instruction form a group; of the groups that can go on, the
+//! one that is furthest behind does, so that they meet again where their ways do.
 
 use crate::error::Fault;
 use crate::instruction::Slot;

@@ -3,8 +3,8 @@
 use half::f16;
 use pat_ptx_interpreter::{Access, Error, Fault, GlobalMemory, Kernel, Launch, Param, Result, TensorMap, Unset};
 
-/// Registers and addresses that every program has: its thread in `%r1`, the address of its word of `values` in `%rd3`, of its word of
-/// the CTA's shared memory in `%r3`.
+/// Registers and addresses that every program has: its thread in `%r1`, the address of its word of `values` in `%rd3`, of its
+/// word of the CTA's shared memory in `%r3`.
 fn program(body: &str) -> String {
     format!(
         ".version 8.0
@@ -272,7 +272,8 @@ or.b64 %rd6, %rd6, 4611686293305294848;
 mov.b32 %r7, 1006648320;
 setp.ne.b32 %p4, 0, 0;
 wgmma.fence.sync.aligned;
-wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {%r10, %r11, %r12, %r13, %r14, %r15, %r16, %r17}, {%r7, %r7, %r7, %r7}, %rd6, %p4, 1, 1, 0;
+wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {%r10, %r11, %r12, %r13, %r14, %r15, %r16, %r17},
+    {%r7, %r7, %r7, %r7}, %rd6, %p4, 1, 1, 0;
 wgmma.commit_group.sync.aligned;
 wgmma.wait_group.sync.aligned 0;
 st.global.u32 [%rd3], %r15;";

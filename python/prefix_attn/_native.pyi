@@ -20,6 +20,7 @@ class AttentionShape:
         kv_heads: KV heads, at least 1.
         head_dim: elements per head of Q, K and V.
         dtype: element type of Q, K, V and O: a torch dtype, or ``"float16"`` or ``"bfloat16"``.
+        kv_dtype: element type of K and V where it is another: ``"float8_e4m3fn"`` or ``"float8_e5m2"``, or torch's.
 
     Raises:
         ValueError: there is no kernel for such a shape; the message names the argument.
@@ -27,7 +28,7 @@ class AttentionShape:
     def __eq__(self, value: object, /) -> bool: ...
     def __hash__(self, /) -> int: ...
     def __ne__(self, value: object, /) -> bool: ...
-    def __new__(cls, /, q_heads: SupportsIndex, kv_heads: SupportsIndex, head_dim: SupportsIndex, dtype: "torch.dtype | str") -> AttentionShape: ...
+    def __new__(cls, /, q_heads: SupportsIndex, kv_heads: SupportsIndex, head_dim: SupportsIndex, dtype: "torch.dtype | str", *, kv_dtype: "torch.dtype | str | None" = None) -> AttentionShape: ...
     def __repr__(self, /) -> str: ...
     @property
     def dtype(self, /) -> str:
@@ -38,6 +39,11 @@ class AttentionShape:
     def head_dim(self, /) -> int:
         """
         Elements per head.
+        """
+    @property
+    def kv_dtype(self, /) -> str:
+        """
+        Element type of K and V.
         """
     @property
     def kv_heads(self, /) -> int:
@@ -239,12 +245,12 @@ class PlanBuffers:
     """
     def __new__(cls, /, planner: "Planner", page_size: SupportsIndex, num_pages: SupportsIndex) -> PlanBuffers: ...
     def __repr__(self, /) -> str: ...
-    def bind(self, /, k_cache: "torch.Tensor", v_cache: "torch.Tensor", q: "torch.Tensor", out: "torch.Tensor", lse: "torch.Tensor | None" = None, *, scale: "float | None" = None, softcap: "float | None" = None, sinks: "torch.Tensor | None" = None, kv_layout: str = "NHD", workspace: "Workspace | None" = None) -> "BoundRun":
+    def bind(self, /, k_cache: "torch.Tensor", v_cache: "torch.Tensor", q: "torch.Tensor", out: "torch.Tensor", lse: "torch.Tensor | None" = None, *, scale: "float | None" = None, softcap: "float | None" = None, sinks: "torch.Tensor | None" = None, k_scale: "float | torch.Tensor | None" = None, v_scale: "float | torch.Tensor | None" = None, kv_layout: str = "NHD", workspace: "Workspace | None" = None) -> "BoundRun":
         """
         A run of one layer whose arguments are checked here, once, and whose tensors are kept alive.
 
         Args:
-            k_cache, v_cache, q, out, lse, scale, softcap, sinks, kv_layout: as in :func:`run`; q, out and lse have at least the capacity's
+            k_cache, v_cache, q, out, lse, scale, softcap, sinks, k_scale, v_scale, kv_layout: as in :func:`run`; q, out and lse have at least the capacity's
                 ``max_sequences`` rows.
             workspace: memory for partial results, at least that of :meth:`Workspace.for_planner`; layers that run in the
                 order of a stream share one.
@@ -490,7 +496,7 @@ def merge_states(out_a: "torch.Tensor", lse_a: "torch.Tensor", out_b: "torch.Ten
         CudaError: the driver refuses the launch.
     """
 
-def run(plan: "Plan", q: "torch.Tensor", k_cache: "torch.Tensor", v_cache: "torch.Tensor", out: "torch.Tensor | None" = None, lse: "torch.Tensor | None" = None, *, scale: "float | None" = None, softcap: "float | None" = None, sinks: "torch.Tensor | None" = None, return_lse: bool = False, kv_layout: str = "NHD", workspace: "Workspace | None" = None, stream: SupportsIndex | None = None) -> "torch.Tensor | tuple[torch.Tensor, torch.Tensor]":
+def run(plan: "Plan", q: "torch.Tensor", k_cache: "torch.Tensor", v_cache: "torch.Tensor", out: "torch.Tensor | None" = None, lse: "torch.Tensor | None" = None, *, scale: "float | None" = None, softcap: "float | None" = None, sinks: "torch.Tensor | None" = None, k_scale: "float | torch.Tensor | None" = None, v_scale: "float | torch.Tensor | None" = None, return_lse: bool = False, kv_layout: str = "NHD", workspace: "Workspace | None" = None, stream: SupportsIndex | None = None) -> "torch.Tensor | tuple[torch.Tensor, torch.Tensor]":
     """
     Decode attention of one layer: for row b, query head h and KV head g = h / (q_heads / kv_heads),
     ``out[b, h] = sum_t softmax_t(scale * q[b, h] . k[t, g]) v[t, g]`` over the tokens that the plan's block table of b names.
@@ -503,13 +509,16 @@ def run(plan: "Plan", q: "torch.Tensor", k_cache: "torch.Tensor", v_cache: "torc
         plan: of :meth:`Planner.plan`.
         q: ``[rows, q_heads, head_dim]``, at least the plan's rows; what is behind them is not touched.
         k_cache, v_cache: ``[pages, page_size, kv_heads, head_dim]`` ("NHD") or ``[pages, kv_heads, page_size, head_dim]``
-            ("HND"), with any strides in front of a contiguous last dimension; v_cache may lie inside k_cache's rows.
+            ("HND"), with any strides in front of a contiguous last dimension; v_cache may lie inside k_cache's rows. 8-bit caches
+            may be given as uint8.
         out: memory for the output, as q; by default new.
         lse: memory for the log-sum-exps, float32 ``[rows, q_heads]``, natural logarithm.
         scale: factor on the scores; by default ``head_dim ** -0.5``.
         softcap: caps the scaled scores: ``softcap * tanh(score / softcap)``; the planner must know that there is a cap.
         sinks: float32 ``[q_heads]``: for each query head one more score, neither scaled nor capped, that adds to the
             denominator and has no value. The log-sum-exps contain it: rows of length 0 get 0 and the sink.
+        k_scale, v_scale: what the elements of 8-bit caches are multiplied with: a number, or float32 ``[kv_heads]``. Numbers in
+            device memory are not looked at; others are finite and above 0.
         return_lse: return ``(out, lse)``; lse is new where it is not given.
         kv_layout: order of the dimensions of the caches.
         workspace: memory for partial results; by default the plan has its own.

@@ -99,14 +99,14 @@ impl PyPlanBuffers {
     /// A run of one layer whose arguments are checked here, once, and whose tensors are kept alive.
     ///
     /// Args:
-    ///     k_cache, v_cache, q, out, lse, scale, softcap, sinks, kv_layout: as in :func:`run`; q, out and lse have at least the capacity's
+    ///     k_cache, v_cache, q, out, lse, scale, softcap, sinks, k_scale, v_scale, kv_layout: as in :func:`run`; q, out and lse have at least the capacity's
     ///         ``max_sequences`` rows.
     ///     workspace: memory for partial results, at least that of :meth:`Workspace.for_planner`; layers that run in the
     ///         order of a stream share one.
     ///
     /// Raises:
     ///     TypeError, ValueError: as :func:`run`.
-    #[pyo3(signature = (k_cache: "torch.Tensor", v_cache: "torch.Tensor", q: "torch.Tensor", out: "torch.Tensor", lse: "torch.Tensor | None" = None, *, scale: "float | None" = None, softcap: "float | None" = None, sinks: "torch.Tensor | None" = None, kv_layout = "NHD", workspace: "Workspace | None" = None) -> "BoundRun")]
+    #[pyo3(signature = (k_cache: "torch.Tensor", v_cache: "torch.Tensor", q: "torch.Tensor", out: "torch.Tensor", lse: "torch.Tensor | None" = None, *, scale: "float | None" = None, softcap: "float | None" = None, sinks: "torch.Tensor | None" = None, k_scale: "float | torch.Tensor | None" = None, v_scale: "float | torch.Tensor | None" = None, kv_layout = "NHD", workspace: "Workspace | None" = None) -> "BoundRun")]
     #[expect(clippy::too_many_arguments, reason = "the Python signature")]
     fn bind(
         &self,
@@ -118,11 +118,13 @@ impl PyPlanBuffers {
         scale: Option<&Bound<'_, PyAny>>,
         softcap: Option<&Bound<'_, PyAny>>,
         sinks: Option<&Bound<'_, PyAny>>,
+        k_scale: Option<&Bound<'_, PyAny>>,
+        v_scale: Option<&Bound<'_, PyAny>>,
         kv_layout: &str,
         workspace: Option<&Bound<'_, PyWorkspace>>,
     ) -> Result<PyBoundRun> {
         let layout = KvLayout::parse(kv_layout)?;
-        let scores = Scores::read(scale, softcap)?;
+        let (scores, [k_scale, v_scale]) = Scores::read(scale, softcap)?.with_kv_scales(k_scale, v_scale)?;
         let objects = [
             ("q", Some(q)),
             ("k_cache", Some(k_cache)),
@@ -130,6 +132,8 @@ impl PyPlanBuffers {
             ("out", Some(out)),
             ("lse", lse),
             ("sinks", sinks),
+            ("k_scale", k_scale),
+            ("v_scale", v_scale),
         ];
         let held: Vec<_> = objects
             .into_iter()
@@ -142,6 +146,8 @@ impl PyPlanBuffers {
             out: Tensor::read("out", out, None)?,
             lse: lse.map(|lse| Tensor::read("lse", lse, None)).transpose()?,
             sinks: sinks.map(|sinks| Tensor::read("sinks", sinks, None)).transpose()?,
+            k_scale: k_scale.map(|scale| Tensor::read("k_scale", scale, None)).transpose()?,
+            v_scale: v_scale.map(|scale| Tensor::read("v_scale", scale, None)).transpose()?,
         };
         let operands = Operands::new(&self.facts, &tensors, layout, scores)?;
         operands.check_outputs_are_apart()?;
@@ -218,7 +224,7 @@ pub(crate) struct PyBoundRun {
     layout: KvLayout,
     scores: Scores,
     facts: Facts,
-    /// The tensors, by name: q, k_cache, v_cache, out and perhaps lse and sinks.
+    /// The tensors, by name: q, k_cache, v_cache, out and perhaps lse, sinks and factors.
     held: Vec<(&'static str, Py<PyAny>)>,
     /// Where they were when they were checked.
     addresses: Vec<u64>,
@@ -308,8 +314,9 @@ impl PyBoundRun {
             Tensor::read(name, object.bind(py), None)
         };
         let optional = |name| self.held.iter().position(|held| held.0 == name).map(read).transpose();
-        let (lse, sinks) = (optional("lse")?, optional("sinks")?);
-        Ok(Tensors { q: read(0)?, k: read(1)?, v: read(2)?, out: read(3)?, lse, sinks })
+        let (lse, sinks, k_scale, v_scale) =
+            (optional("lse")?, optional("sinks")?, optional("k_scale")?, optional("v_scale")?);
+        Ok(Tensors { q: read(0)?, k: read(1)?, v: read(2)?, out: read(3)?, lse, sinks, k_scale, v_scale })
     }
 }
 

@@ -9,13 +9,13 @@ use crate::append::Append;
 use crate::device::Device;
 use crate::errors::{Failure, Result, invalid, wrong_type};
 use crate::merge;
-use crate::operands::{Operands, Span};
+use crate::operands::{self, Operands, Span};
 use crate::tensor::{Element, MAX_RANK, Tensor, check_rank};
 use crate::torch;
 use bytemuck::Pod;
 use pat_rs::cpu::{NewRows, State, append_rows, merge_states};
 use pat_rs::cuda::{AppendArgs, BoundRun, CudaDevice, DeviceSpan, Stream, Uploaded};
-use pat_rs::{Element as HostElement, HostTensors, Plan};
+use pat_rs::{Element as HostElement, HostTensors, KvElement, KvScale, Plan};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -43,30 +43,38 @@ pub(crate) fn elements<'a, T: Pod>(tensor: &'a Tensor<'_>, element: &Element) ->
 }
 
 /// Executes a plan on host memory. `_held` are the tensors that `operands` were taken from: they keep the memory.
-pub(crate) fn run_host<T: HostElement>(plan: &Plan, operands: &Operands, _held: &[&Tensor<'_>]) -> Result<()> {
+pub(crate) fn run_host<T: HostElement, C: KvElement>(
+    plan: &Plan,
+    operands: &Operands,
+    _held: &[&Tensor<'_>],
+) -> Result<()> {
     operands.check_outputs_are_apart()?;
-    let input = |span: Span, name| -> Result<&[T]> {
-        let elements = span.host_elements::<T>(name)?;
+    fn input<'a, E: Pod>(span: Span, name: &str) -> Result<&'a [E]> {
+        let elements = span.host_elements::<E>(name)?;
         if elements == 0 {
             return Ok(&[]);
         }
         // SAFETY: alignment and length were checked by `host_elements`; `Operands` has compared the element type; `_held`
         // keeps the memory; no output overlaps it (checked above), and this thread stays attached.
         Ok(unsafe { slice::from_raw_parts(std::ptr::with_exposed_provenance(span.address as usize), elements) })
+    }
+    let (q, k, v): (&[T], &[C], &[C]) =
+        (input(operands.q, "q")?, input(operands.k, "k_cache")?, input(operands.v, "v_cache")?);
+    let scale = |scale, name| -> Result<KvScale<'_>> {
+        Ok(match scale {
+            operands::Scale::Tensor(scale) => KvScale::Tensor(scale),
+            operands::Scale::Heads(span) => KvScale::Heads(input(span, name)?),
+        })
     };
-    let (q, k, v) = (input(operands.q, "q")?, input(operands.k, "k_cache")?, input(operands.v, "v_cache")?);
     let mut tensors = HostTensors::new(operands.problem, q, k, v)
+        .with_kv_scales(scale(operands.k_scale, "k_scale")?, scale(operands.v_scale, "v_scale")?)
         .with_kv_strides(operands.k_strides, operands.v_strides)
         .with_row_strides(operands.q_strides, operands.out_strides);
     if let Some((_, strides)) = operands.lse {
         tensors.lse_strides = strides;
     }
     if let Some(span) = operands.sinks {
-        let elements = span.host_elements::<f32>("sinks")?;
-        // SAFETY: as for the other inputs; there is at least one query head.
-        let sinks =
-            unsafe { slice::from_raw_parts(std::ptr::with_exposed_provenance(span.address as usize), elements) };
-        tensors = tensors.with_sinks(sinks);
+        tensors = tensors.with_sinks(input(span, "sinks")?);
     }
     let out = output::<T>(operands.out, "out")?;
     let lse = operands.lse.map(|(span, _)| output::<f32>(span, "lse")).transpose()?;
@@ -260,6 +268,9 @@ impl DlTensor {
             (2, 32, 1) => Element::F32,
             (0, 32, 1) => Element::I32,
             (0, 64, 1) => Element::I64,
+            (1, 8, 1) => Element::U8,
+            (10, 8, 1) => Element::E4m3,
+            (12, 8, 1) => Element::E5m2,
             (0, bits, 1) => Element::Other(format!("int{bits}")),
             (1, bits, 1) => Element::Other(format!("uint{bits}")),
             (2, bits, 1) => Element::Other(format!("float{bits}")),

@@ -5,8 +5,9 @@ use crate::errors::{Result, invalid};
 use crate::foreign;
 use crate::scores::Scores;
 use crate::tensor::{Element, Tensor};
-use pat_rs::cuda::RunArgs;
-use pat_rs::{AttentionShape, KvStrides, Plan, Problem, Reach, RowStrides};
+use pat_rs::cpu::{E4m3, E5m2};
+use pat_rs::cuda::{DeviceKvScale, RunArgs};
+use pat_rs::{AttentionShape, Dtype, KvStrides, Plan, Problem, Reach, RowStrides};
 
 /// What the kernels' 16-byte accesses need of addresses.
 const ALIGNMENT_BYTES: u64 = 16;
@@ -89,11 +90,21 @@ pub(crate) struct Tensors<'py> {
     pub(crate) out: Tensor<'py>,
     pub(crate) lse: Option<Tensor<'py>>,
     pub(crate) sinks: Option<Tensor<'py>>,
+    /// Factors of K's heads.
+    pub(crate) k_scale: Option<Tensor<'py>>,
+    /// Factors of V's heads.
+    pub(crate) v_scale: Option<Tensor<'py>>,
 }
 
 impl Tensors<'_> {
     pub(crate) fn all(&self) -> Vec<&Tensor<'_>> {
-        [&self.q, &self.k, &self.v, &self.out].into_iter().chain(&self.lse).chain(&self.sinks).collect()
+        [&self.q, &self.k, &self.v, &self.out]
+            .into_iter()
+            .chain(&self.lse)
+            .chain(&self.sinks)
+            .chain(&self.k_scale)
+            .chain(&self.v_scale)
+            .collect()
     }
 }
 
@@ -115,19 +126,43 @@ pub(crate) struct Operands {
     pub(crate) out_strides: RowStrides,
     pub(crate) lse: Option<(Span, RowStrides)>,
     pub(crate) sinks: Option<Span>,
+    pub(crate) k_scale: Scale,
+    pub(crate) v_scale: Scale,
+}
+
+/// The factor of a cache's elements.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Scale {
+    Tensor(f32),
+    /// Float32, one for each KV head.
+    Heads(Span),
+}
+
+impl Scale {
+    fn of_device(self) -> DeviceKvScale {
+        match self {
+            Self::Tensor(scale) => DeviceKvScale::Tensor(scale),
+            Self::Heads(span) => DeviceKvScale::Heads(foreign::device_span(span)),
+        }
+    }
 }
 
 impl Operands {
     /// Checks types, devices, sizes, strides, addresses and what becomes of the scores.
     pub(crate) fn new(facts: &Facts, tensors: &Tensors<'_>, layout: KvLayout, scores: Scores) -> Result<Self> {
-        let Tensors { q, k, v, out, lse, sinks } = tensors;
+        let Tensors { q, k, v, out, lse, sinks, k_scale, v_scale } = tensors;
         if let Some(device) = facts.device {
             q.expect_device(device, "where the plan is to run")?;
         }
         let device = q.device;
         let (shape, element) = (facts.shape, Element::from(facts.shape.dtype()));
-        for tensor in [q, k, v, out] {
-            tensor.expect_element(&element)?;
+        let stored = Element::from(facts.shape.kv_dtype());
+        for (tensor, is_cache) in [(q, false), (k, true), (v, true), (out, false)] {
+            if is_cache {
+                tensor.expect_stored(&stored)?
+            } else {
+                tensor.expect_element(&element)?
+            }
             tensor.expect_device(device, "as q")?;
         }
         out.expect_writable()?;
@@ -159,12 +194,21 @@ impl Operands {
             Some(sinks) => {
                 sinks.expect_element(&Element::F32)?;
                 sinks.expect_device(device, "as q")?;
-                check_sinks(sinks, shape.q_heads())?;
+                check_heads(sinks, shape.q_heads(), "query head")?;
                 problem = problem.with_sinks();
                 Some(Span::of(sinks)?)
             }
         };
+        let kv_scale = |scale: Option<f32>, of_heads: &Option<Tensor<'_>>| -> Result<Scale> {
+            let Some(of_heads) = of_heads else { return Ok(Scale::Tensor(scale.unwrap_or(1.0))) };
+            of_heads.expect_element(&Element::F32)?;
+            of_heads.expect_device(device, "as q")?;
+            check_heads(of_heads, shape.kv_heads(), "KV head")?;
+            Ok(Scale::Heads(Span::of(of_heads)?))
+        };
         Ok(Self {
+            k_scale: kv_scale(scores.k_scale, k_scale)?,
+            v_scale: kv_scale(scores.v_scale, v_scale)?,
             problem,
             num_pages: facts.num_pages,
             device,
@@ -187,7 +231,8 @@ impl Operands {
         let spans = [self.q, self.k, self.v, self.out].map(foreign::device_span);
         let mut args = RunArgs::new(self.problem, self.num_pages, self.rows, spans.into())
             .with_kv_strides(self.k_strides, self.v_strides)
-            .with_row_strides(self.q_strides, self.out_strides);
+            .with_row_strides(self.q_strides, self.out_strides)
+            .with_kv_scales(self.k_scale.of_device(), self.v_scale.of_device());
         if let Some((span, strides)) = self.lse {
             args = args.with_lse(foreign::device_span(span), strides);
         }
@@ -214,10 +259,15 @@ impl Operands {
     /// Executes on host memory.
     pub(crate) fn run_host(&self, plan: &Plan, tensors: &Tensors<'_>) -> Result<()> {
         let held = tensors.all();
-        match self.problem.shape().dtype() {
-            pat_rs::Dtype::F16 => foreign::run_host::<half::f16>(plan, self, &held),
-            pat_rs::Dtype::Bf16 => foreign::run_host::<half::bf16>(plan, self, &held),
-            other => Err(invalid("q", other.name(), "float16 or bfloat16")),
+        let shape = self.problem.shape();
+        match (shape.dtype(), shape.kv_dtype()) {
+            (Dtype::F16, Dtype::F16) => foreign::run_host::<half::f16, half::f16>(plan, self, &held),
+            (Dtype::F16, Dtype::E4m3) => foreign::run_host::<half::f16, E4m3>(plan, self, &held),
+            (Dtype::F16, Dtype::E5m2) => foreign::run_host::<half::f16, E5m2>(plan, self, &held),
+            (Dtype::Bf16, Dtype::Bf16) => foreign::run_host::<half::bf16, half::bf16>(plan, self, &held),
+            (Dtype::Bf16, Dtype::E4m3) => foreign::run_host::<half::bf16, E4m3>(plan, self, &held),
+            (Dtype::Bf16, Dtype::E5m2) => foreign::run_host::<half::bf16, E5m2>(plan, self, &held),
+            (other, _) => Err(invalid("q", other.name(), "float16 or bfloat16")),
         }
     }
 }
@@ -309,17 +359,14 @@ pub(crate) fn check_distinct_rows(tensor: &Tensor<'_>) -> Result<()> {
     Err(invalid(tensor.name, format!("strides {strides:?}"), "rows that do not overlap"))
 }
 
-/// Refuses sinks that are not one number after the other, one for each query head.
-fn check_sinks(sinks: &Tensor<'_>, q_heads: u32) -> Result<()> {
-    if sinks.rank != 1 || sinks.sizes[0] != i64::from(q_heads) {
-        return Err(invalid(
-            sinks.name,
-            format!("shape {}", sinks.shape()),
-            format!("[{q_heads}], one per query head"),
-        ));
+/// Refuses sinks and factors that are not one number after the other, one for each of so many heads.
+fn check_heads(numbers: &Tensor<'_>, heads: u32, of: &str) -> Result<()> {
+    if numbers.rank != 1 || numbers.sizes[0] != i64::from(heads) {
+        return Err(invalid(numbers.name, format!("shape {}", numbers.shape()), format!("[{heads}], one per {of}")));
     }
-    if q_heads > 1 && sinks.strides[0] != 1 {
-        return Err(invalid(sinks.name, format!("strides [{}]", sinks.strides[0]), "a contiguous tensor (stride 1)"));
+    if heads > 1 && numbers.strides[0] != 1 {
+        let got = format!("strides [{}]", numbers.strides[0]);
+        return Err(invalid(numbers.name, got, "a contiguous tensor (stride 1)"));
     }
-    check_strides(sinks, false)
+    check_strides(numbers, false)
 }

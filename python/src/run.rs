@@ -22,13 +22,16 @@ use pyo3::prelude::*;
 ///     plan: of :meth:`Planner.plan`.
 ///     q: ``[rows, q_heads, head_dim]``, at least the plan's rows; what is behind them is not touched.
 ///     k_cache, v_cache: ``[pages, page_size, kv_heads, head_dim]`` ("NHD") or ``[pages, kv_heads, page_size, head_dim]``
-///         ("HND"), with any strides in front of a contiguous last dimension; v_cache may lie inside k_cache's rows.
+///         ("HND"), with any strides in front of a contiguous last dimension; v_cache may lie inside k_cache's rows. 8-bit caches
+///         may be given as uint8.
 ///     out: memory for the output, as q; by default new.
 ///     lse: memory for the log-sum-exps, float32 ``[rows, q_heads]``, natural logarithm.
 ///     scale: factor on the scores; by default ``head_dim ** -0.5``.
 ///     softcap: caps the scaled scores: ``softcap * tanh(score / softcap)``; the planner must know that there is a cap.
 ///     sinks: float32 ``[q_heads]``: for each query head one more score, neither scaled nor capped, that adds to the
 ///         denominator and has no value. The log-sum-exps contain it: rows of length 0 get 0 and the sink.
+///     k_scale, v_scale: what the elements of 8-bit caches are multiplied with: a number, or float32 ``[kv_heads]``. Numbers in
+///         device memory are not looked at; others are finite and above 0.
 ///     return_lse: return ``(out, lse)``; lse is new where it is not given.
 ///     kv_layout: order of the dimensions of the caches.
 ///     workspace: memory for partial results; by default the plan has its own.
@@ -47,7 +50,7 @@ use pyo3::prelude::*;
 ///         has been written.
 ///     CudaError: the driver refuses a launch.
 #[pyfunction]
-#[pyo3(signature = (plan: "Plan", q: "torch.Tensor", k_cache: "torch.Tensor", v_cache: "torch.Tensor", out: "torch.Tensor | None" = None, lse: "torch.Tensor | None" = None, *, scale: "float | None" = None, softcap: "float | None" = None, sinks: "torch.Tensor | None" = None, return_lse = false, kv_layout = "NHD", workspace: "Workspace | None" = None, stream = None) -> "torch.Tensor | tuple[torch.Tensor, torch.Tensor]")]
+#[pyo3(signature = (plan: "Plan", q: "torch.Tensor", k_cache: "torch.Tensor", v_cache: "torch.Tensor", out: "torch.Tensor | None" = None, lse: "torch.Tensor | None" = None, *, scale: "float | None" = None, softcap: "float | None" = None, sinks: "torch.Tensor | None" = None, k_scale: "float | torch.Tensor | None" = None, v_scale: "float | torch.Tensor | None" = None, return_lse = false, kv_layout = "NHD", workspace: "Workspace | None" = None, stream = None) -> "torch.Tensor | tuple[torch.Tensor, torch.Tensor]")]
 #[expect(clippy::too_many_arguments, reason = "the Python signature")]
 pub(crate) fn run<'py>(
     py: Python<'py>,
@@ -60,6 +63,8 @@ pub(crate) fn run<'py>(
     scale: Option<&Bound<'py, PyAny>>,
     softcap: Option<&Bound<'py, PyAny>>,
     sinks: Option<&Bound<'py, PyAny>>,
+    k_scale: Option<&Bound<'py, PyAny>>,
+    v_scale: Option<&Bound<'py, PyAny>>,
     return_lse: bool,
     kv_layout: &str,
     workspace: Option<&Bound<'py, PyWorkspace>>,
@@ -67,7 +72,7 @@ pub(crate) fn run<'py>(
 ) -> Result<Bound<'py, PyAny>> {
     let plan = expect_plan(plan)?.get();
     let layout = KvLayout::parse(kv_layout)?;
-    let scores = Scores::read(scale, softcap)?;
+    let (scores, [k_scale, v_scale]) = Scores::read(scale, softcap)?.with_kv_scales(k_scale, v_scale)?;
     let read_q = Tensor::read("q", q, stream)?;
     let handle = torch::stream_of(py, read_q.device, stream)?;
     let out = out.map_or_else(|| torch::empty_like(q), Ok)?;
@@ -81,6 +86,8 @@ pub(crate) fn run<'py>(
         out: Tensor::read("out", &out, Some(handle))?,
         lse: lse.as_ref().map(|lse| Tensor::read("lse", lse, Some(handle))).transpose()?,
         sinks: sinks.map(|sinks| Tensor::read("sinks", sinks, Some(handle))).transpose()?,
+        k_scale: k_scale.map(|scale| Tensor::read("k_scale", scale, Some(handle))).transpose()?,
+        v_scale: v_scale.map(|scale| Tensor::read("v_scale", scale, Some(handle))).transpose()?,
         q: read_q,
     };
     let mut state = plan.lock();

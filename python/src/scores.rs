@@ -1,4 +1,4 @@
-//! What becomes of the scores of a call: the arguments `scale` and `softcap`.
+//! What becomes of the scores of a call, and factors of 8-bit caches: the arguments `scale`, `softcap`, `k_scale` and `v_scale`.
 
 use crate::errors::{Result, invalid, wrong_type};
 use pat_rs::Problem;
@@ -9,11 +9,30 @@ use pyo3::prelude::*;
 pub(crate) struct Scores {
     scale: Option<f32>,
     soft_cap: Option<f32>,
+    /// Of all elements; where each head has its own, they are a tensor.
+    pub(crate) k_scale: Option<f32>,
+    pub(crate) v_scale: Option<f32>,
 }
 
 impl Scores {
     pub(crate) fn read(scale: Option<&Bound<'_, PyAny>>, softcap: Option<&Bound<'_, PyAny>>) -> Result<Self> {
-        Ok(Self { scale: read_positive("scale", scale)?, soft_cap: read_positive("softcap", softcap)? })
+        let (scale, soft_cap) = (read_positive("scale", scale)?, read_positive("softcap", softcap)?);
+        Ok(Self { scale, soft_cap, k_scale: None, v_scale: None })
+    }
+
+    /// With factors of K and V; gives back those that are tensors, one factor for each head.
+    pub(crate) fn with_kv_scales<'a, 'py>(
+        self,
+        k_scale: Option<&'a Bound<'py, PyAny>>,
+        v_scale: Option<&'a Bound<'py, PyAny>>,
+    ) -> Result<(Self, [Option<&'a Bound<'py, PyAny>>; 2])> {
+        let is_tensor =
+            |value: &&Bound<'py, PyAny>| value.extract::<f64>().is_err() && value.hasattr("shape").unwrap_or(false);
+        let heads = [k_scale.filter(is_tensor), v_scale.filter(is_tensor)];
+        let number =
+            |name, value: Option<&'a Bound<'py, PyAny>>| read_positive(name, value.filter(|value| !is_tensor(value)));
+        let scores = Self { k_scale: number("k_scale", k_scale)?, v_scale: number("v_scale", v_scale)?, ..self };
+        Ok((scores, heads))
     }
 
     /// A problem with such scores.

@@ -11,6 +11,7 @@ use pyo3::prelude::*;
 ///     kv_heads: KV heads, at least 1.
 ///     head_dim: elements per head of Q, K and V.
 ///     dtype: element type of Q, K, V and O: a torch dtype, or ``"float16"`` or ``"bfloat16"``.
+///     kv_dtype: element type of K and V where it is another: ``"float8_e4m3fn"`` or ``"float8_e5m2"``, or torch's.
 ///
 /// Raises:
 ///     ValueError: there is no kernel for such a shape; the message names the argument.
@@ -23,9 +24,17 @@ pub(crate) struct PyShape {
 #[pymethods]
 impl PyShape {
     #[new]
-    #[pyo3(signature = (q_heads, kv_heads, head_dim, dtype: "torch.dtype | str"))]
-    fn new(q_heads: u32, kv_heads: u32, head_dim: u32, dtype: &Bound<'_, PyAny>) -> Result<Self> {
-        Ok(Self { inner: pat_rs::AttentionShape::new(q_heads, kv_heads, head_dim, parse_dtype("dtype", dtype)?)? })
+    #[pyo3(signature = (q_heads, kv_heads, head_dim, dtype: "torch.dtype | str", *, kv_dtype: "torch.dtype | str | None" = None))]
+    fn new(
+        q_heads: u32,
+        kv_heads: u32,
+        head_dim: u32,
+        dtype: &Bound<'_, PyAny>,
+        kv_dtype: Option<&Bound<'_, PyAny>>,
+    ) -> Result<Self> {
+        let inner = pat_rs::AttentionShape::new(q_heads, kv_heads, head_dim, parse_dtype("dtype", dtype)?)?;
+        let kv_dtype = kv_dtype.map(|dtype| parse_stored("kv_dtype", dtype)).transpose()?;
+        Ok(Self { inner: kv_dtype.map_or(inner, |dtype| inner.with_kv_dtype(dtype)) })
     }
 
     /// Query heads.
@@ -52,9 +61,20 @@ impl PyShape {
         dtype_name(self.inner.dtype())
     }
 
+    /// Element type of K and V.
+    #[getter]
+    fn kv_dtype(&self) -> &'static str {
+        dtype_name(self.inner.kv_dtype())
+    }
+
     pub(crate) fn __repr__(&self) -> String {
-        let (q, kv, dim) = (self.q_heads(), self.kv_heads(), self.head_dim());
-        format!("AttentionShape(q_heads={q}, kv_heads={kv}, head_dim={dim}, dtype=\"{}\")", self.dtype())
+        let (q, kv, dim, dtype) = (self.q_heads(), self.kv_heads(), self.head_dim(), self.dtype());
+        let kv_dtype = if self.inner.kv_dtype() == self.inner.dtype() {
+            String::new()
+        } else {
+            format!(", kv_dtype=\"{}\"", self.kv_dtype())
+        };
+        format!("AttentionShape(q_heads={q}, kv_heads={kv}, head_dim={dim}, dtype=\"{dtype}\"{kv_dtype})")
     }
 }
 

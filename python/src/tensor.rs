@@ -20,6 +20,10 @@ pub(crate) enum Element {
     F32,
     I32,
     I64,
+    /// Any bytes: how some engines keep 8-bit caches.
+    U8,
+    E4m3,
+    E5m2,
     Other(String),
 }
 
@@ -29,6 +33,7 @@ impl Element {
             Self::F16 | Self::Bf16 => 2,
             Self::F32 | Self::I32 => 4,
             Self::I64 => 8,
+            Self::U8 | Self::E4m3 | Self::E5m2 => 1,
             Self::Other(_) => 0,
         }
     }
@@ -39,6 +44,8 @@ impl From<pat_rs::Dtype> for Element {
         match dtype {
             pat_rs::Dtype::F16 => Self::F16,
             pat_rs::Dtype::Bf16 => Self::Bf16,
+            pat_rs::Dtype::E4m3 => Self::E4m3,
+            pat_rs::Dtype::E5m2 => Self::E5m2,
             other => Self::Other(crate::shape::dtype_name(other).into()),
         }
     }
@@ -52,6 +59,9 @@ impl fmt::Display for Element {
             Self::F32 => "float32",
             Self::I32 => "int32",
             Self::I64 => "int64",
+            Self::U8 => "uint8",
+            Self::E4m3 => "float8_e4m3fn",
+            Self::E5m2 => "float8_e5m2",
             Self::Other(name) => name,
         })
     }
@@ -184,6 +194,14 @@ impl<'py> Tensor<'py> {
         Err(wrong_type(self.name, format!("a tensor of {}", self.element), &expected.to_string()))
     }
 
+    /// Refuses another element type of a KV cache; bytes are what the caller says they are.
+    pub(crate) fn expect_stored(&self, expected: &Element) -> Result<()> {
+        if self.element == Element::U8 && matches!(expected, Element::E4m3 | Element::E5m2) {
+            return Ok(());
+        }
+        self.expect_element(expected)
+    }
+
     /// Refuses another device.
     pub(crate) fn expect_device(&self, expected: Device, why: &str) -> Result<()> {
         if self.device == expected {
@@ -226,7 +244,7 @@ pub(crate) fn torch_is_imported(py: Python<'_>) -> Result<bool> {
 
 /// torch has one object for each of its dtypes.
 fn torch_element(dtype: &Bound<'_, PyAny>) -> Result<Element> {
-    static KNOWN: PyOnceLock<[(Py<PyAny>, Element); 5]> = PyOnceLock::new();
+    static KNOWN: PyOnceLock<[(Py<PyAny>, Element); 8]> = PyOnceLock::new();
     let py = dtype.py();
     let known = KNOWN.get_or_try_init(py, || -> PyResult<_> {
         let torch = py.import("torch")?;
@@ -237,6 +255,9 @@ fn torch_element(dtype: &Bound<'_, PyAny>) -> Result<Element> {
             (dtype("float32")?, Element::F32),
             (dtype("int32")?, Element::I32),
             (dtype("int64")?, Element::I64),
+            (dtype("uint8")?, Element::U8),
+            (dtype("float8_e4m3fn")?, Element::E4m3),
+            (dtype("float8_e5m2")?, Element::E5m2),
         ])
     })?;
     match known.iter().find(|(object, _)| object.is(dtype)) {

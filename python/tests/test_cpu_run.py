@@ -142,6 +142,47 @@ def test_numpy_through_dlpack(planner):
     assert torch.equal(torch.from_numpy(out), expected) and torch.equal(torch.from_numpy(lse), expected_lse)
 
 
+@pytest.mark.parametrize("kv_dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("by_head", [False, True])
+@pytest.mark.parametrize("as_bytes", [False, True])
+def test_8_bit_caches_equal_torch(kv_dtype, dtype, by_head, as_bytes):
+    batch = random_forest(11)
+    shape = pa.AttentionShape(**SHAPE, dtype=dtype, kv_dtype=kv_dtype)
+    assert repr(shape).endswith(f'kv_dtype="{str(kv_dtype).removeprefix("torch.")}")')
+    plan = pa.Planner(shape, "cpu").plan(batch.block_tables, batch.lengths, 16, batch.num_pages)
+    q = queries(len(batch.lengths), dtype)
+    k, v = (cache.float().to(kv_dtype) for cache in caches(batch))
+    factors = (torch.tensor([0.75, 1.5]), torch.tensor([2.0, 0.3])) if by_head else (0.75, 2.0)
+    given = (k.view(torch.uint8), v.view(torch.uint8)) if as_bytes else (k, v)
+    out, lse = pa.run(plan, q, *given, return_lse=True, k_scale=factors[0], v_scale=factors[1])
+    wide = [cache.double() * (factor[:, None] if by_head else factor) for cache, factor in zip((k, v), factors)]
+    expected, expected_lse = reference(batch, q, *wide)
+    torch.testing.assert_close(out.double(), expected, atol=2 * tolerance(dtype), rtol=0)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, float("nan"), float("inf"), torch.tensor([1.0, float("nan")]), torch.ones(3)])
+@pytest.mark.parametrize("name", ["k_scale", "v_scale"])
+def test_factors_that_are_none_are_refused(name, factor):
+    batch = random_forest(11)
+    shape = pa.AttentionShape(**SHAPE, dtype="float16", kv_dtype="float8_e4m3fn")
+    plan = pa.Planner(shape, "cpu").plan(batch.block_tables, batch.lengths, 16, batch.num_pages)
+    q = queries(len(batch.lengths))
+    k, v = (cache.float().to(torch.float8_e4m3fn) for cache in caches(batch))
+    with pytest.raises(ValueError, match=name):
+        pa.run(plan, q, k, v, **{name: factor})
+    with pytest.raises(TypeError, match="k_cache"):
+        pa.run(plan, q, k.half(), v.half())
+
+
+def test_16_bit_caches_have_no_factor(planner):
+    batch = random_forest(3)
+    plan = planner.plan(batch.block_tables, batch.lengths, 16, batch.num_pages)
+    with pytest.raises(ValueError, match="k_scale: got 2"):
+        pa.run(plan, queries(len(batch.lengths)), *caches(batch), k_scale=2.0)
+
+
 def test_tensors_without_elements_have_no_address(planner):
     rows, pages = torch.empty(0, 8, 64, dtype=torch.float16), torch.empty(0, 16, 2, 64, dtype=torch.float16)
     assert rows.data_ptr() == pages.data_ptr() == 0

@@ -2,7 +2,7 @@
 //! the tests of the others.
 
 use crate::interpreted::InterpretedRun;
-use pat_rs::{DeviceProfile, Element, Engine, HostTensors, Plan};
+use pat_rs::{DeviceProfile, Element, Engine, HostTensors, KvElement, Plan};
 use std::error::Error;
 
 /// Executes plans over tensors in host memory.
@@ -20,10 +20,10 @@ pub trait Executor {
     ///
     /// # Errors
     /// Those of the library and of the interpreter.
-    fn run_host<T: Element>(
+    fn run_host<T: Element, C: KvElement>(
         &self,
         plan: &Plan,
-        tensors: &HostTensors<'_, T>,
+        tensors: &HostTensors<'_, T, C>,
         out: &mut [T],
         lse: Option<&mut [f32]>,
     ) -> Result<(), Box<dyn Error>>;
@@ -38,10 +38,10 @@ impl Executor for Engine {
         self.profile()
     }
 
-    fn run_host<T: Element>(
+    fn run_host<T: Element, C: KvElement>(
         &self,
         plan: &Plan,
-        tensors: &HostTensors<'_, T>,
+        tensors: &HostTensors<'_, T, C>,
         out: &mut [T],
         lse: Option<&mut [f32]>,
     ) -> Result<(), Box<dyn Error>> {
@@ -63,10 +63,10 @@ impl Executor for Interpreter {
         Ok(DeviceProfile::h200())
     }
 
-    fn run_host<T: Element>(
+    fn run_host<T: Element, C: KvElement>(
         &self,
         plan: &Plan,
-        tensors: &HostTensors<'_, T>,
+        tensors: &HostTensors<'_, T, C>,
         out: &mut [T],
         lse: Option<&mut [f32]>,
     ) -> Result<(), Box<dyn Error>> {

@@ -5,8 +5,8 @@ use bytemuck::Pod;
 use pat_abi::Family;
 use pat_ptx_interpreter::{Access, GlobalMemory, Kernel, Launch, Param, TensorMap, Unset};
 use pat_rs::cuda::launch_records::{self, LaunchRecord, span};
-use pat_rs::cuda::{DeviceSpan, RunArgs, Workspace};
-use pat_rs::{Element, HostTensors, Plan};
+use pat_rs::cuda::{DeviceKvScale, DeviceSpan, RunArgs, Workspace};
+use pat_rs::{Element, HostTensors, KvElement, KvScale, Plan};
 
 /// Multiprocessors of the device that the launches are for: few, so that persistent kernels take several items per CTA.
 pub const SM_COUNT: u32 = 2;
@@ -54,8 +54,8 @@ impl DeviceMemory {
             })
         });
         let params: Vec<Param<'_>> = [Param::Bytes(&record.params)].into_iter().chain(maps).collect();
-        // The wgmma kernels compute tile rows that the item does not have from whatever the queries before have left there: rows do
-        // not mix, and theirs are not stored. NaN shows if they do.
+        // The wgmma kernels compute tile rows that the item does not have from whatever the queries before have left there:
+        // rows do not mix, and theirs are not stored. NaN shows if they do.
         let unset_shared = match record.kernel.family {
             Family::Forward(variant) if variant.is_persistent() => Unset::Reads(0xff),
             _ => Unset::Fault,
@@ -89,9 +89,9 @@ impl InterpretedRun {
     ///
     /// # Panics
     /// V begins inside K and ends behind it.
-    pub fn new<T: Element>(
+    pub fn new<T: Element, C: KvElement>(
         plan: &Plan,
-        host: &HostTensors<'_, T>,
+        host: &HostTensors<'_, T, C>,
         out: &[T],
         lse: Option<&[f32]>,
     ) -> pat_rs::Result<Self> {
@@ -121,6 +121,12 @@ impl InterpretedRun {
         if let Some(sinks) = host.sinks {
             args = args.with_sinks(memory.add("the sinks", sinks, Access::Read));
         }
+        let mut scale = |name, scale: KvScale<'_>| match scale {
+            KvScale::Tensor(scale) => DeviceKvScale::Tensor(scale),
+            KvScale::Heads(scales) => DeviceKvScale::Heads(memory.add(name, scales, Access::Read)),
+        };
+        let (k_scale, v_scale) = (scale("K's factors", host.k_scale), scale("V's factors", host.v_scale));
+        let args = args.with_kv_scales(k_scale, v_scale);
         let launches = launch_records::run(plan, plan_span.address(), &args, &workspace, SM_COUNT)?;
         Ok(Self { launches, memory, out, lse })
     }

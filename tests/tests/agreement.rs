@@ -2,9 +2,10 @@
 //! words.
 
 use half::{bf16, f16};
+use pat_rs::cpu::{E4m3, E5m2};
 use pat_rs::{
-    AttentionShape, DecodeBatch, DeviceProfile, Dtype, Element, Error, HostTensors, KvStrides, PlanOptions, Planner,
-    Problem, supports,
+    AttentionShape, DecodeBatch, DeviceProfile, Dtype, Element, Error, HostTensors, KvElement, KvStrides, PlanOptions,
+    Planner, Problem, supports,
 };
 use proptest::prelude::*;
 use proptest::sample::select;
@@ -63,7 +64,12 @@ fn profile(compute_capability: u32) -> DeviceProfile {
 }
 
 /// Executes one sequence of one token under a plan for `planned`.
-fn execute<T: Element>(planned: Problem, called: Problem, page_stride: Option<i64>) -> pat_rs::Result<()> {
+fn execute<T: Element, C: KvElement>(
+    planned: Problem,
+    called: Problem,
+    page_stride: Option<i64>,
+    one_of_cache: C,
+) -> pat_rs::Result<()> {
     let tables: [&[u32]; 1] = [&[0]];
     let batch = DecodeBatch::from_block_tables(&tables, &[1], planned.page_size(), 1)?;
     let plan = Planner::new(planned, DeviceProfile::h200(), PlanOptions::default())?.plan(&batch)?;
@@ -72,7 +78,7 @@ fn execute<T: Element>(planned: Problem, called: Problem, page_stride: Option<i6
     let (q, elements) = (vec![one; 500 * 5 * 256], (called.page_size() * shape.kv_heads() * 256) as usize);
     // Sinks that take no weight.
     let sinks = vec![f32::NEG_INFINITY; shape.q_heads() as usize];
-    let pool = vec![one; elements];
+    let pool = vec![one_of_cache; elements];
     let mut tensors = HostTensors::new(called, &q, &pool, &pool);
     tensors.sinks = called.has_sinks().then_some(&sinks[..]);
     tensors.k_strides.page = page_stride.unwrap_or(tensors.k_strides.page);
@@ -126,9 +132,13 @@ proptest! {
         if text(supports(&planned, None, None)).is_err() || planned.visibility() != problem.visibility() {
             return Ok(());
         }
-        let executed = match shape.dtype() {
-            Dtype::Bf16 => execute::<bf16>(planned, problem, page_stride),
-            _ => execute::<f16>(planned, problem, page_stride),
+        let executed = match (shape.dtype(), shape.kv_dtype()) {
+            (Dtype::Bf16, Dtype::E4m3) => execute::<bf16, _>(planned, problem, page_stride, E4m3::from_f32(1.0)),
+            (Dtype::Bf16, Dtype::E5m2) => execute::<bf16, _>(planned, problem, page_stride, E5m2::from_f32(1.0)),
+            (Dtype::Bf16, _) => execute::<bf16, _>(planned, problem, page_stride, bf16::ONE),
+            (_, Dtype::E4m3) => execute::<f16, _>(planned, problem, page_stride, E4m3::from_f32(1.0)),
+            (_, Dtype::E5m2) => execute::<f16, _>(planned, problem, page_stride, E5m2::from_f32(1.0)),
+            _ => execute::<f16, _>(planned, problem, page_stride, f16::ONE),
         };
         prop_assert_eq!(text(executed), supported, "{:?}", problem);
     }

@@ -1,5 +1,5 @@
-//! Broken PTX is noticed: a kernel whose waits, barriers or products were changed on purpose ends in an error or a wrong answer. This
-//! holds the interpreter to its purpose, and the kernels to having no wait that they do not need.
+//! Broken PTX is noticed: a kernel whose waits, barriers or products were changed on purpose ends in an error or a wrong
+//! answer. This holds the interpreter to its purpose, and the kernels to having no wait that they do not need.
 
 use half::f16;
 use pat_abi::{Dtype, Family, TileVariant};
@@ -138,9 +138,9 @@ fn a_wait_or_barrier_that_is_missing_is_noticed() {
             }
         }
         let counts: Vec<(&str, usize)> = unnoticed.iter().map(|(&wait, lines)| (wait, lines.len())).collect();
-        // `mma16` commits two groups without copies where a warp has no tokens, and behind its main loop waits for copies of which
-        // none is left, as the loop shows. In the main loop of the wgmma kernels no register of the second product is written behind
-        // the fence of the first.
+        // `mma16` commits two groups without copies where a warp has no tokens, and behind its main loop waits for copies of
+        // which none is left, as the loop shows. In the main loop of the wgmma kernels no register of the second product is
+        // written behind the fence of the first.
         let expected: &[(&str, usize)] = match variant {
             TileVariant::Mma16 => &[("bar.warp.sync", 1), ("cp.async.commit_group", 2), ("cp.async.wait_group", 1)],
             TileVariant::Wgmma64 | TileVariant::Wgmma128 => &[("wgmma.fence", 1)],

@@ -138,10 +138,26 @@ impl Oracle {
         sample: RowSample,
     ) -> pat_rs::Result<Self> {
         let problem = Problem::new(tensors.shape(), batch.page_size).with_scale(softmax_scale);
+        Self::of_problem_tensors(batch, tensors, (problem, None), sample)
+    }
+
+    /// As [`Self::of_tensors`], of a problem as [`Self::compute_problem`] takes it, with its sinks.
+    ///
+    /// # Errors
+    /// As [`Self::compute`].
+    ///
+    /// # Panics
+    /// As [`Self::compute_problem`] and [`Self::of_tensors`].
+    pub fn of_problem_tensors<T: Element>(
+        batch: &OwnedBatch,
+        tensors: &Tensors<T>,
+        (problem, sinks): (Problem, Option<&[f32]>),
+        sample: RowSample,
+    ) -> pat_rs::Result<Self> {
         let fill = |(tensor, page, token, head): Place, row: &mut [T]| {
             row.copy_from_slice(tensors.row(tensor, page, token, head));
         };
-        Self::from_rows(batch, Asked { problem, sinks: None, visible: None }, fill, sample)
+        Self::from_rows(batch, Asked { problem, sinks, visible: None }, fill, sample)
     }
 
     /// `fill` gives a row of Q, K or V.

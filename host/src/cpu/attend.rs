@@ -1,7 +1,7 @@
 //! One work item and KV head: online softmax over tiles of KV tokens, in f32. The arithmetic is the executor's own, since the kernels
 //! are compared with it; the plan is read as they read it.
 
-use super::{Element, HostTensors, offset};
+use super::{Element, HostTensors, KvElement, offset};
 use crate::{KvStrides, Plan};
 use pat_abi::reader::{Exceptions, PlanBytes, PlanView, Stream, Work};
 use pat_abi::{FastDivisor, PageMask, TileVariant};
@@ -63,11 +63,17 @@ impl<'a> Task<'a> {
 }
 
 /// Attention of an item's rows over its stream of KV tokens.
-pub(super) fn attend<T: Element>(plan: &Plan, tensors: &HostTensors<'_, T>, task: &Task<'_>) -> ItemOutput {
+pub(super) fn attend<T: Element, C: KvElement>(
+    plan: &Plan,
+    tensors: &HostTensors<'_, T, C>,
+    task: &Task<'_>,
+) -> ItemOutput {
     let head_dim = plan.shape().head_dim() as usize;
     let rows = task.work.row_count as usize;
     let stream = task.view.stream(&task.work);
-    let scale = tensors.problem.score().scale;
+    // Of all elements of K the same in an item, which has one KV head.
+    let scale = tensors.problem.score().scale * tensors.k_scale.of_head(task.work.kv_head);
+    let v_scale = tensors.v_scale.of_head(task.work.kv_head);
     let mut q = vec![0f32; rows * head_dim];
     let mut limits = vec![0; rows];
     for (row, (values, limit)) in q.chunks_exact_mut(head_dim).zip(&mut limits).enumerate() {
@@ -89,11 +95,11 @@ pub(super) fn attend<T: Element>(plan: &Plan, tensors: &HostTensors<'_, T>, task
             let keys = KEYS.min(token_end - begin);
             for key in 0..keys {
                 let at = |strides| kv_offset(plan, task, &stream, strides, begin + key);
-                T::widen(&tensors.k[at(tensors.k_strides)..][..head_dim], &mut row_values);
+                C::widen(&tensors.k[at(tensors.k_strides)..][..head_dim], &mut row_values);
                 for (column, &value) in k_transposed.iter_mut().zip(&row_values) {
                     column[key] = value;
                 }
-                T::widen(&tensors.v[at(tensors.v_strides)..][..head_dim], &mut v[key * head_dim..][..head_dim]);
+                C::widen(&tensors.v[at(tensors.v_strides)..][..head_dim], &mut v[key * head_dim..][..head_dim]);
             }
             for row in row_begin..row_end {
                 let keys = keys.min(limits[row].saturating_sub(begin));
@@ -132,7 +138,7 @@ pub(super) fn attend<T: Element>(plan: &Plan, tensors: &HostTensors<'_, T>, task
     for (values, &sum) in out.chunks_exact_mut(head_dim).zip(&sum) {
         // A row that attends to nothing stays 0.
         let sum = if sum == 0.0 { 1.0 } else { sum };
-        values.iter_mut().for_each(|value| *value /= sum);
+        values.iter_mut().for_each(|value| *value = *value / sum * v_scale);
     }
     let lse = maximum.iter().zip(&sum).map(|(&maximum, &sum)| maximum + sum.ln()).collect();
     ItemOutput { out, lse }

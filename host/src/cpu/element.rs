@@ -4,10 +4,20 @@ use crate::Dtype;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
-/// Element type of Q, K, V and O on the host.
-pub trait Element: bytemuck::Pod + Send + Sync + 'static {
+/// Element type of K and V on the host.
+pub trait KvElement: bytemuck::Pod + Send + Sync + 'static {
     /// The type's name in shapes and plans.
     const DTYPE: Dtype;
+
+    /// Widens `source` into `destination`, which has the same length, exactly.
+    ///
+    /// # Panics
+    /// When the lengths differ.
+    fn widen(source: &[Self], destination: &mut [f32]);
+}
+
+/// Element type of Q and O on the host, and of K and V that have the same.
+pub trait Element: KvElement {
     /// Distance between 1 and the next larger value: the relative size of one unit in the last place.
     const EPSILON: f32;
 
@@ -16,18 +26,19 @@ pub trait Element: bytemuck::Pod + Send + Sync + 'static {
 
     /// The value, exactly.
     fn to_f32(self) -> f32;
-
-    /// Widens `source` into `destination`, which has the same length.
-    ///
-    /// # Panics
-    /// When the lengths differ.
-    fn widen(source: &[Self], destination: &mut [f32]);
 }
 
 macro_rules! element {
     ($type:ty, $dtype:ident, $epsilon:expr) => {
-        impl Element for $type {
+        impl KvElement for $type {
             const DTYPE: Dtype = Dtype::$dtype;
+
+            fn widen(source: &[Self], destination: &mut [f32]) {
+                source.convert_to_f32_slice(destination);
+            }
+        }
+
+        impl Element for $type {
             const EPSILON: f32 = $epsilon;
 
             fn from_f32(value: f32) -> Self {
@@ -36,10 +47,6 @@ macro_rules! element {
 
             fn to_f32(self) -> f32 {
                 self.to_f32()
-            }
-
-            fn widen(source: &[Self], destination: &mut [f32]) {
-                source.convert_to_f32_slice(destination);
             }
         }
     };

@@ -5,14 +5,16 @@
 
 mod append;
 mod attend;
+mod eight_bit;
 mod element;
 mod merge_states;
 
 use crate::arguments::{RunTensors, same};
-use crate::{KvStrides, Plan, Problem, Result, RowStrides};
+use crate::{KvScale, KvStrides, Plan, Problem, Result, RowStrides};
 pub use append::{CacheLayout, NewRows, append_rows};
 use attend::{ItemOutput, Task, TaskRow, attend};
-pub use element::Element;
+pub use eight_bit::{E4m3, E5m2};
+pub use element::{Element, KvElement};
 pub use merge_states::{State, merge_states};
 use pat_abi::DIRECT_SLOT;
 use pat_abi::reader::{MergeView, PlanBytes};
@@ -25,15 +27,19 @@ const TASKS_IN_FLIGHT: usize = 4096;
 /// of 8, as the kernels want them too.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
-pub struct HostTensors<'a, T> {
+pub struct HostTensors<'a, T, C = T> {
     /// What is computed; must be what the plan was made for, but for what happens to scores.
     pub problem: Problem,
     /// Queries, `[sequences, q_heads, head_dim]`; more sequences than the plan has are allowed and ignored.
     pub q: &'a [T],
     /// Key pool, `[num_pages, page_size, kv_heads, head_dim]` in the order that `k_strides` gives.
-    pub k: &'a [T],
+    pub k: &'a [C],
     /// Value pool; may be a slice that starts inside the key pool's rows.
-    pub v: &'a [T],
+    pub v: &'a [C],
+    /// Factor of K's elements.
+    pub k_scale: KvScale<'a>,
+    /// Factor of V's elements.
+    pub v_scale: KvScale<'a>,
     /// Layout of `q`.
     pub q_strides: RowStrides,
     /// Layout of `k`.
@@ -48,9 +54,9 @@ pub struct HostTensors<'a, T> {
     pub sinks: Option<&'a [f32]>,
 }
 
-impl<'a, T> HostTensors<'a, T> {
+impl<'a, T, C> HostTensors<'a, T, C> {
     /// Contiguous rows of Q, O and LSE, and pools `[num_pages, page_size, kv_heads, head_dim]`.
-    pub fn new(problem: Problem, q: &'a [T], k: &'a [T], v: &'a [T]) -> Self {
+    pub fn new(problem: Problem, q: &'a [T], k: &'a [C], v: &'a [C]) -> Self {
         let shape = problem.shape();
         let pool = |head_dim| KvStrides::nhd(problem.page_size(), shape.kv_heads(), head_dim);
         Self {
@@ -58,6 +64,8 @@ impl<'a, T> HostTensors<'a, T> {
             q,
             k,
             v,
+            k_scale: KvScale::ONE,
+            v_scale: KvScale::ONE,
             q_strides: RowStrides::contiguous(shape.q_heads(), shape.head_dim()),
             k_strides: pool(shape.head_dim()),
             v_strides: pool(shape.v_head_dim()),
@@ -77,6 +85,11 @@ impl<'a, T> HostTensors<'a, T> {
         Self { q_strides, out_strides, ..self }
     }
 
+    /// With factors of K's and V's elements, which have 8 bits.
+    pub fn with_kv_scales(self, k_scale: KvScale<'a>, v_scale: KvScale<'a>) -> Self {
+        Self { k_scale, v_scale, ..self }
+    }
+
     /// With attention sinks.
     pub fn with_sinks(self, sinks: &'a [f32]) -> Self {
         Self { sinks: Some(sinks), ..self }
@@ -91,9 +104,9 @@ impl<'a, T> HostTensors<'a, T> {
 /// [`crate::Error::PlanMismatch`] when the plan was made for another problem or element type; [`crate::Error::Unsupported`]
 /// when no kernel can compute the problem with such pools; [`crate::Error::InvalidArgument`] when a slice is too short for
 /// the plan and its strides, or a stride is not accepted. Nothing is written then.
-pub fn run<T: Element>(
+pub fn run<T: Element, C: KvElement>(
     plan: &Plan,
-    tensors: &HostTensors<'_, T>,
+    tensors: &HostTensors<'_, T, C>,
     out: &mut [T],
     mut lse: Option<&mut [f32]>,
 ) -> Result<()> {
@@ -153,21 +166,24 @@ pub fn run<T: Element>(
 }
 
 /// See [`run`] for the errors.
-pub(crate) fn check<T: Element>(
+pub(crate) fn check<T: Element, C: KvElement>(
     plan: &Plan,
-    tensors: &HostTensors<'_, T>,
+    tensors: &HostTensors<'_, T, C>,
     out_len: usize,
     lse_len: Option<usize>,
 ) -> Result<()> {
     same("the element type", plan.shape().dtype(), T::DTYPE)?;
-    let len = |slice: &[T]| slice.len() as u64;
+    same("the element type of K and V", plan.shape().kv_dtype(), C::DTYPE)?;
+    let (kv_heads, is_eight_bit) = (plan.shape().kv_heads(), C::DTYPE.bytes() == 1);
+    tensors.k_scale.check("k_scale", kv_heads, is_eight_bit)?;
+    tensors.v_scale.check("v_scale", kv_heads, is_eight_bit)?;
     let tensors = RunTensors {
         problem: tensors.problem,
         num_pages: plan.num_pages(),
         rows: plan.sequence_count(),
-        q: (len(tensors.q), tensors.q_strides),
-        k: (len(tensors.k), tensors.k_strides),
-        v: (len(tensors.v), tensors.v_strides),
+        q: (tensors.q.len() as u64, tensors.q_strides),
+        k: (tensors.k.len() as u64, tensors.k_strides),
+        v: (tensors.v.len() as u64, tensors.v_strides),
         out: (out_len as u64, tensors.out_strides),
         lse: lse_len.map(|len| (len as u64, tensors.lse_strides)),
         sinks: tensors.sinks.map(|sinks| sinks.len() as u64),

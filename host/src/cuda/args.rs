@@ -5,9 +5,9 @@ use super::plan_buffers::{BindingTerms, PlanTerms, Workspace};
 use super::tensor_map::TensorMapSpec;
 use crate::arguments::{Accessed, LSE_BYTES, RunTensors, SINK_BYTES};
 use crate::eligibility::VECTOR_BYTES;
-use crate::{AttentionShape, Error, KvStrides, Problem, Result, RowStrides};
+use crate::{AttentionShape, Error, KvScale, KvStrides, Problem, Result, RowStrides};
 use pat_abi::manifest::MERGE_COLUMNS;
-use pat_abi::{FastDivisor, ForwardParams, MergeParams, TileVariant};
+use pat_abi::{FastDivisor, ForwardParams, MergeParams, ScaledForwardParams, TileVariant};
 use std::any::Any;
 use std::sync::Arc;
 
@@ -137,12 +137,66 @@ pub struct RunArgs {
     pub lse: Option<(DeviceSpan, RowStrides)>,
     /// Attention sinks: f32 `[q_heads]`; given where the problem has some.
     pub sinks: Option<DeviceSpan>,
+    /// Factor of K's elements.
+    pub k_scale: DeviceKvScale,
+    /// Factor of V's elements.
+    pub v_scale: DeviceKvScale,
 }
+
+/// What the elements of an 8-bit K or V are multiplied with; of other types it is 1.
+#[derive(Clone, Debug)]
+pub enum DeviceKvScale {
+    /// All with the same factor.
+    Tensor(f32),
+    /// Those of a KV head with that head's: f32 `[kv_heads]`. They are not looked at: rows of a head whose factor is not finite or not
+    /// positive have no defined output.
+    Heads(DeviceSpan),
+}
+
+impl DeviceKvScale {
+    fn check(&self, name: &'static str, shape: AttentionShape) -> Result<()> {
+        let is_eight_bit = shape.kv_dtype().bytes() == 1;
+        match self {
+            Self::Tensor(scale) => KvScale::Tensor(*scale).check(name, shape.kv_heads(), is_eight_bit),
+            Self::Heads(_) if !is_eight_bit => {
+                Err(Error::invalid(name, "factors of heads", "1 where K and V do not have 8 bits"))
+            }
+            Self::Heads(span) => {
+                let needed = u64::from(shape.kv_heads()) * u64::from(SCALE_BYTES);
+                if span.bytes < needed {
+                    let got = format!("{} factors", span.bytes / u64::from(SCALE_BYTES));
+                    let expected = format!("at least {}, one for each KV head", shape.kv_heads());
+                    return Err(Error::invalid(name, got, expected));
+                }
+                Used::new(name, span, u64::from(shape.kv_heads()), SCALE_BYTES, SCALE_BYTES).map(drop)
+            }
+        }
+    }
+
+    fn span(&self) -> Option<&DeviceSpan> {
+        match self {
+            Self::Tensor(_) => None,
+            Self::Heads(span) => Some(span),
+        }
+    }
+
+    /// The factor of all elements, and the address of the heads' or 0.
+    fn params(&self) -> (f32, u64) {
+        match self {
+            Self::Tensor(scale) => (*scale, 0),
+            Self::Heads(span) => (1.0, span.address),
+        }
+    }
+}
+
+/// Bytes of a factor.
+const SCALE_BYTES: u32 = 4;
 
 /// A run whose every check has passed: what the launch functions accept. Made by [`RunArgs::prepare`] only.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct PreparedRun {
-    pub(super) forward: ForwardParams,
+    /// Kernels of 16-bit K and V take the first part of it alone.
+    pub(super) forward: ScaledForwardParams,
     pub(super) merge: MergeParams,
     /// CTAs per tile variant.
     pub(super) forward_grids: [u32; TileVariant::ALL.len()],
@@ -176,6 +230,8 @@ impl RunArgs {
             out_strides: RowStrides::contiguous(shape.q_heads(), shape.v_head_dim()),
             lse: None,
             sinks: None,
+            k_scale: DeviceKvScale::Tensor(1.0),
+            v_scale: DeviceKvScale::Tensor(1.0),
         }
     }
 
@@ -199,6 +255,11 @@ impl RunArgs {
         Self { sinks: Some(sinks), ..self }
     }
 
+    /// With factors of K's and V's elements, which have 8 bits.
+    pub fn with_kv_scales(self, k_scale: DeviceKvScale, v_scale: DeviceKvScale) -> Self {
+        Self { k_scale, v_scale, ..self }
+    }
+
     pub(super) fn terms(&self) -> PlanTerms {
         PlanTerms { planned: self.problem.planned(), num_pages: self.num_pages }
     }
@@ -214,6 +275,8 @@ impl RunArgs {
                 format!("at least the plan's {}", plan.limits.max_sequences),
             ));
         }
+        self.k_scale.check("k_scale", shape)?;
+        self.v_scale.check("v_scale", shape)?;
         self.check_memory(&self.tensors().check(plan.terms.planned)?, workspace)?;
         let (partial_out, partial_lse) = workspace.layout(shape, plan.limits.max_slots)?;
 
@@ -283,6 +346,8 @@ impl RunArgs {
         if merge_rows >= 1 << 31 {
             return Err(Error::invalid("plan merge rows * q_heads", merge_rows, "fewer than 2^31"));
         }
+        let ((k_scale, k_scales), (v_scale, v_scales)) = (self.k_scale.params(), self.v_scale.params());
+        let forward = ScaledForwardParams { forward, k_scale, v_scale, k_scales, v_scales };
         Ok(PreparedRun { forward, merge, forward_grids, merge_rows, shape })
     }
 
@@ -335,7 +400,9 @@ impl RunArgs {
     pub(super) fn spans(&self) -> impl Iterator<Item = (&'static str, &DeviceSpan)> {
         let fixed = [("q", &self.q), ("k", &self.k), ("v", &self.v), ("out", &self.out)];
         let lse = self.lse.iter().map(|(span, _)| ("lse", span));
-        fixed.into_iter().chain(lse).chain(self.sinks.iter().map(|span| ("sinks", span)))
+        let scales = [("k_scale", self.k_scale.span()), ("v_scale", self.v_scale.span())];
+        let scales = scales.into_iter().filter_map(|(name, span)| span.map(|span| (name, span)));
+        fixed.into_iter().chain(lse).chain(self.sinks.iter().map(|span| ("sinks", span))).chain(scales)
     }
 
     /// The tensor maps of K and V, in the order the kernels take them.
@@ -418,12 +485,12 @@ mod tests {
     fn valid_arguments_become_byte_strides_and_grids() {
         let (args, plan, workspace) = valid();
         let run = args.prepare(&plan, 0x60_0000, &workspace).unwrap();
-        assert_eq!(run.forward.k_page_stride, 16 * 2 * 128 * 2);
-        assert_eq!(run.forward.lse_sequence_stride, 32);
-        assert_eq!(run.forward.group.divisor, 4);
+        assert_eq!(run.forward.forward.k_page_stride, 16 * 2 * 128 * 2);
+        assert_eq!(run.forward.forward.lse_sequence_stride, 32);
+        assert_eq!(run.forward.forward.group.divisor, 4);
         assert_eq!(run.forward_grids[TileVariant::Mma16.index()], 12);
         assert_eq!(run.merge_rows, 16);
-        assert_eq!(run.forward.partial_lse - run.forward.partial_out, 5 * 8 * 128 * 4);
+        assert_eq!(run.forward.forward.partial_lse - run.forward.forward.partial_out, 5 * 8 * 128 * 4);
     }
 
     #[test]

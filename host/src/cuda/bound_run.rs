@@ -7,7 +7,7 @@ use super::plan_buffers::{PlanBuffers, Uploaded, Workspace};
 use crate::eligibility::VECTOR_BYTES;
 use crate::plan::PlanGeneration;
 use crate::{Error, Result};
-use pat_abi::{ForwardParams, MergeParams, TileVariant};
+use pat_abi::{ForwardParams, MergeParams, ScaledForwardParams, TileVariant};
 use std::any::Any;
 use std::sync::Arc;
 
@@ -115,7 +115,10 @@ impl BoundRun {
         }
         let bound = &self.inner.run;
         let run = PreparedRun {
-            forward: ForwardParams { q: q_address, out: out_address, ..bound.forward },
+            forward: ScaledForwardParams {
+                forward: ForwardParams { q: q_address, out: out_address, ..bound.forward.forward },
+                ..bound.forward
+            },
             merge: MergeParams { out: out_address, ..bound.merge },
             ..*bound
         };

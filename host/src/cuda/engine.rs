@@ -140,13 +140,23 @@ pub(super) fn forward_kernel(
             call: "a soft_cap".into(),
         });
     }
-    find(Family::Forward(variant), shape)
+    manifest::find_forward(variant, shape.dtype(), shape.kv_dtype(), shape.head_dim())
+        .ok_or_else(|| missing(Family::Forward(variant), shape))
 }
 
 fn find(family: Family, shape: AttentionShape) -> Result<&'static KernelSpec> {
-    manifest::find(family, shape.dtype(), shape.head_dim()).ok_or_else(|| Error::PlanMismatch {
+    manifest::find(family, shape.dtype(), shape.head_dim()).ok_or_else(|| missing(family, shape))
+}
+
+fn missing(family: Family, shape: AttentionShape) -> Error {
+    Error::PlanMismatch {
         what: "the kernels there are".into(),
-        plan: format!("{family:?} for {:?}, head_dim {}", shape.dtype(), shape.head_dim()),
+        plan: format!(
+            "{family:?} for {:?}, K and V {:?}, head_dim {}",
+            shape.dtype(),
+            shape.kv_dtype(),
+            shape.head_dim()
+        ),
         call: "no such entry in the manifest".into(),
-    })
+    }
 }

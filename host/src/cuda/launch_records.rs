@@ -1,5 +1,5 @@
-//! What calls would launch, where there is no device: kernels as they would be compiled, grids and parameters. For tests that run the
-//! PTX elsewhere.
+//! What calls would launch, where there is no device: kernels as they would be compiled, grids and parameters. For tests that
+//! run the PTX elsewhere.
 
 use super::args::RunArgs;
 use super::engine::{forward_kernel, merge_kernel};
@@ -82,7 +82,11 @@ pub fn run(
         let ctas = run.forward_grids[variant.index()];
         if ctas > 0 {
             let kernel = forward_kernel(variant, run.shape, switches)?;
-            let mut record = LaunchRecord::new(kernel, switches, (ctas, sm_count), &run.forward)?;
+            let mut record = if kernel.kv_dtype.bytes() == 1 {
+                LaunchRecord::new(kernel, switches, (ctas, sm_count), &run.forward)?
+            } else {
+                LaunchRecord::new(kernel, switches, (ctas, sm_count), &run.forward.forward)?
+            };
             let maps = args.tensor_maps()?.map(TensorMapRecord::from);
             record.tensor_maps.extend(maps.into_iter().take(kernel.tensor_maps as usize));
             records.push(record);

@@ -52,7 +52,7 @@ mod ptx;
 mod row_ops;
 mod tensor_map;
 
-pub use args::{DeviceSpan, RunArgs};
+pub use args::{DeviceKvScale, DeviceSpan, RunArgs};
 pub use bound_run::BoundRun;
 pub use device::CudaDevice;
 pub use driver::{DeviceBuffer, Stream};

@@ -24,7 +24,7 @@ pub mod tile;
 
 pub use manifest::{Arch, Dtype, Family, KERNELS, KernelSpec, TileVariant};
 pub use occupancy::DeviceLimits;
-pub use params::{FastDivisor, FillParams, FlushParams, ForwardParams, MergeParams};
+pub use params::{FastDivisor, FillParams, FlushParams, ForwardParams, MergeParams, ScaledForwardParams};
 pub use plan::{
     DIRECT_SLOT, ItemQuery, MAX_TILE_VARIANTS, MergeRow, NO_MASKS, NONE, PLAN_MAGIC, PLAN_VERSION, PageMask,
     PlanHeader, VariantItems, WorkItem,

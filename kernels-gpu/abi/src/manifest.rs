@@ -193,8 +193,10 @@ pub struct KernelSpec {
     pub arch: Arch,
     /// What it does.
     pub family: Family,
-    /// Element type.
+    /// Element type; of K and V see [`Self::kv_dtype`].
     pub dtype: Dtype,
+    /// Element type of K and V.
+    pub kv_dtype: Dtype,
     /// Elements per head.
     pub head_dim: u32,
     /// Threads per CTA (`.maxntid`).
@@ -245,6 +247,37 @@ macro_rules! kernels {
     };
 }
 
+/// Which element types of Q and O, of K and V, and head dimensions there are kernels for that read 8-bit K and V: calls a macro with
+/// what stands in the braces, followed by `[head_dim Dtype KvDtype "names"]` for each of them.
+#[macro_export]
+macro_rules! scaled_kernel_shapes {
+    ($callback:ident! { $($prefix:tt)* }) => {
+        $callback! { $($prefix)*
+            [128 F16 E4m3 "f16_e4m3"] [128 Bf16 E4m3 "bf16_e4m3"] [64 F16 E4m3 "f16_e4m3"] [64 Bf16 E4m3 "bf16_e4m3"]
+            [128 F16 E5m2 "f16_e5m2"] [128 Bf16 E5m2 "bf16_e5m2"] [64 F16 E5m2 "f16_e5m2"] [64 Bf16 E5m2 "bf16_e5m2"]
+        }
+    };
+}
+
+macro_rules! scaled_kernels {
+    ($variant:ident, $prefix:literal $([$head_dim:literal $dtype:ident $kv_dtype:ident $name:literal])*) => {
+        &[$(scaled_forward(
+            concat!($prefix, "_d", $head_dim, "_", $name),
+            TileVariant::$variant,
+            Dtype::$dtype,
+            Dtype::$kv_dtype,
+            $head_dim,
+        )),*]
+    };
+}
+
+/// Forward kernels that read 8-bit K and V.
+const SCALED: [&[KernelSpec]; 3] = [
+    scaled_kernel_shapes!(scaled_kernels! { Mma16, "pat_forward_mma16" }),
+    scaled_kernel_shapes!(scaled_kernels! { Mma32, "pat_forward_mma32" }),
+    scaled_kernel_shapes!(scaled_kernels! { Mma64, "pat_forward_mma64" }),
+];
+
 /// Forward kernels, by variant.
 const FORWARD: [&[KernelSpec]; TileVariant::ALL.len()] = [
     kernel_shapes!(kernels! { forward, TileVariant::Mma16, Sm80, "pat_forward_mma16" }),
@@ -279,6 +312,7 @@ const fn forward(entry: &'static str, variant: TileVariant, arch: Arch, dtype: D
         arch,
         family: Family::Forward(variant),
         dtype,
+        kv_dtype: dtype,
         head_dim,
         threads: config.threads(),
         min_ctas_per_sm: config.min_ctas_per_sm,
@@ -287,6 +321,17 @@ const fn forward(entry: &'static str, variant: TileVariant, arch: Arch, dtype: D
         barriers: config.barriers,
         tensor_maps: if config.producer_warps > 0 { 2 } else { 0 },
     }
+}
+
+const fn scaled_forward(
+    entry: &'static str,
+    variant: TileVariant,
+    dtype: Dtype,
+    kv_dtype: Dtype,
+    head_dim: u32,
+) -> KernelSpec {
+    let smem_bytes = variant.config(head_dim).smem(head_dim, kv_dtype.bytes()).total;
+    KernelSpec { kv_dtype, smem_bytes, ..forward(entry, variant, variant.arch(), dtype, head_dim) }
 }
 
 const fn merge(entry: &'static str, family: Family, arch: Arch, dtype: Dtype, head_dim: u32) -> KernelSpec {
@@ -298,6 +343,7 @@ const fn merge(entry: &'static str, family: Family, arch: Arch, dtype: Dtype, he
         arch,
         family,
         dtype,
+        kv_dtype: dtype,
         head_dim,
         threads,
         min_ctas_per_sm,
@@ -316,6 +362,7 @@ const fn support(entry: &'static str, family: Family, dtype: Dtype) -> KernelSpe
         arch: Arch::Sm80,
         family,
         dtype,
+        kv_dtype: dtype,
         head_dim: 0,
         threads,
         min_ctas_per_sm,
@@ -326,11 +373,14 @@ const fn support(entry: &'static str, family: Family, dtype: Dtype) -> KernelSpe
     }
 }
 
-const PARTS: [&[KernelSpec]; FORWARD.len() + MERGE.len() + 1] = {
-    let mut parts: [&[KernelSpec]; FORWARD.len() + MERGE.len() + 1] = [&SUPPORT; FORWARD.len() + MERGE.len() + 1];
-    let (forward, merge) = parts.split_at_mut(FORWARD.len());
+const PARTS: [&[KernelSpec]; FORWARD.len() + SCALED.len() + MERGE.len() + 1] = {
+    let mut parts: [&[KernelSpec]; FORWARD.len() + SCALED.len() + MERGE.len() + 1] =
+        [&SUPPORT; FORWARD.len() + SCALED.len() + MERGE.len() + 1];
+    let (forward, others) = parts.split_at_mut(FORWARD.len());
     forward.copy_from_slice(&FORWARD);
-    merge.split_at_mut(MERGE.len()).0.copy_from_slice(&MERGE);
+    let (scaled, others) = others.split_at_mut(SCALED.len());
+    scaled.copy_from_slice(&SCALED);
+    others.split_at_mut(MERGE.len()).0.copy_from_slice(&MERGE);
     parts
 };
 
@@ -356,9 +406,17 @@ const fn table<const LENGTH: usize>() -> (usize, [KernelSpec; LENGTH]) {
 pub const KERNELS: &[KernelSpec] = &table::<{ table::<0>().0 }>().1;
 
 /// The kernel of a family for an element type and head dimension, if there is one. Of two merge kernels it is the one
-/// that runs on both architectures; [`find_for`] names the file.
+/// that runs on both architectures; [`find_for`] names the file. Of forward kernels it is the one that reads K and V of the same type;
+/// [`find_forward`] asks for others.
 pub fn find(family: Family, dtype: Dtype, head_dim: u32) -> Option<&'static KernelSpec> {
     KERNELS.iter().find(|k| k.family == family && k.dtype == dtype && k.head_dim == head_dim)
+}
+
+/// The forward kernel of a variant for Q and O of `dtype` and K and V of `kv_dtype`, if there is one.
+pub fn find_forward(variant: TileVariant, dtype: Dtype, kv_dtype: Dtype, head_dim: u32) -> Option<&'static KernelSpec> {
+    KERNELS.iter().find(|k| {
+        k.family == Family::Forward(variant) && (k.dtype, k.kv_dtype, k.head_dim) == (dtype, kv_dtype, head_dim)
+    })
 }
 
 /// As [`find`], in the PTX file of `arch`. The sm_90a merge kernel is launched with programmatic stream serialisation.

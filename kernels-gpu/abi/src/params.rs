@@ -108,6 +108,22 @@ pub struct ForwardParams {
     pub soft_cap_scale: f32,
 }
 
+/// First parameter of the forward kernels that read 8-bit K and V. What others take comes first.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
+pub struct ScaledForwardParams {
+    /// As of the others; element x of a row of K or V lies `x` bytes behind the row's address.
+    pub forward: ForwardParams,
+    /// What elements of K are multiplied with, beside [`Self::k_scales`].
+    pub k_scale: f32,
+    /// What elements of V are multiplied with, beside [`Self::v_scales`].
+    pub v_scale: f32,
+    /// Factors of K's elements, or 0: f32 `[kv_heads]`.
+    pub k_scales: u64,
+    /// Factors of V's elements, or 0: f32 `[kv_heads]`.
+    pub v_scales: u64,
+}
+
 /// Parameter of the merge kernels: one warp per (merge row, query head).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]

@@ -158,12 +158,18 @@ impl TileConfig {
         self.keys / self.rings
     }
 
-    /// The shared memory of a CTA whose queries and keys have `head_dim` elements of `element_bytes` bytes.
+    /// The shared memory of a CTA whose keys have `head_dim` elements of `element_bytes` bytes, and so have queries that stay there.
     pub const fn smem(&self, head_dim: u32, element_bytes: u32) -> SmemLayout {
         let tile_bytes = self.tile_keys() * head_dim * element_bytes;
         let stage_bytes = 2 * tile_bytes;
         // A warp that has a ring of its own leaves its state there, too.
-        let state_bytes = if self.rings > 1 { warp_state_bytes(head_dim).next_multiple_of(1024) } else { 0 };
+        let warp_state_bytes = warp_state_bytes(head_dim).next_multiple_of(1024);
+        let state_bytes = match (self.rings, element_bytes) {
+            // In a ring that all warps share, the states take the place of the tiles; those of 8-bit elements may be smaller.
+            (1, 1) if self.key_splits > 1 => self.row_warps() * self.key_splits * warp_state_bytes,
+            (1, _) => 0,
+            _ => warp_state_bytes,
+        };
         let ring_bytes = if self.stages * stage_bytes > state_bytes { self.stages * stage_bytes } else { state_bytes };
         let q = self.rings * ring_bytes;
         let barriers = q + self.query_slots * WARP_ROWS * head_dim * element_bytes;
@@ -203,7 +209,7 @@ mod tests {
             if let Family::Forward(variant) = kernel.family {
                 let head_dim = kernel.head_dim;
                 let config = variant.config(head_dim);
-                let layout = config.smem(head_dim, 2);
+                let layout = config.smem(head_dim, kernel.kv_dtype.bytes());
                 assert_eq!(layout.v, layout.k + layout.tile_bytes);
                 assert!(layout.v < layout.q && layout.q <= layout.barriers && layout.barriers <= layout.masks);
                 assert!(layout.masks < layout.total && layout.total <= variant.arch().max_smem_bytes(), "{variant:?}");

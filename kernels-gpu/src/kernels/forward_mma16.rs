@@ -5,13 +5,15 @@
 //! its V) has been consumed. The four states are combined in shared memory at the end.
 
 use pat_abi::tile::warp_state_bytes;
-use pat_abi::{ForwardParams, TileConfig, TileVariant, kernel_shapes};
+use pat_abi::{ForwardParams, ScaledForwardParams, TileConfig, TileVariant, kernel_shapes, scaled_kernel_shapes};
 
+use crate::cache::{Cache, EightBit, Plain};
+use crate::eight_bit::{E4m3, E5m2};
 use crate::element::{Bf16, Element, F16};
 use crate::item::Item;
 use crate::ptx::{barrier, cp_async, special};
 use crate::softmax::{OnlineSoftmax, cap_scores, rescale};
-use crate::tile::fragment::{Queries, accumulate, mask, mask_rows, scores, to_operand};
+use crate::tile::fragment::{Queries, mask, mask_rows, to_operand};
 use crate::tile::gather::{Pool, Token, gather, row_of_lane};
 use crate::tile::reduce::combine_and_store;
 
@@ -19,7 +21,7 @@ const WARPS: u32 = TileVariant::Mma16.config(128).key_splits;
 /// Rows of a tile.
 const ROWS: u32 = TileVariant::Mma16.config(128).rows;
 
-/// `HEAD_STEPS` is head_dim / 16. Units of `UNIT_TOKENS = 16 * KEY_STEPS` tokens; `STAGES` of them (K and V each) are in flight per
+/// `HEAD_STEPS` is head_dim / 16, `ROW_STEPS` that of a 16-bit row as long as one of K. Units of `UNIT_TOKENS = 16 * KEY_STEPS` tokens; `STAGES` of them (K and V each) are in flight per
 /// warp, `PENDING = 2*STAGES - 1` copies.
 ///
 /// # Safety
@@ -27,13 +29,16 @@ const ROWS: u32 = TileVariant::Mma16.config(128).rows;
 #[inline(always)]
 unsafe fn forward<
     E: Element,
+    C: Cache,
     const HEAD_STEPS: usize,
+    const ROW_STEPS: usize,
     const UNIT_TOKENS: u32,
     const KEY_STEPS: usize,
     const STAGES: u32,
     const PENDING: u32,
 >(
     params: &ForwardParams,
+    cache: C,
 ) {
     let layout = const {
         let head_dim = 16 * HEAD_STEPS as u32;
@@ -41,7 +46,7 @@ unsafe fn forward<
         assert!(config.rings == WARPS && config.row_warps() == 1 && config.tile_keys() == UNIT_TOKENS);
         assert!(16 * KEY_STEPS as u32 == UNIT_TOKENS && config.stages == STAGES && PENDING == 2 * STAGES - 1);
         assert!(Queries::<HEAD_STEPS>::IN_SMEM == (config.query_slots == 1));
-        let layout = config.smem(head_dim, 2);
+        let layout = config.smem(head_dim, C::BYTES);
         assert!(warp_state_bytes(head_dim) <= layout.ring_bytes);
         layout
     };
@@ -51,7 +56,7 @@ unsafe fn forward<
     // SAFETY: the caller's contract.
     let Some(item) = (unsafe { Item::load(params, TileVariant::Mma16, special::cta_index()) }) else { return };
     let ring = special::dynamic_smem() + warp * ring_bytes;
-    let located = row_of_lane::<HEAD_STEPS>(lane);
+    let located = row_of_lane::<ROW_STEPS>(lane);
     let keys = Pool::keys(params, item.kv_head);
     let values = Pool::values(params, item.kv_head);
 
@@ -78,10 +83,10 @@ unsafe fn forward<
                 unsafe { place.store_rows(ranges_of(k_stage), located, UNIT_TOKENS) };
             }
             // SAFETY: as above.
-            unsafe { gather::<HEAD_STEPS, UNIT_TOKENS>(k_stage, 0, keys, place, lane) };
+            unsafe { gather::<ROW_STEPS, UNIT_TOKENS>(k_stage, 0, keys, place, lane) };
             cp_async::commit_group();
             // SAFETY: as above.
-            unsafe { gather::<HEAD_STEPS, UNIT_TOKENS>(k_stage + unit_bytes, 0, values, place, lane) };
+            unsafe { gather::<ROW_STEPS, UNIT_TOKENS>(k_stage + unit_bytes, 0, values, place, lane) };
             cp_async::commit_group();
         } else {
             cp_async::commit_group();
@@ -93,7 +98,7 @@ unsafe fn forward<
     }
 
     // SAFETY: the caller's contract.
-    let q = unsafe { Queries::<HEAD_STEPS>::new(params, &item, query_tile, 0, lane) };
+    let q = unsafe { Queries::<HEAD_STEPS>::new::<C>(params, &item, query_tile, 0, lane) };
     if Queries::<HEAD_STEPS>::IN_SMEM {
         cp_async::wait_group::<PENDING>();
         barrier::sync_cta();
@@ -108,7 +113,7 @@ unsafe fn forward<
         cp_async::wait_group::<PENDING>();
         barrier::sync_warp();
         // SAFETY: this unit's K has arrived, for all lanes.
-        let mut s = unsafe { scores::<E, HEAD_STEPS, KEY_STEPS>(&q, k_stage, lane) };
+        let mut s = unsafe { C::scores::<E, HEAD_STEPS, KEY_STEPS>(&q, k_stage, lane) };
         cap_scores(params, s.as_flattened_mut().as_flattened_mut());
         let valid = item.stream.token_count - unit;
         if item.stream.has_masks() {
@@ -124,7 +129,7 @@ unsafe fn forward<
                 unsafe { place.store_rows(ranges_of(k_stage), located, UNIT_TOKENS) };
             }
             // SAFETY: all lanes have read K.
-            unsafe { gather::<HEAD_STEPS, UNIT_TOKENS>(k_stage, 0, keys, place, lane) };
+            unsafe { gather::<ROW_STEPS, UNIT_TOKENS>(k_stage, 0, keys, place, lane) };
         }
         cp_async::commit_group();
 
@@ -136,11 +141,11 @@ unsafe fn forward<
         cp_async::wait_group::<PENDING>();
         barrier::sync_warp();
         // SAFETY: this unit's V has arrived, for all lanes.
-        unsafe { accumulate::<E, HEAD_STEPS, KEY_STEPS>(&mut output, &p, v_stage, lane) };
+        unsafe { C::accumulate::<E, HEAD_STEPS, KEY_STEPS>(&mut output, &p, v_stage, lane) };
         barrier::sync_warp();
         if refill {
             // SAFETY: all lanes have read V.
-            unsafe { gather::<HEAD_STEPS, UNIT_TOKENS>(v_stage, 0, values, place, lane) };
+            unsafe { gather::<ROW_STEPS, UNIT_TOKENS>(v_stage, 0, values, place, lane) };
         }
         cp_async::commit_group();
 
@@ -155,12 +160,15 @@ unsafe fn forward<
         }
     }
     softmax.finish();
+    cache.finish(&mut output, lane);
     cp_async::wait_group::<0>();
     barrier::sync_warp();
     // SAFETY: the scratch is the warp's own, now idle, ring.
     unsafe {
         let smem = special::dynamic_smem();
-        combine_and_store::<E, HEAD_STEPS, 1, WARPS>(params, &item, smem, ring_bytes, &output, &softmax, thread);
+        combine_and_store::<E, C, HEAD_STEPS, 1, WARPS>(
+            params, cache, &item, smem, ring_bytes, &output, &softmax, thread,
+        );
     }
 }
 
@@ -179,10 +187,40 @@ macro_rules! entries {
             #[unsafe(export_name = concat!("pat_forward_mma16_d", $head_dim, "_", $name))]
             unsafe extern "ptx-kernel" fn entry(params: ForwardParams) {
                 // SAFETY: the caller's contract.
-                unsafe { forward::<$element, { $head_dim / 16 }, UNIT_TOKENS, KEY_STEPS, STAGES, PENDING>(&params) }
+                unsafe { forward::<$element, Plain, { $head_dim / 16 }, { $head_dim / 16 }, UNIT_TOKENS, KEY_STEPS, STAGES, PENDING>(
+                    &params, Plain,
+                ) }
             }
         };)*
     };
 }
 
 kernel_shapes!(entries! {});
+
+macro_rules! scaled_entries {
+    ($([$head_dim:literal $element:ident $code:ident $name:literal])*) => {
+        $(const _: () = {
+            const CONFIG: TileConfig = TileVariant::Mma16.config($head_dim);
+            const UNIT_TOKENS: u32 = CONFIG.tile_keys();
+            const KEY_STEPS: usize = UNIT_TOKENS as usize / 16;
+            const STAGES: u32 = CONFIG.stages;
+            const PENDING: u32 = 2 * STAGES - 1;
+            /// See the module.
+            ///
+            /// # Safety
+            /// `params` describes live buffers and a plan made for them; launched as the manifest says.
+            #[unsafe(export_name = concat!("pat_forward_mma16_d", $head_dim, "_", $name))]
+            unsafe extern "ptx-kernel" fn entry(params: ScaledForwardParams) {
+                // SAFETY: the caller's contract.
+                unsafe {
+                    let (cache, params) = EightBit::<$code>::new(&params);
+                    forward::<$element, _, { $head_dim / 16 }, { $head_dim / 32 }, UNIT_TOKENS, KEY_STEPS, STAGES, PENDING>(
+                        &params, cache,
+                    );
+                }
+            }
+        };)*
+    };
+}
+
+scaled_kernel_shapes!(scaled_entries! {});

@@ -6,15 +6,20 @@
 //! bounds these kernels.
 
 use pat_abi::tile::warp_state_bytes;
-use pat_abi::{ForwardParams, TileConfig, TileVariant, kernel_shapes, narrow_kernel_shapes};
+use pat_abi::{
+    ForwardParams, ScaledForwardParams, TileConfig, TileVariant, kernel_shapes, narrow_kernel_shapes,
+    scaled_kernel_shapes,
+};
 
+use crate::cache::{Cache, EightBit, Plain};
+use crate::eight_bit::{E4m3, E5m2};
 use crate::element::{Bf16, Element, F16};
 use crate::epilogue::{Written, write_rows};
 use crate::isolation::restore_rows;
 use crate::item::Item;
 use crate::ptx::{barrier, cp_async, special};
 use crate::softmax::{OnlineSoftmax, cap_scores, rescale};
-use crate::tile::fragment::{Accumulator, Queries, accumulate, mask, mask_rows, scores, to_operand};
+use crate::tile::fragment::{Accumulator, Queries, mask, mask_rows, to_operand};
 use crate::tile::gather::{Pool, Token, gather, row_of_lane};
 use crate::tile::reduce::combine_and_store;
 
@@ -27,14 +32,17 @@ const STAGES: u32 = TileVariant::Mma64.config(128).stages;
 #[inline(always)]
 unsafe fn forward<
     E: Element,
+    C: Cache,
     const VARIANT: usize,
     const HEAD_STEPS: usize,
+    const ROW_STEPS: usize,
     const M_WARPS: u32,
     const KV_WARPS: u32,
     const KEY_STEPS: usize,
     const LOADED: u32,
 >(
     params: &ForwardParams,
+    cache: C,
 ) {
     let layout = const {
         let head_dim = 16 * HEAD_STEPS as u32;
@@ -43,20 +51,20 @@ unsafe fn forward<
         assert!(LOADED * M_WARPS * KV_WARPS == config.keys && KEY_STEPS as u32 * 16 * KV_WARPS == config.keys);
         assert!(config.stages == STAGES && LOADED % 8 == 0);
         assert!(config.query_slots == if Queries::<HEAD_STEPS>::IN_SMEM { M_WARPS } else { 0 });
-        let layout = config.smem(head_dim, 2);
+        let layout = config.smem(head_dim, C::BYTES);
         // The warps' states take the place of keys, values and queries.
         assert!(KV_WARPS == 1 || M_WARPS * KV_WARPS * warp_state_bytes(head_dim) <= layout.barriers);
         layout
     };
     let tile_tokens = LOADED * M_WARPS * KV_WARPS;
-    let row_bytes = 32 * HEAD_STEPS as u32;
+    let row_bytes = 32 * ROW_STEPS as u32;
     let tile_bytes = layout.tile_bytes;
     // SAFETY: the caller's contract.
     let Some(item) = (unsafe { Item::load(params, TileVariant::ALL[VARIANT], special::cta_index()) }) else { return };
     let thread = special::thread_index();
     let (warp, lane) = (thread / 32, thread % 32);
     let ring = special::dynamic_smem();
-    let located = row_of_lane::<HEAD_STEPS>(lane);
+    let located = row_of_lane::<ROW_STEPS>(lane);
     let keys = Pool::keys(params, item.kv_head);
     let values = Pool::values(params, item.kv_head);
 
@@ -82,10 +90,10 @@ unsafe fn forward<
                 unsafe { place.store_rows(ranges_of(k_stage) + 2 * loaded_first, located, LOADED) };
             }
             // SAFETY: as above.
-            unsafe { gather::<HEAD_STEPS, LOADED>(k_stage, loaded_first, keys, place, lane) };
+            unsafe { gather::<ROW_STEPS, LOADED>(k_stage, loaded_first, keys, place, lane) };
             cp_async::commit_group();
             // SAFETY: as above.
-            unsafe { gather::<HEAD_STEPS, LOADED>(k_stage + tile_bytes, loaded_first, values, place, lane) };
+            unsafe { gather::<ROW_STEPS, LOADED>(k_stage + tile_bytes, loaded_first, values, place, lane) };
             cp_async::commit_group();
         } else {
             cp_async::commit_group();
@@ -98,7 +106,7 @@ unsafe fn forward<
 
     let first_key = warp / M_WARPS * (tile_tokens / KV_WARPS);
     // SAFETY: the caller's contract.
-    let q = unsafe { Queries::<HEAD_STEPS>::new(params, &item, query_tile, first_row, lane) };
+    let q = unsafe { Queries::<HEAD_STEPS>::new::<C>(params, &item, query_tile, first_row, lane) };
     let mut output = [[[0.0; 4]; 2]; HEAD_STEPS];
     let mut softmax = OnlineSoftmax::EMPTY;
     let mut tile = 0;
@@ -108,7 +116,7 @@ unsafe fn forward<
         cp_async::wait_group::<3>();
         barrier::sync_cta();
         // SAFETY: this tile's K has arrived, for all threads.
-        let mut s = unsafe { scores::<E, HEAD_STEPS, KEY_STEPS>(&q, k_stage + first_key * row_bytes, lane) };
+        let mut s = unsafe { C::scores::<E, HEAD_STEPS, KEY_STEPS>(&q, k_stage + first_key * row_bytes, lane) };
         cap_scores(params, s.as_flattened_mut().as_flattened_mut());
         if item.stream.has_masks() {
             // SAFETY: they were written before the barrier.
@@ -124,7 +132,7 @@ unsafe fn forward<
         cp_async::wait_group::<2>();
         barrier::sync_cta();
         // SAFETY: this tile's V has arrived, for all threads.
-        unsafe { accumulate::<E, HEAD_STEPS, KEY_STEPS>(&mut output, &p, v_stage + first_key * row_bytes, lane) };
+        unsafe { C::accumulate::<E, HEAD_STEPS, KEY_STEPS>(&mut output, &p, v_stage + first_key * row_bytes, lane) };
         barrier::sync_cta();
         if incoming < item.stream.token_count {
             if item.stream.has_masks() {
@@ -132,10 +140,10 @@ unsafe fn forward<
                 unsafe { place.store_rows(ranges_of(k_stage) + 2 * loaded_first, located, LOADED) };
             }
             // SAFETY: as above.
-            unsafe { gather::<HEAD_STEPS, LOADED>(k_stage, loaded_first, keys, place, lane) };
+            unsafe { gather::<ROW_STEPS, LOADED>(k_stage, loaded_first, keys, place, lane) };
             cp_async::commit_group();
             // SAFETY: as above.
-            unsafe { gather::<HEAD_STEPS, LOADED>(v_stage, loaded_first, values, place, lane) };
+            unsafe { gather::<ROW_STEPS, LOADED>(v_stage, loaded_first, values, place, lane) };
             cp_async::commit_group();
         } else {
             cp_async::commit_group();
@@ -148,17 +156,18 @@ unsafe fn forward<
         k_stage = if k_stage == ring { ring + 2 * tile_bytes } else { ring };
     }
     softmax.finish();
+    cache.finish(&mut output, lane);
     if KV_WARPS > 1 {
         let stride = warp_state_bytes(16 * HEAD_STEPS as u32);
         // SAFETY: the ring is idle: the last barrier of the loop followed its last read, and no copy is in flight.
         unsafe {
-            combine_and_store::<E, HEAD_STEPS, M_WARPS, KV_WARPS>(
-                params, &item, ring, stride, &output, &softmax, thread,
+            combine_and_store::<E, C, HEAD_STEPS, M_WARPS, KV_WARPS>(
+                params, cache, &item, ring, stride, &output, &softmax, thread,
             );
         }
     } else {
         // SAFETY: the caller's contract.
-        unsafe { store::<E, HEAD_STEPS>(params, &item, first_row, &output, &softmax, lane) };
+        unsafe { store::<E, C, HEAD_STEPS>(params, cache, &item, first_row, &output, &softmax, lane) };
     }
 }
 
@@ -167,8 +176,9 @@ unsafe fn forward<
 /// # Safety
 /// As [`forward`]; the warp is the only one that holds these rows.
 #[inline(always)]
-unsafe fn store<E: Element, const HEAD_STEPS: usize>(
+unsafe fn store<E: Element, C: Cache, const HEAD_STEPS: usize>(
     params: &ForwardParams,
+    cache: C,
     item: &Item,
     first_row: u32,
     output: &Accumulator<HEAD_STEPS>,
@@ -185,8 +195,9 @@ unsafe fn store<E: Element, const HEAD_STEPS: usize>(
         let Written { not_finite, softmaxes } =
             write_rows::<E>(params, output, softmax, exists, has_masks, lane, |half| locate(rows[half]));
         if has_masks {
-            restore_rows::<E, true, true>(
+            restore_rows::<E, C, true, true>(
                 params,
+                cache,
                 item.stream,
                 item.kv_head,
                 first_row,
@@ -219,13 +230,15 @@ macro_rules! entries {
                 unsafe {
                     forward::<
                         $element,
+                        Plain,
                         { VARIANT.index() },
+                        { $head_dim / 16 },
                         { $head_dim / 16 },
                         ROW_WARPS,
                         SPLITS,
                         KEY_STEPS,
                         LOADED,
-                    >(&params);
+                    >(&params, Plain);
                 }
             }
         };)*
@@ -235,3 +248,41 @@ macro_rules! entries {
 kernel_shapes!(entries! { Mma32 "pat_forward_mma32" });
 kernel_shapes!(entries! { Mma64 "pat_forward_mma64" });
 narrow_kernel_shapes!(entries! { Mma128 "pat_forward_mma128" });
+
+macro_rules! scaled_entries {
+    ($variant:ident $prefix:literal $([$head_dim:literal $element:ident $code:ident $name:literal])*) => {
+        $(const _: () = {
+            const VARIANT: TileVariant = TileVariant::$variant;
+            const CONFIG: TileConfig = VARIANT.config($head_dim);
+            const ROW_WARPS: u32 = CONFIG.row_warps();
+            const KEY_STEPS: usize = (CONFIG.keys / CONFIG.key_splits / 16) as usize;
+            const LOADED: u32 = CONFIG.keys / (ROW_WARPS * CONFIG.key_splits);
+            /// See the module.
+            ///
+            /// # Safety
+            /// `params` describes live buffers and a plan made for them; launched as the manifest says.
+            #[unsafe(export_name = concat!($prefix, "_d", $head_dim, "_", $name))]
+            unsafe extern "ptx-kernel" fn entry(params: ScaledForwardParams) {
+                const SPLITS: u32 = CONFIG.key_splits;
+                // SAFETY: the caller's contract.
+                unsafe {
+                    let (cache, params) = EightBit::<$code>::new(&params);
+                    forward::<
+                        $element,
+                        _,
+                        { VARIANT.index() },
+                        { $head_dim / 16 },
+                        { $head_dim / 32 },
+                        ROW_WARPS,
+                        SPLITS,
+                        KEY_STEPS,
+                        LOADED,
+                    >(&params, cache);
+                }
+            }
+        };)*
+    };
+}
+
+scaled_kernel_shapes!(scaled_entries! { Mma32 "pat_forward_mma32" });
+scaled_kernel_shapes!(scaled_entries! { Mma64 "pat_forward_mma64" });

@@ -13,6 +13,7 @@
 //! struct would compile to generic loads and stores.
 
 pub mod barrier;
+pub mod bytes;
 pub mod cp_async;
 pub mod ldst;
 pub mod math;

@@ -63,3 +63,24 @@ pub fn zero_before_window(value: u32, token: u32, first_token: u32) -> u32 {
     }
     result
 }
+
+/// `value`; 1 in kernels that cap scores. No branch either.
+#[inline(always)]
+pub fn one_under_cap(value: f32) -> f32 {
+    if cfg!(pat_plain) {
+        return value;
+    }
+    let result: f32;
+    // SAFETY: computes with registers.
+    unsafe {
+        asm!(
+            "{{ .reg .b32 capped, kept;",
+            concat!("mul.lo.u32 capped, ", pat_abi::soft_cap_symbol!(), ", -1;"),
+            "not.b32 kept, capped;",
+            "and.b32 kept, kept, {1};",
+            "and.b32 capped, capped, 0x3f800000;",
+            "or.b32 {0}, kept, capped; }}",
+            out(reg32) result, in(reg32) value, options(pure, nomem, nostack, preserves_flags));
+    }
+    result
+}

@@ -3,6 +3,7 @@
 use pat_abi::ForwardParams;
 use pat_abi::layout::{key_matrix_row, key_matrix_step, swizzled_chunk, value_matrix_chunk, value_matrix_row};
 
+use crate::cache::Cache;
 use crate::element::Element;
 use crate::item::Item;
 use crate::ptx::cp_async::copy_16_bytes;
@@ -34,12 +35,12 @@ impl<const STEPS: usize> Queries<STEPS> {
     /// # Safety
     /// `params` describes the tensors the plan was made for.
     #[inline(always)]
-    pub unsafe fn new(params: &ForwardParams, item: &Item, tile: u32, first_row: u32, lane: u32) -> Self {
+    pub unsafe fn new<C: Cache>(params: &ForwardParams, item: &Item, tile: u32, first_row: u32, lane: u32) -> Self {
         if Self::IN_SMEM {
             return Self { registers: [[0; 4]; STEPS], tile };
         }
         // SAFETY: the caller's contract.
-        Self { registers: unsafe { load_queries(params, item, first_row, lane) }, tile }
+        Self { registers: unsafe { load_queries::<C, STEPS>(params, item, first_row, lane) }, tile }
     }
 
     /// Starts copying the queries of `COUNT` rows from row `first_row` of the item on to row `tile_row` of `tile`, zeros past the item's
@@ -76,7 +77,7 @@ impl<const STEPS: usize> Queries<STEPS> {
     /// # Safety
     /// Queries that stay in shared memory have arrived and are ordered before.
     #[inline(always)]
-    unsafe fn step(&self, step: usize, lane: u32) -> [u32; 4] {
+    pub unsafe fn step(&self, step: usize, lane: u32) -> [u32; 4] {
         if !Self::IN_SMEM {
             return self.registers[step];
         }
@@ -92,7 +93,7 @@ impl<const STEPS: usize> Queries<STEPS> {
 /// # Safety
 /// `params` describes the tensors the plan was made for.
 #[inline(always)]
-unsafe fn load_queries<const STEPS: usize>(
+unsafe fn load_queries<C: Cache, const STEPS: usize>(
     params: &ForwardParams,
     item: &Item,
     first_row: u32,
@@ -104,10 +105,10 @@ unsafe fn load_queries<const STEPS: usize>(
         if row < item.row_count {
             // SAFETY: the row exists; a query row is `32 * STEPS` bytes, 16-byte aligned.
             unsafe {
-                let address = item.row(params, row).query_address(params) + (lane % 4) as u64 * 4;
+                let address = item.row(params, row).query_address(params) + (lane % 4) as u64 * C::QUERY_LANE_BYTES;
                 for step in 0..STEPS {
                     q[step][r] = load_global_u32(address + step as u64 * 32);
-                    q[step][r + 2] = load_global_u32(address + step as u64 * 32 + 16);
+                    q[step][r + 2] = load_global_u32(address + step as u64 * 32 + C::QUERY_HALF_BYTES);
                 }
             }
         }

@@ -1,7 +1,7 @@
 //! Gathering scattered KV rows into a swizzled shared-memory tile.
 
 use pat_abi::ForwardParams;
-use pat_abi::layout::swizzled_chunk;
+use pat_abi::layout::{swizzled_chunk, swizzled_short_chunk};
 use pat_abi::reader::Stream;
 
 use crate::plan_words::WhenUsed;
@@ -109,7 +109,7 @@ pub unsafe fn gather<const HEAD_STEPS: usize, const ROWS: u32>(
     token: Token,
     lane: u32,
 ) {
-    const { assert!(HEAD_STEPS == 4 || HEAD_STEPS == 8 || HEAD_STEPS == 16) };
+    const { assert!(HEAD_STEPS == 2 || HEAD_STEPS == 4 || HEAD_STEPS == 8 || HEAD_STEPS == 16) };
     let chunks = 2 * HEAD_STEPS as u32;
     let rows_per_copy = 32 / chunks;
     let (segment, chunk) = (lane / chunks, lane % chunks);
@@ -123,11 +123,13 @@ pub unsafe fn gather<const HEAD_STEPS: usize, const ROWS: u32>(
     for i in 0..ROWS / rows_per_copy {
         let row = i * rows_per_copy + segment;
         let tagged_address = match HEAD_STEPS {
+            2 => shuffle::from_segment_u64::<4>(located, i),
             4 => shuffle::from_segment_u64::<8>(located, i),
             8 => shuffle::from_segment_u64::<16>(located, i),
             _ => shuffle::from_segment_u64::<32>(located, i),
         };
-        let destination = lane_tile + swizzled_chunk(row % 8, chunk) * 16 + i * 512;
+        let position = if HEAD_STEPS == 2 { swizzled_short_chunk(row, chunk) } else { swizzled_chunk(row % 8, chunk) };
+        let destination = lane_tile + position * 16 + i * 512;
         let wanted = tagged_address & 1;
         let row_address = tagged_address - wanted;
         // SAFETY: the caller's contract; pool addresses and strides are multiples of 16 bytes.

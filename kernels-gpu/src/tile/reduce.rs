@@ -3,6 +3,7 @@
 use pat_abi::ForwardParams;
 use pat_abi::tile::state_pitch_bytes;
 
+use crate::cache::Cache;
 use crate::element::Element;
 use crate::finish::Finish;
 use crate::isolation::{RowSoftmax, attend_pair};
@@ -19,8 +20,15 @@ use crate::tile::fragment::Accumulator;
 /// Each warp's scratch is free of the other warps' accesses; `params` and `item` are as in the forward kernels.
 #[inline(always)]
 #[allow(clippy::too_many_arguments, reason = "the state of one warp, by parts")]
-pub unsafe fn combine_and_store<E: Element, const HEAD_STEPS: usize, const M_WARPS: u32, const KV_WARPS: u32>(
+pub unsafe fn combine_and_store<
+    E: Element,
+    C: Cache,
+    const HEAD_STEPS: usize,
+    const M_WARPS: u32,
+    const KV_WARPS: u32,
+>(
     params: &ForwardParams,
+    cache: C,
     item: &Item,
     smem: u32,
     scratch_stride: u32,
@@ -84,8 +92,9 @@ pub unsafe fn combine_and_store<E: Element, const HEAD_STEPS: usize, const M_WAR
                 let not_finite = math::fma(pair[1], 0.0, pair[0] * 0.0) != 0.0;
                 if shuffle::any(not_finite && softmax.is_finite()) {
                     let columns = (head_dim, column);
-                    pair = attend_pair::<E, true, true>(
+                    pair = attend_pair::<E, C, true, true>(
                         params,
+                        cache,
                         item.stream,
                         item.kv_head,
                         row,

@@ -4,6 +4,7 @@ use super::masks::{ALL_VALUES, KeyMask, TileMasks, all_full, all_keys, load_mask
 use super::smem::{QSlots, Ring, Smem, tile_offset};
 use super::work::{Batch, query_of_row, work_index};
 use super::{GROUP_ROWS, PRODUCER_WARPS, SPAN_KEYS};
+use crate::cache::Plain;
 use crate::element::Element;
 use crate::epilogue::{Row, Written, write_rows};
 use crate::isolation::restore_rows;
@@ -166,8 +167,9 @@ pub(super) unsafe fn consume<
                 };
                 let stream = plan.stream(&work);
                 if Smem::<HEAD_DIM, GROUPS>::CAPS_SCORES {
-                    restore_rows::<E, true, false>(
+                    restore_rows::<E, Plain, true, false>(
                         p,
+                        Plain,
                         stream,
                         work.kv_head,
                         first_row,
@@ -178,8 +180,9 @@ pub(super) unsafe fn consume<
                         locate,
                     );
                 } else {
-                    restore_rows::<E, false, false>(
+                    restore_rows::<E, Plain, false, false>(
                         p,
+                        Plain,
                         stream,
                         work.kv_head,
                         first_row,

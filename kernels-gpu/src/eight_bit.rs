@@ -1,0 +1,61 @@
+//! The 8-bit element types of K and V, widened to the 16-bit type of Q before they are multiplied: exactly, for all 256 codes.
+//!
+//! A code is a sign, exponent bits and fraction bits, as a 16-bit number is, with fewer of both. Moved to where the 16-bit type has its
+//! exponent's low bits, it is the number but for a power of 2 by which the exponents' biases differ; that holds for subnormal numbers,
+//! too. The largest exponents mean infinities and NaN in some of the types: a carry out of the exponent finds these.
+
+use crate::ptx::bytes::{scale_bf16x2, scale_f16x2};
+
+/// An 8-bit floating-point type.
+pub trait Code {
+    /// Two numbers as binary16, of codes in the upper bytes of both halves of a word whose lower bytes are 0.
+    fn to_f16x2(codes: u32) -> u32;
+
+    /// As [`Self::to_f16x2`], as bfloat16.
+    fn to_bf16x2(codes: u32) -> u32;
+}
+
+/// 4 bits of exponent, 3 of fraction; no infinities, NaN where all are set.
+#[derive(Clone, Copy)]
+pub struct E4m3;
+
+/// 5 bits of exponent, 2 of fraction: the upper byte of a binary16.
+#[derive(Clone, Copy)]
+pub struct E5m2;
+
+const SIGNS: u32 = 0x8000_8000;
+
+impl Code for E4m3 {
+    #[inline(always)]
+    fn to_f16x2(codes: u32) -> u32 {
+        let magnitudes = codes >> 1 & 0x3f80_3f80;
+        // One more in the last place carries NaN alone into the exponent's highest bit.
+        let nan = (magnitudes + 0x0080_0080) & 0x4000_4000;
+        // 2^8: biases of 15 and 7.
+        scale_f16x2(magnitudes | codes & SIGNS, 0x5c00_5c00) | ((nan << 1) - (nan >> 5))
+    }
+
+    #[inline(always)]
+    fn to_bf16x2(codes: u32) -> u32 {
+        let magnitudes = codes >> 4 & 0x07f0_07f0;
+        let nan = (magnitudes + 0x0010_0010) & 0x0800_0800;
+        // 2^120: biases of 127 and 7.
+        scale_bf16x2(magnitudes | codes & SIGNS, 0x7b80_7b80) | ((nan << 4) - (nan >> 5))
+    }
+}
+
+impl Code for E5m2 {
+    #[inline(always)]
+    fn to_f16x2(codes: u32) -> u32 {
+        codes
+    }
+
+    #[inline(always)]
+    fn to_bf16x2(codes: u32) -> u32 {
+        let magnitudes = codes >> 3 & 0x0fe0_0fe0;
+        // The largest exponent, of infinities and NaN: it becomes the largest of a bfloat16, the fraction stays.
+        let special = (magnitudes + 0x0080_0080) & 0x1000_1000;
+        // 2^112: biases of 127 and 15.
+        scale_bf16x2(magnitudes | codes & SIGNS, 0x7780_7780) | ((special << 3) - (special >> 5))
+    }
+}
