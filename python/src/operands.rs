@@ -139,6 +139,13 @@ pub(crate) enum Scale {
 }
 
 impl Scale {
+    fn span(self) -> Option<Span> {
+        match self {
+            Self::Tensor(_) => None,
+            Self::Heads(span) => Some(span),
+        }
+    }
+
     fn of_device(self) -> DeviceKvScale {
         match self {
             Self::Tensor(scale) => DeviceKvScale::Tensor(scale),
@@ -245,7 +252,9 @@ impl Operands {
     /// Refuses outputs that share memory with an input or with each other.
     pub(crate) fn check_outputs_are_apart(&self) -> Result<()> {
         let sinks = self.sinks.map(|span| ("sinks", span));
-        let inputs = [("q", self.q), ("k_cache", self.k), ("v_cache", self.v)].into_iter().chain(sinks);
+        let scales = [("k_scale", self.k_scale), ("v_scale", self.v_scale)];
+        let scales = scales.into_iter().filter_map(|(name, scale)| scale.span().map(|span| (name, span)));
+        let inputs = [("q", self.q), ("k_cache", self.k), ("v_cache", self.v)].into_iter().chain(sinks).chain(scales);
         let lse = self.lse.map(|(span, _)| ("lse", span));
         for (name, output) in std::iter::once(("out", self.out)).chain(lse) {
             let others = inputs.clone().chain(lse);

@@ -176,6 +176,17 @@ def test_factors_that_are_none_are_refused(name, factor):
         pa.run(plan, q, k.half(), v.half())
 
 
+def test_outputs_over_factors_are_refused():
+    batch = random_forest(11)
+    shape = pa.AttentionShape(**SHAPE, dtype="float16", kv_dtype="float8_e4m3fn")
+    plan = pa.Planner(shape, "cpu").plan(batch.block_tables, batch.lengths, 16, batch.num_pages)
+    q = queries(len(batch.lengths))
+    k, v = (cache.float().to(torch.float8_e4m3fn) for cache in caches(batch))
+    out = torch.ones_like(q)
+    with pytest.raises(ValueError, match="memory of v_scale"):
+        pa.run(plan, q, k, v, out=out, v_scale=out.view(torch.float32).flatten()[:2])
+
+
 def test_16_bit_caches_have_no_factor(planner):
     batch = random_forest(3)
     plan = planner.plan(batch.block_tables, batch.lengths, 16, batch.num_pages)

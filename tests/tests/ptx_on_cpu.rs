@@ -11,7 +11,9 @@ use pat_rs::cpu::{CacheLayout, NewRows, State};
 use pat_rs::cuda::launch_records::{self, LaunchRecord};
 use pat_rs::cuda::{AppendArgs, DeviceState};
 use pat_rs::plan::PlanMode;
-use pat_rs::{AttentionShape, Element, KvStrides, PlanOptions, Planner, Problem, QueryTokens, Reach, RowStrides};
+use pat_rs::{
+    AttentionShape, Element, KvElement, KvStrides, PlanOptions, Planner, Problem, QueryTokens, Reach, RowStrides,
+};
 use pat_tests::executor::{Executor, Interpreter};
 use pat_tests::interpreted::{DeviceMemory, InterpretedRun};
 use pat_tests::{Case, Output, random_case, softmax_scale, strided};
@@ -28,7 +30,7 @@ const SEED: u32 = 23;
 /// Forests that each forward kernel computes.
 const FORESTS: u64 = 10;
 
-/// Forward kernels of 16-bit K and V with their variants. (Of 8-bit ones: eight_bit.)
+/// Forward kernels of 16-bit K and V with their variants. (Of 8-bit ones: gpu_eight_bit.)
 fn forward_kernels() -> impl Iterator<Item = (&'static KernelSpec, TileVariant)> {
     KERNELS.iter().filter(|kernel| kernel.kv_dtype == kernel.dtype).filter_map(|kernel| match kernel.family {
         Family::Forward(variant) => Some((kernel, variant)),
@@ -303,7 +305,10 @@ fn fill<T: Element>() {
         let (row, head) = (row as u32 / heads, row as u32 % heads);
         let key = generator::row_key(SEED, Tensor::V as u32, row / tokens, row % tokens, head);
         let expected = (0..dim).map(|at| T::from_f32(generator::element(key, at))).chain([T::from_f32(7.0); 8]);
-        assert!(values.iter().map(|value| value.to_f32()).eq(expected.map(Element::to_f32)), "row {row}, head {head}");
+        assert!(
+            values.iter().map(|value| value.to_f32()).eq(expected.map(KvElement::to_f32)),
+            "row {row}, head {head}"
+        );
     }
 }
 

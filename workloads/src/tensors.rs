@@ -2,7 +2,7 @@
 
 use crate::OwnedBatch;
 use pat_abi::generator::{self, Tensor};
-use pat_rs::{AttentionShape, Element, HostTensors, KvStrides, Problem};
+use pat_rs::{AttentionShape, Element, HostTensors, KvElement, KvStrides, Problem};
 use rayon::prelude::*;
 
 /// How K and V lie in memory.
@@ -97,6 +97,32 @@ impl<T: Element> Tensors<T> {
         Ok(Self { q, kv, v_begin, kv_strides, problem: batch.problem(shape) })
     }
 
+    /// The pool's elements as those of another type; the pool becomes what they stand for. `scale` is the factor of a KV head's elements:
+    /// with powers of 2, what 8 bits stand for is exact in 16.
+    pub fn narrow<C: KvElement>(&mut self, scale: impl Fn(Tensor, u32) -> f32) -> Vec<C> {
+        // Between rows there is nothing.
+        let mut codes = vec![C::from_f32(f32::NAN); self.kv.len()];
+        let (shape, page_size) = (self.shape(), self.problem.page_size());
+        let pages = self.kv.len() as u64
+            / 2
+            / (u64::from(page_size) * u64::from(shape.kv_heads()) * u64::from(shape.head_dim()));
+        for page in 0..pages as u32 {
+            for token in 0..page_size {
+                for head in 0..shape.kv_heads() {
+                    for tensor in [Tensor::K, Tensor::V] {
+                        let (scale, begin) = (scale(tensor, head), self.row_begin(tensor, page, token, head));
+                        let row = &mut self.kv[begin..][..shape.head_dim() as usize];
+                        for (code, element) in codes[begin..].iter_mut().zip(row) {
+                            *code = C::from_f32(element.to_f32() / scale);
+                            *element = T::from_f32(code.to_f32() * scale);
+                        }
+                    }
+                }
+            }
+        }
+        codes
+    }
+
     /// Heads, head dimension and element type.
     pub fn shape(&self) -> AttentionShape {
         self.problem.shape()
@@ -116,7 +142,8 @@ impl<T: Element> Tensors<T> {
         &mut elements[begin..][..head_dim]
     }
 
-    fn row_begin(&self, tensor: Tensor, page: u32, token: u32, head: u32) -> usize {
+    /// Where [`Self::row`] begins in its vector.
+    pub fn row_begin(&self, tensor: Tensor, page: u32, token: u32, head: u32) -> usize {
         if tensor == Tensor::Q {
             return (page * self.shape().q_heads() + head) as usize * self.shape().head_dim() as usize;
         }

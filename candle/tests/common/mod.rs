@@ -4,7 +4,7 @@ use candle_core::{DType, Device, IndexOp, Tensor, Var, WithDType};
 use half::{bf16, f16};
 use pat_candle::{CacheLayout, Layer, PlannedStep};
 use pat_rs::plan::PlanChange;
-use pat_rs::{AttentionShape, DeviceProfile, Dtype, Element, PlanOptions, Planner};
+use pat_rs::{AttentionShape, DeviceProfile, Dtype, Element, KvElement, PlanOptions, Planner};
 use pat_workloads::{Oracle, OwnedBatch, PoolLayout, RowSample, Tensors};
 
 const SEED: u32 = 15;
@@ -80,7 +80,7 @@ fn judge<T: Element + WithDType>(batch: &OwnedBatch, shape: AttentionShape, scal
 }
 
 fn every_layout_of<T: Element + WithDType>(device: &Device) {
-    let (batch, shape) = (batch(), shape(<T as Element>::DTYPE));
+    let (batch, shape) = (batch(), shape(<T as KvElement>::DTYPE));
     let step = step(&batch, shape, device);
     for layout in PoolLayout::ALL {
         let (q, k, v) = tensors::<T>(&batch, shape, layout, device);

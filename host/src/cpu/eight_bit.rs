@@ -55,6 +55,14 @@ macro_rules! eight_bit {
         impl KvElement for $type {
             const DTYPE: Dtype = Dtype::$type;
 
+            fn from_f32(value: f32) -> Self {
+                Self::from_f32(value)
+            }
+
+            fn to_f32(self) -> f32 {
+                self.to_f32()
+            }
+
             fn widen(source: &[Self], destination: &mut [f32]) {
                 for (element, value) in source.iter().zip(destination) {
                     *value = element.to_f32();

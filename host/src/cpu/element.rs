@@ -9,6 +9,12 @@ pub trait KvElement: bytemuck::Pod + Send + Sync + 'static {
     /// The type's name in shapes and plans.
     const DTYPE: Dtype;
 
+    /// The nearest element, ties to even. Numbers too large for an 8-bit type become its largest finite element.
+    fn from_f32(value: f32) -> Self;
+
+    /// The value, exactly.
+    fn to_f32(self) -> f32;
+
     /// Widens `source` into `destination`, which has the same length, exactly.
     ///
     /// # Panics
@@ -20,26 +26,12 @@ pub trait KvElement: bytemuck::Pod + Send + Sync + 'static {
 pub trait Element: KvElement {
     /// Distance between 1 and the next larger value: the relative size of one unit in the last place.
     const EPSILON: f32;
-
-    /// The nearest element, ties to even.
-    fn from_f32(value: f32) -> Self;
-
-    /// The value, exactly.
-    fn to_f32(self) -> f32;
 }
 
 macro_rules! element {
     ($type:ty, $dtype:ident, $epsilon:expr) => {
         impl KvElement for $type {
             const DTYPE: Dtype = Dtype::$dtype;
-
-            fn widen(source: &[Self], destination: &mut [f32]) {
-                source.convert_to_f32_slice(destination);
-            }
-        }
-
-        impl Element for $type {
-            const EPSILON: f32 = $epsilon;
 
             fn from_f32(value: f32) -> Self {
                 Self::from_f32(value)
@@ -48,6 +40,14 @@ macro_rules! element {
             fn to_f32(self) -> f32 {
                 self.to_f32()
             }
+
+            fn widen(source: &[Self], destination: &mut [f32]) {
+                source.convert_to_f32_slice(destination);
+            }
+        }
+
+        impl Element for $type {
+            const EPSILON: f32 = $epsilon;
         }
     };
 }

@@ -168,8 +168,16 @@ impl DeviceKvScale {
                     let expected = format!("at least {}, one for each KV head", shape.kv_heads());
                     return Err(Error::invalid(name, got, expected));
                 }
-                Used::new(name, span, u64::from(shape.kv_heads()), SCALE_BYTES, SCALE_BYTES).map(drop)
+                Ok(())
             }
+        }
+    }
+
+    /// What a run reads of it; it is large enough.
+    fn used(&self, name: &'static str, kv_heads: u32) -> Result<Used> {
+        match self {
+            Self::Tensor(_) => Ok(Used { name, address: 0, bytes: 0 }),
+            Self::Heads(span) => Used::new(name, span, u64::from(kv_heads), SCALE_BYTES, SCALE_BYTES),
         }
     }
 
@@ -384,12 +392,14 @@ impl RunArgs {
             Some(span) => Used::new("sinks", span, u64::from(shape.q_heads()), SINK_BYTES, SINK_BYTES)?,
             None => Used { name: "sinks", address: 0, bytes: 0 },
         };
+        let [k_scale, v_scale] =
+            [self.k_scale.used("k_scale", shape.kv_heads())?, self.v_scale.used("v_scale", shape.kv_heads())?];
         let workspace = workspace.span();
         let workspace = Used { name: "workspace", address: workspace.address, bytes: workspace.bytes };
         for (written, others) in [
-            (out, &[q, k, v, sinks, lse, workspace][..]),
-            (lse, &[q, k, v, sinks, workspace]),
-            (workspace, &[q, k, v, sinks]),
+            (out, &[q, k, v, sinks, k_scale, v_scale, lse, workspace][..]),
+            (lse, &[q, k, v, sinks, k_scale, v_scale, workspace]),
+            (workspace, &[q, k, v, sinks, k_scale, v_scale]),
         ] {
             others.iter().try_for_each(|other| written.check_apart_from(other))?;
         }

@@ -1,6 +1,7 @@
-//! 8-bit K and V: on the CPU and in interpreted PTX, against the f64 oracle of the numbers that they stand for.
+//! 8-bit K and V: on the CPU, in interpreted PTX and on a device, against the f64 oracle of the numbers that they stand for.
 
 use half::{bf16, f16};
+use pat_abi::generator::Tensor;
 use pat_abi::{Family, KERNELS, KernelSpec, Switches, TileVariant};
 use pat_rs::cpu::{E4m3, E5m2};
 use pat_rs::plan::PlanMode;
@@ -9,12 +10,13 @@ use pat_rs::{
     Problem, supports,
 };
 use pat_tests::executor::{Executor, Interpreter};
-use pat_tests::{Case, random_case, softmax_scale};
+use pat_tests::{Case, device_test, random_case, softmax_scale};
 use pat_workloads::{Oracle, RowSample, Tensors, check};
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
+use std::process::ExitCode;
 
 const SEED: u32 = 29;
 /// Forests that each kernel computes.
@@ -22,28 +24,16 @@ const FORESTS: u64 = 10;
 
 /// An 8-bit type.
 trait EightBit: KvElement {
-    fn narrow(value: f32) -> Self;
-    fn number(self) -> f32;
+    /// Codes of no finite number.
+    const SPECIAL: [Self; 2];
 }
 
 impl EightBit for E4m3 {
-    fn narrow(value: f32) -> Self {
-        Self::from_f32(value)
-    }
-
-    fn number(self) -> f32 {
-        self.to_f32()
-    }
+    const SPECIAL: [Self; 2] = [Self(0x7f), Self(0xff)];
 }
 
 impl EightBit for E5m2 {
-    fn narrow(value: f32) -> Self {
-        Self::from_f32(value)
-    }
-
-    fn number(self) -> f32 {
-        self.to_f32()
-    }
+    const SPECIAL: [Self; 2] = [Self(0x7c), Self(0x7e)];
 }
 
 /// Factors of K and V, by head: powers of 2, so that the numbers are exact in 16 bits.
@@ -68,28 +58,17 @@ impl Scales {
     }
 }
 
-/// The codes of the pool's elements; the pool becomes what they stand for.
-fn narrow<T: Element, C: EightBit>(case: &Case, tensors: &mut Tensors<T>, scales: &Scales) -> Vec<C> {
-    let mut codes = vec![C::narrow(f32::NAN); tensors.kv.len()];
-    let begin = tensors.kv.as_ptr();
-    for page in 0..case.batch.num_pages {
-        for token in 0..case.batch.page_size {
-            for head in 0..case.shape.kv_heads() {
-                for (tensor, scales) in
-                    [(pat_abi::generator::Tensor::K, &scales.k), (pat_abi::generator::Tensor::V, &scales.v)]
-                {
-                    let scale = scales[head as usize];
-                    let row = tensors.row_mut(tensor, page, token, head);
-                    let at = row.as_ptr().addr().wrapping_sub(begin.addr()) / size_of::<T>();
-                    for (code, element) in codes[at..].iter_mut().zip(row) {
-                        *code = C::narrow(element.to_f32() / scale);
-                        *element = T::from_f32(code.number() * scale);
-                    }
-                }
-            }
-        }
-    }
-    codes
+/// A sequence and a page that it alone attends to, if there are any.
+fn page_of_one(case: &Case) -> Option<(u32, u32)> {
+    let used = |sequence: usize| {
+        let pages = case.batch.lengths[sequence].div_ceil(case.batch.page_size) as usize;
+        &case.batch.block_tables[sequence][..pages]
+    };
+    let count = case.batch.lengths.len();
+    (0..count).find_map(|sequence| {
+        let alone = |page: &&u32| (0..count).all(|other| other == sequence || !used(other).contains(page));
+        used(sequence).iter().find(alone).map(|&page| (sequence as u32, page))
+    })
 }
 
 fn run_forest<T: Element, C: EightBit>(
@@ -109,14 +88,23 @@ fn run_forest<T: Element, C: EightBit>(
     let case = Case { shape: plain, ..case };
     let scales = Scales::draw(&mut rng, plain.kv_heads());
     let mut tensors = Tensors::<T>::draw(&case.batch, plain, case.layout, SEED).unwrap();
-    let codes: Vec<C> = narrow(&case, &mut tensors, &scales);
+    let mut codes: Vec<C> = tensors
+        .narrow(|tensor, head| if tensor == Tensor::K { scales.k[head as usize] } else { scales.v[head as usize] });
+    // What one sequence's values hold reaches that sequence alone.
+    let alone = (index % 3 == 2).then(|| page_of_one(&case)).flatten();
+    if let Some((_, page)) = alone {
+        for head in 0..plain.kv_heads() {
+            let at = tensors.row_begin(Tensor::V, page, 0, head);
+            codes[at + 5] = C::SPECIAL[head as usize % 2];
+        }
+    }
 
     let scale = softmax_scale(plain) * [1.0, 16.0, 1.0, 64.0][index as usize % 4];
     let mut problem = Problem::new(plain.with_kv_dtype(C::DTYPE), case.batch.page_size).with_scale(scale);
     if rng.random_bool(0.3) {
         problem = problem.with_soft_cap(2.0);
     }
-    if rng.random_bool(0.3) {
+    if alone.is_none() && rng.random_bool(0.3) {
         problem = problem.with_window(*[1, 20, 100].choose(&mut rng).unwrap());
     }
     let sinks: Option<Vec<f32>> =
@@ -140,7 +128,13 @@ fn run_forest<T: Element, C: EightBit>(
     let mut out = vec![T::from_f32(f32::NAN); tensors.q.len()];
     let mut lse = vec![f32::NAN; tensors.q.len() / plain.head_dim() as usize];
     executor.run_host(&plan, &host, &mut out, Some(&mut lse)).unwrap_or_else(|error| panic!("{error}: {what}"));
-    let everything = RowSample::for_batch(&case.batch, plain);
+    let mut everything = RowSample::for_batch(&case.batch, plain);
+    if let Some((alone, _)) = alone {
+        everything.pairs.retain(|(sequence, _)| *sequence != alone);
+        let (heads, dim) = (plain.q_heads() as usize, plain.head_dim() as usize);
+        let own = &out[alone as usize * heads * dim..][..heads * dim];
+        assert!(own.chunks_exact(dim).all(|row| !row[5].to_f32().is_finite()), "{what}");
+    }
     let asked = (problem, sinks.as_deref());
     let oracle = Oracle::of_problem_tensors(&case.batch, &tensors, asked, everything).unwrap();
     let report = check(&oracle, plain.q_heads(), &out, Some(&lse));
@@ -168,14 +162,17 @@ fn run_all(executor: &(impl Executor + Sync)) {
     });
 }
 
-#[test]
-fn the_cpu_agrees_with_the_oracle() {
-    run_all(&Engine::cpu());
+fn on_the_cpu(engine: &Engine) {
+    run_all(engine);
 }
 
-#[test]
-fn every_kernel_agrees_with_the_oracle() {
+fn in_interpreted_ptx(_: &Engine) {
     run_all(&Interpreter);
+}
+
+fn on_a_device(engine: &Engine) {
+    run_all(engine);
+    all_codes(engine);
 }
 
 /// One sequence whose only token has all codes as values, one per column and head: outputs are the numbers themselves.
@@ -197,27 +194,26 @@ fn codes_through<T: Element, C: EightBit>(executor: &impl Executor, code: impl F
             let mut out = vec![T::from_f32(9.0); 2 * DIM];
             executor.run_host(&plan, &host, &mut out, None).unwrap();
             for (byte, value) in out.iter().enumerate() {
-                let (value, expected) = (value.to_f32(), T::from_f32(v[byte].number() * v_scale).to_f32());
+                let (value, expected) = (value.to_f32(), T::from_f32(v[byte].to_f32() * v_scale).to_f32());
                 assert!(value == expected || value.is_nan() && expected.is_nan(), "{byte:#x}: {value}, not {expected}");
             }
         }
     }
 }
 
-#[test]
-fn all_codes_are_read_exactly() {
-    fn on(executor: &impl Executor) {
-        codes_through::<f16, _>(executor, E4m3);
-        codes_through::<f16, _>(executor, E5m2);
-        codes_through::<bf16, _>(executor, E4m3);
-        codes_through::<bf16, _>(executor, E5m2);
-    }
-    on(&Engine::cpu());
-    on(&Interpreter);
+fn all_codes(executor: &impl Executor) {
+    codes_through::<f16, _>(executor, E4m3);
+    codes_through::<f16, _>(executor, E5m2);
+    codes_through::<bf16, _>(executor, E4m3);
+    codes_through::<bf16, _>(executor, E5m2);
 }
 
-#[test]
-fn what_has_no_kernel_is_refused() {
+fn all_codes_are_read_exactly(engine: &Engine) {
+    all_codes(engine);
+    all_codes(&Interpreter);
+}
+
+fn what_has_no_kernel_is_refused(_: &Engine) {
     let shape = |head_dim| AttentionShape::new(8, 2, head_dim, Dtype::F16).unwrap().with_kv_dtype(Dtype::E4m3);
     let refusal = |problem: Problem| supports(&problem, None, None).unwrap_err().to_string();
     assert_eq!(refusal(Problem::new(shape(256), 16)), "head_dim: got 256, expected 64 or 128");
@@ -227,8 +223,7 @@ fn what_has_no_kernel_is_refused() {
     }
 }
 
-#[test]
-fn factors_that_are_none_are_refused() {
+fn factors_that_are_none_are_refused(engine: &Engine) {
     let shape = AttentionShape::new(2, 2, 64, Dtype::F16).unwrap().with_kv_dtype(Dtype::E4m3);
     let problem = Problem::new(shape, 16);
     let tables: [&[u32]; 1] = [&[0]];
@@ -243,10 +238,21 @@ fn factors_that_are_none_are_refused() {
         (KvScale::ONE, KvScale::Heads(&[1.0, f32::INFINITY]), "v_scale: got inf"),
     ] {
         let host = HostTensors::new(problem, &q, &pool, &pool).with_kv_scales(k_scale, v_scale);
-        let error = Engine::cpu().run_host(&plan, &host, &mut out, None).unwrap_err().to_string();
+        let error = engine.run_host(&plan, &host, &mut out, None).unwrap_err().to_string();
         assert!(error.contains(part), "{error}");
     }
     assert!(out.iter().all(|&value| value == f16::ONE));
     let wide = HostTensors::new(problem, &q, &q, &q);
-    assert!(Engine::cpu().run_host(&plan, &wide, &mut out, None).is_err());
+    assert!(engine.run_host(&plan, &wide, &mut out, None).is_err());
+}
+
+fn main() -> ExitCode {
+    pat_tests::device_tests::main([
+        device_test!(on_the_cpu).on_the_cpu(),
+        device_test!(in_interpreted_ptx).on_the_cpu(),
+        device_test!(all_codes_are_read_exactly).on_the_cpu(),
+        device_test!(what_has_no_kernel_is_refused).on_the_cpu(),
+        device_test!(factors_that_are_none_are_refused).on_the_cpu(),
+        device_test!(on_a_device),
+    ])
 }
