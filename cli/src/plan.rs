@@ -75,7 +75,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     let chosen = Candidate::new(problem, &profile, options.clone(), &view)?;
     let Candidate { planner, plan, summary } = &chosen;
     // What is planned is what rows see.
-    let visible = VisibleBatch::new(&view, problem.visibility().reach);
+    let visible = VisibleBatch::new(&view, problem.visibility().reach)?;
     let planned = visible.batch();
     let svg = args.svg.as_ref().map(|file| {
         let svg = pat_report::svg(planner.forest(), planner.tiles(), &planned, &name);

@@ -1,5 +1,6 @@
 //! A decode batch as the caller holds it: borrowed block tables and lengths, validated once.
 
+use crate::tree::{Entries, Trees};
 use crate::{Error, Problem, Result};
 
 /// The block tables of a decode step, borrowed from the caller, checked on construction.
@@ -13,6 +14,8 @@ pub struct DecodeBatch<'a> {
     lengths: Lengths<'a>,
     page_size: u32,
     num_pages: u32,
+    /// Where rows are query tokens that form trees.
+    trees: Option<Trees<'a>>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -89,12 +92,29 @@ impl<'a> DecodeBatch<'a> {
             ));
         }
         let lengths = Lengths::Tokens(Integers::of(lengths));
-        Self { tables: Tables::Rows(tables), lengths, page_size, num_pages }.validated()
+        Self { tables: Tables::Rows(tables), lengths, page_size, num_pages, trees: None }.validated()
     }
 
     /// Rows of a batch that has been checked.
     pub(crate) fn of_rows(tables: &'a [&'a [u32]], lengths: &'a [u32], page_size: u32, num_pages: u32) -> Self {
-        Self { tables: Tables::Rows(tables), lengths: Lengths::Tokens(Integers::of(lengths)), page_size, num_pages }
+        let lengths = Lengths::Tokens(Integers::of(lengths));
+        Self { tables: Tables::Rows(tables), lengths, page_size, num_pages, trees: None }
+    }
+
+    /// Rows of entries: each has as many tokens as entries have pages.
+    pub(crate) fn of_entries(entries: &'a Entries, lengths: &'a [u32], page_size: u32, num_pages: u32) -> Self {
+        let tables = Tables::Csr { indptr: Integers::of(&entries.indptr), ids: Integers::of(&entries.ids) };
+        Self { tables, lengths: Lengths::Tokens(Integers::of(lengths)), page_size, num_pages, trees: None }
+    }
+
+    /// With rows that are query tokens of these trees.
+    pub(crate) fn with_trees(self, trees: Option<Trees<'a>>) -> Self {
+        Self { trees, ..self }
+    }
+
+    /// The trees that the rows form, if they are query tokens of trees.
+    pub(crate) fn trees(&self) -> Option<Trees<'a>> {
+        self.trees
     }
 
     /// A row-major padded matrix, `[rows, row_stride]`, as engines keep it (vLLM, transformers), padded with
@@ -118,7 +138,8 @@ impl<'a> DecodeBatch<'a> {
             ));
         }
         let tables = Tables::Padded { ids: Integers::of(ids), row_stride };
-        Self { tables, lengths: Lengths::Tokens(Integers::of(lengths)), page_size, num_pages }.validated()
+        let lengths = Lengths::Tokens(Integers::of(lengths));
+        Self { tables, lengths, page_size, num_pages, trees: None }.validated()
     }
 
     /// FlashInfer's form: sequence `b` owns `indices[indptr[b]..indptr[b+1]]`; its last page holds `last_page_len[b]`
@@ -175,6 +196,7 @@ impl<'a> DecodeBatch<'a> {
             lengths: Lengths::LastPage { indptr, last_page_len },
             page_size,
             num_pages,
+            trees: None,
         }
         .validated()
     }

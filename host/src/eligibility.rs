@@ -167,7 +167,7 @@ impl Asked<'_> {
             (Part::HeadDim, shape.head_dim() != kernel.head_dim),
             (Part::VHeadDim, shape.v_head_dim() != kernel.head_dim),
             (Part::QueryTokens, visibility.query_tokens == 0),
-            (Part::QueryTree, visibility.is_tree),
+            (Part::QueryTree, !variant.serves(switches_of(problem, Part::QueryTree))),
             (Part::Window, visibility.reach == Reach::Window(0) || !variant.serves(switches_of(problem, Part::Window))),
             (Part::Chunk, visibility.reach == Reach::Chunk(0) || !variant.serves(switches_of(problem, Part::Chunk))),
             (Part::SoftCap, !is_soft_cap(problem) || !variant.serves(switches_of(problem, Part::SoftCap))),
@@ -218,10 +218,9 @@ impl Asked<'_> {
 /// The switch that a part of a problem asks for.
 fn switches_of(problem: &Problem, part: Part) -> Switches {
     let Switches { soft_cap, window } = problem.switches();
-    let asks_for_window = match problem.visibility().reach {
-        Reach::Full => false,
-        Reach::Window(_) => part == Part::Window,
-        Reach::Chunk(_) => part == Part::Chunk,
+    let asks_for_window = match (part, problem.visibility().reach) {
+        (Part::Window, Reach::Window(_)) | (Part::Chunk, Reach::Chunk(_)) => true,
+        (part, _) => part == Part::QueryTree && problem.visibility().is_tree,
     };
     Switches { soft_cap: soft_cap && part == Part::SoftCap, window: window && asks_for_window }
 }
@@ -388,7 +387,6 @@ mod tests {
             (usual.with_window(0), "window: got 0, expected 1 or more"),
             (usual.with_chunk(0), "chunk: got 0, expected 1 or more"),
             (usual.with_query_tokens(0), "query_tokens: got 0, expected 1 or more"),
-            (usual.with_query_tree(1), "query tree: got yes, expected none"),
             (usual.with_alibi(), "alibi: got yes, expected none"),
         ];
         for (problem, message) in cases {
@@ -425,6 +423,10 @@ mod tests {
         assert_eq!(reason, "page_size: got 48, expected a power of two from 16 to 65536");
         assert_eq!(of(TileVariant::Wgmma64, wide, 90).unwrap_err().part, Part::Group);
         assert_eq!(of(TileVariant::Wgmma128, wide, 90), Ok(()));
+        let tree = usual().with_query_tree(4);
+        assert_eq!(of(TileVariant::Mma16, tree, 90), Ok(()));
+        let reason = of(TileVariant::Wgmma64, tree, 90).unwrap_err().to_string();
+        assert_eq!(reason, "query tree: got yes, expected none");
         let reason = of(TileVariant::Wgmma64, usual(), 80).unwrap_err().to_string();
         assert_eq!(reason, "compute_capability: got 80, expected 90");
     }

@@ -63,6 +63,7 @@ pub mod problem;
 pub mod profile;
 mod query_tokens;
 pub mod shape;
+mod tree;
 mod visible;
 
 pub use batch::{DecodeBatch, Int32};

@@ -92,7 +92,7 @@ pub struct Visibility {
     /// Most query tokens per sequence: its last tokens, each of which sees the tokens up to itself. They are rows of the batch
     /// ([`crate::QueryTokens`]), so plans do not depend on it.
     pub query_tokens: u32,
-    /// Whether the query tokens form a tree (speculative decoding) instead of a chain.
+    /// Whether the query tokens may form trees ([`crate::QueryTokens::tree`], speculative decoding) instead of chains.
     pub is_tree: bool,
 }
 
@@ -164,7 +164,7 @@ impl Problem {
         self
     }
 
-    /// With `tokens` query tokens per sequence that form a tree.
+    /// With at most `tokens` query tokens per sequence that may form a tree ([`crate::QueryTokens::tree`]).
     pub fn with_query_tree(mut self, tokens: u32) -> Self {
         self.visibility.is_tree = true;
         self.with_query_tokens(tokens)
@@ -215,7 +215,7 @@ impl Problem {
 
     /// What is compiled into its kernels.
     pub(crate) fn switches(&self) -> Switches {
-        let window = self.visibility.reach.divides_pages(self.page_size);
+        let window = self.visibility.is_tree || self.visibility.reach.divides_pages(self.page_size);
         Switches { soft_cap: self.score.soft_cap.is_some(), window }
     }
 

@@ -1,12 +1,14 @@
 //! Several query tokens per sequence: each becomes a row of the batch.
 
+use crate::tree::Trees;
 use crate::{DecodeBatch, Error, Result};
 
 /// The query tokens of a decode step in which sequences have more than one (drafts that are verified, multi-token prediction).
 ///
 /// Query tokens are the last tokens of their sequence; their K and V are in the pool. Each sees the tokens up to itself. So token
 /// `i` of the `n` query tokens of a sequence with `length` tokens is a row with that sequence's block table and
-/// `length - n + 1 + i` tokens, and the batch of these rows ([`Self::batch`]) is planned and run as any other. Q, O and LSE have
+/// `length - n + 1 + i` tokens, and the batch of these rows ([`Self::batch`]) is planned and run as any other. Query tokens may
+/// also form a tree ([`Self::tree`]). Q, O and LSE have
 /// a row per query token: those of sequence 0 first, in order, then those of sequence 1.
 ///
 /// ```
@@ -31,6 +33,8 @@ pub struct QueryTokens<'a> {
     lengths: Vec<u32>,
     /// Where each sequence's query tokens end.
     ends: Vec<usize>,
+    /// Of every query token, where they form trees.
+    parents: Option<Vec<Option<u32>>>,
     page_size: u32,
     num_pages: u32,
 }
@@ -38,6 +42,9 @@ pub struct QueryTokens<'a> {
 impl<'a> QueryTokens<'a> {
     /// Most query tokens of a sequence of length 0: they are padding, and no length bounds them.
     pub const MAX_OF_EMPTY: u32 = 1 << 16;
+
+    /// Most query tokens of a tree.
+    pub const MAX_OF_TREE: usize = 256;
 
     /// `tokens` query tokens in every sequence. A sequence of length 0, a padding row, has as many rows of length 0.
     ///
@@ -64,6 +71,82 @@ impl<'a> QueryTokens<'a> {
         Self::new(batch, |sequence| counts[sequence], |sequence| format!("query_tokens[{sequence}]"))
     }
 
+    /// Query tokens that form the same tree in every sequence, as the drafts of tree speculation do. `parents[i]` is the
+    /// parent of query token `i` among the query tokens of its sequence, or `None` if it comes right behind the context: the
+    /// tokens in front of the query tokens. A query token sees the context, its ancestors and itself.
+    ///
+    /// Parents stand before their children. Positions, which windows and chunks count by, are those along the path: those of
+    /// siblings are equal. What is planned must be a problem with a query tree ([`crate::Problem::with_query_tree`]).
+    ///
+    /// ```
+    /// use pat_rs::{AttentionShape, DecodeBatch, DeviceProfile, Dtype, PlanOptions, Planner, Problem, QueryTokens};
+    ///
+    /// # fn main() -> pat_rs::Result<()> {
+    /// let tables: [&[u32]; 2] = [&[0, 1, 2], &[0, 3]];
+    /// let sequences = DecodeBatch::from_block_tables(&tables, &[40, 20], 16, 8)?;
+    /// // The last token, two drafts behind it, and one behind the first of these.
+    /// let queries = QueryTokens::tree(&sequences, &[None, Some(0), Some(0), Some(1)])?;
+    /// let problem = Problem::new(AttentionShape::new(32, 8, 128, Dtype::F16)?, 16).with_query_tree(4);
+    /// let plan = Planner::new(problem, DeviceProfile::h200(), PlanOptions::default())?.plan(&queries.batch())?;
+    /// // The rows of the first sequence see 37, 38, 38 and 39 of its 40 tokens.
+    /// assert_eq!(plan.logical_tokens(), (37 + 38 + 38 + 39) + (17 + 18 + 18 + 19));
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// A parent does not stand before its child; there are no parents, or more than [`Self::MAX_OF_TREE`]; or as
+    /// [`Self::uniform`].
+    pub fn tree(batch: &DecodeBatch<'a>, parents: &[Option<u32>]) -> Result<Self> {
+        if parents.is_empty() {
+            return Err(Error::invalid("parents", "0 query tokens", "at least 1"));
+        }
+        Self::of_trees(batch, |_| parents, |_| "parents".into())
+    }
+
+    /// As [`Self::tree`], with a tree of its own in each sequence: sequence `b` has `parents[b].len()` query tokens; with 0 it
+    /// has no row.
+    ///
+    /// # Errors
+    /// There is not one tree per sequence; or as [`Self::tree`].
+    pub fn trees(batch: &DecodeBatch<'a>, parents: &[&[Option<u32>]]) -> Result<Self> {
+        if parents.len() != batch.sequence_count() {
+            let expected = format!("one per sequence ({})", batch.sequence_count());
+            return Err(Error::invalid("parents", format!("{} trees", parents.len()), expected));
+        }
+        Self::of_trees(batch, |sequence| parents[sequence], |sequence| format!("parents[{sequence}]"))
+    }
+
+    fn of_trees<'p>(
+        batch: &DecodeBatch<'a>,
+        parents: impl Fn(usize) -> &'p [Option<u32>],
+        argument: impl Fn(usize) -> String,
+    ) -> Result<Self> {
+        for sequence in 0..batch.sequence_count() {
+            let (parents, length) = (parents(sequence), batch.length(sequence));
+            let refused =
+                |expected| Error::invalid(argument(sequence), format!("{} query tokens", parents.len()), expected);
+            if parents.len() > Self::MAX_OF_TREE {
+                return Err(refused(format!("at most {} in a tree", Self::MAX_OF_TREE)));
+            }
+            if length > 0 && parents.len() > length as usize {
+                return Err(refused(format!("at most lengths[{sequence}] = {length}")));
+            }
+            for (token, parent) in (0u32..).zip(parents) {
+                if let Some(parent) = parent.filter(|&parent| parent >= token) {
+                    let expected = match token.checked_sub(1) {
+                        None => "none: no query token stands before it".into(),
+                        Some(last) => format!("none, or at most {last}: a query token before it"),
+                    };
+                    return Err(Error::invalid(format!("{}[{token}]", argument(sequence)), parent, expected));
+                }
+            }
+        }
+        let queries = Self::new(batch, |sequence| parents(sequence).len() as u32, |_| "parents".into())?;
+        let of_rows = (0..batch.sequence_count()).flat_map(parents).copied().collect();
+        Ok(Self { parents: Some(of_rows), ..queries })
+    }
+
     fn new(batch: &DecodeBatch<'a>, count: impl Fn(usize) -> u32, argument: impl Fn(usize) -> String) -> Result<Self> {
         // All counts before any row: a count may be any number.
         let mut rows = 0u64;
@@ -87,6 +170,7 @@ impl<'a> QueryTokens<'a> {
             tables: Vec::with_capacity(rows),
             lengths: Vec::with_capacity(rows),
             ends: Vec::with_capacity(batch.sequence_count()),
+            parents: None,
             page_size: batch.page_size(),
             num_pages: batch.num_pages(),
         };
@@ -102,7 +186,8 @@ impl<'a> QueryTokens<'a> {
 
     /// The batch of all query tokens, to be planned.
     pub fn batch(&self) -> DecodeBatch<'_> {
-        DecodeBatch::of_rows(&self.tables, &self.lengths, self.page_size, self.num_pages)
+        let trees = self.parents.as_ref().map(|parents| Trees { ends: &self.ends, parents });
+        DecodeBatch::of_rows(&self.tables, &self.lengths, self.page_size, self.num_pages).with_trees(trees)
     }
 
     /// The rows of sequence `sequence`.

@@ -307,15 +307,16 @@ class Planner:
         softcap: the cap of the runs' scores, if they have one: not every kernel can cap. Runs without a cap may use the plans, too.
         window: tokens that each sequence sees, the last ones, under a sliding window. Pages in front of it are neither planned
             nor read; their entries in the block tables must still be page ids.
+        query_tree: whether batches may come with query trees (``parents=`` of :meth:`plan`). Such plans are for the mma.sync kernels.
         chunk: instead of a window, the tokens of a chunk: each sequence sees those since the last multiple of it (Llama 4).
 
     Raises:
         ValueError: a mode or variant that is not known, or not possible on the device.
         CudaUnavailable: the device is not there.
     """
-    def __new__(cls, /, shape: "AttentionShape", device: "DeviceProfile | torch.device | str | None" = None, *, mode: str = "auto", capacity: "Capacity | None" = None, variants: SupportsGetItem[int, str] | None = None, softcap: "float | None" = None, window: "int | None" = None, chunk: "int | None" = None) -> Planner: ...
+    def __new__(cls, /, shape: "AttentionShape", device: "DeviceProfile | torch.device | str | None" = None, *, mode: str = "auto", capacity: "Capacity | None" = None, variants: SupportsGetItem[int, str] | None = None, softcap: "float | None" = None, window: "int | None" = None, chunk: "int | None" = None, query_tree: bool = False) -> Planner: ...
     def __repr__(self, /) -> str: ...
-    def advance(self, /, plan: "Plan", block_tables: Any, lengths: Any, changed_rows: Any | None = None, *, query_tokens: Any | None = None) -> "str":
+    def advance(self, /, plan: "Plan", block_tables: Any, lengths: Any, changed_rows: Any | None = None, *, query_tokens: Any | None = None, parents: Any | None = None) -> "str":
         """
         Makes ``plan``, the plan that this planner made last, the plan of the next decode step, in place: much faster than
         planning from scratch, and predicted to be about as fast on the device. With fixed chunks the two are equal.
@@ -325,7 +326,7 @@ class Planner:
             block_tables, lengths: as in :meth:`plan`, for pages of the plan's size and a pool of its number of pages.
             changed_rows: the rows whose table entries *that were in use before* may differ: a list or 1-D int32 tensor. A
                 row that only grew is not among them. ``None``: all entries are compared, as with query_tokens.
-            query_tokens: as in :meth:`plan`.
+            query_tokens, parents: as in :meth:`plan`; a planner with ``query_tree=True`` plans from scratch.
 
         Returns:
             ``"nothing"``, ``"lengths"``, ``"pages"`` or ``"forest"``: how much has changed.
@@ -343,7 +344,7 @@ class Planner:
         """
         Where its plans run: ``"cpu"``, ``"cuda:N"``, or None where it was made from a profile.
         """
-    def plan(self, /, block_tables: Any, lengths: Any, page_size: SupportsIndex, num_pages: SupportsIndex, *, query_tokens: Any | None = None) -> "Plan":
+    def plan(self, /, block_tables: Any, lengths: Any, page_size: SupportsIndex, num_pages: SupportsIndex, *, query_tokens: Any | None = None, parents: Any | None = None) -> "Plan":
         """
         Plans a batch. The interpreter is free for other threads meanwhile.
 
@@ -358,12 +359,16 @@ class Planner:
             query_tokens: query tokens of each sequence, its last tokens, each of which sees the tokens up to itself: one number
                 for all or one per sequence, as lengths are given; by default 1. A query token is a row of the plan and of q,
                 out and lse: those of the first sequence come first.
+            parents: instead of query_tokens, the query tokens of each sequence as a tree, for speculative trees: for each of its
+                last tokens the index of its parent among them, or None (or -1) where it comes right behind the tokens in front
+                of them. One list for all sequences, or a list of one list per sequence. A query token sees the tokens in front
+                of the query tokens, its ancestors and itself; parents come before their children.
 
         Raises:
             TypeError: an argument is of another type (integers of another width included).
             ValueError: an argument has a value that is not accepted: the message names it, with its index.
         """
-    def plan_async(self, /, block_tables: Any, lengths: Any, page_size: SupportsIndex, num_pages: SupportsIndex, *, query_tokens: Any | None = None) -> "PlanFuture":
+    def plan_async(self, /, block_tables: Any, lengths: Any, page_size: SupportsIndex, num_pages: SupportsIndex, *, query_tokens: Any | None = None, parents: Any | None = None) -> "PlanFuture":
         """
         As :meth:`plan`, on a thread of its own. The arguments are read before this returns, and may be changed then.
 
@@ -533,7 +538,7 @@ def run(plan: "Plan", q: "torch.Tensor", k_cache: "torch.Tensor", v_cache: "torc
         CudaError: the driver refuses a launch.
     """
 
-def supports(shape: "AttentionShape", page_size: SupportsIndex, *, window: "int | None" = None, softcap: "float | None" = None, sinks: bool = False, kv_dtype: "torch.dtype | str | None" = None, query_tokens: SupportsIndex = 1, alibi: bool = False, value_head_dim: "int | None" = None, chunk: "int | None" = None) -> "str | None":
+def supports(shape: "AttentionShape", page_size: SupportsIndex, *, window: "int | None" = None, softcap: "float | None" = None, sinks: bool = False, kv_dtype: "torch.dtype | str | None" = None, query_tokens: SupportsIndex = 1, alibi: bool = False, value_head_dim: "int | None" = None, chunk: "int | None" = None, query_tree: bool = False) -> "str | None":
     """
     Whether the kernels compute a model's attention. Asks no device.
 
@@ -541,6 +546,7 @@ def supports(shape: "AttentionShape", page_size: SupportsIndex, *, window: "int 
         shape: heads, head dimension and type.
         page_size: tokens per page.
         window: tokens that a sliding window leaves, if the model has one.
+        query_tree: whether its query tokens may form a tree.
         chunk: tokens of a chunk, if the model has chunked attention (Llama 4) instead.
         softcap: the cap of scores, if the model has one.
         sinks: whether it has attention sinks.

@@ -10,8 +10,8 @@ use crate::scores::Scores;
 use crate::tensor::Tensor;
 use crate::torch;
 use crate::workspace::PyWorkspace;
-use pat_rs::Plan;
 use pat_rs::cuda::{BoundRun, CudaEngine, PlanBuffers, Stream, Uploaded};
+use pat_rs::{Plan, Visibility};
 use pyo3::intern;
 use pyo3::prelude::*;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -62,8 +62,9 @@ impl PyPlanBuffers {
                 Memory::Cuda { ordinal, engine, buffers: Box::new(RwLock::new(buffers)) }
             }
         };
-        let reach = planner.problem(page_size).visibility().reach;
-        let facts = Facts { shape, page_size, reach, num_pages, rows: capacity.max_sequences, device: Some(device) };
+        let Visibility { reach, is_tree: query_tree, .. } = planner.problem(page_size).visibility();
+        let rows = capacity.max_sequences;
+        let facts = Facts { shape, page_size, reach, query_tree, num_pages, rows, device: Some(device) };
         Ok(Self { memory: Arc::new(memory), facts })
     }
 
@@ -200,9 +201,12 @@ impl PyPlanBuffers {
         }
         if (Facts { rows: self.facts.rows, ..given }) != self.facts {
             let describe = |facts: &Facts| {
-                let Facts { shape, page_size, reach, num_pages, .. } = facts;
+                let Facts { shape, page_size, reach, query_tree, num_pages, .. } = facts;
                 let reach = reach.tokens().map_or(String::new(), |tokens| format!(", {} {tokens}", reach.name()));
-                format!("{shape:?}, page_size {page_size}, num_pages {num_pages}{reach}")
+                format!(
+                    "{shape:?}, page_size {page_size}, num_pages {num_pages}{reach}{}",
+                    if *query_tree { ", query trees" } else { "" }
+                )
             };
             return Err(invalid("plan", format!("one for {}", describe(&given)), describe(&self.facts)));
         }

@@ -40,6 +40,8 @@ pub(crate) struct Facts {
     pub(crate) page_size: u32,
     /// How far back rows see.
     pub(crate) reach: Reach,
+    /// Whether the query tokens may form trees.
+    pub(crate) query_tree: bool,
     pub(crate) num_pages: u32,
     /// Least rows of Q, O and LSE.
     pub(crate) rows: u32,
@@ -53,6 +55,7 @@ impl Facts {
             shape: plan.shape(),
             page_size: plan.page_size(),
             reach: plan.problem().visibility().reach,
+            query_tree: plan.problem().visibility().is_tree,
             num_pages: plan.num_pages(),
             rows: plan.sequence_count(),
             device,
@@ -190,6 +193,9 @@ impl Operands {
             }
         };
         let mut problem = scores.of(Problem::new(shape, facts.page_size).with_reach(facts.reach));
+        if facts.query_tree {
+            problem = problem.with_query_tree(1);
+        }
         let sinks = match sinks {
             None => None,
             Some(sinks) => {

@@ -18,6 +18,8 @@ pub(crate) struct Origin {
     pub(crate) soft_cap: Option<f32>,
     /// How far back rows see.
     pub(crate) reach: Reach,
+    /// Whether query tokens may form trees.
+    pub(crate) query_tree: bool,
     pub(crate) profile: DeviceProfile,
     pub(crate) options: PlanOptions,
     pub(crate) capacity: Option<PlanCapacity>,
@@ -26,6 +28,8 @@ pub(crate) struct Origin {
 impl Origin {
     pub(crate) fn problem(&self, page_size: u32) -> Problem {
         let problem = Problem::new(self.shape, page_size).with_reach(self.reach);
+        // Plans do not depend on how many tokens a tree has.
+        let problem = if self.query_tree { problem.with_query_tree(1) } else { problem };
         self.soft_cap.map_or(problem, |cap| problem.with_soft_cap(cap))
     }
 
@@ -130,7 +134,7 @@ impl PyPlan {
         self.planned_again(py, |origin, chosen, batch| {
             let title = format!("{} sequences, planned for {}", batch.sequence_count(), origin.profile.name);
             // What is planned is what rows see.
-            let visible = VisibleBatch::new(batch, origin.reach);
+            let visible = VisibleBatch::new(batch, origin.reach)?;
             Ok(pat_report::svg(chosen.planner.forest(), chosen.planner.tiles(), &visible.batch(), &title))
         })
     }

@@ -8,7 +8,7 @@ use crate::profile::PyProfile;
 use crate::resident::Pool;
 use crate::scores::read_positive;
 use crate::shape::PyShape;
-use crate::tables::{Tables, read_integers};
+use crate::tables::{Queries, Tables, read_integers};
 use pat_rs::plan::{PlanCapacity, PlanChange, PlanMode};
 use pat_rs::{Plan, PlanOptions, Planner, Problem, Reach, TileVariant};
 use pyo3::exceptions::PyRuntimeError;
@@ -32,6 +32,7 @@ use std::thread::JoinHandle;
 ///     softcap: the cap of the runs' scores, if they have one: not every kernel can cap. Runs without a cap may use the plans, too.
 ///     window: tokens that each sequence sees, the last ones, under a sliding window. Pages in front of it are neither planned
 ///         nor read; their entries in the block tables must still be page ids.
+///     query_tree: whether batches may come with query trees (``parents=`` of :meth:`plan`). Such plans are for the mma.sync kernels.
 ///     chunk: instead of a window, the tokens of a chunk: each sequence sees those since the last multiple of it (Llama 4).
 ///
 /// Raises:
@@ -50,7 +51,7 @@ pub(crate) struct PyPlanner {
 #[pymethods]
 impl PyPlanner {
     #[new]
-    #[pyo3(signature = (shape: "AttentionShape", device: "DeviceProfile | torch.device | str | None" = None, *, mode = "auto", capacity: "Capacity | None" = None, variants = None, softcap: "float | None" = None, window: "int | None" = None, chunk: "int | None" = None))]
+    #[pyo3(signature = (shape: "AttentionShape", device: "DeviceProfile | torch.device | str | None" = None, *, mode = "auto", capacity: "Capacity | None" = None, variants = None, softcap: "float | None" = None, window: "int | None" = None, chunk: "int | None" = None, query_tree = false))]
     #[expect(clippy::too_many_arguments, reason = "the Python signature")]
     fn new(
         py: Python<'_>,
@@ -62,6 +63,7 @@ impl PyPlanner {
         softcap: Option<&Bound<'_, PyAny>>,
         window: Option<u32>,
         chunk: Option<u32>,
+        query_tree: bool,
     ) -> Result<Self> {
         let reach = read_reach(window, chunk)?;
         let soft_cap = read_positive("softcap", softcap)?;
@@ -77,7 +79,7 @@ impl PyPlanner {
         let options = variants.into_iter().fold(PlanOptions::from(parse_mode(mode)?), PlanOptions::with_variants);
         let shape = *shape.get();
         let capacity = capacity.map(|capacity| capacity.get().inner);
-        let origin = Origin { shape: shape.inner, soft_cap, reach, profile, options, capacity };
+        let origin = Origin { shape: shape.inner, soft_cap, reach, query_tree, profile, options, capacity };
         let origin = Arc::new(origin);
         let planner = Arc::new(Mutex::new(PagedPlanner::new(origin.clone())?));
         Ok(Self { shape, device, capacity, origin, planner, pool: Arc::default() })
@@ -96,11 +98,16 @@ impl PyPlanner {
     ///     query_tokens: query tokens of each sequence, its last tokens, each of which sees the tokens up to itself: one number
     ///         for all or one per sequence, as lengths are given; by default 1. A query token is a row of the plan and of q,
     ///         out and lse: those of the first sequence come first.
+    ///     parents: instead of query_tokens, the query tokens of each sequence as a tree, for speculative trees: for each of its
+    ///         last tokens the index of its parent among them, or None (or -1) where it comes right behind the tokens in front
+    ///         of them. One list for all sequences, or a list of one list per sequence. A query token sees the tokens in front
+    ///         of the query tokens, its ancestors and itself; parents come before their children.
     ///
     /// Raises:
     ///     TypeError: an argument is of another type (integers of another width included).
     ///     ValueError: an argument has a value that is not accepted: the message names it, with its index.
-    #[pyo3(signature = (block_tables, lengths, page_size, num_pages, *, query_tokens = None) -> "Plan")]
+    #[pyo3(signature = (block_tables, lengths, page_size, num_pages, *, query_tokens = None, parents = None) -> "Plan")]
+    #[expect(clippy::too_many_arguments, reason = "the Python signature")]
     fn plan(
         &self,
         py: Python<'_>,
@@ -109,8 +116,9 @@ impl PyPlanner {
         page_size: u32,
         num_pages: u32,
         query_tokens: Option<&Bound<'_, PyAny>>,
+        parents: Option<&Bound<'_, PyAny>>,
     ) -> Result<PyPlan> {
-        let tables = Tables::read(block_tables, lengths, query_tokens, page_size, num_pages)?;
+        let tables = Tables::read(block_tables, lengths, self.queries(query_tokens, parents), page_size, num_pages)?;
         let plan = py.detach(|| tables.with_batch(|batch| self.lock().for_pages(page_size)?.plan(batch)))?;
         Ok(self.made(plan, tables))
     }
@@ -123,14 +131,15 @@ impl PyPlanner {
     ///     block_tables, lengths: as in :meth:`plan`, for pages of the plan's size and a pool of its number of pages.
     ///     changed_rows: the rows whose table entries *that were in use before* may differ: a list or 1-D int32 tensor. A
     ///         row that only grew is not among them. ``None``: all entries are compared, as with query_tokens.
-    ///     query_tokens: as in :meth:`plan`.
+    ///     query_tokens, parents: as in :meth:`plan`; a planner with ``query_tree=True`` plans from scratch.
     ///
     /// Returns:
     ///     ``"nothing"``, ``"lengths"``, ``"pages"`` or ``"forest"``: how much has changed.
     ///
     /// Raises:
     ///     TypeError, ValueError: as :meth:`plan`; the plan is as before.
-    #[pyo3(signature = (plan: "Plan", block_tables, lengths, changed_rows = None, *, query_tokens = None) -> "str")]
+    #[pyo3(signature = (plan: "Plan", block_tables, lengths, changed_rows = None, *, query_tokens = None, parents = None) -> "str")]
+    #[expect(clippy::too_many_arguments, reason = "the Python signature")]
     fn advance(
         &self,
         py: Python<'_>,
@@ -139,13 +148,14 @@ impl PyPlanner {
         lengths: &Bound<'_, PyAny>,
         changed_rows: Option<&Bound<'_, PyAny>>,
         query_tokens: Option<&Bound<'_, PyAny>>,
+        parents: Option<&Bound<'_, PyAny>>,
     ) -> Result<&'static str> {
         let plan = plan.get();
         if plan.origin.shape != self.shape.inner {
             return Err(invalid("plan", format!("one for {:?}", plan.origin.shape), "a plan of this planner's shape"));
         }
         let (page_size, num_pages) = plan.pages();
-        let tables = Tables::read(block_tables, lengths, query_tokens, page_size, num_pages)?;
+        let tables = Tables::read(block_tables, lengths, self.queries(query_tokens, parents), page_size, num_pages)?;
         // They name sequences; the rows of the batch are query tokens.
         let changed_rows = changed_rows.map(|rows| read_rows(rows)).transpose()?.filter(|_| !tables.has_query_tokens());
         let change = py.detach(|| -> pat_rs::Result<PlanChange> {
@@ -171,7 +181,7 @@ impl PyPlanner {
     ///
     /// Raises:
     ///     TypeError, ValueError: an argument cannot be read.
-    #[pyo3(signature = (block_tables, lengths, page_size, num_pages, *, query_tokens = None) -> "PlanFuture")]
+    #[pyo3(signature = (block_tables, lengths, page_size, num_pages, *, query_tokens = None, parents = None) -> "PlanFuture")]
     fn plan_async(
         &self,
         block_tables: &Bound<'_, PyAny>,
@@ -179,8 +189,9 @@ impl PyPlanner {
         page_size: u32,
         num_pages: u32,
         query_tokens: Option<&Bound<'_, PyAny>>,
+        parents: Option<&Bound<'_, PyAny>>,
     ) -> Result<PyPlanFuture> {
-        let tables = Tables::read(block_tables, lengths, query_tokens, page_size, num_pages)?;
+        let tables = Tables::read(block_tables, lengths, self.queries(query_tokens, parents), page_size, num_pages)?;
         let planner = self.planner.clone();
         let work = move || {
             let plan = tables.with_batch(|batch| lock(&planner).for_pages(page_size)?.plan(batch))?;
@@ -225,6 +236,14 @@ impl PyPlanner {
 }
 
 impl PyPlanner {
+    fn queries<'a, 'py>(
+        &self,
+        tokens: Option<&'a Bound<'py, PyAny>>,
+        parents: Option<&'a Bound<'py, PyAny>>,
+    ) -> Queries<'a, 'py> {
+        Queries { tokens, parents, may_be_trees: self.origin.query_tree }
+    }
+
     fn lock(&self) -> MutexGuard<'_, PagedPlanner> {
         lock(&self.planner)
     }

@@ -12,6 +12,7 @@ use pyo3::prelude::*;
 ///     shape: heads, head dimension and type.
 ///     page_size: tokens per page.
 ///     window: tokens that a sliding window leaves, if the model has one.
+///     query_tree: whether its query tokens may form a tree.
 ///     chunk: tokens of a chunk, if the model has chunked attention (Llama 4) instead.
 ///     softcap: the cap of scores, if the model has one.
 ///     sinks: whether it has attention sinks.
@@ -23,7 +24,7 @@ use pyo3::prelude::*;
 /// Returns:
 ///     None if it can, else the reason why not.
 #[pyfunction]
-#[pyo3(signature = (shape: "AttentionShape", page_size, *, window: "int | None" = None, softcap: "float | None" = None, sinks = false, kv_dtype: "torch.dtype | str | None" = None, query_tokens = 1, alibi = false, value_head_dim: "int | None" = None, chunk: "int | None" = None) -> "str | None")]
+#[pyo3(signature = (shape: "AttentionShape", page_size, *, window: "int | None" = None, softcap: "float | None" = None, sinks = false, kv_dtype: "torch.dtype | str | None" = None, query_tokens = 1, alibi = false, value_head_dim: "int | None" = None, chunk: "int | None" = None, query_tree = false) -> "str | None")]
 #[expect(clippy::too_many_arguments, reason = "the Python signature")]
 pub(crate) fn supports(
     shape: &Bound<'_, PyShape>,
@@ -36,6 +37,7 @@ pub(crate) fn supports(
     alibi: bool,
     value_head_dim: Option<u32>,
     chunk: Option<u64>,
+    query_tree: bool,
 ) -> Result<Option<String>> {
     let shape = shape.get();
     if query_tokens == 0 {
@@ -53,6 +55,9 @@ pub(crate) fn supports(
     let mut problem = Problem::new(inner, page_size).with_query_tokens(query_tokens).with_reach(reach);
     if let Some(cap) = softcap {
         problem = problem.with_soft_cap(cap as f32);
+    }
+    if query_tree {
+        problem = problem.with_query_tree(query_tokens);
     }
     if sinks {
         problem = problem.with_sinks();

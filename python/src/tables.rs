@@ -27,7 +27,13 @@ enum Counts {
     One,
     Uniform(u32),
     Ragged(Vec<u32>),
+    /// The same tree in every sequence.
+    Tree(Parents),
+    Trees(Vec<Parents>),
 }
+
+/// By query token of a sequence, its parent among them.
+type Parents = Vec<Option<u32>>;
 
 const FORMS: &str = "a list of lists of page ids, a 2-D int32 tensor or array, or a tuple (indptr, ids) of them";
 
@@ -35,12 +41,12 @@ impl Tables {
     pub(crate) fn read(
         block_tables: &Bound<'_, PyAny>,
         lengths: &Bound<'_, PyAny>,
-        query_tokens: Option<&Bound<'_, PyAny>>,
+        query_tokens: Queries<'_, '_>,
         page_size: u32,
         num_pages: u32,
     ) -> Result<Self> {
         let lengths = read_lengths(lengths)?;
-        let query_tokens = query_tokens.map_or(Ok(Counts::One), |counts| Counts::read(counts))?;
+        let query_tokens = query_tokens.read()?;
         let mut tables = Self { ids: Vec::new(), ends: Vec::new(), lengths, query_tokens, page_size, num_pages };
         if let Ok(rows) = block_tables.cast::<PyList>() {
             tables.read_rows(rows.len(), rows.iter())?;
@@ -70,6 +76,11 @@ impl Tables {
             Counts::One => use_it(&sequences),
             Counts::Uniform(tokens) => use_it(&QueryTokens::uniform(&sequences, *tokens)?.batch()),
             Counts::Ragged(counts) => use_it(&QueryTokens::ragged(&sequences, counts)?.batch()),
+            Counts::Tree(parents) => use_it(&QueryTokens::tree(&sequences, parents)?.batch()),
+            Counts::Trees(trees) => {
+                let trees: Vec<_> = trees.iter().map(Vec::as_slice).collect();
+                use_it(&QueryTokens::trees(&sequences, &trees)?.batch())
+            }
         }
     }
 
@@ -182,7 +193,45 @@ impl Tables {
     }
 }
 
+/// What a call says of query tokens.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Queries<'a, 'py> {
+    /// Their numbers.
+    pub(crate) tokens: Option<&'a Bound<'py, PyAny>>,
+    /// Their parents.
+    pub(crate) parents: Option<&'a Bound<'py, PyAny>>,
+    /// Whether the planner plans for trees.
+    pub(crate) may_be_trees: bool,
+}
+
+impl Queries<'_, '_> {
+    fn read(self) -> Result<Counts> {
+        match (self.tokens, self.parents) {
+            (None, None) => Ok(Counts::One),
+            (Some(counts), None) => Counts::read(counts),
+            (None, Some(parents)) if self.may_be_trees => Counts::read_parents(parents),
+            (None, Some(_)) => Err(invalid("parents", "some", "None: the planner was made without query_tree=True")),
+            (Some(_), Some(_)) => {
+                Err(invalid("parents", "some", "None beside query_tokens: parents say how many there are"))
+            }
+        }
+    }
+}
+
 impl Counts {
+    fn read_parents(parents: &Bound<'_, PyAny>) -> Result<Self> {
+        let items = read_items("parents", parents)?;
+        let is_one_tree = items.first().is_some_and(|first| first.is_none() || first.extract::<i64>().is_ok());
+        if is_one_tree {
+            return Ok(Self::Tree(read_tree("parents", &items)?));
+        }
+        let trees = items.iter().enumerate().map(|(sequence, tree)| {
+            let name = format!("parents[{sequence}]");
+            read_tree(&name, &read_items(&name, tree)?)
+        });
+        Ok(Self::Trees(trees.collect::<Result<_>>()?))
+    }
+
     fn read(counts: &Bound<'_, PyAny>) -> Result<Self> {
         let count = |name: String, count: i64| {
             u32::try_from(count).map_err(|_| invalid(name, count, format!("0 to {}", DecodeBatch::MAX_TOKENS)))
@@ -195,6 +244,31 @@ impl Counts {
             counts.map(|(row, tokens)| count(format!("query_tokens[{row}]"), tokens)).collect::<Result<_>>()?,
         ))
     }
+}
+
+/// What a list of parents, or of trees, holds.
+fn read_items<'py>(name: &str, list: &Bound<'py, PyAny>) -> Result<Vec<Bound<'py, PyAny>>> {
+    let expected = "a list of parents, or one such list for each sequence";
+    let items = list.try_iter().and_then(Iterator::collect);
+    items.map_err(|_: PyErr| wrong_type(name, kind(list), expected))
+}
+
+/// Parents of a tree, as integers, where -1 and None are none.
+fn read_tree(name: &str, parents: &[Bound<'_, PyAny>]) -> Result<Parents> {
+    let parent = |(token, parent): (usize, &Bound<'_, PyAny>)| {
+        let name = format!("{name}[{token}]");
+        if parent.is_none() {
+            return Ok(None);
+        }
+        match parent.extract::<i64>() {
+            Ok(-1) => Ok(None),
+            Ok(index) => u32::try_from(index)
+                .map(Some)
+                .map_err(|_| invalid(name, index, "None, -1 (none), or the index of a query token before it")),
+            Err(_) => Err(wrong_type(&name, kind(parent), "an integer or None")),
+        }
+    };
+    parents.iter().enumerate().map(parent).collect()
 }
 
 fn read_lengths(lengths: &Bound<'_, PyAny>) -> Result<Vec<u32>> {

@@ -65,7 +65,7 @@ def queries(rows, dtype=torch.float16, seed=1, q_heads=8, head_dim=64, device="c
     return torch.randn((rows, q_heads, head_dim), generator=generator).to(dtype).to(device)
 
 
-def reference(batch, q, k, v, layout="NHD", scale=None, dtype=torch.float64, softcap=None, sinks=None, window=None, chunk=None):
+def reference(batch, q, k, v, layout="NHD", scale=None, dtype=torch.float64, softcap=None, sinks=None, window=None, chunk=None, visible=None):
     """Output and LSE by torch's own operations, one sequence at a time; without caps and sinks by its attention."""
     if layout == "HND":
         k, v = (cache.transpose(1, 2) for cache in (k, v))
@@ -89,6 +89,8 @@ def reference(batch, q, k, v, layout="NHD", scale=None, dtype=torch.float64, sof
             keys, values = keys[:, -window:], values[:, -window:]
         if chunk is not None:
             keys, values = keys[:, (length - 1) // chunk * chunk :], values[:, (length - 1) // chunk * chunk :]
+        if visible is not None:
+            keys, values = keys[:, visible[row]], values[:, visible[row]]
         query = q[row].to(dtype).unsqueeze(1)
         if softcap is not None or sinks is not None:
             scores = (query @ keys.transpose(1, 2)).squeeze(1) * scale

@@ -1,5 +1,6 @@
 """Planning: invariants that can be seen from Python, steps, background planning, other threads."""
 
+import random
 import threading
 import time
 
@@ -232,6 +233,81 @@ def test_query_tokens_are_rows_that_see_up_to_themselves(planner, seed):
         torch.testing.assert_close(pa.run(plan, q, k, v), pa.run(expected, q, k, v), rtol=0, atol=0)
     with pytest.raises(ValueError, match=rf"query_tokens: got {least + 1}, expected at most lengths"):
         planner.plan(batch.block_tables, batch.lengths, 16, batch.num_pages, query_tokens=least + 1)
+
+
+def draw_trees(batch, seed):
+    """By sequence, the parents of its query tokens."""
+    rng = random.Random(seed)
+    counts = [min(length, rng.randint(1, 9)) for length in batch.lengths]
+    return [[rng.choice([None, *range(i)]) if i else None for i in range(count)] for count in counts]
+
+
+def seen_by(batch, trees):
+    """By query token, the tokens that it sees."""
+    for length, tree in zip(batch.lengths, trees):
+        context = length - len(tree)
+        for token in range(len(tree)):
+            path = []
+            while token is not None:
+                path.append(context + token)
+                token = tree[token]
+            yield [*range(context), *reversed(path)]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_query_tokens_of_a_tree_see_their_ancestors(seed):
+    batch = random_forest(seed)
+    trees = draw_trees(batch, seed)
+    shape = pa.AttentionShape(**SHAPE, dtype="float16")
+    assert pa.supports(shape, 16, query_tokens=9, query_tree=True) is None
+    planner = pa.Planner(shape, "cpu", query_tree=True)
+    rows = written_out(batch, [len(tree) for tree in trees])
+    plan = planner.plan(batch.block_tables, batch.lengths, 16, batch.num_pages, parents=trees)
+    q, (k, v) = queries(len(rows.lengths)), caches(batch)
+    out, lse = pa.run(plan, q, k, v, return_lse=True)
+    expected, expected_lse = reference(rows, q, k, v, visible=list(seen_by(batch, trees)))
+    torch.testing.assert_close(out.double(), expected, atol=3e-3, rtol=0)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=1e-3, rtol=0)
+    assert "<svg" in plan.svg() and plan.explain()
+    # -1 is none, and a tensor a tree; a step is planned from scratch.
+    as_integers = [torch.tensor([-1 if parent is None else parent for parent in tree], dtype=torch.int32) for tree in trees]
+    assert planner.advance(plan, batch.block_tables, batch.lengths, parents=as_integers) == "forest"
+    assert torch.equal(pa.run(plan, q, k, v), out)
+
+
+def test_one_tree_serves_all_sequences():
+    planner = pa.Planner(pa.AttentionShape(**SHAPE, dtype="float16"), "cpu", query_tree=True)
+    batch = Batch([[0, 1, 2], [0, 3]], [40, 20], 16, 4)
+    tree = [None, 0, 0, 1]
+    plans = [
+        planner.plan(batch.block_tables, batch.lengths, 16, 4, parents=parents).summary()
+        for parents in (tree, [tree, tree], torch.tensor([-1, 0, 0, 1], dtype=torch.int32))
+    ]
+    assert plans[0] == plans[1] == plans[2] and plans[0]["sequences"] == 8
+
+
+@pytest.mark.parametrize(
+    "error, arguments, message",
+    [
+        (ValueError, {"parents": [0]}, r"parents\[0\]: got 0, expected none"),
+        (ValueError, {"parents": [None, 1]}, r"parents\[1\]: got 1, expected none, or at most 0"),
+        (ValueError, {"parents": [None, -2]}, r"parents\[1\]: got -2, expected None, -1"),
+        (ValueError, {"parents": [[None], [None, 0, 5]]}, r"parents\[1\]\[2\]: got 5"),
+        (ValueError, {"parents": [[None]]}, "parents: got 1 trees, expected one per sequence"),
+        (ValueError, {"parents": [None] * 21}, "parents: got 21 query tokens, expected at most lengths"),
+        (ValueError, {"parents": []}, "parents: got 0"),
+        (ValueError, {"parents": [None], "query_tokens": 1}, "parents: got some, expected None beside query_tokens"),
+        (TypeError, {"parents": 3}, "parents: got int, expected a list of parents"),
+        (TypeError, {"parents": [None, "a"]}, r"parents\[1\]: got str, expected an integer or None"),
+        (TypeError, {"parents": [[None], 3]}, r"parents\[1\]: got int, expected a list"),
+    ],
+)
+def test_what_is_no_tree_is_refused(planner, error, arguments, message):
+    trees = pa.Planner(pa.AttentionShape(**SHAPE, dtype="float16"), "cpu", query_tree=True)
+    with pytest.raises(error, match=message):
+        trees.plan([[0, 1, 2], [0, 3]], [40, 20], 16, 4, **arguments)
+    with pytest.raises(ValueError, match="query_tree=True"):
+        planner.plan([[0, 1, 2], [0, 3]], [40, 20], 16, 4, parents=[None])
 
 
 def test_a_step_with_query_tokens_advances(planner):

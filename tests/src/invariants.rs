@@ -39,18 +39,40 @@ pub fn random_forest(rng: &mut impl Rng) -> OwnedBatch {
     OwnedBatch { page_size, num_pages: next_page + 2, lengths, block_tables: tables }
 }
 
-/// A partial of one row: its slot, its pages, its tokens, and those at the front of its pages that the row does not see.
-type Piece = (u32, Vec<u32>, u32, u32);
+/// A partial of one row: its slot, and the tokens that the row sees in it, as (page, first token, end).
+type Piece = (u32, Vec<(u32, u32, u32)>);
 
-/// Invariants 1 to 3: every (sequence, token, head of the group) is covered once, as far as it is within the plan's reach; every slot is
-/// written once; items fit their tile, their run and the pool.
+/// Invariants 1 to 3: every (sequence, token, head of the group) is covered once, as far as it is within the plan's reach; every slot
+/// is written once; items fit their tile, their run and the pool.
 ///
 /// # Panics
 /// One does not hold.
 pub fn check(plan: &Plan, batch: &OwnedBatch, shape: AttentionShape) {
+    let reach = plan.problem().visibility().reach;
+    let seen = |&length: &u32| (reach.first_token(length.saturating_sub(1))..length).collect();
+    check_pieces(plan, batch, shape, &batch.lengths.iter().map(seen).collect::<Vec<_>>(), true);
+}
+
+/// As [`check`], of a plan whose row `b` sees the tokens `visible[b]` of its sequence, in ascending order, and no other.
+///
+/// # Panics
+/// An invariant does not hold.
+pub fn check_visible(plan: &Plan, batch: &OwnedBatch, shape: AttentionShape, visible: &[Vec<u32>]) {
+    check_pieces(plan, batch, shape, visible, false);
+}
+
+/// `in_order` says that only the last partial of a row may end inside a page.
+fn check_pieces(plan: &Plan, batch: &OwnedBatch, shape: AttentionShape, visible: &[Vec<u32>], in_order: bool) {
     let group = shape.group();
     let page_size = batch.page_size;
-    // By (sequence, head in group); together the pieces of a row hold the pages of its block table.
+    let visibility = plan.problem().visibility();
+    let has_first_tokens = match visibility.reach {
+        _ if visibility.is_tree => true,
+        Reach::Full => false,
+        Reach::Window(_) => true,
+        Reach::Chunk(tokens) => !tokens.is_multiple_of(page_size),
+    };
+    // By (sequence, head in group); together the pieces of a row hold the tokens that it sees.
     let mut pieces: HashMap<(u32, u32), Vec<Piece>> = HashMap::new();
     for variant in TileVariant::ALL {
         for item in plan.variant_items(variant) {
@@ -58,7 +80,7 @@ pub fn check(plan: &Plan, batch: &OwnedBatch, shape: AttentionShape) {
             assert_eq!(item.kv_limit_begin, NONE);
             assert!((1..=variant.rows()).contains(&item.row_count));
             let pages = item.page_begin as usize..(item.page_begin + item.token_count.div_ceil(page_size)) as usize;
-            let pages = plan.pages()[pages].to_vec();
+            let pages = &plan.pages()[pages];
             assert!(pages.iter().all(|&page| page < batch.num_pages));
             let masks = plan.masks(item);
             if !masks.is_empty() {
@@ -67,27 +89,20 @@ pub fn check(plan: &Plan, batch: &OwnedBatch, shape: AttentionShape) {
                 assert!(masks.iter().all(|m| m.token_end() <= page_size));
             }
             let first_tokens = plan.first_tokens(item);
-            let reach = plan.problem().visibility().reach;
-            let divides_pages = match reach {
-                Reach::Full => false,
-                Reach::Window(_) => true,
-                Reach::Chunk(tokens) => !tokens.is_multiple_of(page_size),
-            };
-            assert_eq!(item.first_token_begin, if divides_pages { item.mask_begin } else { NONE });
+            assert_eq!(item.first_token_begin, if has_first_tokens { item.mask_begin } else { NONE });
             assert!(first_tokens.iter().zip(masks).all(|(&first, mask)| first < mask.token_end()));
             for row in 0..item.row_count {
                 let query = plan.queries()[(item.query_begin + row / group) as usize];
-                let (mut own, mut tokens, mut hidden) = (pages.clone(), item.token_count, 0);
-                if !masks.is_empty() {
-                    let reads = |m: &PageMask| m.has_row(row);
-                    own = pages.iter().zip(masks).filter(|(_, m)| reads(m)).map(|(&page, _)| page).collect();
-                    hidden = first_tokens.iter().zip(masks).filter(|(_, m)| reads(m)).map(|(first, _)| first).sum();
-                    tokens = masks.iter().filter(|m| reads(m)).map(|m| m.token_end()).sum::<u32>() - hidden;
-                    // Only the last page may be partial, and only of the first may tokens be hidden.
-                    assert_eq!(own.len() as u32, (hidden + tokens).div_ceil(page_size));
-                }
-                assert!(tokens > 0, "a row without a token");
-                pieces.entry((query.query_token, row % group)).or_default().push((query.slot, own, tokens, hidden));
+                let of_entry = |(entry, &page): (usize, &u32)| {
+                    let first = first_tokens.get(entry).copied().unwrap_or(0);
+                    let Some(mask) = masks.get(entry) else {
+                        return Some((page, 0, page_size.min(item.token_count - entry as u32 * page_size)));
+                    };
+                    mask.has_row(row).then_some((page, first, mask.token_end()))
+                };
+                let seen: Vec<_> = pages.iter().enumerate().filter_map(of_entry).collect();
+                assert!(!seen.is_empty(), "a row without a token");
+                pieces.entry((query.query_token, row % group)).or_default().push((query.slot, seen));
             }
         }
     }
@@ -102,6 +117,13 @@ pub fn check(plan: &Plan, batch: &OwnedBatch, shape: AttentionShape) {
             assert!(!pieces.contains_key(&(sequence as u32, 0)));
             continue;
         }
+        let table = &batch.block_tables[sequence];
+        let follows = |&a: &u32, &b: &u32| a + 1 == b && b % page_size != 0;
+        let runs = visible[sequence].chunk_by(follows).map(|run| {
+            let first = run[0] % page_size;
+            (table[(run[0] / page_size) as usize], first, first + run.len() as u32)
+        });
+        let expected = joined(runs.collect());
         for head in 0..group {
             let mut of_row = pieces.remove(&(sequence as u32, head)).expect("a row nobody computes");
             of_row.sort();
@@ -119,26 +141,31 @@ pub fn check(plan: &Plan, batch: &OwnedBatch, shape: AttentionShape) {
                     }
                 }
             }
-            let first_token = plan.problem().visibility().reach.first_token(length - 1);
-            let tokens: u32 = of_row.iter().map(|piece| piece.2).sum();
-            assert_eq!(tokens, length - first_token, "sequence {sequence}");
-            let hidden: u32 = of_row.iter().map(|piece| piece.3).sum();
-            assert_eq!(hidden, first_token % page_size, "sequence {sequence}");
-            // An item may hold its runs in any order.
-            let mut pages: Vec<u32> = of_row.iter().flat_map(|piece| piece.1.clone()).collect();
-            let in_window = (first_token / page_size) as usize..length.div_ceil(page_size) as usize;
-            let mut expected = batch.block_tables[sequence][in_window].to_vec();
-            pages.sort_unstable();
-            expected.sort_unstable();
-            assert_eq!(pages, expected);
-            // Only the last piece may end inside a page.
-            for piece in &of_row[..of_row.len() - 1] {
-                assert_eq!((piece.2 + piece.3) % page_size, 0);
+            if in_order {
+                for (_, seen) in &of_row[..of_row.len() - 1] {
+                    assert!(seen.iter().all(|&(_, _, end)| end == page_size));
+                }
             }
+            // An item may hold its runs in any order.
+            let seen = joined(of_row.into_iter().flat_map(|(_, seen)| seen).collect());
+            assert_eq!(seen, expected, "sequence {sequence}");
         }
     }
     assert!(pieces.is_empty());
     assert!(slots_seen.iter().all(|&seen| seen));
+}
+
+/// Tokens of pages in the order of the pages, neighbours in one; those of a page that a row names twice stay apart.
+fn joined(mut tokens: Vec<(u32, u32, u32)>) -> Vec<(u32, u32, u32)> {
+    tokens.sort_unstable();
+    tokens.dedup_by(|(page, first, end), (before, _, before_end)| {
+        let follows = page == before && *first == *before_end;
+        if follows {
+            *before_end = *end;
+        }
+        follows
+    });
+    tokens
 }
 
 /// Every mode, with a fixed chunk of four pages.

@@ -9,6 +9,7 @@ pub mod invariants;
 pub mod on_device;
 pub mod pat_schedule;
 pub mod strided;
+pub mod trees;
 pub mod walk;
 
 use pat_rs::{AttentionShape, DeviceProfile, Dtype, Element, Plan, PlanOptions, Planner};

@@ -35,7 +35,7 @@ fn shapes() -> impl Strategy<Value = AttentionShape> {
 fn problems() -> impl Strategy<Value = Problem> {
     let page_sizes = mostly(vec![1u32, 7, 16, 48, 64, 256], vec![0, 65_536, 65_537, 100_000, u32::MAX]);
     let scales = mostly(vec![None, Some(0.2f32)], [0.0, -1.0, f32::NAN, f32::INFINITY, f32::MAX].map(Some).to_vec());
-    let features = mostly(vec![0u32], (1..7).collect());
+    let features = mostly(vec![0u32], (1..8).collect());
     (shapes(), page_sizes, scales, features).prop_map(|(shape, page_size, scale, feature)| {
         let problem = Problem::new(shape, page_size);
         let problem = scale.map_or(problem, |scale| problem.with_scale(scale));
@@ -43,6 +43,7 @@ fn problems() -> impl Strategy<Value = Problem> {
             1 => problem.with_soft_cap(30.0),
             2 => problem.with_window(9),
             6 => problem.with_chunk(24),
+            7 => problem.with_query_tree(3),
             3 => problem.with_query_tokens(3),
             4 => problem.with_sinks(),
             5 => problem.with_alibi(),

@@ -101,10 +101,27 @@ impl Oracle {
         seed: u32,
         sample: RowSample,
     ) -> pat_rs::Result<Self> {
-        let fill = |(tensor, page, token, head): Place, row: &mut [T]| {
-            fill_row(generator::row_key(seed, tensor as u32, page, token, head), row);
-        };
-        Self::from_rows(batch, (problem, sinks), fill, sample)
+        let asked = Asked { problem, sinks, visible: None };
+        Self::from_rows(batch, asked, drawn::<T>(seed), sample)
+    }
+
+    /// As [`Self::compute_problem`], where row `b` of the batch sees the tokens `visible[b]` of its sequence and no other,
+    /// whatever the problem says.
+    ///
+    /// # Errors
+    /// As [`Self::compute`].
+    ///
+    /// # Panics
+    /// As [`Self::compute_problem`]; or there are too few rows in `visible`, or one has a token that its sequence does not have.
+    pub fn compute_visible<T: Element>(
+        batch: &OwnedBatch,
+        (problem, sinks): (Problem, Option<&[f32]>),
+        visible: &[Vec<u32>],
+        seed: u32,
+        sample: RowSample,
+    ) -> pat_rs::Result<Self> {
+        let asked = Asked { problem, sinks, visible: Some(visible) };
+        Self::from_rows(batch, asked, drawn::<T>(seed), sample)
     }
 
     /// As [`Self::compute`], of tensors that may have been changed since they were drawn for the batch.
@@ -134,13 +151,13 @@ impl Oracle {
     pub fn of_problem_tensors<T: Element>(
         batch: &OwnedBatch,
         tensors: &Tensors<T>,
-        asked: (Problem, Option<&[f32]>),
+        (problem, sinks): (Problem, Option<&[f32]>),
         sample: RowSample,
     ) -> pat_rs::Result<Self> {
         let fill = |(tensor, page, token, head): Place, row: &mut [T]| {
             row.copy_from_slice(tensors.row(tensor, page, token, head));
         };
-        Self::from_rows(batch, asked, fill, sample)
+        Self::from_rows(batch, Asked { problem, sinks, visible: None }, fill, sample)
     }
 
     /// `fill` gives a row of Q, K or V.
@@ -157,16 +174,30 @@ impl Oracle {
     }
 }
 
-/// What is computed, and the sinks, one for each query head.
-type Asked<'a> = (Problem, Option<&'a [f32]>);
+/// What is computed.
+#[derive(Clone, Copy)]
+struct Asked<'a> {
+    problem: Problem,
+    /// One for each query head.
+    sinks: Option<&'a [f32]>,
+    /// By row, the tokens that it sees, where the problem does not say.
+    visible: Option<&'a [Vec<u32>]>,
+}
 
 /// A row of a tensor: page (of Q: sequence), token (of Q: 0), head.
 type Place = (Tensor, u32, u32, u32);
 
+/// Rows as the generator draws them.
+fn drawn<T: Element>(seed: u32) -> impl Fn(Place, &mut [T]) + Sync {
+    move |(tensor, page, token, head), row| {
+        fill_row(generator::row_key(seed, tensor as u32, page, token, head), row);
+    }
+}
+
 /// The rows of all query heads of one KV head.
 fn expected_rows<T: Element>(
     batch: &OwnedBatch,
-    (problem, sinks): Asked<'_>,
+    Asked { problem, sinks, visible }: Asked<'_>,
     fill: &impl Fn(Place, &mut [T]),
     (sequence, kv_head): (u32, u32),
 ) -> Vec<ExpectedRow> {
@@ -174,7 +205,8 @@ fn expected_rows<T: Element>(
     let head_dim = shape.head_dim() as usize;
     let end = batch.lengths[sequence as usize];
     let begin = problem.visibility().reach.first_token(end.saturating_sub(1));
-    let tokens = end - begin;
+    let seen: Vec<u32> = visible.map_or_else(|| (begin..end).collect(), |rows| rows[sequence as usize].clone());
+    let tokens = seen.len() as u32;
     let table = &batch.block_tables[sequence as usize];
     let mut narrow = vec![T::zeroed(); head_dim];
     let mut draw = |tensor: Tensor, page: u32, token: u32, head: u32, row: &mut [f32]| {
@@ -192,7 +224,7 @@ fn expected_rows<T: Element>(
     let mut exact_scores = vec![Vec::with_capacity(tokens as usize); heads.len()];
     let mut plain_scores = vec![Vec::with_capacity(tokens as usize); heads.len()];
     let mut score_magnitudes = vec![0f64; heads.len()];
-    for token in begin..end {
+    for &token in &seen {
         let (page, in_page) = place(token);
         draw(Tensor::K, page, in_page, kv_head, &mut kv_row);
         for (index, q_row) in q.iter().enumerate() {
@@ -235,12 +267,12 @@ fn expected_rows<T: Element>(
     };
     let mut exact_sums: Vec<f64> = (0..heads.len()).map(weight_of_sink).collect();
     let mut plain_sums: Vec<f32> = exact_sums.iter().map(|&sum| sum as f32).collect();
-    for token in begin..end {
+    for (at, &token) in seen.iter().enumerate() {
         let (page, in_page) = place(token);
         draw(Tensor::V, page, in_page, kv_head, &mut kv_row);
         for index in 0..heads.len() {
-            let exact = (exact_scores[index][(token - begin) as usize] - exact_maxima[index]).exp();
-            let plain = (plain_scores[index][(token - begin) as usize] - plain_maxima[index]).exp();
+            let exact = (exact_scores[index][at] - exact_maxima[index]).exp();
+            let plain = (plain_scores[index][at] - plain_maxima[index]).exp();
             exact_sums[index] += exact;
             plain_sums[index] += plain;
             let plain = T::from_f32(plain).to_f32();

@@ -2,6 +2,7 @@
 
 use super::PlanGeneration;
 use super::cost::Prediction;
+use crate::visible::Hidden;
 use crate::{AttentionShape, DecodeBatch, DeviceProfile, Error, Problem, Result};
 use pat_abi::{
     ItemQuery, MAX_TILE_VARIANTS, MergeRow, NO_MASKS, NONE, PLAN_MAGIC, PageMask, PlanHeader, TileVariant,
@@ -109,6 +110,15 @@ pub(super) struct Growth<'a> {
     pub(super) pages: &'a [u32],
 }
 
+/// Tokens of a batch.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct TokenCounts {
+    /// Of all rows together.
+    pub(super) logical: u64,
+    /// Of these, those beyond the distinct ones: only full pages, and parts of pages that rows see alike, are shared.
+    pub(super) repeated: u64,
+}
+
 impl Records {
     /// Drops the records, keeps the memory.
     pub(super) fn clear(&mut self) {
@@ -158,7 +168,12 @@ impl Records {
     }
 
     /// Writes the page ids and masks of the streams, exactly as many as there are.
-    fn write_streams(&self, batch: &DecodeBatch<'_>, mut page_ids: &mut [u32], mut page_masks: &mut [PageMask]) {
+    fn write_streams(
+        &self,
+        (batch, hidden): (&DecodeBatch<'_>, Hidden<'_>),
+        mut page_ids: &mut [u32],
+        mut page_masks: &mut [PageMask],
+    ) {
         for &StreamRun { sequence, page_begin, page_end, masks } in &self.runs {
             let count = (page_end - page_begin) as usize;
             let ids = page_ids.split_off_mut(..count).unwrap_or_default();
@@ -168,11 +183,20 @@ impl Records {
                 ids.copy_from_slice(&batch.first_pages(sequence as usize, page_end as usize)[page_begin as usize..]);
             }
             if let Some([last, others]) = masks
-                && let Some((last_mask, other_masks)) =
-                    page_masks.split_off_mut(..count).and_then(|of_run| of_run.split_last_mut())
+                && let Some(of_run) = page_masks.split_off_mut(..count)
+                && let Some((last_mask, other_masks)) = of_run.split_last_mut()
             {
                 other_masks.fill(others);
                 *last_mask = last;
+                if !hidden.parts.is_empty() {
+                    // An item with parts of pages has masks.
+                    for (id, mask) in ids.iter_mut().zip(of_run) {
+                        if let Some(part) = hidden.part(batch.num_pages(), *id) {
+                            *id = part.page;
+                            *mask = PageMask::new((mask.row_begin(), mask.row_end()), part.token_end);
+                        }
+                    }
+                }
             }
         }
     }
@@ -267,7 +291,7 @@ impl Plan {
         }
     }
 
-    /// Makes this the plan of `records`. `repeated_pages` are the pages of the batch's sequences beyond the distinct ones.
+    /// Makes this the plan of `records`.
     /// Allocates only where it grows.
     ///
     /// # Errors
@@ -276,9 +300,9 @@ impl Plan {
         &mut self,
         problem: Problem,
         profile: &Arc<DeviceProfile>,
-        batch: &DecodeBatch<'_>,
+        (batch, hidden): (&DecodeBatch<'_>, Hidden<'_>),
         records: &Records,
-        repeated_pages: u64,
+        tokens: TokenCounts,
         prediction: Prediction,
     ) -> Result<()> {
         let count = |what: &str, n: usize| checked_count(what, n as u64);
@@ -349,19 +373,16 @@ impl Plan {
         front[pages_end..merges_offset].fill(0);
         back[masks_end - masks_offset..words_offset - masks_offset].fill(0);
         records.write_streams(
-            batch,
+            (batch, hidden),
             bytemuck::cast_slice_mut(&mut front[pages_offset..pages_end]),
             bytemuck::cast_slice_mut(&mut back[..masks_end - masks_offset]),
         );
-        let logical_tokens = (0..batch.sequence_count()).map(|sequence| u64::from(batch.length(sequence))).sum();
         self.generation = PlanGeneration::next();
         self.problem = problem;
         self.profile.clone_from(profile);
         self.num_pages = batch.num_pages();
-        self.logical_tokens = logical_tokens;
-        // Only full pages are shared.
-        let repeated_tokens = repeated_pages * u64::from(batch.page_size());
-        self.unique_kv_bytes = (logical_tokens - repeated_tokens) * self.shape().kv_bytes_per_token();
+        self.logical_tokens = tokens.logical;
+        self.unique_kv_bytes = (tokens.logical - tokens.repeated) * self.shape().kv_bytes_per_token();
         self.prediction = prediction;
         Ok(())
     }

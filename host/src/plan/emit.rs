@@ -4,6 +4,8 @@ use super::buffer::{self, Records, StreamRun, Tail};
 use super::choice::TileChoice;
 use super::forest::Forest;
 use super::tiling::{Extent, RowTile};
+use crate::tree::PagePart;
+use crate::visible::Hidden;
 use crate::{AttentionShape, DecodeBatch, Result};
 use pat_abi::{DIRECT_SLOT, ItemQuery, MergeRow, NO_MASKS, NONE, PageMask, WorkItem};
 use std::cmp::Reverse;
@@ -35,8 +37,8 @@ pub(super) struct Scratch {
 pub(super) struct Emitter<'a> {
     pub(super) shape: AttentionShape,
     pub(super) batch: &'a DecodeBatch<'a>,
-    /// By row, tokens at the front of its first page that it does not attend to; nothing where it attends to all.
-    pub(super) hidden_tokens: &'a [u32],
+    /// What rows do not see of their pages.
+    pub(super) hidden: Hidden<'a>,
     /// Whether kernels ask for the first tokens of pages that have masks.
     pub(super) has_first_tokens: bool,
     pub(super) forest: &'a Forest,
@@ -161,8 +163,8 @@ impl Emitter<'_> {
         let first_row = |reader: u32| u32::from(first_row[reader as usize]);
         let rows_of = |run: &Run| (first_row(run.reader_begin), first_row(run.reader_end));
 
-        let has_hidden_tokens = runs.iter().any(|run| self.hidden_tokens(run) > 0);
-        let uniform = !has_hidden_tokens && runs.iter().all(|run| rows_of(run) == (0, row_count));
+        let is_cut = |run: &Run| self.hidden_tokens(run) > 0 || self.parts(run).next().is_some();
+        let uniform = !runs.iter().any(is_cut) && runs.iter().all(|run| rows_of(run) == (0, row_count));
         if tile % 2 == 1 && !uniform {
             runs.reverse();
         }
@@ -204,8 +206,12 @@ impl Emitter<'_> {
         if !uniform && self.has_first_tokens {
             first_token_begin = mask_begin;
             for run in runs.iter() {
+                let begin = records.words.len();
                 records.words.push(self.hidden_tokens(run));
                 records.words.extend((run.page_begin + 1..run.page_end).map(|_| 0));
+                for (entry, part) in self.parts(run) {
+                    records.words[begin + entry] = part.first_token;
+                }
             }
         }
         let item = WorkItem {
@@ -226,7 +232,20 @@ impl Emitter<'_> {
 
     /// Tokens at the front of a run's first page that its readers do not attend to: all of them the same.
     fn hidden_tokens(&self, run: &Run) -> u32 {
-        if run.page_begin > 0 { 0 } else { self.hidden_tokens.get(run.sequence as usize).copied().unwrap_or(0) }
+        if run.page_begin > 0 { 0 } else { self.hidden.first_tokens.get(run.sequence as usize).copied().unwrap_or(0) }
+    }
+
+    /// Page ids of a run; some may stand for parts of pages.
+    fn page_ids(&self, run: &Run) -> &[u32] {
+        &self.batch.first_pages(run.sequence as usize, run.page_end as usize)[run.page_begin as usize..]
+    }
+
+    /// Of a run's pages those that its readers see parts of, by their places in the run.
+    fn parts(&self, run: &Run) -> impl Iterator<Item = (usize, PagePart)> {
+        // Mostly there are none anywhere.
+        let ids = if self.hidden.parts.is_empty() { &[] } else { self.page_ids(run) };
+        let part = |(entry, &id): (usize, &u32)| Some((entry, self.hidden.part(self.batch.num_pages(), id)?));
+        ids.iter().enumerate().filter_map(part)
     }
 
     fn tokens_of_last_page(&self, run: &Run) -> u32 {

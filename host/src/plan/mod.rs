@@ -21,9 +21,10 @@ mod snapshot;
 mod summary;
 pub mod tiling;
 
-use crate::{DecodeBatch, DeviceProfile, Error, Problem, Reach, Result, VisibleBatch};
+use crate::visible::Hidden;
+use crate::{DecodeBatch, DeviceProfile, Error, Problem, Reach, Result, Visibility, VisibleBatch};
 pub use buffer::Plan;
-use buffer::Records;
+use buffer::{Records, TokenCounts};
 pub use capacity::PlanCapacity;
 use choice::{TileChoices, is_wide_better, widths};
 use cost::{CostModel, Prediction, VariantTerms};
@@ -295,26 +296,29 @@ impl Planner {
     /// # Errors
     /// As [`Self::plan`]; `plan` is as before.
     pub fn plan_into(&mut self, batch: &DecodeBatch<'_>, plan: &mut Plan) -> Result<()> {
-        match self.problem.visibility().reach {
-            Reach::Full => self.plan_tokens(batch, &[], plan),
-            reach => {
-                let visible = VisibleBatch::new(batch, reach);
-                self.plan_tokens(&visible.batch(), visible.hidden_tokens(), plan)
-            }
+        let Visibility { reach, is_tree, .. } = self.problem.visibility();
+        if batch.trees().is_some() && !is_tree {
+            let expected = "none: the planner's problem has no query tree";
+            return Err(Error::invalid("query tree of the batch", "yes", expected));
         }
+        if reach == Reach::Full && batch.trees().is_none() {
+            return self.plan_tokens(batch, Hidden::default(), plan);
+        }
+        let visible = VisibleBatch::new(batch, reach)?;
+        self.plan_tokens(&visible.batch(), visible.hidden(), plan)
     }
 
-    /// Plans a batch from scratch, but for `hidden_tokens` where rows see no more of it ([`VisibleBatch::hidden_tokens`]).
-    fn plan_tokens(&mut self, batch: &DecodeBatch<'_>, hidden_tokens: &[u32], plan: &mut Plan) -> Result<()> {
+    /// Plans a batch from scratch, but for what is hidden of it.
+    fn plan_tokens(&mut self, batch: &DecodeBatch<'_>, hidden: Hidden<'_>, plan: &mut Plan) -> Result<()> {
         self.check_batch(batch)?;
-        self.take(batch, hidden_tokens);
-        self.plan_best(batch, hidden_tokens, plan, 0)
+        self.take(batch, hidden);
+        self.plan_best(batch, hidden, plan, 0)
     }
 
     /// Takes a batch for the one that is planned.
-    fn take(&mut self, batch: &DecodeBatch<'_>, hidden_tokens: &[u32]) {
+    fn take(&mut self, batch: &DecodeBatch<'_>, hidden: Hidden<'_>) {
         self.newest = None;
-        self.forest.build_windowed(batch, hidden_tokens);
+        self.forest.build_windowed(batch, hidden.first_tokens);
         self.snapshot.take(batch, &self.forest);
     }
 
@@ -328,7 +332,7 @@ impl Planner {
     /// `changed_rows`, where given, names the rows of the batch whose table entries *that were in use before* may differ
     /// (a row that only grew is not among them); with `None` all entries are compared. Lengths and appended entries are
     /// looked at in any case. A plan that this planner did not make last is planned from scratch, and so is one under a window
-    /// or in chunks, since what a row sees moves.
+    /// or in chunks, since what a row sees moves, and one for query trees.
     ///
     /// # Errors
     /// As [`Self::plan`]; or a changed row is not in the batch. `plan` is as before.
@@ -338,7 +342,8 @@ impl Planner {
         changed_rows: Option<&[u32]>,
         plan: &mut Plan,
     ) -> Result<PlanChange> {
-        if self.newest != Some(plan.generation()) || self.problem.visibility().reach != Reach::Full {
+        let Visibility { reach, is_tree, .. } = self.problem.visibility();
+        if self.newest != Some(plan.generation()) || reach != Reach::Full || is_tree {
             self.plan_into(batch, plan)?;
             return Ok(PlanChange::Forest);
         }
@@ -360,9 +365,9 @@ impl Planner {
             return Ok(change);
         }
         if keeps_tiles || change == PlanChange::Forest {
-            self.take(batch, &[]);
+            self.take(batch, Hidden::default());
         }
-        match self.plan_best(batch, &[], plan, room) {
+        match self.plan_best(batch, Hidden::default(), plan, room) {
             // A plan that is slow is better than none: what is faster exceeds the capacity.
             Err(_) if step == Step::Slow => Ok(change),
             result => result.map(|()| change),
@@ -410,12 +415,13 @@ impl Planner {
         self.kept.tiles(extents, choice, rule, tiles);
         self.tiling.pages = PageCounts::new(extents, &self.forest);
         changed_pages = changed_pages.max(self.tiling.pages.unique.abs_diff(unique));
-        self.write_records(batch, &[], room)?;
+        self.write_records(batch, Hidden::default(), room)?;
         if self.capacity.is_some_and(|capacity| capacity.check_records(&self.scratch.records).is_err()) {
             return Ok(Step::Impossible);
         }
         let prediction = plan.prediction();
-        plan.write(self.problem, &self.profile, batch, &self.scratch.records, self.tiling.pages.repeated, prediction)?;
+        let counts = self.token_counts(batch, Hidden::default());
+        plan.write(self.problem, &self.profile, (batch, Hidden::default()), &self.scratch.records, counts, prediction)?;
         Ok(self.judge(plan, changed_pages))
     }
 
@@ -476,7 +482,7 @@ impl Planner {
 
     /// Plans a batch whose forest is there in the tiling that is predicted to be best, with room for `room` more pages of each
     /// sequence.
-    fn plan_best(&mut self, batch: &DecodeBatch<'_>, hidden_tokens: &[u32], plan: &mut Plan, room: u32) -> Result<()> {
+    fn plan_best(&mut self, batch: &DecodeBatch<'_>, hidden: Hidden<'_>, plan: &mut Plan, room: u32) -> Result<()> {
         self.newest = None;
         let page_size = self.problem.page_size();
         let choices = &mut self.choices;
@@ -515,19 +521,39 @@ impl Planner {
             tiles.push(RowTile { chunk_pages: chunks.pages, chunks: chunks.count, ..tile });
         });
         self.kept.take(tiles);
-        self.write_records(batch, hidden_tokens, room)?;
+        self.write_records(batch, hidden, room)?;
         let Scratch { records, .. } = &self.scratch;
         if let Some(capacity) = &self.capacity {
             capacity.check_records(records)?;
         }
-        plan.write(self.problem, &self.profile, batch, records, pages.repeated, prediction)?;
-        self.newest = Some(plan.generation());
         self.tiling = Tiling { rule, pages, us_per_page: pages.us_per_page(&prediction), changed_pages: 0, steps: 0 };
+        let counts = self.token_counts(batch, hidden);
+        plan.write(self.problem, &self.profile, (batch, hidden), &self.scratch.records, counts, prediction)?;
+        self.newest = Some(plan.generation());
         Ok(())
     }
 
+    /// The tokens that the rows of the batch see, and of them those beyond the distinct ones.
+    fn token_counts(&self, batch: &DecodeBatch<'_>, hidden: Hidden<'_>) -> TokenCounts {
+        let page_size = u64::from(batch.page_size());
+        let rows = (0..batch.sequence_count()).map(|row| u64::from(batch.length(row)));
+        let mut counts = TokenCounts { logical: rows.sum(), repeated: self.tiling.pages.repeated * page_size };
+        if !hidden.parts.is_empty() {
+            let missing = |ids: &[u32]| -> u64 {
+                let parts = ids.iter().filter_map(|&id| hidden.part(batch.num_pages(), id));
+                parts.map(|part| page_size - u64::from(part.token_end - part.first_token)).sum()
+            };
+            for (&row, extent) in self.forest.order().iter().zip(&self.scratch.extents) {
+                let (shared, own) = batch.pages(row as usize).split_at(extent.shared as usize);
+                counts.logical -= missing(shared) + missing(own);
+                counts.repeated -= missing(shared);
+            }
+        }
+        counts
+    }
+
     /// Writes the records of the tiles, with room for `room` more pages of each sequence where the capacity has it.
-    fn write_records(&mut self, batch: &DecodeBatch<'_>, hidden_tokens: &[u32], room: u32) -> Result<()> {
+    fn write_records(&mut self, batch: &DecodeBatch<'_>, hidden: Hidden<'_>, room: u32) -> Result<()> {
         let Scratch { extents, tiles, emit: emit_scratch, records, .. } = &mut self.scratch;
         let with_room = || {
             let stream_pages: u64 = tiles.iter().map(|tile| u64::from(tile.page_count)).sum();
@@ -537,7 +563,7 @@ impl Planner {
         let emitter = Emitter {
             shape: self.problem.shape(),
             batch,
-            hidden_tokens,
+            hidden,
             has_first_tokens: self.problem.switches().window,
             forest: &self.forest,
             extents,

@@ -30,7 +30,7 @@ pub struct Switches {
     /// Scores are capped: `cap * tanh(score / cap)`.
     pub soft_cap: bool,
     /// Rows attend to the later tokens only of some pages of their stream: of the first, under a sliding window or in chunks that
-    /// begin within pages.
+    /// begin within pages; of any, where query tokens form trees.
     pub window: bool,
 }
 
