@@ -34,7 +34,7 @@ impl PagedDecode<'_> {
 
     fn run_on_cpu<T: Element + WithDType>(&self, q: Operand<'_>, k: Operand<'_>, v: Operand<'_>) -> Result<CpuStorage> {
         let strides = self.strides(q.layout, k.layout, v.layout)?;
-        let tensors = HostTensors::new(self.problem, q.elements::<T>()?, k.elements()?, v.elements()?)
+        let tensors = HostTensors::new(self.problem, q.elements::<T>()?, k.elements::<T>()?, v.elements::<T>()?)
             .with_kv_strides(strides.k, strides.v)
             .with_row_strides(strides.q, self.out_strides());
         let mut out = vec![T::from_f32(0.0); self.out_shape().elem_count()];

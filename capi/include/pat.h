@@ -356,8 +356,9 @@ PatStatus pat_planner_plan_padded(PatPlanner *planner, const PatPaddedTables *ta
 PatStatus pat_planner_plan_csr(PatPlanner *planner, const PatCsrTables *tables, PatPlan **plan);
 
 // Makes `plan` the plan of the next decode step, predicted to be about as fast as planning the batch from scratch; with fixed
-// chunks the two are equal. It takes little time where `plan` is the one that the planner made last. `changed_rows` names the rows whose table entries *that were in use
-// before* may differ (a row that only grew is not among them); NULL: all entries are compared, as with `query_tokens`.
+// chunks the two are equal. With many sequences it takes little time where `plan` is the one that the planner made last.
+// `changed_rows` names the rows whose table entries *that were in use before* may differ (a row that only grew is not among
+// them); NULL: all entries are compared, as with `query_tokens`.
 // `change` may be NULL. Where the call fails, the plan is as before.
 PatStatus pat_planner_advance_padded(PatPlanner *planner,
                                      PatPlan *plan,

@@ -175,8 +175,9 @@ unsafe fn plan_tables(planner: *const PatPlanner, tables: &Tables<'_>, plan: *mu
 }
 
 /// Makes `plan` the plan of the next decode step, predicted to be about as fast as planning the batch from scratch; with fixed
-/// chunks the two are equal. It takes little time where `plan` is the one that the planner made last. `changed_rows` names the rows whose table entries *that were in use
-/// before* may differ (a row that only grew is not among them); NULL: all entries are compared, as with `query_tokens`.
+/// chunks the two are equal. With many sequences it takes little time where `plan` is the one that the planner made last.
+/// `changed_rows` names the rows whose table entries *that were in use before* may differ (a row that only grew is not among
+/// them); NULL: all entries are compared, as with `query_tokens`.
 /// `change` may be NULL. Where the call fails, the plan is as before.
 ///
 /// # Safety

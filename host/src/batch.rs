@@ -16,6 +16,8 @@ pub struct DecodeBatch<'a> {
     num_pages: u32,
     /// Where rows are query tokens that form trees.
     trees: Option<Trees<'a>>,
+    /// Whether page ids may stand for parts of pages, as they do in what is left of query trees.
+    is_of_entries: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -92,19 +94,21 @@ impl<'a> DecodeBatch<'a> {
             ));
         }
         let lengths = Lengths::Tokens(Integers::of(lengths));
-        Self { tables: Tables::Rows(tables), lengths, page_size, num_pages, trees: None }.validated()
+        Self { tables: Tables::Rows(tables), lengths, page_size, num_pages, trees: None, is_of_entries: false }
+            .validated()
     }
 
     /// Rows of a batch that has been checked.
     pub(crate) fn of_rows(tables: &'a [&'a [u32]], lengths: &'a [u32], page_size: u32, num_pages: u32) -> Self {
         let lengths = Lengths::Tokens(Integers::of(lengths));
-        Self { tables: Tables::Rows(tables), lengths, page_size, num_pages, trees: None }
+        Self { tables: Tables::Rows(tables), lengths, page_size, num_pages, trees: None, is_of_entries: false }
     }
 
     /// Rows of entries: each has as many tokens as entries have pages.
     pub(crate) fn of_entries(entries: &'a Entries, lengths: &'a [u32], page_size: u32, num_pages: u32) -> Self {
         let tables = Tables::Csr { indptr: Integers::of(&entries.indptr), ids: Integers::of(&entries.ids) };
-        Self { tables, lengths: Lengths::Tokens(Integers::of(lengths)), page_size, num_pages, trees: None }
+        let lengths = Lengths::Tokens(Integers::of(lengths));
+        Self { tables, lengths, page_size, num_pages, trees: None, is_of_entries: true }
     }
 
     /// With rows that are query tokens of these trees.
@@ -115,6 +119,19 @@ impl<'a> DecodeBatch<'a> {
     /// The trees that the rows form, if they are query tokens of trees.
     pub(crate) fn trees(&self) -> Option<Trees<'a>> {
         self.trees
+    }
+
+    /// Whether this is what is left of query trees ([`crate::VisibleBatch::batch`]): to be looked at, not to be planned again.
+    pub(crate) fn is_of_entries(&self) -> bool {
+        self.is_of_entries
+    }
+
+    /// Refuses a batch whose rows are query tokens of trees, or what is left of these, where a batch of sequences is asked for.
+    pub(crate) fn check_is_of_sequences(&self) -> Result<()> {
+        if self.trees.is_some() || self.is_of_entries {
+            return Err(Error::invalid("batch", "rows that form query trees", "a batch of sequences"));
+        }
+        Ok(())
     }
 
     /// A row-major padded matrix, `[rows, row_stride]`, as engines keep it (vLLM, transformers), padded with
@@ -139,7 +156,7 @@ impl<'a> DecodeBatch<'a> {
         }
         let tables = Tables::Padded { ids: Integers::of(ids), row_stride };
         let lengths = Lengths::Tokens(Integers::of(lengths));
-        Self { tables, lengths, page_size, num_pages, trees: None }.validated()
+        Self { tables, lengths, page_size, num_pages, trees: None, is_of_entries: false }.validated()
     }
 
     /// FlashInfer's form: sequence `b` owns `indices[indptr[b]..indptr[b+1]]`; its last page holds `last_page_len[b]`
@@ -197,6 +214,7 @@ impl<'a> DecodeBatch<'a> {
             page_size,
             num_pages,
             trees: None,
+            is_of_entries: false,
         }
         .validated()
     }

@@ -24,7 +24,8 @@ impl KvScale<'_> {
     }
 
     /// # Errors
-    /// A factor is not finite or not positive, there are fewer than heads, or elements have more than 8 bits and a factor that is not 1.
+    /// A factor is not finite or not positive, there are fewer than heads, or elements have more than 8 bits and a factor that is
+    /// not 1.
     pub(crate) fn check(self, argument: &str, kv_heads: u32, is_eight_bit: bool) -> Result<()> {
         let scales = match &self {
             Self::Tensor(scale) => std::slice::from_ref(scale),

@@ -8,8 +8,8 @@ use crate::{DecodeBatch, Error, Result};
 /// Query tokens are the last tokens of their sequence; their K and V are in the pool. Each sees the tokens up to itself. So token
 /// `i` of the `n` query tokens of a sequence with `length` tokens is a row with that sequence's block table and
 /// `length - n + 1 + i` tokens, and the batch of these rows ([`Self::batch`]) is planned and run as any other. Query tokens may
-/// also form a tree ([`Self::tree`]). Q, O and LSE have
-/// a row per query token: those of sequence 0 first, in order, then those of sequence 1.
+/// also form a tree ([`Self::tree`]). Q, O and LSE have a row per query token: those of sequence 0 first, in order, then those of
+/// sequence 1.
 ///
 /// ```
 /// use pat_rs::{DecodeBatch, QueryTokens};
@@ -148,6 +148,7 @@ impl<'a> QueryTokens<'a> {
     }
 
     fn new(batch: &DecodeBatch<'a>, count: impl Fn(usize) -> u32, argument: impl Fn(usize) -> String) -> Result<Self> {
+        batch.check_is_of_sequences()?;
         // All counts before any row: a count may be any number.
         let mut rows = 0u64;
         for sequence in 0..batch.sequence_count() {

@@ -1,7 +1,7 @@
 //! What rows see of a batch: windows, chunks and query trees.
 
 use crate::tree::{Entries, PagePart};
-use crate::{DecodeBatch, Reach, Result};
+use crate::{DecodeBatch, Error, Reach, Result};
 
 /// The part of a batch that its rows attend to where they do not see all of their sequences.
 ///
@@ -60,8 +60,11 @@ impl<'a> VisibleBatch<'a> {
     ///
     /// # Errors
     /// Rows of query trees see more than a plan can express: 2^31 pages in all, or one row 2^31 tokens where each draft is
-    /// counted as a page.
+    /// counted as a page. Or `batch` is itself what is left of query trees.
     pub fn new(batch: &DecodeBatch<'a>, reach: Reach) -> Result<Self> {
+        if batch.is_of_entries() {
+            return Err(Error::invalid("batch", "what is left of query trees", "the batch that it was made from"));
+        }
         let (page_size, num_pages) = (batch.page_size(), batch.num_pages());
         let rows = batch.sequence_count();
         if let Some(trees) = batch.trees() {
@@ -85,7 +88,8 @@ impl<'a> VisibleBatch<'a> {
     }
 
     /// The pages that are left, of which all tokens count but [`Self::hidden_tokens`]. Of rows that form query trees, each draft
-    /// is counted as a page of its own, and a page id from the pool's number of pages on stands for part of a page.
+    /// is counted as a page of its own, and a page id from the pool's number of pages on stands for part of a page. That is for
+    /// reports; planners take the batch that this was made from.
     pub fn batch(&self) -> DecodeBatch<'_> {
         match &self.rows {
             Rows::Tables(tables) => DecodeBatch::of_rows(tables, &self.lengths, self.page_size, self.num_pages),

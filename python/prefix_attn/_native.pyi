@@ -193,8 +193,9 @@ class Plan:
     def _repr_svg_(self, /) -> str: ...
     def explain(self, /) -> str:
         """
-        Why the batch is planned so: this plan beside no sharing and beside the widest tiles, in predicted us, what bounds it,
-        and how often the largest shared runs are read. As text; plans the batch again.
+        Why the batch is planned so: what planning it from scratch gives, which an advanced plan may differ from, beside no
+        sharing and beside the widest tiles, in predicted us, what bounds it, and how often the largest shared runs are read. As
+        text; plans the batch again.
         """
     @property
     def generation(self, /) -> int:
@@ -225,7 +226,8 @@ class Plan:
     def svg(self, /) -> str:
         """
         A picture of the batch, as SVG: every shared run a bar, as long as its tokens and as high as its sequences; lines between
-        the sequences that are served together. Notebooks show it for a plan that ends a cell. Plans the batch again.
+        the sequences that are served together where the batch is planned from scratch. Notebooks show it for a plan that ends a
+        cell. Plans the batch again.
         """
 
 @final
@@ -250,8 +252,8 @@ class PlanBuffers:
         A run of one layer whose arguments are checked here, once, and whose tensors are kept alive.
 
         Args:
-            k_cache, v_cache, q, out, lse, scale, softcap, sinks, k_scale, v_scale, kv_layout: as in :func:`run`; q, out and lse have at least the capacity's
-                ``max_sequences`` rows.
+            k_cache, v_cache, q, out, lse, scale, softcap, sinks, k_scale, v_scale, kv_layout: as in :func:`run`; q, out and lse
+                have at least the capacity's ``max_sequences`` rows.
             workspace: memory for partial results, at least that of :meth:`Workspace.for_planner`; layers that run in the
                 order of a stream share one.
 
@@ -307,8 +309,9 @@ class Planner:
         softcap: the cap of the runs' scores, if they have one: not every kernel can cap. Runs without a cap may use the plans, too.
         window: tokens that each sequence sees, the last ones, under a sliding window. Pages in front of it are neither planned
             nor read; their entries in the block tables must still be page ids.
-        query_tree: whether batches may come with query trees (``parents=`` of :meth:`plan`). Such plans are for the mma.sync kernels.
         chunk: instead of a window, the tokens of a chunk: each sequence sees those since the last multiple of it (Llama 4).
+        query_tree: whether batches may come with query trees (``parents=`` of :meth:`plan`). Such plans are for the mma.sync
+            kernels.
 
     Raises:
         ValueError: a mode or variant that is not known, or not possible on the device.
@@ -318,8 +321,8 @@ class Planner:
     def __repr__(self, /) -> str: ...
     def advance(self, /, plan: "Plan", block_tables: Any, lengths: Any, changed_rows: Any | None = None, *, query_tokens: Any | None = None, parents: Any | None = None) -> "str":
         """
-        Makes ``plan``, the plan that this planner made last, the plan of the next decode step, in place: much faster than
-        planning from scratch, and predicted to be about as fast on the device. With fixed chunks the two are equal.
+        Makes ``plan``, the plan that this planner made last, the plan of the next decode step, in place: with many
+        sequences much faster than planning from scratch, and predicted to be about as fast on the device. With fixed chunks the two are equal.
 
         Args:
             plan: a plan of this planner. An older one than the last is planned from scratch.

@@ -99,8 +99,8 @@ impl PyPlanBuffers {
     /// A run of one layer whose arguments are checked here, once, and whose tensors are kept alive.
     ///
     /// Args:
-    ///     k_cache, v_cache, q, out, lse, scale, softcap, sinks, k_scale, v_scale, kv_layout: as in :func:`run`; q, out and lse have at least the capacity's
-    ///         ``max_sequences`` rows.
+    ///     k_cache, v_cache, q, out, lse, scale, softcap, sinks, k_scale, v_scale, kv_layout: as in :func:`run`; q, out and lse
+    ///         have at least the capacity's ``max_sequences`` rows.
     ///     workspace: memory for partial results, at least that of :meth:`Workspace.for_planner`; layers that run in the
     ///         order of a stream share one.
     ///

@@ -122,14 +122,16 @@ impl PyPlan {
         Ok(py.import("json")?.call_method1("loads", (text,))?)
     }
 
-    /// Why the batch is planned so: this plan beside no sharing and beside the widest tiles, in predicted us, what bounds it,
-    /// and how often the largest shared runs are read. As text; plans the batch again.
+    /// Why the batch is planned so: what planning it from scratch gives, which an advanced plan may differ from, beside no
+    /// sharing and beside the widest tiles, in predicted us, what bounds it, and how often the largest shared runs are read. As
+    /// text; plans the batch again.
     fn explain(&self, py: Python<'_>) -> Result<String> {
         self.planned_again(py, |origin, chosen, batch| pat_report::explain(chosen, &origin.options, batch))
     }
 
     /// A picture of the batch, as SVG: every shared run a bar, as long as its tokens and as high as its sequences; lines between
-    /// the sequences that are served together. Notebooks show it for a plan that ends a cell. Plans the batch again.
+    /// the sequences that are served together where the batch is planned from scratch. Notebooks show it for a plan that ends a
+    /// cell. Plans the batch again.
     fn svg(&self, py: Python<'_>) -> Result<String> {
         self.planned_again(py, |origin, chosen, batch| {
             let title = format!("{} sequences, planned for {}", batch.sequence_count(), origin.profile.name);

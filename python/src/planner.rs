@@ -32,8 +32,9 @@ use std::thread::JoinHandle;
 ///     softcap: the cap of the runs' scores, if they have one: not every kernel can cap. Runs without a cap may use the plans, too.
 ///     window: tokens that each sequence sees, the last ones, under a sliding window. Pages in front of it are neither planned
 ///         nor read; their entries in the block tables must still be page ids.
-///     query_tree: whether batches may come with query trees (``parents=`` of :meth:`plan`). Such plans are for the mma.sync kernels.
 ///     chunk: instead of a window, the tokens of a chunk: each sequence sees those since the last multiple of it (Llama 4).
+///     query_tree: whether batches may come with query trees (``parents=`` of :meth:`plan`). Such plans are for the mma.sync
+///         kernels.
 ///
 /// Raises:
 ///     ValueError: a mode or variant that is not known, or not possible on the device.
@@ -123,8 +124,8 @@ impl PyPlanner {
         Ok(self.made(plan, tables))
     }
 
-    /// Makes ``plan``, the plan that this planner made last, the plan of the next decode step, in place: much faster than
-    /// planning from scratch, and predicted to be about as fast on the device. With fixed chunks the two are equal.
+    /// Makes ``plan``, the plan that this planner made last, the plan of the next decode step, in place: with many
+    /// sequences much faster than planning from scratch, and predicted to be about as fast on the device. With fixed chunks the two are equal.
     ///
     /// Args:
     ///     plan: a plan of this planner. An older one than the last is planned from scratch.
@@ -285,11 +286,14 @@ struct PagedPlanner {
 }
 
 impl PagedPlanner {
-    /// Page size that every variant can read: what is refused with it is refused with every other one.
+    /// Page size that every variant can read: what is refused with it is refused with every other one, but for chunks that are
+    /// no whole number of its pages.
     const ANY_PAGE_SIZE: u32 = 32;
 
     fn new(origin: Arc<Origin>) -> Result<Self> {
-        let any_mode = Origin { options: origin.options.clone().with_mode(PlanMode::Auto), ..(*origin).clone() };
+        let reach = if matches!(origin.reach, Reach::Chunk(1..)) { Reach::Full } else { origin.reach };
+        let options = origin.options.clone().with_mode(PlanMode::Auto);
+        let any_mode = Origin { options, reach, ..(*origin).clone() };
         any_mode.planner(Self::ANY_PAGE_SIZE)?;
         Ok(Self { origin, planner: None })
     }

@@ -26,8 +26,12 @@ impl Scores {
         k_scale: Option<&'a Bound<'py, PyAny>>,
         v_scale: Option<&'a Bound<'py, PyAny>>,
     ) -> Result<(Self, [Option<&'a Bound<'py, PyAny>>; 2])> {
-        let is_tensor =
-            |value: &&Bound<'py, PyAny>| value.extract::<f64>().is_err() && value.hasattr("shape").unwrap_or(false);
+        // A tensor of one element is no number: where it lies on a device, reading it would wait for that.
+        let is_tensor = |value: &&Bound<'py, PyAny>| {
+            let dimensions = value.getattr("ndim").and_then(|ndim| ndim.extract::<usize>());
+            dimensions.is_ok_and(|dimensions| dimensions > 0)
+                || value.getattr("is_cuda").is_ok_and(|is_cuda| is_cuda.is_truthy().unwrap_or(false))
+        };
         let heads = [k_scale.filter(is_tensor), v_scale.filter(is_tensor)];
         let number =
             |name, value: Option<&'a Bound<'py, PyAny>>| read_positive(name, value.filter(|value| !is_tensor(value)));

@@ -65,7 +65,20 @@ def queries(rows, dtype=torch.float16, seed=1, q_heads=8, head_dim=64, device="c
     return torch.randn((rows, q_heads, head_dim), generator=generator).to(dtype).to(device)
 
 
-def reference(batch, q, k, v, layout="NHD", scale=None, dtype=torch.float64, softcap=None, sinks=None, window=None, chunk=None, visible=None):
+def reference(
+    batch,
+    q,
+    k,
+    v,
+    layout="NHD",
+    scale=None,
+    dtype=torch.float64,
+    softcap=None,
+    sinks=None,
+    window=None,
+    chunk=None,
+    visible=None,
+):
     """Output and LSE by torch's own operations, one sequence at a time; without caps and sinks by its attention."""
     if layout == "HND":
         k, v = (cache.transpose(1, 2) for cache in (k, v))

@@ -162,7 +162,7 @@ def test_8_bit_caches_equal_torch(kv_dtype, dtype, by_head, as_bytes):
     torch.testing.assert_close(lse.double(), expected_lse, atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("factor", [0.0, -1.0, float("nan"), float("inf"), torch.tensor([1.0, float("nan")]), torch.ones(3)])
+@pytest.mark.parametrize("factor", [0.0, -1.0, float("nan"), float("inf"), torch.tensor([1.0, float("nan")]), torch.ones(3), torch.ones(1)])
 @pytest.mark.parametrize("name", ["k_scale", "v_scale"])
 def test_factors_that_are_none_are_refused(name, factor):
     batch = random_forest(11)

@@ -4,7 +4,8 @@
 use half::f16;
 use pat_rs::plan::{PlanCapacity, PlanChange};
 use pat_rs::{
-    AttentionShape, DecodeBatch, DeviceProfile, Dtype, PlanOptions, Planner, Problem, QueryTokens, Reach, supports,
+    AttentionShape, DecodeBatch, DeviceProfile, Dtype, PlanOptions, Planner, Problem, QueryTokens, Reach, VisibleBatch,
+    supports,
 };
 use pat_tests::invariants::{check_visible, modes, random_forest};
 use pat_tests::random_case;
@@ -177,6 +178,22 @@ fn what_is_no_tree_is_refused() {
     let queries = QueryTokens::tree(&view, &[None]).unwrap();
     let message = planner(plain, PlanOptions::default()).plan(&queries.batch()).unwrap_err().to_string();
     assert_eq!(message, "query tree of the batch: got yes, expected none: the planner's problem has no query tree");
+    let mut of_chains = planner(plain, PlanOptions::default());
+    let mut plan = of_chains.plan(&view).unwrap();
+    let message = of_chains.advance(&queries.batch(), None, &mut plan).unwrap_err().to_string();
+    assert_eq!(message, "query tree of the batch: got yes, expected none: the planner's problem has no query tree");
+    // What is left of trees names parts of pages: nobody takes it for a batch of sequences.
+    let visible = VisibleBatch::new(&queries.batch(), Reach::Full).unwrap();
+    let message = of_chains.plan(&visible.batch()).unwrap_err().to_string();
+    assert!(message.starts_with("batch: got what is left of query trees, expected the batch"), "{message}");
+    let message = of_chains.advance(&visible.batch(), None, &mut plan).unwrap_err().to_string();
+    assert!(message.starts_with("batch: got what is left of query trees, expected the batch"), "{message}");
+    let message = VisibleBatch::new(&visible.batch(), Reach::Window(4)).unwrap_err().to_string();
+    assert_eq!(message, "batch: got what is left of query trees, expected the batch that it was made from");
+    for batch in [queries.batch(), visible.batch()] {
+        let message = refusal(QueryTokens::uniform(&batch, 1));
+        assert_eq!(message, "batch: got rows that form query trees, expected a batch of sequences");
+    }
     let forced = PlanOptions::default().with_variants([pat_rs::TileVariant::Wgmma64]);
     let refused = Planner::new(plain.with_query_tree(4), DeviceProfile::h200(), forced).unwrap_err().to_string();
     assert!(refused.contains("query tree: got yes, expected none"), "{refused}");

@@ -44,7 +44,7 @@ impl DecodeLoop {
     /// A field other than `shared_pages` or `seed` is 0, or the pool would have 2^31 pages or more.
     pub fn new(spec: DecodeLoopSpec) -> Self {
         let DecodeLoopSpec { sequences, groups, shared_pages, prompt_tokens, output_tokens, page_size, .. } = spec;
-        assert!(groups > 0 && prompt_tokens > 0 && output_tokens > 0 && page_size > 0, "{spec:?}");
+        assert!(sequences > 0 && groups > 0 && prompt_tokens > 0 && output_tokens > 0 && page_size > 0, "{spec:?}");
         let most_pages = u64::from(prompt_tokens) + u64::from(output_tokens);
         let most_pages = u64::from(sequences) * most_pages.div_ceil(u64::from(page_size));
         let num_pages = u64::from(groups) * u64::from(shared_pages) + most_pages;

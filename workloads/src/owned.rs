@@ -109,6 +109,7 @@ mod tests {
         assert_eq!(compact.compacted(), compact);
         compact.view(&compact.rows()).expect("valid");
     }
+
     fn long() -> OwnedBatch {
         OwnedBatch {
             page_size: 4,

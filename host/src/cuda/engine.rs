@@ -136,8 +136,8 @@ pub(super) fn forward_kernel(
     if !variant.serves(switches) {
         return Err(Error::PlanMismatch {
             what: "the features of the kernels".into(),
-            plan: format!("items of {}, which cannot cap scores", variant.name()),
-            call: "a soft_cap".into(),
+            plan: format!("items of {}, which has no kernels with them", variant.name()),
+            call: if switches.soft_cap { "a soft_cap" } else { "rows that see part of their pages" }.into(),
         });
     }
     manifest::find_forward(variant, shape.dtype(), shape.kv_dtype(), shape.head_dim())

@@ -291,8 +291,7 @@ impl Plan {
         }
     }
 
-    /// Makes this the plan of `records`.
-    /// Allocates only where it grows.
+    /// Makes this the plan of `records`. Allocates only where it grows.
     ///
     /// # Errors
     /// An offset or count does not fit its record; the plan is as before.

@@ -91,7 +91,8 @@ pub enum PlanMode {
 }
 
 /// Makes plans for one problem on one device; keeps its scratch memory between calls, so that a step of a batch that
-/// does not grow allocates nothing ([`Planner::plan_into`], [`Planner::advance`]), but where rows do not see all of their sequences.
+/// does not grow, and in which no row gets more pages than it had, allocates nothing ([`Planner::plan_into`],
+/// [`Planner::advance`]), but where rows do not see all of their sequences.
 #[derive(Clone, Debug)]
 pub struct Planner {
     problem: Problem,
@@ -301,6 +302,10 @@ impl Planner {
             let expected = "none: the planner's problem has no query tree";
             return Err(Error::invalid("query tree of the batch", "yes", expected));
         }
+        if batch.is_of_entries() {
+            let expected = "the batch that it was made from: the planner leaves out what rows do not see";
+            return Err(Error::invalid("batch", "what is left of query trees", expected));
+        }
         if reach == Reach::Full && batch.trees().is_none() {
             return self.plan_tokens(batch, Hidden::default(), plan);
         }
@@ -343,7 +348,8 @@ impl Planner {
         plan: &mut Plan,
     ) -> Result<PlanChange> {
         let Visibility { reach, is_tree, .. } = self.problem.visibility();
-        if self.newest != Some(plan.generation()) || reach != Reach::Full || is_tree {
+        let is_plain = reach == Reach::Full && !is_tree && batch.trees().is_none() && !batch.is_of_entries();
+        if self.newest != Some(plan.generation()) || !is_plain {
             self.plan_into(batch, plan)?;
             return Ok(PlanChange::Forest);
         }
@@ -351,12 +357,16 @@ impl Planner {
         // Fixed chunks are where they are, whatever the step: there is nothing to keep, and no room for another page.
         let keeps_tiles = !matches!(self.options.mode, PlanMode::FixedChunk { .. });
         let room = if keeps_tiles { ROOM_TOKENS.div_ceil(self.problem.page_size()) } else { 0 };
-        let (change, is_known) = self.snapshot.update(batch, changed_rows, keeps_tiles)?;
-        if change == PlanChange::Nothing {
-            return Ok(change);
-        }
+        // From here on the members are changed in place: what ends in between leaves no plan to go on from.
+        let newest = self.newest.take();
+        let (change, is_known) = match self.snapshot.update(batch, changed_rows, keeps_tiles) {
+            Ok(update) if update.0 != PlanChange::Nothing => update,
+            unchanged => {
+                self.newest = newest;
+                return unchanged.map(|(change, _)| change);
+            }
+        };
         let mut step = if change < PlanChange::Forest { self.grow(plan) } else { Step::Impossible };
-        self.newest = None;
         if step == Step::Impossible && keeps_tiles && is_known {
             step = self.keep(batch, plan, change, room)?;
         }
@@ -368,7 +378,7 @@ impl Planner {
             self.take(batch, Hidden::default());
         }
         match self.plan_best(batch, Hidden::default(), plan, room) {
-            // A plan that is slow is better than none: what is faster exceeds the capacity.
+            // A plan that is slow is better than none: what is faster exceeds the capacity. The next step is planned from scratch.
             Err(_) if step == Step::Slow => Ok(change),
             result => result.map(|()| change),
         }

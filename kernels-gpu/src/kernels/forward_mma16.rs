@@ -21,8 +21,8 @@ const WARPS: u32 = TileVariant::Mma16.config(128).key_splits;
 /// Rows of a tile.
 const ROWS: u32 = TileVariant::Mma16.config(128).rows;
 
-/// `HEAD_STEPS` is head_dim / 16, `ROW_STEPS` that of a 16-bit row as long as one of K. Units of `UNIT_TOKENS = 16 * KEY_STEPS` tokens; `STAGES` of them (K and V each) are in flight per
-/// warp, `PENDING = 2*STAGES - 1` copies.
+/// `HEAD_STEPS` is head_dim / 16, `ROW_STEPS` that of a 16-bit row as long as one of K. Units of `UNIT_TOKENS = 16 * KEY_STEPS`
+/// tokens; `STAGES` of them (K and V each) are in flight per warp, `PENDING = 2*STAGES - 1` copies.
 ///
 /// # Safety
 /// `params` describes live buffers and a plan made for them; the launch is as the manifest says.

@@ -1,6 +1,12 @@
 """What the plug-in serves: reasons why a model, a KV cache group or a layer stays on the stock path."""
 
+import os
+
 import prefix_attn as pa
+
+#: Whether layers with a sliding window are served. Their kernels have been run in interpreted PTX alone, and such plans are made
+#: from scratch at each step.
+SERVES_WINDOWS = os.environ.get("PREFIX_ATTN_WINDOWS", "0") == "1"
 
 
 def of_engine(vllm_config) -> str | None:
@@ -49,6 +55,8 @@ def of_group(spec, shape: "pa.AttentionShape | None") -> str | None:
         return f"a KV cache of {spec.kv_quant_mode.name}"
     if shape is None:
         return "a shape for which there are no kernels"
+    if window_of(spec) is not None and not SERVES_WINDOWS:
+        return "a sliding window (PREFIX_ATTN_WINDOWS=1 serves them)"
     return pa.supports(shape, spec.block_size, window=window_of(spec))
 
 

@@ -11,6 +11,7 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from world import World
 
 import prefix_attn as pa
+from prefix_attn.vllm import eligibility
 from prefix_attn.vllm.builder import Builder
 
 
@@ -132,6 +133,7 @@ def test_windows_sinks_and_soft_caps(monkeypatch, model_folder, stock_kernels, s
     from vllm.v1.attention.backends import flash_attn
 
     monkeypatch.setattr(flash_attn, "flash_attn_supports_sinks", lambda: True, raising=False)
+    monkeypatch.setattr(eligibility, "SERVES_WINDOWS", True)
     if way == "device":
         device_path.install(monkeypatch)
     world = World(monkeypatch, model_folder, **layer)
@@ -143,6 +145,14 @@ def test_windows_sinks_and_soft_caps(monkeypatch, model_folder, stock_kernels, s
     metrics = world.builder.metrics
     assert metrics.kernel_calls == 2 * (metrics.decode_steps + metrics.mixed_steps)
     assert (metrics.kernel_calls > 12) == (reason is None)
+
+
+def test_windows_are_the_stock_backends_unless_asked_for(monkeypatch, model_folder, stock_kernels, seeded):
+    world = World(monkeypatch, model_folder, per_layer_sliding_window=128)
+    assert world.builder._stock_reason == "a sliding window (PREFIX_ATTN_WINDOWS=1 serves them)"
+    for _ in world.random_steps(4):
+        pass
+    assert world.builder.metrics.kernel_calls == 0
 
 
 def test_sinks_that_are_loaded_again(monkeypatch, model_folder, stock_kernels, seeded):
