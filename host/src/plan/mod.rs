@@ -3,7 +3,7 @@
 //! batch -> [`forest`] (who shares which pages) -> [`tiling`] (which sequences one CTA serves, how their KV is cut) ->
 //! emit (streams, masks, order, slots) -> [`Plan`]. The cost model ([`cost`]) compares candidate tilings, from no sharing
 //! at all to as many sequences per CTA as its tile has rows. From step to step ([`Planner::advance`]) tiles are kept
-//! ([`keep`]), and sequences that have only grown get their pages in place.
+//! (`keep.rs`), and sequences that have only grown get their pages in place.
 
 mod balance;
 mod buffer;
