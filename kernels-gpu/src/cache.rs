@@ -1,5 +1,6 @@
 //! How the mma.sync kernels read K and V, whose elements are of Q's type or have 8 bits and factors.
 
+use core::borrow::Borrow;
 use core::marker::PhantomData;
 
 use pat_abi::layout::{
@@ -23,6 +24,8 @@ const ODD: u32 = 0x3414;
 
 /// What the forward kernels do differently by the elements of K and V.
 pub trait Cache: Copy {
+    /// What a kernel is launched with.
+    type Params;
     /// Bytes of an element.
     const BYTES: u32;
 
@@ -30,6 +33,12 @@ pub trait Cache: Copy {
     const QUERY_LANE_BYTES: u64;
     /// and two so many bytes behind them.
     const QUERY_HALF_BYTES: u64;
+
+    /// The cache of this CTA's KV head, and what the kernels beside it take.
+    ///
+    /// # Safety
+    /// Where `params` names factors, there is one for each KV head.
+    unsafe fn of(params: &Self::Params) -> (Self, impl Borrow<ForwardParams>);
 
     /// As [`fragment::scores`].
     ///
@@ -79,9 +88,15 @@ pub trait Cache: Copy {
 pub struct Plain;
 
 impl Cache for Plain {
+    type Params = ForwardParams;
     const BYTES: u32 = 2;
     const QUERY_LANE_BYTES: u64 = 4;
     const QUERY_HALF_BYTES: u64 = 16;
+
+    #[inline(always)]
+    unsafe fn of(params: &ForwardParams) -> (Self, impl Borrow<ForwardParams>) {
+        (Self, params)
+    }
 
     #[inline(always)]
     unsafe fn scores<E: Element, const HEAD_STEPS: usize, const KEY_STEPS: usize>(
@@ -146,12 +161,20 @@ impl<C> Clone for EightBit<C> {
 impl<C> Copy for EightBit<C> {}
 
 impl<C: Code> EightBit<C> {
-    /// The cache of this CTA's KV head, and what the kernels beside K's factor take: it is part of the scores' scale.
-    ///
-    /// # Safety
-    /// Where `params` names factors, there is one for each KV head.
     #[inline(always)]
-    pub unsafe fn new(params: &ScaledForwardParams) -> (Self, ForwardParams) {
+    fn widen<E: Element, const SELECTOR: u32>(word: u32) -> u32 {
+        E::widen::<C>(permute::<SELECTOR>(word))
+    }
+}
+
+impl<C: Code> Cache for EightBit<C> {
+    type Params = ScaledForwardParams;
+    const BYTES: u32 = 1;
+    const QUERY_LANE_BYTES: u64 = 8;
+    const QUERY_HALF_BYTES: u64 = 4;
+
+    #[inline(always)]
+    unsafe fn of(params: &ScaledForwardParams) -> (Self, impl Borrow<ForwardParams>) {
         let (_, kv_head) = params.forward.kv_heads_divisor.divide_remainder(special::cta_index());
         let of_head = |factors: u64| {
             if factors == 0 {
@@ -160,6 +183,7 @@ impl<C: Code> EightBit<C> {
             // SAFETY: the caller's contract.
             f32::from_bits(unsafe { load_global_u32(factors + kv_head as u64 * 4) })
         };
+        // K's factor is part of the scores' scale.
         let k_scale = params.k_scale * of_head(params.k_scales);
         let mut forward = params.forward;
         // A cap is of what comes behind the scale, and without one its factor is not used.
@@ -167,17 +191,6 @@ impl<C: Code> EightBit<C> {
         forward.scale_log2 *= switches::one_under_cap(k_scale);
         (Self { v_scale: params.v_scale * of_head(params.v_scales), code: PhantomData }, forward)
     }
-
-    #[inline(always)]
-    fn widen<E: Element, const SELECTOR: u32>(word: u32) -> u32 {
-        E::widen::<C>(permute::<SELECTOR>(word))
-    }
-}
-
-impl<C: Code> Cache for EightBit<C> {
-    const BYTES: u32 = 1;
-    const QUERY_LANE_BYTES: u64 = 8;
-    const QUERY_HALF_BYTES: u64 = 4;
 
     #[inline(always)]
     unsafe fn scores<E: Element, const HEAD_STEPS: usize, const KEY_STEPS: usize>(

@@ -4,8 +4,10 @@
 //! loop has no CTA barrier: warps drift apart and keep the memory system busy. A stage is refilled as soon as its K (then
 //! its V) has been consumed. The four states are combined in shared memory at the end.
 
+use core::borrow::Borrow;
+
 use pat_abi::tile::warp_state_bytes;
-use pat_abi::{ForwardParams, ScaledForwardParams, TileConfig, TileVariant, kernel_shapes, scaled_kernel_shapes};
+use pat_abi::{ForwardParams, TileConfig, TileVariant, kernel_shapes, scaled_kernel_shapes};
 
 use crate::cache::{Cache, EightBit, Plain};
 use crate::eight_bit::{E4m3, E5m2};
@@ -174,8 +176,18 @@ unsafe fn forward<
 
 macro_rules! entries {
     ($([$head_dim:literal $element:ident $name:literal])*) => {
-        $(const _: () = {
+        $(entry!($head_dim $element Plain, $name);)*
+    };
+    ($([$head_dim:literal $element:ident $code:ident $name:literal])*) => {
+        $(entry!($head_dim $element EightBit<$code>, $name);)*
+    };
+}
+
+macro_rules! entry {
+    ($head_dim:literal $element:ident $cache:ty, $name:literal) => {
+        const _: () = {
             const CONFIG: TileConfig = TileVariant::Mma16.config($head_dim);
+            const ROW_STEPS: usize = $head_dim * <$cache as Cache>::BYTES as usize / 32;
             const UNIT_TOKENS: u32 = CONFIG.tile_keys();
             const KEY_STEPS: usize = UNIT_TOKENS as usize / 16;
             const STAGES: u32 = CONFIG.stages;
@@ -185,42 +197,19 @@ macro_rules! entries {
             /// # Safety
             /// `params` describes live buffers and a plan made for them; launched as the manifest says.
             #[unsafe(export_name = concat!("pat_forward_mma16_d", $head_dim, "_", $name))]
-            unsafe extern "ptx-kernel" fn entry(params: ForwardParams) {
+            unsafe extern "ptx-kernel" fn entry(params: <$cache as Cache>::Params) {
                 // SAFETY: the caller's contract.
-                unsafe { forward::<$element, Plain, { $head_dim / 16 }, { $head_dim / 16 }, UNIT_TOKENS, KEY_STEPS, STAGES, PENDING>(
-                    &params, Plain,
-                ) }
+                unsafe {
+                    let (cache, params) = <$cache>::of(&params);
+                    forward::<$element, $cache, { $head_dim / 16 }, ROW_STEPS, UNIT_TOKENS, KEY_STEPS, STAGES, PENDING>(
+                        params.borrow(),
+                        cache,
+                    );
+                }
             }
-        };)*
+        };
     };
 }
 
 kernel_shapes!(entries! {});
-
-macro_rules! scaled_entries {
-    ($([$head_dim:literal $element:ident $code:ident $name:literal])*) => {
-        $(const _: () = {
-            const CONFIG: TileConfig = TileVariant::Mma16.config($head_dim);
-            const UNIT_TOKENS: u32 = CONFIG.tile_keys();
-            const KEY_STEPS: usize = UNIT_TOKENS as usize / 16;
-            const STAGES: u32 = CONFIG.stages;
-            const PENDING: u32 = 2 * STAGES - 1;
-            /// See the module.
-            ///
-            /// # Safety
-            /// `params` describes live buffers and a plan made for them; launched as the manifest says.
-            #[unsafe(export_name = concat!("pat_forward_mma16_d", $head_dim, "_", $name))]
-            unsafe extern "ptx-kernel" fn entry(params: ScaledForwardParams) {
-                // SAFETY: the caller's contract.
-                unsafe {
-                    let (cache, params) = EightBit::<$code>::new(&params);
-                    forward::<$element, _, { $head_dim / 16 }, { $head_dim / 32 }, UNIT_TOKENS, KEY_STEPS, STAGES, PENDING>(
-                        &params, cache,
-                    );
-                }
-            }
-        };)*
-    };
-}
-
-scaled_kernel_shapes!(scaled_entries! {});
+scaled_kernel_shapes!(entries! {});

@@ -5,11 +5,10 @@
 //! arrives under Q K^T and the softmax. Q stays in registers: it saves one `ldmatrix` in five, and shared memory is what
 //! bounds these kernels.
 
+use core::borrow::Borrow;
+
 use pat_abi::tile::warp_state_bytes;
-use pat_abi::{
-    ForwardParams, ScaledForwardParams, TileConfig, TileVariant, kernel_shapes, narrow_kernel_shapes,
-    scaled_kernel_shapes,
-};
+use pat_abi::{ForwardParams, TileConfig, TileVariant, kernel_shapes, narrow_kernel_shapes, scaled_kernel_shapes};
 
 use crate::cache::{Cache, EightBit, Plain};
 use crate::eight_bit::{E4m3, E5m2};
@@ -213,76 +212,51 @@ unsafe fn store<E: Element, C: Cache, const HEAD_STEPS: usize>(
 
 macro_rules! entries {
     ($variant:ident $prefix:literal $([$head_dim:literal $element:ident $name:literal])*) => {
-        $(const _: () = {
+        $(entry!($variant $prefix $head_dim $element Plain, $name);)*
+    };
+    ($variant:ident $prefix:literal $([$head_dim:literal $element:ident $code:ident $name:literal])*) => {
+        $(entry!($variant $prefix $head_dim $element EightBit<$code>, $name);)*
+    };
+}
+
+macro_rules! entry {
+    ($variant:ident $prefix:literal $head_dim:literal $element:ident $cache:ty, $name:literal) => {
+        const _: () = {
             const VARIANT: TileVariant = TileVariant::$variant;
             const CONFIG: TileConfig = VARIANT.config($head_dim);
+            const ROW_STEPS: usize = $head_dim * <$cache as Cache>::BYTES as usize / 32;
             const ROW_WARPS: u32 = CONFIG.row_warps();
-            const KEY_STEPS: usize = (CONFIG.keys / CONFIG.key_splits / 16) as usize;
-            const LOADED: u32 = CONFIG.keys / (ROW_WARPS * CONFIG.key_splits);
+            const SPLITS: u32 = CONFIG.key_splits;
+            const KEY_STEPS: usize = (CONFIG.keys / SPLITS / 16) as usize;
+            const LOADED: u32 = CONFIG.keys / (ROW_WARPS * SPLITS);
             /// See the module.
             ///
             /// # Safety
             /// `params` describes live buffers and a plan made for them; launched as the manifest says.
             #[unsafe(export_name = concat!($prefix, "_d", $head_dim, "_", $name))]
-            unsafe extern "ptx-kernel" fn entry(params: ForwardParams) {
-                const SPLITS: u32 = CONFIG.key_splits;
+            unsafe extern "ptx-kernel" fn entry(params: <$cache as Cache>::Params) {
                 // SAFETY: the caller's contract.
                 unsafe {
+                    let (cache, params) = <$cache>::of(&params);
                     forward::<
                         $element,
-                        Plain,
+                        $cache,
                         { VARIANT.index() },
                         { $head_dim / 16 },
-                        { $head_dim / 16 },
+                        ROW_STEPS,
                         ROW_WARPS,
                         SPLITS,
                         KEY_STEPS,
                         LOADED,
-                    >(&params, Plain);
+                    >(params.borrow(), cache);
                 }
             }
-        };)*
+        };
     };
 }
 
 kernel_shapes!(entries! { Mma32 "pat_forward_mma32" });
 kernel_shapes!(entries! { Mma64 "pat_forward_mma64" });
 narrow_kernel_shapes!(entries! { Mma128 "pat_forward_mma128" });
-
-macro_rules! scaled_entries {
-    ($variant:ident $prefix:literal $([$head_dim:literal $element:ident $code:ident $name:literal])*) => {
-        $(const _: () = {
-            const VARIANT: TileVariant = TileVariant::$variant;
-            const CONFIG: TileConfig = VARIANT.config($head_dim);
-            const ROW_WARPS: u32 = CONFIG.row_warps();
-            const KEY_STEPS: usize = (CONFIG.keys / CONFIG.key_splits / 16) as usize;
-            const LOADED: u32 = CONFIG.keys / (ROW_WARPS * CONFIG.key_splits);
-            /// See the module.
-            ///
-            /// # Safety
-            /// `params` describes live buffers and a plan made for them; launched as the manifest says.
-            #[unsafe(export_name = concat!($prefix, "_d", $head_dim, "_", $name))]
-            unsafe extern "ptx-kernel" fn entry(params: ScaledForwardParams) {
-                const SPLITS: u32 = CONFIG.key_splits;
-                // SAFETY: the caller's contract.
-                unsafe {
-                    let (cache, params) = EightBit::<$code>::new(&params);
-                    forward::<
-                        $element,
-                        _,
-                        { VARIANT.index() },
-                        { $head_dim / 16 },
-                        { $head_dim / 32 },
-                        ROW_WARPS,
-                        SPLITS,
-                        KEY_STEPS,
-                        LOADED,
-                    >(&params, cache);
-                }
-            }
-        };)*
-    };
-}
-
-scaled_kernel_shapes!(scaled_entries! { Mma32 "pat_forward_mma32" });
-scaled_kernel_shapes!(scaled_entries! { Mma64 "pat_forward_mma64" });
+scaled_kernel_shapes!(entries! { Mma32 "pat_forward_mma32" });
+scaled_kernel_shapes!(entries! { Mma64 "pat_forward_mma64" });
