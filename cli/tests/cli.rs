@@ -1,37 +1,19 @@
 //! The tool as its users meet it: arguments in; text, JSON, pictures and exit status out. Everything runs on the CPU.
 
+mod tool;
+
 use pat_rs::DeviceProfile;
 use serde_json::Value;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::Command;
 use tempfile::TempDir;
-
-/// Runs `pat` without any CUDA device in sight: messages are the same with a driver and without, up to the reason.
-fn pat(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_pat")).args(args).env("CUDA_VISIBLE_DEVICES", "").output().expect("pat starts")
-}
-
-/// Standard output of a call that must succeed.
-fn stdout(args: &[&str]) -> String {
-    let output = pat(args);
-    assert_eq!(output.status.code(), Some(0), "pat {args:?}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).expect("UTF-8")
-}
-
-fn json(args: &[&str]) -> Value {
-    serde_json::from_str(&stdout(args)).expect("JSON")
-}
+use tool::{json, pat, stdout};
 
 /// Asserts that a call is refused with status 2, prints nothing to standard output, and names `parts` in its message.
 fn refused(args: &[&str], parts: &[&str]) {
-    let output = pat(args);
-    let message = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(2), "pat {args:?}: {message}");
+    let output = tool::refused(args, parts);
     assert!(output.stdout.is_empty(), "pat {args:?} printed {}", String::from_utf8_lossy(&output.stdout));
-    for part in parts {
-        assert!(message.contains(part), "pat {args:?}: {part:?} is not in {message:?}");
-    }
 }
 
 /// A file in a temporary folder.

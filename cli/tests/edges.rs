@@ -1,48 +1,19 @@
 //! The tool where things go wrong or are unusual: full disks, closed pipes, padded and sparse batches, traces of other kinds,
 //! nothing to measure. Everything runs on the CPU.
 
+mod tool;
+
 use pat_rs::{AttentionShape, Dtype, Problem, supports};
 use serde_json::Value;
 use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
+use tool::{command, json, pat, refused, stdout};
 
 const RESULTS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../bench/results");
-
-fn command(args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_pat"));
-    command.args(args).env("CUDA_VISIBLE_DEVICES", "");
-    command
-}
-
-fn pat(args: &[&str]) -> Output {
-    command(args).output().expect("pat starts")
-}
-
-/// Standard output of a call that must succeed.
-fn stdout(args: &[&str]) -> String {
-    let output = pat(args);
-    assert_eq!(output.status.code(), Some(0), "pat {args:?}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).expect("UTF-8")
-}
-
-fn json(args: &[&str]) -> Value {
-    serde_json::from_str(&stdout(args)).expect("JSON")
-}
-
-/// Asserts that a call ends with status 2 and that its message begins as an error does and has `parts`.
-fn refused(args: &[&str], parts: &[&str]) {
-    let output = pat(args);
-    let message = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(2), "pat {args:?}: {message}");
-    assert!(!message.contains("panicked"), "pat {args:?}: {message}");
-    for part in parts {
-        assert!(message.contains(part), "pat {args:?}: {part:?} is not in {message:?}");
-    }
-}
 
 fn file(folder: &TempDir, name: &str, text: &str) -> PathBuf {
     let path = folder.path().join(name);

@@ -1,35 +1,26 @@
 //! `pat models`, and the options that say what a model's attention is: the table as people and programs read it, runs of its
 //! models, several query tokens, and options that contradict each other.
 
+mod tool;
+
 use serde_json::{Value, json};
 use std::path::Path;
-use std::process::{Command, Output};
-
-fn pat(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_pat")).args(args).env("CUDA_VISIBLE_DEVICES", "").output().expect("pat starts")
-}
-
-fn stdout(args: &[&str]) -> String {
-    let output = pat(args);
-    assert_eq!(output.status.code(), Some(0), "pat {args:?}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).expect("UTF-8")
-}
+use tool::stdout;
 
 /// Asserts that a call ends with status 2 and this message, and prints nothing else.
 fn refused(args: &[&str], message: &str) {
-    let output = pat(args);
-    assert_eq!(output.status.code(), Some(2), "pat {args:?}");
+    let output = tool::refused(args, &[]);
     assert!(output.stdout.is_empty(), "pat {args:?}");
     assert_eq!(String::from_utf8_lossy(&output.stderr), format!("error: {message}\n"), "pat {args:?}");
 }
 
 fn report(args: &[&str]) -> Value {
-    serde_json::from_str(&stdout(&[args, &["--json"]].concat())).expect("JSON")
+    tool::json(&[args, &["--json"]].concat())
 }
 
 #[test]
 fn layers_are_listed_with_what_the_validator_says() {
-    let rows: Value = serde_json::from_str(&stdout(&["models", "--json"])).expect("JSON");
+    let rows = report(&["models"]);
     let rows = rows.as_array().expect("a list");
     assert!(rows.len() > 40);
     let row = |model: &str| rows.iter().find(|row| row["model"] == model).expect(model);

@@ -14,10 +14,18 @@ pub struct DecodeBatch<'a> {
     lengths: Lengths<'a>,
     page_size: u32,
     num_pages: u32,
-    /// Where rows are query tokens that form trees.
-    trees: Option<Trees<'a>>,
-    /// Whether page ids may stand for parts of pages, as they do in what is left of query trees.
-    is_of_entries: bool,
+    rows: Rows<'a>,
+}
+
+/// What rows are.
+#[derive(Clone, Copy, Debug)]
+enum Rows<'a> {
+    /// Sequences, or query tokens of sequences.
+    Sequences,
+    /// Query tokens that form trees.
+    Trees(Trees<'a>),
+    /// What is left of query trees: page ids may stand for parts of pages.
+    Entries,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -94,44 +102,44 @@ impl<'a> DecodeBatch<'a> {
             ));
         }
         let lengths = Lengths::Tokens(Integers::of(lengths));
-        Self { tables: Tables::Rows(tables), lengths, page_size, num_pages, trees: None, is_of_entries: false }
-            .validated()
+        Self::new(Tables::Rows(tables), lengths, page_size, num_pages).validated()
+    }
+
+    fn new(tables: Tables<'a>, lengths: Lengths<'a>, page_size: u32, num_pages: u32) -> Self {
+        Self { tables, lengths, page_size, num_pages, rows: Rows::Sequences }
     }
 
     /// Rows of a batch that has been checked.
     pub(crate) fn of_rows(tables: &'a [&'a [u32]], lengths: &'a [u32], page_size: u32, num_pages: u32) -> Self {
         let lengths = Lengths::Tokens(Integers::of(lengths));
-        Self { tables: Tables::Rows(tables), lengths, page_size, num_pages, trees: None, is_of_entries: false }
+        Self::new(Tables::Rows(tables), lengths, page_size, num_pages)
     }
 
     /// Rows of entries: each has as many tokens as entries have pages.
     pub(crate) fn of_entries(entries: &'a Entries, lengths: &'a [u32], page_size: u32, num_pages: u32) -> Self {
         let tables = Tables::Csr { indptr: Integers::of(&entries.indptr), ids: Integers::of(&entries.ids) };
         let lengths = Lengths::Tokens(Integers::of(lengths));
-        Self { tables, lengths, page_size, num_pages, trees: None, is_of_entries: true }
+        Self { rows: Rows::Entries, ..Self::new(tables, lengths, page_size, num_pages) }
     }
 
     /// With rows that are query tokens of these trees.
     pub(crate) fn with_trees(self, trees: Option<Trees<'a>>) -> Self {
-        Self { trees, ..self }
+        trees.map_or(self, |trees| Self { rows: Rows::Trees(trees), ..self })
     }
 
     /// The trees that the rows form, if they are query tokens of trees.
     pub(crate) fn trees(&self) -> Option<Trees<'a>> {
-        self.trees
+        if let Rows::Trees(trees) = self.rows { Some(trees) } else { None }
     }
 
     /// Whether this is what is left of query trees ([`crate::VisibleBatch::batch`]): to be looked at, not to be planned again.
     pub(crate) fn is_of_entries(&self) -> bool {
-        self.is_of_entries
+        matches!(self.rows, Rows::Entries)
     }
 
-    /// Refuses a batch whose rows are query tokens of trees, or what is left of these, where a batch of sequences is asked for.
-    pub(crate) fn check_is_of_sequences(&self) -> Result<()> {
-        if self.trees.is_some() || self.is_of_entries {
-            return Err(Error::invalid("batch", "rows that form query trees", "a batch of sequences"));
-        }
-        Ok(())
+    /// Whether rows are sequences, not query tokens of trees nor what is left of these.
+    pub(crate) fn is_of_sequences(&self) -> bool {
+        matches!(self.rows, Rows::Sequences)
     }
 
     /// A row-major padded matrix, `[rows, row_stride]`, as engines keep it (vLLM, transformers), padded with
@@ -156,7 +164,7 @@ impl<'a> DecodeBatch<'a> {
         }
         let tables = Tables::Padded { ids: Integers::of(ids), row_stride };
         let lengths = Lengths::Tokens(Integers::of(lengths));
-        Self { tables, lengths, page_size, num_pages, trees: None, is_of_entries: false }.validated()
+        Self::new(tables, lengths, page_size, num_pages).validated()
     }
 
     /// FlashInfer's form: sequence `b` owns `indices[indptr[b]..indptr[b+1]]`; its last page holds `last_page_len[b]`
@@ -208,15 +216,8 @@ impl<'a> DecodeBatch<'a> {
                 ));
             }
         }
-        Self {
-            tables: Tables::Csr { indptr, ids },
-            lengths: Lengths::LastPage { indptr, last_page_len },
-            page_size,
-            num_pages,
-            trees: None,
-            is_of_entries: false,
-        }
-        .validated()
+        let lengths = Lengths::LastPage { indptr, last_page_len };
+        Self::new(Tables::Csr { indptr, ids }, lengths, page_size, num_pages).validated()
     }
 
     /// Number of rows, empty ones included.

@@ -2,7 +2,7 @@
 //!
 //! It says what *can* run; which of the kernels that can is best is the planner's choice.
 
-use crate::{KvStrides, Problem, Reach};
+use crate::{KvStrides, Problem, QueryTokens, Reach};
 use pat_abi::{Arch, DeviceLimits, Family, KERNELS, KernelSpec, Switches, TileVariant};
 use std::fmt;
 
@@ -166,7 +166,10 @@ impl Asked<'_> {
             (Part::OutDtype, shape.out_dtype() != kernel.dtype),
             (Part::HeadDim, shape.head_dim() != kernel.head_dim),
             (Part::VHeadDim, shape.v_head_dim() != kernel.head_dim),
-            (Part::QueryTokens, visibility.query_tokens == 0),
+            (
+                Part::QueryTokens,
+                !(1..=most_query_tokens(problem).unwrap_or(u32::MAX)).contains(&visibility.query_tokens),
+            ),
             (Part::QueryTree, !variant.serves(switches_of(problem, Part::QueryTree))),
             (Part::Window, visibility.reach == Reach::Window(0) || !variant.serves(switches_of(problem, Part::Window))),
             (Part::Chunk, visibility.reach == Reach::Chunk(0) || !variant.serves(switches_of(problem, Part::Chunk))),
@@ -215,6 +218,11 @@ impl Asked<'_> {
     }
 }
 
+/// Query tokens that a sequence may have at most, where that is bounded.
+fn most_query_tokens(problem: &Problem) -> Option<u32> {
+    problem.visibility().is_tree.then_some(QueryTokens::MAX_OF_TREE as u32)
+}
+
 /// The switch that a part of a problem asks for.
 fn switches_of(problem: &Problem, part: Part) -> Switches {
     let Switches { soft_cap, window } = problem.switches();
@@ -243,7 +251,7 @@ fn accepted_by(problem: &Problem, kernel: &KernelSpec, variant: TileVariant, par
         Part::QDtype | Part::OutDtype => one(kernel.dtype.name().into()),
         Part::KvDtype => one(kernel.kv_dtype.name().into()),
         Part::HeadDim | Part::VHeadDim => one(kernel.head_dim.to_string()),
-        Part::QueryTokens => Accepted::Range(1, None),
+        Part::QueryTokens => Accepted::Range(1, most_query_tokens(problem)),
         Part::Window | Part::Chunk if variant.serves(switches_of(problem, part)) => Accepted::Range(1, None),
         Part::Chunk => one(format!("none or a multiple of page_size = {}", problem.page_size())),
         Part::QueryTree | Part::Window | Part::Alibi => one("none".into()),
@@ -427,6 +435,8 @@ mod tests {
         assert_eq!(of(TileVariant::Mma16, tree, 90), Ok(()));
         let reason = of(TileVariant::Wgmma64, tree, 90).unwrap_err().to_string();
         assert_eq!(reason, "query tree: got yes, expected none");
+        let reason = supports(&usual().with_query_tree(257), None, None).unwrap_err().to_string();
+        assert_eq!(reason, "query_tokens: got 257, expected 1 to 256");
         let reason = of(TileVariant::Wgmma64, usual(), 80).unwrap_err().to_string();
         assert_eq!(reason, "compute_capability: got 80, expected 90");
     }

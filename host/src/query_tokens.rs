@@ -148,7 +148,9 @@ impl<'a> QueryTokens<'a> {
     }
 
     fn new(batch: &DecodeBatch<'a>, count: impl Fn(usize) -> u32, argument: impl Fn(usize) -> String) -> Result<Self> {
-        batch.check_is_of_sequences()?;
+        if !batch.is_of_sequences() {
+            return Err(Error::invalid("batch", "rows that form query trees", "a batch of sequences"));
+        }
         // All counts before any row: a count may be any number.
         let mut rows = 0u64;
         for sequence in 0..batch.sequence_count() {

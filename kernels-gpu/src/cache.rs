@@ -3,9 +3,7 @@
 use core::borrow::Borrow;
 use core::marker::PhantomData;
 
-use pat_abi::layout::{
-    key_matrix_row, key_matrix_step, swizzled_chunk, swizzled_short_chunk, value_matrix_chunk, value_matrix_row,
-};
+use pat_abi::layout::{key_matrix_row, key_matrix_step, swizzled_chunk, value_matrix_chunk, value_matrix_row};
 use pat_abi::{ForwardParams, ScaledForwardParams};
 
 use crate::eight_bit::Code;
@@ -147,18 +145,11 @@ impl Cache for Plain {
 /// `ldmatrix` moves 16 bits at a time, two elements. Where a lane expects two columns of a key it gets four: they are taken as the
 /// columns of the two halves of a product's 16, and Q's columns are put into the same order. Where it expects a column of two tokens'
 /// values it gets two columns of each: these go to two products, and the order of the output's columns is put right at the end.
+#[derive(Clone, Copy)]
 pub struct EightBit<C> {
     v_scale: f32,
     code: PhantomData<C>,
 }
-
-impl<C> Clone for EightBit<C> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-
-impl<C> Copy for EightBit<C> {}
 
 impl<C: Code> EightBit<C> {
     #[inline(always)]
@@ -203,7 +194,7 @@ impl<C: Code> Cache for EightBit<C> {
         let row = key_matrix_row(lane);
         let mut s = [[[0.0; 4]; 2]; KEY_STEPS];
         for pair in 0..HEAD_STEPS / 2 {
-            let chunk = chunk_of::<HEAD_STEPS>(row, 2 * pair as u32 + key_matrix_step(lane));
+            let chunk = swizzled_chunk(HEAD_STEPS as u32, row, 2 * pair as u32 + key_matrix_step(lane));
             for block in 0..KEY_STEPS {
                 // SAFETY: inside the tile: `row < 16` and `chunk < HEAD_STEPS`.
                 let b = unsafe { ldmatrix_x4(keys + row * row_bytes + chunk * 16 + block as u32 * 16 * row_bytes) };
@@ -231,7 +222,7 @@ impl<C: Code> Cache for EightBit<C> {
         let row = value_matrix_row(lane);
         for block in 0..KEY_STEPS {
             for pair in 0..HEAD_STEPS / 2 {
-                let chunk = chunk_of::<HEAD_STEPS>(row, 2 * pair as u32 + value_matrix_chunk(lane));
+                let chunk = swizzled_chunk(HEAD_STEPS as u32, row, 2 * pair as u32 + value_matrix_chunk(lane));
                 let address = values + row * row_bytes + chunk * 16 + block as u32 * 16 * row_bytes;
                 // SAFETY: inside the tile: `row < 16` and `chunk < HEAD_STEPS`.
                 let b = unsafe { ldmatrix_x4_transposed(address) };
@@ -288,10 +279,4 @@ impl<C: Code> Cache for EightBit<C> {
         let word = unsafe { load_global_u32(address & !3) } >> shift;
         E::unpack(Self::widen::<E, FIRST>(word)).map(|value| value * self.v_scale)
     }
-}
-
-/// Position of chunk `chunk` of row `row` of a tile of 8-bit elements.
-#[inline(always)]
-const fn chunk_of<const HEAD_STEPS: usize>(row: u32, chunk: u32) -> u32 {
-    if HEAD_STEPS == 4 { swizzled_short_chunk(row, chunk) } else { swizzled_chunk(row, chunk) }
 }

@@ -7,7 +7,7 @@
 use crate::ptx::bytes::{scale_bf16x2, scale_f16x2};
 
 /// An 8-bit floating-point type.
-pub trait Code {
+pub trait Code: Copy {
     /// Two numbers as binary16, of codes in the upper bytes of both halves of a word whose lower bytes are 0.
     fn to_f16x2(codes: u32) -> u32;
 

@@ -1,4 +1,4 @@
-//! The 16-bit element types of Q, K, V and O.
+//! The 16-bit element types: of Q and O always, of K and V unless these have 8 bits.
 
 use crate::eight_bit::Code;
 use crate::ptx::{math, mma};

@@ -33,14 +33,4 @@ impl PlanWords for UnderWindow {
         // SAFETY: a word of a plan buffer, which nothing writes while a kernel reads it.
         unsafe { load_global_u32_under_window(address) }
     }
-
-    #[inline(always)]
-    fn pair(self, address: u64) -> [u32; 2] {
-        [self.word(address), self.word(address + 4)]
-    }
-
-    #[inline(always)]
-    fn quad(self, address: u64) -> [u32; 4] {
-        [0, 4, 8, 12].map(|offset| self.word(address + offset))
-    }
 }

@@ -47,10 +47,8 @@ impl Warp {
             let flow = if lanes == 0 {
                 Flow::Next
             } else {
-                {
-                    let flow = self.execute(lanes, group.pc, &instruction.op, common);
-                    flow.and_then(|flow| self.products.check().map(|()| flow)).map_err(|fault| (group.pc, fault))?
-                }
+                let flow = self.execute(lanes, group.pc, &instruction.op, common);
+                flow.and_then(|flow| self.products.check().map(|()| flow)).map_err(|fault| (group.pc, fault))?
             };
             match flow {
                 Flow::Next => self.groups[index].pc += 1,
@@ -122,7 +120,7 @@ impl Warp {
         if values.all(|value| value == first) { Ok(first) } else { Err(Fault::NotUniform(what)) }
     }
 
-    /// Whether all lanes of `needed` are here; `Wait` where some are still to come.
+    /// Whether all lanes of `needed` are here; a fault where one has exited.
     fn gathered(&self, needed: u32, lanes: u32) -> Result<bool> {
         match needed & self.exited {
             0 => Ok(needed & !lanes == 0),
@@ -140,6 +138,9 @@ impl Warp {
     }
 
     fn execute(&mut self, lanes: u32, pc: usize, op: &Op, common: &mut Common<'_>) -> Result<Flow> {
+        if op.wants_all_lanes() && !self.gathered(u32::MAX, lanes)? {
+            return Ok(Flow::Wait(Wait::Lanes));
+        }
         match op {
             &Op::Lanewise { function, to, from: [a, b, c] } => {
                 let values = function([self.get(a), self.get(b), self.get(c)]);
@@ -209,9 +210,6 @@ impl Warp {
             }
             &Op::WaitCopies { open_groups } => self.wait_copies(lanes, open_groups, common)?,
             &Op::LoadMatrices { to, from, transposed } => {
-                if !self.gathered(u32::MAX, lanes)? {
-                    return Ok(Flow::Wait(Wait::Lanes));
-                }
                 let mut rows = [[0; 16]; WARP];
                 for (lane, row) in rows.iter_mut().enumerate() {
                     *row = common.shared.read(self.by(lane), self.shared_address(from, lane))?;
@@ -220,9 +218,6 @@ impl Warp {
                 to.into_iter().zip(&values).for_each(|(slot, values)| self.set(slot, lanes, values));
             }
             &Op::Mma { of, d, a, b, c } => {
-                if !self.gathered(u32::MAX, lanes)? {
-                    return Ok(Flow::Wait(Wait::Lanes));
-                }
                 let a = a_matrix(of, a.map(|slot| self.get(slot)));
                 let b = b_matrix(of, b.map(|slot| self.get(slot)));
                 let sums = multiply_add(&a, &b, c.map(|slot| self.get(slot)));
@@ -230,9 +225,6 @@ impl Warp {
             }
             Op::FenceProducts => self.products.fence(),
             Op::Wgmma { d, a, b, adds, .. } => {
-                if !self.gathered(u32::MAX, lanes)? {
-                    return Ok(Flow::Wait(Wait::Lanes));
-                }
                 let b = MatrixDescriptor::decode(self.uniform(*b, lanes, "a matrix descriptor")?)?;
                 let adds = self.uniform(*adds, lanes, "whether a product is added")? != 0;
                 self.products.start(Product { pc, b, adds }, d.iter().chain(a).copied())?;
@@ -242,9 +234,6 @@ impl Warp {
                 self.products.groups.push_back(group);
             }
             &Op::WaitProducts { open_groups } => {
-                if !self.gathered(u32::MAX, lanes)? {
-                    return Ok(Flow::Wait(Wait::Lanes));
-                }
                 while self.products.groups.len() > open_groups {
                     for product in self.products.groups.pop_front().unwrap_or_default() {
                         self.multiply(product, common)?;

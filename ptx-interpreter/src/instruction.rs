@@ -185,3 +185,18 @@ pub(crate) enum Op {
         barrier: Address,
     },
 }
+
+impl Op {
+    /// Whether all lanes of the warp execute it together (`.sync.aligned`), which its own operands do not say.
+    pub(crate) fn wants_all_lanes(&self) -> bool {
+        matches!(
+            self,
+            Self::LoadMatrices { .. }
+                | Self::Mma { .. }
+                | Self::FenceProducts
+                | Self::Wgmma { .. }
+                | Self::CommitProducts
+                | Self::WaitProducts { .. }
+        )
+    }
+}

@@ -127,11 +127,6 @@ impl Kernel {
             max_threads: reader.max_threads,
         })
     }
-
-    /// Name of the entry.
-    pub fn name(&self) -> &str {
-        &self.name
-    }
 }
 
 fn branch_target(text: &str) -> Option<&str> {

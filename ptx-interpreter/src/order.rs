@@ -101,9 +101,8 @@ struct Fences {
 /// Who accessed what last, and what each warp knows of it.
 #[derive(Clone, Debug)]
 pub(crate) struct Order {
-    warps: usize,
-    clocks: Vec<Clock>,
     /// Of each warp.
+    clocks: Vec<Clock>,
     proxy_fences: Vec<Fences>,
     barrier_fences: Vec<Fences>,
     /// Of each granule: the last write.
@@ -122,7 +121,6 @@ impl Order {
         });
         let fences = vec![Fences { times: Vec::new(), known: Clock::new(warps) }; warps];
         Self {
-            warps,
             clocks: clocks.collect(),
             proxy_fences: fences.clone(),
             barrier_fences: fences,
@@ -164,7 +162,7 @@ impl Order {
         let event = by.at(self.now(by.warp));
         for granule in granules {
             self.check_behind_write(by, granule, "a read")?;
-            let last = &mut self.reads[granule * self.warps + by.warp];
+            let last = &mut self.reads[granule * self.clocks.len() + by.warp];
             let is_shared = last.time == event.time && last.lane != event.lane;
             *last = if is_shared { Event { lane: MANY, ..event } } else { event };
         }
@@ -176,7 +174,7 @@ impl Order {
         let event = by.at(self.now(by.warp));
         for granule in granules {
             self.check_behind_write(by, granule, what)?;
-            let reads = &self.reads[granule * self.warps..][..self.warps];
+            let reads = &self.reads[granule * self.clocks.len()..][..self.clocks.len()];
             if let Some(read) = reads.iter().find(|read| !self.is_behind(by, **read)) {
                 return Err(race(by, granule, what, read.describe("a read")));
             }

@@ -321,15 +321,15 @@ class Planner:
     def __repr__(self, /) -> str: ...
     def advance(self, /, plan: "Plan", block_tables: Any, lengths: Any, changed_rows: Any | None = None, *, query_tokens: Any | None = None, parents: Any | None = None) -> "str":
         """
-        Makes ``plan``, the plan that this planner made last, the plan of the next decode step, in place: with many
-        sequences much faster than planning from scratch, and predicted to be about as fast on the device. With fixed chunks the two are equal.
+        Makes ``plan``, the plan that this planner made last, the plan of the next decode step, in place: with many sequences much
+        faster than planning from scratch, and predicted to be about as fast on the device. With fixed chunks the two are equal.
 
         Args:
             plan: a plan of this planner. An older one than the last is planned from scratch.
             block_tables, lengths: as in :meth:`plan`, for pages of the plan's size and a pool of its number of pages.
             changed_rows: the rows whose table entries *that were in use before* may differ: a list or 1-D int32 tensor. A
                 row that only grew is not among them. ``None``: all entries are compared, as with query_tokens.
-            query_tokens, parents: as in :meth:`plan`; a planner with ``query_tree=True`` plans from scratch.
+            query_tokens, parents: as in :meth:`plan`. A planner with a window, chunks or query trees plans from scratch.
 
         Returns:
             ``"nothing"``, ``"lengths"``, ``"pages"`` or ``"forest"``: how much has changed.
@@ -529,7 +529,7 @@ def run(plan: "Plan", q: "torch.Tensor", k_cache: "torch.Tensor", v_cache: "torc
             until the call returns.
 
     Tensors are torch's, or any DLPack producer's (numpy, cupy, jax; then ``out`` must be given). Device addresses are
-    multiples of 16 bytes, strides multiples of 8 elements.
+    multiples of 16 bytes, strides multiples of 8 elements (16 of 8-bit caches).
 
     Returns:
         out, or ``(out, lse)``. Rows of length 0 get 0 and -inf, or their sink.
@@ -549,12 +549,12 @@ def supports(shape: "AttentionShape", page_size: SupportsIndex, *, window: "int 
         shape: heads, head dimension and type.
         page_size: tokens per page.
         window: tokens that a sliding window leaves, if the model has one.
-        query_tree: whether its query tokens may form a tree.
         chunk: tokens of a chunk, if the model has chunked attention (Llama 4) instead.
         softcap: the cap of scores, if the model has one.
         sinks: whether it has attention sinks.
         kv_dtype: the type of the KV cache, where it is not that of Q.
         query_tokens: query tokens of each sequence.
+        query_tree: whether its query tokens may form a tree.
         alibi: whether it has linear position biases.
         value_head_dim: elements per head of V, where they are not those of K.
 

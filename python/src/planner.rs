@@ -124,15 +124,15 @@ impl PyPlanner {
         Ok(self.made(plan, tables))
     }
 
-    /// Makes ``plan``, the plan that this planner made last, the plan of the next decode step, in place: with many
-    /// sequences much faster than planning from scratch, and predicted to be about as fast on the device. With fixed chunks the two are equal.
+    /// Makes ``plan``, the plan that this planner made last, the plan of the next decode step, in place: with many sequences much
+    /// faster than planning from scratch, and predicted to be about as fast on the device. With fixed chunks the two are equal.
     ///
     /// Args:
     ///     plan: a plan of this planner. An older one than the last is planned from scratch.
     ///     block_tables, lengths: as in :meth:`plan`, for pages of the plan's size and a pool of its number of pages.
     ///     changed_rows: the rows whose table entries *that were in use before* may differ: a list or 1-D int32 tensor. A
     ///         row that only grew is not among them. ``None``: all entries are compared, as with query_tokens.
-    ///     query_tokens, parents: as in :meth:`plan`; a planner with ``query_tree=True`` plans from scratch.
+    ///     query_tokens, parents: as in :meth:`plan`. A planner with a window, chunks or query trees plans from scratch.
     ///
     /// Returns:
     ///     ``"nothing"``, ``"lengths"``, ``"pages"`` or ``"forest"``: how much has changed.

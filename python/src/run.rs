@@ -39,7 +39,7 @@ use pyo3::prelude::*;
 ///         until the call returns.
 ///
 /// Tensors are torch's, or any DLPack producer's (numpy, cupy, jax; then ``out`` must be given). Device addresses are
-/// multiples of 16 bytes, strides multiples of 8 elements.
+/// multiples of 16 bytes, strides multiples of 8 elements (16 of 8-bit caches).
 ///
 /// Returns:
 ///     out, or ``(out, lse)``. Rows of length 0 get 0 and -inf, or their sink.

@@ -26,17 +26,14 @@ impl Scores {
         k_scale: Option<&'a Bound<'py, PyAny>>,
         v_scale: Option<&'a Bound<'py, PyAny>>,
     ) -> Result<(Self, [Option<&'a Bound<'py, PyAny>>; 2])> {
-        // A tensor of one element is no number: where it lies on a device, reading it would wait for that.
-        let is_tensor = |value: &&Bound<'py, PyAny>| {
-            let dimensions = value.getattr("ndim").and_then(|ndim| ndim.extract::<usize>());
-            dimensions.is_ok_and(|dimensions| dimensions > 0)
-                || value.getattr("is_cuda").is_ok_and(|is_cuda| is_cuda.is_truthy().unwrap_or(false))
+        let split = |name, value: Option<&'a Bound<'py, PyAny>>| -> Result<_> {
+            match value {
+                Some(tensor) if is_tensor(tensor) => Ok((None, Some(tensor))),
+                value => Ok((read_positive(name, value)?, None)),
+            }
         };
-        let heads = [k_scale.filter(is_tensor), v_scale.filter(is_tensor)];
-        let number =
-            |name, value: Option<&'a Bound<'py, PyAny>>| read_positive(name, value.filter(|value| !is_tensor(value)));
-        let scores = Self { k_scale: number("k_scale", k_scale)?, v_scale: number("v_scale", v_scale)?, ..self };
-        Ok((scores, heads))
+        let ((k_scale, of_k_heads), (v_scale, of_v_heads)) = (split("k_scale", k_scale)?, split("v_scale", v_scale)?);
+        Ok((Self { k_scale, v_scale, ..self }, [of_k_heads, of_v_heads]))
     }
 
     /// A problem with such scores.
@@ -44,6 +41,13 @@ impl Scores {
         let problem = self.scale.map_or(problem, |scale| problem.with_scale(scale));
         self.soft_cap.map_or(problem, |cap| problem.with_soft_cap(cap))
     }
+}
+
+/// Whether this is a tensor, be it of one element: where that lies on a device, reading it as a number would wait.
+fn is_tensor(value: &Bound<'_, PyAny>) -> bool {
+    let dimensions = value.getattr("ndim").and_then(|ndim| ndim.extract::<usize>());
+    let is_on_a_device = || value.getattr("is_cuda").and_then(|is_cuda| is_cuda.is_truthy()).unwrap_or(false);
+    dimensions.is_ok_and(|dimensions| dimensions > 0) || is_on_a_device()
 }
 
 /// A positive number as Python gives it.

@@ -91,23 +91,19 @@ pub(crate) fn dtype_name(dtype: Dtype) -> &'static str {
 
 /// A torch or numpy dtype, or its name: one that Q may have.
 pub(crate) fn parse_dtype(argument: &str, dtype: &Bound<'_, PyAny>) -> Result<Dtype> {
-    match parse_stored(argument, dtype)? {
-        known @ (Dtype::F16 | Dtype::Bf16) => Ok(known),
-        other => Err(invalid(argument, dtype_name(other), EXPECTED)),
-    }
+    one_of(&[Dtype::F16, Dtype::Bf16], "float16 or bfloat16", argument, dtype)
 }
-
-const EXPECTED: &str = "float16 or bfloat16, as a torch dtype or a string";
 
 /// Likewise, one that a KV cache may have somewhere.
 pub(crate) fn parse_stored(argument: &str, dtype: &Bound<'_, PyAny>) -> Result<Dtype> {
+    let names = "float16, bfloat16, float8_e4m3fn or float8_e5m2";
+    one_of(&[Dtype::F16, Dtype::Bf16, Dtype::E4m3, Dtype::E5m2], names, argument, dtype)
+}
+
+fn one_of(accepted: &[Dtype], names: &str, argument: &str, dtype: &Bound<'_, PyAny>) -> Result<Dtype> {
     let text = dtype.str()?;
     let text = text.to_string_lossy();
-    match text.strip_prefix("torch.").unwrap_or(&text) {
-        "float16" => Ok(Dtype::F16),
-        "bfloat16" => Ok(Dtype::Bf16),
-        "float8_e4m3fn" => Ok(Dtype::E4m3),
-        "float8_e5m2" => Ok(Dtype::E5m2),
-        other => Err(invalid(argument, other, EXPECTED)),
-    }
+    let name = text.strip_prefix("torch.").unwrap_or(&text);
+    let known = accepted.iter().copied().find(|dtype| dtype_name(*dtype) == name);
+    known.ok_or_else(|| invalid(argument, name, format!("{names}, as a torch dtype or a string")))
 }

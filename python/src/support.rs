@@ -12,12 +12,12 @@ use pyo3::prelude::*;
 ///     shape: heads, head dimension and type.
 ///     page_size: tokens per page.
 ///     window: tokens that a sliding window leaves, if the model has one.
-///     query_tree: whether its query tokens may form a tree.
 ///     chunk: tokens of a chunk, if the model has chunked attention (Llama 4) instead.
 ///     softcap: the cap of scores, if the model has one.
 ///     sinks: whether it has attention sinks.
 ///     kv_dtype: the type of the KV cache, where it is not that of Q.
 ///     query_tokens: query tokens of each sequence.
+///     query_tree: whether its query tokens may form a tree.
 ///     alibi: whether it has linear position biases.
 ///     value_head_dim: elements per head of V, where they are not those of K.
 ///

@@ -176,6 +176,12 @@ def test_factors_that_are_none_are_refused(name, factor):
         pa.run(plan, q, k.half(), v.half())
 
 
+@pytest.mark.parametrize("dtype", ["fp8", "e4m3", torch.uint8, torch.float8_e4m3fnuz])
+def test_types_of_caches_that_are_none_are_refused(dtype):
+    with pytest.raises(ValueError, match="kv_dtype: got .*, expected float16, bfloat16, float8_e4m3fn or float8_e5m2, as"):
+        pa.AttentionShape(**SHAPE, dtype="float16", kv_dtype=dtype)
+
+
 def test_outputs_over_factors_are_refused():
     batch = random_forest(11)
     shape = pa.AttentionShape(**SHAPE, dtype="float16", kv_dtype="float8_e4m3fn")

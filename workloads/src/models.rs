@@ -43,20 +43,6 @@ pub struct LayerKind {
 }
 
 impl LayerKind {
-    /// All of a model's layers, alike.
-    const fn full(q_heads: u32, kv_heads: u32, head_dim: u32) -> Self {
-        Self {
-            reach: Reach::Full,
-            share: (1, 1),
-            q_heads,
-            kv_heads,
-            head_dim,
-            v_head_dim: head_dim,
-            soft_cap: None,
-            has_sinks: false,
-        }
-    }
-
     const fn of(self, layers: u32, all: u32) -> Self {
         Self { share: (layers, all), ..self }
     }
@@ -123,8 +109,18 @@ const fn model(name: &'static str, source: &'static str, layers: &'static [Layer
     KnownModel { name, source, layers }
 }
 
+/// All of a model's layers, alike.
 const fn full(q_heads: u32, kv_heads: u32, head_dim: u32) -> LayerKind {
-    LayerKind::full(q_heads, kv_heads, head_dim)
+    LayerKind {
+        reach: Reach::Full,
+        share: (1, 1),
+        q_heads,
+        kv_heads,
+        head_dim,
+        v_head_dim: head_dim,
+        soft_cap: None,
+        has_sinks: false,
+    }
 }
 
 /// The models that have a name here.

@@ -2,6 +2,7 @@
 
 use super::element::KvElement;
 use crate::Dtype;
+use half::f16;
 
 /// 8 bits: a sign, 4 of exponent, 3 of fraction. No infinities; NaN is the code whose other bits are all set (`float8_e4m3fn`).
 #[repr(transparent)]
@@ -13,26 +14,30 @@ pub struct E4m3(pub u8);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct E5m2(pub u8);
 
-macro_rules! eight_bit {
-    ($type:ident, $fraction_bits:literal, $bias:literal, $largest:literal, $nan:literal, $has_infinities:literal) => {
-        impl $type {
-            /// The value, exactly.
-            pub fn to_f32(self) -> f32 {
-                let (exponent, fraction) =
-                    (i32::from(self.0 & 0x7f) >> $fraction_bits, self.0 & ((1 << $fraction_bits) - 1));
-                let magnitude = self.0 & 0x7f;
-                let value = if magnitude > $largest && $has_infinities && fraction == 0 {
-                    f32::INFINITY
-                } else if magnitude > $largest {
-                    f32::NAN
-                } else if exponent == 0 {
-                    f32::from(fraction) * 2f32.powi(1 - $bias - $fraction_bits)
-                } else {
-                    f32::from(fraction | 1 << $fraction_bits) * 2f32.powi(exponent - $bias - $fraction_bits)
-                };
-                if self.0 & 0x80 == 0 { value } else { -value }
-            }
+impl E4m3 {
+    /// The value, exactly.
+    pub fn to_f32(self) -> f32 {
+        let Self(code) = self;
+        if code & 0x7f == 0x7f {
+            return f32::NAN;
+        }
+        // Exponent and fraction in their places of a binary16, whose bias is 8 more.
+        let bits = u16::from(code & 0x80) << 8 | u16::from(code & 0x7f) << 7;
+        f16::from_bits(bits).to_f32() * 256.0
+    }
+}
 
+impl E5m2 {
+    /// The value, exactly.
+    pub fn to_f32(self) -> f32 {
+        // The upper byte of a binary16.
+        f16::from_bits(u16::from(self.0) << 8).to_f32()
+    }
+}
+
+macro_rules! eight_bit {
+    ($type:ident, $fraction_bits:literal, $bias:literal, $largest:literal, $nan:literal) => {
+        impl $type {
             /// The nearest element, ties to even; what is too large, infinities among it, becomes the largest finite element.
             pub fn from_f32(value: f32) -> Self {
                 if value.is_nan() {
@@ -72,34 +77,36 @@ macro_rules! eight_bit {
     };
 }
 
-eight_bit!(E4m3, 3, 7, 0x7e, 0x7f, false);
-eight_bit!(E5m2, 2, 15, 0x7b, 0x7f, true);
+eight_bit!(E4m3, 3, 7, 0x7e, 0x7f);
+eight_bit!(E5m2, 2, 15, 0x7b, 0x7f);
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use half::f16;
+
+    /// By the definition: `fraction_bits`, the bias, the largest finite magnitude's code.
+    fn value(code: u8, fraction_bits: i32, bias: i32, largest: u8, has_infinities: bool) -> f32 {
+        let (magnitude, fraction) = (code & 0x7f, f32::from(code & ((1 << fraction_bits) - 1)));
+        let exponent = i32::from(magnitude >> fraction_bits);
+        let value = if magnitude > largest {
+            if has_infinities && fraction == 0.0 { f32::INFINITY } else { f32::NAN }
+        } else if exponent == 0 {
+            fraction * 2f32.powi(1 - bias - fraction_bits)
+        } else {
+            (fraction + 2f32.powi(fraction_bits)) * 2f32.powi(exponent - bias - fraction_bits)
+        };
+        if code & 0x80 == 0 { value } else { -value }
+    }
 
     #[test]
     fn all_codes_are_what_they_say() {
         for code in 0..=u8::MAX {
-            // The upper byte of a binary16.
-            let expected = f16::from_bits(u16::from(code) << 8).to_f32();
-            let value = E5m2(code).to_f32();
-            assert!(
-                value == expected && value.is_sign_negative() == expected.is_sign_negative()
-                    || expected.is_nan() && value.is_nan()
-            );
-            // Exponent and fraction in the same places of a binary16, whose bias is 8 more.
-            let bits = u16::from(code & 0x80) << 8 | u16::from(code & 0x7f) << 7;
-            let expected = f16::from_bits(bits).to_f32() * 256.0;
-            let value = E4m3(code).to_f32();
-            let is_nan = code & 0x7f == 0x7f;
-            assert_eq!(value.is_nan(), is_nan, "{code:#x}");
-            assert!(
-                is_nan || value == expected && value.is_sign_negative() == expected.is_sign_negative(),
-                "{code:#x}"
-            );
+            let e4m3 = (E4m3(code).to_f32(), value(code, 3, 7, 0x7e, false));
+            let e5m2 = (E5m2(code).to_f32(), value(code, 2, 15, 0x7b, true));
+            for (found, expected) in [e4m3, e5m2] {
+                let is_equal = found == expected && found.is_sign_negative() == expected.is_sign_negative();
+                assert!(is_equal || found.is_nan() && expected.is_nan(), "{code:#x}: {found}, {expected}");
+            }
         }
         assert_eq!((E4m3(0x7e).to_f32(), E4m3(0x08).to_f32(), E4m3(0x81).to_f32()), (448.0, 0.015_625, -0.001_953_125));
         assert_eq!((E5m2(0x7b).to_f32(), E5m2(0xfc).to_f32()), (57_344.0, f32::NEG_INFINITY));

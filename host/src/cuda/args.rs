@@ -173,14 +173,6 @@ impl DeviceKvScale {
         }
     }
 
-    /// What a run reads of it; it is large enough.
-    fn used(&self, name: &'static str, kv_heads: u32) -> Result<Used> {
-        match self {
-            Self::Tensor(_) => Ok(Used { name, address: 0, bytes: 0 }),
-            Self::Heads(span) => Used::new(name, span, u64::from(kv_heads), SCALE_BYTES, SCALE_BYTES),
-        }
-    }
-
     fn span(&self) -> Option<&DeviceSpan> {
         match self {
             Self::Tensor(_) => None,
@@ -384,16 +376,11 @@ impl RunArgs {
         let k = Used::new("k", &self.k, accessed.k, kv_bytes, VECTOR_BYTES)?;
         let v = Used::new("v", &self.v, accessed.v, kv_bytes, VECTOR_BYTES)?;
         let out = Used::new("out", &self.out, accessed.out, shape.out_dtype().bytes(), VECTOR_BYTES)?;
-        let lse = match &self.lse {
-            Some((span, _)) => Used::new("lse", span, accessed.lse, LSE_BYTES, LSE_BYTES)?,
-            None => Used { name: "lse", address: 0, bytes: 0 },
-        };
-        let sinks = match &self.sinks {
-            Some(span) => Used::new("sinks", span, u64::from(shape.q_heads()), SINK_BYTES, SINK_BYTES)?,
-            None => Used { name: "sinks", address: 0, bytes: 0 },
-        };
-        let [k_scale, v_scale] =
-            [self.k_scale.used("k_scale", shape.kv_heads())?, self.v_scale.used("v_scale", shape.kv_heads())?];
+        let lse = Used::optional("lse", self.lse.as_ref().map(|(span, _)| span), accessed.lse, LSE_BYTES)?;
+        let sinks = Used::optional("sinks", self.sinks.as_ref(), u64::from(shape.q_heads()), SINK_BYTES)?;
+        let of_heads =
+            |name, scale: &DeviceKvScale| Used::optional(name, scale.span(), u64::from(shape.kv_heads()), SCALE_BYTES);
+        let (k_scale, v_scale) = (of_heads("k_scale", &self.k_scale)?, of_heads("v_scale", &self.v_scale)?);
         let workspace = workspace.span();
         let workspace = Used { name: "workspace", address: workspace.address, bytes: workspace.bytes };
         for (written, others) in [
@@ -452,6 +439,12 @@ impl Used {
             check_address(name, span, alignment)?;
         }
         Ok(Self { name, address: span.address, bytes: elements * u64::from(element_bytes) })
+    }
+
+    /// As [`Self::new`], aligned to elements, of a tensor that need not be there.
+    fn optional(name: &'static str, span: Option<&DeviceSpan>, elements: u64, element_bytes: u32) -> Result<Self> {
+        let absent = Self { name, address: 0, bytes: 0 };
+        span.map_or(Ok(absent), |span| Self::new(name, span, elements, element_bytes, element_bytes))
     }
 
     /// # Errors

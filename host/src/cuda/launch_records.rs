@@ -87,8 +87,9 @@ pub fn run(
             } else {
                 LaunchRecord::new(kernel, switches, (ctas, sm_count), &run.forward.forward)?
             };
-            let maps = args.tensor_maps()?.map(TensorMapRecord::from);
-            record.tensor_maps.extend(maps.into_iter().take(kernel.tensor_maps as usize));
+            if kernel.tensor_maps > 0 {
+                record.tensor_maps.extend(args.tensor_maps()?.map(TensorMapRecord::from));
+            }
             records.push(record);
         }
     }

@@ -348,7 +348,7 @@ impl Planner {
         plan: &mut Plan,
     ) -> Result<PlanChange> {
         let Visibility { reach, is_tree, .. } = self.problem.visibility();
-        let is_plain = reach == Reach::Full && !is_tree && batch.trees().is_none() && !batch.is_of_entries();
+        let is_plain = reach == Reach::Full && !is_tree && batch.is_of_sequences();
         if self.newest != Some(plan.generation()) || !is_plain {
             self.plan_into(batch, plan)?;
             return Ok(PlanChange::Forest);

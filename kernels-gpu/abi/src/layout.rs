@@ -12,16 +12,11 @@
 //!
 //! so that the same chunk of 8 consecutive rows, which is what `ldmatrix` reads at a time, covers all 32 banks once.
 
-/// Position of 16-byte chunk `chunk` in row `row` of a tile.
+/// Position of 16-byte chunk `chunk` in row `row` of a tile whose rows have `chunks` of them.
 #[inline(always)]
-pub const fn swizzled_chunk(row: u32, chunk: u32) -> u32 {
-    chunk ^ (row % 8)
-}
-
-/// Likewise in a tile whose rows have four chunks, so that two rows cover all banks.
-#[inline(always)]
-pub const fn swizzled_short_chunk(row: u32, chunk: u32) -> u32 {
-    chunk ^ (row / 2 % 4)
+pub const fn swizzled_chunk(chunks: u32, row: u32, chunk: u32) -> u32 {
+    // Two rows of four chunks cover all banks.
+    chunk ^ if chunks == 4 { row / 2 % 4 } else { row % 8 }
 }
 
 /// Key (0 to 15) whose row lane `lane` addresses in an `ldmatrix.x4` of 16 keys by 16 elements. Matrices 0 and 1 are the
@@ -57,15 +52,11 @@ mod tests {
 
     use super::*;
 
-    fn position(chunks: u32, row: u32, chunk: u32) -> u32 {
-        if chunks == 4 { swizzled_short_chunk(row, chunk) } else { swizzled_chunk(row, chunk) }
-    }
-
     #[test]
     fn the_swizzle_permutes_every_row() {
         for chunks in [4, 8, 16] {
             for row in 0..64 {
-                let positions: HashSet<u32> = (0..chunks).map(|c| position(chunks, row, c)).collect();
+                let positions: HashSet<u32> = (0..chunks).map(|c| swizzled_chunk(chunks, row, c)).collect();
                 assert_eq!(positions.len() as u32, chunks);
                 assert!(positions.iter().all(|&p| p < chunks));
             }
@@ -87,7 +78,7 @@ mod tests {
             for step in 0..chunks / 2 {
                 for matrix in 0..4 {
                     let lanes = 8 * matrix..8 * matrix + 8;
-                    let bank_group = |row: u32, chunk: u32| (row * chunks + position(chunks, row, chunk)) % 8;
+                    let bank_group = |row: u32, chunk: u32| (row * chunks + swizzled_chunk(chunks, row, chunk)) % 8;
                     let keys: HashSet<u32> =
                         lanes.clone().map(|l| bank_group(key_matrix_row(l), 2 * step + key_matrix_step(l))).collect();
                     let values: HashSet<u32> =

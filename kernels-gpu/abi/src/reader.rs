@@ -18,36 +18,25 @@ pub trait PlanWords: Copy {
     /// The word at `address`, a multiple of 4.
     fn word(self, address: u64) -> u32;
     /// Two neighbours; `address` is a multiple of 8.
-    fn pair(self, address: u64) -> [u32; 2];
+    #[inline(always)]
+    fn pair(self, address: u64) -> [u32; 2] {
+        [0, 4].map(|offset| self.word(address + offset))
+    }
     /// Four neighbours; `address` is a multiple of 16.
-    fn quad(self, address: u64) -> [u32; 4];
+    #[inline(always)]
+    fn quad(self, address: u64) -> [u32; 4] {
+        [0, 4, 8, 12].map(|offset| self.word(address + offset))
+    }
 }
 
 /// A plan buffer of the host, from address 0 on. Behind its end there are zeros.
 #[derive(Clone, Copy, Debug)]
 pub struct PlanBytes<'a>(pub &'a [u8]);
 
-impl PlanBytes<'_> {
-    fn words<const COUNT: usize>(self, address: u64) -> [u32; COUNT] {
-        core::array::from_fn(|i| {
-            let bytes = self.0.get(address as usize + 4 * i..).and_then(|rest| rest.first_chunk());
-            bytes.map_or(0, |bytes| u32::from_ne_bytes(*bytes))
-        })
-    }
-}
-
 impl PlanWords for PlanBytes<'_> {
     fn word(self, address: u64) -> u32 {
-        let [word] = self.words(address);
-        word
-    }
-
-    fn pair(self, address: u64) -> [u32; 2] {
-        self.words(address)
-    }
-
-    fn quad(self, address: u64) -> [u32; 4] {
-        self.words(address)
+        let bytes = self.0.get(address as usize..).and_then(|rest| rest.first_chunk());
+        bytes.map_or(0, |bytes| u32::from_ne_bytes(*bytes))
     }
 }
 

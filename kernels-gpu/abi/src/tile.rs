@@ -164,21 +164,23 @@ impl TileConfig {
         let stage_bytes = 2 * tile_bytes;
         // A warp that has a ring of its own leaves its state there, too.
         let warp_state_bytes = warp_state_bytes(head_dim).next_multiple_of(1024);
-        let state_bytes = match (self.rings, element_bytes) {
-            // In a ring that all warps share, the states take the place of the tiles; those of 8-bit elements may be smaller.
-            (1, 1) if self.key_splits > 1 => self.row_warps() * self.key_splits * warp_state_bytes,
-            (1, _) => 0,
-            _ => warp_state_bytes,
-        };
-        let ring_bytes = if self.stages * stage_bytes > state_bytes { self.stages * stage_bytes } else { state_bytes };
+        let state_bytes = if self.rings > 1 { warp_state_bytes } else { 0 };
+        let ring_bytes = max(self.stages * stage_bytes, state_bytes);
         let q = self.rings * ring_bytes;
-        let barriers = q + self.query_slots * WARP_ROWS * head_dim * element_bytes;
+        let queries_end = q + self.query_slots * WARP_ROWS * head_dim * element_bytes;
+        // In a ring that all warps share, the states take the place of tiles and queries.
+        let states_end = if self.key_splits > 1 { self.row_warps() * self.key_splits * warp_state_bytes } else { 0 };
+        let barriers = max(queries_end, states_end);
         let is_persistent = self.producer_warps > 0;
         let masks = barriers + if is_persistent { 8 * (4 * self.stages + 2 * self.query_slots) } else { 0 };
         let mask_bytes = if is_persistent { self.tile_keys() / 64 * 16 } else { 2 * self.tile_keys() };
         let total = masks + self.rings * self.stages * mask_bytes;
         SmemLayout { tile_bytes, stage_bytes, ring_bytes, k: 0, v: tile_bytes, q, barriers, masks, mask_bytes, total }
     }
+}
+
+const fn max(a: u32, b: u32) -> u32 {
+    if a > b { a } else { b }
 }
 
 /// Bytes between the rows of a warp's state in shared memory: 8 banks of padding, so that the 8 rows that a warp stores at once do not

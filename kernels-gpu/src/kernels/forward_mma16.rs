@@ -48,6 +48,7 @@ unsafe fn forward<
         assert!(config.rings == WARPS && config.row_warps() == 1 && config.tile_keys() == UNIT_TOKENS);
         assert!(16 * KEY_STEPS as u32 == UNIT_TOKENS && config.stages == STAGES && PENDING == 2 * STAGES - 1);
         assert!(Queries::<HEAD_STEPS>::IN_SMEM == (config.query_slots == 1));
+        assert!(32 * ROW_STEPS as u32 == head_dim * C::BYTES);
         let layout = config.smem(head_dim, C::BYTES);
         assert!(warp_state_bytes(head_dim) <= layout.ring_bytes);
         layout

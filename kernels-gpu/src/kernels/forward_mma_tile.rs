@@ -50,6 +50,7 @@ unsafe fn forward<
         assert!(LOADED * M_WARPS * KV_WARPS == config.keys && KEY_STEPS as u32 * 16 * KV_WARPS == config.keys);
         assert!(config.stages == STAGES && LOADED % 8 == 0);
         assert!(config.query_slots == if Queries::<HEAD_STEPS>::IN_SMEM { M_WARPS } else { 0 });
+        assert!(32 * ROW_STEPS as u32 == head_dim * C::BYTES);
         let layout = config.smem(head_dim, C::BYTES);
         // The warps' states take the place of keys, values and queries.
         assert!(KV_WARPS == 1 || M_WARPS * KV_WARPS * warp_state_bytes(head_dim) <= layout.barriers);

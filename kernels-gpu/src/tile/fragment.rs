@@ -66,7 +66,7 @@ impl<const STEPS: usize> Queries<STEPS> {
             unsafe {
                 let source = item.row(params, if exists { first_row + row } else { 0 }).query_address(params);
                 let chunk = lane % chunks;
-                let target = tile + (tile_row + row) * chunks * 16 + swizzled_chunk(tile_row + row, chunk) * 16;
+                let target = tile + (tile_row + row) * chunks * 16 + swizzled_chunk(chunks, tile_row + row, chunk) * 16;
                 copy_16_bytes(target, source + chunk as u64 * 16, exists as u32 * 16);
             }
         }
@@ -148,7 +148,7 @@ pub unsafe fn scores<E: Element, const HEAD_STEPS: usize, const KEY_STEPS: usize
 /// an immediate offset, and only four addresses stay in registers.
 #[inline(always)]
 const fn step_chunk(row: u32, step: usize, half: u32) -> u32 {
-    swizzled_chunk(row, 2 * (step as u32 % 4) + half) + step as u32 / 4 * 8
+    swizzled_chunk(8, row, 2 * (step as u32 % 4) + half) + step as u32 / 4 * 8
 }
 
 /// Sets the scores of keys `valid ..` to −inf.

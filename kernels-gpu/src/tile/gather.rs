@@ -1,7 +1,7 @@
 //! Gathering scattered KV rows into a swizzled shared-memory tile.
 
 use pat_abi::ForwardParams;
-use pat_abi::layout::{swizzled_chunk, swizzled_short_chunk};
+use pat_abi::layout::swizzled_chunk;
 use pat_abi::reader::Stream;
 
 use crate::plan_words::WhenUsed;
@@ -128,8 +128,7 @@ pub unsafe fn gather<const HEAD_STEPS: usize, const ROWS: u32>(
             8 => shuffle::from_segment_u64::<16>(located, i),
             _ => shuffle::from_segment_u64::<32>(located, i),
         };
-        let position = if HEAD_STEPS == 2 { swizzled_short_chunk(row, chunk) } else { swizzled_chunk(row % 8, chunk) };
-        let destination = lane_tile + position * 16 + i * 512;
+        let destination = lane_tile + swizzled_chunk(chunks, row, chunk) * 16 + i * 512;
         let wanted = tagged_address & 1;
         let row_address = tagged_address - wanted;
         // SAFETY: the caller's contract; pool addresses and strides are multiples of 16 bytes.
