@@ -165,7 +165,7 @@ impl Asked<'_> {
             (Part::KvDtype, shape.kv_dtype() != kernel.kv_dtype),
             (Part::OutDtype, shape.out_dtype() != kernel.dtype),
             (Part::HeadDim, shape.head_dim() != kernel.head_dim),
-            (Part::VHeadDim, shape.v_head_dim() != kernel.head_dim),
+            (Part::VHeadDim, shape.v_head_dim() != kernel.v_head_dim),
             (
                 Part::QueryTokens,
                 !(1..=most_query_tokens(problem).unwrap_or(u32::MAX)).contains(&visibility.query_tokens),
@@ -250,7 +250,8 @@ fn accepted_by(problem: &Problem, kernel: &KernelSpec, variant: TileVariant, par
         Part::SharedMemory => one(format!("{} bytes or more", kernel.smem_bytes)),
         Part::QDtype | Part::OutDtype => one(kernel.dtype.name().into()),
         Part::KvDtype => one(kernel.kv_dtype.name().into()),
-        Part::HeadDim | Part::VHeadDim => one(kernel.head_dim.to_string()),
+        Part::HeadDim => one(kernel.head_dim.to_string()),
+        Part::VHeadDim => one(kernel.v_head_dim.to_string()),
         Part::QueryTokens => Accepted::Range(1, most_query_tokens(problem)),
         Part::Window | Part::Chunk if variant.serves(switches_of(problem, part)) => Accepted::Range(1, None),
         Part::Chunk => one(format!("none or a multiple of page_size = {}", problem.page_size())),
@@ -351,7 +352,7 @@ mod tests {
     #[test]
     fn every_head_dim_and_plain_layout_is_supported() {
         for dtype in [Dtype::F16, Dtype::Bf16] {
-            for head_dim in [64, 128, 256] {
+            for head_dim in [64, 96, 128, 256] {
                 for page_size in [1, 7, 16, 32, Problem::MAX_PAGE_SIZE] {
                     let problem = problem(12, 4, head_dim, dtype, page_size);
                     let strides = (KvStrides::nhd(page_size, 4, head_dim), KvStrides::hnd(page_size, 4, head_dim));
@@ -379,7 +380,7 @@ mod tests {
         assert_eq!(of(shape.with_out_dtype(Dtype::Bf16)), "out_dtype: got bf16, expected f16");
         assert_eq!(of(shape.with_v_head_dim(64).unwrap()), "v_head_dim: got 64, expected 128");
         let cases = [
-            (problem(8, 8, 96, Dtype::Bf16, 16), "head_dim: got 96, expected 64 or 128 or 256"),
+            (problem(8, 8, 80, Dtype::Bf16, 16), "head_dim: got 80, expected 64 or 96 or 128 or 256"),
             (problem(8, 8, 128, Dtype::E5m2, 16), "dtype: got e5m2, expected f16 or bf16"),
             (problem(129, 1, 128, Dtype::F16, 16), "q_heads / kv_heads: got 129, expected 1 to 128"),
             (problem(32, 8, 128, Dtype::F16, 0), "page_size: got 0, expected 1 to 65536"),
@@ -457,7 +458,7 @@ mod tests {
     #[test]
     fn a_problem_is_supported_where_one_variant_is() {
         for problem in
-            [usual(), usual().with_alibi(), problem(8, 8, 96, Dtype::F16, 16), problem(71, 1, 64, Dtype::F16, 3)]
+            [usual(), usual().with_alibi(), problem(8, 8, 80, Dtype::F16, 16), problem(71, 1, 64, Dtype::F16, 3)]
         {
             for capability in [75, 80, 90, 120] {
                 let one = TileVariant::ALL.into_iter().any(|v| variant_supports(v, &problem, capability).is_ok());
@@ -469,7 +470,7 @@ mod tests {
     #[test]
     fn every_forward_kernel_has_a_merge() {
         for (kernel, _) in forward_kernels() {
-            let merge = pat_abi::manifest::find(Family::Merge, kernel.dtype, kernel.head_dim);
+            let merge = pat_abi::manifest::find(Family::Merge, kernel.dtype, kernel.v_head_dim);
             assert!(merge.is_some(), "{}", kernel.entry);
         }
     }

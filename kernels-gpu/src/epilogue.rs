@@ -62,14 +62,14 @@ impl Row {
     /// Writes columns `column` and `column + 1` of the normalised output.
     ///
     /// # Safety
-    /// `column` is even and below `head_dim`; the output buffers are as [`ForwardParams`] says, and no other thread
+    /// `column` is even and below `v_head_dim`; the output buffers are as [`ForwardParams`] says, and no other thread
     /// writes these columns.
     #[inline(always)]
-    pub unsafe fn store_pair<E: Element>(&self, params: &ForwardParams, head_dim: u32, column: u32, pair: [f32; 2]) {
+    pub unsafe fn store_pair<E: Element>(&self, params: &ForwardParams, v_head_dim: u32, column: u32, pair: [f32; 2]) {
         // SAFETY: the caller's contract; base addresses and strides are multiples of 16 bytes.
         unsafe {
             if self.is_partial() {
-                self.store_partial_pair(params, head_dim, column, pair);
+                self.store_partial_pair(params, v_head_dim, column, pair);
             } else {
                 self.store_output_pair::<E>(params, column, pair);
             }
@@ -91,9 +91,9 @@ impl Row {
     /// # Safety
     /// As [`Self::store_pair`]; the row is a partial.
     #[inline(always)]
-    pub unsafe fn store_partial_pair(&self, params: &ForwardParams, head_dim: u32, column: u32, pair: [f32; 2]) {
+    pub unsafe fn store_partial_pair(&self, params: &ForwardParams, v_head_dim: u32, column: u32, pair: [f32; 2]) {
         let index = self.partial.unwrap_or(0);
-        let row = params.partial_out + index * (head_dim as u64 * 4);
+        let row = params.partial_out + index * (v_head_dim as u64 * 4);
         // SAFETY: the caller's contract.
         unsafe { store_global_f32x2(row + column as u64 * 4, pair) };
     }
@@ -141,7 +141,7 @@ pub struct Written {
     pub softmaxes: [RowSoftmax; 2],
 }
 
-/// Normalises and writes the two rows of a lane: `output` has [`crate::softmax`]'s layout, `head_dim` columns of the quad's rows.
+/// Normalises and writes the two rows of a lane: `output` has [`crate::softmax`]'s layout, all columns of the quad's rows.
 /// `exists` says which of the two the item has, `locate` where they go (somewhere, for rows that it does not have), and `has_masks`
 /// whether rows attend to different tokens. Convergent.
 ///
@@ -157,7 +157,7 @@ pub unsafe fn write_rows<E: Element>(
     lane: u32,
     locate: impl Fn(usize) -> Row,
 ) -> Written {
-    let head_dim = 2 * output.len() as u32;
+    let v_head_dim = 2 * output.len() as u32;
     let mut not_finite = [false; 2];
     let mut softmaxes = [RowSoftmax { reference: 0.0, scale: 0.0 }; 2];
     for row in 0..2 {
@@ -191,7 +191,7 @@ pub unsafe fn write_rows<E: Element>(
         unsafe {
             if target.is_partial() {
                 for i in 0..output.len() / 4 {
-                    target.store_partial_pair(params, head_dim, 8 * i as u32 + 2 * (lane & 3), pair(i));
+                    target.store_partial_pair(params, v_head_dim, 8 * i as u32 + 2 * (lane & 3), pair(i));
                 }
             } else {
                 for i in 0..output.len() / 16 {

@@ -36,13 +36,13 @@ impl RowSoftmax {
     }
 }
 
-/// Columns `column` and `column + 1` of a row's normalised output over the keys of `stream` that it attends to; `CAPS_SCORES` as in the
-/// kernel that has computed the rest of it. Lanes resolve 32
-/// tokens at a time, then each adds up its own columns. Convergent.
+/// Columns `column` and `column + 1` of a row's normalised output over the keys of `stream` that it attends to, which have `head_dim`
+/// elements; `CAPS_SCORES` as in the kernel that has computed the rest of it. Lanes resolve 32 tokens at a time, then each adds up its
+/// own columns. Convergent.
 ///
 /// # Safety
 /// A whole warp; `stream` has masks and, like `row` (the tile row of `target`), belongs to an item of the plan; `column` is even and
-/// below `head_dim`.
+/// below the elements of a token's values.
 #[inline(always)]
 #[allow(clippy::too_many_arguments, reason = "the place of two columns, by parts")]
 pub unsafe fn attend_pair<E: Element, C: Cache, const CAPS_SCORES: bool, const HAS_WINDOWS: bool>(
@@ -114,7 +114,7 @@ pub unsafe fn attend_pair<E: Element, C: Cache, const CAPS_SCORES: bool, const H
 }
 
 /// Writes once more those of a warp's 16 rows, `first_row ..`, of which a lane says that what it has written is not finite. Lanes
-/// `4 r` to `4 r + 3` hold rows `r` and `r + 8`. Convergent.
+/// `4 r` to `4 r + 3` hold rows `r` and `r + 8`. Keys have `head_dim` elements and values `v_head_dim`. Convergent.
 ///
 /// # Safety
 /// A whole warp, which has written the rows; the rows that are marked belong to the item of `stream`, which has masks; `locate`
@@ -129,7 +129,7 @@ pub unsafe fn restore_rows<E: Element, C: Cache, const CAPS_SCORES: bool, const 
     first_row: u32,
     not_finite: [bool; 2],
     softmaxes: [RowSoftmax; 2],
-    head_dim: u32,
+    (head_dim, v_head_dim): (u32, u32),
     lane: u32,
     locate: impl Fn(u32) -> Row,
 ) {
@@ -142,7 +142,7 @@ pub unsafe fn restore_rows<E: Element, C: Cache, const CAPS_SCORES: bool, const 
     marks |= shuffle::xor_u32(marks, 2);
     // Behind the stores of all lanes.
     barrier::sync_warp();
-    let (rows, columns) = (run_time(16), run_time(head_dim));
+    let (rows, columns) = (run_time(16), run_time(v_head_dim));
     let mut row = 0;
     while row < rows {
         let (source, half) = (row % 8 * 4, row / 8);
@@ -155,7 +155,10 @@ pub unsafe fn restore_rows<E: Element, C: Cache, const CAPS_SCORES: bool, const 
             let target = locate(first_row + row);
             let mut block = 0;
             while block < columns {
-                let (of_row, column) = (first_row + row, block + 2 * lane);
+                let (of_row, own) = (first_row + row, block + 2 * lane);
+                // The last block may be narrower than the warp.
+                let exists = v_head_dim % 64 == 0 || own < v_head_dim;
+                let column = if exists { own } else { 0 };
                 // SAFETY: the caller's contract; the lanes write different columns.
                 unsafe {
                     let pair = attend_pair::<E, C, CAPS_SCORES, HAS_WINDOWS>(
@@ -169,7 +172,9 @@ pub unsafe fn restore_rows<E: Element, C: Cache, const CAPS_SCORES: bool, const 
                         (head_dim, column),
                         lane,
                     );
-                    target.store_pair::<E>(params, head_dim, column, pair);
+                    if exists {
+                        target.store_pair::<E>(params, v_head_dim, column, pair);
+                    }
                 }
                 block += 64;
             }

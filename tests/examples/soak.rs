@@ -96,7 +96,7 @@ impl<T: Element> Memory<T> {
         let tensors = (self.q.span(), self.kv.span(), v, self.out.span());
         let problem = Problem::new(model.shape, model.page_size);
         Ok(RunArgs::new(problem, LIMITS.num_pages, LIMITS.sequences as u32, tensors)
-            .with_kv_strides(self.tensors.kv_strides, self.tensors.kv_strides)
+            .with_kv_strides(self.tensors.k_strides, self.tensors.v_strides)
             .with_lse(self.lse.span(), RowStrides::lse(model.shape.q_heads())))
     }
 }

@@ -31,7 +31,7 @@ pub struct Case {
 /// Output and log-sum-exps, contiguous.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Output<T> {
-    /// `[sequences, q_heads, head_dim]`.
+    /// `[sequences, q_heads, v_head_dim]`.
     pub out: Vec<T>,
     /// `[sequences, q_heads]`.
     pub lse: Vec<f32>,
@@ -140,7 +140,7 @@ pub fn run_tensors<T: Element>(
 
 fn execute<T: Element>(case: &Case, plan: &Plan, tensors: &Tensors<T>, scale: f32) -> pat_rs::Result<Output<T>> {
     let mut output = Output {
-        out: vec![T::from_f32(f32::NAN); tensors.q.len()],
+        out: tensors.nan_out(),
         lse: vec![f32::NAN; tensors.q.len() / case.shape.head_dim() as usize],
     };
     pat_rs::cpu::run(plan, &tensors.host(scale), &mut output.out, Some(&mut output.lse))?;

@@ -32,7 +32,7 @@ impl<T: Element> OnDevice<T> {
         Ok(Self {
             q: DeviceBuffer::from_slice(device, &tensors.q)?,
             kv: DeviceBuffer::from_slice(device, &tensors.kv)?,
-            out: DeviceBuffer::zeroed(device, tensors.q.len() * 2)?,
+            out: DeviceBuffer::zeroed(device, tensors.nan_out().len() * 2)?,
             lse: DeviceBuffer::zeroed(device, tensors.q.len() / case.shape.head_dim() as usize * 4)?,
             case,
             tensors,
@@ -48,7 +48,7 @@ impl<T: Element> OnDevice<T> {
         let (batch, shape) = (&self.case.batch, self.case.shape);
         let tensors = (self.q.span(), self.kv.span(), v, self.out.span());
         RunArgs::new(batch.problem(shape), batch.num_pages, batch.lengths.len() as u32, tensors)
-            .with_kv_strides(self.tensors.kv_strides, self.tensors.kv_strides)
+            .with_kv_strides(self.tensors.k_strides, self.tensors.v_strides)
             .with_lse(self.lse.span(), RowStrides::lse(shape.q_heads()))
     }
 

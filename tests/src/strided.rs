@@ -30,7 +30,8 @@ fn extent(rows: usize, heads: usize, dim: usize, strides: RowStrides) -> usize {
 /// Where they differ, or the case is not valid.
 pub fn check<T: Element>(engine: &impl Executor, case: &Case, options: PlanOptions, seed: u32) {
     let shape = case.shape;
-    let (heads, dim) = (shape.q_heads() as usize, shape.head_dim() as usize);
+    let heads = shape.q_heads() as usize;
+    let (dim, out_dim) = (shape.head_dim() as usize, shape.v_head_dim() as usize);
     let tensors = Tensors::<T>::draw(&case.batch, shape, case.layout, seed).expect("a valid case");
     let rows = case.batch.rows();
     let profile = engine.profile().expect("a profile");
@@ -41,17 +42,17 @@ pub fn check<T: Element>(engine: &impl Executor, case: &Case, options: PlanOptio
         engine.run_host(&plan, tensors, out, Some(lse)).expect("a valid run");
     };
     let gap = T::from_f32(7.0);
-    let (mut out, mut lse) = (vec![gap; count * heads * dim], vec![7.0f32; count * heads]);
+    let (mut out, mut lse) = (vec![gap; count * heads * out_dim], vec![7.0f32; count * heads]);
     run(&tensors.host(scale), &mut out, &mut lse);
 
-    let (heads_i, dim_i) = (heads as i64, dim as i64);
+    let (heads_i, dim_i, out_dim_i) = (heads as i64, dim as i64, out_dim as i64);
     // Rows longer than their heads; heads apart; heads outside, rows inside.
     let q_strides = RowStrides { sequence: heads_i * dim_i + 24, head: dim_i };
-    let out_strides = RowStrides { sequence: heads_i * (dim_i + 8) + 16, head: dim_i + 8 };
+    let out_strides = RowStrides { sequence: heads_i * (out_dim_i + 8) + 16, head: out_dim_i + 8 };
     let lse_strides = RowStrides { sequence: 1, head: count as i64 + 3 };
     let q = spread(&tensors.q, heads, dim, q_strides, T::from_f32(f32::NAN));
     let (expected_out, expected_lse) =
-        (spread(&out, heads, dim, out_strides, gap), spread(&lse, heads, 1, lse_strides, 7.0));
+        (spread(&out, heads, out_dim, out_strides, gap), spread(&lse, heads, 1, lse_strides, 7.0));
     let (mut out, mut lse) = (vec![gap; expected_out.len()], vec![7.0f32; expected_lse.len()]);
     let mut strided = tensors.host(scale).with_row_strides(q_strides, out_strides);
     (strided.q, strided.lse_strides) = (&q, lse_strides);

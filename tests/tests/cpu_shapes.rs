@@ -84,7 +84,7 @@ fn kv_heads_at_the_same_place_make_a_group_of_256() {
     let tensors = Tensors::<f16>::draw(&case.batch, shape, case.layout, SEED).expect("a valid case");
     let twice = AttentionShape::new(256, 2, 128, Dtype::F16).expect("a valid shape");
     let problem = Problem::new(twice, 16);
-    let strides = KvStrides { head: 0, ..tensors.kv_strides };
+    let strides = KvStrides { head: 0, ..tensors.k_strides };
     assert_eq!(supports(&problem, Some((strides, strides)), None), Ok(()));
     let rows = case.batch.rows();
     let mut planner = Planner::new(problem, DeviceProfile::h200(), PlanOptions::default()).expect("supported");
@@ -138,9 +138,9 @@ fn pools_of_more_than_2_to_the_31_elements_agree_with_the_oracle() {
             let mut planner = Planner::new(problem, DeviceProfile::h200(), mode.into()).expect("supported");
             let plan = planner.plan(&sparse.view(&rows).expect("valid")).expect("a plan");
             invariants::check(&plan, &sparse, shape);
-            let strides = layout.strides(shape, page_size);
+            let [k_strides, v_strides] = layout.strides(shape, page_size);
             let host = HostTensors::new(problem.with_scale(softmax_scale(shape)), &drawn.q, keys, values)
-                .with_kv_strides(strides, strides);
+                .with_kv_strides(k_strides, v_strides);
             let mut output =
                 Output { out: vec![f16::NAN; drawn.q.len()], lse: vec![f32::NAN; 8 * sparse.lengths.len()] };
             pat_rs::cpu::run(&plan, &host, &mut output.out, Some(&mut output.lse)).expect("a run");

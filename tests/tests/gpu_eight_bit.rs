@@ -122,7 +122,7 @@ fn run_forest<T: Element, C: EightBit>(
     let plan = Planner::new(problem, DeviceProfile::h200(), options).unwrap().plan(&view).unwrap();
     let [k_scale, v_scale] = scales.of();
     let mut host = HostTensors::new(problem, &tensors.q, &codes, &codes[tensors.v_begin.min(codes.len())..])
-        .with_kv_strides(tensors.kv_strides, tensors.kv_strides)
+        .with_kv_strides(tensors.k_strides, tensors.v_strides)
         .with_kv_scales(k_scale, v_scale);
     host.sinks = sinks.as_deref();
     let mut out = vec![T::from_f32(f32::NAN); tensors.q.len()];

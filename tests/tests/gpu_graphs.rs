@@ -108,7 +108,7 @@ impl<T: Element> Memory<T> {
         let v = self.kv.span().skip(2 * self.tensors.v_begin as u64).unwrap();
         let tensors = (self.q.span(), self.kv.span(), v, self.out.span());
         RunArgs::new(Problem::new(shape, page_size), POOL_PAGES, ROWS, tensors)
-            .with_kv_strides(self.tensors.kv_strides, self.tensors.kv_strides)
+            .with_kv_strides(self.tensors.k_strides, self.tensors.v_strides)
             .with_lse(self.lse.span(), RowStrides::lse(shape.q_heads()))
     }
 

@@ -60,7 +60,7 @@ impl Place {
     }
 
     fn write<T: Element>(&self, tensors: &mut Tensors<T>, value: f32) {
-        let strides = tensors.kv_strides;
+        let strides = if self.in_values { tensors.v_strides } else { tensors.k_strides };
         let at = i64::from(self.page) * strides.page
             + i64::from(self.token) * strides.token
             + i64::from(self.kv_head) * strides.head;

@@ -45,7 +45,7 @@ fn draw_case(rng: &mut impl Rng, kernel: &KernelSpec, variant: TileVariant) -> C
         if variant.supports_page_size(case.batch.page_size) {
             let (q_heads, kv_heads) = (case.shape.q_heads(), case.shape.kv_heads());
             let shape = AttentionShape::new(q_heads, kv_heads, kernel.head_dim, kernel.dtype).unwrap();
-            return Case { shape, ..case };
+            return Case { shape: shape.with_v_head_dim(kernel.v_head_dim).unwrap(), ..case };
         }
     }
 }
@@ -104,7 +104,7 @@ fn run_forest<T: Element>(kernel: &KernelSpec, variant: TileVariant, index: u64)
     let mut host = tensors.host(scale);
     host.problem = problem;
     host.sinks = sinks.as_deref();
-    let out = vec![T::from_f32(f32::NAN); tensors.q.len()];
+    let out = tensors.nan_out();
     let lse = vec![f32::NAN; tensors.q.len() / case.shape.head_dim() as usize];
     let mut run = InterpretedRun::new(&plan, &host, &out, Some(&lse)).unwrap();
     let Output { out, lse } = run.run::<T>().unwrap_or_else(|error| panic!("{error}: {what}"));
@@ -157,7 +157,7 @@ fn merge_behind_sm_80<T: Element>(other: &'static KernelSpec) {
     let options = PlanOptions::from(PlanMode::FixedChunk { tokens: case.batch.page_size }).with_variants([variant]);
     let plan = pat_tests::plan(&case, options).unwrap();
     let tensors = Tensors::<T>::draw(&case.batch, case.shape, case.layout, SEED).unwrap();
-    let out = vec![T::from_f32(f32::NAN); tensors.q.len()];
+    let out = tensors.nan_out();
     let mut run = InterpretedRun::new(&plan, &tensors.host(softmax_scale(case.shape)), &out, None).unwrap();
     let mut with_other = run.clone();
     let merge = with_other.launches.last_mut().unwrap();

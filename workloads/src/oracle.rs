@@ -16,7 +16,7 @@ pub struct ExpectedRow {
     pub sequence: u32,
     /// Query head.
     pub head: u32,
-    /// Exact output (f64 from the 16-bit inputs), `[head_dim]`.
+    /// Exact output (f64 from the 16-bit inputs), `[v_head_dim]`.
     pub out: Vec<f64>,
     /// Exact log-sum-exp, natural.
     pub lse: f64,
@@ -43,7 +43,8 @@ impl RowSample {
     pub fn for_batch(batch: &OwnedBatch, shape: AttentionShape) -> Self {
         let pairs = batch.lengths.len() as u64 * u64::from(shape.kv_heads());
         let tokens: f64 = batch.lengths.iter().map(|&length| f64::from(length)).sum();
-        let flop = 4.0 * tokens * f64::from(shape.q_heads()) * f64::from(shape.head_dim());
+        let row_flop = 2.0 * f64::from(shape.head_dim() + shape.v_head_dim());
+        let flop = row_flop * tokens * f64::from(shape.q_heads());
         let pair =
             |index: u64| ((index / u64::from(shape.kv_heads())) as u32, (index % u64::from(shape.kv_heads())) as u32);
         if flop <= FULL_CHECK_FLOP {
@@ -202,18 +203,19 @@ fn expected_rows<T: Element>(
     (sequence, kv_head): (u32, u32),
 ) -> Vec<ExpectedRow> {
     let (shape, score) = (problem.shape(), problem.score());
-    let head_dim = shape.head_dim() as usize;
+    let (head_dim, v_head_dim) = (shape.head_dim() as usize, shape.v_head_dim() as usize);
     let end = batch.lengths[sequence as usize];
     let begin = problem.visibility().reach.first_token(end.saturating_sub(1));
     let seen: Vec<u32> = visible.map_or_else(|| (begin..end).collect(), |rows| rows[sequence as usize].clone());
     let tokens = seen.len() as u32;
     let table = &batch.block_tables[sequence as usize];
-    let mut narrow = vec![T::zeroed(); head_dim];
+    let mut narrow = vec![T::zeroed(); head_dim.max(v_head_dim)];
     let mut draw = |tensor: Tensor, page: u32, token: u32, head: u32, row: &mut [f32]| {
-        fill((tensor, page, token, head), &mut narrow);
-        T::widen(&narrow, row);
+        let narrow = &mut narrow[..row.len()];
+        fill((tensor, page, token, head), narrow);
+        T::widen(narrow, row);
     };
-    let mut kv_row = vec![0f32; head_dim];
+    let (mut k_row, mut v_row) = (vec![0f32; head_dim], vec![0f32; v_head_dim]);
     let place = |token: u32| (table[(token / batch.page_size) as usize], token % batch.page_size);
     let heads: Vec<u32> = (kv_head * shape.group()..(kv_head + 1) * shape.group()).collect();
     let mut q = vec![vec![0f32; head_dim]; heads.len()];
@@ -226,10 +228,10 @@ fn expected_rows<T: Element>(
     let mut score_magnitudes = vec![0f64; heads.len()];
     for &token in &seen {
         let (page, in_page) = place(token);
-        draw(Tensor::K, page, in_page, kv_head, &mut kv_row);
+        draw(Tensor::K, page, in_page, kv_head, &mut k_row);
         for (index, q_row) in q.iter().enumerate() {
             let (mut exact, mut magnitude, mut plain) = ([0f64; 8], [0f64; 8], [0f32; 8]);
-            for (q_part, k_part) in q_row.chunks_exact(8).zip(kv_row.chunks_exact(8)) {
+            for (q_part, k_part) in q_row.chunks_exact(8).zip(k_row.chunks_exact(8)) {
                 for lane in 0..8 {
                     let product = f64::from(q_part[lane]) * f64::from(k_part[lane]);
                     exact[lane] += product;
@@ -259,8 +261,8 @@ fn expected_rows<T: Element>(
         .collect();
     let plain_maxima: Vec<f32> =
         plain_scores.iter().zip(&sinks).map(|(scores, &sink)| scores.iter().copied().fold(sink, f32::max)).collect();
-    let mut exact_out = vec![vec![0f64; head_dim]; heads.len()];
-    let mut plain_out = vec![vec![0f32; head_dim]; heads.len()];
+    let mut exact_out = vec![vec![0f64; v_head_dim]; heads.len()];
+    let mut plain_out = vec![vec![0f32; v_head_dim]; heads.len()];
     let weight_of_sink = |index: usize| {
         let has_weight = sinks[index] > f32::NEG_INFINITY;
         if has_weight { (f64::from(sinks[index]) - exact_maxima[index]).exp() } else { 0.0 }
@@ -269,16 +271,16 @@ fn expected_rows<T: Element>(
     let mut plain_sums: Vec<f32> = exact_sums.iter().map(|&sum| sum as f32).collect();
     for (at, &token) in seen.iter().enumerate() {
         let (page, in_page) = place(token);
-        draw(Tensor::V, page, in_page, kv_head, &mut kv_row);
+        draw(Tensor::V, page, in_page, kv_head, &mut v_row);
         for index in 0..heads.len() {
             let exact = (exact_scores[index][at] - exact_maxima[index]).exp();
             let plain = (plain_scores[index][at] - plain_maxima[index]).exp();
             exact_sums[index] += exact;
             plain_sums[index] += plain;
             let plain = T::from_f32(plain).to_f32();
-            for dim in 0..head_dim {
-                exact_out[index][dim] += exact * f64::from(kv_row[dim]);
-                plain_out[index][dim] += plain * kv_row[dim];
+            for dim in 0..v_head_dim {
+                exact_out[index][dim] += exact * f64::from(v_row[dim]);
+                plain_out[index][dim] += plain * v_row[dim];
             }
         }
     }

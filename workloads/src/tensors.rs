@@ -8,11 +8,11 @@ use rayon::prelude::*;
 /// How K and V lie in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PoolLayout {
-    /// Two pools `[pages, page_size, kv_heads, head_dim]`.
+    /// Two pools `[pages, page_size, kv_heads, head_dim]`, of V with its own `head_dim`.
     Nhd,
-    /// Two pools `[pages, kv_heads, page_size, head_dim]`.
+    /// Two pools `[pages, kv_heads, page_size, head_dim]`, likewise.
     Hnd,
-    /// One pool `[pages, page_size, kv_heads, 2, head_dim]`: V stands behind K in the same row.
+    /// One pool `[pages, page_size, kv_heads, head_dim + v_head_dim]`: V stands behind K in the same row.
     Interleaved,
 }
 
@@ -21,14 +21,12 @@ impl PoolLayout {
     pub const ALL: [Self; 3] = [Self::Nhd, Self::Hnd, Self::Interleaved];
 
     /// Strides of K and of V.
-    pub fn strides(self, shape: AttentionShape, page_size: u32) -> KvStrides {
+    pub fn strides(self, shape: AttentionShape, page_size: u32) -> [KvStrides; 2] {
+        let (kv_heads, head_dims) = (shape.kv_heads(), [shape.head_dim(), shape.v_head_dim()]);
         match self {
-            Self::Nhd => KvStrides::nhd(page_size, shape.kv_heads(), shape.head_dim()),
-            Self::Hnd => KvStrides::hnd(page_size, shape.kv_heads(), shape.head_dim()),
-            Self::Interleaved => {
-                let KvStrides { page, token, head } = KvStrides::nhd(page_size, shape.kv_heads(), shape.head_dim());
-                KvStrides { page: 2 * page, token: 2 * token, head: 2 * head }
-            }
+            Self::Nhd => head_dims.map(|head_dim| KvStrides::nhd(page_size, kv_heads, head_dim)),
+            Self::Hnd => head_dims.map(|head_dim| KvStrides::hnd(page_size, kv_heads, head_dim)),
+            Self::Interleaved => [KvStrides::nhd(page_size, kv_heads, head_dims[0] + head_dims[1]); 2],
         }
     }
 }
@@ -47,8 +45,10 @@ pub struct Tensors<T> {
     pub kv: Vec<T>,
     /// Where V starts in [`Self::kv`], in elements; K starts at 0.
     pub v_begin: usize,
-    /// Strides of K and of V.
-    pub kv_strides: KvStrides,
+    /// Strides of K.
+    pub k_strides: KvStrides,
+    /// Strides of V.
+    pub v_strides: KvStrides,
     problem: Problem,
 }
 
@@ -67,14 +67,17 @@ impl<T: Element> Tensors<T> {
             fill_row(generator::row_key(seed, Tensor::Q as u32, sequence, 0, head), values);
         });
 
-        let kv_strides = layout.strides(shape, batch.page_size);
-        let pages = batch.num_pages as usize;
-        let mut kv = vec![T::zeroed(); 2 * pages * batch.page_size as usize * shape.kv_heads() as usize * head_dim];
+        let [k_strides, v_strides] = layout.strides(shape, batch.page_size);
+        let (pages, v_head_dim) = (batch.num_pages as usize, shape.v_head_dim() as usize);
+        let pool_rows = pages * batch.page_size as usize * shape.kv_heads() as usize;
+        let mut kv = vec![T::zeroed(); pool_rows * (head_dim + v_head_dim)];
         let fill_page = |tensor: Tensor, page: usize, values: &mut [T]| {
+            let (strides, row_elements) =
+                if tensor == Tensor::K { (k_strides, head_dim) } else { (v_strides, v_head_dim) };
             for token in 0..batch.page_size {
                 for head in 0..shape.kv_heads() {
-                    let at = i64::from(token) * kv_strides.token + i64::from(head) * kv_strides.head;
-                    let row = &mut values[at as usize..][..head_dim];
+                    let at = i64::from(token) * strides.token + i64::from(head) * strides.head;
+                    let row = &mut values[at as usize..][..row_elements];
                     if token < owned_tokens[page] {
                         fill_row(generator::row_key(seed, tensor as u32, page as u32, token, head), row);
                     } else {
@@ -83,18 +86,22 @@ impl<T: Element> Tensors<T> {
                 }
             }
         };
-        let v_begin = if layout == PoolLayout::Interleaved { head_dim } else { kv.len() / 2 };
-        kv.par_chunks_mut((kv_strides.page as usize).max(1)).enumerate().for_each(|(chunk, values)| {
-            if layout == PoolLayout::Interleaved {
-                fill_page(Tensor::K, chunk, values);
-                fill_page(Tensor::V, chunk, &mut values[head_dim..]);
-            } else if chunk < pages {
-                fill_page(Tensor::K, chunk, values);
-            } else {
-                fill_page(Tensor::V, chunk - pages, values);
+        let page_elements = |strides: KvStrides| (strides.page as usize).max(1);
+        let v_begin = if layout == PoolLayout::Interleaved {
+            kv.par_chunks_mut(page_elements(k_strides)).enumerate().for_each(|(page, values)| {
+                fill_page(Tensor::K, page, values);
+                fill_page(Tensor::V, page, &mut values[head_dim..]);
+            });
+            head_dim
+        } else {
+            let (k, v) = kv.split_at_mut(pool_rows * head_dim);
+            for (tensor, pool, strides) in [(Tensor::K, k, k_strides), (Tensor::V, v, v_strides)] {
+                let pages = pool.par_chunks_mut(page_elements(strides)).enumerate();
+                pages.for_each(|(page, values)| fill_page(tensor, page, values));
             }
-        });
-        Ok(Self { q, kv, v_begin, kv_strides, problem: batch.problem(shape) })
+            pool_rows * head_dim
+        };
+        Ok(Self { q, kv, v_begin, k_strides, v_strides, problem: batch.problem(shape) })
     }
 
     /// The pool's elements as those of another type; the pool becomes what they stand for. `scale` is the factor of a KV head's elements:
@@ -103,15 +110,16 @@ impl<T: Element> Tensors<T> {
         // Between rows there is nothing.
         let mut codes = vec![C::from_f32(f32::NAN); self.kv.len()];
         let (shape, page_size) = (self.shape(), self.problem.page_size());
-        let pages = self.kv.len() as u64
-            / 2
-            / (u64::from(page_size) * u64::from(shape.kv_heads()) * u64::from(shape.head_dim()));
+        let row_elements = u64::from(shape.head_dim()) + u64::from(shape.v_head_dim());
+        let pages =
+            self.kv.len() as u64 / (u64::from(page_size) * u64::from(shape.kv_heads()) * row_elements).max(1);
         for page in 0..pages as u32 {
             for token in 0..page_size {
                 for head in 0..shape.kv_heads() {
                     for tensor in [Tensor::K, Tensor::V] {
                         let (scale, begin) = (scale(tensor, head), self.row_begin(tensor, page, token, head));
-                        let row = &mut self.kv[begin..][..shape.head_dim() as usize];
+                        let row_elements = self.row_elements(tensor);
+                        let row = &mut self.kv[begin..][..row_elements];
                         for (code, element) in codes[begin..].iter_mut().zip(row) {
                             *code = C::from_f32(element.to_f32() / scale);
                             *element = T::from_f32(code.to_f32() * scale);
@@ -132,14 +140,20 @@ impl<T: Element> Tensors<T> {
     pub fn row(&self, tensor: Tensor, page: u32, token: u32, head: u32) -> &[T] {
         let begin = self.row_begin(tensor, page, token, head);
         let elements = if tensor == Tensor::Q { &self.q } else { &self.kv };
-        &elements[begin..][..self.shape().head_dim() as usize]
+        &elements[begin..][..self.row_elements(tensor)]
     }
 
     /// As [`Self::row`], to be changed.
     pub fn row_mut(&mut self, tensor: Tensor, page: u32, token: u32, head: u32) -> &mut [T] {
-        let (begin, head_dim) = (self.row_begin(tensor, page, token, head), self.shape().head_dim() as usize);
+        let (begin, row_elements) = (self.row_begin(tensor, page, token, head), self.row_elements(tensor));
         let elements = if tensor == Tensor::Q { &mut self.q } else { &mut self.kv };
-        &mut elements[begin..][..head_dim]
+        &mut elements[begin..][..row_elements]
+    }
+
+    /// Elements of a row of a tensor.
+    fn row_elements(&self, tensor: Tensor) -> usize {
+        let shape = self.shape();
+        (if tensor == Tensor::V { shape.v_head_dim() } else { shape.head_dim() }) as usize
     }
 
     /// Where [`Self::row`] begins in its vector.
@@ -147,16 +161,23 @@ impl<T: Element> Tensors<T> {
         if tensor == Tensor::Q {
             return (page * self.shape().q_heads() + head) as usize * self.shape().head_dim() as usize;
         }
-        let KvStrides { page: of_page, token: of_token, head: of_head } = self.kv_strides;
+        let strides = if tensor == Tensor::V { self.v_strides } else { self.k_strides };
+        let KvStrides { page: of_page, token: of_token, head: of_head } = strides;
         let offset = i64::from(page) * of_page + i64::from(token) * of_token + i64::from(head) * of_head;
         offset as usize + if tensor == Tensor::V { self.v_begin } else { 0 }
+    }
+
+    /// An output for them, contiguous, of NaN.
+    pub fn nan_out(&self) -> Vec<T> {
+        let rows = self.q.len() / self.shape().head_dim() as usize;
+        vec![T::from_f32(f32::NAN); rows * self.shape().v_head_dim() as usize]
     }
 
     /// The tensors as the CPU executor takes them, with contiguous outputs.
     pub fn host(&self, softmax_scale: f32) -> HostTensors<'_, T> {
         let v = &self.kv[self.v_begin.min(self.kv.len())..];
         HostTensors::new(self.problem.with_scale(softmax_scale), &self.q, &self.kv, v)
-            .with_kv_strides(self.kv_strides, self.kv_strides)
+            .with_kv_strides(self.k_strides, self.v_strides)
     }
 }
 

@@ -1,6 +1,6 @@
 //! `cargo xtask build-ptx`: the device crate to PTX, one rustc run per architecture.
 
-use crate::ptx::Module;
+use crate::ptx::{self, Module};
 use crate::sysroot::{self, CoreSource};
 use crate::toolchain::Toolchain;
 use crate::workspace;
@@ -23,12 +23,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let sysroot = sysroot::prepare(&toolchain, &source)?;
     let mut stale = Vec::new();
     for arch in Arch::ALL {
-        let text = compile(&toolchain, &sysroot, arch, false)?;
         let file = workspace::ptx_file(arch);
+        let committed = fs::read_to_string(&file).unwrap_or_default();
+        let text = ptx::with_labels_of(&compile(&toolchain, &sysroot, arch, false)?, &committed);
         if !args.check {
             fs::write(&file, &text).with_context(|| format!("writing {}", file.display()))?;
             println!("wrote {} ({} KiB)", file.display(), text.len() / 1024);
-        } else if fs::read_to_string(&file).is_ok_and(|committed| committed == text) {
+        } else if committed == text {
             println!("{} is what the sources give", file.display());
         } else {
             stale.push(file.display().to_string());

@@ -63,6 +63,31 @@ impl Module {
     }
 }
 
+/// The text of a finished module with the labels that `former` has in those kernels that are the same otherwise. LLVM counts the
+/// functions of a module, in the order of their names, and labels begin with that number: without this a new kernel would change
+/// the text of kernels that it has nothing to do with.
+pub(crate) fn with_labels_of(text: &str, former: &str) -> String {
+    let former = Module::parse(former).entries;
+    let Module { mut prelude, entries } = Module::parse(text);
+    for entry in entries {
+        let code = without_label_numbers(&entry.text);
+        let same = former.iter().find(|other| other.name == entry.name && without_label_numbers(&other.text) == code);
+        prelude.push('\n');
+        prelude.push_str(same.map_or(&entry.text, |other| &other.text));
+    }
+    prelude
+}
+
+fn without_label_numbers(text: &str) -> String {
+    const LABEL: &str = "$L__BB";
+    let mut parts = text.split(LABEL);
+    let mut code = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        code.extend([LABEL, part.trim_start_matches(|c: char| c.is_ascii_digit())]);
+    }
+    code
+}
+
 impl Entry {
     /// Barrier instructions of the CTA or of some of its warps (not `bar.warp.sync`, not `mbarrier`).
     pub(crate) fn barriers(&self) -> u32 {
@@ -162,6 +187,19 @@ mod tests {
     fn a_kernel_outside_the_manifest_is_an_error() {
         let unknown = format!("{ENTRY}stranger(\n)\n{{\n}}\n");
         assert!(Module::parse(&unknown).finish(Arch::Sm80).is_err());
+    }
+
+    #[test]
+    fn a_kernel_that_is_the_same_keeps_its_labels() {
+        let kernel = |name: &str, number: u32, code: &str| {
+            format!("\n{ENTRY}{name}(\n)\n{{\nbra $L__BB{number}_2;\n{code};\n$L__BB{number}_2:\nret;\n}}\n")
+        };
+        let module = |kernels: &[String]| format!(".version 8.0\n{}", kernels.concat());
+        let former = module(&[kernel("a", 0, "exit"), kernel("c", 1, "exit")]);
+        let built = module(&[kernel("a", 0, "trap"), kernel("b", 1, "exit"), kernel("c", 2, "exit")]);
+        let expected = module(&[kernel("a", 0, "trap"), kernel("b", 1, "exit"), kernel("c", 1, "exit")]);
+        assert_eq!(with_labels_of(&built, &former), expected);
+        assert_eq!(with_labels_of(&built, ""), built);
     }
 
     #[test]

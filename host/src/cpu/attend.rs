@@ -68,7 +68,7 @@ pub(super) fn attend<T: Element, C: KvElement>(
     tensors: &HostTensors<'_, T, C>,
     task: &Task<'_>,
 ) -> ItemOutput {
-    let head_dim = plan.shape().head_dim() as usize;
+    let (head_dim, v_head_dim) = (plan.shape().head_dim() as usize, plan.shape().v_head_dim() as usize);
     let rows = task.work.row_count as usize;
     let stream = task.view.stream(&task.work);
     // Of all elements of K the same in an item, which has one KV head.
@@ -84,12 +84,12 @@ pub(super) fn attend<T: Element, C: KvElement>(
         values.iter_mut().for_each(|value| *value *= scale);
     }
 
-    let mut out = vec![0f32; rows * head_dim];
+    let mut out = vec![0f32; rows * v_head_dim];
     let mut maximum = vec![f32::NEG_INFINITY; rows];
     let mut sum = vec![0f32; rows];
     let mut row_values = vec![0f32; head_dim];
     let mut k_transposed = vec![[0f32; KEYS]; head_dim];
-    let mut v = vec![0f32; KEYS * head_dim];
+    let mut v = vec![0f32; KEYS * v_head_dim];
     for Segment { token_begin, token_end, row_begin, row_end } in segments(plan, task, &stream) {
         for begin in (token_begin..token_end).step_by(KEYS) {
             let keys = KEYS.min(token_end - begin);
@@ -99,7 +99,7 @@ pub(super) fn attend<T: Element, C: KvElement>(
                 for (column, &value) in k_transposed.iter_mut().zip(&row_values) {
                     column[key] = value;
                 }
-                C::widen(&tensors.v[at(tensors.v_strides)..][..head_dim], &mut v[key * head_dim..][..head_dim]);
+                C::widen(&tensors.v[at(tensors.v_strides)..][..v_head_dim], &mut v[key * v_head_dim..][..v_head_dim]);
             }
             for row in row_begin..row_end {
                 let keys = keys.min(limits[row].saturating_sub(begin));
@@ -122,11 +122,11 @@ pub(super) fn attend<T: Element, C: KvElement>(
                 maximum[row] = new_maximum;
                 scores.iter_mut().for_each(|score| *score = (*score - new_maximum).exp());
                 sum[row] = sum[row] * rescale + scores.iter().sum::<f32>();
-                let out_row = &mut out[row * head_dim..][..head_dim];
+                let out_row = &mut out[row * v_head_dim..][..v_head_dim];
                 if rescale != 1.0 {
                     out_row.iter_mut().for_each(|value| *value *= rescale);
                 }
-                for (&weight, values) in scores.iter().zip(v.chunks_exact(head_dim)) {
+                for (&weight, values) in scores.iter().zip(v.chunks_exact(v_head_dim)) {
                     for (value, &v_value) in out_row.iter_mut().zip(values) {
                         *value += weight * v_value;
                     }
@@ -135,7 +135,7 @@ pub(super) fn attend<T: Element, C: KvElement>(
         }
     }
 
-    for (values, &sum) in out.chunks_exact_mut(head_dim).zip(&sum) {
+    for (values, &sum) in out.chunks_exact_mut(v_head_dim).zip(&sum) {
         // A row that attends to nothing stays 0.
         let sum = if sum == 0.0 { 1.0 } else { sum };
         values.iter_mut().for_each(|value| *value = *value / sum * v_scale);

@@ -112,9 +112,9 @@ pub fn run<T: Element, C: KvElement>(
 ) -> Result<()> {
     check(plan, tensors, out.len(), lse.as_deref().map(<[f32]>::len))?;
     let shape = plan.shape();
-    let (q_heads, head_dim) = (shape.q_heads() as usize, shape.head_dim() as usize);
+    let (q_heads, v_head_dim) = (shape.q_heads() as usize, shape.v_head_dim() as usize);
     let slot_rows = plan.header().slot_count as usize * q_heads;
-    let mut partial_out = vec![0f32; slot_rows * head_dim];
+    let mut partial_out = vec![0f32; slot_rows * v_head_dim];
     let mut partial_lse = vec![f32::NEG_INFINITY; slot_rows];
     let mut store = |sequence: u32, head: usize, row: &[f32], row_lse: f32| {
         let at = offset(tensors.out_strides, sequence, head);
@@ -127,7 +127,7 @@ pub fn run<T: Element, C: KvElement>(
             let joint = maximum + ((row_lse - maximum).exp() + (sink - maximum).exp()).ln();
             (joint, (row_lse - joint).exp())
         };
-        for (element, &value) in out[at..at + head_dim].iter_mut().zip(row) {
+        for (element, &value) in out[at..at + v_head_dim].iter_mut().zip(row) {
             *element = T::from_f32(value * share);
         }
         if let Some(lse) = lse.as_deref_mut() {
@@ -139,20 +139,20 @@ pub fn run<T: Element, C: KvElement>(
     for window in tasks.chunks(TASKS_IN_FLIGHT) {
         let results: Vec<ItemOutput> = window.par_iter().map(|task| attend(plan, tensors, task)).collect();
         for (task, result) in window.iter().zip(&results) {
-            for (row, (values, &row_lse)) in result.out.chunks_exact(head_dim).zip(&result.lse).enumerate() {
+            for (row, (values, &row_lse)) in result.out.chunks_exact(v_head_dim).zip(&result.lse).enumerate() {
                 let TaskRow { query_token, head, slot, .. } = task.row(row);
                 if slot == DIRECT_SLOT {
                     store(query_token, head, values, row_lse);
                 } else {
                     let at = slot as usize * q_heads + head;
-                    partial_out[at * head_dim..][..head_dim].copy_from_slice(values);
+                    partial_out[at * v_head_dim..][..v_head_dim].copy_from_slice(values);
                     partial_lse[at] = row_lse;
                 }
             }
         }
     }
 
-    let mut merged = vec![0f32; head_dim];
+    let mut merged = vec![0f32; v_head_dim];
     let words = PlanBytes(plan.bytes());
     let merges = MergeView::load(words, 0);
     for row in (0..merges.count).map(|index| merges.row(words, index)) {

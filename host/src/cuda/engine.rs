@@ -121,9 +121,11 @@ pub(super) fn merge_kernel(shape: AttentionShape, launched: &[u32]) -> Result<&'
     let overlapping = TileVariant::ALL
         .into_iter()
         .any(|variant| variant.arch() == Arch::Sm90a && launched[variant.index()] > 0)
-        .then(|| manifest::find_for(Arch::Sm90a, Family::Merge, shape.dtype(), shape.head_dim()))
+        .then(|| manifest::find_for(Arch::Sm90a, Family::Merge, shape.dtype(), shape.v_head_dim()))
         .flatten();
-    overlapping.map_or_else(|| find(Family::Merge, shape), Ok)
+    overlapping
+        .or_else(|| manifest::find(Family::Merge, shape.dtype(), shape.v_head_dim()))
+        .ok_or_else(|| missing(Family::Merge, shape))
 }
 
 /// # Errors
@@ -140,22 +142,20 @@ pub(super) fn forward_kernel(
             call: if switches.soft_cap { "a soft_cap" } else { "rows that see part of their pages" }.into(),
         });
     }
-    manifest::find_forward(variant, shape.dtype(), shape.kv_dtype(), shape.head_dim())
+    let (dtypes, head_dims) = ((shape.dtype(), shape.kv_dtype()), (shape.head_dim(), shape.v_head_dim()));
+    manifest::find_forward(variant, dtypes, head_dims)
         .ok_or_else(|| missing(Family::Forward(variant), shape))
-}
-
-fn find(family: Family, shape: AttentionShape) -> Result<&'static KernelSpec> {
-    manifest::find(family, shape.dtype(), shape.head_dim()).ok_or_else(|| missing(family, shape))
 }
 
 fn missing(family: Family, shape: AttentionShape) -> Error {
     Error::PlanMismatch {
         what: "the kernels there are".into(),
         plan: format!(
-            "{family:?} for {:?}, K and V {:?}, head_dim {}",
+            "{family:?} for {:?}, K and V {:?}, head_dim {}, v_head_dim {}",
             shape.dtype(),
             shape.kv_dtype(),
-            shape.head_dim()
+            shape.head_dim(),
+            shape.v_head_dim()
         ),
         call: "no such entry in the manifest".into(),
     }

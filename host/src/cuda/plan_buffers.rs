@@ -393,7 +393,7 @@ impl Workspace {
             ));
         }
         let capacity_slots = span.bytes() / shape.partial_bytes();
-        let out_bytes = capacity_slots * u64::from(shape.q_heads()) * u64::from(shape.head_dim()) * 4;
+        let out_bytes = capacity_slots * u64::from(shape.q_heads()) * u64::from(shape.v_head_dim()) * 4;
         Ok((span.address(), span.address() + out_bytes))
     }
 }

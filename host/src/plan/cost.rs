@@ -6,7 +6,7 @@ use super::choice::TileChoice;
 use super::deal::Deal;
 use super::tiling::{TileClass, TilingRule};
 use crate::{AttentionShape, DeviceProfile};
-use pat_abi::{Arch, Family, TileVariant};
+use pat_abi::{Arch, TileVariant};
 use serde::Serialize;
 
 /// Predicted time of a plan by cause.
@@ -77,14 +77,16 @@ impl VariantTerms {
     /// Of every variant, by [`TileVariant::index`].
     pub(super) fn all(profile: &DeviceProfile, shape: AttentionShape) -> [Self; TileVariant::ALL.len()] {
         TileVariant::ALL.map(|variant| {
-            let kernel = pat_abi::manifest::find(Family::Forward(variant), shape.dtype(), shape.head_dim());
+            let (dtypes, head_dims) = ((shape.dtype(), shape.kv_dtype()), (shape.head_dim(), shape.v_head_dim()));
+            let kernel = pat_abi::manifest::find_forward(variant, dtypes, head_dims);
             let rate = match variant {
                 TileVariant::Wgmma128 => WIDE_TENSOR_RATE * profile.wgmma_flop_per_us,
                 _ if variant.arch() == Arch::Sm90a => profile.wgmma_flop_per_us,
                 _ => profile.mma_flop_per_us,
             };
             let step_latency = if variant == TileVariant::Wgmma128 { WIDE_STEP_LATENCY } else { 1.0 };
-            let flop = 4.0 * f64::from(variant.rows()) * f64::from(variant.keys()) * f64::from(shape.head_dim());
+            let row_flop = 2.0 * f64::from(shape.head_dim() + shape.v_head_dim());
+            let flop = row_flop * f64::from(variant.rows()) * f64::from(variant.keys());
             let ctas_per_sm = kernel.map_or(1, |kernel| profile.limits().occupancy(kernel)).max(1);
             Self { slots: profile.sm_count * ctas_per_sm, ctas_per_sm, tensor_per_step_us: flop / rate, step_latency }
         })

@@ -10,13 +10,34 @@
 //! row 2:  2 3 0 1 6 7 4 5 | ...
 //! ```
 //!
-//! so that the same chunk of 8 consecutive rows, which is what `ldmatrix` reads at a time, covers all 32 banks once.
+//! so that the same chunk of 8 consecutive rows, which is what `ldmatrix` reads at a time, covers all 32 banks once. Rows of an odd
+//! multiple of 64 bytes (head dimension 96, or 64 in 8 bits) begin in the one half of the banks and in the other by turns: two of
+//! them cover all banks, and chunk c lies at position `c ^ (r / 2 % 4)`.
+
+/// Chunks that the swizzle permutes among each other; a row has a multiple of them, and consists of so many one behind the other.
+#[inline(always)]
+pub const fn swizzle_period(chunks: u32) -> u32 {
+    if chunks % 8 == 4 { 4 } else { 8 }
+}
 
 /// Position of 16-byte chunk `chunk` in row `row` of a tile whose rows have `chunks` of them.
 #[inline(always)]
 pub const fn swizzled_chunk(chunks: u32, row: u32, chunk: u32) -> u32 {
-    // Two rows of four chunks cover all banks.
-    chunk ^ if chunks == 4 { row / 2 % 4 } else { row % 8 }
+    chunk ^ if chunks % 8 == 4 { row / 2 % 4 } else { row % 8 }
+}
+
+/// Lanes of a warp that copy a row of `chunks` chunks together, once or several times: as many as 32, and the row, are multiples of.
+#[inline(always)]
+pub const fn row_lanes(chunks: u32) -> u32 {
+    let lanes = 1 << chunks.trailing_zeros();
+    if lanes < 32 { lanes } else { 32 }
+}
+
+/// The same, of rows of K and of V with so many elements of `element_bytes` bytes: both are copied by the lanes that have located
+/// their token.
+pub const fn common_row_lanes(head_dim: u32, v_head_dim: u32, element_bytes: u32) -> u32 {
+    let [of_key, of_value] = [row_lanes(head_dim * element_bytes / 16), row_lanes(v_head_dim * element_bytes / 16)];
+    if of_key < of_value { of_key } else { of_value }
 }
 
 /// Key (0 to 15) whose row lane `lane` addresses in an `ldmatrix.x4` of 16 keys by 16 elements. Matrices 0 and 1 are the
@@ -52,13 +73,19 @@ mod tests {
 
     use super::*;
 
+    /// Rows of 64 to 1,024 bytes.
+    const CHUNKS: [u32; 7] = [4, 8, 12, 16, 24, 32, 64];
+
     #[test]
     fn the_swizzle_permutes_every_row() {
-        for chunks in [4, 8, 16] {
+        for chunks in CHUNKS {
             for row in 0..64 {
                 let positions: HashSet<u32> = (0..chunks).map(|c| swizzled_chunk(chunks, row, c)).collect();
                 assert_eq!(positions.len() as u32, chunks);
                 assert!(positions.iter().all(|&p| p < chunks));
+                let period = swizzle_period(chunks);
+                assert!((0..chunks).all(|c| swizzled_chunk(chunks, row, c) / period == c / period));
+                assert!(row_lanes(chunks).is_multiple_of(period) && chunks.is_multiple_of(row_lanes(chunks)));
             }
         }
     }
@@ -74,7 +101,7 @@ mod tests {
     /// 16-byte bank groups.
     #[test]
     fn ldmatrix_is_free_of_bank_conflicts() {
-        for chunks in [4, 8, 16] {
+        for chunks in CHUNKS {
             for step in 0..chunks / 2 {
                 for matrix in 0..4 {
                     let lanes = 8 * matrix..8 * matrix + 8;

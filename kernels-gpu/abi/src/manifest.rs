@@ -197,8 +197,10 @@ pub struct KernelSpec {
     pub dtype: Dtype,
     /// Element type of K and V.
     pub kv_dtype: Dtype,
-    /// Elements per head.
+    /// Elements per head of Q and K; of a merge, of O.
     pub head_dim: u32,
+    /// Elements per head of V and O.
+    pub v_head_dim: u32,
     /// Threads per CTA (`.maxntid`).
     pub threads: u32,
     /// Minimum CTAs per multiprocessor the compiler must make room for (`.minnctapersm`).
@@ -224,73 +226,116 @@ impl KernelSpec {
     }
 }
 
-/// Which element types and head dimensions there are kernels for: calls a macro with what stands in the braces, followed by
-/// `[head_dim Dtype "name"]` for each of them.
+/// Which element types and head dimensions the wgmma kernels have: calls a macro with what stands in the braces, followed by
+/// `[head_dim v_head_dim Dtype "name"]` for each of them, and by what stands behind the braces.
 #[macro_export]
-macro_rules! kernel_shapes {
-    ($callback:ident! { $($prefix:tt)* }) => {
-        $crate::narrow_kernel_shapes! { $callback! { $($prefix)* } [256 F16 "f16"] [256 Bf16 "bf16"] }
-    };
-}
-
-/// As [`kernel_shapes`], of variants whose registers or shared memory do not suffice for head dimension 256.
-#[macro_export]
-macro_rules! narrow_kernel_shapes {
-    ($callback:ident! { $($prefix:tt)* } $($wide:tt)*) => {
-        $callback! { $($prefix)* [128 F16 "f16"] [128 Bf16 "bf16"] [64 F16 "f16"] [64 Bf16 "bf16"] $($wide)* }
-    };
-}
-
-macro_rules! kernels {
-    ($make:path, $family:expr, $arch:ident, $prefix:literal $([$head_dim:literal $dtype:ident $name:literal])*) => {
-        &[$($make(concat!($prefix, "_d", $head_dim, "_", $name), $family, Arch::$arch, Dtype::$dtype, $head_dim)),*]
-    };
-}
-
-/// Which element types of Q and O, of K and V, and head dimensions there are kernels for that read 8-bit K and V: calls a macro with
-/// what stands in the braces, followed by `[head_dim Dtype KvDtype "names"]` for each of them.
-#[macro_export]
-macro_rules! scaled_kernel_shapes {
-    ($callback:ident! { $($prefix:tt)* }) => {
+macro_rules! wgmma_kernel_shapes {
+    ($callback:ident! { $($prefix:tt)* } $($more:tt)*) => {
         $callback! { $($prefix)*
-            [128 F16 E4m3 "f16_e4m3"] [128 Bf16 E4m3 "bf16_e4m3"] [64 F16 E4m3 "f16_e4m3"] [64 Bf16 E4m3 "bf16_e4m3"]
-            [128 F16 E5m2 "f16_e5m2"] [128 Bf16 E5m2 "bf16_e5m2"] [64 F16 E5m2 "f16_e5m2"] [64 Bf16 E5m2 "bf16_e5m2"]
+            [128 128 F16 "d128_f16"] [128 128 Bf16 "d128_bf16"] [64 64 F16 "d64_f16"] [64 64 Bf16 "d64_bf16"] $($more)*
         }
     };
 }
 
-macro_rules! scaled_kernels {
-    ($variant:ident, $prefix:literal $([$head_dim:literal $dtype:ident $kv_dtype:ident $name:literal])*) => {
-        &[$(scaled_forward(
-            concat!($prefix, "_d", $head_dim, "_", $name),
+/// As [`wgmma_kernel_shapes`], of `mma128`, whose registers do not suffice for more.
+#[macro_export]
+macro_rules! mma128_kernel_shapes {
+    ($callback:ident! { $($prefix:tt)* }) => {
+        $crate::wgmma_kernel_shapes! { $callback! { $($prefix)* } [96 96 F16 "d96_f16"] [96 96 Bf16 "d96_bf16"] }
+    };
+}
+
+/// As [`wgmma_kernel_shapes`], of the other mma.sync kernels.
+#[macro_export]
+macro_rules! mma_kernel_shapes {
+    ($callback:ident! { $($prefix:tt)* }) => {
+        $crate::wgmma_kernel_shapes! { $callback! { $($prefix)* }
+            [256 256 F16 "d256_f16"] [256 256 Bf16 "d256_bf16"] [96 96 F16 "d96_f16"] [96 96 Bf16 "d96_bf16"]
+        }
+    };
+}
+
+/// As [`wgmma_kernel_shapes`], of the merge: a shape for each number of elements of O.
+#[macro_export]
+macro_rules! merge_kernel_shapes {
+    ($callback:ident! { $($prefix:tt)* }) => {
+        $crate::wgmma_kernel_shapes! { $callback! { $($prefix)* }
+            [256 256 F16 "d256_f16"] [256 256 Bf16 "d256_bf16"] [96 96 F16 "d96_f16"] [96 96 Bf16 "d96_bf16"]
+        }
+    };
+}
+
+/// As [`merge_kernel_shapes`], of the merge behind wgmma kernels.
+#[macro_export]
+macro_rules! overlapping_merge_kernel_shapes {
+    ($callback:ident! { $($prefix:tt)* }) => {
+        $crate::wgmma_kernel_shapes! { $callback! { $($prefix)* }
+            [256 256 F16 "d256_f16"] [256 256 Bf16 "d256_bf16"]
+        }
+    };
+}
+
+macro_rules! forward_kernels {
+    ($variant:ident, $prefix:literal $([$head_dim:literal $v_head_dim:literal $dtype:ident $name:literal])*) => {
+        &[$(forward(
+            concat!($prefix, "_", $name),
             TileVariant::$variant,
-            Dtype::$dtype,
-            Dtype::$kv_dtype,
-            $head_dim,
+            (Dtype::$dtype, Dtype::$dtype),
+            ($head_dim, $v_head_dim),
         )),*]
+    };
+    ($variant:ident, $prefix:literal
+        $([$head_dim:literal $v_head_dim:literal $dtype:ident $kv_dtype:ident $name:literal])*
+    ) => {
+        &[$(forward(
+            concat!($prefix, "_", $name),
+            TileVariant::$variant,
+            (Dtype::$dtype, Dtype::$kv_dtype),
+            ($head_dim, $v_head_dim),
+        )),*]
+    };
+}
+
+macro_rules! merge_kernels {
+    ($arch:ident, $prefix:literal $([$_head_dim:literal $v_head_dim:literal $dtype:ident $name:literal])*) => {
+        &[$(merge(concat!($prefix, "_", $name), Arch::$arch, Dtype::$dtype, $v_head_dim)),*]
+    };
+}
+
+/// Which element types of Q and O, of K and V, and head dimensions there are kernels for that read 8-bit K and V: calls a macro with
+/// what stands in the braces, followed by `[head_dim v_head_dim Dtype KvDtype "name"]` for each of them.
+#[macro_export]
+macro_rules! scaled_kernel_shapes {
+    ($callback:ident! { $($prefix:tt)* }) => {
+        $callback! { $($prefix)*
+            [128 128 F16 E4m3 "d128_f16_e4m3"] [128 128 Bf16 E4m3 "d128_bf16_e4m3"]
+            [64 64 F16 E4m3 "d64_f16_e4m3"] [64 64 Bf16 E4m3 "d64_bf16_e4m3"]
+            [128 128 F16 E5m2 "d128_f16_e5m2"] [128 128 Bf16 E5m2 "d128_bf16_e5m2"]
+            [64 64 F16 E5m2 "d64_f16_e5m2"] [64 64 Bf16 E5m2 "d64_bf16_e5m2"]
+        }
     };
 }
 
 /// Forward kernels that read 8-bit K and V.
 const SCALED: [&[KernelSpec]; 3] = [
-    scaled_kernel_shapes!(scaled_kernels! { Mma16, "pat_forward_mma16" }),
-    scaled_kernel_shapes!(scaled_kernels! { Mma32, "pat_forward_mma32" }),
-    scaled_kernel_shapes!(scaled_kernels! { Mma64, "pat_forward_mma64" }),
+    scaled_kernel_shapes!(forward_kernels! { Mma16, "pat_forward_mma16" }),
+    scaled_kernel_shapes!(forward_kernels! { Mma32, "pat_forward_mma32" }),
+    scaled_kernel_shapes!(forward_kernels! { Mma64, "pat_forward_mma64" }),
 ];
 
 /// Forward kernels, by variant.
 const FORWARD: [&[KernelSpec]; TileVariant::ALL.len()] = [
-    kernel_shapes!(kernels! { forward, TileVariant::Mma16, Sm80, "pat_forward_mma16" }),
-    kernel_shapes!(kernels! { forward, TileVariant::Mma32, Sm80, "pat_forward_mma32" }),
-    kernel_shapes!(kernels! { forward, TileVariant::Mma64, Sm80, "pat_forward_mma64" }),
-    narrow_kernel_shapes!(kernels! { forward, TileVariant::Mma128, Sm80, "pat_forward_mma128" }),
-    narrow_kernel_shapes!(kernels! { forward, TileVariant::Wgmma64, Sm90a, "pat_forward_wgmma64" }),
-    narrow_kernel_shapes!(kernels! { forward, TileVariant::Wgmma128, Sm90a, "pat_forward_wgmma128" }),
+    mma_kernel_shapes!(forward_kernels! { Mma16, "pat_forward_mma16" }),
+    mma_kernel_shapes!(forward_kernels! { Mma32, "pat_forward_mma32" }),
+    mma_kernel_shapes!(forward_kernels! { Mma64, "pat_forward_mma64" }),
+    mma128_kernel_shapes!(forward_kernels! { Mma128, "pat_forward_mma128" }),
+    wgmma_kernel_shapes!(forward_kernels! { Wgmma64, "pat_forward_wgmma64" }),
+    wgmma_kernel_shapes!(forward_kernels! { Wgmma128, "pat_forward_wgmma128" }),
 ];
 
 const MERGE: [&[KernelSpec]; Arch::ALL.len()] = [
-    kernel_shapes!(kernels! { merge, Family::Merge, Sm80, "pat_merge" }),
-    kernel_shapes!(kernels! { merge, Family::Merge, Sm90a, "pat_merge_pdl" }),
+    merge_kernel_shapes!(merge_kernels! { Sm80, "pat_merge" }),
+    overlapping_merge_kernel_shapes!(merge_kernels! { Sm90a, "pat_merge_pdl" }),
 ];
 
 const SUPPORT: [KernelSpec; 6] = [
@@ -302,53 +347,46 @@ const SUPPORT: [KernelSpec; 6] = [
     support("pat_merge_states_bf16", Family::MergeStates, Dtype::Bf16),
 ];
 
-/// Bytes of an element of Q, K, V and O.
-const ELEMENT_BYTES: u32 = 2;
-
-const fn forward(entry: &'static str, variant: TileVariant, arch: Arch, dtype: Dtype, head_dim: u32) -> KernelSpec {
+const fn forward(
+    entry: &'static str,
+    variant: TileVariant,
+    (dtype, kv_dtype): (Dtype, Dtype),
+    (head_dim, v_head_dim): (u32, u32),
+) -> KernelSpec {
     let config = variant.config(head_dim);
     KernelSpec {
         entry,
-        arch,
+        arch: variant.arch(),
         family: Family::Forward(variant),
         dtype,
-        kv_dtype: dtype,
+        kv_dtype,
         head_dim,
+        v_head_dim,
         threads: config.threads(),
         min_ctas_per_sm: config.min_ctas_per_sm,
-        smem_bytes: config.smem(head_dim, ELEMENT_BYTES).total,
+        smem_bytes: config.smem(head_dim, v_head_dim, kv_dtype.bytes()).total,
         max_registers: register_limit(config.threads(), config.min_ctas_per_sm),
         barriers: config.barriers,
         tensor_maps: if config.producer_warps > 0 { 2 } else { 0 },
     }
 }
 
-const fn scaled_forward(
-    entry: &'static str,
-    variant: TileVariant,
-    dtype: Dtype,
-    kv_dtype: Dtype,
-    head_dim: u32,
-) -> KernelSpec {
-    let smem_bytes = variant.config(head_dim).smem(head_dim, kv_dtype.bytes()).total;
-    KernelSpec { kv_dtype, smem_bytes, ..forward(entry, variant, variant.arch(), dtype, head_dim) }
-}
-
-const fn merge(entry: &'static str, family: Family, arch: Arch, dtype: Dtype, head_dim: u32) -> KernelSpec {
+const fn merge(entry: &'static str, arch: Arch, dtype: Dtype, columns: u32) -> KernelSpec {
     let threads = 32 * MERGE_WARPS;
     // Eight float4 loads in flight with 64-bit addresses, and the outputs of four rows.
     let min_ctas_per_sm = 4;
     KernelSpec {
         entry,
         arch,
-        family,
+        family: Family::Merge,
         dtype,
         kv_dtype: dtype,
-        head_dim,
+        head_dim: columns,
+        v_head_dim: columns,
         threads,
         min_ctas_per_sm,
-        // The warps' sums of (a part of) a row, where a CTA has one.
-        smem_bytes: 4 * MERGE_WARPS * if head_dim < MERGE_COLUMNS { head_dim } else { MERGE_COLUMNS },
+        // The warps' sums of (a part of) a row, where a CTA has one: two or four columns of each lane.
+        smem_bytes: 4 * MERGE_WARPS * if columns > 64 { MERGE_COLUMNS } else { 64 },
         max_registers: register_limit(threads, min_ctas_per_sm),
         barriers: 1,
         tensor_maps: 0,
@@ -364,6 +402,7 @@ const fn support(entry: &'static str, family: Family, dtype: Dtype) -> KernelSpe
         dtype,
         kv_dtype: dtype,
         head_dim: 0,
+        v_head_dim: 0,
         threads,
         min_ctas_per_sm,
         smem_bytes: 0,
@@ -406,16 +445,25 @@ const fn table<const LENGTH: usize>() -> (usize, [KernelSpec; LENGTH]) {
 pub const KERNELS: &[KernelSpec] = &table::<{ table::<0>().0 }>().1;
 
 /// The kernel of a family for an element type and head dimension, if there is one. Of two merge kernels it is the one
-/// that runs on both architectures; [`find_for`] names the file. Of forward kernels it is the one that reads K and V of the same type;
-/// [`find_forward`] asks for others.
+/// that runs on both architectures; [`find_for`] names the file. Of forward kernels it is the one that reads K and V of the same type
+/// and has values as long as keys; [`find_forward`] asks for others.
 pub fn find(family: Family, dtype: Dtype, head_dim: u32) -> Option<&'static KernelSpec> {
-    KERNELS.iter().find(|k| k.family == family && k.dtype == dtype && k.head_dim == head_dim)
+    KERNELS.iter().find(|k| {
+        k.family == family && k.dtype == dtype && (k.head_dim, k.v_head_dim) == (head_dim, head_dim)
+    })
 }
 
-/// The forward kernel of a variant for Q and O of `dtype` and K and V of `kv_dtype`, if there is one.
-pub fn find_forward(variant: TileVariant, dtype: Dtype, kv_dtype: Dtype, head_dim: u32) -> Option<&'static KernelSpec> {
+/// The forward kernel of a variant for Q and O of the first type and K and V of the second, and keys and values of so many elements, if
+/// there is one.
+pub fn find_forward(
+    variant: TileVariant,
+    dtypes: (Dtype, Dtype),
+    head_dims: (u32, u32),
+) -> Option<&'static KernelSpec> {
     KERNELS.iter().find(|k| {
-        k.family == Family::Forward(variant) && (k.dtype, k.kv_dtype, k.head_dim) == (dtype, kv_dtype, head_dim)
+        k.family == Family::Forward(variant)
+            && (k.dtype, k.kv_dtype) == dtypes
+            && (k.head_dim, k.v_head_dim) == head_dims
     })
 }
 

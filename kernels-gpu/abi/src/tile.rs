@@ -50,8 +50,10 @@ pub struct TileConfig {
 /// Where things lie in the shared memory of a CTA, in bytes from its start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SmemLayout {
-    /// Size of a tile of K; one of V is as large.
-    pub tile_bytes: u32,
+    /// Size of a tile of K.
+    pub k_tile_bytes: u32,
+    /// Size of a tile of V.
+    pub v_tile_bytes: u32,
     /// From one stage to the next.
     pub stage_bytes: u32,
     /// From one ring to the next.
@@ -73,10 +75,12 @@ pub struct SmemLayout {
 }
 
 impl TileVariant {
-    /// The shape of the variant's CTAs.
+    /// The shape of the variant's CTAs, where keys have `head_dim` elements.
     pub const fn config(self, head_dim: u32) -> TileConfig {
         // Warps that copy and compute, one ring, queries in registers as long as these suffice.
         let is_wide = head_dim > 128;
+        // Head dimension 192 (V 128) leaves room for the usual keys where no more than 32 queries lie beside them.
+        let is_widest = head_dim > 192;
         let mma = TileConfig {
             rows: 0,
             keys: if is_wide { 32 } else { 64 },
@@ -94,10 +98,10 @@ impl TileVariant {
         // 128 KiB in flight, and an A100 has shared memory for no more.
         let three_ctas = if head_dim <= 64 { 3 } else { 2 };
         match self {
-            // 16 KiB per warp are in flight at every head dimension.
+            // 12 KiB per warp or more are in flight at every head dimension.
             Self::Mma16 => TileConfig {
                 rows: 16,
-                keys: if is_wide { 64 } else { 128 },
+                keys: if is_widest { 64 } else { 128 },
                 key_splits: 4,
                 rings: 4,
                 stages: if head_dim <= 64 { 2 } else { 1 },
@@ -108,6 +112,7 @@ impl TileVariant {
             },
             Self::Mma32 => TileConfig {
                 rows: 32,
+                keys: if is_widest { 32 } else { 64 },
                 key_splits: 2,
                 query_slots: if is_wide { 2 } else { 0 },
                 min_ctas_per_sm: three_ctas,
@@ -158,12 +163,14 @@ impl TileConfig {
         self.keys / self.rings
     }
 
-    /// The shared memory of a CTA whose keys have `head_dim` elements of `element_bytes` bytes, and so have queries that stay there.
-    pub const fn smem(&self, head_dim: u32, element_bytes: u32) -> SmemLayout {
-        let tile_bytes = self.tile_keys() * head_dim * element_bytes;
-        let stage_bytes = 2 * tile_bytes;
+    /// The shared memory of a CTA whose keys have `head_dim` elements of `element_bytes` bytes, and so have queries that stay there;
+    /// values have `v_head_dim`.
+    pub const fn smem(&self, head_dim: u32, v_head_dim: u32, element_bytes: u32) -> SmemLayout {
+        let k_tile_bytes = self.tile_keys() * head_dim * element_bytes;
+        let v_tile_bytes = self.tile_keys() * v_head_dim * element_bytes;
+        let stage_bytes = k_tile_bytes + v_tile_bytes;
         // A warp that has a ring of its own leaves its state there, too.
-        let warp_state_bytes = warp_state_bytes(head_dim).next_multiple_of(1024);
+        let warp_state_bytes = warp_state_bytes(v_head_dim).next_multiple_of(1024);
         let state_bytes = if self.rings > 1 { warp_state_bytes } else { 0 };
         let ring_bytes = max(self.stages * stage_bytes, state_bytes);
         let q = self.rings * ring_bytes;
@@ -175,7 +182,19 @@ impl TileConfig {
         let masks = barriers + if is_persistent { 8 * (4 * self.stages + 2 * self.query_slots) } else { 0 };
         let mask_bytes = if is_persistent { self.tile_keys() / 64 * 16 } else { 2 * self.tile_keys() };
         let total = masks + self.rings * self.stages * mask_bytes;
-        SmemLayout { tile_bytes, stage_bytes, ring_bytes, k: 0, v: tile_bytes, q, barriers, masks, mask_bytes, total }
+        SmemLayout {
+            k_tile_bytes,
+            v_tile_bytes,
+            stage_bytes,
+            ring_bytes,
+            k: 0,
+            v: k_tile_bytes,
+            q,
+            barriers,
+            masks,
+            mask_bytes,
+            total,
+        }
     }
 }
 
@@ -185,13 +204,13 @@ const fn max(a: u32, b: u32) -> u32 {
 
 /// Bytes between the rows of a warp's state in shared memory: 8 banks of padding, so that the 8 rows that a warp stores at once do not
 /// collide.
-pub const fn state_pitch_bytes(head_dim: u32) -> u32 {
-    head_dim * 4 + 32
+pub const fn state_pitch_bytes(v_head_dim: u32) -> u32 {
+    v_head_dim * 4 + 32
 }
 
 /// Shared memory that the state of one warp's rows takes: the rows (f32), then maximum and sum of each.
-pub const fn warp_state_bytes(head_dim: u32) -> u32 {
-    WARP_ROWS * (state_pitch_bytes(head_dim) + 8)
+pub const fn warp_state_bytes(v_head_dim: u32) -> u32 {
+    WARP_ROWS * (state_pitch_bytes(v_head_dim) + 8)
 }
 
 /// Registers per thread that leave room for `ctas_per_sm` CTAs of `threads` threads. They are handed out in eights.
@@ -211,12 +230,13 @@ mod tests {
             if let Family::Forward(variant) = kernel.family {
                 let head_dim = kernel.head_dim;
                 let config = variant.config(head_dim);
-                let layout = config.smem(head_dim, kernel.kv_dtype.bytes());
-                assert_eq!(layout.v, layout.k + layout.tile_bytes);
+                let layout = config.smem(head_dim, kernel.v_head_dim, kernel.kv_dtype.bytes());
+                assert_eq!(layout.v, layout.k + layout.k_tile_bytes);
+                assert_eq!(layout.stage_bytes, layout.v + layout.v_tile_bytes);
                 assert!(layout.v < layout.q && layout.q <= layout.barriers && layout.barriers <= layout.masks);
                 assert!(layout.masks < layout.total && layout.total <= variant.arch().max_smem_bytes(), "{variant:?}");
                 // What TMA writes and wgmma reads is aligned to the swizzle's 1024 bytes.
-                assert!(layout.tile_bytes % 1024 == 0 && layout.q % 1024 == 0, "{variant:?}");
+                assert!([layout.k_tile_bytes, layout.v_tile_bytes, layout.q].iter().all(|at| at % 1024 == 0), "{variant:?}");
                 assert!(config.rows % WARP_ROWS == 0 && config.keys % config.rings == 0);
             }
         }

@@ -6,8 +6,9 @@
 
 use core::borrow::Borrow;
 
+use pat_abi::layout::common_row_lanes;
 use pat_abi::tile::warp_state_bytes;
-use pat_abi::{ForwardParams, TileConfig, TileVariant, kernel_shapes, scaled_kernel_shapes};
+use pat_abi::{ForwardParams, TileConfig, TileVariant, mma_kernel_shapes, scaled_kernel_shapes};
 
 use crate::cache::{Cache, EightBit, Plain};
 use crate::eight_bit::{E4m3, E5m2};
@@ -23,8 +24,9 @@ const WARPS: u32 = TileVariant::Mma16.config(128).key_splits;
 /// Rows of a tile.
 const ROWS: u32 = TileVariant::Mma16.config(128).rows;
 
-/// `HEAD_STEPS` is head_dim / 16, `ROW_STEPS` that of a 16-bit row as long as one of K. Units of `UNIT_TOKENS = 16 * KEY_STEPS`
-/// tokens; `STAGES` of them (K and V each) are in flight per warp, `PENDING = 2*STAGES - 1` copies.
+/// `HEAD_STEPS` and `VALUE_STEPS` are the elements of keys and values / 16, `KEY_CHUNKS` and `VALUE_CHUNKS` their
+/// bytes / 16, and `LANES` copy a row of either. Units of
+/// `UNIT_TOKENS = 16 * KEY_STEPS` tokens; `STAGES` of them (K and V each) are in flight per warp, `PENDING = 2*STAGES - 1` copies.
 ///
 /// # Safety
 /// `params` describes live buffers and a plan made for them; the launch is as the manifest says.
@@ -33,7 +35,10 @@ unsafe fn forward<
     E: Element,
     C: Cache,
     const HEAD_STEPS: usize,
-    const ROW_STEPS: usize,
+    const VALUE_STEPS: usize,
+    const KEY_CHUNKS: u32,
+    const VALUE_CHUNKS: u32,
+    const LANES: u32,
     const UNIT_TOKENS: u32,
     const KEY_STEPS: usize,
     const STAGES: u32,
@@ -43,23 +48,23 @@ unsafe fn forward<
     cache: C,
 ) {
     let layout = const {
-        let head_dim = 16 * HEAD_STEPS as u32;
+        let (head_dim, v_head_dim) = (16 * HEAD_STEPS as u32, 16 * VALUE_STEPS as u32);
         let config = TileVariant::Mma16.config(head_dim);
         assert!(config.rings == WARPS && config.row_warps() == 1 && config.tile_keys() == UNIT_TOKENS);
         assert!(16 * KEY_STEPS as u32 == UNIT_TOKENS && config.stages == STAGES && PENDING == 2 * STAGES - 1);
         assert!(Queries::<HEAD_STEPS>::IN_SMEM == (config.query_slots == 1));
-        assert!(32 * ROW_STEPS as u32 == head_dim * C::BYTES);
-        let layout = config.smem(head_dim, C::BYTES);
-        assert!(warp_state_bytes(head_dim) <= layout.ring_bytes);
+        assert!(16 * KEY_CHUNKS == head_dim * C::BYTES && 16 * VALUE_CHUNKS == v_head_dim * C::BYTES);
+        let layout = config.smem(head_dim, v_head_dim, C::BYTES);
+        assert!(warp_state_bytes(v_head_dim) <= layout.ring_bytes);
         layout
     };
-    let (unit_bytes, ring_bytes) = (layout.tile_bytes, layout.ring_bytes);
+    let (stage_bytes, ring_bytes) = (layout.stage_bytes, layout.ring_bytes);
     let thread = special::thread_index();
     let (warp, lane) = (thread / 32, thread % 32);
     // SAFETY: the caller's contract.
     let Some(item) = (unsafe { Item::load(params, TileVariant::Mma16, special::cta_index()) }) else { return };
     let ring = special::dynamic_smem() + warp * ring_bytes;
-    let located = row_of_lane::<ROW_STEPS>(lane);
+    let located = row_of_lane::<LANES>(lane);
     let keys = Pool::keys(params, item.kv_head);
     let values = Pool::values(params, item.kv_head);
 
@@ -79,17 +84,17 @@ unsafe fn forward<
         unsafe { Queries::<HEAD_STEPS>::request::<SHARE>(params, &item, query_tile, SHARE * warp, SHARE * warp, lane) };
     }
     for stage in 0..STAGES {
-        let k_stage = ring + stage * 2 * unit_bytes;
+        let k_stage = ring + stage * stage_bytes;
         if incoming < item.stream.token_count {
             if item.stream.has_masks() {
                 // SAFETY: as above.
                 unsafe { place.store_rows(ranges_of(k_stage), located, UNIT_TOKENS) };
             }
             // SAFETY: as above.
-            unsafe { gather::<ROW_STEPS, UNIT_TOKENS>(k_stage, 0, keys, place, lane) };
+            unsafe { gather::<KEY_CHUNKS, LANES, UNIT_TOKENS>(k_stage, 0, keys, place, lane) };
             cp_async::commit_group();
             // SAFETY: as above.
-            unsafe { gather::<ROW_STEPS, UNIT_TOKENS>(k_stage + unit_bytes, 0, values, place, lane) };
+            unsafe { gather::<VALUE_CHUNKS, LANES, UNIT_TOKENS>(k_stage + layout.v, 0, values, place, lane) };
             cp_async::commit_group();
         } else {
             cp_async::commit_group();
@@ -106,11 +111,11 @@ unsafe fn forward<
         cp_async::wait_group::<PENDING>();
         barrier::sync_cta();
     }
-    let mut output = [[[0.0; 4]; 2]; HEAD_STEPS];
+    let mut output = [[[0.0; 4]; 2]; VALUE_STEPS];
     let mut softmax = OnlineSoftmax::EMPTY;
     let mut k_stage = ring;
     while unit < item.stream.token_count {
-        let v_stage = k_stage + unit_bytes;
+        let v_stage = k_stage + layout.v;
         let refill = incoming < item.stream.token_count;
 
         cp_async::wait_group::<PENDING>();
@@ -132,7 +137,7 @@ unsafe fn forward<
                 unsafe { place.store_rows(ranges_of(k_stage), located, UNIT_TOKENS) };
             }
             // SAFETY: all lanes have read K.
-            unsafe { gather::<ROW_STEPS, UNIT_TOKENS>(k_stage, 0, keys, place, lane) };
+            unsafe { gather::<KEY_CHUNKS, LANES, UNIT_TOKENS>(k_stage, 0, keys, place, lane) };
         }
         cp_async::commit_group();
 
@@ -144,11 +149,11 @@ unsafe fn forward<
         cp_async::wait_group::<PENDING>();
         barrier::sync_warp();
         // SAFETY: this unit's V has arrived, for all lanes.
-        unsafe { C::accumulate::<E, HEAD_STEPS, KEY_STEPS>(&mut output, &p, v_stage, lane) };
+        unsafe { C::accumulate::<E, VALUE_STEPS, KEY_STEPS>(&mut output, &p, v_stage, lane) };
         barrier::sync_warp();
         if refill {
             // SAFETY: all lanes have read V.
-            unsafe { gather::<ROW_STEPS, UNIT_TOKENS>(v_stage, 0, values, place, lane) };
+            unsafe { gather::<VALUE_CHUNKS, LANES, UNIT_TOKENS>(v_stage, 0, values, place, lane) };
         }
         cp_async::commit_group();
 
@@ -156,9 +161,9 @@ unsafe fn forward<
         incoming += stride;
         // SAFETY: the plan's page ids. The load has the whole next unit to arrive.
         place = unsafe { Token::locate(params, &item.stream, incoming + located) };
-        k_stage += 2 * unit_bytes;
+        k_stage += stage_bytes;
         // A ring may end behind its stages: it also holds the warp's state.
-        if k_stage == ring + STAGES * 2 * unit_bytes {
+        if k_stage == ring + STAGES * stage_bytes {
             k_stage = ring;
         }
     }
@@ -169,26 +174,27 @@ unsafe fn forward<
     // SAFETY: the scratch is the warp's own, now idle, ring.
     unsafe {
         let smem = special::dynamic_smem();
-        combine_and_store::<E, C, HEAD_STEPS, 1, WARPS>(
+        combine_and_store::<E, C, HEAD_STEPS, VALUE_STEPS, 1, WARPS>(
             params, cache, &item, smem, ring_bytes, &output, &softmax, thread,
         );
     }
 }
 
 macro_rules! entries {
-    ($([$head_dim:literal $element:ident $name:literal])*) => {
-        $(entry!($head_dim $element Plain, $name);)*
+    ($([$head_dim:literal $v_head_dim:literal $element:ident $name:literal])*) => {
+        $(entry!($head_dim $v_head_dim $element Plain, $name);)*
     };
-    ($([$head_dim:literal $element:ident $code:ident $name:literal])*) => {
-        $(entry!($head_dim $element EightBit<$code>, $name);)*
+    ($([$head_dim:literal $v_head_dim:literal $element:ident $code:ident $name:literal])*) => {
+        $(entry!($head_dim $v_head_dim $element EightBit<$code>, $name);)*
     };
 }
 
 macro_rules! entry {
-    ($head_dim:literal $element:ident $cache:ty, $name:literal) => {
+    ($head_dim:literal $v_head_dim:literal $element:ident $cache:ty, $name:literal) => {
         const _: () = {
             const CONFIG: TileConfig = TileVariant::Mma16.config($head_dim);
-            const ROW_STEPS: usize = $head_dim * <$cache as Cache>::BYTES as usize / 32;
+            const BYTES: u32 = <$cache as Cache>::BYTES;
+            const LANES: u32 = common_row_lanes($head_dim, $v_head_dim, BYTES);
             const UNIT_TOKENS: u32 = CONFIG.tile_keys();
             const KEY_STEPS: usize = UNIT_TOKENS as usize / 16;
             const STAGES: u32 = CONFIG.stages;
@@ -197,20 +203,29 @@ macro_rules! entry {
             ///
             /// # Safety
             /// `params` describes live buffers and a plan made for them; launched as the manifest says.
-            #[unsafe(export_name = concat!("pat_forward_mma16_d", $head_dim, "_", $name))]
+            #[unsafe(export_name = concat!("pat_forward_mma16_", $name))]
             unsafe extern "ptx-kernel" fn entry(params: <$cache as Cache>::Params) {
                 // SAFETY: the caller's contract.
                 unsafe {
                     let (cache, params) = <$cache>::of(&params);
-                    forward::<$element, $cache, { $head_dim / 16 }, ROW_STEPS, UNIT_TOKENS, KEY_STEPS, STAGES, PENDING>(
-                        params.borrow(),
-                        cache,
-                    );
+                    forward::<
+                        $element,
+                        $cache,
+                        { $head_dim / 16 },
+                        { $v_head_dim / 16 },
+                        { $head_dim * BYTES / 16 },
+                        { $v_head_dim * BYTES / 16 },
+                        LANES,
+                        UNIT_TOKENS,
+                        KEY_STEPS,
+                        STAGES,
+                        PENDING,
+                    >(params.borrow(), cache);
                 }
             }
         };
     };
 }
 
-kernel_shapes!(entries! {});
+mma_kernel_shapes!(entries! {});
 scaled_kernel_shapes!(entries! {});

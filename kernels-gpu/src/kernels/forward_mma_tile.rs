@@ -7,8 +7,9 @@
 
 use core::borrow::Borrow;
 
+use pat_abi::layout::common_row_lanes;
 use pat_abi::tile::warp_state_bytes;
-use pat_abi::{ForwardParams, TileConfig, TileVariant, kernel_shapes, narrow_kernel_shapes, scaled_kernel_shapes};
+use pat_abi::{ForwardParams, TileConfig, TileVariant, mma_kernel_shapes, mma128_kernel_shapes, scaled_kernel_shapes};
 
 use crate::cache::{Cache, EightBit, Plain};
 use crate::eight_bit::{E4m3, E5m2};
@@ -24,7 +25,8 @@ use crate::tile::reduce::combine_and_store;
 
 const STAGES: u32 = TileVariant::Mma64.config(128).stages;
 
-/// `VARIANT` is the variant's index. `KEY_STEPS` is 16-token steps per warp and tile, `LOADED` the tokens a warp gathers per tile.
+/// `VARIANT` is the variant's index. `HEAD_STEPS` and `VALUE_STEPS` are the elements of keys and values / 16, and `LANES` copy a row of
+/// either. `KEY_STEPS` is 16-token steps per warp and tile, `LOADED` the tokens a warp gathers per tile.
 ///
 /// # Safety
 /// `params` describes live buffers and a plan made for them; the launch is as the manifest says.
@@ -34,7 +36,10 @@ unsafe fn forward<
     C: Cache,
     const VARIANT: usize,
     const HEAD_STEPS: usize,
-    const ROW_STEPS: usize,
+    const VALUE_STEPS: usize,
+    const KEY_CHUNKS: u32,
+    const VALUE_CHUNKS: u32,
+    const LANES: u32,
     const M_WARPS: u32,
     const KV_WARPS: u32,
     const KEY_STEPS: usize,
@@ -44,27 +49,27 @@ unsafe fn forward<
     cache: C,
 ) {
     let layout = const {
-        let head_dim = 16 * HEAD_STEPS as u32;
+        let (head_dim, v_head_dim) = (16 * HEAD_STEPS as u32, 16 * VALUE_STEPS as u32);
         let config = TileVariant::ALL[VARIANT].config(head_dim);
         assert!(config.row_warps() == M_WARPS && config.key_splits == KV_WARPS && config.rings == 1);
         assert!(LOADED * M_WARPS * KV_WARPS == config.keys && KEY_STEPS as u32 * 16 * KV_WARPS == config.keys);
         assert!(config.stages == STAGES && LOADED % 8 == 0);
         assert!(config.query_slots == if Queries::<HEAD_STEPS>::IN_SMEM { M_WARPS } else { 0 });
-        assert!(32 * ROW_STEPS as u32 == head_dim * C::BYTES);
-        let layout = config.smem(head_dim, C::BYTES);
+        assert!(16 * KEY_CHUNKS == head_dim * C::BYTES && 16 * VALUE_CHUNKS == v_head_dim * C::BYTES);
+        let layout = config.smem(head_dim, v_head_dim, C::BYTES);
         // The warps' states take the place of keys, values and queries.
-        assert!(KV_WARPS == 1 || M_WARPS * KV_WARPS * warp_state_bytes(head_dim) <= layout.barriers);
+        assert!(KV_WARPS == 1 || M_WARPS * KV_WARPS * warp_state_bytes(v_head_dim) <= layout.barriers);
         layout
     };
     let tile_tokens = LOADED * M_WARPS * KV_WARPS;
-    let row_bytes = 32 * ROW_STEPS as u32;
-    let tile_bytes = layout.tile_bytes;
+    let (key_bytes, value_bytes) = (16 * KEY_CHUNKS, 16 * VALUE_CHUNKS);
+    let stage_bytes = layout.stage_bytes;
     // SAFETY: the caller's contract.
     let Some(item) = (unsafe { Item::load(params, TileVariant::ALL[VARIANT], special::cta_index()) }) else { return };
     let thread = special::thread_index();
     let (warp, lane) = (thread / 32, thread % 32);
     let ring = special::dynamic_smem();
-    let located = row_of_lane::<ROW_STEPS>(lane);
+    let located = row_of_lane::<LANES>(lane);
     let keys = Pool::keys(params, item.kv_head);
     let values = Pool::values(params, item.kv_head);
 
@@ -77,23 +82,23 @@ unsafe fn forward<
     // SAFETY: the plan's page ids.
     let mut place = unsafe { Token::locate(params, &item.stream, loaded_first + located) };
     let first_row = warp % M_WARPS * 16;
-    let query_tile = ring + layout.q + first_row * row_bytes;
+    let query_tile = ring + layout.q + first_row * key_bytes;
     if Queries::<HEAD_STEPS>::IN_SMEM && warp < M_WARPS {
         // SAFETY: the tile is free; its rows come with the first keys.
         unsafe { Queries::<HEAD_STEPS>::request::<16>(params, &item, query_tile, 0, first_row, lane) };
     }
     for stage in 0..STAGES {
-        let k_stage = ring + stage * 2 * tile_bytes;
+        let k_stage = ring + stage * stage_bytes;
         if incoming < item.stream.token_count {
             if item.stream.has_masks() {
                 // SAFETY: the stages are free before their first use.
                 unsafe { place.store_rows(ranges_of(k_stage) + 2 * loaded_first, located, LOADED) };
             }
             // SAFETY: as above.
-            unsafe { gather::<ROW_STEPS, LOADED>(k_stage, loaded_first, keys, place, lane) };
+            unsafe { gather::<KEY_CHUNKS, LANES, LOADED>(k_stage, loaded_first, keys, place, lane) };
             cp_async::commit_group();
             // SAFETY: as above.
-            unsafe { gather::<ROW_STEPS, LOADED>(k_stage + tile_bytes, loaded_first, values, place, lane) };
+            unsafe { gather::<VALUE_CHUNKS, LANES, LOADED>(k_stage + layout.v, loaded_first, values, place, lane) };
             cp_async::commit_group();
         } else {
             cp_async::commit_group();
@@ -107,16 +112,16 @@ unsafe fn forward<
     let first_key = warp / M_WARPS * (tile_tokens / KV_WARPS);
     // SAFETY: the caller's contract.
     let q = unsafe { Queries::<HEAD_STEPS>::new::<C>(params, &item, query_tile, first_row, lane) };
-    let mut output = [[[0.0; 4]; 2]; HEAD_STEPS];
+    let mut output = [[[0.0; 4]; 2]; VALUE_STEPS];
     let mut softmax = OnlineSoftmax::EMPTY;
     let mut tile = 0;
     let mut k_stage = ring;
     while tile < item.stream.token_count {
-        let v_stage = k_stage + tile_bytes;
+        let v_stage = k_stage + layout.v;
         cp_async::wait_group::<3>();
         barrier::sync_cta();
         // SAFETY: this tile's K has arrived, for all threads.
-        let mut s = unsafe { C::scores::<E, HEAD_STEPS, KEY_STEPS>(&q, k_stage + first_key * row_bytes, lane) };
+        let mut s = unsafe { C::scores::<E, HEAD_STEPS, KEY_STEPS>(&q, k_stage + first_key * key_bytes, lane) };
         cap_scores(params, s.as_flattened_mut().as_flattened_mut());
         if item.stream.has_masks() {
             // SAFETY: they were written before the barrier.
@@ -132,7 +137,9 @@ unsafe fn forward<
         cp_async::wait_group::<2>();
         barrier::sync_cta();
         // SAFETY: this tile's V has arrived, for all threads.
-        unsafe { C::accumulate::<E, HEAD_STEPS, KEY_STEPS>(&mut output, &p, v_stage + first_key * row_bytes, lane) };
+        unsafe {
+            C::accumulate::<E, VALUE_STEPS, KEY_STEPS>(&mut output, &p, v_stage + first_key * value_bytes, lane);
+        }
         barrier::sync_cta();
         if incoming < item.stream.token_count {
             if item.stream.has_masks() {
@@ -140,10 +147,10 @@ unsafe fn forward<
                 unsafe { place.store_rows(ranges_of(k_stage) + 2 * loaded_first, located, LOADED) };
             }
             // SAFETY: as above.
-            unsafe { gather::<ROW_STEPS, LOADED>(k_stage, loaded_first, keys, place, lane) };
+            unsafe { gather::<KEY_CHUNKS, LANES, LOADED>(k_stage, loaded_first, keys, place, lane) };
             cp_async::commit_group();
             // SAFETY: as above.
-            unsafe { gather::<ROW_STEPS, LOADED>(v_stage, loaded_first, values, place, lane) };
+            unsafe { gather::<VALUE_CHUNKS, LANES, LOADED>(v_stage, loaded_first, values, place, lane) };
             cp_async::commit_group();
         } else {
             cp_async::commit_group();
@@ -153,36 +160,39 @@ unsafe fn forward<
         incoming += tile_tokens;
         // SAFETY: the plan's page ids. The load has a whole tile to arrive.
         place = unsafe { Token::locate(params, &item.stream, incoming + loaded_first + located) };
-        k_stage = if k_stage == ring { ring + 2 * tile_bytes } else { ring };
+        k_stage = if k_stage == ring { ring + stage_bytes } else { ring };
     }
+    let head_dim = 16 * HEAD_STEPS as u32;
     softmax.finish();
     cache.finish(&mut output, lane);
     if KV_WARPS > 1 {
-        let stride = warp_state_bytes(16 * HEAD_STEPS as u32);
+        let stride = warp_state_bytes(16 * VALUE_STEPS as u32);
         // SAFETY: the ring is idle: the last barrier of the loop followed its last read, and no copy is in flight.
         unsafe {
-            combine_and_store::<E, C, HEAD_STEPS, M_WARPS, KV_WARPS>(
+            combine_and_store::<E, C, HEAD_STEPS, VALUE_STEPS, M_WARPS, KV_WARPS>(
                 params, cache, &item, ring, stride, &output, &softmax, thread,
             );
         }
     } else {
         // SAFETY: the caller's contract.
-        unsafe { store::<E, C, HEAD_STEPS>(params, cache, &item, first_row, &output, &softmax, lane) };
+        unsafe { store::<E, C, VALUE_STEPS>(params, cache, &item, first_row, &output, &softmax, head_dim, lane) };
     }
 }
 
-/// Normalises and writes the 16 rows of one warp.
+/// Normalises and writes the 16 rows of one warp. Keys have `head_dim` elements.
 ///
 /// # Safety
 /// As [`forward`]; the warp is the only one that holds these rows.
 #[inline(always)]
-unsafe fn store<E: Element, C: Cache, const HEAD_STEPS: usize>(
+#[allow(clippy::too_many_arguments, reason = "the state of one warp, by parts")]
+unsafe fn store<E: Element, C: Cache, const VALUE_STEPS: usize>(
     params: &ForwardParams,
     cache: C,
     item: &Item,
     first_row: u32,
-    output: &Accumulator<HEAD_STEPS>,
+    output: &Accumulator<VALUE_STEPS>,
     softmax: &OnlineSoftmax,
+    head_dim: u32,
     lane: u32,
 ) {
     let rows = [0, 8].map(|half| first_row + lane / 4 + half);
@@ -203,7 +213,7 @@ unsafe fn store<E: Element, C: Cache, const HEAD_STEPS: usize>(
                 first_row,
                 not_finite,
                 softmaxes,
-                16 * HEAD_STEPS as u32,
+                (head_dim, 16 * VALUE_STEPS as u32),
                 lane,
                 locate,
             );
@@ -212,20 +222,26 @@ unsafe fn store<E: Element, C: Cache, const HEAD_STEPS: usize>(
 }
 
 macro_rules! entries {
-    ($variant:ident $prefix:literal $([$head_dim:literal $element:ident $name:literal])*) => {
-        $(entry!($variant $prefix $head_dim $element Plain, $name);)*
+    ($variant:ident $prefix:literal $([$head_dim:literal $v_head_dim:literal $element:ident $name:literal])*) => {
+        $(entry!($variant $prefix $head_dim $v_head_dim $element Plain, $name);)*
     };
-    ($variant:ident $prefix:literal $([$head_dim:literal $element:ident $code:ident $name:literal])*) => {
-        $(entry!($variant $prefix $head_dim $element EightBit<$code>, $name);)*
+    ($variant:ident $prefix:literal
+        $([$head_dim:literal $v_head_dim:literal $element:ident $code:ident $name:literal])*
+    ) => {
+        $(entry!($variant $prefix $head_dim $v_head_dim $element EightBit<$code>, $name);)*
     };
 }
 
 macro_rules! entry {
-    ($variant:ident $prefix:literal $head_dim:literal $element:ident $cache:ty, $name:literal) => {
+    (
+        $variant:ident $prefix:literal
+        $head_dim:literal $v_head_dim:literal $element:ident $cache:ty, $name:literal
+    ) => {
         const _: () = {
             const VARIANT: TileVariant = TileVariant::$variant;
             const CONFIG: TileConfig = VARIANT.config($head_dim);
-            const ROW_STEPS: usize = $head_dim * <$cache as Cache>::BYTES as usize / 32;
+            const BYTES: u32 = <$cache as Cache>::BYTES;
+            const LANES: u32 = common_row_lanes($head_dim, $v_head_dim, BYTES);
             const ROW_WARPS: u32 = CONFIG.row_warps();
             const SPLITS: u32 = CONFIG.key_splits;
             const KEY_STEPS: usize = (CONFIG.keys / SPLITS / 16) as usize;
@@ -234,7 +250,7 @@ macro_rules! entry {
             ///
             /// # Safety
             /// `params` describes live buffers and a plan made for them; launched as the manifest says.
-            #[unsafe(export_name = concat!($prefix, "_d", $head_dim, "_", $name))]
+            #[unsafe(export_name = concat!($prefix, "_", $name))]
             unsafe extern "ptx-kernel" fn entry(params: <$cache as Cache>::Params) {
                 // SAFETY: the caller's contract.
                 unsafe {
@@ -244,7 +260,10 @@ macro_rules! entry {
                         $cache,
                         { VARIANT.index() },
                         { $head_dim / 16 },
-                        ROW_STEPS,
+                        { $v_head_dim / 16 },
+                        { $head_dim * BYTES / 16 },
+                        { $v_head_dim * BYTES / 16 },
+                        LANES,
                         ROW_WARPS,
                         SPLITS,
                         KEY_STEPS,
@@ -256,8 +275,8 @@ macro_rules! entry {
     };
 }
 
-kernel_shapes!(entries! { Mma32 "pat_forward_mma32" });
-kernel_shapes!(entries! { Mma64 "pat_forward_mma64" });
-narrow_kernel_shapes!(entries! { Mma128 "pat_forward_mma128" });
+mma_kernel_shapes!(entries! { Mma32 "pat_forward_mma32" });
+mma_kernel_shapes!(entries! { Mma64 "pat_forward_mma64" });
+mma128_kernel_shapes!(entries! { Mma128 "pat_forward_mma128" });
 scaled_kernel_shapes!(entries! { Mma32 "pat_forward_mma32" });
 scaled_kernel_shapes!(entries! { Mma64 "pat_forward_mma64" });

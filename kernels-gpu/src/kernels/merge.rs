@@ -73,18 +73,20 @@ impl Row {
 
     /// Address of a lane's columns of that partial.
     #[inline(always)]
-    fn columns<const COLUMNS: usize, const PARTS: u32>(self, params: &MergeParams, slot: u32, lane: u32) -> u64 {
+    fn columns<const COLUMNS: usize, const LANES: u32, const PARTS: u32>(
+        self, params: &MergeParams, slot: u32, lane: u32) -> u64 {
         let part = self.partial(params, slot) * PARTS as u64 + self.part as u64;
-        params.partial_out + (part * (32 * COLUMNS as u64) + lane as u64 * COLUMNS as u64) * 4
+        params.partial_out + (part * (LANES as u64 * COLUMNS as u64) + lane as u64 * COLUMNS as u64) * 4
     }
 }
 
-/// A row's `32 * COLUMNS * PARTS` columns are merged in `PARTS` parts, as if each were a row; a lane has `COLUMNS` of one.
+/// A row's `COLUMNS * LANES * PARTS` columns are merged in `PARTS` parts, as if each were a row; each of the first `LANES` lanes has
+/// `COLUMNS` of one.
 ///
 /// # Safety
 /// `params` describes live buffers and a plan made for them; the launch is as the manifest says.
 #[inline(always)]
-pub(crate) unsafe fn merge<E: Element, const COLUMNS: usize, const PARTS: u32>(
+pub(crate) unsafe fn merge<E: Element, const COLUMNS: usize, const LANES: u32, const PARTS: u32>(
     params: &MergeParams,
     wait_for_partials: impl Fn(),
 ) {
@@ -124,16 +126,16 @@ pub(crate) unsafe fn merge<E: Element, const COLUMNS: usize, const PARTS: u32>(
         // SAFETY: the rows exist as far as `exists` says; all lanes of a warp, and all warps of the CTA where `together`.
         unsafe {
             if together {
-                merge_row::<E, COLUMNS, PARTS, true>(params, row.broadcast::<PARTS>(0), thread / 32, lane);
+                merge_row::<E, COLUMNS, LANES, PARTS, true>(params, row.broadcast::<PARTS>(0), thread / 32, lane);
             } else if row_count <= warps || shuffle::any(row.slot_count > ROW_LANES) {
                 let (mut r, mut index) = (0, first);
                 while r < ROWS as u32 && index < row_count {
-                    merge_row::<E, COLUMNS, PARTS, false>(params, row.broadcast::<PARTS>(r * ROW_LANES), 0, lane);
+                    merge_row::<E, COLUMNS, LANES, PARTS, false>(params, row.broadcast::<PARTS>(r * ROW_LANES), 0, lane);
                     r += 1;
                     index += warps;
                 }
             } else {
-                merge_short::<E, COLUMNS, PARTS>(params, row, exists, lane);
+                merge_short::<E, COLUMNS, LANES, PARTS>(params, row, exists, lane);
             }
         }
         first += ROWS as u32 * warps;
@@ -148,7 +150,7 @@ pub(crate) unsafe fn merge<E: Element, const COLUMNS: usize, const PARTS: u32>(
 /// # Safety
 /// All lanes; the rows that exist are rows of the plan.
 #[inline(always)]
-unsafe fn merge_short<E: Element, const COLUMNS: usize, const PARTS: u32>(
+unsafe fn merge_short<E: Element, const COLUMNS: usize, const LANES: u32, const PARTS: u32>(
     params: &MergeParams,
     row: Row,
     exists: bool,
@@ -175,9 +177,9 @@ unsafe fn merge_short<E: Element, const COLUMNS: usize, const PARTS: u32>(
         for r in 0..ROWS {
             for i in 0..SLOTS_AT_A_TIME {
                 if slot_begin + i < rows[r].slot_count {
-                    let address = rows[r].columns::<COLUMNS, PARTS>(params, slot_begin + i, lane);
+                    let address = rows[r].columns::<COLUMNS, LANES, PARTS>(params, slot_begin + i, lane);
                     // SAFETY: columns of a slot of this row.
-                    unsafe { load_columns(address, &mut loaded[r * SLOTS_AT_A_TIME as usize + i as usize]) };
+                    unsafe { load_columns::<COLUMNS, LANES>(address, &mut loaded[r * SLOTS_AT_A_TIME as usize + i as usize], lane) };
                 }
             }
         }
@@ -216,7 +218,7 @@ unsafe fn merge_short<E: Element, const COLUMNS: usize, const PARTS: u32>(
         }
         if shuffle::from_lane_u32(exists as u32, from) != 0 {
             // SAFETY: the row exists and this warp owns it.
-            unsafe { store_row::<E, COLUMNS>(params, rows[r], lane, &output[r], lse_log2) };
+            unsafe { store_row::<E, COLUMNS, LANES>(params, rows[r], lane, &output[r], lse_log2) };
         }
     }
 }
@@ -228,7 +230,13 @@ unsafe fn merge_short<E: Element, const COLUMNS: usize, const PARTS: u32>(
 /// All lanes of warp `warp`, and of all warps where `TOGETHER`: once per CTA, since it does not wait for its shared memory to be
 /// free; the row is one of the plan's.
 #[inline(always)]
-unsafe fn merge_row<E: Element, const COLUMNS: usize, const PARTS: u32, const TOGETHER: bool>(
+unsafe fn merge_row<
+    E: Element,
+    const COLUMNS: usize,
+    const LANES: u32,
+    const PARTS: u32,
+    const TOGETHER: bool,
+>(
     params: &MergeParams,
     row: Row,
     warp: u32,
@@ -256,9 +264,9 @@ unsafe fn merge_row<E: Element, const COLUMNS: usize, const PARTS: u32, const TO
             for i in 0..BLOCK_SLOTS {
                 // Most rows have two or three partials: reading more, even again, would be most of the traffic.
                 if first + begin + i < slot_count {
-                    let address = row.columns::<COLUMNS, PARTS>(params, first + begin + i, lane);
+                    let address = row.columns::<COLUMNS, LANES, PARTS>(params, first + begin + i, lane);
                     // SAFETY: columns of a slot of this row.
-                    unsafe { load_columns(address, &mut loaded[i as usize]) };
+                    unsafe { load_columns::<COLUMNS, LANES>(address, &mut loaded[i as usize], lane) };
                 }
             }
             if block == 0 {
@@ -332,7 +340,7 @@ unsafe fn merge_row<E: Element, const COLUMNS: usize, const PARTS: u32, const TO
         }
     }
     // SAFETY: the caller's contract.
-    unsafe { store_row::<E, COLUMNS>(params, row, lane, &output, lse_log2) };
+    unsafe { store_row::<E, COLUMNS, LANES>(params, row, lane, &output, lse_log2) };
 }
 
 /// Writes a lane's columns of a row, and the log-sum-exp (given base 2) where one is wanted.
@@ -340,7 +348,7 @@ unsafe fn merge_row<E: Element, const COLUMNS: usize, const PARTS: u32, const TO
 /// # Safety
 /// The output buffers are as [`MergeParams`] says, and one warp owns the row.
 #[inline(always)]
-unsafe fn store_row<E: Element, const COLUMNS: usize>(
+unsafe fn store_row<E: Element, const COLUMNS: usize, const LANES: u32>(
     params: &MergeParams,
     row: Row,
     lane: u32,
@@ -353,7 +361,8 @@ unsafe fn store_row<E: Element, const COLUMNS: usize>(
     let address = strided(params.out, sequence, params.out_sequence_stride, head, params.out_head_stride);
     // SAFETY: the caller's contract.
     unsafe {
-        store_columns::<E, COLUMNS>(address + (part * 32 + lane) as u64 * COLUMNS as u64 * 2, &columns);
+        let columns_address = address + (part * LANES + lane) as u64 * COLUMNS as u64 * 2;
+        store_columns::<E, COLUMNS, LANES>(columns_address, &columns, lane);
         if params.lse != 0 && lane == 0 && part == 0 {
             let lse = strided(params.lse, sequence, params.lse_sequence_stride, head, params.lse_head_stride);
             store_global_f32(lse, natural(lse_log2));
@@ -361,11 +370,16 @@ unsafe fn store_row<E: Element, const COLUMNS: usize>(
     }
 }
 
+/// Does nothing in lanes from `LANES` on.
+///
 /// # Safety
 /// `COLUMNS` (2 or 4) f32 lie at `address`, aligned to their size.
 #[inline(always)]
-unsafe fn load_columns<const COLUMNS: usize>(address: u64, columns: &mut [f32; COLUMNS]) {
+unsafe fn load_columns<const COLUMNS: usize, const LANES: u32>(address: u64, columns: &mut [f32; COLUMNS], lane: u32) {
     const { assert!(COLUMNS == 2 || COLUMNS == 4) };
+    if const { LANES < 32 } && lane >= LANES {
+        return;
+    }
     // SAFETY: the caller's contract.
     unsafe {
         if COLUMNS == 4 {
@@ -376,10 +390,19 @@ unsafe fn load_columns<const COLUMNS: usize>(address: u64, columns: &mut [f32; C
     }
 }
 
+/// Does nothing in lanes from `LANES` on.
+///
 /// # Safety
 /// `COLUMNS` (2 or 4) 16-bit elements may be written at `address`, aligned to their size.
 #[inline(always)]
-unsafe fn store_columns<E: Element, const COLUMNS: usize>(address: u64, columns: &[f32; COLUMNS]) {
+unsafe fn store_columns<E: Element, const COLUMNS: usize, const LANES: u32>(
+    address: u64,
+    columns: &[f32; COLUMNS],
+    lane: u32,
+) {
+    if const { LANES < 32 } && lane >= LANES {
+        return;
+    }
     // SAFETY: the caller's contract.
     unsafe {
         if COLUMNS == 4 {
@@ -395,22 +418,23 @@ unsafe fn store_columns<E: Element, const COLUMNS: usize>(address: u64, columns:
 mod entries {
     use super::*;
     use crate::element::{Bf16, F16};
-    use pat_abi::kernel_shapes;
     use pat_abi::manifest::MERGE_COLUMNS;
 
     macro_rules! entries {
-        ($prefix:literal, $wait:expr, $([$head_dim:literal $element:ident $name:literal])*) => {
+        ($prefix:literal, $wait:expr, $([$_head_dim:literal $v_head_dim:literal $element:ident $name:literal])*) => {
             $(const _: () = {
-                const PARTS: u32 = u32::div_ceil($head_dim, MERGE_COLUMNS);
-                const COLUMNS: usize = ($head_dim / PARTS / 32) as usize;
+                const PARTS: u32 = u32::div_ceil($v_head_dim, MERGE_COLUMNS);
+                // Of 64 columns, two to a lane; else four, to as many lanes as there are columns for.
+                const COLUMNS: usize = if $v_head_dim <= 64 { 2 } else { 4 };
+                const LANES: u32 = $v_head_dim / PARTS / COLUMNS as u32;
                 /// See the module.
                 ///
                 /// # Safety
                 /// `params` describes live buffers and a plan made for them; launched as the manifest says.
-                #[unsafe(export_name = concat!($prefix, "_d", $head_dim, "_", $name))]
+                #[unsafe(export_name = concat!($prefix, "_", $name))]
                 unsafe extern "ptx-kernel" fn entry(params: MergeParams) {
                     // SAFETY: the caller's contract.
-                    unsafe { merge::<$element, COLUMNS, PARTS>(&params, $wait) }
+                    unsafe { merge::<$element, COLUMNS, LANES, PARTS>(&params, $wait) }
                 }
             };)*
         };
@@ -418,8 +442,8 @@ mod entries {
 
     // Launched behind the forward kernels, in stream order.
     #[cfg(not(pat_sm90a))]
-    kernel_shapes!(entries! { "pat_merge", || {}, });
+    pat_abi::merge_kernel_shapes!(entries! { "pat_merge", || {}, });
     // Launched with programmatic stream serialisation: starts, and reads the plan, while the forward kernel still runs.
     #[cfg(pat_sm90a)]
-    kernel_shapes!(entries! { "pat_merge_pdl", crate::ptx::pdl::wait_for_prerequisite_grids, });
+    pat_abi::overlapping_merge_kernel_shapes!(entries! { "pat_merge_pdl", crate::ptx::pdl::wait_for_prerequisite_grids, });
 }

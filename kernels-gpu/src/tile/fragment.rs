@@ -1,7 +1,9 @@
 //! Register tiles of one warp: 16 rows by 16-column steps.
 
 use pat_abi::ForwardParams;
-use pat_abi::layout::{key_matrix_row, key_matrix_step, swizzled_chunk, value_matrix_chunk, value_matrix_row};
+use pat_abi::layout::{
+    key_matrix_row, key_matrix_step, row_lanes, swizzle_period, swizzled_chunk, value_matrix_chunk, value_matrix_row,
+};
 
 use crate::cache::Cache;
 use crate::element::Element;
@@ -58,16 +60,22 @@ impl<const STEPS: usize> Queries<STEPS> {
         lane: u32,
     ) {
         let chunks = 2 * STEPS as u32;
-        let rows_per_copy = 32 / chunks;
+        let lanes = const { row_lanes(2 * STEPS as u32) };
+        let rows_per_copy = 32 / lanes;
         for i in 0..COUNT / rows_per_copy {
-            let row = i * rows_per_copy + lane / chunks;
+            let row = i * rows_per_copy + lane / lanes;
             let exists = first_row + row < item.row_count;
             // SAFETY: the item has at least one row; a query row is `32 * STEPS` bytes, 16-byte aligned.
             unsafe {
                 let source = item.row(params, if exists { first_row + row } else { 0 }).query_address(params);
-                let chunk = lane % chunks;
+                let chunk = lane % lanes;
                 let target = tile + (tile_row + row) * chunks * 16 + swizzled_chunk(chunks, tile_row + row, chunk) * 16;
                 copy_16_bytes(target, source + chunk as u64 * 16, exists as u32 * 16);
+                // The rest of a row that is longer than so many lanes copy at once.
+                for part in 1..chunks / lanes {
+                    let offset = part * lanes * 16;
+                    copy_16_bytes(target + offset, source + (chunk * 16 + offset) as u64, exists as u32 * 16);
+                }
             }
         }
     }
@@ -82,7 +90,7 @@ impl<const STEPS: usize> Queries<STEPS> {
             return self.registers[step];
         }
         let row = lane % 16;
-        let chunk = step_chunk(row, step, lane / 16);
+        let chunk = step_chunk::<STEPS>(row, step, lane / 16);
         // SAFETY: inside the tile.
         unsafe { ldmatrix_x4(self.tile + row * 32 * STEPS as u32 + chunk * 16) }
     }
@@ -131,7 +139,7 @@ pub unsafe fn scores<E: Element, const HEAD_STEPS: usize, const KEY_STEPS: usize
     let row = key_matrix_row(lane);
     let mut s = [[[0.0; 4]; 2]; KEY_STEPS];
     for step in 0..HEAD_STEPS {
-        let chunk = step_chunk(row, step, key_matrix_step(lane));
+        let chunk = step_chunk::<HEAD_STEPS>(row, step, key_matrix_step(lane));
         // SAFETY: the caller's contract.
         let q = unsafe { q.step(step, lane) };
         for block in 0..KEY_STEPS {
@@ -144,11 +152,13 @@ pub unsafe fn scores<E: Element, const HEAD_STEPS: usize, const KEY_STEPS: usize
     s
 }
 
-/// Position of chunk `2 * step + half` of a row. The swizzle leaves chunk bit 3 alone: taken out as a constant, it becomes
-/// an immediate offset, and only four addresses stay in registers.
+/// Position of chunk `2 * step + half` of a row of `2 * STEPS`. The swizzle leaves the upper bits of a chunk's number alone: taken out
+/// as a constant, they become an immediate offset, and at most four addresses stay in registers.
 #[inline(always)]
-const fn step_chunk(row: u32, step: usize, half: u32) -> u32 {
-    swizzled_chunk(8, row, 2 * (step as u32 % 4) + half) + step as u32 / 4 * 8
+const fn step_chunk<const STEPS: usize>(row: u32, step: usize, half: u32) -> u32 {
+    let period = const { swizzle_period(2 * STEPS as u32) };
+    let steps = period / 2;
+    swizzled_chunk(period, row, 2 * (step as u32 % steps) + half) + step as u32 / steps * period
 }
 
 /// Sets the scores of keys `valid ..` to −inf.
@@ -223,7 +233,7 @@ pub unsafe fn accumulate<E: Element, const HEAD_STEPS: usize, const KEY_STEPS: u
     let row = value_matrix_row(lane);
     for block in 0..KEY_STEPS {
         for step in 0..HEAD_STEPS {
-            let chunk = step_chunk(row, step, value_matrix_chunk(lane));
+            let chunk = step_chunk::<HEAD_STEPS>(row, step, value_matrix_chunk(lane));
             let address = values + row * row_bytes + chunk * 16 + block as u32 * 16 * row_bytes;
             // SAFETY: inside the tile: `row < 16` and `chunk < 2 * HEAD_STEPS`.
             let b = unsafe { ldmatrix_x4_transposed(address) };

@@ -86,52 +86,56 @@ impl Token {
 
 /// Row, of up to 32 that a warp gathers together, whose token lane `lane` locates.
 ///
-/// A copy moves `16 / HEAD_STEPS` rows, each by a segment of `2 * HEAD_STEPS` lanes. Lane i of a segment locates the row
-/// that the segment moves in copy i: the shuffles then have constant indices, which cost no registers.
+/// `LANES` ([`pat_abi::layout::row_lanes`]) copy a row of K or V together, `32 / LANES` rows at a time. Lane i of such a segment locates the row that
+/// the segment copies i-th: the shuffles then have constant indices, which cost no registers.
 #[inline(always)]
-pub const fn row_of_lane<const HEAD_STEPS: usize>(lane: u32) -> u32 {
-    let segment = 2 * HEAD_STEPS as u32;
-    lane % segment * (32 / segment) + lane / segment
+pub const fn row_of_lane<const LANES: u32>(lane: u32) -> u32 {
+    lane % LANES * (32 / LANES) + lane / LANES
 }
 
 /// Starts copying `ROWS` (at most 32) tokens into rows `first_row ..` (a multiple of 8) of the tile at `tile`, as rows of
-/// `32 * HEAD_STEPS` bytes with swizzled 16-byte chunks. Every lane has located the token of row [`row_of_lane`]. Tokens
-/// that no row attends to are zero-filled and not read: the pool may hold NaN there, and 0 * NaN would survive in P V.
-/// Convergent.
+/// `CHUNKS` 16-byte chunks, swizzled, a multiple of `LANES`. Every lane has located the token of row [`row_of_lane`]. Tokens that no
+/// row attends to are zero-filled and not read: the pool may hold NaN there, and 0 * NaN would survive in P V. Convergent.
 ///
 /// # Safety
 /// The tile is free, and the tokens have been located.
 #[inline(always)]
-pub unsafe fn gather<const HEAD_STEPS: usize, const ROWS: u32>(
+pub unsafe fn gather<const CHUNKS: u32, const LANES: u32, const ROWS: u32>(
     tile: u32,
     first_row: u32,
     pool: Pool,
     token: Token,
     lane: u32,
 ) {
-    const { assert!(HEAD_STEPS == 2 || HEAD_STEPS == 4 || HEAD_STEPS == 8 || HEAD_STEPS == 16) };
-    let chunks = 2 * HEAD_STEPS as u32;
-    let rows_per_copy = 32 / chunks;
-    let (segment, chunk) = (lane / chunks, lane % chunks);
+    const { assert!(LANES == 4 || LANES == 8 || LANES == 16 || LANES == 32) };
+    let rows_per_copy = 32 / LANES;
+    let (segment, chunk) = (lane / LANES, lane % LANES);
     let located = pool
         .base
         .wrapping_add((token.page_id as i64).wrapping_mul(pool.page_stride) as u64)
         .wrapping_add((token.in_page as i64).wrapping_mul(pool.token_stride) as u64);
     // Rows are 16-byte aligned: the lowest bit of the address is free to say that the row is wanted.
     let located = located | (token.rows != 0) as u64;
-    let lane_tile = tile + (first_row + segment) * chunks * 16;
+    let lane_tile = tile + (first_row + segment) * CHUNKS * 16;
     for i in 0..ROWS / rows_per_copy {
         let row = i * rows_per_copy + segment;
-        let tagged_address = match HEAD_STEPS {
-            2 => shuffle::from_segment_u64::<4>(located, i),
-            4 => shuffle::from_segment_u64::<8>(located, i),
-            8 => shuffle::from_segment_u64::<16>(located, i),
+        let tagged_address = match LANES {
+            4 => shuffle::from_segment_u64::<4>(located, i),
+            8 => shuffle::from_segment_u64::<8>(located, i),
+            16 => shuffle::from_segment_u64::<16>(located, i),
             _ => shuffle::from_segment_u64::<32>(located, i),
         };
-        let destination = lane_tile + swizzled_chunk(chunks, row, chunk) * 16 + i * 512;
+        let destination = lane_tile + swizzled_chunk(CHUNKS, row, chunk) * 16 + i * (rows_per_copy * CHUNKS * 16);
         let wanted = tagged_address & 1;
         let row_address = tagged_address - wanted;
         // SAFETY: the caller's contract; pool addresses and strides are multiples of 16 bytes.
         unsafe { copy_16_bytes(destination, row_address.wrapping_add(chunk as u64 * 16), wanted as u32 * 16) };
+        // The rest of a row that is longer than a segment, which ends where the swizzle's pattern does.
+        for part in 1..const { CHUNKS / LANES } {
+            let offset = part * LANES * 16;
+            let source = row_address.wrapping_add((chunk * 16 + offset) as u64);
+            // SAFETY: as above.
+            unsafe { copy_16_bytes(destination + offset, source, wanted as u32 * 16) };
+        }
     }
 }

@@ -24,6 +24,7 @@ pub unsafe fn combine_and_store<
     E: Element,
     C: Cache,
     const HEAD_STEPS: usize,
+    const VALUE_STEPS: usize,
     const M_WARPS: u32,
     const KV_WARPS: u32,
 >(
@@ -32,19 +33,19 @@ pub unsafe fn combine_and_store<
     item: &Item,
     smem: u32,
     scratch_stride: u32,
-    accumulator: &Accumulator<HEAD_STEPS>,
+    accumulator: &Accumulator<VALUE_STEPS>,
     softmax: &OnlineSoftmax,
     thread: u32,
 ) {
-    let head_dim = 16 * HEAD_STEPS as u32;
-    let pitch = state_pitch_bytes(head_dim);
+    let (head_dim, v_head_dim) = (16 * HEAD_STEPS as u32, 16 * VALUE_STEPS as u32);
+    let pitch = state_pitch_bytes(v_head_dim);
     let (warp, lane) = (thread / 32, thread % 32);
     let own = smem + warp * scratch_stride;
     for r in 0..2 {
         let row = lane / 4 + 8 * r as u32;
         // SAFETY: the warp's own scratch.
         unsafe {
-            for step in 0..HEAD_STEPS {
+            for step in 0..VALUE_STEPS {
                 for half in 0..2 {
                     let column = (16 * step + 8 * half) as u32 + 2 * (lane % 4);
                     let tile = &accumulator[step][half];
@@ -57,10 +58,12 @@ pub unsafe fn combine_and_store<
         }
     }
     barrier::sync_cta();
-    let pairs = head_dim / 2;
-    let rows_per_pass = 32 * M_WARPS * KV_WARPS / pairs;
-    let column = 2 * (thread % pairs);
-    let mut row = thread / pairs;
+    // Whole warps to a row. Where its columns are no power of two, the last lanes compute, and write, what their neighbours do.
+    let lanes = const { (8 * VALUE_STEPS as u32).next_power_of_two() };
+    let rows_per_pass = 32 * M_WARPS * KV_WARPS / lanes;
+    let spread = 2 * (thread % lanes);
+    let column = if const { VALUE_STEPS.is_power_of_two() } || spread < v_head_dim { spread } else { spread - 32 };
+    let mut row = thread / lanes;
     while row < item.row_count {
         let first = smem + row / 16 * scratch_stride;
         let (in_tile, share_stride) = (row % 16, M_WARPS * scratch_stride);
@@ -105,7 +108,7 @@ pub unsafe fn combine_and_store<
                     );
                 }
             }
-            target.store_pair::<E>(params, head_dim, column, pair);
+            target.store_pair::<E>(params, v_head_dim, column, pair);
             if column == 0 {
                 target.store_lse(params, lse_log2);
             }

@@ -106,8 +106,8 @@ impl<'a> Partials<'a> {
     }
 
     /// Launches the kernel with `ctas` CTAs; outputs are poisoned first.
-    fn merge<const COLUMNS: usize, const PARTS: u32>(&self, ctas: u32) -> (Vec<f16>, Vec<f32>) {
-        assert_eq!(COLUMNS * 32 * PARTS as usize, self.head_dim);
+    fn merge<const COLUMNS: usize, const LANES: u32, const PARTS: u32>(&self, ctas: u32) -> (Vec<f16>, Vec<f32>) {
+        assert_eq!(COLUMNS * (LANES * PARTS) as usize, self.head_dim);
         let plan = self.plan();
         let (outputs, lses) = (lines(bytemuck::cast_slice(&self.outputs)), lines(bytemuck::cast_slice(&self.lses)));
         let mut out = lines(&vec![u32::MAX; self.rows() as usize * self.head_dim / 2]);
@@ -128,7 +128,7 @@ impl<'a> Partials<'a> {
             q_heads: FastDivisor::new(self.q_heads),
         };
         for cta in 0..ctas {
-            let shared_memory = Arc::new(Mutex::new(vec![f32::NAN; 4 * self.head_dim]));
+            let shared_memory = Arc::new(Mutex::new(vec![f32::NAN; 4 * 32 * COLUMNS]));
             for warp in (0..4).rev() {
                 let exchange = Arc::new(Exchange::default());
                 std::thread::scope(|scope| {
@@ -138,7 +138,7 @@ impl<'a> Partials<'a> {
                         scope.spawn(move || {
                             lane.enter();
                             // SAFETY: the buffers live and are as the plan says; a whole warp, and all warps of the CTA.
-                            unsafe { merge::merge::<element::F16, COLUMNS, PARTS>(params, || {}) };
+                            unsafe { merge::merge::<element::F16, COLUMNS, LANES, PARTS>(params, || {}) };
                         });
                     }
                 });
@@ -166,25 +166,28 @@ impl<'a> Partials<'a> {
     }
 }
 
-fn every_grid_gives_the_same_exact_bits<const COLUMNS: usize, const PARTS: u32>(slot_counts: &[u32], q_heads: u32) {
+fn every_grid_gives_the_same_exact_bits<const COLUMNS: usize, const LANES: u32, const PARTS: u32>(
+    slot_counts: &[u32],
+    q_heads: u32,
+) {
     for with_sinks in [false, true] {
-        every_grid_gives_the_same::<COLUMNS, PARTS>(slot_counts, q_heads, with_sinks);
+        every_grid_gives_the_same::<COLUMNS, LANES, PARTS>(slot_counts, q_heads, with_sinks);
     }
 }
 
-fn every_grid_gives_the_same<const COLUMNS: usize, const PARTS: u32>(
+fn every_grid_gives_the_same<const COLUMNS: usize, const LANES: u32, const PARTS: u32>(
     slot_counts: &[u32],
     q_heads: u32,
     with_sinks: bool,
 ) {
     let mut rng = ChaCha8Rng::seed_from_u64(7);
-    let mut partials = Partials::draw(slot_counts, q_heads, 32 * COLUMNS * PARTS as usize, &mut rng);
+    let mut partials = Partials::draw(slot_counts, q_heads, (LANES * PARTS) as usize * COLUMNS, &mut rng);
     partials.sinks = with_sinks.then(|| (0..q_heads).map(|head| 4.0 * head as f32 - 6.0).collect());
     let rows = partials.rows();
     // No more parts of rows than CTAs; no more than warps; more.
     let parts = rows * PARTS;
     let [by_cta, by_warp, by_quarter] =
-        [parts, parts.div_ceil(4), parts.div_ceil(16)].map(|ctas| partials.merge::<COLUMNS, PARTS>(ctas));
+        [parts, parts.div_ceil(4), parts.div_ceil(16)].map(|ctas| partials.merge::<COLUMNS, LANES, PARTS>(ctas));
     assert!(parts > 4 * parts.div_ceil(16), "too few rows for the last kind");
     let bits = |(out, lse): &(Vec<f16>, Vec<f32>)| {
         (bytemuck::cast_slice::<f16, u16>(out).to_vec(), bytemuck::cast_slice::<f32, u32>(lse).to_vec())
@@ -205,21 +208,27 @@ fn every_grid_gives_the_same<const COLUMNS: usize, const PARTS: u32>(
 
 #[test]
 fn rows_of_few_partials() {
-    every_grid_gives_the_same_exact_bits::<4, 1>(&[2, 3, 0, 8, 1, 5], 4);
+    every_grid_gives_the_same_exact_bits::<4, 32, 1>(&[2, 3, 0, 8, 1, 5], 4);
 }
 
 #[test]
 fn rows_of_many_partials() {
-    every_grid_gives_the_same_exact_bits::<4, 1>(&[9, 0, 33], 5);
+    every_grid_gives_the_same_exact_bits::<4, 32, 1>(&[9, 0, 33], 5);
 }
 
 #[test]
 fn rows_of_few_and_many_partials() {
-    every_grid_gives_the_same_exact_bits::<2, 1>(&[3, 40, 2, 2], 3);
+    every_grid_gives_the_same_exact_bits::<2, 32, 1>(&[3, 40, 2, 2], 3);
+}
+
+#[test]
+fn rows_that_not_all_lanes_have_columns_of() {
+    every_grid_gives_the_same_exact_bits::<4, 24, 1>(&[2, 3, 0, 8, 1, 5], 4);
+    every_grid_gives_the_same_exact_bits::<4, 24, 1>(&[9, 0, 33], 5);
 }
 
 #[test]
 fn rows_of_two_parts() {
-    every_grid_gives_the_same_exact_bits::<4, 2>(&[2, 3, 0, 8, 1, 5], 2);
-    every_grid_gives_the_same_exact_bits::<4, 2>(&[3, 33, 0], 2);
+    every_grid_gives_the_same_exact_bits::<4, 32, 2>(&[2, 3, 0, 8, 1, 5], 2);
+    every_grid_gives_the_same_exact_bits::<4, 32, 2>(&[3, 33, 0], 2);
 }

@@ -175,7 +175,7 @@ pub(super) unsafe fn consume<
                         first_row,
                         not_finite,
                         softmaxes,
-                        HEAD_DIM,
+                        (HEAD_DIM, HEAD_DIM),
                         lane,
                         locate,
                     );
@@ -188,7 +188,7 @@ pub(super) unsafe fn consume<
                         first_row,
                         not_finite,
                         softmaxes,
-                        HEAD_DIM,
+                        (HEAD_DIM, HEAD_DIM),
                         lane,
                         locate,
                     );

@@ -31,7 +31,7 @@ use crate::ptx::wgmma::{self, HeadDim, WgmmaOps};
 use crate::ptx::{mbarrier, pdl, tma};
 use consume::consume;
 use pat_abi::reader::PlanView;
-use pat_abi::{ForwardParams, PlanHeader, TileConfig, TileVariant, narrow_kernel_shapes};
+use pat_abi::{ForwardParams, PlanHeader, TileConfig, TileVariant, wgmma_kernel_shapes};
 use produce::{FIRST_Q_WARPS, Tensor, produce_kv, produce_q};
 use smem::{QSlots, Smem};
 
@@ -114,23 +114,23 @@ unsafe fn forward<
 pub struct TensorMap([u64; 16]);
 
 macro_rules! entries {
-    ($variant:ident $prefix:literal $([$head_dim:literal $element:ident $name:literal])*) => {
+    ($variant:ident $prefix:literal $([$head_dim:literal $_v_head_dim:literal $element:ident $name:literal])*) => {
         $(const _: () = {
             const CONFIG: TileConfig = TileVariant::$variant.config($head_dim);
             const GROUPS: u32 = CONFIG.rows / GROUP_ROWS;
             const SPANS: usize = (CONFIG.keys / SPAN_KEYS) as usize;
             /// # Safety
             /// Launched by the host with checked parameters.
-            #[unsafe(export_name = concat!($prefix, "_d", $head_dim, "_", $name))]
+            #[unsafe(export_name = concat!($prefix, "_", $name))]
             unsafe extern "ptx-kernel" fn entry(p: ForwardParams, _map_k: TensorMap, _map_v: TensorMap) {
                 let (map_k, map_v): (u64, u64);
                 // SAFETY: takes the addresses of the parameters, which live as long as the kernel runs.
                 unsafe {
                     core::arch::asm!(
-                        concat!("{{ .reg .b64 t; mov.b64 t, ", $prefix, "_d", $head_dim, "_", $name, "_param_1; cvta.param.u64 {0}, t; }}"),
+                        concat!("{{ .reg .b64 t; mov.b64 t, ", $prefix, "_", $name, "_param_1; cvta.param.u64 {0}, t; }}"),
                         out(reg64) map_k, options(pure, nomem, nostack, preserves_flags));
                     core::arch::asm!(
-                        concat!("{{ .reg .b64 t; mov.b64 t, ", $prefix, "_d", $head_dim, "_", $name, "_param_2; cvta.param.u64 {0}, t; }}"),
+                        concat!("{{ .reg .b64 t; mov.b64 t, ", $prefix, "_", $name, "_param_2; cvta.param.u64 {0}, t; }}"),
                         out(reg64) map_v, options(pure, nomem, nostack, preserves_flags));
                     forward::<$element, $head_dim, GROUPS, { $head_dim / 4 }, { $head_dim / 2 }, SPANS>(&p, (map_k, map_v));
                 }
@@ -139,5 +139,5 @@ macro_rules! entries {
     };
 }
 
-narrow_kernel_shapes!(entries! { Wgmma64 "pat_forward_wgmma64" });
-narrow_kernel_shapes!(entries! { Wgmma128 "pat_forward_wgmma128" });
+wgmma_kernel_shapes!(entries! { Wgmma64 "pat_forward_wgmma64" });
+wgmma_kernel_shapes!(entries! { Wgmma128 "pat_forward_wgmma128" });

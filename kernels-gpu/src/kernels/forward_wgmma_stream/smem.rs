@@ -21,7 +21,7 @@ impl<const HEAD_DIM: u32, const GROUPS: u32> Smem<HEAD_DIM, GROUPS> {
         let config = Self::CONFIG;
         assert!(config.rows == GROUPS * GROUP_ROWS && config.key_splits == 1 && config.rings == 1);
         assert!(config.query_slots == 4 * GROUPS && config.producer_warps == PRODUCER_WARPS);
-        config.smem(HEAD_DIM, 2)
+        config.smem(HEAD_DIM, HEAD_DIM, 2)
     };
     pub(super) const STAGES: u32 = Self::CONFIG.stages;
     /// Spans of 64 keys in a main-loop step. Two CTAs share a multiprocessor where each has one consumer; else one has all of it,
@@ -32,7 +32,8 @@ impl<const HEAD_DIM: u32, const GROUPS: u32> Smem<HEAD_DIM, GROUPS> {
     pub(super) const Q_SLOTS: u32 = Self::CONFIG.query_slots;
     /// Of 64 elements of the keys of a tile.
     pub(super) const BLOCK_BYTES: u32 = Self::KEYS * BLOCK_ROW_BYTES;
-    pub(super) const TILE_BYTES: u32 = Self::LAYOUT.tile_bytes;
+    /// Of K or of V.
+    pub(super) const TILE_BYTES: u32 = Self::LAYOUT.k_tile_bytes;
 
     pub(super) fn k(self, stage: u32) -> u32 {
         self.base + Self::LAYOUT.k + stage * Self::LAYOUT.stage_bytes
