@@ -25,12 +25,13 @@ impl<T: Element> CpuCase<T> {
     pub fn new(batch: &OwnedBatch, problem: Problem) -> Result<Self> {
         let shape = problem.shape();
         let rows = batch.lengths.len() * shape.q_heads() as usize;
+        let tensors = Tensors::draw(batch, shape, PoolLayout::Nhd, SEED)?;
         Ok(Self {
             engine: Engine::cpu(),
-            tensors: Tensors::draw(batch, shape, PoolLayout::Nhd, SEED)?,
+            out: tensors.nan_out(),
+            tensors,
             problem,
             sinks: problem.has_sinks().then(|| sinks(shape.q_heads())),
-            out: vec![T::from_f32(f32::NAN); rows * shape.head_dim() as usize],
             lse: vec![f32::NAN; rows],
         })
     }

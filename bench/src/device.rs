@@ -9,9 +9,10 @@ use pat_rs::cuda::bench_support::{FillSpec, HostTimes, L2Flush, TimingEvent, fil
 use pat_rs::cuda::{
     BoundRun, CudaEngine, DeviceBuffer, Graph, LaunchGeometry, PlanBuffers, RunArgs, Stream, Workspace,
 };
-use pat_rs::{AttentionShape, Element, KvStrides, Plan, Problem, Result, RowStrides};
+use half::{bf16, f16};
+use pat_rs::{AttentionShape, Dtype, Element, Error, KvStrides, Plan, Problem, Result, RowStrides};
 use pat_workloads::tensors::sinks;
-use pat_workloads::{NumericsReport, Oracle, OwnedBatch, check};
+use pat_workloads::{NumericsReport, Oracle, OwnedBatch, PoolLayout, Tensors, check};
 use std::time::Instant;
 
 use pat_abi::generator::Tensor;
@@ -65,6 +66,42 @@ pub struct DeviceCase<'a> {
     sinks: Option<DeviceBuffer>,
 }
 
+/// Q, K and V, contiguous, drawn by the device.
+fn draw_on_device(
+    engine: &CudaEngine,
+    batch: &OwnedBatch,
+    shape: AttentionShape,
+    stream: &Stream,
+) -> Result<(DeviceBuffer, DeviceBuffer, DeviceBuffer)> {
+    let device = engine.device();
+    let draw = |tensor, pages: u32, tokens: u32, heads: u32, head_dim: u32| -> Result<DeviceBuffer> {
+        let elements = pages as usize * tokens as usize * heads as usize * head_dim as usize;
+        let buffer = DeviceBuffer::zeroed(device, elements * 2)?;
+        let strides = KvStrides::nhd(tokens, heads, head_dim);
+        let spec = FillSpec { tensor, seed: SEED, dtype: shape.dtype(), pages, tokens, heads, head_dim, strides };
+        fill(device, buffer.span(), spec, stream)?;
+        Ok(buffer)
+    };
+    let (rows, pages, page_size) = (batch.lengths.len() as u32, batch.num_pages, batch.page_size);
+    let q = draw(Tensor::Q, rows, 1, shape.q_heads(), shape.head_dim())?;
+    let k = draw(Tensor::K, pages, page_size, shape.kv_heads(), shape.head_dim())?;
+    let v = draw(Tensor::V, pages, page_size, shape.kv_heads(), shape.v_head_dim())?;
+    stream.synchronize()?;
+    Ok((q, k, v))
+}
+
+/// Likewise, drawn by the host and copied.
+fn draw_on_host<T: Element>(
+    engine: &CudaEngine,
+    batch: &OwnedBatch,
+    shape: AttentionShape,
+) -> Result<(DeviceBuffer, DeviceBuffer, DeviceBuffer)> {
+    let tensors = Tensors::<T>::draw(batch, shape, PoolLayout::Nhd, SEED)?;
+    let (k, v) = tensors.kv.split_at(tensors.v_begin);
+    let copy = |elements: &[T]| DeviceBuffer::from_slice(engine.device(), elements);
+    Ok((copy(&tensors.q)?, copy(k)?, copy(v)?))
+}
+
 impl<'a> DeviceCase<'a> {
     /// Allocates and draws the tensors, [`sinks`] among them where the problem has some.
     ///
@@ -75,40 +112,30 @@ impl<'a> DeviceCase<'a> {
         let device = engine.device();
         let stream = device.new_stream()?;
         let rows = batch.lengths.len();
-        let row_elements = shape.q_heads() as usize * shape.head_dim() as usize;
-        let pool_elements =
-            batch.num_pages as usize * batch.page_size as usize * shape.kv_heads() as usize * shape.head_dim() as usize;
-        let case = Self {
+        let (q, k, v) = match shape.dtype() {
+            // The device draws rows of a power of two.
+            _ if shape.head_dim().is_power_of_two() && shape.v_head_dim().is_power_of_two() => {
+                draw_on_device(engine, batch, shape, &stream)?
+            }
+            Dtype::F16 => draw_on_host::<f16>(engine, batch, shape)?,
+            Dtype::Bf16 => draw_on_host::<bf16>(engine, batch, shape)?,
+            other => return Err(Error::invalid("dtype", other.name(), "f16 or bf16")),
+        };
+        Ok(Self {
             engine,
             batch,
             problem,
-            q: DeviceBuffer::zeroed(device, rows * row_elements * 2)?,
-            k: DeviceBuffer::zeroed(device, pool_elements * 2)?,
-            v: DeviceBuffer::zeroed(device, pool_elements * 2)?,
-            out: DeviceBuffer::zeroed(device, rows * row_elements * 2)?,
+            q,
+            k,
+            v,
+            out: DeviceBuffer::zeroed(device, rows * (shape.q_heads() * shape.v_head_dim()) as usize * 2)?,
             lse: DeviceBuffer::zeroed(device, rows * shape.q_heads() as usize * 4)?,
             sinks: match problem.has_sinks() {
                 true => Some(DeviceBuffer::from_slice(device, &sinks(shape.q_heads()))?),
                 false => None,
             },
             stream,
-        };
-        let spec = |tensor, pages, tokens, heads| FillSpec {
-            tensor,
-            seed: SEED,
-            dtype: shape.dtype(),
-            pages,
-            tokens,
-            heads,
-            head_dim: shape.head_dim(),
-            strides: KvStrides::nhd(tokens, heads, shape.head_dim()),
-        };
-        let (pages, page_size) = (batch.num_pages, batch.page_size);
-        fill(device, case.q.span(), spec(Tensor::Q, rows as u32, 1, shape.q_heads()), &case.stream)?;
-        fill(device, case.k.span(), spec(Tensor::K, pages, page_size, shape.kv_heads()), &case.stream)?;
-        fill(device, case.v.span(), spec(Tensor::V, pages, page_size, shape.kv_heads()), &case.stream)?;
-        case.stream.synchronize()?;
-        Ok(case)
+        })
     }
 
     fn args(&self) -> RunArgs {
@@ -132,7 +159,7 @@ impl<'a> DeviceCase<'a> {
         self.stream.synchronize()?;
         let shape = self.problem.shape();
         let rows = self.batch.lengths.len() * shape.q_heads() as usize;
-        let mut out = vec![T::zeroed(); rows * shape.head_dim() as usize];
+        let mut out = vec![T::zeroed(); rows * shape.v_head_dim() as usize];
         let mut lse = vec![0f32; rows];
         self.out.read(0, &mut out)?;
         self.lse.read(0, &mut lse)?;

@@ -98,7 +98,8 @@ impl Target {
             other => return Err(Error::invalid("dtype", other.name(), "f16 or bf16").into()),
         };
         let summary = plan.summary();
-        let rows_bytes = 2 * 2 * batch.lengths.len() as u64 * u64::from(shape.q_heads()) * u64::from(shape.head_dim());
+        let row_elements = u64::from(shape.head_dim() + shape.v_head_dim());
+        let rows_bytes = 2 * batch.lengths.len() as u64 * u64::from(shape.q_heads()) * row_elements;
         let bytes = summary.unique_kv_bytes + rows_bytes;
         let flop = batch_flop(batch, &problem);
         let cold_us = times.cold_us;
@@ -183,12 +184,13 @@ impl Target {
 
 /// What a problem has beyond plain decode attention, for result files: `softcap 30, sinks, window 128, 4 query tokens`.
 pub fn features(problem: &Problem) -> String {
-    let visible = problem.visibility();
+    let (shape, visible) = (problem.shape(), problem.visibility());
+    let values = (shape.v_head_dim() != shape.head_dim()).then(|| format!("V head dim {}", shape.v_head_dim()));
     let softcap = problem.score().soft_cap.map(|cap| format!("softcap {cap}"));
     let sinks = problem.has_sinks().then(|| "sinks".to_owned());
     let reach = visible.reach.tokens().map(|tokens| format!("{} {tokens}", visible.reach.name()));
     let queries = (visible.query_tokens > 1).then(|| format!("{} query tokens", visible.query_tokens));
-    [softcap, sinks, reach, queries].into_iter().flatten().collect::<Vec<_>>().join(", ")
+    [values, softcap, sinks, reach, queries].into_iter().flatten().collect::<Vec<_>>().join(", ")
 }
 
 /// In microseconds; options are what only a GPU gives.
@@ -205,5 +207,5 @@ pub fn batch_flop(batch: &OwnedBatch, problem: &Problem) -> f64 {
     let (shape, reach) = (problem.shape(), problem.visibility().reach);
     let seen = |length: u32| length - reach.first_token(length.saturating_sub(1));
     let tokens: f64 = batch.lengths.iter().map(|&length| f64::from(seen(length))).sum();
-    4.0 * tokens * f64::from(shape.q_heads()) * f64::from(shape.head_dim())
+    2.0 * tokens * f64::from(shape.q_heads()) * f64::from(shape.head_dim() + shape.v_head_dim())
 }

@@ -99,7 +99,7 @@ pub struct Record {
     pub predicted_us: f64,
     /// Unique K and V, Q and O.
     pub bytes: u64,
-    /// `4 * q_heads * head_dim * tokens`, over all sequences.
+    /// `2 * q_heads * (head_dim + v_head_dim) * tokens`, over all sequences.
     pub flop: f64,
     /// The time that the device's datasheet allows; absent where [`DeviceRates`] does not know the device.
     #[serde(default, skip_serializing_if = "Option::is_none")]

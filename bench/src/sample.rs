@@ -17,7 +17,8 @@ pub fn sample(batch: &OwnedBatch, shape: AttentionShape) -> RowSample {
     for count in [16, 8, 4, 2] {
         pairs = evenly_spread(&all.pairs, count);
         let tokens: f64 = pairs.iter().map(|&(sequence, _)| f64::from(batch.lengths[sequence as usize])).sum();
-        if 4.0 * tokens * f64::from(shape.group()) * f64::from(shape.head_dim()) <= ORACLE_FLOP {
+        let row_flop = 2.0 * f64::from(shape.head_dim() + shape.v_head_dim());
+        if row_flop * tokens * f64::from(shape.group()) <= ORACLE_FLOP {
             break;
         }
     }

@@ -94,7 +94,8 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         (None, Dtype::Bf16) => job.on_cpu::<bf16>()?,
         (_, other) => bail!("--dtype: got {}, expected f16 or bf16", other.name()),
     };
-    let rows_bytes = 4 * batch.lengths.len() as u64 * u64::from(shape.q_heads()) * u64::from(shape.head_dim());
+    let row_elements = u64::from(shape.head_dim() + shape.v_head_dim());
+    let rows_bytes = 2 * batch.lengths.len() as u64 * u64::from(shape.q_heads()) * row_elements;
     let summary = plan.summary();
     let report = Report {
         batch: name,
@@ -153,7 +154,7 @@ impl Job<'_> {
         drop(drawing);
         let sinks = self.problem.has_sinks().then(|| sinks(shape.q_heads()));
         let rows = self.batch.lengths.len() * shape.q_heads() as usize;
-        let mut out = vec![T::zeroed(); rows * shape.head_dim() as usize];
+        let mut out = tensors.nan_out();
         let mut lse = vec![f32::NAN; rows];
         let running = spinner("computing attention");
         let begin = Instant::now();

@@ -37,9 +37,10 @@ fn layers_are_listed_with_what_the_validator_says() {
         (&50.0.into(), &8192.into())
     );
     assert_eq!((&row("qwen3-8b")["eligible"], &row("qwen3-8b")["reason"]), (&true.into(), &Value::Null));
-    let refused = row("phi-3-mini");
+    assert_eq!(row("mimo-v2-flash/full")["eligible"], true);
+    let refused = row("deepseek-v3");
     assert_eq!(refused["eligible"], false);
-    assert_eq!(refused["reason"], "head_dim: got 96, expected 64 or 128 or 256");
+    assert_eq!(refused["reason"], "head_dim: got 576, expected 64 or 96 or 128 or 192 or 256");
 }
 
 #[test]
@@ -50,7 +51,8 @@ fn the_table_has_a_line_for_each_kind_of_layers() {
         ("gpt-oss-20b/full", &["1 of 2", "64/8", "all", "sinks", "yes", "openai/gpt-oss-20b"][..]),
         ("gpt-oss-20b/window", &["last 128", "sinks"]),
         ("llama-4-scout/chunk", &["36 of 48", "chunks of 8192"]),
-        ("mimo-v2-flash/full", &["192 (V 128)", "head_dim: got 192, expected 64 or 128 or 256"]),
+        ("mimo-v2-flash/full", &["192 (V 128)", "yes"]),
+        ("deepseek-v3", &["576 (V 512)", "head_dim: got 576, expected 64 or 96 or 128 or 192 or 256"]),
         ("gemma-2-2b/full", &["cap 50"]),
     ] {
         for part in parts {
@@ -125,7 +127,7 @@ fn options_that_contradict_the_model_are_refused() {
             &["mimo-v2-flash", "--value-head-dim", "192"],
             "--value-head-dim: got 192, expected 128 or nothing, as --model mimo-v2-flash has it",
         ),
-        (&["phi-3-mini"], "--model phi-3-mini: head_dim: got 96, expected 64 or 128 or 256"),
+        (&["kimi-k2"], "--model kimi-k2: head_dim: got 576, expected 64 or 96 or 128 or 192 or 256"),
         (&["qwen3-8b/window"], "--model: model: got \"qwen3-8b/window\", expected qwen3-8b/full"),
         (
             &["gpt-5"],

@@ -379,8 +379,13 @@ mod tests {
         assert_eq!(refusal(eight_bit(grouped), None), "q_heads / kv_heads: got 65, expected 1 to 64");
         assert_eq!(of(shape.with_out_dtype(Dtype::Bf16)), "out_dtype: got bf16, expected f16");
         assert_eq!(of(shape.with_v_head_dim(64).unwrap()), "v_head_dim: got 64, expected 128");
+        let long_keys = problem(32, 8, 192, Dtype::Bf16, 16).shape();
+        assert_eq!(of(long_keys), "v_head_dim: got 192, expected 128");
+        let served = Problem::new(long_keys.with_v_head_dim(128).unwrap(), 16);
+        assert_eq!(supports(&served, None, None), Ok(()));
+        assert_eq!(refusal(Problem::new(served.shape().with_kv_dtype(Dtype::E5m2), 16), None), "head_dim: got 192, expected 64 or 128");
         let cases = [
-            (problem(8, 8, 80, Dtype::Bf16, 16), "head_dim: got 80, expected 64 or 96 or 128 or 256"),
+            (problem(8, 8, 80, Dtype::Bf16, 16), "head_dim: got 80, expected 64 or 96 or 128 or 192 or 256"),
             (problem(8, 8, 128, Dtype::E5m2, 16), "dtype: got e5m2, expected f16 or bf16"),
             (problem(129, 1, 128, Dtype::F16, 16), "q_heads / kv_heads: got 129, expected 1 to 128"),
             (problem(32, 8, 128, Dtype::F16, 0), "page_size: got 0, expected 1 to 65536"),

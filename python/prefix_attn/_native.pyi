@@ -18,9 +18,10 @@ class AttentionShape:
     Args:
         q_heads: query heads, a positive multiple of ``kv_heads``.
         kv_heads: KV heads, at least 1.
-        head_dim: elements per head of Q, K and V.
+        head_dim: elements per head of Q and K.
         dtype: element type of Q, K, V and O: a torch dtype, or ``"float16"`` or ``"bfloat16"``.
         kv_dtype: element type of K and V where it is another: ``"float8_e4m3fn"`` or ``"float8_e5m2"``, or torch's.
+        value_head_dim: elements per head of V and O, where they are not those of K.
 
     Raises:
         ValueError: there is no kernel for such a shape; the message names the argument.
@@ -28,7 +29,7 @@ class AttentionShape:
     def __eq__(self, value: object, /) -> bool: ...
     def __hash__(self, /) -> int: ...
     def __ne__(self, value: object, /) -> bool: ...
-    def __new__(cls, /, q_heads: SupportsIndex, kv_heads: SupportsIndex, head_dim: SupportsIndex, dtype: "torch.dtype | str", *, kv_dtype: "torch.dtype | str | None" = None) -> AttentionShape: ...
+    def __new__(cls, /, q_heads: SupportsIndex, kv_heads: SupportsIndex, head_dim: SupportsIndex, dtype: "torch.dtype | str", *, kv_dtype: "torch.dtype | str | None" = None, value_head_dim: "int | None" = None) -> AttentionShape: ...
     def __repr__(self, /) -> str: ...
     @property
     def dtype(self, /) -> str:
@@ -38,7 +39,7 @@ class AttentionShape:
     @property
     def head_dim(self, /) -> int:
         """
-        Elements per head.
+        Elements per head of Q and K.
         """
     @property
     def kv_dtype(self, /) -> str:
@@ -54,6 +55,11 @@ class AttentionShape:
     def q_heads(self, /) -> int:
         """
         Query heads.
+        """
+    @property
+    def value_head_dim(self, /) -> int:
+        """
+        Elements per head of V and O.
         """
 
 @final

@@ -69,7 +69,9 @@ def _decode(
 
 @_decode.register_fake
 def _(q, k_cache, v_cache, slot, scale=None, kv_layout="NHD", softcap=None, sinks=None):
-    return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+    v_dim = v_cache.shape[-1]
+    out = torch.empty_like(q) if v_dim == q.shape[-1] else q.new_empty((*q.shape[:2], v_dim))
+    return out, q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
 @torch.library.custom_op("prefix_attn::decode_out", mutates_args=("out", "lse"))

@@ -173,13 +173,15 @@ impl Operands {
             tensor.expect_device(device, "as q")?;
         }
         out.expect_writable()?;
-        let head_dim = i64::from(shape.head_dim());
-        let rows = |tensor: &Tensor<'_>| row_strides(tensor, facts.rows, shape.q_heads(), Some(head_dim));
+        let (head_dim, v_head_dim) = (shape.head_dim(), shape.v_head_dim());
+        let rows = |tensor: &Tensor<'_>, head_dim: u32| {
+            row_strides(tensor, facts.rows, shape.q_heads(), Some(i64::from(head_dim)))
+        };
         let mut least_rows = q.sizes[0].min(out.sizes[0]);
-        let (q_strides, out_strides) = (rows(q)?, rows(out)?);
+        let (q_strides, out_strides) = (rows(q, head_dim)?, rows(out, v_head_dim)?);
         check_distinct_rows(out)?;
-        let pool = |tensor: &Tensor<'_>| kv_strides(tensor, facts, layout);
-        let (k_strides, v_strides) = (pool(k)?, pool(v)?);
+        let pool = |tensor: &Tensor<'_>, head_dim: u32| kv_strides(tensor, facts, layout, head_dim);
+        let (k_strides, v_strides) = (pool(k, head_dim)?, pool(v, v_head_dim)?);
         let lse = match lse {
             None => None,
             Some(lse) => {
@@ -299,9 +301,9 @@ pub(crate) fn row_strides(tensor: &Tensor<'_>, rows: u32, q_heads: u32, head_dim
 }
 
 /// Strides of a KV cache.
-fn kv_strides(tensor: &Tensor<'_>, facts: &Facts, layout: KvLayout) -> Result<KvStrides> {
+fn kv_strides(tensor: &Tensor<'_>, facts: &Facts, layout: KvLayout, head_dim: u32) -> Result<KvStrides> {
     let (page_size, kv_heads) = (i64::from(facts.page_size), i64::from(facts.shape.kv_heads()));
-    let head_dim = i64::from(facts.shape.head_dim());
+    let head_dim = i64::from(head_dim);
     let wanted = match layout {
         KvLayout::Nhd => [page_size, kv_heads, head_dim],
         KvLayout::Hnd => [kv_heads, page_size, head_dim],

@@ -75,14 +75,15 @@ pub(crate) fn run<'py>(
     let (scores, [k_scale, v_scale]) = Scores::read(scale, softcap)?.with_kv_scales(k_scale, v_scale)?;
     let read_q = Tensor::read("q", q, stream)?;
     let handle = torch::stream_of(py, read_q.device, stream)?;
-    let out = out.map_or_else(|| torch::empty_like(q), Ok)?;
+    let read_v = Tensor::read("v_cache", v_cache, Some(handle))?;
+    let out = out.map_or_else(|| torch::empty_out(q, &read_q, &read_v), Ok)?;
     let lse = match lse {
         None if return_lse && read_q.rank >= 2 => Some(torch::empty_lse(q, &read_q)?),
         lse => lse,
     };
     let tensors = Tensors {
         k: Tensor::read("k_cache", k_cache, Some(handle))?,
-        v: Tensor::read("v_cache", v_cache, Some(handle))?,
+        v: read_v,
         out: Tensor::read("out", &out, Some(handle))?,
         lse: lse.as_ref().map(|lse| Tensor::read("lse", lse, Some(handle))).transpose()?,
         sinks: sinks.map(|sinks| Tensor::read("sinks", sinks, Some(handle))).transpose()?,

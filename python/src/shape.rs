@@ -9,9 +9,10 @@ use pyo3::prelude::*;
 /// Args:
 ///     q_heads: query heads, a positive multiple of ``kv_heads``.
 ///     kv_heads: KV heads, at least 1.
-///     head_dim: elements per head of Q, K and V.
+///     head_dim: elements per head of Q and K.
 ///     dtype: element type of Q, K, V and O: a torch dtype, or ``"float16"`` or ``"bfloat16"``.
 ///     kv_dtype: element type of K and V where it is another: ``"float8_e4m3fn"`` or ``"float8_e5m2"``, or torch's.
+///     value_head_dim: elements per head of V and O, where they are not those of K.
 ///
 /// Raises:
 ///     ValueError: there is no kernel for such a shape; the message names the argument.
@@ -24,15 +25,19 @@ pub(crate) struct PyShape {
 #[pymethods]
 impl PyShape {
     #[new]
-    #[pyo3(signature = (q_heads, kv_heads, head_dim, dtype: "torch.dtype | str", *, kv_dtype: "torch.dtype | str | None" = None))]
+    #[pyo3(signature = (q_heads, kv_heads, head_dim, dtype: "torch.dtype | str", *, kv_dtype: "torch.dtype | str | None" = None, value_head_dim: "int | None" = None))]
     fn new(
         q_heads: u32,
         kv_heads: u32,
         head_dim: u32,
         dtype: &Bound<'_, PyAny>,
         kv_dtype: Option<&Bound<'_, PyAny>>,
+        value_head_dim: Option<u32>,
     ) -> Result<Self> {
-        let inner = pat_rs::AttentionShape::new(q_heads, kv_heads, head_dim, parse_dtype("dtype", dtype)?)?;
+        let mut inner = pat_rs::AttentionShape::new(q_heads, kv_heads, head_dim, parse_dtype("dtype", dtype)?)?;
+        if let Some(value_head_dim) = value_head_dim {
+            inner = inner.with_v_head_dim(value_head_dim)?;
+        }
         let kv_dtype = kv_dtype.map(|dtype| parse_stored("kv_dtype", dtype)).transpose()?;
         Ok(Self { inner: kv_dtype.map_or(inner, |dtype| inner.with_kv_dtype(dtype)) })
     }
@@ -49,10 +54,16 @@ impl PyShape {
         self.inner.kv_heads()
     }
 
-    /// Elements per head.
+    /// Elements per head of Q and K.
     #[getter]
     fn head_dim(&self) -> u32 {
         self.inner.head_dim()
+    }
+
+    /// Elements per head of V and O.
+    #[getter]
+    fn value_head_dim(&self) -> u32 {
+        self.inner.v_head_dim()
     }
 
     /// Element type: ``"float16"`` or ``"bfloat16"``.
@@ -74,7 +85,12 @@ impl PyShape {
         } else {
             format!(", kv_dtype=\"{}\"", self.kv_dtype())
         };
-        format!("AttentionShape(q_heads={q}, kv_heads={kv}, head_dim={dim}, dtype=\"{dtype}\"{kv_dtype})")
+        let value_head_dim = if self.inner.v_head_dim() == dim {
+            String::new()
+        } else {
+            format!(", value_head_dim={}", self.value_head_dim())
+        };
+        format!("AttentionShape(q_heads={q}, kv_heads={kv}, head_dim={dim}, dtype=\"{dtype}\"{kv_dtype}{value_head_dim})")
     }
 }
 

@@ -26,7 +26,7 @@ pub(crate) fn current_stream(py: Python<'_>, ordinal: usize) -> Result<u64> {
     Ok(stream.getattr("cuda_stream")?.extract()?)
 }
 
-/// Memory for the output: as q, in torch's caching allocator.
+/// Memory like a tensor's, in torch's caching allocator.
 pub(crate) fn empty_like<'py>(q: &Bound<'py, PyAny>) -> Result<Bound<'py, PyAny>> {
     static EMPTY_LIKE: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
     let py = q.py();
@@ -34,6 +34,21 @@ pub(crate) fn empty_like<'py>(q: &Bound<'py, PyAny>) -> Result<Bound<'py, PyAny>
         return Err(invalid("out", "None", "memory for the output, where q is no torch tensor"));
     }
     Ok(EMPTY_LIKE.import(py, "torch", "empty_like")?.call1((q,))?)
+}
+
+/// Memory for the output beside q, whose rows are as long as those of a cache's values.
+pub(crate) fn empty_out<'py>(
+    q: &Bound<'py, PyAny>,
+    read: &Tensor<'py>,
+    values: &Tensor<'py>,
+) -> Result<Bound<'py, PyAny>> {
+    let elements = |tensor: &Tensor<'_>| tensor.sizes[..tensor.rank].last().copied();
+    match (&read.sizes[..read.rank], elements(values)) {
+        (&[rows, heads, head_dim], Some(v_head_dim)) if head_dim != v_head_dim && is_torch(q)? => {
+            Ok(q.call_method1(intern!(q.py(), "new_empty"), ((rows, heads, v_head_dim),))?)
+        }
+        _ => empty_like(q),
+    }
 }
 
 /// Memory for LSE, `[rows, q_heads]` of float32, beside q.

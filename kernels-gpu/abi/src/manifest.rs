@@ -251,6 +251,7 @@ macro_rules! mma_kernel_shapes {
     ($callback:ident! { $($prefix:tt)* }) => {
         $crate::wgmma_kernel_shapes! { $callback! { $($prefix)* }
             [256 256 F16 "d256_f16"] [256 256 Bf16 "d256_bf16"] [96 96 F16 "d96_f16"] [96 96 Bf16 "d96_bf16"]
+            [192 128 F16 "d192_v128_f16"] [192 128 Bf16 "d192_v128_bf16"]
         }
     };
 }
