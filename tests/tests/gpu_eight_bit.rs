@@ -10,7 +10,7 @@ use pat_rs::{
     Problem, supports,
 };
 use pat_tests::executor::{Executor, Interpreter};
-use pat_tests::{Case, device_test, random_case, softmax_scale};
+use pat_tests::{Case, device_test, draw_sinks, random_case, softmax_scale};
 use pat_workloads::{Oracle, RowSample, Tensors, check};
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
@@ -112,8 +112,7 @@ fn run_forest<T: Element, C: EightBit>(
     if alone.is_none() && rng.random_bool(0.3) {
         problem = problem.with_window(*[1, 20, 100].choose(&mut rng).unwrap());
     }
-    let sinks: Option<Vec<f32>> =
-        rng.random_bool(0.3).then(|| (0..plain.q_heads()).map(|_| rng.random_range(-4.0..4.0)).collect());
+    let sinks = draw_sinks(&mut rng, plain);
     if sinks.is_some() {
         problem = problem.with_sinks();
     }

@@ -16,7 +16,7 @@ use pat_rs::{
 };
 use pat_tests::executor::{Executor, Interpreter};
 use pat_tests::interpreted::{DeviceMemory, InterpretedRun};
-use pat_tests::{Case, Output, random_case, softmax_scale, strided};
+use pat_tests::{Case, Output, draw_sinks, random_case, softmax_scale, strided};
 use pat_workloads::{Oracle, OwnedBatch, RowSample, Tensors, check};
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
@@ -96,8 +96,7 @@ fn run_case<T: Element>(
         // Of whole pages: every kernel serves them.
         problem = problem.with_chunk(2 * case.batch.page_size);
     }
-    let sinks: Option<Vec<f32>> =
-        rng.random_bool(0.3).then(|| (0..case.shape.q_heads()).map(|_| rng.random_range(-4.0..4.0)).collect());
+    let sinks = draw_sinks(&mut rng, case.shape);
     if sinks.is_some() {
         problem = problem.with_sinks();
     }
@@ -112,9 +111,7 @@ fn run_case<T: Element>(
     let options = PlanOptions::from(mode).with_variants([variant]);
     let plan = Planner::new(problem, Interpreter.profile().unwrap(), options).unwrap().plan(&queries.batch()).unwrap();
     let tensors = Tensors::<T>::draw(&rows, case.shape, case.layout, SEED).unwrap();
-    let mut host = tensors.host(scale);
-    host.problem = problem;
-    host.sinks = sinks.as_deref();
+    let host = tensors.host_of(problem, sinks.as_deref());
     let out = vec![T::from_f32(f32::NAN); tensors.q.len()];
     let lse = vec![f32::NAN; tensors.q.len() / case.shape.head_dim() as usize];
     let mut run = InterpretedRun::new(&plan, &host, &out, Some(&lse)).unwrap();
@@ -393,8 +390,7 @@ fn what_no_kernel_serves_is_launched_by_none() {
     let case = draw_case(&mut ChaCha8Rng::seed_from_u64(3), kernel, TileVariant::Wgmma128);
     let plan = pat_tests::plan(&case, PlanOptions::default().with_variants([TileVariant::Wgmma128])).unwrap();
     let tensors = Tensors::<f16>::draw(&case.batch, case.shape, case.layout, SEED).unwrap();
-    let mut host = tensors.host(1.0);
-    host.problem = Problem::new(case.shape, case.batch.page_size).with_soft_cap(30.0);
+    let host = tensors.host_of(Problem::new(case.shape, case.batch.page_size).with_soft_cap(30.0), None);
     let error = InterpretedRun::new(&plan, &host, &tensors.q, None).unwrap_err().to_string();
     assert!(error.contains("wgmma128"), "{error}");
 }

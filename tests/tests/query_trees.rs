@@ -65,8 +65,7 @@ fn a_chain_is_the_causal_form() {
                 let queries = queries.unwrap();
                 let plan = planner(problem, PlanOptions::default()).plan(&queries.batch()).unwrap();
                 check_visible(&plan, &rows, case.shape, &visible);
-                let mut host = tensors.host(problem.score().scale);
-                host.problem = problem;
+                let host = tensors.host_of(problem, None);
                 let mut out = vec![f16::NAN; tensors.q.len()];
                 pat_rs::cpu::run(&plan, &host, &mut out, None).unwrap();
                 (out, plan.logical_tokens(), plan.unique_kv_bytes())
