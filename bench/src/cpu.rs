@@ -31,7 +31,7 @@ impl<T: Element> CpuCase<T> {
             out: tensors.nan_out(),
             tensors,
             problem,
-            sinks: problem.has_sinks().then(|| sinks(shape.q_heads())),
+            sinks: sinks(&problem),
             lse: vec![f32::NAN; rows],
         })
     }
@@ -41,8 +41,7 @@ impl<T: Element> CpuCase<T> {
     /// # Errors
     /// Those of the run.
     pub fn run_us(&mut self, plan: &Plan) -> Result<f64> {
-        let mut tensors = self.tensors.host(self.problem.score().scale);
-        (tensors.problem, tensors.sinks) = (self.problem, self.sinks.as_deref());
+        let tensors = self.tensors.host_of(self.problem, self.sinks.as_deref());
         let begin = Instant::now();
         self.engine.run_host(plan, &tensors, &mut self.out, Some(&mut self.lse))?;
         Ok(begin.elapsed().as_secs_f64() * 1e6)

@@ -130,10 +130,7 @@ impl<'a> DeviceCase<'a> {
             v,
             out: DeviceBuffer::zeroed(device, rows * (shape.q_heads() * shape.v_head_dim()) as usize * 2)?,
             lse: DeviceBuffer::zeroed(device, rows * shape.q_heads() as usize * 4)?,
-            sinks: match problem.has_sinks() {
-                true => Some(DeviceBuffer::from_slice(device, &sinks(shape.q_heads()))?),
-                false => None,
-            },
+            sinks: sinks(&problem).map(|sinks| DeviceBuffer::from_slice(device, &sinks)).transpose()?,
             stream,
         })
     }

@@ -47,8 +47,7 @@ pub fn exact_rows<T: Element>(
     seed: u32,
     sample: RowSample,
 ) -> pat_rs::Result<Oracle> {
-    let sinks = problem.has_sinks().then(|| sinks(problem.shape().q_heads()));
-    Oracle::compute_problem::<T>(batch, problem, sinks.as_deref(), seed, sample)
+    Oracle::compute_problem::<T>(batch, problem, sinks(&problem).as_deref(), seed, sample)
 }
 
 fn evenly_spread(pairs: &[(u32, u32)], count: usize) -> Vec<(u32, u32)> {

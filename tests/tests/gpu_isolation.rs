@@ -4,13 +4,10 @@
 
 use half::{bf16, f16};
 use pat_rs::plan::PlanMode;
-use pat_rs::{
-    AttentionShape, DeviceProfile, Dtype, Element, Engine, HostTensors, Plan, PlanOptions, Planner, Problem,
-    TileVariant,
-};
+use pat_rs::{AttentionShape, DeviceProfile, Dtype, Element, Engine, Plan, PlanOptions, Planner, Problem, TileVariant};
 use pat_tests::executor::{Executor, Interpreter};
 use pat_tests::forests::Forests;
-use pat_tests::{Case, device_test, softmax_scale};
+use pat_tests::{Case, device_test, draw_sinks, softmax_scale};
 use pat_workloads::{Oracle, RowSample, Tensors, check};
 use rand::Rng;
 use rand::seq::IndexedRandom;
@@ -54,7 +51,7 @@ impl Place {
             page: tables[sequence][index],
             token: rng.random_range(0..tokens),
             kv_head: rng.random_range(0..case.shape.kv_heads()),
-            column: rng.random_range(0..case.shape.head_dim() as usize),
+            column: rng.random_range(0..case.shape.head_dim().min(case.shape.v_head_dim()) as usize),
             in_values: rng.random(),
         })
     }
@@ -92,8 +89,7 @@ fn run_forest<T: Element>(
     let mut tensors = Tensors::<T>::draw(&case.batch, case.shape, case.layout, SEED).unwrap();
     let everything = RowSample::for_batch(&case.batch, case.shape);
     // Rows that are computed again have caps and sinks, too.
-    let sinks: Option<Vec<f32>> =
-        rng.random_bool(0.3).then(|| (0..case.shape.q_heads()).map(|_| rng.random_range(-4.0..4.0)).collect());
+    let sinks = draw_sinks(rng, case.shape);
     let mut problem = case.batch.problem(case.shape).with_scale(scale);
     if sinks.is_some() {
         problem = problem.with_sinks();
@@ -112,15 +108,13 @@ fn run_forest<T: Element>(
     let chunk = PlanMode::FixedChunk { tokens: 2 * case.batch.page_size };
     let modes = [PlanMode::Packed, PlanMode::Packed, chunk, PlanMode::Auto];
     let mode = modes[index as usize % modes.len()];
-    let (q_heads, head_dim) = (case.shape.q_heads() as usize, case.shape.head_dim() as usize);
+    let (q_heads, v_head_dim) = (case.shape.q_heads() as usize, case.shape.v_head_dim() as usize);
     for variant in profile.variants(&problem) {
         let options = PlanOptions::from(mode).with_variants([variant]);
         let plan = Planner::new(problem, profile.clone(), options).unwrap().plan(&view).unwrap();
-        let mut out = vec![T::from_f32(0.0); tensors.q.len()];
-        let mut lse = vec![0f32; tensors.q.len() / head_dim];
-        let mut host: HostTensors<'_, T> = tensors.host(scale);
-        host.problem = problem;
-        host.sinks = sinks.as_deref();
+        let mut lse = vec![0f32; case.batch.lengths.len() * q_heads];
+        let mut out = vec![T::from_f32(0.0); lse.len() * v_head_dim];
+        let host = tensors.host_of(problem, sinks.as_deref());
         engine.run_host(&plan, &host, &mut out, Some(&mut lse)).unwrap();
         *exposed.entry(variant).or_default() += u64::from(place.is_beside_others(&plan));
 
@@ -130,7 +124,7 @@ fn run_forest<T: Element>(
         if place.in_values {
             // Of the sequence's own rows the column alone is lost.
             for row in expected.rows.iter().filter(|row| is_own(row.sequence, row.head)) {
-                let at = (row.sequence as usize * q_heads + row.head as usize) * head_dim + place.column;
+                let at = (row.sequence as usize * q_heads + row.head as usize) * v_head_dim + place.column;
                 assert!(!out[at].to_f32().is_finite(), "{}: {what}", out[at].to_f32());
                 out[at] = T::from_f32(row.out[place.column] as f32);
             }
@@ -165,6 +159,23 @@ fn a_sequences_nan_and_inf_reach_no_other_sequence_in_interpreted_ptx(_: &Engine
     check_isolation(&Interpreter, &DeviceProfile::h200(), Forests { count: 40, seed: 1 });
 }
 
+/// Head dimensions that random forests do not have.
+fn likewise_at_other_head_dims(_: &Engine) {
+    let mut exposed = BTreeMap::new();
+    Forests { count: 24, seed: 2 }.for_each(|rng, index, case| {
+        let (head_dim, v_head_dim) = [(96, 96), (192, 128)][index as usize % 2];
+        let (q_heads, kv_heads, dtype) = (case.shape.q_heads(), case.shape.kv_heads(), case.shape.dtype());
+        let shape = AttentionShape::new(q_heads, kv_heads, head_dim, dtype).unwrap().with_v_head_dim(v_head_dim);
+        let case = Case { shape: shape.unwrap(), ..case.clone() };
+        match dtype {
+            Dtype::F16 => run_forest::<f16>(&Interpreter, &DeviceProfile::h200(), rng, &case, index, &mut exposed),
+            _ => run_forest::<bf16>(&Interpreter, &DeviceProfile::h200(), rng, &case, index, &mut exposed),
+        }
+    });
+    let exposed: u64 = exposed.values().sum();
+    assert!(exposed > 12, "{exposed} runs in which the element stood beside others");
+}
+
 fn a_sequences_nan_and_inf_reach_no_other_sequence(engine: &Engine) {
     check_isolation(engine, &engine.profile().unwrap(), Forests::of_a_device(400));
 }
@@ -173,6 +184,7 @@ fn main() -> ExitCode {
     pat_tests::device_tests::main([
         device_test!(a_sequences_nan_and_inf_reach_no_other_sequence_on_the_cpu).on_the_cpu(),
         device_test!(a_sequences_nan_and_inf_reach_no_other_sequence_in_interpreted_ptx).on_the_cpu(),
+        device_test!(likewise_at_other_head_dims).on_the_cpu(),
         device_test!(a_sequences_nan_and_inf_reach_no_other_sequence),
     ])
 }

@@ -226,10 +226,10 @@ impl KernelSpec {
     }
 }
 
-/// Which element types and head dimensions the wgmma kernels have: calls a macro with what stands in the braces, followed by
-/// `[head_dim v_head_dim Dtype "name"]` for each of them, and by what stands behind the braces.
+/// Which element types and head dimensions `wgmma128` has, whose registers do not suffice for more: calls a macro with what stands in
+/// the braces, followed by `[head_dim v_head_dim Dtype "name"]` for each of them, and by what stands behind the braces.
 #[macro_export]
-macro_rules! wgmma_kernel_shapes {
+macro_rules! wgmma128_kernel_shapes {
     ($callback:ident! { $($prefix:tt)* } $($more:tt)*) => {
         $callback! { $($prefix)*
             [128 128 F16 "d128_f16"] [128 128 Bf16 "d128_bf16"] [64 64 F16 "d64_f16"] [64 64 Bf16 "d64_bf16"] $($more)*
@@ -237,42 +237,40 @@ macro_rules! wgmma_kernel_shapes {
     };
 }
 
-/// As [`wgmma_kernel_shapes`], of `mma128`, whose registers do not suffice for more.
+/// As [`wgmma128_kernel_shapes`], of `wgmma64`, and of the merge behind wgmma kernels.
 #[macro_export]
-macro_rules! mma128_kernel_shapes {
-    ($callback:ident! { $($prefix:tt)* }) => {
-        $crate::wgmma_kernel_shapes! { $callback! { $($prefix)* } [96 96 F16 "d96_f16"] [96 96 Bf16 "d96_bf16"] }
+macro_rules! wgmma64_kernel_shapes {
+    ($callback:ident! { $($prefix:tt)* } $($more:tt)*) => {
+        $crate::wgmma128_kernel_shapes! { $callback! { $($prefix)* }
+            [256 256 F16 "d256_f16"] [256 256 Bf16 "d256_bf16"] $($more)*
+        }
     };
 }
 
-/// As [`wgmma_kernel_shapes`], of the other mma.sync kernels.
+/// As [`wgmma128_kernel_shapes`], of `mma128`.
+#[macro_export]
+macro_rules! mma128_kernel_shapes {
+    ($callback:ident! { $($prefix:tt)* }) => {
+        $crate::wgmma128_kernel_shapes! { $callback! { $($prefix)* } [96 96 F16 "d96_f16"] [96 96 Bf16 "d96_bf16"] }
+    };
+}
+
+/// As [`wgmma128_kernel_shapes`], of the other mma.sync kernels.
 #[macro_export]
 macro_rules! mma_kernel_shapes {
     ($callback:ident! { $($prefix:tt)* }) => {
-        $crate::wgmma_kernel_shapes! { $callback! { $($prefix)* }
-            [256 256 F16 "d256_f16"] [256 256 Bf16 "d256_bf16"] [96 96 F16 "d96_f16"] [96 96 Bf16 "d96_bf16"]
+        $crate::wgmma64_kernel_shapes! { $callback! { $($prefix)* }
+            [96 96 F16 "d96_f16"] [96 96 Bf16 "d96_bf16"]
             [192 128 F16 "d192_v128_f16"] [192 128 Bf16 "d192_v128_bf16"]
         }
     };
 }
 
-/// As [`wgmma_kernel_shapes`], of the merge: a shape for each number of elements of O.
+/// As [`wgmma128_kernel_shapes`], of the merge: a shape for each number of elements of O.
 #[macro_export]
 macro_rules! merge_kernel_shapes {
     ($callback:ident! { $($prefix:tt)* }) => {
-        $crate::wgmma_kernel_shapes! { $callback! { $($prefix)* }
-            [256 256 F16 "d256_f16"] [256 256 Bf16 "d256_bf16"] [96 96 F16 "d96_f16"] [96 96 Bf16 "d96_bf16"]
-        }
-    };
-}
-
-/// As [`merge_kernel_shapes`], of the merge behind wgmma kernels.
-#[macro_export]
-macro_rules! overlapping_merge_kernel_shapes {
-    ($callback:ident! { $($prefix:tt)* }) => {
-        $crate::wgmma_kernel_shapes! { $callback! { $($prefix)* }
-            [256 256 F16 "d256_f16"] [256 256 Bf16 "d256_bf16"]
-        }
+        $crate::wgmma64_kernel_shapes! { $callback! { $($prefix)* } [96 96 F16 "d96_f16"] [96 96 Bf16 "d96_bf16"] }
     };
 }
 
@@ -330,13 +328,13 @@ const FORWARD: [&[KernelSpec]; TileVariant::ALL.len()] = [
     mma_kernel_shapes!(forward_kernels! { Mma32, "pat_forward_mma32" }),
     mma_kernel_shapes!(forward_kernels! { Mma64, "pat_forward_mma64" }),
     mma128_kernel_shapes!(forward_kernels! { Mma128, "pat_forward_mma128" }),
-    wgmma_kernel_shapes!(forward_kernels! { Wgmma64, "pat_forward_wgmma64" }),
-    wgmma_kernel_shapes!(forward_kernels! { Wgmma128, "pat_forward_wgmma128" }),
+    wgmma64_kernel_shapes!(forward_kernels! { Wgmma64, "pat_forward_wgmma64" }),
+    wgmma128_kernel_shapes!(forward_kernels! { Wgmma128, "pat_forward_wgmma128" }),
 ];
 
 const MERGE: [&[KernelSpec]; Arch::ALL.len()] = [
     merge_kernel_shapes!(merge_kernels! { Sm80, "pat_merge" }),
-    overlapping_merge_kernel_shapes!(merge_kernels! { Sm90a, "pat_merge_pdl" }),
+    wgmma64_kernel_shapes!(merge_kernels! { Sm90a, "pat_merge_pdl" }),
 ];
 
 const SUPPORT: [KernelSpec; 6] = [
