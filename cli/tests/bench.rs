@@ -261,7 +261,7 @@ fn bad_selections_are_refused() {
         (&["--batch", "no/such.json"], &["--batch", "no/such.json", "No such file"]),
         (&["--spec", "no/such.json"], &["--spec", "no/such.json", "No such file"]),
         (&["--dtype", "f32"], &["'f32' for '--dtype <DTYPE>': expected f16 or bf16"]),
-        (&["--head-dim", "80", "--device", "cpu"], &["--head-dim 80", "expected 64 or 96 or 128 or 192 or 256"]),
+        (&["--head-dim", "80", "--device", "cpu"], &["--head-dim 80", "expected 64 or 96 or 128 or 192 or 256 or 512"]),
         (&["--device", "tpu"], &["--device: got \"tpu\""]),
         (&["--device", "cuda"], &["--device cuda", "CUDA"]),
         (&[], &["--device cuda", "CUDA"]),

@@ -336,7 +336,7 @@ fn bad_model_shapes_are_refused() {
         (["--heads", "8/0"], &["--heads 8/0", "kv_heads: got 0, expected at least 1"]),
         (["--heads", "30/8"], &["--heads 30/8", "q_heads: got 30, expected a positive multiple of kv_heads (8)"]),
         (["--head-dim", "-1"], &["--head-dim"]),
-        (["--head-dim", "80"], &["--head-dim 80", "head_dim: got 80, expected 64 or 96 or 128 or 192 or 256"]),
+        (["--head-dim", "80"], &["--head-dim 80", "head_dim: got 80, expected 64 or 96 or 128 or 192 or 256 or 512"]),
         (["--dtype", "f32"], &["'f32' for '--dtype <DTYPE>'", "expected f16 or bf16"]),
     ] {
         refused(&[&tree[..], &extra].concat(), parts);

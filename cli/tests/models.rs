@@ -40,7 +40,7 @@ fn layers_are_listed_with_what_the_validator_says() {
     assert_eq!(row("mimo-v2-flash/full")["eligible"], true);
     let refused = row("deepseek-v3");
     assert_eq!(refused["eligible"], false);
-    assert_eq!(refused["reason"], "head_dim: got 576, expected 64 or 96 or 128 or 192 or 256");
+    assert_eq!(refused["reason"], "head_dim: got 576, expected 64 or 96 or 128 or 192 or 256 or 512");
 }
 
 #[test]
@@ -52,7 +52,7 @@ fn the_table_has_a_line_for_each_kind_of_layers() {
         ("gpt-oss-20b/window", &["last 128", "sinks"]),
         ("llama-4-scout/chunk", &["36 of 48", "chunks of 8192"]),
         ("mimo-v2-flash/full", &["192 (V 128)", "yes"]),
-        ("deepseek-v3", &["576 (V 512)", "head_dim: got 576, expected 64 or 96 or 128 or 192 or 256"]),
+        ("deepseek-v3", &["576 (V 512)", "head_dim: got 576, expected 64 or 96 or 128 or 192 or 256 or 512"]),
         ("gemma-2-2b/full", &["cap 50"]),
     ] {
         for part in parts {
@@ -127,7 +127,7 @@ fn options_that_contradict_the_model_are_refused() {
             &["mimo-v2-flash", "--value-head-dim", "192"],
             "--value-head-dim: got 192, expected 128 or nothing, as --model mimo-v2-flash has it",
         ),
-        (&["kimi-k2"], "--model kimi-k2: head_dim: got 576, expected 64 or 96 or 128 or 192 or 256"),
+        (&["kimi-k2"], "--model kimi-k2: head_dim: got 576, expected 64 or 96 or 128 or 192 or 256 or 512"),
         (&["qwen3-8b/window"], "--model: model: got \"qwen3-8b/window\", expected qwen3-8b/full"),
         (
             &["gpt-5"],

@@ -361,7 +361,7 @@ mod tests {
     #[test]
     fn every_head_dim_and_plain_layout_is_supported() {
         for dtype in [Dtype::F16, Dtype::Bf16] {
-            for head_dim in [64, 96, 128, 256] {
+            for head_dim in [64, 96, 128, 256, 512] {
                 for page_size in [1, 7, 16, 32, Problem::MAX_PAGE_SIZE] {
                     let problem = problem(12, 4, head_dim, dtype, page_size);
                     let strides = (KvStrides::nhd(page_size, 4, head_dim), KvStrides::hnd(page_size, 4, head_dim));
@@ -396,7 +396,7 @@ mod tests {
         assert_eq!(supports(&served, None, None), Ok(()));
         assert_eq!(refusal(Problem::new(served.shape().with_kv_dtype(Dtype::E5m2), 16), None), "head_dim: got 192, expected 64 or 128");
         let cases = [
-            (problem(8, 8, 80, Dtype::Bf16, 16), "head_dim: got 80, expected 64 or 96 or 128 or 192 or 256"),
+            (problem(8, 8, 80, Dtype::Bf16, 16), "head_dim: got 80, expected 64 or 96 or 128 or 192 or 256 or 512"),
             (problem(8, 8, 128, Dtype::E5m2, 16), "dtype: got e5m2, expected f16 or bf16"),
             (problem(32, 8, 128, Dtype::F16, 0), "page_size: got 0, expected 1 to 65536"),
             (problem(32, 8, 128, Dtype::F16, 65_537), "page_size: got 65537, expected 1 to 65536"),

@@ -52,8 +52,8 @@ pub trait Cache: Copy {
     ///
     /// # Safety
     /// As [`fragment::accumulate`].
-    unsafe fn accumulate<E: Element, const HEAD_STEPS: usize, const KEY_STEPS: usize>(
-        accumulator: &mut Accumulator<HEAD_STEPS>,
+    unsafe fn accumulate<E: Element, const STEPS: usize, const ROW_STEPS: usize, const KEY_STEPS: usize>(
+        accumulator: &mut Accumulator<STEPS>,
         p: &Operand<KEY_STEPS>,
         values: u32,
         lane: u32,
@@ -107,14 +107,14 @@ impl Cache for Plain {
     }
 
     #[inline(always)]
-    unsafe fn accumulate<E: Element, const HEAD_STEPS: usize, const KEY_STEPS: usize>(
-        accumulator: &mut Accumulator<HEAD_STEPS>,
+    unsafe fn accumulate<E: Element, const STEPS: usize, const ROW_STEPS: usize, const KEY_STEPS: usize>(
+        accumulator: &mut Accumulator<STEPS>,
         p: &Operand<KEY_STEPS>,
         values: u32,
         lane: u32,
     ) {
         // SAFETY: the caller's contract.
-        unsafe { fragment::accumulate::<E, HEAD_STEPS, KEY_STEPS>(accumulator, p, values, lane) };
+        unsafe { fragment::accumulate::<E, STEPS, ROW_STEPS, KEY_STEPS>(accumulator, p, values, lane) };
     }
 
     #[inline(always)]
@@ -212,19 +212,20 @@ impl<C: Code> Cache for EightBit<C> {
     }
 
     #[inline(always)]
-    unsafe fn accumulate<E: Element, const HEAD_STEPS: usize, const KEY_STEPS: usize>(
-        accumulator: &mut Accumulator<HEAD_STEPS>,
+    unsafe fn accumulate<E: Element, const STEPS: usize, const ROW_STEPS: usize, const KEY_STEPS: usize>(
+        accumulator: &mut Accumulator<STEPS>,
         p: &Operand<KEY_STEPS>,
         values: u32,
         lane: u32,
     ) {
-        let row_bytes = 16 * HEAD_STEPS as u32;
+        const { assert!(STEPS == ROW_STEPS) };
+        let row_bytes = 16 * STEPS as u32;
         let row = value_matrix_row(lane);
         for block in 0..KEY_STEPS {
-            for pair in 0..HEAD_STEPS / 2 {
-                let chunk = swizzled_chunk(HEAD_STEPS as u32, row, 2 * pair as u32 + value_matrix_chunk(lane));
+            for pair in 0..STEPS / 2 {
+                let chunk = swizzled_chunk(STEPS as u32, row, 2 * pair as u32 + value_matrix_chunk(lane));
                 let address = values + row * row_bytes + chunk * 16 + block as u32 * 16 * row_bytes;
-                // SAFETY: inside the tile: `row < 16` and `chunk < HEAD_STEPS`.
+                // SAFETY: inside the tile: `row < 16` and `chunk < STEPS`.
                 let b = unsafe { ldmatrix_x4_transposed(address) };
                 for step in 0..2 {
                     let words = [b[2 * step], b[2 * step + 1]];

@@ -19,7 +19,7 @@ fn shapes() {
     assert_names(AttentionShape::new(32, 8, 0, Dtype::F16), &["head_dim", "got 0", "1 to 65535"]);
     let odd = Problem::new(AttentionShape::new(32, 8, 80, Dtype::F16).expect("a shape"), 16);
     let planner = Planner::new(odd, DeviceProfile::h200(), PlanOptions::default());
-    assert_names(planner, &["head_dim", "got 80", "64 or 96 or 128 or 192 or 256"]);
+    assert_names(planner, &["head_dim", "got 80", "64 or 96 or 128 or 192 or 256 or 512"]);
 }
 
 #[test]

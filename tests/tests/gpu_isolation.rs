@@ -163,7 +163,7 @@ fn a_sequences_nan_and_inf_reach_no_other_sequence_in_interpreted_ptx(_: &Engine
 fn likewise_at_other_head_dims(_: &Engine) {
     let mut exposed = BTreeMap::new();
     Forests { count: 24, seed: 2 }.for_each(|rng, index, case| {
-        let (head_dim, v_head_dim) = [(96, 96), (192, 128)][index as usize % 2];
+        let (head_dim, v_head_dim) = [(96, 96), (192, 128), (512, 512)][index as usize % 3];
         let (q_heads, kv_heads, dtype) = (case.shape.q_heads(), case.shape.kv_heads(), case.shape.dtype());
         let shape = AttentionShape::new(q_heads, kv_heads, head_dim, dtype).unwrap().with_v_head_dim(v_head_dim);
         let case = Case { shape: shape.unwrap(), ..case.clone() };

@@ -11,7 +11,7 @@ use serde::Serialize;
 /// The elements of Q and K.
 #[derive(clap::Args, Clone, Copy, Debug)]
 pub(crate) struct Elements {
-    /// Elements per head of Q and K: 64, 96, 128, 192 (V 128) or 256 [default: the batch file's, else 128].
+    /// Elements per head of Q and K: 64, 96, 128, 192 (V 128), 256 or 512 [default: the batch file's, else 128].
     #[arg(long, allow_negative_numbers = true)]
     pub(crate) head_dim: Option<u32>,
     /// Element type, f16 or bf16 [default: the batch file's, else f16].

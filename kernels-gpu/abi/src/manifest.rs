@@ -266,11 +266,21 @@ macro_rules! mma_kernel_shapes {
     };
 }
 
+/// As [`wgmma128_kernel_shapes`], of `mma16` and `mma32` where two warps split V's columns.
+#[macro_export]
+macro_rules! split_kernel_shapes {
+    ($callback:ident! { $($prefix:tt)* }) => {
+        $callback! { $($prefix)* [512 512 F16 "d512_f16"] [512 512 Bf16 "d512_bf16"] }
+    };
+}
+
 /// As [`wgmma128_kernel_shapes`], of the merge: a shape for each number of elements of O.
 #[macro_export]
 macro_rules! merge_kernel_shapes {
     ($callback:ident! { $($prefix:tt)* }) => {
-        $crate::wgmma64_kernel_shapes! { $callback! { $($prefix)* } [96 96 F16 "d96_f16"] [96 96 Bf16 "d96_bf16"] }
+        $crate::wgmma64_kernel_shapes! { $callback! { $($prefix)* }
+            [96 96 F16 "d96_f16"] [96 96 Bf16 "d96_bf16"] [512 512 F16 "d512_f16"] [512 512 Bf16 "d512_bf16"]
+        }
     };
 }
 
@@ -320,6 +330,12 @@ const SCALED: [&[KernelSpec]; 3] = [
     scaled_kernel_shapes!(forward_kernels! { Mma16, "pat_forward_mma16" }),
     scaled_kernel_shapes!(forward_kernels! { Mma32, "pat_forward_mma32" }),
     scaled_kernel_shapes!(forward_kernels! { Mma64, "pat_forward_mma64" }),
+];
+
+/// Forward kernels whose warps split V's columns.
+const SPLIT: [&[KernelSpec]; 2] = [
+    split_kernel_shapes!(forward_kernels! { Mma16, "pat_forward_mma16" }),
+    split_kernel_shapes!(forward_kernels! { Mma32, "pat_forward_mma32" }),
 ];
 
 /// Forward kernels, by variant.
@@ -411,11 +427,14 @@ const fn support(entry: &'static str, family: Family, dtype: Dtype) -> KernelSpe
     }
 }
 
-const PARTS: [&[KernelSpec]; FORWARD.len() + SCALED.len() + MERGE.len() + 1] = {
-    let mut parts: [&[KernelSpec]; FORWARD.len() + SCALED.len() + MERGE.len() + 1] =
-        [&SUPPORT; FORWARD.len() + SCALED.len() + MERGE.len() + 1];
+const PART_COUNT: usize = FORWARD.len() + SPLIT.len() + SCALED.len() + MERGE.len() + 1;
+const PARTS: [&[KernelSpec]; PART_COUNT] = {
+    let mut parts: [&[KernelSpec]; PART_COUNT] =
+        [&SUPPORT; PART_COUNT];
     let (forward, others) = parts.split_at_mut(FORWARD.len());
     forward.copy_from_slice(&FORWARD);
+    let (split, others) = others.split_at_mut(SPLIT.len());
+    split.copy_from_slice(&SPLIT);
     let (scaled, others) = others.split_at_mut(SCALED.len());
     scaled.copy_from_slice(&SCALED);
     others.split_at_mut(MERGE.len()).0.copy_from_slice(&MERGE);

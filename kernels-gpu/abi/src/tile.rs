@@ -83,6 +83,7 @@ impl TileVariant {
         let is_wide = head_dim > 128;
         // Head dimension 192 (V 128) leaves room for the usual keys where no more than 32 queries lie beside them.
         let is_widest = head_dim > 192;
+        let splits_columns = head_dim > 256;
         let mma = TileConfig {
             rows: 0,
             keys: if is_wide { 32 } else { 64 },
@@ -101,6 +102,11 @@ impl TileVariant {
         // 128 KiB in flight, and an A100 has shared memory for no more.
         let three_ctas = if head_dim <= 64 { 3 } else { 2 };
         match self {
+            // The outputs of a row are those of two warps: queries and two stages leave room for 16 keys, and for two CTAs on an A100.
+            Self::Mma16 if splits_columns => TileConfig { rows: 16, keys: 16, column_splits: 2, query_slots: 1, ..mma },
+            Self::Mma32 if splits_columns => {
+                TileConfig { rows: 32, keys: 32, column_splits: 2, query_slots: 2, min_ctas_per_sm: 1, ..mma }
+            }
             // 12 KiB per warp or more are in flight at every head dimension.
             Self::Mma16 => TileConfig {
                 rows: 16,

@@ -149,7 +149,7 @@ unsafe fn forward<
         cp_async::wait_group::<PENDING>();
         barrier::sync_warp();
         // SAFETY: this unit's V has arrived, for all lanes.
-        unsafe { C::accumulate::<E, VALUE_STEPS, KEY_STEPS>(&mut output, &p, v_stage, lane) };
+        unsafe { C::accumulate::<E, VALUE_STEPS, VALUE_STEPS, KEY_STEPS>(&mut output, &p, v_stage, lane) };
         barrier::sync_warp();
         if refill {
             // SAFETY: all lanes have read V.

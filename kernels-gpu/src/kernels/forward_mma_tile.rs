@@ -1,4 +1,4 @@
-//! Forward kernels for 32, 64 and 128 rows: all warps share a two-stage ring of 64-token K and V tiles.
+//! Forward kernels for 32, 64 and 128 rows, and of head dimension 512 for 16: all warps share a two-stage ring of K and V tiles.
 //!
 //! `M_WARPS` warps take 16 rows each; with `KV_WARPS = 2` (32 rows) a second set of warps takes the upper half of every
 //! tile's tokens, and the halves are combined at the end. K and V of a tile are separate `cp.async` groups, so that V
@@ -9,7 +9,10 @@ use core::borrow::Borrow;
 
 use pat_abi::layout::common_row_lanes;
 use pat_abi::tile::warp_state_bytes;
-use pat_abi::{ForwardParams, TileConfig, TileVariant, mma_kernel_shapes, mma128_kernel_shapes, scaled_kernel_shapes};
+use pat_abi::{
+    ForwardParams, TileConfig, TileVariant, mma_kernel_shapes, mma128_kernel_shapes, scaled_kernel_shapes,
+    split_kernel_shapes,
+};
 
 use crate::cache::{Cache, EightBit, Plain};
 use crate::eight_bit::{E4m3, E5m2};
@@ -25,7 +28,8 @@ use crate::tile::reduce::combine_and_store;
 
 const STAGES: u32 = TileVariant::Mma64.config(128).stages;
 
-/// `VARIANT` is the variant's index. `HEAD_STEPS` and `VALUE_STEPS` are the elements of keys and values / 16, and `LANES` copy a row of
+/// `VARIANT` is the variant's index. `HEAD_STEPS` and `ROW_STEPS` are the elements of keys and values / 16, `VALUE_STEPS` those of the
+/// values that a warp multiplies: where they are fewer, several warps with the same rows compute all scores and split V's columns. and `LANES` copy a row of
 /// either. `KEY_STEPS` is 16-token steps per warp and tile, `LOADED` the tokens a warp gathers per tile.
 ///
 /// # Safety
@@ -37,6 +41,7 @@ unsafe fn forward<
     const VARIANT: usize,
     const HEAD_STEPS: usize,
     const VALUE_STEPS: usize,
+    const ROW_STEPS: usize,
     const KEY_CHUNKS: u32,
     const VALUE_CHUNKS: u32,
     const LANES: u32,
@@ -49,10 +54,11 @@ unsafe fn forward<
     cache: C,
 ) {
     let layout = const {
-        let (head_dim, v_head_dim) = (16 * HEAD_STEPS as u32, 16 * VALUE_STEPS as u32);
+        let (head_dim, v_head_dim) = (16 * HEAD_STEPS as u32, 16 * ROW_STEPS as u32);
         let config = TileVariant::ALL[VARIANT].config(head_dim);
         assert!(config.row_warps() == M_WARPS && config.key_splits == KV_WARPS && config.rings == 1);
-        assert!(LOADED * M_WARPS * KV_WARPS == config.keys && KEY_STEPS as u32 * 16 * KV_WARPS == config.keys);
+        assert!(LOADED * config.computing_warps() == config.keys && KEY_STEPS as u32 * 16 * KV_WARPS == config.keys);
+        assert!(config.column_splits as usize * VALUE_STEPS == ROW_STEPS && (KV_WARPS == 1 || config.column_splits == 1));
         assert!(config.stages == STAGES && LOADED % 8 == 0);
         assert!(config.query_slots == if Queries::<HEAD_STEPS>::IN_SMEM { M_WARPS } else { 0 });
         assert!(16 * KEY_CHUNKS == head_dim * C::BYTES && 16 * VALUE_CHUNKS == v_head_dim * C::BYTES);
@@ -61,7 +67,7 @@ unsafe fn forward<
         assert!(KV_WARPS == 1 || M_WARPS * KV_WARPS * warp_state_bytes(v_head_dim) <= layout.barriers);
         layout
     };
-    let tile_tokens = LOADED * M_WARPS * KV_WARPS;
+    let tile_tokens = 16 * KEY_STEPS as u32 * KV_WARPS;
     let (key_bytes, value_bytes) = (16 * KEY_CHUNKS, 16 * VALUE_CHUNKS);
     let stage_bytes = layout.stage_bytes;
     // SAFETY: the caller's contract.
@@ -109,7 +115,10 @@ unsafe fn forward<
         place = unsafe { Token::locate(params, &item.stream, incoming + loaded_first + located) };
     }
 
-    let first_key = warp / M_WARPS * (tile_tokens / KV_WARPS);
+    // Warps with the same rows take different keys, or different columns of all values.
+    let splits_columns = const { VALUE_STEPS < ROW_STEPS };
+    let first_key = if splits_columns { 0 } else { warp / M_WARPS * (tile_tokens / KV_WARPS) };
+    let first_column = if splits_columns { warp / M_WARPS * (16 * VALUE_STEPS as u32) } else { 0 };
     // SAFETY: the caller's contract.
     let q = unsafe { Queries::<HEAD_STEPS>::new::<C>(params, &item, query_tile, first_row, lane) };
     let mut output = [[[0.0; 4]; 2]; VALUE_STEPS];
@@ -138,7 +147,8 @@ unsafe fn forward<
         barrier::sync_cta();
         // SAFETY: this tile's V has arrived, for all threads.
         unsafe {
-            C::accumulate::<E, VALUE_STEPS, KEY_STEPS>(&mut output, &p, v_stage + first_key * value_bytes, lane);
+            let values = v_stage + first_key * value_bytes + first_column * C::BYTES;
+            C::accumulate::<E, VALUE_STEPS, ROW_STEPS, KEY_STEPS>(&mut output, &p, values, lane);
         }
         barrier::sync_cta();
         if incoming < item.stream.token_count {
@@ -175,14 +185,18 @@ unsafe fn forward<
         }
     } else {
         // SAFETY: the caller's contract.
-        unsafe { store::<E, C, VALUE_STEPS>(params, cache, &item, first_row, &output, &softmax, head_dim, lane) };
+        unsafe {
+            let (end, v_head_dim) = (first_column + 16 * VALUE_STEPS as u32, 16 * ROW_STEPS as u32);
+            let columns = Columns { begin: first_column, end, head_dim, v_head_dim };
+            store::<E, C, VALUE_STEPS>(params, cache, &item, first_row, columns, &output, &softmax, lane);
+        }
     }
 }
 
-/// Normalises and writes the 16 rows of one warp. Keys have `head_dim` elements.
+/// Normalises and writes the 16 rows of one warp, of which it has `columns`.
 ///
 /// # Safety
-/// As [`forward`]; the warp is the only one that holds these rows.
+/// As [`forward`]; the warp is the only one that holds these columns of the rows.
 #[inline(always)]
 #[allow(clippy::too_many_arguments, reason = "the state of one warp, by parts")]
 unsafe fn store<E: Element, C: Cache, const VALUE_STEPS: usize>(
@@ -190,9 +204,9 @@ unsafe fn store<E: Element, C: Cache, const VALUE_STEPS: usize>(
     cache: C,
     item: &Item,
     first_row: u32,
+    columns: Columns,
     output: &Accumulator<VALUE_STEPS>,
     softmax: &OnlineSoftmax,
-    head_dim: u32,
     lane: u32,
 ) {
     let rows = [0, 8].map(|half| first_row + lane / 4 + half);
@@ -200,7 +214,6 @@ unsafe fn store<E: Element, C: Cache, const VALUE_STEPS: usize>(
     // SAFETY: a row of the item: the first where it does not have this one.
     let locate = |row| unsafe { item.row(params, if row < item.row_count { row } else { 0 }) };
     let (output, has_masks) = (output.as_flattened().as_flattened(), item.stream.has_masks());
-    let columns = Columns::all(head_dim, 16 * VALUE_STEPS as u32);
     // SAFETY: the caller's contract; the rows have been written ahead of their repair, and those marked are the item's.
     unsafe {
         let Written { not_finite, softmaxes } =
@@ -246,7 +259,7 @@ macro_rules! entry {
             const ROW_WARPS: u32 = CONFIG.row_warps();
             const SPLITS: u32 = CONFIG.key_splits;
             const KEY_STEPS: usize = (CONFIG.keys / SPLITS / 16) as usize;
-            const LOADED: u32 = CONFIG.keys / (ROW_WARPS * SPLITS);
+            const LOADED: u32 = CONFIG.keys / CONFIG.computing_warps();
             /// See the module.
             ///
             /// # Safety
@@ -261,6 +274,7 @@ macro_rules! entry {
                         $cache,
                         { VARIANT.index() },
                         { $head_dim / 16 },
+                        { $v_head_dim / 16 / CONFIG.column_splits as usize },
                         { $v_head_dim / 16 },
                         { $head_dim * BYTES / 16 },
                         { $v_head_dim * BYTES / 16 },
@@ -276,6 +290,8 @@ macro_rules! entry {
     };
 }
 
+split_kernel_shapes!(entries! { Mma16 "pat_forward_mma16" });
+split_kernel_shapes!(entries! { Mma32 "pat_forward_mma32" });
 mma_kernel_shapes!(entries! { Mma32 "pat_forward_mma32" });
 mma_kernel_shapes!(entries! { Mma64 "pat_forward_mma64" });
 mma128_kernel_shapes!(entries! { Mma128 "pat_forward_mma128" });

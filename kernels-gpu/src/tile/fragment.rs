@@ -218,24 +218,26 @@ pub fn to_operand<E: Element, const STEPS: usize>(p: &Accumulator<STEPS>) -> Ope
     operand
 }
 
-/// accumulator += P V, with V at `values` in shared memory laid out as the keys of [`scores`]. Convergent.
+/// accumulator += P V, with V at `values` in shared memory laid out as the keys of [`scores`], as rows of `32 * ROW_STEPS` bytes.
+/// `values` is the address of the first of the accumulator's columns in the first row, a multiple of 128 bytes from its begin.
+/// Convergent.
 ///
 /// # Safety
 /// As [`scores`].
 #[inline(always)]
-pub unsafe fn accumulate<E: Element, const HEAD_STEPS: usize, const KEY_STEPS: usize>(
-    accumulator: &mut Accumulator<HEAD_STEPS>,
+pub unsafe fn accumulate<E: Element, const STEPS: usize, const ROW_STEPS: usize, const KEY_STEPS: usize>(
+    accumulator: &mut Accumulator<STEPS>,
     p: &Operand<KEY_STEPS>,
     values: u32,
     lane: u32,
 ) {
-    let row_bytes = 32 * HEAD_STEPS as u32;
+    let row_bytes = 32 * ROW_STEPS as u32;
     let row = value_matrix_row(lane);
     for block in 0..KEY_STEPS {
-        for step in 0..HEAD_STEPS {
-            let chunk = step_chunk::<HEAD_STEPS>(row, step, value_matrix_chunk(lane));
+        for step in 0..STEPS {
+            let chunk = step_chunk::<ROW_STEPS>(row, step, value_matrix_chunk(lane));
             let address = values + row * row_bytes + chunk * 16 + block as u32 * 16 * row_bytes;
-            // SAFETY: inside the tile: `row < 16` and `chunk < 2 * HEAD_STEPS`.
+            // SAFETY: inside the tile: `row < 16` and `chunk < 2 * STEPS`.
             let b = unsafe { ldmatrix_x4_transposed(address) };
             E::multiply(&mut accumulator[step][0], &p[block], [b[0], b[1]]);
             E::multiply(&mut accumulator[step][1], &p[block], [b[2], b[3]]);
