@@ -131,6 +131,15 @@ impl Append<'_> {
         for cache in [k_cache, v_cache] {
             cache.expect_stored(&Element::from(kv_dtype))?;
         }
+        for ((scale, _), name) in scales.iter().zip(["k_scale", "v_scale"]) {
+            let got = match scale {
+                Scale::Tensor(scale) if *scale == 1.0 || kv_dtype.bytes() == 1 => continue,
+                Scale::Heads(_) if kv_dtype.bytes() == 1 => continue,
+                Scale::Tensor(scale) => scale.to_string(),
+                Scale::Heads(_) => "factors of heads".into(),
+            };
+            return Err(invalid(name, got, "1 where the caches do not have 8 bits"));
+        }
         slots.expect_element(&Element::I64)?;
         for tensor in [v_new, k_cache, v_cache, slots] {
             tensor.expect_device(k_new.device, "as k_new")?;
