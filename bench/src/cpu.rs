@@ -29,7 +29,7 @@ impl<T: Element, C: KvElement> CpuCase<T, C> {
             engine: Engine::cpu(),
             tensors: Tensors::draw_stored(batch, shape, PoolLayout::Nhd, SEED)?,
             problem,
-            sinks: problem.has_sinks().then(|| sinks(shape.q_heads())),
+            sinks: sinks(&problem),
             out: vec![T::from_f32(f32::NAN); rows * shape.head_dim() as usize],
             lse: vec![f32::NAN; rows],
         })
@@ -40,8 +40,7 @@ impl<T: Element, C: KvElement> CpuCase<T, C> {
     /// # Errors
     /// Those of the run.
     pub fn run_us(&mut self, plan: &Plan) -> Result<f64> {
-        let mut tensors = self.tensors.host(self.problem.score().scale);
-        (tensors.problem, tensors.sinks) = (self.problem, self.sinks.as_deref());
+        let tensors = self.tensors.host_of(self.problem, self.sinks.as_deref());
         let begin = Instant::now();
         self.engine.run_host(plan, &tensors, &mut self.out, Some(&mut self.lse))?;
         Ok(begin.elapsed().as_secs_f64() * 1e6)

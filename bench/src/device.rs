@@ -88,10 +88,7 @@ impl<'a> DeviceCase<'a> {
             v: DeviceBuffer::zeroed(device, pool_bytes)?,
             out: DeviceBuffer::zeroed(device, rows * row_elements * 2)?,
             lse: DeviceBuffer::zeroed(device, rows * shape.q_heads() as usize * 4)?,
-            sinks: match problem.has_sinks() {
-                true => Some(DeviceBuffer::from_slice(device, &sinks(shape.q_heads()))?),
-                false => None,
-            },
+            sinks: sinks(&problem).map(|sinks| DeviceBuffer::from_slice(device, &sinks)).transpose()?,
             stream,
         };
         let spec = |tensor, pages, tokens, heads| FillSpec {

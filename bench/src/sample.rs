@@ -46,8 +46,7 @@ pub fn exact_rows<T: Element, C: KvElement>(
     seed: u32,
     sample: RowSample,
 ) -> pat_rs::Result<Oracle> {
-    let sinks = problem.has_sinks().then(|| sinks(problem.shape().q_heads()));
-    Oracle::compute_stored::<T, C>(batch, (problem, sinks.as_deref()), seed, sample)
+    Oracle::compute_stored::<T, C>(batch, (problem, sinks(&problem).as_deref()), seed, sample)
 }
 
 fn evenly_spread(pairs: &[(u32, u32)], count: usize) -> Vec<(u32, u32)> {

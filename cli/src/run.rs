@@ -163,14 +163,13 @@ impl Job<'_> {
         let drawing = spinner("drawing Q, K and V");
         let tensors = Tensors::<T, C>::draw_stored(self.batch, shape, PoolLayout::Nhd, self.seed)?;
         drop(drawing);
-        let sinks = self.problem.has_sinks().then(|| sinks(shape.q_heads()));
+        let sinks = sinks(&self.problem);
         let rows = self.batch.lengths.len() * shape.q_heads() as usize;
         let mut out = vec![T::zeroed(); rows * shape.head_dim() as usize];
         let mut lse = vec![f32::NAN; rows];
         let running = spinner("computing attention");
         let begin = Instant::now();
-        let mut host = tensors.host(self.problem.score().scale);
-        (host.problem, host.sinks) = (self.problem, sinks.as_deref());
+        let host = tensors.host_of(self.problem, sinks.as_deref());
         Engine::cpu().run_host(self.plan, &host, &mut out, Some(&mut lse))?;
         let execution_us = begin.elapsed().as_secs_f64() * 1e6;
         drop(running);

@@ -93,6 +93,11 @@ pub fn random_case(rng: &mut impl Rng, dtype: Dtype) -> Case {
     Case { batch: OwnedBatch { page_size, num_pages, lengths, block_tables }, shape, layout }
 }
 
+/// Sinks, in three of ten cases.
+pub fn draw_sinks(rng: &mut impl Rng, shape: AttentionShape) -> Option<Vec<f32>> {
+    rng.random_bool(0.3).then(|| (0..shape.q_heads()).map(|_| rng.random_range(-4.0..4.0)).collect())
+}
+
 /// The usual scale of the scores.
 pub fn softmax_scale(shape: AttentionShape) -> f32 {
     1.0 / (shape.head_dim() as f32).sqrt()

@@ -2,7 +2,7 @@
 
 use crate::executor::Executor;
 use crate::invariants::modes;
-use crate::{Case, random_case};
+use crate::{Case, draw_sinks, random_case};
 use pat_rs::{DeviceProfile, Element, PlanOptions, Planner, QueryTokens, Reach};
 use pat_workloads::{Oracle, OwnedBatch, RowSample, Tensors, check};
 use rand::Rng;
@@ -90,8 +90,7 @@ pub fn agree<T: Element>(executor: &impl Executor, profile: &DeviceProfile, rng:
     let case = Case { batch: repaged(&case.batch, page_size), ..case };
     let trees = draw_trees(rng, &case.batch);
     let mut problem = case.batch.problem(case.shape).with_query_tree(16).with_reach(draw_reach(rng));
-    let sinks: Option<Vec<f32>> =
-        rng.random_bool(0.3).then(|| (0..case.shape.q_heads()).map(|_| rng.random_range(-4.0..4.0)).collect());
+    let sinks = draw_sinks(rng, case.shape);
     if sinks.is_some() {
         problem = problem.with_sinks();
     }
@@ -111,8 +110,7 @@ pub fn agree<T: Element>(executor: &impl Executor, profile: &DeviceProfile, rng:
         .expect("a forest that is served")
         .plan(&queries.batch())
         .expect("a forest that is served");
-    let mut host = tensors.host(problem.score().scale);
-    (host.problem, host.sinks) = (problem, sinks.as_deref());
+    let host = tensors.host_of(problem, sinks.as_deref());
     let mut out = vec![T::from_f32(f32::NAN); tensors.q.len()];
     let mut lse = vec![f32::NAN; tensors.q.len() / case.shape.head_dim() as usize];
     executor.run_host(&plan, &host, &mut out, Some(&mut lse)).expect("a forest that is served");

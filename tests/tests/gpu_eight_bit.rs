@@ -10,7 +10,7 @@ use pat_rs::{
     Problem, supports,
 };
 use pat_tests::executor::{Executor, Interpreter};
-use pat_tests::{Case, device_test, random_case, softmax_scale};
+use pat_tests::{Case, device_test, draw_sinks, random_case, softmax_scale};
 use pat_workloads::{Oracle, RowSample, Tensors, check};
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
@@ -84,7 +84,12 @@ fn run_forest<T: Element, C: EightBit>(
             break case;
         }
     };
-    let plain = AttentionShape::new(case.shape.q_heads(), case.shape.kv_heads(), kernel.head_dim, T::DTYPE).unwrap();
+    let (mut q_heads, kv_heads) = (case.shape.q_heads(), case.shape.kv_heads());
+    if variant == TileVariant::Mma64 && index == 1 {
+        // In two parts: no tile holds it.
+        q_heads = 101 * kv_heads;
+    }
+    let plain = AttentionShape::new(q_heads, kv_heads, kernel.head_dim, T::DTYPE).unwrap();
     let case = Case { shape: plain, ..case };
     let scales = Scales::draw(&mut rng, plain.kv_heads());
     let mut tensors = Tensors::<T>::draw(&case.batch, plain, case.layout, SEED).unwrap();
@@ -107,8 +112,7 @@ fn run_forest<T: Element, C: EightBit>(
     if alone.is_none() && rng.random_bool(0.3) {
         problem = problem.with_window(*[1, 20, 100].choose(&mut rng).unwrap());
     }
-    let sinks: Option<Vec<f32>> =
-        rng.random_bool(0.3).then(|| (0..plain.q_heads()).map(|_| rng.random_range(-4.0..4.0)).collect());
+    let sinks = draw_sinks(&mut rng, plain);
     if sinks.is_some() {
         problem = problem.with_sinks();
     }

@@ -4,13 +4,10 @@
 
 use half::{bf16, f16};
 use pat_rs::plan::PlanMode;
-use pat_rs::{
-    AttentionShape, DeviceProfile, Dtype, Element, Engine, HostTensors, Plan, PlanOptions, Planner, Problem,
-    TileVariant,
-};
+use pat_rs::{AttentionShape, DeviceProfile, Dtype, Element, Engine, Plan, PlanOptions, Planner, Problem, TileVariant};
 use pat_tests::executor::{Executor, Interpreter};
 use pat_tests::forests::Forests;
-use pat_tests::{Case, device_test, softmax_scale};
+use pat_tests::{Case, device_test, draw_sinks, softmax_scale};
 use pat_workloads::{Oracle, RowSample, Tensors, check};
 use rand::Rng;
 use rand::seq::IndexedRandom;
@@ -92,8 +89,7 @@ fn run_forest<T: Element>(
     let mut tensors = Tensors::<T>::draw(&case.batch, case.shape, case.layout, SEED).unwrap();
     let everything = RowSample::for_batch(&case.batch, case.shape);
     // Rows that are computed again have caps and sinks, too.
-    let sinks: Option<Vec<f32>> =
-        rng.random_bool(0.3).then(|| (0..case.shape.q_heads()).map(|_| rng.random_range(-4.0..4.0)).collect());
+    let sinks = draw_sinks(rng, case.shape);
     let mut problem = case.batch.problem(case.shape).with_scale(scale);
     if sinks.is_some() {
         problem = problem.with_sinks();
@@ -118,9 +114,7 @@ fn run_forest<T: Element>(
         let plan = Planner::new(problem, profile.clone(), options).unwrap().plan(&view).unwrap();
         let mut out = vec![T::from_f32(0.0); tensors.q.len()];
         let mut lse = vec![0f32; tensors.q.len() / head_dim];
-        let mut host: HostTensors<'_, T> = tensors.host(scale);
-        host.problem = problem;
-        host.sinks = sinks.as_deref();
+        let host = tensors.host_of(problem, sinks.as_deref());
         engine.run_host(&plan, &host, &mut out, Some(&mut lse)).unwrap();
         *exposed.entry(variant).or_default() += u64::from(place.is_beside_others(&plan));
 

@@ -64,9 +64,7 @@ fn run_forest<T: Element>(
     for variant in profile.variants(&problem) {
         let options = PlanOptions::from(mode).with_variants([variant]);
         let plan = Planner::new(problem, profile.clone(), options).unwrap().plan(&view).unwrap();
-        let mut host = tensors.host(problem.score().scale);
-        host.problem = problem;
-        host.sinks = sinks.as_deref();
+        let host = tensors.host_of(problem, sinks.as_deref());
         let mut out = vec![T::from_f32(f32::NAN); tensors.q.len()];
         let mut lse = vec![f32::NAN; tensors.q.len() / case.shape.head_dim() as usize];
         engine.run_host(&plan, &host, &mut out, Some(&mut lse)).unwrap();

@@ -143,9 +143,7 @@ fn verify(name: &str, layer: LayerKind) {
     for mode in [PlanMode::Auto, PlanMode::Packed] {
         let mut planner = Planner::new(problem, DeviceProfile::h200(), PlanOptions::from(mode)).expect("supported");
         let plan = planner.plan(&view).expect("a plan");
-        let mut host = tensors.host(problem.score().scale);
-        host.problem = problem;
-        host.sinks = sinks.as_deref();
+        let host = tensors.host_of(problem, sinks.as_deref());
         let mut out = vec![bf16::NAN; tensors.q.len()];
         let mut lse = vec![f32::NAN; batch.lengths.len() * layer.q_heads as usize];
         pat_rs::cpu::run(&plan, &host, &mut out, Some(&mut lse)).expect("a run");

@@ -152,8 +152,7 @@ fn agrees(case: &Case, problem: Problem, sinks: Option<&[f32]>, index: usize) {
     let mode = modes(case.batch.page_size)[index % 5];
     let view = case.batch.view(&rows).unwrap();
     let plan = planner(problem, mode).plan(&view).unwrap();
-    let mut host = tensors.host(problem.score().scale);
-    (host.problem, host.sinks) = (problem, sinks);
+    let host = tensors.host_of(problem, sinks);
     let mut out = vec![f16::NAN; tensors.q.len()];
     let mut lse = vec![f32::NAN; tensors.q.len() / case.shape.head_dim() as usize];
     pat_rs::cpu::run(&plan, &host, &mut out, Some(&mut lse)).unwrap();

@@ -33,9 +33,12 @@ impl PoolLayout {
     }
 }
 
-/// Attention sinks of measurements, one for each query head: evenly spread from -4 to 4, beside scores of about -3 to 3.
-pub fn sinks(q_heads: u32) -> Vec<f32> {
-    (0..q_heads).map(|head| 8.0 * head as f32 / (q_heads.max(2) - 1) as f32 - 4.0).collect()
+/// Attention sinks of measurements, one for each query head, where the problem has some: evenly spread from -4 to 4, beside scores
+/// of about -3 to 3.
+pub fn sinks(problem: &Problem) -> Option<Vec<f32>> {
+    let q_heads = problem.shape().q_heads();
+    let sink = |head| 8.0 * head as f32 / (q_heads.max(2) - 1) as f32 - 4.0;
+    problem.has_sinks().then(|| (0..q_heads).map(sink).collect())
 }
 
 /// Inputs of a decode step. KV rows that no sequence of the batch owns are NaN, so that reading one shows. K and V are of Q's type
@@ -119,11 +122,18 @@ impl<T: Element, C: KvElement> Tensors<T, C> {
         offset as usize + if tensor == Tensor::V { self.v_begin } else { 0 }
     }
 
-    /// The tensors as the CPU executor takes them, with contiguous outputs.
+    /// The tensors as the CPU executor takes them, with contiguous outputs; plain attention.
     pub fn host(&self, softmax_scale: f32) -> HostTensors<'_, T, C> {
+        self.host_of(self.problem.with_scale(softmax_scale), None)
+    }
+
+    /// As [`Self::host`], of a problem of the same shape, with its sinks.
+    pub fn host_of<'a>(&'a self, problem: Problem, sinks: Option<&'a [f32]>) -> HostTensors<'a, T, C> {
         let v = &self.kv[self.v_begin.min(self.kv.len())..];
-        HostTensors::new(self.problem.with_scale(softmax_scale), &self.q, &self.kv, v)
-            .with_kv_strides(self.kv_strides, self.kv_strides)
+        let mut tensors =
+            HostTensors::new(problem, &self.q, &self.kv, v).with_kv_strides(self.kv_strides, self.kv_strides);
+        tensors.sinks = sinks;
+        tensors
     }
 }
 

@@ -4,7 +4,7 @@
 use super::{Element, HostTensors, KvElement, offset};
 use crate::{KvStrides, Plan};
 use pat_abi::reader::{Exceptions, PlanBytes, PlanView, Stream, Work};
-use pat_abi::{FastDivisor, PageMask, TileVariant};
+use pat_abi::{FastDivisor, GroupParts, PageMask, TileVariant};
 
 /// KV tokens per tile: two tiles in f32 (K and V, 32 KiB at head dimension 128) stay in the first-level cache.
 const KEYS: usize = 32;
@@ -17,7 +17,7 @@ pub(super) struct ItemOutput {
     pub(super) lse: Vec<f32>,
 }
 
-/// One item of a plan for one KV head.
+/// One item of a plan for one KV head, and one part of its group.
 #[derive(Clone, Copy)]
 pub(super) struct Task<'a> {
     words: PlanBytes<'a>,
@@ -25,6 +25,8 @@ pub(super) struct Task<'a> {
     work: Work,
     exceptions: Exceptions,
     group: FastDivisor,
+    /// Of the part.
+    first_head: u32,
 }
 
 /// Where a row of an item comes from and goes to.
@@ -46,9 +48,11 @@ impl<'a> Task<'a> {
         let (group, kv_heads) = (FastDivisor::new(plan.shape().group()), FastDivisor::new(plan.shape().kv_heads()));
         TileVariant::ALL.into_iter().flat_map(move |variant| {
             let view = PlanView::load(words, 0, variant, kv_heads.divisor);
-            (0..view.work_count).map(move |index| {
-                let exceptions = Exceptions::load(words, 0, &view, index, kv_heads);
-                Self { words, view, work: view.work(words, index, kv_heads), exceptions, group }
+            GroupParts::new(group.divisor, variant).first_heads().flat_map(move |first_head| {
+                (0..view.work_count).map(move |index| {
+                    let exceptions = Exceptions::load(words, 0, &view, index, kv_heads);
+                    Self { words, view, work: view.work(words, index, kv_heads), exceptions, group, first_head }
+                })
             })
         })
     }
@@ -58,7 +62,7 @@ impl<'a> Task<'a> {
         let (query, head) = self.view.row(&self.work, row as u32, self.group);
         let [query_token, slot] = query.token_and_slot(self.words);
         let kv_limit = self.exceptions.kv_limit(self.words, self.group.divide(row as u32)) as usize;
-        TaskRow { query_token, head: head as usize, slot, kv_limit }
+        TaskRow { query_token, head: (self.first_head + head) as usize, slot, kv_limit }
     }
 }
 

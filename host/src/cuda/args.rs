@@ -7,7 +7,7 @@ use crate::arguments::{Accessed, LSE_BYTES, RunTensors, SINK_BYTES};
 use crate::eligibility::VECTOR_BYTES;
 use crate::{AttentionShape, Error, KvScale, KvStrides, Problem, Result, RowStrides};
 use pat_abi::manifest::MERGE_COLUMNS;
-use pat_abi::{FastDivisor, ForwardParams, MergeParams, ScaledForwardParams, TileVariant};
+use pat_abi::{FastDivisor, ForwardParams, GroupParts, MergeParams, ScaledForwardParams, TileVariant};
 use std::any::Any;
 use std::sync::Arc;
 
@@ -191,6 +191,9 @@ impl DeviceKvScale {
 /// Bytes of a factor.
 pub(super) const SCALE_BYTES: u32 = 4;
 
+/// Bytes of an element of a partial.
+const PARTIAL_BYTES: u32 = 4;
+
 /// A run whose every check has passed: what the launch functions accept. Made by [`RunArgs::prepare`] only.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct PreparedRun {
@@ -202,6 +205,30 @@ pub(super) struct PreparedRun {
     /// (merge row, query head) pairs, at wide heads in parts of [`MERGE_COLUMNS`]; the kernel deals them to the CTAs there are.
     pub(super) merge_rows: u64,
     pub(super) shape: AttentionShape,
+}
+
+impl PreparedRun {
+    /// The parameters of each launch of a tile variant's kernel: one for each part of a group.
+    pub(super) fn forward_launches(&self, variant: TileVariant) -> impl Iterator<Item = ScaledForwardParams> {
+        let ScaledForwardParams { forward, .. } = self.forward;
+        let head_bytes = u64::from(self.shape.v_head_dim()) * u64::from(PARTIAL_BYTES);
+        GroupParts::new(self.shape.group(), variant).first_heads().map(move |first_head| {
+            let moved = |address: u64, head_stride: i64| match address {
+                0 => 0,
+                address => address.wrapping_add_signed(i64::from(first_head) * head_stride),
+            };
+            let forward = ForwardParams {
+                q: moved(forward.q, forward.q_head_stride),
+                out: moved(forward.out, forward.out_head_stride),
+                lse: moved(forward.lse, forward.lse_head_stride),
+                partial_out: forward.partial_out + u64::from(first_head) * head_bytes,
+                partial_lse: forward.partial_lse + u64::from(first_head) * u64::from(PARTIAL_BYTES),
+                sinks: moved(forward.sinks, i64::from(SINK_BYTES)),
+                ..forward
+            };
+            ScaledForwardParams { forward, ..self.forward }
+        })
+    }
 }
 
 impl RunArgs {

@@ -197,7 +197,7 @@ impl BoundRun {
     pub(super) fn bare_launches(&self, stream: &CurrentStream<'_>) -> Vec<BareLaunch<'_>> {
         let Inner { run, kernels, .. } = &*self.inner;
         let forward = kernels.forward.iter().flatten();
-        let forward = forward.filter_map(|kernel| BareLaunch::forward(kernel, run, kernels.maps(), stream));
+        let forward = forward.flat_map(|kernel| BareLaunch::forward(kernel, run, kernels.maps(), stream));
         forward.chain(kernels.merge.and_then(|kernel| BareLaunch::merge(kernel, run, stream))).collect()
     }
 

@@ -5,7 +5,7 @@ use super::cost::Prediction;
 use super::{PlanMode, PlanOptions};
 use crate::eligibility::{Part, variant_supports};
 use crate::{DeviceProfile, Error, Problem, Result, supports};
-use pat_abi::TileVariant;
+use pat_abi::{GroupParts, TileVariant};
 
 /// Part of the forward pass that the tensor cores must take before wider tiles are looked at (docs/planner-quality.md).
 const LEAST_TENSOR_PART: f64 = 0.6;
@@ -121,6 +121,8 @@ pub(super) fn widths(widest: u32) -> impl Iterator<Item = u32> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct TileChoice {
     page_size: u32,
+    /// Rows of a sequence in a tile: those of its group, or of one part of it.
+    sequence_rows: u32,
     /// For 1, 2, ... sequences, up to as many as the largest variant holds.
     by_sequences: Vec<TileVariant>,
     /// The variants in use, narrowest first.
@@ -130,19 +132,31 @@ pub(super) struct TileChoice {
 }
 
 impl TileChoice {
-    /// The smallest of `variants` that holds the rows of each number of sequences; one at least holds those of one.
+    /// The smallest of `variants` that holds the rows of each number of sequences. Where none holds those of one, the largest holds
+    /// a part of them.
     fn new(variants: &[TileVariant], group: u32, page_size: u32) -> Self {
-        let most_rows = variants.iter().map(|variant| variant.rows()).max().unwrap_or(0);
+        // Of equally large ones, the kernel of the newer architecture.
+        let largest = variants.iter().copied().max_by_key(|variant| (variant.rows(), *variant));
+        let parts = largest.map(|variant| GroupParts::new(group, variant)).filter(|parts| parts.count > 1);
+        let most_rows = largest.map_or(0, TileVariant::rows);
         let smallest = |rows| variants.iter().copied().filter(|v| v.rows() >= rows).min_by_key(|v| v.rows());
-        let by_sequences: Vec<_> =
-            (1..=most_rows / group).filter_map(|sequences| smallest(sequences * group)).collect();
+        let by_sequences: Vec<_> = match parts {
+            Some(_) => largest.into_iter().collect(),
+            None => (1..=most_rows / group).filter_map(|sequences| smallest(sequences * group)).collect(),
+        };
+        let sequence_rows = parts.map_or(group, |parts| parts.rows);
         let distinct = by_sequences.chunk_by(|a, b| a == b).map(|equal| equal[0]).collect();
         let key_tile_pages = TileVariant::ALL.map(|variant| (variant.keys() / page_size).max(1));
-        Self { page_size, by_sequences, distinct, key_tile_pages }
+        Self { page_size, sequence_rows, by_sequences, distinct, key_tile_pages }
     }
 
     pub(super) fn page_size(&self) -> u32 {
         self.page_size
+    }
+
+    /// Rows of a sequence in a tile.
+    pub(super) fn sequence_rows(&self) -> u32 {
+        self.sequence_rows
     }
 
     /// Most sequences of a tile.

@@ -89,8 +89,7 @@ fn execute<T: Element>(plan: &Plan, case: &Case, problem: Problem, sinks: Option
     let tensors = Tensors::<T>::draw(&case.batch, case.shape, case.layout, SEED).expect("a valid case");
     let mut out = vec![T::from_f32(f32::NAN); tensors.q.len()];
     let mut lse = vec![f32::NAN; tensors.q.len() / case.shape.head_dim() as usize];
-    let mut host = tensors.host(problem.score().scale);
-    (host.problem, host.sinks) = (problem, sinks);
+    let host = tensors.host_of(problem, sinks);
     pat_rs::cpu::run(plan, &host, &mut out, Some(&mut lse)).expect("a valid run");
     let sample = RowSample::for_batch(&case.batch, case.shape);
     let oracle = Oracle::compute_problem::<T>(&case.batch, problem, sinks, SEED, sample).expect("a valid case");
