@@ -157,9 +157,11 @@ def test_windows_are_the_stock_backends_unless_asked_for(monkeypatch, model_fold
 
 @pytest.fixture
 def fp8_flash_attention(monkeypatch):
-    """FlashAttention 3 as on Hopper, which takes FP8 caches."""
+    """FlashAttention 3 as on Hopper, which takes FP8 caches, and the operator that quantises queries for it, in torch."""
+    from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
     from vllm.v1.attention.backends import flash_attn
 
+    monkeypatch.setattr(QuantFP8, "forward_cuda", QuantFP8.forward_native)
     monkeypatch.setattr(flash_attn, "flash_attn_supports_kv_cache_dtype", lambda *_, **__: True)
     monkeypatch.setattr(flash_attn, "flash_attn_supports_sinks", lambda: True, raising=False)
 
