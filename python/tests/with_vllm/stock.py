@@ -36,7 +36,9 @@ def install(monkeypatch) -> list:
 
     def write(key, value, key_cache, value_cache, slot_mapping, kv_cache_dtype, k_scale, v_scale):
         if kv_cache_dtype.startswith("fp8"):
-            key, value = ((rows.float() / s).to(FP8).view(torch.uint8) for rows, s in ((key, k_scale), (value, v_scale)))
+            key, value = (
+                (rows.float() / s.reshape(-1, 1)).to(FP8).view(torch.uint8) for rows, s in ((key, k_scale), (value, v_scale))
+            )
         page_size = key_cache.shape[1]
         is_real = slot_mapping >= 0
         slots = slot_mapping[is_real]
