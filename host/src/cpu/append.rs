@@ -137,7 +137,7 @@ mod tests {
     #[test]
     fn rows_are_divided_by_the_factor_of_their_head_and_rounded() {
         let largest = f16::from_f32(60_000.0);
-        let mut rows = vec![f16::from_f32(1.5); 16];
+        let mut rows = [f16::from_f32(1.5); 16];
         // A tie, beside numbers that are too large, none, and minus zero.
         rows[..5].copy_from_slice(&[f16::from_f32(8.5), largest, f16::NEG_INFINITY, f16::NAN, f16::NEG_ZERO]);
         let rows = Cell::from_mut(&mut rows[..]).as_slice_of_cells();
