@@ -6,7 +6,7 @@ use super::work::{Batch, query_of_row, work_index};
 use super::{GROUP_ROWS, PRODUCER_WARPS, SPAN_KEYS};
 use crate::cache::Plain;
 use crate::element::Element;
-use crate::epilogue::{Row, Written, write_rows};
+use crate::epilogue::{Columns, Row, Written, write_rows};
 use crate::isolation::restore_rows;
 use crate::plan_words::AtOnce;
 use crate::ptx::barrier::sync_named;
@@ -151,10 +151,12 @@ pub(super) unsafe fn consume<
             // Registers are short: not kept through the main loop.
             let (lane, rows) = consumer_rows(thread_index_here());
             let exists = |half: usize| rows[half] < work.row_count;
-            let Written { not_finite, softmaxes } = write_rows::<E>(p, &o, &softmax, exists, has_masks, lane, |half| {
-                let (_, head) = query_of_row(p, plan, &work, rows[half]);
-                Row::of_query(p, destinations[half], head)
-            });
+            let columns = Columns::all(HEAD_DIM);
+            let Written { not_finite, softmaxes } =
+                write_rows::<E>(p, &o, columns, &softmax, exists, has_masks, lane, |half| {
+                    let (_, head) = query_of_row(p, plan, &work, rows[half]);
+                    Row::of_query(p, destinations[half], head)
+                });
             if has_masks && any(not_finite[0] || not_finite[1]) {
                 // Registers are short: nothing that only this needs is kept through the main loop.
                 let thread = thread_index_here();
@@ -175,7 +177,7 @@ pub(super) unsafe fn consume<
                         first_row,
                         not_finite,
                         softmaxes,
-                        HEAD_DIM,
+                        columns,
                         lane,
                         locate,
                     );
@@ -188,7 +190,7 @@ pub(super) unsafe fn consume<
                         first_row,
                         not_finite,
                         softmaxes,
-                        HEAD_DIM,
+                        columns,
                         lane,
                         locate,
                     );
