@@ -46,7 +46,9 @@ fn pieces(plan: &Plan, rows: usize) -> Vec<Pieces> {
             assert!(masks.iter().all(|mask| mask.is_for_all_rows()), "rows of one item see different tokens");
             let ends: Vec<u32> = masks.iter().map(|mask| mask.token_end()).collect();
             let first_tokens = plan.first_tokens(item).to_vec();
-            for query in &plan.queries()[item.query_begin as usize..][..(item.row_count / plan.shape().group()) as usize] {
+            for query in
+                &plan.queries()[item.query_begin as usize..][..(item.row_count / plan.shape().group()) as usize]
+            {
                 let row = query.query_token as usize;
                 let partial = query.slot.wrapping_sub(first_slots[row]);
                 all[row].push((partial, variant, item.token_count, pages.clone(), ends.clone(), first_tokens.clone()));
@@ -65,12 +67,17 @@ fn what_decides_the_bits_of_a_sequence_is_its_own() {
         let batch = random_forest(&mut rng);
         let group = *[1, 2, 4, 8].choose(&mut rng).expect("not empty");
         let shape = AttentionShape::new(2 * group, 2, 128, Dtype::F16).expect("a valid shape");
-        let reach = *[Reach::Full, Reach::Full, Reach::Window(3 * batch.page_size - 1), Reach::Chunk(5 * batch.page_size)]
-            .choose(&mut rng)
-            .expect("not empty");
+        let reach =
+            *[Reach::Full, Reach::Full, Reach::Window(3 * batch.page_size - 1), Reach::Chunk(5 * batch.page_size)]
+                .choose(&mut rng)
+                .expect("not empty");
         let problem = batch.problem(shape).with_reach(reach);
         let mode = PlanMode::FixedChunk { tokens: batch.page_size * rng.random_range(1..=6) };
-        let profile = if rng.random_bool(0.5) { DeviceProfile::h200() } else { DeviceProfile::by_name("a100-80").expect("known") };
+        let profile = if rng.random_bool(0.5) {
+            DeviceProfile::h200()
+        } else {
+            DeviceProfile::by_name("a100-80").expect("known")
+        };
         let mut planner = Planner::new(problem, profile, mode.into()).expect("a planner");
         let plan = plan_of(&mut planner, &batch);
         check(&plan, &batch, shape);
@@ -121,7 +128,12 @@ fn bits<T: Element>(output: &Output<T>, rows: usize) -> Vec<(Vec<u16>, Vec<u32>)
 }
 
 /// Runs a case whole, in reverse order and each sequence alone; tells which part of the flat form's bytes its plan reads.
-fn verify<T: Element>(executor: &impl Executor, mut case: Case, variants: Option<TileVariant>, rng: &mut ChaCha8Rng) -> f64 {
+fn verify<T: Element>(
+    executor: &impl Executor,
+    mut case: Case,
+    variants: Option<TileVariant>,
+    rng: &mut ChaCha8Rng,
+) -> f64 {
     // Copies: one more token may tell them from the original.
     for _ in 0..6 {
         let row = rng.random_range(0..case.batch.lengths.len());
@@ -148,9 +160,8 @@ fn verify<T: Element>(executor: &impl Executor, mut case: Case, variants: Option
     let tensors = Tensors::<T>::draw(&case.batch, case.shape, case.layout, SEED).expect("a valid case");
     let all: Vec<usize> = (0..case.batch.lengths.len()).collect();
     let summary = plan_of(&mut planner, &case.batch).summary();
-    let mut run = |rows: &[usize]| {
-        bits(&run(executor, &mut planner, (&case, &tensors), sinks.as_deref(), rows), rows.len())
-    };
+    let mut run =
+        |rows: &[usize]| bits(&run(executor, &mut planner, (&case, &tensors), sinks.as_deref(), rows), rows.len());
     let together = run(&all);
     let reversed: Vec<usize> = all.iter().rev().copied().collect();
     assert!(run(&reversed).iter().rev().eq(&together), "{problem:?}\n{case:?}");
@@ -162,7 +173,7 @@ fn verify<T: Element>(executor: &impl Executor, mut case: Case, variants: Option
 
 #[test]
 fn sequences_have_the_same_bits_alone_and_in_any_batch() {
-    let parts: Vec<f64> = (0..300u64)
+    let parts: Vec<f64> = (0..200u64)
         .into_par_iter()
         .map(|index| {
             let mut rng = ChaCha8Rng::seed_from_u64(index);
@@ -178,7 +189,7 @@ fn sequences_have_the_same_bits_alone_and_in_any_batch() {
             }
         })
         .collect();
-    assert!(parts.iter().filter(|part| **part < 0.8).count() > 100, "{parts:?}");
+    assert!(parts.iter().filter(|part| (0.01..0.8).contains(*part)).count() > 30, "{parts:?}");
 }
 
 #[test]
@@ -209,7 +220,7 @@ fn kernels_give_sequences_the_same_bits_alone_and_in_any_batch() {
             }
         })
         .collect();
-    assert!(parts.iter().filter(|part| **part < 0.8).count() > 15, "{parts:?}");
+    assert!(parts.iter().filter(|part| (0.01..0.8).contains(*part)).count() > 10, "{parts:?}");
 }
 
 /// The default of a device is one kernel, whatever the batch: that of one sequence.
@@ -217,7 +228,8 @@ fn kernels_give_sequences_the_same_bits_alone_and_in_any_batch() {
 fn one_kernel_serves_all_of_a_batch() {
     let problem = |group| Problem::new(AttentionShape::new(group, 1, 128, Dtype::F16).expect("a valid shape"), 16);
     let mode = PlanMode::FixedChunk { tokens: 64 };
-    let variants = |group, profile| Planner::new(problem(group), profile, mode.into()).expect("a planner").tile_variants();
+    let variants =
+        |group, profile| Planner::new(problem(group), profile, mode.into()).expect("a planner").tile_variants();
     let a100 = || DeviceProfile::by_name("a100-80").expect("a known device");
     assert_eq!(variants(4, DeviceProfile::h200()), [TileVariant::Wgmma64]);
     assert_eq!(variants(4, a100()), [TileVariant::Mma16]);

@@ -124,7 +124,8 @@ pub fn readers(node: &Node, tiles: &[RowTile]) -> u32 {
 
 /// Pages of the node that the tiles read, as often as they do.
 fn pages_read(node: &Node, tiles: &[RowTile]) -> u64 {
-    let with_sequences = tiles.iter().filter(|tile| tile.order_begin < node.order_end && node.order_begin < tile.order_end);
+    let with_sequences =
+        tiles.iter().filter(|tile| tile.order_begin < node.order_end && node.order_begin < tile.order_end);
     let pages = |tile: &RowTile| {
         // The pages of a sequence are at most those of its tile's stream.
         let end = node.page_end.min(tile.page_begin + tile.page_count);
