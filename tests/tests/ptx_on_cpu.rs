@@ -172,8 +172,7 @@ fn every_forward_and_merge_kernel_agrees_with_the_oracle() {
         .map(|kernel| kernel.entry)
         .filter(|entry| !launched.contains(entry))
         .collect();
-    // No wgmma kernel has head dimension 256, and only behind one stands the merge of its architecture.
-    assert_eq!(missing, ["pat_merge_pdl_d256_f16", "pat_merge_pdl_d256_bf16"]);
+    assert!(missing.is_empty(), "{missing:?}");
 }
 
 #[test]
