@@ -5,11 +5,11 @@
 //! themselves.
 
 use crate::statistics::{median, quartiles};
+use half::{bf16, f16};
 use pat_rs::cuda::bench_support::{FillSpec, HostTimes, L2Flush, TimingEvent, fill, host_times};
 use pat_rs::cuda::{
     BoundRun, CudaEngine, DeviceBuffer, Graph, LaunchGeometry, PlanBuffers, RunArgs, Stream, Workspace,
 };
-use half::{bf16, f16};
 use pat_rs::{AttentionShape, Dtype, Element, Error, KvStrides, Plan, Problem, Result, RowStrides};
 use pat_workloads::tensors::sinks;
 use pat_workloads::{NumericsReport, Oracle, OwnedBatch, PoolLayout, Tensors, check};
@@ -76,9 +76,10 @@ fn draw_on_device(
     let device = engine.device();
     let draw = |tensor, pages: u32, tokens: u32, heads: u32, head_dim: u32| -> Result<DeviceBuffer> {
         let elements = pages as usize * tokens as usize * heads as usize * head_dim as usize;
-        let buffer = DeviceBuffer::zeroed(device, elements * 2)?;
+        let dtype = if tensor == Tensor::Q { shape.dtype() } else { shape.kv_dtype() };
+        let buffer = DeviceBuffer::zeroed(device, elements * dtype.bytes() as usize)?;
         let strides = KvStrides::nhd(tokens, heads, head_dim);
-        let spec = FillSpec { tensor, seed: SEED, dtype: shape.dtype(), pages, tokens, heads, head_dim, strides };
+        let spec = FillSpec { tensor, seed: SEED, dtype, pages, tokens, heads, head_dim, strides };
         fill(device, buffer.span(), spec, stream)?;
         Ok(buffer)
     };
@@ -112,14 +113,14 @@ impl<'a> DeviceCase<'a> {
         let device = engine.device();
         let stream = device.new_stream()?;
         let rows = batch.lengths.len();
-        let (q, k, v) = match shape.dtype() {
+        let (q, k, v) = match (shape.dtype(), shape.kv_dtype()) {
             // The device draws rows of a power of two.
             _ if shape.head_dim().is_power_of_two() && shape.v_head_dim().is_power_of_two() => {
                 draw_on_device(engine, batch, shape, &stream)?
             }
-            Dtype::F16 => draw_on_host::<f16>(engine, batch, shape)?,
-            Dtype::Bf16 => draw_on_host::<bf16>(engine, batch, shape)?,
-            other => return Err(Error::invalid("dtype", other.name(), "f16 or bf16")),
+            (Dtype::F16, Dtype::F16) => draw_on_host::<f16>(engine, batch, shape)?,
+            (Dtype::Bf16, Dtype::Bf16) => draw_on_host::<bf16>(engine, batch, shape)?,
+            (_, other) => return Err(Error::invalid("kv_dtype", other.name(), "f16 or bf16, as Q")),
         };
         Ok(Self {
             engine,

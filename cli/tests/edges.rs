@@ -327,7 +327,7 @@ fn the_models_shape_is_shown_kept_and_checked() {
 fn errors_name_the_option() {
     for (args, parts) in [
         (&["plan", "--tree", "1_32", "--heads", "30/8"][..], &["--heads 30/8: q_heads: got 30"][..]),
-        (&["plan", "--tree", "1_32", "--head-dim", "96"], &["--head-dim 96: head_dim: got 96"]),
+        (&["plan", "--tree", "1_32", "--head-dim", "80"], &["--head-dim 80: head_dim: got 80"]),
         (&["plan", "--tree", "1,2_32,8", "--mode", "fixed-chunk=33"], &["--mode: ", "fixed chunk: got 33"]),
         (&["plan", "--tree", "1_32", "--page-size", "0"], &["--page-size", "page_size: got 0"]),
         (&["bench", "compare", "none.json", "--new", "none.json"], &["error: OLD: none.json"]),

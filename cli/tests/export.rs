@@ -63,7 +63,7 @@ fn bad_options_are_refused() {
     let folder = TempDir::new().expect("a temporary folder");
     for (args, part) in [
         (["--dtype", "f32"], "'f32' for '--dtype <DTYPE>': expected f16 or bf16"),
-        (["--head-dim", "96"], "head_dim: got 96"),
+        (["--head-dim", "80"], "head_dim: got 80"),
         (["--filter", "nothing"], "which no configuration"),
     ] {
         refused(&export(folder.path(), &args), part);

@@ -394,7 +394,10 @@ mod tests {
         assert_eq!(of(long_keys), "v_head_dim: got 192, expected 128");
         let served = Problem::new(long_keys.with_v_head_dim(128).unwrap(), 16);
         assert_eq!(supports(&served, None, None), Ok(()));
-        assert_eq!(refusal(Problem::new(served.shape().with_kv_dtype(Dtype::E5m2), 16), None), "head_dim: got 192, expected 64 or 128");
+        assert_eq!(
+            refusal(Problem::new(served.shape().with_kv_dtype(Dtype::E5m2), 16), None),
+            "head_dim: got 192, expected 64 or 128"
+        );
         let cases = [
             (problem(8, 8, 80, Dtype::Bf16, 16), "head_dim: got 80, expected 64 or 96 or 128 or 192 or 256 or 512"),
             (problem(8, 8, 128, Dtype::E5m2, 16), "dtype: got e5m2, expected f16 or bf16"),

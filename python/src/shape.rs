@@ -90,7 +90,9 @@ impl PyShape {
         } else {
             format!(", value_head_dim={}", self.value_head_dim())
         };
-        format!("AttentionShape(q_heads={q}, kv_heads={kv}, head_dim={dim}, dtype=\"{dtype}\"{kv_dtype}{value_head_dim})")
+        format!(
+            "AttentionShape(q_heads={q}, kv_heads={kv}, head_dim={dim}, dtype=\"{dtype}\"{kv_dtype}{value_head_dim})"
+        )
     }
 }
 

@@ -48,11 +48,12 @@ def random_forest(seed, page_size=16, most_sequences=24):
     return Batch(tables, lengths, page_size, max(next_page, 1))
 
 
-def caches(batch, dtype=torch.float16, layout="NHD", seed=0, kv_heads=2, head_dim=64, device="cpu"):
+def caches(batch, dtype=torch.float16, layout="NHD", seed=0, kv_heads=2, head_dim=64, device="cpu", value_head_dim=None):
     """K and V with rows that no sequence owns set to NaN: nobody may read them."""
     generator = torch.Generator().manual_seed(seed)
-    size = (batch.num_pages + 1, batch.page_size, kv_heads, head_dim)
-    k, v = (torch.randn(size, generator=generator).to(dtype) for _ in range(2))
+    size = (batch.num_pages + 1, batch.page_size, kv_heads)
+    dims = (head_dim, value_head_dim or head_dim)
+    k, v = (torch.randn((*size, dim), generator=generator).to(dtype) for dim in dims)
     for cache in (k, v):
         cache[batch.num_pages] = float("nan")
     if layout == "HND":
@@ -85,7 +86,7 @@ def reference(
     rows, q_heads, head_dim = q.shape
     group = q_heads // k.shape[2]
     scale = head_dim**-0.5 if scale is None else scale
-    out = torch.zeros(q.shape, dtype=dtype, device=q.device)
+    out = torch.zeros((rows, q_heads, v.shape[-1]), dtype=dtype, device=q.device)
     lse = torch.full((rows, q_heads), float("-inf"), dtype=dtype, device=q.device)
     if sinks is not None:
         lse[:] = sinks.to(dtype)

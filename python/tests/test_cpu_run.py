@@ -22,7 +22,7 @@ def test_random_forests_equal_torch(dtype, layout, seed):
     torch.testing.assert_close(lse.double(), expected_lse, atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256, 512])
 @pytest.mark.parametrize("softcap", [None, 1.5, 30.0])
 @pytest.mark.parametrize("with_sinks", [False, True])
 def test_caps_and_sinks_equal_torch(head_dim, softcap, with_sinks):
@@ -52,6 +52,24 @@ def test_windows_and_chunks_equal_torch(tokens, reach, with_sinks):
     torch.testing.assert_close(out.double(), expected, atol=tolerance(torch.float16), rtol=0)
     torch.testing.assert_close(lse.double(), expected_lse, atol=1e-3, rtol=0)
     assert "<svg" in plan.svg() and plan.explain()
+
+
+def test_values_may_be_shorter_than_keys():
+    batch = random_forest(5)
+    shape = pa.AttentionShape(8, 2, 192, "bfloat16", value_head_dim=128)
+    assert (shape.head_dim, shape.value_head_dim) == (192, 128) and "value_head_dim=128" in repr(shape)
+    plan = pa.Planner(shape, "cpu").plan(batch.block_tables, batch.lengths, 16, batch.num_pages)
+    q = queries(len(batch.lengths), torch.bfloat16, head_dim=192)
+    k, v = caches(batch, torch.bfloat16, head_dim=192, value_head_dim=128)
+    out, lse = pa.run(plan, q, k, v, return_lse=True)
+    expected, expected_lse = reference(batch, q, k, v)
+    assert out.shape == (*q.shape[:2], 128) and out.dtype == q.dtype
+    torch.testing.assert_close(out.double(), expected, atol=tolerance(torch.bfloat16), rtol=0)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=1e-3, rtol=0)
+    with pytest.raises(ValueError, match=r"v_cache: got shape \[.*, 192\], expected \[pages, 16, 2, 128\]"):
+        pa.run(plan, q, k, k)
+    with pytest.raises(ValueError, match="v_head_dim: got 64, expected 128"):
+        pa.Planner(pa.AttentionShape(8, 2, 192, "bfloat16", value_head_dim=64), "cpu")
 
 
 def test_a_sink_of_minus_infinity_is_none(planner):

@@ -144,10 +144,8 @@ pub fn run_tensors<T: Element>(
 }
 
 fn execute<T: Element>(case: &Case, plan: &Plan, tensors: &Tensors<T>, scale: f32) -> pat_rs::Result<Output<T>> {
-    let mut output = Output {
-        out: tensors.nan_out(),
-        lse: vec![f32::NAN; tensors.q.len() / case.shape.head_dim() as usize],
-    };
+    let mut output =
+        Output { out: tensors.nan_out(), lse: vec![f32::NAN; tensors.q.len() / case.shape.head_dim() as usize] };
     pat_rs::cpu::run(plan, &tensors.host(scale), &mut output.out, Some(&mut output.lse))?;
     Ok(output)
 }

@@ -143,8 +143,7 @@ pub(super) fn forward_kernel(
         });
     }
     let (dtypes, head_dims) = ((shape.dtype(), shape.kv_dtype()), (shape.head_dim(), shape.v_head_dim()));
-    manifest::find_forward(variant, dtypes, head_dims)
-        .ok_or_else(|| missing(Family::Forward(variant), shape))
+    manifest::find_forward(variant, dtypes, head_dims).ok_or_else(|| missing(Family::Forward(variant), shape))
 }
 
 fn missing(family: Family, shape: AttentionShape) -> Error {

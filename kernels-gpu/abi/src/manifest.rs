@@ -178,7 +178,8 @@ pub enum Family {
     Fill,
     /// Evicts the L2 cache by reading (benchmarks). Any element type and head dimension: its row says F16 and 0.
     Flush,
-    /// Writes new rows of K and V into a cache. Any 16-bit type and head dimension: its row says F16 and 0.
+    /// Writes new rows of K and V into a cache. Any head dimension: its rows say 0. Into a cache of the rows' type, whichever
+    /// that is: its row says F16.
     Append,
     /// Merges two attention states. Any head dimension: its rows say 0.
     MergeStates,
@@ -353,11 +354,17 @@ const MERGE: [&[KernelSpec]; Arch::ALL.len()] = [
     wgmma64_kernel_shapes!(merge_kernels! { Sm90a, "pat_merge_pdl" }),
 ];
 
-const SUPPORT: [KernelSpec; 6] = [
+const SUPPORT: [KernelSpec; 12] = [
     support("pat_fill_f16", Family::Fill, Dtype::F16),
     support("pat_fill_bf16", Family::Fill, Dtype::Bf16),
+    support("pat_fill_e4m3", Family::Fill, Dtype::E4m3),
+    support("pat_fill_e5m2", Family::Fill, Dtype::E5m2),
     support("pat_flush_l2", Family::Flush, Dtype::F16),
     support("pat_append_kv", Family::Append, Dtype::F16),
+    rounding("pat_append_kv_f16_e4m3", Dtype::F16, Dtype::E4m3),
+    rounding("pat_append_kv_bf16_e4m3", Dtype::Bf16, Dtype::E4m3),
+    rounding("pat_append_kv_f16_e5m2", Dtype::F16, Dtype::E5m2),
+    rounding("pat_append_kv_bf16_e5m2", Dtype::Bf16, Dtype::E5m2),
     support("pat_merge_states_f16", Family::MergeStates, Dtype::F16),
     support("pat_merge_states_bf16", Family::MergeStates, Dtype::Bf16),
 ];
@@ -427,10 +434,14 @@ const fn support(entry: &'static str, family: Family, dtype: Dtype) -> KernelSpe
     }
 }
 
+/// Rows of `dtype` into a cache of `kv_dtype`.
+const fn rounding(entry: &'static str, dtype: Dtype, kv_dtype: Dtype) -> KernelSpec {
+    KernelSpec { kv_dtype, ..support(entry, Family::Append, dtype) }
+}
+
 const PART_COUNT: usize = FORWARD.len() + SPLIT.len() + SCALED.len() + MERGE.len() + 1;
 const PARTS: [&[KernelSpec]; PART_COUNT] = {
-    let mut parts: [&[KernelSpec]; PART_COUNT] =
-        [&SUPPORT; PART_COUNT];
+    let mut parts: [&[KernelSpec]; PART_COUNT] = [&SUPPORT; PART_COUNT];
     let (forward, others) = parts.split_at_mut(FORWARD.len());
     forward.copy_from_slice(&FORWARD);
     let (split, others) = others.split_at_mut(SPLIT.len());
@@ -463,12 +474,18 @@ const fn table<const LENGTH: usize>() -> (usize, [KernelSpec; LENGTH]) {
 pub const KERNELS: &[KernelSpec] = &table::<{ table::<0>().0 }>().1;
 
 /// The kernel of a family for an element type and head dimension, if there is one. Of two merge kernels it is the one
-/// that runs on both architectures; [`find_for`] names the file. Of forward kernels it is the one that reads K and V of the same type
-/// and has values as long as keys; [`find_forward`] asks for others.
+/// that runs on both architectures; [`find_for`] names the file. Of kernels that read or write K and V it is the one whose K and V
+/// have the same type and as many elements per head; [`find_forward`] and [`find_append`] ask for others.
 pub fn find(family: Family, dtype: Dtype, head_dim: u32) -> Option<&'static KernelSpec> {
     KERNELS.iter().find(|k| {
-        k.family == family && k.dtype == dtype && (k.head_dim, k.v_head_dim) == (head_dim, head_dim)
+        k.family == family && [k.dtype, k.kv_dtype] == [dtype; 2] && [k.head_dim, k.v_head_dim] == [head_dim; 2]
     })
+}
+
+/// The kernel that appends rows of `dtype` to caches of `kv_dtype`, if there is one.
+pub fn find_append(dtype: Dtype, kv_dtype: Dtype) -> Option<&'static KernelSpec> {
+    let stated = if dtype == kv_dtype && dtype.bytes() == 2 { (Dtype::F16, Dtype::F16) } else { (dtype, kv_dtype) };
+    KERNELS.iter().find(|k| k.family == Family::Append && (k.dtype, k.kv_dtype) == stated)
 }
 
 /// The forward kernel of a variant for Q and O of the first type and K and V of the second, and keys and values of so many elements, if

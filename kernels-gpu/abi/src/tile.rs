@@ -254,7 +254,10 @@ mod tests {
                 assert!(layout.v < layout.q && layout.q <= layout.barriers && layout.barriers <= layout.masks);
                 assert!(layout.masks < layout.total && layout.total <= variant.arch().max_smem_bytes(), "{variant:?}");
                 // What TMA writes and wgmma reads is aligned to the swizzle's 1024 bytes.
-                assert!([layout.k_tile_bytes, layout.v_tile_bytes, layout.q].iter().all(|at| at % 1024 == 0), "{variant:?}");
+                assert!(
+                    [layout.k_tile_bytes, layout.v_tile_bytes, layout.q].iter().all(|at| at % 1024 == 0),
+                    "{variant:?}"
+                );
                 assert!(config.rows % WARP_ROWS == 0 && config.keys % config.rings == 0);
             }
         }

@@ -74,7 +74,11 @@ impl Row {
     /// Address of a lane's columns of that partial.
     #[inline(always)]
     fn columns<const COLUMNS: usize, const LANES: u32, const PARTS: u32>(
-        self, params: &MergeParams, slot: u32, lane: u32) -> u64 {
+        self,
+        params: &MergeParams,
+        slot: u32,
+        lane: u32,
+    ) -> u64 {
         let part = self.partial(params, slot) * PARTS as u64 + self.part as u64;
         params.partial_out + (part * (LANES as u64 * COLUMNS as u64) + lane as u64 * COLUMNS as u64) * 4
     }
@@ -130,7 +134,12 @@ pub(crate) unsafe fn merge<E: Element, const COLUMNS: usize, const LANES: u32, c
             } else if row_count <= warps || shuffle::any(row.slot_count > ROW_LANES) {
                 let (mut r, mut index) = (0, first);
                 while r < ROWS as u32 && index < row_count {
-                    merge_row::<E, COLUMNS, LANES, PARTS, false>(params, row.broadcast::<PARTS>(r * ROW_LANES), 0, lane);
+                    merge_row::<E, COLUMNS, LANES, PARTS, false>(
+                        params,
+                        row.broadcast::<PARTS>(r * ROW_LANES),
+                        0,
+                        lane,
+                    );
                     r += 1;
                     index += warps;
                 }
@@ -179,7 +188,13 @@ unsafe fn merge_short<E: Element, const COLUMNS: usize, const LANES: u32, const 
                 if slot_begin + i < rows[r].slot_count {
                     let address = rows[r].columns::<COLUMNS, LANES, PARTS>(params, slot_begin + i, lane);
                     // SAFETY: columns of a slot of this row.
-                    unsafe { load_columns::<COLUMNS, LANES>(address, &mut loaded[r * SLOTS_AT_A_TIME as usize + i as usize], lane) };
+                    unsafe {
+                        load_columns::<COLUMNS, LANES>(
+                            address,
+                            &mut loaded[r * SLOTS_AT_A_TIME as usize + i as usize],
+                            lane,
+                        )
+                    };
                 }
             }
         }
@@ -230,13 +245,7 @@ unsafe fn merge_short<E: Element, const COLUMNS: usize, const LANES: u32, const 
 /// All lanes of warp `warp`, and of all warps where `TOGETHER`: once per CTA, since it does not wait for its shared memory to be
 /// free; the row is one of the plan's.
 #[inline(always)]
-unsafe fn merge_row<
-    E: Element,
-    const COLUMNS: usize,
-    const LANES: u32,
-    const PARTS: u32,
-    const TOGETHER: bool,
->(
+unsafe fn merge_row<E: Element, const COLUMNS: usize, const LANES: u32, const PARTS: u32, const TOGETHER: bool>(
     params: &MergeParams,
     row: Row,
     warp: u32,
