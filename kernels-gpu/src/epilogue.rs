@@ -169,6 +169,7 @@ pub struct Written {
 /// # Safety
 /// A whole warp, the only one that holds these columns of the rows; `softmax` is finished; the output buffers are as [`ForwardParams`] says.
 #[inline(always)]
+#[allow(clippy::too_many_arguments, reason = "two rows of a lane, by parts")]
 pub unsafe fn write_rows<E: Element>(
     params: &ForwardParams,
     output: &[f32],

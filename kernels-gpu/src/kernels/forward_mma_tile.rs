@@ -58,7 +58,9 @@ unsafe fn forward<
         let config = TileVariant::ALL[VARIANT].config(head_dim);
         assert!(config.row_warps() == M_WARPS && config.key_splits == KV_WARPS && config.rings == 1);
         assert!(LOADED * config.computing_warps() == config.keys && KEY_STEPS as u32 * 16 * KV_WARPS == config.keys);
-        assert!(config.column_splits as usize * VALUE_STEPS == ROW_STEPS && (KV_WARPS == 1 || config.column_splits == 1));
+        assert!(
+            config.column_splits as usize * VALUE_STEPS == ROW_STEPS && (KV_WARPS == 1 || config.column_splits == 1)
+        );
         assert!(config.stages == STAGES && LOADED % 8 == 0);
         assert!(config.query_slots == if Queries::<HEAD_STEPS>::IN_SMEM { M_WARPS } else { 0 });
         assert!(16 * KEY_CHUNKS == head_dim * C::BYTES && 16 * VALUE_CHUNKS == v_head_dim * C::BYTES);
