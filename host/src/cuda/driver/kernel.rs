@@ -4,7 +4,7 @@ use super::call::{DriverCall, attempt_for};
 use super::context::{WhileOthersCapture, make_current, try_make_current};
 use super::stream::CurrentStream;
 use crate::cuda::CudaDevice;
-use crate::cuda::args::PreparedRun;
+use crate::cuda::args::{ForwardLaunches, PreparedRun};
 use crate::cuda::bench_support::{CheckedFill, L2Flush};
 use crate::cuda::row_ops::{CheckedAppend, CheckedMergeStates};
 use crate::cuda::tensor_map::TensorMapSpec;
@@ -173,10 +173,10 @@ fn with_log(error: Error, log: &[u8]) -> Error {
     }
 }
 
-/// Launches a forward kernel over its share of a prepared run.
+/// Launches a forward kernel over its share of a prepared run's launches.
 pub(crate) fn launch_forward(
     kernel: &Kernel,
-    run: &PreparedRun,
+    launches: &ForwardLaunches,
     maps: &[TensorMap],
     stream: &CurrentStream<'_>,
 ) -> Result<()> {
@@ -186,9 +186,9 @@ pub(crate) fn launch_forward(
     let Some(maps) = maps.get(..kernel.spec.tensor_maps as usize) else {
         return Err(Error::invalid("tensor maps", maps.len(), format!("{}", kernel.spec.tensor_maps)));
     };
-    let mut params = parameter_pointers(&run.forward, maps);
-    let grid = run.forward_grids[variant.index()];
-    // SAFETY: the manifest says that this family takes ForwardParams and `tensor_maps` maps. `run` was checked against
+    let mut params = parameter_pointers(&launches.params, maps);
+    let grid = launches.grids[variant.index()];
+    // SAFETY: the manifest says that this family takes ForwardParams and `tensor_maps` maps. The run was checked against
     // the memory its addresses name, and the plan it points to was validated against the pool when it was made. Kernel and
     // stream are of the bound run's device.
     unsafe { kernel.launch(grid, &mut params.0[..params.1], false, stream) }
@@ -267,14 +267,14 @@ pub(crate) struct BareLaunch<'a> {
 impl<'a> BareLaunch<'a> {
     pub(crate) fn forward(
         kernel: &'a Kernel,
-        run: &'a PreparedRun,
+        launches: &'a ForwardLaunches,
         maps: &'a [TensorMap],
         stream: &CurrentStream<'_>,
     ) -> Option<Self> {
         let Family::Forward(variant) = kernel.spec.family else { return None };
         let maps = maps.get(..kernel.spec.tensor_maps as usize)?;
-        let (params, _) = parameter_pointers(&run.forward, maps);
-        Some(Self::new(kernel, run.forward_grids[variant.index()], params, false, stream))
+        let (params, _) = parameter_pointers(&launches.params, maps);
+        Some(Self::new(kernel, launches.grids[variant.index()], params, false, stream))
     }
 
     pub(crate) fn merge(kernel: &'a Kernel, run: &'a PreparedRun, stream: &CurrentStream<'_>) -> Option<Self> {
