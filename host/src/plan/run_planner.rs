@@ -95,7 +95,7 @@ impl RunPlanner {
         let is_known = self.tables.update(batch, changed_rows)?;
         let singles = self.tables.single_tokens();
         let tokens = self.runs.tiling.pages.unique * u64::from(RUN_PAGES) + singles;
-        // A plan is not made anew for a little.
+        // A plan is not made anew for a little more.
         if !self.tables.are_most_in_runs() || singles > 0 && self.costs_too_much(tokens, 1.5 * MOST_COST) {
             return Ok(None);
         }

@@ -124,31 +124,32 @@ fn split(ids: &[u32], num_pages: u32, runs: &mut Vec<u32>, singles: &mut Vec<u32
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Look {
     pub(super) tokens: u64,
-    /// Of the ids of each row, 16 at a time, those whose last stands 15 behind their first.
-    run_tokens: u64,
-    /// Ids behind those of a row's last 16.
-    rest: u64,
+    /// Of each row's ids, 16 at a time, every fourth of these.
+    looked_at: u64,
+    /// Those of them whose last id stands 15 behind their first.
+    runs: u64,
 }
 
 impl Look {
     pub(super) fn at(batch: &DecodeBatch<'_>) -> Self {
         let mut look = Self::default();
         for row in 0..batch.sequence_count() {
-            let (blocks, rest) = batch.pages(row).as_chunks::<RUN>();
-            let runs = blocks.iter().filter(|ids| ids[0].wrapping_add(RUN_PAGES - 1) == ids[RUN - 1]).count();
-            look.tokens += (blocks.len() * RUN + rest.len()) as u64;
-            look.run_tokens += (runs * RUN) as u64;
-            look.rest += rest.len() as u64;
+            let ids = batch.pages(row);
+            let blocks = ids.as_chunks::<RUN>().0.iter().step_by(4);
+            look.tokens += ids.len() as u64;
+            look.looked_at += blocks.len() as u64;
+            look.runs += blocks.filter(|ids| ids[0].wrapping_add(RUN_PAGES - 1) == ids[RUN - 1]).count() as u64;
         }
         look
     }
 
     pub(super) fn are_most_in_runs(self) -> bool {
-        is_most(self.run_tokens, self.tokens)
+        is_most(self.runs, self.looked_at)
     }
 
+    /// Whether some are in no run. There may be some where it does not look so.
     pub(super) fn has_singles(self) -> bool {
-        self.run_tokens + self.rest < self.tokens
+        self.runs < self.looked_at
     }
 }
 
