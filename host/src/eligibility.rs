@@ -59,7 +59,7 @@ pub enum Part {
     Alibi,
     /// The factor of the scores.
     Scale,
-    /// Rows per KV head: query heads of a group times query tokens.
+    /// Query heads per KV head.
     Group,
     /// Tokens per page.
     PageSize,
@@ -177,7 +177,7 @@ impl Asked<'_> {
             (Part::Alibi, score.has_alibi),
             // The kernels scale the running maximum, which only a positive factor keeps a maximum.
             (Part::Scale, ![scale_log2, score.scale].iter().all(|scale| scale.is_finite() && *scale > 0.0)),
-            (Part::Group, shape.group() > variant.rows()),
+            (Part::Group, shape.group() > variant.rows() && !divides_groups(kernel, variant)),
             (
                 Part::PageSize,
                 problem.page_size() > Problem::MAX_PAGE_SIZE || !variant.supports_page_size(problem.page_size()),
@@ -216,6 +216,15 @@ impl Asked<'_> {
             }
         }
     }
+}
+
+/// Whether the variant's tiles take groups of more query heads than they have rows, in parts: those do whose rows are the most that
+/// there are. With other variants wider tiles are better.
+fn divides_groups(kernel: &KernelSpec, variant: TileVariant) -> bool {
+    let likes = |other: &KernelSpec| {
+        (other.dtype, other.kv_dtype, other.head_dim) == (kernel.dtype, kernel.kv_dtype, kernel.head_dim)
+    };
+    forward_kernels().all(|(other, wider)| wider.rows() <= variant.rows() || !likes(other))
 }
 
 /// Query tokens that a sequence may have at most, where that is bounded.
@@ -361,7 +370,9 @@ mod tests {
                 }
             }
         }
-        assert_eq!(supports(&problem(128, 1, 64, Dtype::F16, 1), None, None), Ok(()));
+        for (group, head_dim) in [(128, 64), (129, 128), (256, 256), (65_535, 64)] {
+            assert_eq!(supports(&problem(group, 1, head_dim, Dtype::F16, 1), None, Some(80)), Ok(()));
+        }
     }
 
     #[test]
@@ -375,13 +386,12 @@ mod tests {
         let wide = problem(32, 8, 256, Dtype::F16, 16).shape();
         assert_eq!(refusal(eight_bit(wide), None), "head_dim: got 256, expected 64 or 128");
         let grouped = problem(65, 1, 128, Dtype::F16, 16).shape();
-        assert_eq!(refusal(eight_bit(grouped), None), "q_heads / kv_heads: got 65, expected 1 to 64");
+        assert_eq!(supports(&eight_bit(grouped), None, None), Ok(()));
         assert_eq!(of(shape.with_out_dtype(Dtype::Bf16)), "out_dtype: got bf16, expected f16");
         assert_eq!(of(shape.with_v_head_dim(64).unwrap()), "v_head_dim: got 64, expected 128");
         let cases = [
             (problem(8, 8, 96, Dtype::Bf16, 16), "head_dim: got 96, expected 64 or 128 or 256"),
             (problem(8, 8, 128, Dtype::E5m2, 16), "dtype: got e5m2, expected f16 or bf16"),
-            (problem(129, 1, 128, Dtype::F16, 16), "q_heads / kv_heads: got 129, expected 1 to 128"),
             (problem(32, 8, 128, Dtype::F16, 0), "page_size: got 0, expected 1 to 65536"),
             (problem(32, 8, 128, Dtype::F16, 65_537), "page_size: got 65537, expected 1 to 65536"),
             (
@@ -431,6 +441,14 @@ mod tests {
         assert_eq!(reason, "page_size: got 48, expected a power of two from 16 to 65536");
         assert_eq!(of(TileVariant::Wgmma64, wide, 90).unwrap_err().part, Part::Group);
         assert_eq!(of(TileVariant::Wgmma128, wide, 90), Ok(()));
+        let wider = problem(256, 1, 128, Dtype::F16, 16);
+        let reason = of(TileVariant::Mma64, wider, 90).unwrap_err().to_string();
+        assert_eq!(reason, "q_heads / kv_heads: got 256, expected 1 to 64");
+        assert_eq!(
+            [TileVariant::Mma128, TileVariant::Wgmma128].map(|variant| of(variant, wider, 90)),
+            [Ok(()), Ok(())]
+        );
+        assert_eq!(of(TileVariant::Mma64, problem(256, 1, 256, Dtype::F16, 16), 80), Ok(()));
         let tree = usual().with_query_tree(4);
         assert_eq!(of(TileVariant::Mma16, tree, 90), Ok(()));
         let reason = of(TileVariant::Wgmma64, tree, 90).unwrap_err().to_string();

@@ -133,6 +133,24 @@ impl Row {
     }
 }
 
+/// Which columns of its rows a warp has.
+#[derive(Clone, Copy)]
+pub struct Columns {
+    /// The first.
+    pub begin: u32,
+    /// One behind the last.
+    pub end: u32,
+    /// Elements of a row.
+    pub head_dim: u32,
+}
+
+impl Columns {
+    /// All of them.
+    pub const fn all(head_dim: u32) -> Self {
+        Self { begin: 0, end: head_dim, head_dim }
+    }
+}
+
 /// Two rows of a lane that have been written.
 pub struct Written {
     /// Whether what this lane has written is not finite; false where the row's tokens are those of all rows.
@@ -141,23 +159,23 @@ pub struct Written {
     pub softmaxes: [RowSoftmax; 2],
 }
 
-/// Normalises and writes the two rows of a lane: `output` has [`crate::softmax`]'s layout, `head_dim` columns of the quad's rows.
-/// `exists` says which of the two the item has, `locate` where they go (somewhere, for rows that it does not have), and `has_masks`
+/// Normalises and writes the two rows of a lane: `output` has [`crate::softmax`]'s layout, `columns` of the quad's rows; who has the
+/// first column writes the log-sum-exp. `exists` says which of the two the item has, `locate` where they go (somewhere, for rows that it does not have), and `has_masks`
 /// whether rows attend to different tokens. Convergent.
 ///
 /// # Safety
-/// A whole warp, the only one that holds these rows; `softmax` is finished; the output buffers are as [`ForwardParams`] says.
+/// A whole warp, the only one that holds these columns of the rows; `softmax` is finished; the output buffers are as [`ForwardParams`] says.
 #[inline(always)]
 pub unsafe fn write_rows<E: Element>(
     params: &ForwardParams,
     output: &[f32],
+    columns: Columns,
     softmax: &OnlineSoftmax,
     exists: impl Fn(usize) -> bool,
     has_masks: bool,
     lane: u32,
     locate: impl Fn(usize) -> Row,
 ) -> Written {
-    let head_dim = 2 * output.len() as u32;
     let mut not_finite = [false; 2];
     let mut softmaxes = [RowSoftmax { reference: 0.0, scale: 0.0 }; 2];
     for row in 0..2 {
@@ -191,14 +209,15 @@ pub unsafe fn write_rows<E: Element>(
         unsafe {
             if target.is_partial() {
                 for i in 0..output.len() / 4 {
-                    target.store_partial_pair(params, head_dim, 8 * i as u32 + 2 * (lane & 3), pair(i));
+                    let column = columns.begin + 8 * i as u32 + 2 * (lane & 3);
+                    target.store_partial_pair(params, columns.head_dim, column, pair(i));
                 }
             } else {
                 for i in 0..output.len() / 16 {
-                    target.store_octet(params, 32 * i as u32 + 8 * (lane & 3), octets[i]);
+                    target.store_octet(params, columns.begin + 32 * i as u32 + 8 * (lane & 3), octets[i]);
                 }
             }
-            if lane & 3 == 0 {
+            if columns.begin == 0 && lane & 3 == 0 {
                 target.store_lse(params, lse_log2);
             }
         }

@@ -10,7 +10,7 @@ use pat_abi::reader::Stream;
 
 use crate::cache::Cache;
 use crate::element::Element;
-use crate::epilogue::Row;
+use crate::epilogue::{Columns, Row};
 use crate::item::strided;
 use crate::plan_words::WhenUsed;
 use crate::ptx::ldst::load_global_u32x2;
@@ -113,7 +113,7 @@ pub unsafe fn attend_pair<E: Element, C: Cache, const CAPS_SCORES: bool, const H
     pair.map(|value| value * softmax.scale)
 }
 
-/// Writes once more those of a warp's 16 rows, `first_row ..`, of which a lane says that what it has written is not finite. Lanes
+/// Writes once more `columns` of those of a warp's 16 rows, `first_row ..`, of which a lane says that what it has written is not finite. Lanes
 /// `4 r` to `4 r + 3` hold rows `r` and `r + 8`. Convergent.
 ///
 /// # Safety
@@ -129,7 +129,7 @@ pub unsafe fn restore_rows<E: Element, C: Cache, const CAPS_SCORES: bool, const 
     first_row: u32,
     not_finite: [bool; 2],
     softmaxes: [RowSoftmax; 2],
-    head_dim: u32,
+    columns: Columns,
     lane: u32,
     locate: impl Fn(u32) -> Row,
 ) {
@@ -142,7 +142,7 @@ pub unsafe fn restore_rows<E: Element, C: Cache, const CAPS_SCORES: bool, const 
     marks |= shuffle::xor_u32(marks, 2);
     // Behind the stores of all lanes.
     barrier::sync_warp();
-    let (rows, columns) = (run_time(16), run_time(head_dim));
+    let (rows, end, head_dim) = (run_time(16), run_time(columns.end), columns.head_dim);
     let mut row = 0;
     while row < rows {
         let (source, half) = (row % 8 * 4, row / 8);
@@ -153,8 +153,8 @@ pub unsafe fn restore_rows<E: Element, C: Cache, const CAPS_SCORES: bool, const 
         };
         if shuffle::from_lane_u32(marks, source) >> half & 1 != 0 {
             let target = locate(first_row + row);
-            let mut block = 0;
-            while block < columns {
+            let mut block = columns.begin;
+            while block < end {
                 let (of_row, column) = (first_row + row, block + 2 * lane);
                 // SAFETY: the caller's contract; the lanes write different columns.
                 unsafe {

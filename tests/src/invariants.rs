@@ -1,6 +1,6 @@
 //! What every plan must be, and random forests to hold plans to it.
 
-use pat_abi::{DIRECT_SLOT, NONE, PageMask, RUN_PAGES, TileVariant};
+use pat_abi::{DIRECT_SLOT, GroupParts, NONE, PageMask, RUN_PAGES, TileVariant};
 use pat_rs::plan::PlanMode;
 use pat_rs::{AttentionShape, Plan, Reach};
 use pat_workloads::OwnedBatch;
@@ -94,7 +94,16 @@ fn check_pieces(plan: &Plan, batch: &OwnedBatch, shape: AttentionShape, visible:
             let first_tokens = plan.first_tokens(item);
             assert_eq!(item.first_token_begin, if has_first_tokens { item.mask_begin } else { NONE });
             assert!(first_tokens.iter().zip(masks).all(|(&first, mask)| first < mask.token_end()));
-            for row in 0..item.row_count {
+            let parts = GroupParts::new(group, variant);
+            // What two parts have in common counts for the first.
+            let heads = parts.first_heads().scan(0, |end, first_head| {
+                let begin = std::mem::replace(end, first_head + parts.rows) - first_head;
+                Some((first_head, if parts.count == 1 { 0 } else { begin }))
+            });
+            assert!(item.row_count.is_multiple_of(parts.rows) && (parts.count == 1 || item.row_count == parts.rows));
+            for (row, first_head) in
+                heads.flat_map(|(first, begin)| (begin..item.row_count).map(move |row| (row, first)))
+            {
                 let query = plan.queries()[(item.query_begin + row / group) as usize];
                 let of_entry = |(entry, &page): (usize, &u32)| {
                     let first = first_tokens.get(entry).copied().unwrap_or(0);
@@ -110,7 +119,7 @@ fn check_pieces(plan: &Plan, batch: &OwnedBatch, shape: AttentionShape, visible:
                     seen.flat_map(|(page, first, end)| (first..end).map(move |token| (page + token, 0, 1))).collect()
                 };
                 assert!(!seen.is_empty(), "a row without a token");
-                pieces.entry((query.query_token, row % group)).or_default().push((query.slot, seen));
+                pieces.entry((query.query_token, first_head + row % group)).or_default().push((query.slot, seen));
             }
         }
     }

@@ -2,6 +2,7 @@
 //! 2^31 elements. On the CPU executor, against the f64 oracle.
 
 use half::{bf16, f16};
+use pat_abi::GroupParts;
 use pat_rs::{
     AttentionShape, DeviceProfile, Dtype, Element, HostTensors, KvStrides, PlanOptions, Planner, Problem, supports,
 };
@@ -62,21 +63,50 @@ fn every_group_that_a_tile_holds_agrees_with_the_oracle() {
     });
 }
 
+/// In parts of equally many rows, the last of which may begin within the one before it.
 #[test]
-fn a_larger_group_is_refused_by_its_size() {
-    for (group, kv_heads, head_dim, most) in
-        [(65, 2, 256, 64), (129, 1, 128, 128), (256, 1, 64, 128), (65_535, 1, 128, 128)]
-    {
+fn groups_that_no_tile_holds_agree_with_the_oracle() {
+    // At head dim 256, from two parts on to four.
+    [65, 66, 97, 127, 128, 129, 191, 193, 255, 256].into_par_iter().for_each(|group| {
+        let (kv_heads, page_size) = (1 + group % 2, [16, 1, 24][group as usize % 3]);
+        verify::<f16>(group * kv_heads, kv_heads, 256, page_size);
+    });
+    (129..=256u32).into_par_iter().for_each(|group| {
+        let (kv_heads, head_dim) = (1 + group % 2, [64, 128][group as usize / 2 % 2]);
+        let page_size = [16, 1, 8, 24][group as usize / 3 % 4];
+        match group % 4 {
+            0 => verify::<bf16>(group * kv_heads, kv_heads, head_dim, page_size),
+            _ => verify::<f16>(group * kv_heads, kv_heads, head_dim, page_size),
+        }
+    });
+    verify::<f16>(1000, 1, 64, 16);
+}
+
+#[test]
+fn plans_of_groups_that_no_tile_holds_keep_their_invariants() {
+    for (group, kv_heads, head_dim) in [(65, 2, 256), (129, 1, 128), (131, 3, 64), (256, 1, 128), (65_535, 1, 128)] {
         let shape = AttentionShape::new(group * kv_heads, kv_heads, head_dim, Dtype::F16).expect("a valid shape");
-        let problem = Problem::new(shape, 16);
-        let message = supports(&problem, None, None).expect_err("too large").to_string();
-        assert_eq!(message, format!("q_heads / kv_heads: got {group}, expected 1 to {most}"));
-        let planner = Planner::new(problem, DeviceProfile::h200(), PlanOptions::default());
-        assert_eq!(planner.expect_err("too large").to_string(), message);
+        let batch = forest(16, 40);
+        let rows = batch.rows();
+        assert_eq!(supports(&batch.problem(shape), None, None), Ok(()));
+        for mode in modes(16) {
+            for profile in [DeviceProfile::h200(), DeviceProfile::by_name("a100-80").expect("a known device")] {
+                let mut planner = Planner::new(batch.problem(shape), profile, mode.into()).expect("supported");
+                let plan = planner.plan(&batch.view(&rows).expect("valid")).expect("a plan");
+                invariants::check(&plan, &batch, shape);
+                // Every part reads the whole context.
+                let summary = plan.summary();
+                let variant = planner.tile_variants()[0];
+                let parts = u64::from(GroupParts::new(group, variant).count);
+                assert_eq!(summary.planned_kv_bytes, parts * summary.flat_kv_bytes, "{group} {mode:?}");
+                assert!(summary.predicted_us.is_finite() && summary.prediction.launch_us > 2.0 * parts as f64);
+            }
+        }
     }
 }
 
-/// How a caller runs a group of more than 128 rows over one KV head: as KV heads that lie at the same place.
+/// A caller may also pass the group as KV heads that lie at the same place: one launch, and the second part finds in L2 what the first
+/// has read.
 #[test]
 fn kv_heads_at_the_same_place_make_a_group_of_256() {
     let shape = AttentionShape::new(256, 1, 128, Dtype::F16).expect("a valid shape");

@@ -116,11 +116,17 @@ fn capacities_of_any_size_are_numbers() {
 }
 
 #[test]
-fn groups_that_no_tile_holds_are_refused() {
+fn groups_that_no_tile_holds_take_the_widest() {
     let wide = AttentionShape::new(129, 1, 128, Dtype::F16).expect("a valid shape");
     let planner = |shape| Planner::new(Problem::new(shape, 16), DeviceProfile::h200(), PlanOptions::default());
-    let message = planner(wide).expect_err("refused").to_string();
-    assert_eq!(message, "q_heads / kv_heads: got 129, expected 1 to 128");
+    assert_eq!(planner(wide).expect("a planner").tile_variants(), [TileVariant::Wgmma128]);
+    let options = PlanOptions::default().with_variants([TileVariant::Mma64]);
+    let message =
+        Planner::new(Problem::new(wide, 16), DeviceProfile::h200(), options).expect_err("refused").to_string();
+    assert_eq!(
+        message,
+        "variants: got mma64, expected some of mma128, wgmma128 (mma64: q_heads / kv_heads: got 129, expected 1 to 64)"
+    );
     // More than a wgmma tile has rows for: mma.sync serves them.
     let falcon = AttentionShape::new(71, 1, 64, Dtype::F16).expect("a valid shape");
     assert_eq!(planner(falcon).expect("a planner").tile_variants(), [TileVariant::Mma128]);

@@ -1,7 +1,7 @@
 //! Several query tokens per sequence: rows, sharing and results against a batch that names every row by hand, on random forests.
 
 use half::{bf16, f16};
-use pat_rs::{DeviceProfile, Dtype, Element, PlanOptions, Planner, QueryTokens};
+use pat_rs::{AttentionShape, DeviceProfile, Dtype, Element, PlanOptions, Planner, QueryTokens};
 use pat_tests::invariants::{check, modes, random_forest};
 use pat_tests::{Case, Output, judge, random_case, softmax_scale};
 use pat_workloads::{OwnedBatch, Tensors};
@@ -28,6 +28,10 @@ fn written_out(batch: &OwnedBatch, counts: &[u32]) -> OwnedBatch {
 
 fn verify<T: Element>(rng: &mut impl Rng, index: u64) {
     let case = random_case(rng, T::DTYPE);
+    verify_case::<T>(rng, case, index);
+}
+
+fn verify_case<T: Element>(rng: &mut impl Rng, case: Case, index: u64) {
     let counts = draw_counts(rng, &case.batch);
     let rows = Case { batch: written_out(&case.batch, &counts), ..case.clone() };
     let slices = case.batch.rows();
@@ -57,10 +61,21 @@ fn query_tokens_agree_with_the_oracle() {
     }
 }
 
+/// More rows per sequence and KV head than any tile has: 16 heads times up to 16 tokens, and groups that fill tiles by themselves.
+#[test]
+fn query_tokens_of_large_groups_agree_with_the_oracle() {
+    for (index, (group, head_dim)) in (0..).zip([(16, 128), (16, 256), (71, 64), (130, 64), (200, 128), (96, 256)]) {
+        let mut rng = ChaCha8Rng::seed_from_u64(1000 + index);
+        let mut case = random_case(&mut rng, Dtype::F16);
+        case.shape = AttentionShape::new(group, 1, head_dim, Dtype::F16).unwrap();
+        verify_case::<f16>(&mut rng, case, index);
+    }
+}
+
 #[test]
 fn the_query_tokens_of_a_sequence_share_all_full_pages_that_they_see() {
     let mut rng = ChaCha8Rng::seed_from_u64(7);
-    let shape = pat_rs::AttentionShape::new(8, 2, 128, Dtype::F16).unwrap();
+    let shape = AttentionShape::new(8, 2, 128, Dtype::F16).unwrap();
     let mut shared = 0;
     for _ in 0..300 {
         let batch = random_forest(&mut rng);
@@ -89,7 +104,7 @@ fn the_query_tokens_of_a_sequence_share_all_full_pages_that_they_see() {
 /// What verifying drafts costs beside a step with one token: only the partial last pages are read once per query token.
 #[test]
 fn four_query_tokens_are_predicted_to_cost_little_more_than_one() {
-    let shape = pat_rs::AttentionShape::new(32, 8, 128, Dtype::F16).unwrap();
+    let shape = AttentionShape::new(32, 8, 128, Dtype::F16).unwrap();
     for (sequences, tokens) in [(8u32, 1024u32), (64, 1024), (64, 4096), (256, 4096)] {
         let pages = (tokens + 8).div_ceil(16);
         let batch = OwnedBatch {

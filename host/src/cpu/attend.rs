@@ -4,7 +4,7 @@
 use super::{Element, HostTensors, KvElement, offset};
 use crate::{KvStrides, Plan};
 use pat_abi::reader::{Exceptions, PlanBytes, PlanView, Stream, Work};
-use pat_abi::{FastDivisor, PageMask, PlanHeader, RUN_PAGES, TileVariant};
+use pat_abi::{FastDivisor, GroupParts, PageMask, PlanHeader, RUN_PAGES, TileVariant};
 
 /// KV tokens per tile: two tiles in f32 (K and V, 32 KiB at head dimension 128) stay in the first-level cache.
 const KEYS: usize = 32;
@@ -17,7 +17,7 @@ pub(super) struct ItemOutput {
     pub(super) lse: Vec<f32>,
 }
 
-/// One item of a plan for one KV head.
+/// One item of a plan for one KV head, and one part of its group.
 #[derive(Clone, Copy)]
 pub(super) struct Task<'a> {
     words: PlanBytes<'a>,
@@ -25,6 +25,8 @@ pub(super) struct Task<'a> {
     work: Work,
     exceptions: Exceptions,
     group: FastDivisor,
+    /// Of the part.
+    first_head: u32,
     entries: Entries,
 }
 
@@ -72,9 +74,12 @@ impl<'a> Task<'a> {
         let launches = Entries::all(plan).flat_map(|entries| TileVariant::ALL.map(|variant| (entries, variant)));
         launches.flat_map(move |((entries, header), variant)| {
             let view = PlanView::load(words, header, variant, kv_heads.divisor);
-            (0..view.work_count).map(move |index| {
-                let exceptions = Exceptions::load(words, header, &view, index, kv_heads);
-                Self { words, view, work: view.work(words, index, kv_heads), exceptions, group, entries }
+            GroupParts::new(group.divisor, variant).first_heads().flat_map(move |first_head| {
+                (0..view.work_count).map(move |index| {
+                    let exceptions = Exceptions::load(words, header, &view, index, kv_heads);
+                    let work = view.work(words, index, kv_heads);
+                    Self { words, view, work, exceptions, group, first_head, entries }
+                })
             })
         })
     }
@@ -84,7 +89,7 @@ impl<'a> Task<'a> {
         let (query, head) = self.view.row(&self.work, row as u32, self.group);
         let [query_token, slot] = query.token_and_slot(self.words);
         let kv_limit = self.exceptions.kv_limit(self.words, self.group.divide(row as u32)) as usize;
-        TaskRow { query_token, head: head as usize, slot, kv_limit }
+        TaskRow { query_token, head: (self.first_head + head) as usize, slot, kv_limit }
     }
 }
 

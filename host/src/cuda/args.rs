@@ -7,7 +7,9 @@ use crate::arguments::{Accessed, LSE_BYTES, RunTensors, SINK_BYTES};
 use crate::eligibility::VECTOR_BYTES;
 use crate::{AttentionShape, Error, KvScale, KvStrides, Problem, Result, RowStrides};
 use pat_abi::manifest::MERGE_COLUMNS;
-use pat_abi::{FastDivisor, ForwardParams, MergeParams, PlanHeader, RUN_PAGES, ScaledForwardParams, TileVariant};
+use pat_abi::{
+    FastDivisor, ForwardParams, GroupParts, MergeParams, PlanHeader, RUN_PAGES, ScaledForwardParams, TileVariant,
+};
 use std::any::Any;
 use std::sync::Arc;
 
@@ -192,6 +194,9 @@ impl DeviceKvScale {
 /// Bytes of a factor.
 const SCALE_BYTES: u32 = 4;
 
+/// Bytes of an element of a partial.
+const PARTIAL_BYTES: u32 = 4;
+
 /// A run whose every check has passed: what the launch functions accept. Made by [`RunArgs::prepare`] only.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct PreparedRun {
@@ -214,23 +219,56 @@ impl PreparedRun {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct ForwardLaunches {
     /// Kernels of 16-bit K and V take the first part of it alone.
-    pub(super) params: ScaledForwardParams,
+    params: ScaledForwardParams,
     /// CTAs per tile variant.
     pub(super) grids: [u32; TileVariant::ALL.len()],
+    shape: AttentionShape,
 }
 
 impl ForwardLaunches {
     /// `max_items` are the items of each variant.
-    fn new(params: ScaledForwardParams, max_items: [u32; TileVariant::ALL.len()]) -> Result<Self> {
+    fn new(
+        params: ScaledForwardParams,
+        shape: AttentionShape,
+        max_items: [u32; TileVariant::ALL.len()],
+    ) -> Result<Self> {
         let mut grids = [0; TileVariant::ALL.len()];
         for variant in TileVariant::ALL {
             let items = max_items[variant.index()];
             grids[variant.index()] =
-                items.checked_mul(params.forward.kv_heads).filter(|&ctas| ctas < 1 << 31).ok_or_else(|| {
+                items.checked_mul(shape.kv_heads()).filter(|&ctas| ctas < 1 << 31).ok_or_else(|| {
                     Error::invalid(format!("plan items of {}", variant.name()), items, "fewer than 2^31 / kv_heads")
                 })?;
         }
-        Ok(Self { params, grids })
+        Ok(Self { params, grids, shape })
+    }
+
+    /// With Q and O at other addresses.
+    pub(super) fn with_addresses(self, q: u64, out: u64) -> Self {
+        let forward = ForwardParams { q, out, ..self.params.forward };
+        Self { params: ScaledForwardParams { forward, ..self.params }, ..self }
+    }
+
+    /// The parameters of each launch of a tile variant's kernel: one for each part of a group.
+    pub(super) fn of_variant(&self, variant: TileVariant) -> impl Iterator<Item = ScaledForwardParams> {
+        let ScaledForwardParams { forward, .. } = self.params;
+        let head_bytes = u64::from(self.shape.v_head_dim()) * u64::from(PARTIAL_BYTES);
+        GroupParts::new(self.shape.group(), variant).first_heads().map(move |first_head| {
+            let moved = |address: u64, head_stride: i64| match address {
+                0 => 0,
+                address => address.wrapping_add_signed(i64::from(first_head) * head_stride),
+            };
+            let forward = ForwardParams {
+                q: moved(forward.q, forward.q_head_stride),
+                out: moved(forward.out, forward.out_head_stride),
+                lse: moved(forward.lse, forward.lse_head_stride),
+                partial_out: forward.partial_out + u64::from(first_head) * head_bytes,
+                partial_lse: forward.partial_lse + u64::from(first_head) * u64::from(PARTIAL_BYTES),
+                sinks: moved(forward.sinks, i64::from(SINK_BYTES)),
+                ..forward
+            };
+            ScaledForwardParams { forward, ..self.params }
+        })
     }
 }
 
@@ -386,8 +424,12 @@ impl RunArgs {
             ..forward.forward
         };
         let forward = [
-            ForwardLaunches::new(forward, plan.limits.max_items)?,
-            ForwardLaunches::new(ScaledForwardParams { forward: of_runs, ..forward }, plan.limits.max_run_items)?,
+            ForwardLaunches::new(forward, shape, plan.limits.max_items)?,
+            ForwardLaunches::new(
+                ScaledForwardParams { forward: of_runs, ..forward },
+                shape,
+                plan.limits.max_run_items,
+            )?,
         ];
         Ok(PreparedRun { forward, merge, merge_rows, shape })
     }

@@ -7,7 +7,7 @@ use super::plan_buffers::{PlanBuffers, Uploaded, Workspace};
 use crate::eligibility::VECTOR_BYTES;
 use crate::plan::PlanGeneration;
 use crate::{Error, Result};
-use pat_abi::{ForwardParams, MergeParams, ScaledForwardParams, TileVariant};
+use pat_abi::{MergeParams, TileVariant};
 use std::any::Any;
 use std::sync::Arc;
 
@@ -122,10 +122,7 @@ impl BoundRun {
         }
         let bound = &self.inner.run;
         let run = PreparedRun {
-            forward: bound.forward.map(|launches| {
-                let forward = ForwardParams { q: q_address, out: out_address, ..launches.params.forward };
-                ForwardLaunches { params: ScaledForwardParams { forward, ..launches.params }, ..launches }
-            }),
+            forward: bound.forward.map(|launches| launches.with_addresses(q_address, out_address)),
             merge: MergeParams { out: out_address, ..bound.merge },
             ..*bound
         };
@@ -205,7 +202,7 @@ impl BoundRun {
         let Inner { run, kernels, .. } = &*self.inner;
         let forward = kernels.forward_of(run);
         let forward =
-            forward.filter_map(|(kernel, launches)| BareLaunch::forward(kernel, launches, kernels.maps(), stream));
+            forward.flat_map(|(kernel, launches)| BareLaunch::forward(kernel, launches, kernels.maps(), stream));
         forward.chain(kernels.merge.and_then(|kernel| BareLaunch::merge(kernel, run, stream))).collect()
     }
 

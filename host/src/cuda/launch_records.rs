@@ -62,7 +62,8 @@ pub fn module(kernel: &KernelSpec, switches: Switches) -> Result<String> {
 }
 
 /// The launches of a run of `plan`, which lies at `plan_address`, on a device with `sm_count` multiprocessors: forward kernels in
-/// order of tile variants, those in runs of pages behind the others, then the merge, where there is something to merge.
+/// order of tile variants, each once for every part of a group, those in runs of pages behind the others, then the merge, where there
+/// is something to merge.
 ///
 /// # Errors
 /// As [`CudaEngine::bind`](super::CudaEngine::bind).
@@ -83,15 +84,17 @@ pub fn run(
         let ctas = launches.grids[variant.index()];
         if ctas > 0 {
             let kernel = forward_kernel(variant, run.shape, switches)?;
-            let mut record = if kernel.kv_dtype.bytes() == 1 {
-                LaunchRecord::new(kernel, switches, (ctas, sm_count), &launches.params)?
-            } else {
-                LaunchRecord::new(kernel, switches, (ctas, sm_count), &launches.params.forward)?
-            };
-            if kernel.tensor_maps > 0 {
-                record.tensor_maps.extend(args.tensor_maps()?.map(TensorMapRecord::from));
+            for params in launches.of_variant(variant) {
+                let mut record = if kernel.kv_dtype.bytes() == 1 {
+                    LaunchRecord::new(kernel, switches, (ctas, sm_count), &params)?
+                } else {
+                    LaunchRecord::new(kernel, switches, (ctas, sm_count), &params.forward)?
+                };
+                if kernel.tensor_maps > 0 {
+                    record.tensor_maps.extend(args.tensor_maps()?.map(TensorMapRecord::from));
+                }
+                records.push(record);
             }
-            records.push(record);
         }
     }
     if run.merge_rows > 0 {

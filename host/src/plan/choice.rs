@@ -5,7 +5,7 @@ use super::cost::Prediction;
 use super::{PlanMode, PlanOptions};
 use crate::eligibility::{Part, variant_supports};
 use crate::{DeviceProfile, Error, Problem, Result, supports};
-use pat_abi::TileVariant;
+use pat_abi::{GroupParts, TileVariant};
 
 /// Part of the forward pass that the tensor cores must take before wider tiles are looked at (docs/planner-quality.md).
 const LEAST_TENSOR_PART: f64 = 0.6;
@@ -29,6 +29,8 @@ impl TileChoices {
     pub(super) fn new(problem: &Problem, profile: &DeviceProfile, options: &PlanOptions) -> Result<Self> {
         supports(problem, None, Some(profile.compute_capability))?;
         let possible = profile.variants(problem);
+        let usual = possible.iter().copied().filter(|variant| is_timed(*variant, problem.shape().head_dim()));
+        let usual: Vec<_> = usual.collect();
         let (group, page_size) = (problem.shape().group(), problem.page_size());
         let only = |variants: &[TileVariant]| Self {
             usual: TileChoice::new(variants, group, page_size),
@@ -39,13 +41,13 @@ impl TileChoices {
             return Self::check_forced(forced, &possible, problem, profile).map(|()| only(forced));
         }
         // The wgmma stream serves leaves as fast as the narrow tiles do, and shared nodes in the same launch.
-        if possible.contains(&TileVariant::Wgmma64) {
+        if usual.contains(&TileVariant::Wgmma64) {
             // No other mode has a choice.
-            let has_wide = possible.contains(&TileVariant::Wgmma128) && options.mode == PlanMode::Auto;
+            let has_wide = usual.contains(&TileVariant::Wgmma128) && options.mode == PlanMode::Auto;
             let wide = has_wide.then(|| TileChoice::new(&[TileVariant::Wgmma128], group, page_size));
             return Ok(Self { wide, ..only(&[TileVariant::Wgmma64]) });
         }
-        Ok(only(&possible))
+        Ok(only(&usual))
     }
 
     /// Of the variants that are asked for, those with fewer rows than one sequence needs may stand beside others.
@@ -105,6 +107,12 @@ impl TileChoices {
     }
 }
 
+/// Whether the cost model's terms hold for a variant at a head dimension. The others are taken where they are asked for.
+fn is_timed(variant: TileVariant, head_dim: u32) -> bool {
+    // No device has run `wgmma64` at head dimension 256.
+    variant != TileVariant::Wgmma64 || head_dim <= 128
+}
+
 /// Whether a plan in wide tiles is to be preferred: it must be faster, and read clearly less. (Where it reads as much, wide
 /// tiles are slower than predicted: docs/planner-quality.md.)
 pub(super) fn is_wide_better(wide: &Prediction, usual: &Prediction) -> bool {
@@ -121,6 +129,8 @@ pub(super) fn widths(widest: u32) -> impl Iterator<Item = u32> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct TileChoice {
     page_size: u32,
+    /// Rows of a sequence in a tile: those of its group, or of one part of it.
+    sequence_rows: u32,
     /// For 1, 2, ... sequences, up to as many as the largest variant holds.
     by_sequences: Vec<TileVariant>,
     /// The variants in use, narrowest first.
@@ -130,19 +140,31 @@ pub(super) struct TileChoice {
 }
 
 impl TileChoice {
-    /// The smallest of `variants` that holds the rows of each number of sequences; one at least holds those of one.
+    /// The smallest of `variants` that holds the rows of each number of sequences. Where none holds those of one, the largest holds
+    /// a part of them.
     fn new(variants: &[TileVariant], group: u32, page_size: u32) -> Self {
-        let most_rows = variants.iter().map(|variant| variant.rows()).max().unwrap_or(0);
+        // Of equally large ones, the kernel of the newer architecture.
+        let largest = variants.iter().copied().max_by_key(|variant| (variant.rows(), *variant));
+        let parts = largest.map(|variant| GroupParts::new(group, variant)).filter(|parts| parts.count > 1);
+        let most_rows = largest.map_or(0, TileVariant::rows);
         let smallest = |rows| variants.iter().copied().filter(|v| v.rows() >= rows).min_by_key(|v| v.rows());
-        let by_sequences: Vec<_> =
-            (1..=most_rows / group).filter_map(|sequences| smallest(sequences * group)).collect();
+        let by_sequences: Vec<_> = match parts {
+            Some(_) => largest.into_iter().collect(),
+            None => (1..=most_rows / group).filter_map(|sequences| smallest(sequences * group)).collect(),
+        };
+        let sequence_rows = parts.map_or(group, |parts| parts.rows);
         let distinct = by_sequences.chunk_by(|a, b| a == b).map(|equal| equal[0]).collect();
         let key_tile_pages = TileVariant::ALL.map(|variant| (variant.keys() / page_size).max(1));
-        Self { page_size, by_sequences, distinct, key_tile_pages }
+        Self { page_size, sequence_rows, by_sequences, distinct, key_tile_pages }
     }
 
     pub(super) fn page_size(&self) -> u32 {
         self.page_size
+    }
+
+    /// Rows of a sequence in a tile.
+    pub(super) fn sequence_rows(&self) -> u32 {
+        self.sequence_rows
     }
 
     /// Most sequences of a tile.
@@ -163,5 +185,25 @@ impl TileChoice {
     /// Pages of the variant's key tile.
     pub(super) fn key_tile_pages(&self, variant: TileVariant) -> u32 {
         self.key_tile_pages[variant.index()]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{AttentionShape, Dtype};
+
+    #[test]
+    fn a_kernel_that_no_device_has_run_is_taken_where_it_is_asked_for() {
+        let problem = |head_dim| Problem::new(AttentionShape::new(32, 8, head_dim, Dtype::Bf16).unwrap(), 16);
+        let variants = |head_dim, options: &PlanOptions| {
+            TileChoices::new(&problem(head_dim), &DeviceProfile::h200(), options).unwrap().variants()
+        };
+        let narrow = variants(128, &PlanOptions::default());
+        assert_eq!(narrow, [TileVariant::Wgmma64, TileVariant::Wgmma128]);
+        let wide = variants(256, &PlanOptions::default());
+        assert_eq!(wide, [TileVariant::Mma16, TileVariant::Mma32, TileVariant::Mma64]);
+        let asked = PlanOptions::default().with_variants([TileVariant::Wgmma64]);
+        assert_eq!(variants(256, &asked), [TileVariant::Wgmma64]);
     }
 }

@@ -6,7 +6,7 @@ use super::choice::TileChoice;
 use super::deal::Deal;
 use super::tiling::{TileClass, TilingRule};
 use crate::{AttentionShape, DeviceProfile};
-use pat_abi::{Arch, Family, TileVariant};
+use pat_abi::{Arch, Family, GroupParts, TileVariant};
 use serde::Serialize;
 
 /// Predicted time of a plan by cause.
@@ -60,6 +60,8 @@ pub(super) struct VariantTerms {
     slots: u32,
     /// CTAs that share a multiprocessor.
     ctas_per_sm: u32,
+    /// Launches, each of which computes all items for a part of their groups.
+    launches: u32,
     /// Time in which the device multiplies the padded tiles of one main-loop step of one CTA.
     tensor_per_step_us: f64,
     /// Least time of a step, in parts of the profile's ([`DeviceProfile::tile_latency_us`]).
@@ -97,7 +99,8 @@ impl VariantTerms {
             let step_latency = if variant == TileVariant::Wgmma128 { WIDE_STEP_LATENCY } else { 1.0 };
             let flop = 4.0 * f64::from(variant.rows()) * f64::from(variant.keys()) * f64::from(shape.head_dim());
             let ctas_per_sm = kernel.map_or(1, |kernel| profile.limits().occupancy(kernel)).max(1);
-            Self { slots: profile.sm_count * ctas_per_sm, ctas_per_sm, tensor_per_step_us: flop / rate, step_latency }
+            let (slots, launches) = (profile.sm_count * ctas_per_sm, GroupParts::new(shape.group(), variant).count);
+            Self { slots, ctas_per_sm, launches, tensor_per_step_us: flop / rate, step_latency }
         })
     }
 }
@@ -155,7 +158,7 @@ impl CostModel<'_> {
         for class in classes {
             let variant = choice.variant(class.sequences);
             let chunks = rule.chunks(class.page_count, choice.key_tile_pages(variant));
-            page_count += class.stream_pages();
+            page_count += class.stream_pages() * u64::from(self.terms(variant).launches);
             partials += u64::from(class.partials(chunks)) * u64::from(class.count);
             let chunk_tokens = u64::from(class.page_count.min(chunks.pages)) * u64::from(self.page_size);
             let steps = chunk_tokens.div_ceil(u64::from(variant.keys())) as u32;
@@ -185,7 +188,7 @@ impl CostModel<'_> {
                 let pages = item.token_count.div_ceil(self.page_size);
                 let tokens = u64::from(pages) * u64::from(self.page_size);
                 let of_item = Work { variant, steps: tokens.div_ceil(u64::from(variant.keys())) as u32, items: 1 };
-                totals.page_count += u64::from(pages);
+                totals.page_count += u64::from(pages) * u64::from(self.terms(variant).launches);
                 totals.masked_steps += if item.row_count > self.shape.group() { of_item.all_steps() } else { 0.0 };
                 // Nearly in order: equal ones stand together.
                 match work.last_mut() {
@@ -205,7 +208,9 @@ impl CostModel<'_> {
             let tokens = u64::from(pack.pages) * u64::from(self.page_size);
             Work { variant, steps: tokens.div_ceil(u64::from(variant.keys())) as u32, items: 1 }
         };
-        let page_count = packs.iter().map(|pack| u64::from(pack.pages)).sum();
+        let read_pages =
+            |pack: &Pack| u64::from(pack.pages) * u64::from(self.terms(choice.variant(pack.sequences)).launches);
+        let page_count = packs.iter().map(read_pages).sum();
         let are_packed = packs.iter().any(|pack| pack.sequences > 1);
         let totals = Totals { page_count, partials, masked_steps: 0.0, are_packed };
         self.predict_work(&mut packs.iter().map(item).collect(), totals, &mut Deal::default())
@@ -270,18 +275,18 @@ impl CostModel<'_> {
         });
         let memory_us = self.memory_us(totals.page_count, self.partial_bytes(totals.partials), totals.are_packed);
         let kv_heads = f64::from(self.shape.kv_heads());
-        let all_steps: f64 = work.iter().map(Work::all_steps).sum();
+        let all_steps: f64 = work.iter().map(|entry| self.launched_steps(entry)).sum();
         let memory_per_step_us = memory_us / (all_steps * kv_heads).max(1.0);
         let tile_latency_us = self.tile_latency_us(totals, all_steps);
         let (mut tensor_us, mut busy_us, mut launches) = (0.0, 0.0, 0u32);
         for same_variant in work.chunk_by(|a, b| a.variant == b.variant) {
             let variant = same_variant[0].variant;
-            let steps: f64 = same_variant.iter().map(Work::all_steps).sum();
-            let tensor_per_step_us = self.terms(variant).tensor_per_step_us;
+            let steps: f64 = same_variant.iter().map(|entry| self.launched_steps(entry)).sum();
+            let VariantTerms { tensor_per_step_us, launches: of_variant, .. } = *self.terms(variant);
             tensor_us += steps * kv_heads * tensor_per_step_us;
             let step_us = memory_per_step_us.max(tensor_per_step_us);
-            busy_us += self.forward_us(variant, same_variant, step_us, tile_latency_us, deal);
-            launches += 1;
+            busy_us += f64::from(of_variant) * self.forward_us(variant, same_variant, step_us, tile_latency_us, deal);
+            launches += of_variant;
         }
         busy_us *= totals.mask_factor(all_steps);
         Prediction {
@@ -309,6 +314,11 @@ impl CostModel<'_> {
     /// CTAs of a variant that run at a time.
     pub(super) fn places(&self, variant: TileVariant) -> u32 {
         self.terms(variant).slots
+    }
+
+    /// Main-loop steps of items, per KV head, in all launches of their variant.
+    fn launched_steps(&self, work: &Work) -> f64 {
+        work.all_steps() * f64::from(self.terms(work.variant).launches)
     }
 
     fn terms(&self, variant: TileVariant) -> &VariantTerms {

@@ -6,7 +6,7 @@ use super::forest::Forest;
 use super::tiling::{Extent, RowTile};
 use crate::tree::PagePart;
 use crate::visible::Hidden;
-use crate::{AttentionShape, DecodeBatch, Result};
+use crate::{DecodeBatch, Result};
 use pat_abi::{DIRECT_SLOT, ItemQuery, MergeRow, NO_MASKS, NONE, PageMask, WorkItem};
 use std::cmp::Reverse;
 
@@ -35,7 +35,6 @@ pub(super) struct Scratch {
 }
 
 pub(super) struct Emitter<'a> {
-    pub(super) shape: AttentionShape,
     pub(super) batch: &'a DecodeBatch<'a>,
     /// What rows do not see of their pages.
     pub(super) hidden: Hidden<'a>,
@@ -139,7 +138,7 @@ impl Emitter<'_> {
         partials: &mut [u32],
         records: &mut Records,
     ) -> Result<()> {
-        let (group, page_size) = (self.shape.group(), self.batch.page_size());
+        let (sequence_rows, page_size) = (self.choice.sequence_rows(), self.batch.page_size());
         let query_begin = buffer::checked_count("queries", records.queries.len() as u64)?;
         // By position in the tile, of at most 128 sequences: how many runs more a sequence reads than the one before it.
         let mut change = [0i16; 129];
@@ -156,7 +155,7 @@ impl Emitter<'_> {
             if read > 0 {
                 records.queries.push(ItemQuery { query_token: sequence, slot: DIRECT_SLOT });
                 partials[sequence as usize] += 1;
-                row_count += group;
+                row_count += sequence_rows;
             }
         }
         first_row[order.len()] = row_count as u8;
@@ -200,7 +199,7 @@ impl Emitter<'_> {
             records.push_run(StreamRun { sequence: NONE, page_begin: 0, page_end: room, masks });
         }
         let token_count = buffer::checked_count("tokens of an item", token_count)?;
-        let variant = self.choice.variant(row_count / group);
+        let variant = self.choice.variant(row_count / sequence_rows);
         let (mut first_token_begin, kv_limit_begin) = (NONE, NONE);
         // Kernels that are compiled for windows ask for those of every item that has masks, by the place of its masks.
         if !uniform && self.has_first_tokens {

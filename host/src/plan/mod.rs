@@ -667,7 +667,6 @@ impl Planner {
         };
         let has_room = self.capacity.is_none_or(|capacity| with_room() <= u64::from(capacity.max_pages));
         let emitter = Emitter {
-            shape: self.problem.shape(),
             batch,
             hidden,
             has_first_tokens: self.problem.switches().window,

@@ -3,7 +3,7 @@
 use super::Plan;
 use super::balance::Balance;
 use super::cost::{CostModel, Prediction, VariantTerms};
-use pat_abi::{TileVariant, WorkItem};
+use pat_abi::{GroupParts, TileVariant, WorkItem};
 use serde::Serialize;
 use std::fmt;
 
@@ -47,9 +47,9 @@ pub struct PlanSummary {
 pub struct VariantSummary {
     /// Name of the variant.
     pub variant: &'static str,
-    /// Work items (each runs once per KV head).
+    /// Work items (each runs once per KV head, and per part of a group that a tile does not hold).
     pub items: u32,
-    /// KV tokens its items read, per KV head.
+    /// KV tokens its items read, per KV head: for each part of a group once.
     pub kv_tokens: u64,
     /// Its part of the predicted forward time ([`Prediction::busy_us`]).
     pub predicted_us: f64,
@@ -59,9 +59,11 @@ pub struct VariantSummary {
     pub imbalance: f64,
 }
 
-/// One launch, as predicted.
+/// The launches of a variant, as predicted.
 struct Launch {
     variant: TileVariant,
+    /// How many there are: one for each part of a group.
+    count: u64,
     forward_us: f64,
     balance: Balance,
 }
@@ -80,7 +82,7 @@ impl Plan {
                 VariantSummary {
                     variant: launch.variant.name(),
                     items: items.len() as u32,
-                    kv_tokens: items.iter().map(|item| self.stream_tokens(item)).sum(),
+                    kv_tokens: launch.count * items.iter().map(|item| self.stream_tokens(item)).sum::<u64>(),
                     predicted_us: predicted_share * self.prediction().busy_us,
                     predicted_share,
                     imbalance: launch.balance.imbalance(),
@@ -114,6 +116,7 @@ impl Plan {
 
     /// The launches of the tile variants in use.
     fn launches(&self) -> Vec<Launch> {
+        let parts = |variant| u64::from(GroupParts::new(self.shape().group(), variant).count);
         let terms = VariantTerms::all(self.profile(), self.shape());
         // Whole pages, as the cost model counts them.
         let steps = |variant: TileVariant, item: &WorkItem| {
@@ -121,8 +124,9 @@ impl Plan {
         };
         let used = || TileVariant::ALL.into_iter().map(|variant| (variant, self.variant_items(variant)));
         let kv_heads = self.shape().kv_heads();
-        let all_steps: u64 =
-            used().flat_map(|(variant, items)| items.iter().map(move |item| u64::from(steps(variant, item)))).sum();
+        let all_steps: u64 = used()
+            .flat_map(|(variant, items)| items.iter().map(move |item| parts(variant) * u64::from(steps(variant, item))))
+            .sum();
         let memory_per_step_us = self.prediction().memory_us / (all_steps as f64 * f64::from(kv_heads)).max(1.0);
         let model = CostModel {
             profile: self.profile(),
@@ -139,7 +143,8 @@ impl Plan {
                 let ctas = item_steps().map(|steps| (u64::from(steps), u64::from(kv_heads)));
                 Launch {
                     variant,
-                    forward_us: model.launch_time_us(variant, item_steps(), memory_per_step_us),
+                    count: parts(variant),
+                    forward_us: parts(variant) as f64 * model.launch_time_us(variant, item_steps(), memory_per_step_us),
                     balance: Balance::of(ctas, model.places(variant), variant.is_persistent()),
                 }
             })

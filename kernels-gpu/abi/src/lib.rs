@@ -12,6 +12,7 @@
 extern crate alloc;
 
 pub mod generator;
+pub mod group;
 pub mod layout;
 pub mod manifest;
 pub mod occupancy;
@@ -22,6 +23,7 @@ pub mod row_params;
 pub mod switches;
 pub mod tile;
 
+pub use group::GroupParts;
 pub use manifest::{Arch, Dtype, Family, KERNELS, KernelSpec, TileVariant};
 pub use occupancy::DeviceLimits;
 pub use params::{FastDivisor, FillParams, FlushParams, ForwardParams, MergeParams, ScaledForwardParams};

@@ -284,7 +284,7 @@ const FORWARD: [&[KernelSpec]; TileVariant::ALL.len()] = [
     kernel_shapes!(kernels! { forward, TileVariant::Mma32, Sm80, "pat_forward_mma32" }),
     kernel_shapes!(kernels! { forward, TileVariant::Mma64, Sm80, "pat_forward_mma64" }),
     narrow_kernel_shapes!(kernels! { forward, TileVariant::Mma128, Sm80, "pat_forward_mma128" }),
-    narrow_kernel_shapes!(kernels! { forward, TileVariant::Wgmma64, Sm90a, "pat_forward_wgmma64" }),
+    kernel_shapes!(kernels! { forward, TileVariant::Wgmma64, Sm90a, "pat_forward_wgmma64" }),
     narrow_kernel_shapes!(kernels! { forward, TileVariant::Wgmma128, Sm90a, "pat_forward_wgmma128" }),
 ];
 

@@ -88,7 +88,8 @@ pub const NONE: u32 = u32::MAX;
 /// The unit of work: a stream of KV pages against up to M rows, for every KV head (one CTA per KV head).
 ///
 /// The rows of an item are its (query, head in group) pairs: row `r` is query `r / group` of the item and query head
-/// `kv_head * group + r % group`.
+/// `kv_head * group + r % group`. Where a group has more heads than the tile has rows, the rows are those of one query and one part
+/// of the group ([`crate::GroupParts`]), and the item is computed once for each part.
 ///
 /// An entry of the stream says page, rows and tokens: a page id; in items that have masks, the [`PageMask`] with the same index; in
 /// items that have first tokens, the first token of the page that counts. The stream may hold pages that only some of the rows attend
@@ -104,7 +105,7 @@ pub struct WorkItem {
     pub token_count: u32,
     /// Index, in the [`ItemQuery`] array, of the first query.
     pub query_begin: u32,
-    /// Rows, a multiple of the group, 1 to the variant's M.
+    /// Rows, 1 to the variant's M: a multiple of the group, or of a group that does not fit those of one part.
     pub row_count: u32,
     /// Index, in the mask array, of the first page's mask, or [`NO_MASKS`].
     pub mask_begin: u32,

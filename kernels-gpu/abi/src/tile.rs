@@ -29,6 +29,8 @@ pub struct TileConfig {
     pub keys: u32,
     /// Sets of warps that split these tokens. Each set has all rows.
     pub key_splits: u32,
+    /// Sets of warps that split V's columns. Each set computes all scores.
+    pub column_splits: u32,
     /// Rings of K and V tiles in shared memory: one, or one for each of the warps that split the tokens.
     pub rings: u32,
     /// Tiles of K and of V in a ring.
@@ -81,6 +83,7 @@ impl TileVariant {
             rows: 0,
             keys: if is_wide { 32 } else { 64 },
             key_splits: 1,
+            column_splits: 1,
             rings: 1,
             stages: 2,
             producer_warps: 0,
@@ -116,13 +119,17 @@ impl TileVariant {
             },
             Self::Mma64 => TileConfig { rows: 64, query_slots: if is_wide { 4 } else { 0 }, ..mma },
             Self::Mma128 => TileConfig { rows: 128, min_ctas_per_sm: 1, ..mma },
+            // Of a head dimension of 256 one warpgroup has registers for queries, scores, and half of the columns.
             Self::Wgmma64 => TileConfig {
                 rows: 64,
+                keys: 64,
+                column_splits: if is_wide { 2 } else { 1 },
                 stages: 3,
                 producer_warps: 4,
-                producer_registers: 56,
-                consumer_registers: 200,
+                producer_registers: if is_wide { 40 } else { 56 },
+                consumer_registers: if is_wide { 232 } else { 200 },
                 query_slots: 4,
+                min_ctas_per_sm: if is_wide { 1 } else { 2 },
                 barriers: 5,
                 ..mma
             },
@@ -148,9 +155,14 @@ impl TileConfig {
         self.rows / WARP_ROWS
     }
 
+    /// Warps that compute.
+    pub const fn computing_warps(&self) -> u32 {
+        self.row_warps() * self.key_splits * self.column_splits
+    }
+
     /// Threads of a CTA.
     pub const fn threads(&self) -> u32 {
-        32 * (self.row_warps() * self.key_splits + self.producer_warps)
+        32 * (self.computing_warps() + self.producer_warps)
     }
 
     /// KV tokens of a tile in shared memory.
@@ -229,7 +241,7 @@ mod tests {
                 let head_dim = kernel.head_dim;
                 let config = variant.config(head_dim);
                 if config.producer_warps > 0 {
-                    let consumer_warps = config.row_warps() * config.key_splits;
+                    let consumer_warps = config.computing_warps();
                     let taken = 32
                         * (config.producer_warps * config.producer_registers
                             + consumer_warps * config.consumer_registers);

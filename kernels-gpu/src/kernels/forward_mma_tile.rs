@@ -13,7 +13,7 @@ use pat_abi::{ForwardParams, TileConfig, TileVariant, kernel_shapes, narrow_kern
 use crate::cache::{Cache, EightBit, Plain};
 use crate::eight_bit::{E4m3, E5m2};
 use crate::element::{Bf16, Element, F16};
-use crate::epilogue::{Written, write_rows};
+use crate::epilogue::{Columns, Written, write_rows};
 use crate::isolation::restore_rows;
 use crate::item::Item;
 use crate::ptx::{barrier, cp_async, special};
@@ -190,10 +190,11 @@ unsafe fn store<E: Element, C: Cache, const HEAD_STEPS: usize>(
     // SAFETY: a row of the item: the first where it does not have this one.
     let locate = |row| unsafe { item.row(params, if row < item.row_count { row } else { 0 }) };
     let (output, has_masks) = (output.as_flattened().as_flattened(), item.stream.has_masks());
+    let columns = Columns::all(16 * HEAD_STEPS as u32);
     // SAFETY: the caller's contract; the rows have been written ahead of their repair, and those marked are the item's.
     unsafe {
         let Written { not_finite, softmaxes } =
-            write_rows::<E>(params, output, softmax, exists, has_masks, lane, |half| locate(rows[half]));
+            write_rows::<E>(params, output, columns, softmax, exists, has_masks, lane, |half| locate(rows[half]));
         if has_masks {
             restore_rows::<E, C, true, true>(
                 params,
@@ -203,7 +204,7 @@ unsafe fn store<E: Element, C: Cache, const HEAD_STEPS: usize>(
                 first_row,
                 not_finite,
                 softmaxes,
-                16 * HEAD_STEPS as u32,
+                columns,
                 lane,
                 locate,
             );

@@ -125,7 +125,7 @@ pub trait WgmmaOps<const Q_REGS: usize, const O_REGS: usize, const SPANS: usize>
     /// A whole warpgroup; the K tile is complete and stays until [`wait_scores`]; `s` is not touched before it.
     unsafe fn scores(s: &mut [[f32; 32]; SPANS], q: &[u32; Q_REGS], k: u32);
 
-    /// O += P V: 64 rows (registers) by the head dimension, over `64 * SPANS` keys (`[64 * SPANS][128 bytes]` blocks at `v`).
+    /// O += P V: 64 rows (registers) by `2 * O_REGS` columns, over `64 * SPANS` keys (`[64 * SPANS][128 bytes]` blocks at `v`).
     ///
     /// # Safety
     /// A whole warpgroup; the V tile is complete and stays until [`Self::wait_output`]; `o` and `weights` are not touched
@@ -197,6 +197,12 @@ implement!(128 32 64, 1 [s] [weights], 80,
 implement!(128 32 64, 2 [s_0 s_1] [weights_0 weights_1], 80,
     scores "m64n128k16" 64 [0 16 0, 1 17 2, 1 18 4, 1 19 6, 1 20 1024, 1 21 1026, 1 22 1028, 1 23 1030,],
     output "m64n128k16" [1 16 0, 1 17 128, 1 18 256, 1 19 384, 1 20 512, 1 21 640, 1 22 768, 1 23 896,]);
+
+// A warpgroup has half of the columns.
+implement!(256 64 64, 1 [s] [weights], 80,
+    scores "m64n64k16" 32 [0 8 0, 1 9 2, 1 10 4, 1 11 6, 1 12 512, 1 13 514, 1 14 516, 1 15 518,
+        1 16 1024, 1 17 1026, 1 18 1028, 1 19 1030, 1 20 1536, 1 21 1538, 1 22 1540, 1 23 1542,],
+    output "m64n128k16" [1 16 0, 1 17 128, 1 18 256, 1 19 384,]);
 
 /// Waits until at most `PENDING` products issued later than these scores are under way. `wgmma.wait_group`
 #[inline(always)]

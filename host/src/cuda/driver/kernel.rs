@@ -11,7 +11,7 @@ use crate::cuda::tensor_map::TensorMapSpec;
 use crate::{Dtype, Error, Result};
 use bytemuck::NoUninit;
 use cudarc::driver::{result, sys};
-use pat_abi::{Arch, Family, KernelSpec};
+use pat_abi::{Arch, Family, KernelSpec, ScaledForwardParams};
 use std::ffi::{CString, c_void};
 
 /// An encoded tensor map: 128 bytes, aligned as the driver wants it.
@@ -173,7 +173,7 @@ fn with_log(error: Error, log: &[u8]) -> Error {
     }
 }
 
-/// Launches a forward kernel over its share of a prepared run's launches.
+/// Launches a forward kernel over its share of a prepared run's launches, once for each part of a group.
 pub(crate) fn launch_forward(
     kernel: &Kernel,
     launches: &ForwardLaunches,
@@ -186,12 +186,14 @@ pub(crate) fn launch_forward(
     let Some(maps) = maps.get(..kernel.spec.tensor_maps as usize) else {
         return Err(Error::invalid("tensor maps", maps.len(), format!("{}", kernel.spec.tensor_maps)));
     };
-    let mut params = parameter_pointers(&launches.params, maps);
     let grid = launches.grids[variant.index()];
-    // SAFETY: the manifest says that this family takes ForwardParams and `tensor_maps` maps. The run was checked against
-    // the memory its addresses name, and the plan it points to was validated against the pool when it was made. Kernel and
-    // stream are of the bound run's device.
-    unsafe { kernel.launch(grid, &mut params.0[..params.1], false, stream) }
+    launches.of_variant(variant).try_for_each(|forward| {
+        let mut params = parameter_pointers(&forward, maps);
+        // SAFETY: the manifest says that this family takes ForwardParams and `tensor_maps` maps. The run was checked against
+        // the memory its addresses name, and the plan it points to was validated against the pool when it was made. Kernel and
+        // stream are of the bound run's device.
+        unsafe { kernel.launch(grid, &mut params.0[..params.1], false, stream) }
+    })
 }
 
 /// Launches a merge kernel. The sm_90a ones wait (`griddepcontrol.wait`) for the launch before them on their own, so that
@@ -261,20 +263,28 @@ pub(crate) struct BareLaunch<'a> {
     config: sys::CUlaunchConfig,
     /// `config` points to it.
     _attribute: Box<sys::CUlaunchAttribute>,
+    /// `params` points to it, of a forward kernel.
+    _forward: Option<Box<ScaledForwardParams>>,
     params: [*mut c_void; 3],
 }
 
 impl<'a> BareLaunch<'a> {
+    /// One for each part of a group.
     pub(crate) fn forward(
         kernel: &'a Kernel,
         launches: &'a ForwardLaunches,
         maps: &'a [TensorMap],
         stream: &CurrentStream<'_>,
-    ) -> Option<Self> {
-        let Family::Forward(variant) = kernel.spec.family else { return None };
-        let maps = maps.get(..kernel.spec.tensor_maps as usize)?;
-        let (params, _) = parameter_pointers(&launches.params, maps);
-        Some(Self::new(kernel, launches.grids[variant.index()], params, false, stream))
+    ) -> Vec<Self> {
+        let Family::Forward(variant) = kernel.spec.family else { return Vec::new() };
+        let Some(maps) = maps.get(..kernel.spec.tensor_maps as usize) else { return Vec::new() };
+        let launch = |forward| {
+            let forward = Box::new(forward);
+            let (params, _) = parameter_pointers(&*forward, maps);
+            let bare = Self::new(kernel, launches.grids[variant.index()], params, false, stream);
+            Self { _forward: Some(forward), ..bare }
+        };
+        launches.of_variant(variant).map(launch).collect()
     }
 
     pub(crate) fn merge(kernel: &'a Kernel, run: &'a PreparedRun, stream: &CurrentStream<'_>) -> Option<Self> {
@@ -293,7 +303,7 @@ impl<'a> BareLaunch<'a> {
     ) -> Self {
         let mut attribute = Box::new(overlapping());
         let config = kernel.configuration(grid.min(kernel.max_grid), &mut *attribute, programmatic, stream);
-        Self { kernel, config, _attribute: attribute, params }
+        Self { kernel, config, _attribute: attribute, _forward: None, params }
     }
 
     /// Nothing but the call. The stream it was made for is alive and its context current.

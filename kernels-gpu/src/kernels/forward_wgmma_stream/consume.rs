@@ -6,7 +6,7 @@ use super::work::{Batch, query_of_row, work_index};
 use super::{GROUP_ROWS, PRODUCER_WARPS, SPAN_KEYS};
 use crate::cache::Plain;
 use crate::element::Element;
-use crate::epilogue::{Row, Written, write_rows};
+use crate::epilogue::{Columns, Row, Written, write_rows};
 use crate::isolation::restore_rows;
 use crate::plan_words::AtOnce;
 use crate::ptx::barrier::sync_named;
@@ -20,7 +20,7 @@ use crate::softmax::{OnlineSoftmax, cap_scores, rescale, value_of_row};
 use pat_abi::reader::PlanView;
 use pat_abi::{ForwardParams, NamedBarrier};
 
-/// Consumer warpgroup `group`.
+/// Consumer warpgroup `consumer`.
 ///
 /// # Safety
 /// One whole, aligned warpgroup; barriers initialised.
@@ -36,14 +36,16 @@ pub(super) unsafe fn consume<
     p: &ForwardParams,
     plan: PlanView,
     smem: Smem<HEAD_DIM, GROUPS>,
-    group: u32,
+    consumer: u32,
 ) where
     (E, HeadDim<HEAD_DIM>): WgmmaOps<Q_REGS, O_REGS, SPANS>,
 {
     // SAFETY: records of the plan.
     let words = unsafe { AtOnce::new() };
+    let splits = Smem::<HEAD_DIM, GROUPS>::COLUMN_SPLITS;
+    let (group, part) = (consumer / splits, consumer % splits);
     let warp = (thread_index() & 127) >> 5;
-    let (lane, rows) = consumer_rows(thread_index());
+    let (lane, rows) = consumer_rows::<HEAD_DIM, GROUPS>(thread_index());
     let mut ring = Ring::<GROUPS> { stage: 0, phase: 0 };
     let mut q_slots = QSlots::<GROUPS> { next: 0, phases: 0 };
     let mut round = 0;
@@ -104,7 +106,7 @@ pub(super) unsafe fn consume<
             if Smem::<HEAD_DIM, GROUPS>::CAPS_SCORES {
                 cap_scores(p, s.as_flattened_mut());
             }
-            mask_scores(&mut s, masks);
+            mask_scores::<HEAD_DIM, GROUPS, SPANS>(&mut s, masks);
             softmax.update::<true, _>(&mut s, p.scale_log2);
             pack_weights::<E, SPANS>(&s, &mut weights);
             let mut previous = ring;
@@ -119,14 +121,14 @@ pub(super) unsafe fn consume<
                 let masks = load_masks(smem, ring.stage);
                 <(E, HeadDim<HEAD_DIM>)>::scores(&mut s, &q, smem.k(ring.stage));
                 mbarrier::wait(smem.v_full(previous.stage), previous.phase);
-                <(E, HeadDim<HEAD_DIM>)>::accumulate(&mut o, &weights, smem.v(previous.stage));
+                <(E, HeadDim<HEAD_DIM>)>::accumulate(&mut o, &weights, smem.v_columns(previous.stage, part));
                 wgmma::wait_scores::<1, SPANS>(&mut s);
                 release(smem.k_empty(ring.stage), lane);
                 ends = values_ends(masks);
                 if Smem::<HEAD_DIM, GROUPS>::CAPS_SCORES {
                     cap_scores(p, s.as_flattened_mut());
                 }
-                mask_scores(&mut s, masks);
+                mask_scores::<HEAD_DIM, GROUPS, SPANS>(&mut s, masks);
                 let correction = softmax.update::<true, _>(&mut s, p.scale_log2);
                 <(E, HeadDim<HEAD_DIM>)>::wait_output(&mut o, &mut weights);
                 release(smem.v_empty(previous.stage), lane);
@@ -142,23 +144,26 @@ pub(super) unsafe fn consume<
             if ends != [ALL_VALUES; SPANS] {
                 zero_values::<HEAD_DIM, GROUPS, SPANS>(smem.v(previous.stage), ends);
             }
-            <(E, HeadDim<HEAD_DIM>)>::accumulate(&mut o, &weights, smem.v(previous.stage));
+            <(E, HeadDim<HEAD_DIM>)>::accumulate(&mut o, &weights, smem.v_columns(previous.stage, part));
             <(E, HeadDim<HEAD_DIM>)>::wait_output(&mut o, &mut weights);
             release(smem.v_empty(previous.stage), lane);
 
             softmax.finish();
             let has_masks = work.has_masks();
             // Registers are short: not kept through the main loop.
-            let (lane, rows) = consumer_rows(thread_index_here());
+            let (lane, rows) = consumer_rows::<HEAD_DIM, GROUPS>(thread_index_here());
             let exists = |half: usize| rows[half] < work.row_count;
-            let Written { not_finite, softmaxes } = write_rows::<E>(p, &o, &softmax, exists, has_masks, lane, |half| {
-                let (_, head) = query_of_row(p, plan, &work, rows[half]);
-                Row::of_query(p, destinations[half], head)
-            });
+            let begin = part * Smem::<HEAD_DIM, GROUPS>::COLUMNS;
+            let columns = Columns { begin, end: begin + Smem::<HEAD_DIM, GROUPS>::COLUMNS, head_dim: HEAD_DIM };
+            let Written { not_finite, softmaxes } =
+                write_rows::<E>(p, &o, columns, &softmax, exists, has_masks, lane, |half| {
+                    let (_, head) = query_of_row(p, plan, &work, rows[half]);
+                    Row::of_query(p, destinations[half], head)
+                });
             if has_masks && any(not_finite[0] || not_finite[1]) {
                 // Registers are short: nothing that only this needs is kept through the main loop.
                 let thread = thread_index_here();
-                let (lane, first_row) = (thread % 32, (thread / 32 - PRODUCER_WARPS) * 16);
+                let (lane, first_row) = (thread % 32, consumer_warp::<HEAD_DIM, GROUPS>(thread) * 16);
                 let plan = PlanView::load(words, p.plan, Smem::<HEAD_DIM, GROUPS>::VARIANT, p.kv_heads);
                 let work = plan.work(words, work_index(round - 1), p.kv_heads_divisor);
                 let locate = |row| {
@@ -175,7 +180,7 @@ pub(super) unsafe fn consume<
                         first_row,
                         not_finite,
                         softmaxes,
-                        HEAD_DIM,
+                        columns,
                         lane,
                         locate,
                     );
@@ -188,7 +193,7 @@ pub(super) unsafe fn consume<
                         first_row,
                         not_finite,
                         softmaxes,
-                        HEAD_DIM,
+                        columns,
                         lane,
                         locate,
                     );
@@ -208,21 +213,31 @@ pub(super) unsafe fn release(empty: u32, lane: u32) {
     unsafe { mbarrier::arrive_lane_0(empty, lane) };
 }
 
+/// Which 16 rows a consumer thread's warp has.
+#[inline(always)]
+fn consumer_warp<const HEAD_DIM: u32, const GROUPS: u32>(thread: u32) -> u32 {
+    let warp = thread / 32 - PRODUCER_WARPS;
+    if Smem::<HEAD_DIM, GROUPS>::COLUMN_SPLITS == 1 { warp } else { warp % (GROUPS * GROUP_ROWS / 16) }
+}
+
 /// The lane of a consumer thread, and the two tile rows it holds scores of.
 #[inline(always)]
-pub(super) fn consumer_rows(thread: u32) -> (u32, [u32; 2]) {
-    let (warp, lane) = (thread / 32 - PRODUCER_WARPS, thread % 32);
+pub(super) fn consumer_rows<const HEAD_DIM: u32, const GROUPS: u32>(thread: u32) -> (u32, [u32; 2]) {
+    let (warp, lane) = (consumer_warp::<HEAD_DIM, GROUPS>(thread), thread % 32);
     let row = warp * 16 + lane / 4;
     (lane, [row, row + 8])
 }
 
 /// Sets the scores of keys that a row does not attend to to -inf.
 #[inline(always)]
-pub(super) fn mask_scores<const SPANS: usize>(s: &mut [[f32; 32]; SPANS], masks: TileMasks<SPANS>) {
+pub(super) fn mask_scores<const HEAD_DIM: u32, const GROUPS: u32, const SPANS: usize>(
+    s: &mut [[f32; 32]; SPANS],
+    masks: TileMasks<SPANS>,
+) {
     if all_full(masks) {
         return;
     }
-    let (lane, rows) = consumer_rows(thread_index_here());
+    let (lane, rows) = consumer_rows::<HEAD_DIM, GROUPS>(thread_index_here());
     if all_keys(masks) {
         // Nearly all tiles of private pages: a choice per row, not per key.
         for (span, step) in spans_and_steps::<SPANS>() {
@@ -279,7 +294,7 @@ pub(super) unsafe fn zero_values<const HEAD_DIM: u32, const GROUPS: u32, const S
                 )
             };
         }
-        row += 128 * GROUPS / chunks_per_row;
+        row += 32 * Smem::<HEAD_DIM, GROUPS>::CONSUMER_WARPS / chunks_per_row;
     }
     mbarrier::fence_async_proxy();
     sync_named(NamedBarrier::Consumers, 32 * Smem::<HEAD_DIM, GROUPS>::CONSUMER_WARPS);

@@ -11,7 +11,8 @@
 //!
 //! `wgmma64` has one consumer warpgroup, steps of 64 keys and two CTAs per multiprocessor. `wgmma128` has two consumers,
 //! which multiply the same K and V tiles of 128 keys with 64 rows each: a node shared by many sequences is read from L2
-//! half as often.
+//! half as often. At head dimension 256 `wgmma64` has two consumers, too: both compute the scores of all rows, and each multiplies
+//! half of V's columns.
 //!
 //! An item's stream may hold pages that only some rows attend to ([`pat_abi::PageMask`]). The K producer resolves the
 //! masks to one word per 16 keys of a tile and puts them beside the tile; tiles without exception cost a comparison.
@@ -31,7 +32,7 @@ use crate::ptx::wgmma::{self, HeadDim, WgmmaOps};
 use crate::ptx::{mbarrier, pdl, tma};
 use consume::consume;
 use pat_abi::reader::PlanView;
-use pat_abi::{ForwardParams, PlanHeader, TileConfig, TileVariant, narrow_kernel_shapes};
+use pat_abi::{ForwardParams, PlanHeader, TileConfig, TileVariant, kernel_shapes, narrow_kernel_shapes};
 use produce::{FIRST_Q_WARPS, Tensor, produce_kv, produce_q};
 use smem::{QSlots, Smem};
 
@@ -119,6 +120,7 @@ macro_rules! entries {
             const CONFIG: TileConfig = TileVariant::$variant.config($head_dim);
             const GROUPS: u32 = CONFIG.rows / GROUP_ROWS;
             const SPANS: usize = (CONFIG.keys / SPAN_KEYS) as usize;
+            const O_REGS: usize = ($head_dim / 2 / CONFIG.column_splits) as usize;
             /// # Safety
             /// Launched by the host with checked parameters.
             #[unsafe(export_name = concat!($prefix, "_d", $head_dim, "_", $name))]
@@ -132,12 +134,12 @@ macro_rules! entries {
                     core::arch::asm!(
                         concat!("{{ .reg .b64 t; mov.b64 t, ", $prefix, "_d", $head_dim, "_", $name, "_param_2; cvta.param.u64 {0}, t; }}"),
                         out(reg64) map_v, options(pure, nomem, nostack, preserves_flags));
-                    forward::<$element, $head_dim, GROUPS, { $head_dim / 4 }, { $head_dim / 2 }, SPANS>(&p, (map_k, map_v));
+                    forward::<$element, $head_dim, GROUPS, { $head_dim / 4 }, O_REGS, SPANS>(&p, (map_k, map_v));
                 }
             }
         };)*
     };
 }
 
-narrow_kernel_shapes!(entries! { Wgmma64 "pat_forward_wgmma64" });
+kernel_shapes!(entries! { Wgmma64 "pat_forward_wgmma64" });
 narrow_kernel_shapes!(entries! { Wgmma128 "pat_forward_wgmma128" });

@@ -6,8 +6,10 @@ use pat_abi::{SmemLayout, Switches, TileConfig, TileVariant};
 
 /// Bytes of a row of a block: 64 elements, what the swizzle spans.
 const BLOCK_ROW_BYTES: u32 = 128;
+/// Elements of it.
+const BLOCK_ELEMENTS: u32 = 64;
 
-/// Shared-memory addresses of one CTA with `GROUPS` consumer warpgroups.
+/// Shared-memory addresses of one CTA whose rows are those of `GROUPS` warpgroups.
 #[derive(Clone, Copy)]
 pub(super) struct Smem<const HEAD_DIM: u32, const GROUPS: u32> {
     pub(super) base: u32,
@@ -20,6 +22,7 @@ impl<const HEAD_DIM: u32, const GROUPS: u32> Smem<HEAD_DIM, GROUPS> {
     const LAYOUT: SmemLayout = {
         let config = Self::CONFIG;
         assert!(config.rows == GROUPS * GROUP_ROWS && config.key_splits == 1 && config.rings == 1);
+        assert!(config.stages == Self::VARIANT.config(64).stages, "rings count them at any head dimension");
         assert!(config.query_slots == 4 * GROUPS && config.producer_warps == PRODUCER_WARPS);
         config.smem(HEAD_DIM, 2)
     };
@@ -28,7 +31,11 @@ impl<const HEAD_DIM: u32, const GROUPS: u32> Smem<HEAD_DIM, GROUPS> {
     /// and room for twice the keys.
     pub(super) const SPANS: u32 = Self::CONFIG.keys / SPAN_KEYS;
     pub(super) const KEYS: u32 = Self::CONFIG.keys;
-    pub(super) const CONSUMER_WARPS: u32 = Self::CONFIG.row_warps();
+    pub(super) const CONSUMER_WARPS: u32 = Self::CONFIG.computing_warps();
+    /// Consumer warpgroups that have the same rows and a part of V's columns each.
+    pub(super) const COLUMN_SPLITS: u32 = Self::CONFIG.column_splits;
+    /// Columns of a consumer warpgroup.
+    pub(super) const COLUMNS: u32 = HEAD_DIM / Self::COLUMN_SPLITS;
     pub(super) const Q_SLOTS: u32 = Self::CONFIG.query_slots;
     /// Of 64 elements of the keys of a tile.
     pub(super) const BLOCK_BYTES: u32 = Self::KEYS * BLOCK_ROW_BYTES;
@@ -39,6 +46,10 @@ impl<const HEAD_DIM: u32, const GROUPS: u32> Smem<HEAD_DIM, GROUPS> {
     }
     pub(super) fn v(self, stage: u32) -> u32 {
         self.base + Self::LAYOUT.v + stage * Self::LAYOUT.stage_bytes
+    }
+    /// The V tile's columns of a part of them.
+    pub(super) fn v_columns(self, stage: u32, part: u32) -> u32 {
+        self.v(stage) + part * (Self::COLUMNS / BLOCK_ELEMENTS * Self::BLOCK_BYTES)
     }
     /// The Q rows of a consumer warpgroup.
     pub(super) fn q(self, group: u32) -> u32 {
