@@ -303,7 +303,8 @@ typedef uint32_t PatLayout;
 // As many sequences together as a tile has rows, along their whole path.
 #define PAT_MODE_PACKED 3
 
-// No sharing, and K and V cut every `fixed_chunk_tokens` tokens: a sequence's bits do not depend on the rest of the batch.
+// K and V cut every `fixed_chunk_tokens` tokens, and sharing of whole chunks alone: a sequence's bits do not depend on the rest of
+// the batch.
 #define PAT_MODE_FIXED_CHUNK 4
 
 // `[pages, page_size, kv_heads, head_dim]`.

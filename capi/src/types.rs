@@ -25,7 +25,8 @@ pub const PAT_MODE_FLAT: PatMode = 1;
 pub const PAT_MODE_PER_NODE: PatMode = 2;
 /// As many sequences together as a tile has rows, along their whole path.
 pub const PAT_MODE_PACKED: PatMode = 3;
-/// No sharing, and K and V cut every `fixed_chunk_tokens` tokens: a sequence's bits do not depend on the rest of the batch.
+/// K and V cut every `fixed_chunk_tokens` tokens, and sharing of whole chunks alone: a sequence's bits do not depend on the rest of
+/// the batch.
 pub const PAT_MODE_FIXED_CHUNK: PatMode = 4;
 
 /// The order of the dimensions of K and V: one of `PAT_LAYOUT_NHD` and `PAT_LAYOUT_HND`.

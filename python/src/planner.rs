@@ -25,8 +25,8 @@ use std::thread::JoinHandle;
 ///     device: where plans will run: ``"cuda:0"``, ``"cpu"``, a torch.device. A :class:`DeviceProfile` plans for that device;
 ///         such plans run wherever the tensors are. By default the current CUDA device.
 ///     mode: ``"auto"`` takes what is predicted to be fastest; ``"flat"`` shares nothing; ``"packed"`` and ``"per-node"``
-///         share as much as tiles hold; ``"fixed-chunk:TOKENS"`` shares nothing and cuts every TOKENS tokens, so that the bits
-///         of a sequence's output do not depend on the rest of the batch.
+///         share as much as tiles hold; ``"fixed-chunk:TOKENS"`` cuts every TOKENS tokens and shares whole chunks alone, so
+///         that the bits of a sequence's output do not depend on the rest of the batch.
 ///     capacity: bounds of the plans; needed for :class:`PlanBuffers`.
 ///     variants: names of the only tile variants to use; by default the best of those that the device runs.
 ///     softcap: the cap of the runs' scores, if they have one: not every kernel can cap. Runs without a cap may use the plans, too.

@@ -130,6 +130,9 @@ fn nodes(chosen: &Candidate) -> Result<String> {
                 "read {reads} times: tiles end where a sequence would add more than it shares; in the widest \
                  {fewest_reads} times"
             ),
+            ReadReason::PartsOfChunks => {
+                format!("read {reads} times in the mean: parts of fixed chunks by each sequence for itself")
+            }
             ReadReason::SharingCosts | ReadReason::Mode => {
                 let why = if reason == ReadReason::Mode {
                     ", as the mode asks"

@@ -189,7 +189,8 @@ impl Picture {
     fn boundaries(&mut self, tiles: &[RowTile]) {
         let spacing = (HEIGHT - TOP - BOTTOM) / tiles.len().max(1) as f64;
         let end = if spacing >= LEAST_TILE_HEIGHT { WIDTH - RIGHT } else { LEFT + 8.0 };
-        for tile in tiles.iter().skip(1) {
+        // Of fixed chunks the first ones.
+        for tile in tiles.iter().skip(1).filter(|tile| tile.page_begin == 0) {
             let y = self.y(tile.order_begin);
             let _ = writeln!(
                 self.svg,

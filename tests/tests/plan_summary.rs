@@ -111,10 +111,14 @@ fn reasons() {
     // 60 of 64 reads of 256 tokens, 4,096 bytes each.
     assert_eq!(packed.saved_kv_bytes, 60 * 256 * 4096);
     assert_eq!(kind(PlanMode::Packed, (32, 8), &tree("1,8_256,32")).reason, ReadReason::OneTile);
-    for mode in [PlanMode::Flat, PlanMode::FixedChunk { tokens: 64 }] {
-        let flat = kind(mode, (32, 8), &five);
-        assert_eq!((flat.reads, flat.saved_kv_bytes, flat.reason), (64, 0, ReadReason::Mode));
-    }
+    let flat = kind(PlanMode::Flat, (32, 8), &five);
+    assert_eq!((flat.reads, flat.saved_kv_bytes, flat.reason), (64, 0, ReadReason::Mode));
+    // Of each node the first 224 tokens are in chunks of 64 that are shared whole, the last 32 are not.
+    let fixed = kind(PlanMode::FixedChunk { tokens: 64 }, (32, 8), &five);
+    assert_eq!((fixed.reads, fixed.saved_kv_bytes), ((224u32 * 4 + 32 * 64).div_ceil(256), 60 * 224 * 4096));
+    assert_eq!(fixed.reason, ReadReason::PartsOfChunks);
+    let whole = kind(PlanMode::FixedChunk { tokens: 32 }, (32, 8), &five);
+    assert_eq!((whole.reads, whole.saved_kv_bytes, whole.reason), (4, 60 * 256 * 4096, ReadReason::TileRows));
     // A short common prefix, and then far more of one's own than a chunk holds.
     let long = RaggedGroups { sequences: 8, groups: 1, shared_pages: 8, private_pages: 4000, page_size: 16, seed: 1 };
     let packed = kind(PlanMode::Packed, (32, 8), &long.batch());

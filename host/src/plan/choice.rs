@@ -32,10 +32,12 @@ impl TileChoices {
         let usual = possible.iter().copied().filter(|variant| is_timed(*variant, problem.shape().head_dim()));
         let usual: Vec<_> = usual.collect();
         let (group, page_size) = (problem.shape().group(), problem.page_size());
-        let only = |variants: &[TileVariant]| Self {
-            usual: TileChoice::new(variants, group, page_size),
-            wide: None,
-            is_wide_in_use: false,
+        let only = |variants: &[TileVariant]| {
+            let usual = TileChoice::new(variants, group, page_size);
+            // Kernels sum in different orders: which one computes a sequence must not depend on those beside it.
+            let is_fixed = matches!(options.mode, PlanMode::FixedChunk { .. });
+            let usual = if is_fixed { TileChoice::new(&[usual.variant(1)], group, page_size) } else { usual };
+            Self { usual, wide: None, is_wide_in_use: false }
         };
         if let Some(forced) = &options.variants {
             return Self::check_forced(forced, &possible, problem, profile).map(|()| only(forced));

@@ -6,7 +6,7 @@ use super::choice::TileChoice;
 use super::deal::Deal;
 use super::tiling::{TileClass, TilingRule};
 use crate::{AttentionShape, DeviceProfile};
-use pat_abi::{Arch, Family, GroupParts, TileVariant};
+use pat_abi::{Arch, Family, GroupParts, TileVariant, WorkItem};
 use serde::Serialize;
 
 /// Predicted time of a plan by cause.
@@ -179,8 +179,14 @@ impl CostModel<'_> {
         (prediction.total_us() < limit_us).then_some((prediction, moved_bytes))
     }
 
-    /// Predicts the items of a plan as they are. `work` and `deal` are scratch.
-    pub(super) fn predict_plan(&self, plan: &Plan, (work, deal): (&mut Vec<Work>, &mut Deal)) -> Prediction {
+    /// Predicts the items of a plan as they are, of which those that `has_masks` names are multiplied with masks. `work` and `deal` are
+    /// scratch.
+    pub(super) fn predict_plan(
+        &self,
+        plan: &Plan,
+        has_masks: impl Fn(&WorkItem) -> bool,
+        (work, deal): (&mut Vec<Work>, &mut Deal),
+    ) -> Prediction {
         work.clear();
         let mut totals = Totals { partials: u64::from(plan.header().slot_count), ..Totals::default() };
         for variant in TileVariant::ALL {
@@ -189,7 +195,7 @@ impl CostModel<'_> {
                 let tokens = u64::from(pages) * u64::from(self.page_size);
                 let of_item = Work { variant, steps: tokens.div_ceil(u64::from(variant.keys())) as u32, items: 1 };
                 totals.page_count += u64::from(pages) * u64::from(self.terms(variant).launches);
-                totals.masked_steps += if item.row_count > self.shape.group() { of_item.all_steps() } else { 0.0 };
+                totals.masked_steps += if has_masks(item) { of_item.all_steps() } else { 0.0 };
                 // Nearly in order: equal ones stand together.
                 match work.last_mut() {
                     Some(last) if last.order() == of_item.order() => last.items += 1,

@@ -1,5 +1,6 @@
 //! Row tiles to the records of a plan: streams, masks, launch order, slots.
 
+use super::PlanMode;
 use super::buffer::{self, Records, StreamRun, Tail};
 use super::choice::TileChoice;
 use super::forest::Forest;
@@ -43,8 +44,7 @@ pub(super) struct Emitter<'a> {
     pub(super) forest: &'a Forest,
     pub(super) extents: &'a [Extent],
     pub(super) choice: &'a TileChoice,
-    /// Whether an item may not hold pages of more than one node.
-    pub(super) per_node: bool,
+    pub(super) mode: PlanMode,
     /// Pages that each sequence can get without a new plan.
     pub(super) room: u32,
 }
@@ -74,7 +74,10 @@ impl Emitter<'_> {
         for (index, tile) in (0u32..).zip(tiles) {
             // Shared pages come from L2 and keep the tensor cores busy, private ones come from DRAM: half of the CTAs
             // begin with these, half with those. Every other tile turns the runs of its items around.
-            self.tile(index, tile, scratch, records)?;
+            match self.mode {
+                PlanMode::FixedChunk { .. } => self.fixed_chunks(index, tile, scratch, records)?,
+                _ => self.tile(index, tile, scratch, records)?,
+            }
         }
         self.assign_slots(scratch, records)?;
         records.order_items();
@@ -114,7 +117,7 @@ impl Emitter<'_> {
                     scratch.runs.push(Run { page_end: split, is_tail, ..run });
                     room -= split - run.page_begin;
                     run.page_begin = split;
-                    if room == 0 || (self.per_node && run.page_begin == run.page_end) {
+                    if room == 0 || (self.mode == PlanMode::PerNode && run.page_begin == run.page_end) {
                         self.item(order, (index, chunk), &mut scratch.runs, &mut scratch.slots, records)?;
                         room = tile.chunk_pages;
                         chunk += 1;
@@ -124,6 +127,25 @@ impl Emitter<'_> {
         }
         if !scratch.runs.is_empty() {
             self.item(order, (index, chunk), &mut scratch.runs, &mut scratch.slots, records)?;
+        }
+        Ok(())
+    }
+
+    /// Cuts tile `index`, all of whose sequences read all of it, into chunks of one length.
+    fn fixed_chunks(&self, index: u32, tile: &RowTile, scratch: &mut Scratch, records: &mut Records) -> Result<()> {
+        let order = &self.forest.order()[tile.order_begin as usize..tile.order_end as usize];
+        let (sequence, reader_end) = (order[0], tile.sequence_count());
+        // Its own last page is no other's.
+        let own_end = if reader_end == 1 { self.extents[tile.order_begin as usize].pages } else { u32::MAX };
+        let end = tile.page_begin + tile.page_count;
+        let mut page_begin = tile.page_begin;
+        while page_begin < end {
+            let page_end = page_begin.saturating_add(tile.chunk_pages).min(end);
+            let is_tail = page_end == own_end;
+            scratch.runs.push(Run { sequence, page_begin, page_end, reader_begin: 0, reader_end, is_tail });
+            let chunk = page_begin / tile.chunk_pages;
+            self.item(order, (index, chunk), &mut scratch.runs, &mut scratch.slots, records)?;
+            page_begin = page_end;
         }
         Ok(())
     }

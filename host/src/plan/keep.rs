@@ -242,6 +242,7 @@ impl KeptTiles {
             tiles.push(RowTile {
                 order_begin: begin as u32,
                 order_end: end as u32,
+                page_begin: 0,
                 page_count: sum.pages,
                 common_pages: sum.common,
                 chunk_pages: chunks.pages,

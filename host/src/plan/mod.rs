@@ -35,7 +35,7 @@ use emit::Emitter;
 use forest::Forest;
 pub use generation::PlanGeneration;
 use keep::KeptTiles;
-use pat_abi::TileVariant;
+use pat_abi::{NO_MASKS, TileVariant};
 use run_planner::RunPlanner;
 use search::Search;
 use serde::Serialize;
@@ -109,7 +109,8 @@ pub enum PlanMode {
     PerNode,
     /// As many sequences per CTA as its tile has rows, each CTA along the whole path of its sequences.
     Packed,
-    /// No sharing, and KV split every `tokens` tokens, so that a sequence's bits do not depend on the rest of the batch.
+    /// KV split every `tokens` tokens, so that a sequence's bits do not depend on the rest of the batch. Sequences that share a whole
+    /// chunk are served together there, as many as the tile of one sequence has rows for.
     FixedChunk {
         /// Chunk length, a positive multiple of the page size.
         tokens: u32,
@@ -268,7 +269,7 @@ impl Planner {
         self.in_runs().map_or(&self.forest, |runs| runs.runs.forest())
     }
 
-    /// The row tiles of the batch planned last, in forest order.
+    /// The row tiles of the batch planned last: in forest order; of fixed chunks by their first pages, then in forest order.
     pub fn tiles(&self) -> &[RowTile] {
         self.in_runs().map_or(&self.scratch.tiles, |runs| runs.runs.tiles())
     }
@@ -542,7 +543,9 @@ impl Planner {
         let choices = &self.choices;
         let capacity = self.capacity.as_ref();
         let search = Search { model: &model, choice: &choices.usual, extents, longest: pages.longest, capacity };
-        let prediction = search.predict_plan(plan, search_scratch);
+        // As the search sees them: items of several sequences.
+        let group = self.problem.shape().group();
+        let prediction = search.predict_plan(plan, |item| item.row_count > group, search_scratch);
         plan.predict(prediction);
         let now_us_per_page = pages.us_per_page(&prediction);
         let is_due = now_us_per_page > (1.0 + MOST_LOSS) * *us_per_page
@@ -601,8 +604,9 @@ impl Planner {
         let widest = choices.usual.widest();
         let (mut rule, mut prediction) = match self.options.mode {
             PlanMode::FixedChunk { tokens } => {
-                let rule = TilingRule { most_sequences: 1, chunk_pages: tokens / page_size, exact: true };
-                (rule, search.predict(rule, search_scratch))
+                let rule = TilingRule { most_sequences: widest, chunk_pages: tokens / page_size, exact: true };
+                // Of the form that shares nothing; what is shared, the plan tells.
+                (rule, search.predict(TilingRule { most_sequences: 1, ..rule }, search_scratch))
             }
             PlanMode::Flat => search.best([1], search_scratch),
             PlanMode::PerNode | PlanMode::Packed => search.best([widest], search_scratch),
@@ -621,12 +625,17 @@ impl Planner {
         let choice = choices.in_use();
         tiles.clear();
         tiles.reserve(extents.len());
-        tiling::cut(extents, rule, |tile| {
-            let key_tile_pages = choice.key_tile_pages(choice.variant(tile.sequence_count()));
-            let chunks = rule.chunks(tile.page_count, key_tile_pages);
-            tiles.push(RowTile { chunk_pages: chunks.pages, chunks: chunks.count, ..tile });
-        });
-        self.kept.take(tiles);
+        if rule.exact {
+            tiling::cut_fixed(extents, rule, tiles);
+        } else {
+            tiling::cut(extents, rule, |tile| {
+                let key_tile_pages = choice.key_tile_pages(choice.variant(tile.sequence_count()));
+                let chunks = rule.chunks(tile.page_count, key_tile_pages);
+                tiles.push(RowTile { chunk_pages: chunks.pages, chunks: chunks.count, ..tile });
+            });
+            self.kept.take(tiles);
+        }
+        let shares_chunks = rule.exact && tiles.iter().any(|tile| tile.sequence_count() > 1);
         self.write_records(batch, hidden, room)?;
         let Scratch { records, .. } = &self.scratch;
         if let Some(capacity) = &self.capacity {
@@ -635,6 +644,16 @@ impl Planner {
         self.tiling = Tiling { rule, pages, us_per_page: pages.us_per_page(&prediction), changed_pages: 0, steps: 0 };
         let counts = self.token_counts(batch, hidden);
         plan.write(self.problem, &self.profile, (batch, hidden), &self.scratch.records, counts, prediction)?;
+        if shares_chunks {
+            let Scratch { extents, search: search_scratch, .. } = &mut self.scratch;
+            let model = pages.model(self.problem, &self.profile, &self.variants);
+            let capacity = self.capacity.as_ref();
+            let search =
+                Search { model: &model, choice: &self.choices.usual, extents, longest: pages.longest, capacity };
+            let prediction = search.predict_plan(plan, |item| item.mask_begin != NO_MASKS, search_scratch);
+            plan.predict(prediction);
+            self.tiling.us_per_page = pages.us_per_page(&prediction);
+        }
         self.newest = Some(plan.generation());
         Ok(())
     }
@@ -673,7 +692,7 @@ impl Planner {
             forest: &self.forest,
             extents,
             choice: self.choices.in_use(),
-            per_node: self.options.mode == PlanMode::PerNode,
+            mode: self.options.mode,
             room: if has_room { room } else { 0 },
         };
         emitter.emit(tiles, emit_scratch, records)

@@ -6,6 +6,7 @@ use super::choice::TileChoice;
 use super::cost::{CostModel, Prediction, Work};
 use super::deal::Deal;
 use super::tiling::{self, Extent, TileClass, TilingRule};
+use pat_abi::WorkItem;
 
 /// Chunk lengths that are tried: each slot would get so many items, if all were equal.
 const ROUNDS: [u64; 3] = [1, 2, 6];
@@ -79,10 +80,15 @@ impl Search<'_> {
         prediction.expect("every time is below infinity").0
     }
 
-    /// What the items of a plan are predicted to take.
-    pub(super) fn predict_plan(self, plan: &Plan, scratch: &mut Scratch) -> Prediction {
+    /// What the items of a plan are predicted to take, `has_masks` of them with masks.
+    pub(super) fn predict_plan(
+        self,
+        plan: &Plan,
+        has_masks: impl Fn(&WorkItem) -> bool,
+        scratch: &mut Scratch,
+    ) -> Prediction {
         let Scratch { work, deal, .. } = scratch;
-        self.model.predict_plan(plan, (work, deal))
+        self.model.predict_plan(plan, has_masks, (work, deal))
     }
 
     /// Whether some tiling of those that [`Self::best`] tries is predicted to take less than `limit_us`, and counts. `widths`

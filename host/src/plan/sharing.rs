@@ -15,7 +15,8 @@ pub struct SharedNodes {
     pub sequences: u32,
     /// Its tokens, whole pages.
     pub tokens: u32,
-    /// How often it is read: once per row tile with one of its sequences.
+    /// How often it is read: once per row tile with one of its sequences. Of chunks of fixed length, which may have a part of it: in the
+    /// mean of its pages, rounded up.
     pub reads: u32,
     /// How often it would be read by the widest tiles.
     pub fewest_reads: u32,
@@ -40,6 +41,8 @@ pub enum ReadReason {
     LongPrivateRuns,
     /// Not packed: reading every sequence by itself is predicted to be faster.
     SharingCosts,
+    /// Chunks are fixed, and sequences that share part of one read it each for itself.
+    PartsOfChunks,
     /// Not packed: the mode asks for no sharing.
     Mode,
 }
@@ -48,7 +51,7 @@ pub enum ReadReason {
 pub(super) struct Sharing<'a> {
     pub(super) forest: &'a Forest,
     pub(super) extents: &'a [Extent],
-    /// In forest order.
+    /// As [`crate::Planner::tiles`].
     pub(super) tiles: &'a [RowTile],
     /// The rule they were cut by.
     pub(super) rule: TilingRule,
@@ -68,7 +71,8 @@ impl Sharing<'_> {
             [uncut, TilingRule { most_sequences: self.widest, ..uncut }].map(|rule| self.tiles_by(rule));
         let of_node = |node: &Node| {
             let [reads, uncut_reads, fewest_reads] = [self.tiles, &uncut, &widest].map(|tiles| readers(node, tiles));
-            let saved_pages = u64::from(node.page_count()) * u64::from(node.sequence_count() - reads);
+            let all_reads = u64::from(node.page_count()) * u64::from(node.sequence_count());
+            let saved_pages = all_reads - pages_read(node, self.tiles);
             SharedNodes {
                 nodes: 1,
                 sequences: node.sequence_count(),
@@ -96,8 +100,9 @@ impl Sharing<'_> {
     fn reason(&self, reads: u32, uncut_reads: u32, fewest_reads: u32) -> ReadReason {
         match self.mode {
             _ if reads == 1 => ReadReason::OneTile,
-            PlanMode::Flat | PlanMode::FixedChunk { .. } => ReadReason::Mode,
+            PlanMode::Flat => ReadReason::Mode,
             _ if reads <= fewest_reads => ReadReason::TileRows,
+            PlanMode::FixedChunk { .. } => ReadReason::PartsOfChunks,
             _ if self.rule.most_sequences == 1 => ReadReason::SharingCosts,
             _ if reads > uncut_reads => ReadReason::LongPrivateRuns,
             _ => ReadReason::NarrowTiles,
@@ -111,9 +116,20 @@ impl Sharing<'_> {
     }
 }
 
-/// Row tiles with a sequence of the node: each reads it once. `tiles` are in forest order ([`crate::Planner::tiles`]).
+/// Row tiles ([`crate::Planner::tiles`]) with a sequence of the node: each reads it once. Tiles of fixed chunks may have a part of it:
+/// how often it is read in the mean of its pages, rounded up.
 pub fn readers(node: &Node, tiles: &[RowTile]) -> u32 {
-    let begin = tiles.partition_point(|tile| tile.order_end <= node.order_begin);
-    let end = tiles.partition_point(|tile| tile.order_begin < node.order_end);
-    (end - begin) as u32
+    pages_read(node, tiles).div_ceil(u64::from(node.page_count())) as u32
+}
+
+/// Pages of the node that the tiles read, as often as they do.
+fn pages_read(node: &Node, tiles: &[RowTile]) -> u64 {
+    let with_sequences =
+        tiles.iter().filter(|tile| tile.order_begin < node.order_end && node.order_begin < tile.order_end);
+    let pages = |tile: &RowTile| {
+        // The pages of a sequence are at most those of its tile's stream.
+        let end = node.page_end.min(tile.page_begin + tile.page_count);
+        u64::from(end.saturating_sub(node.page_begin.max(tile.page_begin)))
+    };
+    with_sequences.map(pages).sum()
 }

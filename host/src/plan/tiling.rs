@@ -22,6 +22,8 @@ pub struct RowTile {
     pub order_begin: u32,
     /// End of its sequences, likewise.
     pub order_end: u32,
+    /// Place of its first page in the block tables: 0, but where chunks are fixed.
+    pub page_begin: u32,
     /// Pages of its stream.
     pub page_count: u32,
     /// Pages that all of its sequences share.
@@ -103,12 +105,53 @@ pub(super) fn cut(extents: &[Extent], rule: TilingRule, mut sink: impl FnMut(Row
         sink(RowTile {
             order_begin,
             order_end: order_begin + sequences as u32,
+            page_begin: 0,
             page_count: chosen_pages,
             common_pages: chosen_common,
             chunk_pages: chosen_pages,
             chunks: 1,
         });
         rest = &rest[sequences..];
+    }
+}
+
+/// Cuts every sequence into chunks of `rule.chunk_pages` pages, from its first page on. Sequences that share a whole chunk are served
+/// together there, as many as the rule takes; the rest of a sequence is its own. So where a sequence is cut, and what its rows read
+/// side by side, depends on that sequence alone. Tiles are in the order of their first pages, those of a sequence in its own order.
+pub(super) fn cut_fixed(extents: &[Extent], rule: TilingRule, tiles: &mut Vec<RowTile>) {
+    let TilingRule { most_sequences, chunk_pages, .. } = rule;
+    // Of the chunks of a sequence, those that the one before it has as well.
+    let shared_chunks = |extent: &Extent| extent.shared / chunk_pages;
+    let mut chunk = 0;
+    loop {
+        // Up to there neighbours share as they do here; behind the last shared chunk every sequence is by itself.
+        let next = extents.iter().map(shared_chunks).filter(|shared| *shared > chunk).min();
+        let page_begin = chunk * chunk_pages;
+        let mut order_begin = 0;
+        for run in extents.chunk_by(|_, behind| shared_chunks(behind) > chunk) {
+            for together in run.chunks(most_sequences as usize) {
+                let order_end = order_begin + together.len() as u32;
+                let own_end = together[0].pages;
+                let page_end = next.map_or(own_end, |next| own_end.min(next * chunk_pages));
+                if page_begin < page_end {
+                    let page_count = page_end - page_begin;
+                    tiles.push(RowTile {
+                        order_begin,
+                        order_end,
+                        page_begin,
+                        page_count,
+                        common_pages: page_count,
+                        chunk_pages,
+                        chunks: page_count.div_ceil(chunk_pages),
+                    });
+                }
+                order_begin = order_end;
+            }
+        }
+        match next {
+            Some(next) => chunk = next,
+            None => return,
+        }
     }
 }
 
