@@ -22,8 +22,8 @@ fn executor(criterion: &mut Criterion) {
         let batch = configuration.batch().expect("a batch");
         let rows = batch.rows();
         let view = batch.view(&rows).expect("a valid batch");
-        let oracle = oracle::<f16>(&batch, batch.problem(shape)).expect("a valid batch");
-        let mut case = CpuCase::<f16>::new(&batch, batch.problem(shape)).expect("a valid batch");
+        let oracle = oracle::<f16, f16>(&batch, batch.problem(shape)).expect("a valid batch");
+        let mut case = CpuCase::<f16, f16>::new(&batch, batch.problem(shape)).expect("a valid batch");
         let mut group = criterion.benchmark_group(format!("executor/{label}"));
         group.throughput(Throughput::Elements(batch_flop(&batch, &batch.problem(shape)) as u64));
         for (name, mode) in [("auto", PlanMode::Auto), ("flat", PlanMode::Flat)] {

@@ -39,7 +39,7 @@ fn gpu(criterion: &mut Criterion) {
         let profile = engine.device().profile().expect("a profile");
         let mut planner = Planner::new(batch.problem(shape), profile, PlanOptions::default()).expect("a valid planner");
         let plan = planner.plan(&batch.view(&rows).expect("a valid batch")).expect("a plan");
-        let oracle = oracle::<f16>(&batch, batch.problem(shape)).expect("a valid batch");
+        let oracle = oracle::<f16, f16>(&batch, batch.problem(shape)).expect("a valid batch");
         let mut case = DeviceCase::new(&engine, &batch, batch.problem(shape)).expect("device memory");
         let report = case.verify::<f16>(&plan, &oracle).expect("a run");
         assert!(report.passed, "{label}: {report:?}");

@@ -1,23 +1,23 @@
 //! One batch on the CPU executor: checked, then timed.
 
 use crate::device::SEED;
-use pat_rs::{Element, Engine, Plan, Problem, Result};
+use pat_rs::{Element, Engine, KvElement, Plan, Problem, Result};
 use pat_workloads::tensors::sinks;
 use pat_workloads::{NumericsReport, Oracle, OwnedBatch, PoolLayout, Tensors, check};
 use std::time::Instant;
 
 /// A batch with its tensors and outputs in memory.
 #[derive(Debug)]
-pub struct CpuCase<T> {
+pub struct CpuCase<T, C> {
     engine: Engine,
-    tensors: Tensors<T>,
+    tensors: Tensors<T, C>,
     problem: Problem,
     sinks: Option<Vec<f32>>,
     out: Vec<T>,
     lse: Vec<f32>,
 }
 
-impl<T: Element> CpuCase<T> {
+impl<T: Element, C: KvElement> CpuCase<T, C> {
     /// Draws the tensors: the same elements as on a device, [`sinks`] among them where the problem has some.
     ///
     /// # Errors
@@ -27,7 +27,7 @@ impl<T: Element> CpuCase<T> {
         let rows = batch.lengths.len() * shape.q_heads() as usize;
         Ok(Self {
             engine: Engine::cpu(),
-            tensors: Tensors::draw(batch, shape, PoolLayout::Nhd, SEED)?,
+            tensors: Tensors::draw_stored(batch, shape, PoolLayout::Nhd, SEED)?,
             problem,
             sinks: sinks(&problem),
             out: vec![T::from_f32(f32::NAN); rows * shape.head_dim() as usize],

@@ -78,13 +78,14 @@ impl<'a> DeviceCase<'a> {
         let row_elements = shape.q_heads() as usize * shape.head_dim() as usize;
         let pool_elements =
             batch.num_pages as usize * batch.page_size as usize * shape.kv_heads() as usize * shape.head_dim() as usize;
+        let pool_bytes = pool_elements * shape.kv_dtype().bytes() as usize;
         let case = Self {
             engine,
             batch,
             problem,
             q: DeviceBuffer::zeroed(device, rows * row_elements * 2)?,
-            k: DeviceBuffer::zeroed(device, pool_elements * 2)?,
-            v: DeviceBuffer::zeroed(device, pool_elements * 2)?,
+            k: DeviceBuffer::zeroed(device, pool_bytes)?,
+            v: DeviceBuffer::zeroed(device, pool_bytes)?,
             out: DeviceBuffer::zeroed(device, rows * row_elements * 2)?,
             lse: DeviceBuffer::zeroed(device, rows * shape.q_heads() as usize * 4)?,
             sinks: sinks(&problem).map(|sinks| DeviceBuffer::from_slice(device, &sinks)).transpose()?,
@@ -93,7 +94,7 @@ impl<'a> DeviceCase<'a> {
         let spec = |tensor, pages, tokens, heads| FillSpec {
             tensor,
             seed: SEED,
-            dtype: shape.dtype(),
+            dtype: if tensor == Tensor::Q { shape.dtype() } else { shape.kv_dtype() },
             pages,
             tokens,
             heads,

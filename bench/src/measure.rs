@@ -9,8 +9,9 @@ use crate::result::{Correctness, METHOD, Record};
 use crate::sample::oracle;
 use crate::statistics::{median, quartiles};
 use half::{bf16, f16};
+use pat_rs::cpu::{E4m3, E5m2};
 use pat_rs::cuda::bench_support::L2Flush;
-use pat_rs::{DeviceProfile, Dtype, Element, Engine, Error, Plan, PlanOptions, Planner, Problem};
+use pat_rs::{DeviceProfile, Dtype, Element, Engine, Error, KvElement, Plan, PlanOptions, Planner, Problem};
 use pat_workloads::{NumericsReport, OwnedBatch};
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -92,10 +93,14 @@ impl Target {
             plan_times.push(begin.elapsed().as_secs_f64() * 1e6);
         }
         let plan_us = median(&mut plan_times);
-        let (report, times) = match shape.dtype() {
-            Dtype::F16 => self.verify_and_time::<f16>(batch, problem, &plan, repeats)?,
-            Dtype::Bf16 => self.verify_and_time::<bf16>(batch, problem, &plan, repeats)?,
-            other => return Err(Error::invalid("dtype", other.name(), "f16 or bf16").into()),
+        let (report, times) = match (shape.dtype(), shape.kv_dtype()) {
+            (Dtype::F16, Dtype::F16) => self.verify_and_time::<f16, f16>(batch, problem, &plan, repeats)?,
+            (Dtype::F16, Dtype::E4m3) => self.verify_and_time::<f16, E4m3>(batch, problem, &plan, repeats)?,
+            (Dtype::F16, Dtype::E5m2) => self.verify_and_time::<f16, E5m2>(batch, problem, &plan, repeats)?,
+            (Dtype::Bf16, Dtype::Bf16) => self.verify_and_time::<bf16, bf16>(batch, problem, &plan, repeats)?,
+            (Dtype::Bf16, Dtype::E4m3) => self.verify_and_time::<bf16, E4m3>(batch, problem, &plan, repeats)?,
+            (Dtype::Bf16, Dtype::E5m2) => self.verify_and_time::<bf16, E5m2>(batch, problem, &plan, repeats)?,
+            (other, _) => return Err(Error::invalid("dtype", other.name(), "f16 or bf16").into()),
         };
         let summary = plan.summary();
         let rows_bytes = 2 * 2 * batch.lengths.len() as u64 * u64::from(shape.q_heads()) * u64::from(shape.head_dim());
@@ -144,7 +149,7 @@ impl Target {
         Ok(record)
     }
 
-    fn verify_and_time<T: Element>(
+    fn verify_and_time<T: Element, C: KvElement>(
         &self,
         batch: &OwnedBatch,
         problem: Problem,
@@ -153,7 +158,7 @@ impl Target {
     ) -> Result<(NumericsReport, Times), MeasureError> {
         if let (Some(cuda), Some(flush)) = (self.engine.as_cuda(), &self.flush) {
             let mut case = DeviceCase::new(cuda, batch, problem)?;
-            let report = case.verify::<T>(plan, &oracle::<T>(batch, problem)?)?;
+            let report = case.verify::<T>(plan, &oracle::<T, C>(batch, problem)?)?;
             let times = case.time(plan, flush, repeats)?;
             return Ok((
                 report,
@@ -167,8 +172,8 @@ impl Target {
             ));
         }
         memory::check_fits(batch, problem.shape(), plan)?;
-        let mut case = CpuCase::<T>::new(batch, problem)?;
-        let report = case.verify(plan, &oracle::<T>(batch, problem)?)?;
+        let mut case = CpuCase::<T, C>::new(batch, problem)?;
+        let report = case.verify(plan, &oracle::<T, C>(batch, problem)?)?;
         let mut wall_times = (0..repeats.timed).map(|_| case.run_us(plan)).collect::<pat_rs::Result<Vec<_>>>()?;
         let times = Times {
             cold_us: median(&mut wall_times),
@@ -181,14 +186,15 @@ impl Target {
     }
 }
 
-/// What a problem has beyond plain decode attention, for result files: `softcap 30, sinks, window 128, 4 query tokens`.
+/// What a problem has beyond plain decode attention, for result files: `K and V e4m3, softcap 30, sinks, window 128, 4 query tokens`.
 pub fn features(problem: &Problem) -> String {
-    let visible = problem.visibility();
+    let (visible, kv_dtype) = (problem.visibility(), problem.shape().kv_dtype());
+    let stored = (kv_dtype != problem.shape().dtype()).then(|| format!("K and V {}", kv_dtype.name()));
     let softcap = problem.score().soft_cap.map(|cap| format!("softcap {cap}"));
     let sinks = problem.has_sinks().then(|| "sinks".to_owned());
     let reach = visible.reach.tokens().map(|tokens| format!("{} {tokens}", visible.reach.name()));
     let queries = (visible.query_tokens > 1).then(|| format!("{} query tokens", visible.query_tokens));
-    [softcap, sinks, reach, queries].into_iter().flatten().collect::<Vec<_>>().join(", ")
+    [stored, softcap, sinks, reach, queries].into_iter().flatten().collect::<Vec<_>>().join(", ")
 }
 
 /// In microseconds; options are what only a GPU gives.

@@ -1,7 +1,7 @@
 //! Which rows a measurement checks: a run on a GPU must not wait for the oracle.
 
 use crate::device::SEED;
-use pat_rs::{AttentionShape, Element, Problem};
+use pat_rs::{AttentionShape, Element, KvElement, Problem};
 use pat_workloads::tensors::sinks;
 use pat_workloads::{Oracle, OwnedBatch, RowSample};
 
@@ -32,21 +32,21 @@ pub fn sample(batch: &OwnedBatch, shape: AttentionShape) -> RowSample {
 ///
 /// # Errors
 /// The batch's, where it is not valid.
-pub fn oracle<T: Element>(batch: &OwnedBatch, problem: Problem) -> pat_rs::Result<Oracle> {
-    exact_rows::<T>(batch, problem, SEED, sample(batch, problem.shape()))
+pub fn oracle<T: Element, C: KvElement>(batch: &OwnedBatch, problem: Problem) -> pat_rs::Result<Oracle> {
+    exact_rows::<T, C>(batch, problem, SEED, sample(batch, problem.shape()))
 }
 
 /// The exact rows of a sample of tensors of that seed, with [`sinks`] where the problem has some.
 ///
 /// # Errors
 /// The batch's, where it is not valid.
-pub fn exact_rows<T: Element>(
+pub fn exact_rows<T: Element, C: KvElement>(
     batch: &OwnedBatch,
     problem: Problem,
     seed: u32,
     sample: RowSample,
 ) -> pat_rs::Result<Oracle> {
-    Oracle::compute_problem::<T>(batch, problem, sinks(&problem).as_deref(), seed, sample)
+    Oracle::compute_stored::<T, C>(batch, (problem, sinks(&problem).as_deref()), seed, sample)
 }
 
 fn evenly_spread(pairs: &[(u32, u32)], count: usize) -> Vec<(u32, u32)> {

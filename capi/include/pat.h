@@ -29,7 +29,7 @@
 #include <stdint.h>
 
 // The version of this header. A program compares it with `pat_abi_version`, once, before it calls anything else.
-#define PAT_ABI_VERSION 1
+#define PAT_ABI_VERSION 2
 
 // What came of a call. Numbers stay what they are.
 enum PatStatus
@@ -244,6 +244,10 @@ typedef struct {
     uint64_t bytes;
     // Where elements lie.
     PatKvStrides strides;
+    // What the elements are multiplied with, where they have 8 bits; 0: 1.
+    float scale;
+    // Instead of `scale` a factor for each KV head, `[kv_heads]`, in host or device memory as the tensors; NULL: none.
+    const float *head_scales;
 } PatPool;
 
 // Memory of O or LSE. Elements between the rows keep their values.

@@ -10,18 +10,19 @@ use crate::host::{self, HostSlices};
 use crate::planning::{Form, PatPlan, PatPlanner, Tables};
 use crate::status::{PatStatus, guard, last_error, null};
 use crate::types::{
-    PatCsrTables, PatKvStrides, PatLayout, PatPaddedTables, PatPlanChange, PatPlanSummary, PatPlannerOptions,
+    PatCsrTables, PatKvStrides, PatLayout, PatPaddedTables, PatPlanChange, PatPlanSummary, PatPlannerOptions, PatPool,
     PatProblem, PatTensors,
 };
 use half::{bf16, f16};
-use pat_rs::cuda::{CudaDevice, DeviceSpan, RunArgs, Stream};
-use pat_rs::{DeviceProfile, Dtype, Element, Error, Problem, Result};
+use pat_rs::cpu::{E4m3, E5m2};
+use pat_rs::cuda::{CudaDevice, DeviceKvScale, DeviceSpan, RunArgs, Stream};
+use pat_rs::{DeviceProfile, Dtype, Element, Error, KvElement, KvScale, Plan, Problem, Result};
 use std::ffi::{CStr, c_char, c_void};
 use std::mem::MaybeUninit;
 use std::slice;
 
 /// The version of this header. A program compares it with `pat_abi_version`, once, before it calls anything else.
-pub const PAT_ABI_VERSION: u32 = 1;
+pub const PAT_ABI_VERSION: u32 = 2;
 
 /// `PAT_ABI_VERSION` of the library that is there: structs and functions are those of a header with the same number.
 #[unsafe(no_mangle)]
@@ -270,10 +271,14 @@ pub unsafe extern "C" fn pat_plan_run_host(
         let problem = host::check(&plan, problem, tensors)?;
         // SAFETY: rules 1 and 3; `host::check` has shown that outputs overlap nothing.
         unsafe {
-            match problem.shape().dtype() {
-                Dtype::F16 => host::run(&plan, problem, tensors, host_slices::<f16>(tensors)?),
-                Dtype::Bf16 => host::run(&plan, problem, tensors, host_slices::<bf16>(tensors)?),
-                other => Err(Error::invalid("problem.dtype", other.name(), "f16 or bf16")),
+            match (problem.shape().dtype(), problem.shape().kv_dtype()) {
+                (Dtype::F16, Dtype::E4m3) => run_host::<f16, E4m3>(&plan, problem, tensors),
+                (Dtype::F16, Dtype::E5m2) => run_host::<f16, E5m2>(&plan, problem, tensors),
+                (Dtype::F16, _) => run_host::<f16, f16>(&plan, problem, tensors),
+                (Dtype::Bf16, Dtype::E4m3) => run_host::<bf16, E4m3>(&plan, problem, tensors),
+                (Dtype::Bf16, Dtype::E5m2) => run_host::<bf16, E5m2>(&plan, problem, tensors),
+                (Dtype::Bf16, _) => run_host::<bf16, bf16>(&plan, problem, tensors),
+                (other, _) => Err(Error::invalid("problem.dtype", other.name(), "f16 or bf16")),
             }
         }
     })
@@ -608,11 +613,22 @@ unsafe fn csr<'a>(tables: *const PatCsrTables) -> Result<Tables<'a>> {
     }
 }
 
+/// # Safety
+/// As [`host_slices`].
+unsafe fn run_host<T: Element, C: KvElement>(plan: &Plan, problem: Problem, tensors: &PatTensors) -> Result<()> {
+    // SAFETY: the caller's contract.
+    let slices = unsafe { host_slices::<T, C>(tensors, problem.shape().kv_heads())? };
+    host::run(plan, problem, tensors, slices)
+}
+
 /// The tensors' memory as slices; an element that is not there as a whole is not in them.
 ///
 /// # Safety
 /// Rules 1 and 3, and outputs overlap nothing (`host::check`).
-unsafe fn host_slices<'a, T: Element>(tensors: &PatTensors) -> Result<HostSlices<'a, T>> {
+unsafe fn host_slices<'a, T: Element, C: KvElement>(
+    tensors: &PatTensors,
+    kv_heads: u32,
+) -> Result<HostSlices<'a, T, C>> {
     fn count<T>(bytes: u64) -> usize {
         usize::try_from(bytes / size_of::<T>() as u64).unwrap_or(usize::MAX)
     }
@@ -621,8 +637,10 @@ unsafe fn host_slices<'a, T: Element>(tensors: &PatTensors) -> Result<HostSlices
     unsafe {
         Ok(HostSlices {
             q: elements("tensors.q", q.data.cast::<T>(), count::<T>(q.bytes))?,
-            k: elements("tensors.k", k.data.cast::<T>(), count::<T>(k.bytes))?,
-            v: elements("tensors.v", v.data.cast::<T>(), count::<T>(v.bytes))?,
+            k: elements("tensors.k", k.data.cast::<C>(), count::<C>(k.bytes))?,
+            v: elements("tensors.v", v.data.cast::<C>(), count::<C>(v.bytes))?,
+            k_scale: host_scale("tensors.k", k, kv_heads)?,
+            v_scale: host_scale("tensors.v", v, kv_heads)?,
             out: elements_mut("tensors.out", out.data.cast::<T>(), count::<T>(out.bytes))?,
             lse: if lse.data.is_null() {
                 None
@@ -630,6 +648,27 @@ unsafe fn host_slices<'a, T: Element>(tensors: &PatTensors) -> Result<HostSlices
                 Some(elements_mut("tensors.lse", lse.data.cast::<f32>(), count::<f32>(lse.bytes))?)
             },
         })
+    }
+}
+
+/// # Safety
+/// Rules 1 and 3.
+unsafe fn host_scale<'a>(argument: &str, pool: &PatPool, kv_heads: u32) -> Result<KvScale<'a>> {
+    if let Some(scale) = scale_of_all(argument, pool)? {
+        return Ok(KvScale::Tensor(scale));
+    }
+    // SAFETY: the caller's contract.
+    let factors = unsafe { elements(&format!("{argument}.head_scales"), pool.head_scales, kv_heads as usize)? };
+    Ok(KvScale::Heads(factors))
+}
+
+/// The factor of all elements, where the heads have none of their own.
+fn scale_of_all(argument: &str, pool: &PatPool) -> Result<Option<f32>> {
+    match (pool.head_scales.is_null(), pool.scale) {
+        (true, 0.0) => Ok(Some(1.0)),
+        (true, scale) => Ok(Some(scale)),
+        (false, 0.0) => Ok(None),
+        (false, scale) => Err(Error::invalid(format!("{argument}.scale"), scale, "0 beside head_scales")),
     }
 }
 
@@ -650,7 +689,17 @@ unsafe fn device_args(problem: Problem, tensors: &PatTensors) -> Result<RunArgs>
         span("tensors.v", v.data, v.bytes)?,
         span("tensors.out", out.data, out.bytes)?,
     );
+    let scale = |argument: &str, pool: PatPool| -> Result<DeviceKvScale> {
+        Ok(match scale_of_all(argument, &pool)? {
+            Some(scale) => DeviceKvScale::Tensor(scale),
+            None => {
+                let bytes = u64::from(problem.shape().kv_heads()) * 4;
+                DeviceKvScale::Heads(span(argument, pool.head_scales.cast(), bytes)?)
+            }
+        })
+    };
     let args = RunArgs::new(problem, num_pages, rows, spans)
+        .with_kv_scales(scale("tensors.k", k)?, scale("tensors.v", v)?)
         .with_kv_strides(k.strides.into(), v.strides.into())
         .with_row_strides(q.strides.into(), out.strides.into());
     if lse.data.is_null() {

@@ -292,6 +292,10 @@ pub struct PatPool {
     pub bytes: u64,
     /// Where elements lie.
     pub strides: PatKvStrides,
+    /// What the elements are multiplied with, where they have 8 bits; 0: 1.
+    pub scale: f32,
+    /// Instead of `scale` a factor for each KV head, `[kv_heads]`, in host or device memory as the tensors; NULL: none.
+    pub head_scales: *const f32,
 }
 
 /// Memory of Q.
@@ -353,7 +357,8 @@ impl PatTensors {
             let token_elements = u64::from(shape.kv_heads()) * u64::from(head_dim);
             let tokens = u64::from(num_pages) * u64::from(page_size);
             let bytes = tokens.saturating_mul(token_elements).saturating_mul(u64::from(shape.kv_dtype().bytes()));
-            Ok(PatPool { data, bytes, strides: strides(head_dim)?.into() })
+            let head_scales = std::ptr::null();
+            Ok(PatPool { data, bytes, strides: strides(head_dim)?.into(), scale: 0.0, head_scales })
         };
         let row_bytes = |per_head: u32, element_bytes: u32| {
             u64::from(rows).saturating_mul(u64::from(shape.q_heads()) * u64::from(per_head) * u64::from(element_bytes))

@@ -40,6 +40,11 @@ fn bad_input_is_refused() {
 }
 
 #[test]
+fn caches_of_8_bits_have_factors() {
+    succeeds("cc", "-std=c11", "tests/eight_bit.c", SHARED);
+}
+
+#[test]
 fn threads_may_share_objects() {
     succeeds("cc", "-std=c11", "tests/threads.c", SHARED);
 }

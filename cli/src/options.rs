@@ -247,7 +247,7 @@ fn option_of_argument(error: &Error) -> Option<&'static str> {
 
 /// Library arguments and the options that give them.
 fn option_named(argument: &str) -> Option<&'static str> {
-    const OPTIONS: [(&str, &str); 15] = [
+    const OPTIONS: [(&str, &str); 16] = [
         ("q_heads", "--heads"),
         ("kv_heads", "--heads"),
         ("head_dim", "--head-dim"),
@@ -255,6 +255,7 @@ fn option_named(argument: &str) -> Option<&'static str> {
         ("query_tokens", "--query-tokens"),
         ("tensor_parallel", "--tensor-parallel"),
         ("dtype", "--dtype"),
+        ("kv_dtype", "--kv-dtype"),
         ("page_size", "--page-size"),
         ("soft_cap", "--softcap"),
         ("window", "--window"),

@@ -8,10 +8,11 @@ use indicatif::{ProgressBar, ProgressStyle};
 use pat_bench::device::{DeviceCase, Repeats, SEED};
 use pat_bench::memory;
 use pat_bench::sample::exact_rows;
+use pat_rs::cpu::{E4m3, E5m2};
 use pat_rs::cuda::CudaEngine;
 use pat_rs::cuda::bench_support::L2Flush;
 use pat_rs::plan::PlanSummary;
-use pat_rs::{Dtype, Element, Engine, Plan, Planner, Problem};
+use pat_rs::{Dtype, Element, Engine, KvElement, Plan, Planner, Problem};
 use pat_workloads::tensors::sinks;
 use pat_workloads::{NumericsReport, Oracle, OwnedBatch, PoolLayout, RowSample, Tensors, check};
 use serde::Serialize;
@@ -87,12 +88,15 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         other => bail!("--check: got {other:?}, expected auto, sample or none"),
     };
     let job = Job { batch: &batch, problem, plan: &plan, sample, seed: args.seed };
-    let (execution_us, numerics) = match (engine.as_cuda(), shape.dtype()) {
-        (Some(cuda), Dtype::F16) => job.on_device::<f16>(cuda)?,
-        (Some(cuda), Dtype::Bf16) => job.on_device::<bf16>(cuda)?,
-        (None, Dtype::F16) => job.on_cpu::<f16>()?,
-        (None, Dtype::Bf16) => job.on_cpu::<bf16>()?,
-        (_, other) => bail!("--dtype: got {}, expected f16 or bf16", other.name()),
+    let cuda = engine.as_cuda();
+    let (execution_us, numerics) = match (shape.dtype(), shape.kv_dtype()) {
+        (Dtype::F16, Dtype::F16) => job.on::<f16, f16>(cuda)?,
+        (Dtype::F16, Dtype::E4m3) => job.on::<f16, E4m3>(cuda)?,
+        (Dtype::F16, Dtype::E5m2) => job.on::<f16, E5m2>(cuda)?,
+        (Dtype::Bf16, Dtype::Bf16) => job.on::<bf16, bf16>(cuda)?,
+        (Dtype::Bf16, Dtype::E4m3) => job.on::<bf16, E4m3>(cuda)?,
+        (Dtype::Bf16, Dtype::E5m2) => job.on::<bf16, E5m2>(cuda)?,
+        (other, _) => bail!("--dtype: got {}, expected f16 or bf16", other.name()),
     };
     let rows_bytes = 4 * batch.lengths.len() as u64 * u64::from(shape.q_heads()) * u64::from(shape.head_dim());
     let summary = plan.summary();
@@ -139,17 +143,25 @@ struct Job<'a> {
 }
 
 impl Job<'_> {
-    fn oracle<T: Element>(&self, seed: u32) -> Result<Option<Oracle>> {
-        let Some(sample) = self.sample.clone() else { return Ok(None) };
-        let _spinner = spinner("computing the oracle");
-        Ok(Some(exact_rows::<T>(self.batch, self.problem, seed, sample)?))
+    /// On a device, or on the CPU.
+    fn on<T: Element, C: KvElement>(&self, engine: Option<&CudaEngine>) -> Result<(f64, Option<NumericsReport>)> {
+        match engine {
+            Some(engine) => self.on_device::<T, C>(engine),
+            None => self.on_cpu::<T, C>(),
+        }
     }
 
-    fn on_cpu<T: Element>(&self) -> Result<(f64, Option<NumericsReport>)> {
+    fn oracle<T: Element, C: KvElement>(&self, seed: u32) -> Result<Option<Oracle>> {
+        let Some(sample) = self.sample.clone() else { return Ok(None) };
+        let _spinner = spinner("computing the oracle");
+        Ok(Some(exact_rows::<T, C>(self.batch, self.problem, seed, sample)?))
+    }
+
+    fn on_cpu<T: Element, C: KvElement>(&self) -> Result<(f64, Option<NumericsReport>)> {
         let shape = self.problem.shape();
         memory::check_fits(self.batch, shape, self.plan)?;
         let drawing = spinner("drawing Q, K and V");
-        let tensors = Tensors::<T>::draw(self.batch, shape, PoolLayout::Nhd, self.seed)?;
+        let tensors = Tensors::<T, C>::draw_stored(self.batch, shape, PoolLayout::Nhd, self.seed)?;
         drop(drawing);
         let sinks = sinks(&self.problem);
         let rows = self.batch.lengths.len() * shape.q_heads() as usize;
@@ -161,12 +173,12 @@ impl Job<'_> {
         Engine::cpu().run_host(self.plan, &host, &mut out, Some(&mut lse))?;
         let execution_us = begin.elapsed().as_secs_f64() * 1e6;
         drop(running);
-        let oracle = self.oracle::<T>(self.seed)?;
+        let oracle = self.oracle::<T, C>(self.seed)?;
         Ok((execution_us, oracle.map(|oracle| check(&oracle, shape.q_heads(), &out, Some(&lse)))))
     }
 
-    fn on_device<T: Element>(&self, engine: &CudaEngine) -> Result<(f64, Option<NumericsReport>)> {
-        let oracle = self.oracle::<T>(SEED)?;
+    fn on_device<T: Element, C: KvElement>(&self, engine: &CudaEngine) -> Result<(f64, Option<NumericsReport>)> {
+        let oracle = self.oracle::<T, C>(SEED)?;
         let _spinner = spinner("running on the device");
         let mut case = DeviceCase::new(engine, self.batch, self.problem)?;
         let numerics = oracle.map(|oracle| case.verify::<T>(self.plan, &oracle)).transpose()?;

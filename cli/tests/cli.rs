@@ -310,6 +310,28 @@ fn caps_sinks_windows_and_wide_heads_are_verified() {
 }
 
 #[test]
+fn caches_of_8_bits_are_verified() {
+    let tree = ["--tree", "1,4_64,40", "--heads", "4/2"];
+    for extra in [
+        &["--kv-dtype", "e4m3"][..],
+        &["--kv-dtype", "e5m2", "--dtype", "bf16", "--head-dim", "64", "--window", "50"],
+        &["--kv-dtype", "e4m3", "--softcap", "5", "--sinks"],
+    ] {
+        let report = json(&[&["run"], &tree[..], extra, &["--device", "cpu", "--json"]].concat());
+        assert_eq!(report["numerics"]["passed"], true, "{report}");
+    }
+    let bytes = |extra: &[&str]| json(&[&["plan"], &tree[..], extra, &["--json"]].concat())["flat_kv_bytes"].as_u64();
+    assert_eq!(bytes(&["--kv-dtype", "e4m3"]).map(|bytes| 2 * bytes), bytes(&[]));
+    assert!(stdout(&[&["plan"], &tree[..], &["--kv-dtype", "e5m2"]].concat()).contains("K and V e5m2"));
+    for (extra, parts) in [
+        (["--kv-dtype", "int8"], ["--kv-dtype", "e4m3 or e5m2"]),
+        (["--kv-dtype=e4m3", "--head-dim=256"], ["--head-dim 256", "head_dim: got 256, expected 64 or 128"]),
+    ] {
+        refused(&[&["plan"], &tree[..], &extra].concat(), &parts);
+    }
+}
+
+#[test]
 fn features_that_nothing_computes_are_refused() {
     let tree = ["run", "--tree", "1,2_32,8"];
     for (extra, parts) in [

@@ -23,10 +23,12 @@ impl KvScale<'_> {
         }
     }
 
+    /// Refuses factors that no executor takes; the error names `argument`.
+    ///
     /// # Errors
     /// A factor is not finite or not positive, there are fewer than heads, or elements have more than 8 bits and a factor that is
     /// not 1.
-    pub(crate) fn check(self, argument: &str, kv_heads: u32, is_eight_bit: bool) -> Result<()> {
+    pub fn check(self, argument: &str, kv_heads: u32, is_eight_bit: bool) -> Result<()> {
         let scales = match &self {
             Self::Tensor(scale) => std::slice::from_ref(scale),
             Self::Heads(scales) => {

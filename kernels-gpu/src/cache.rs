@@ -6,7 +6,7 @@ use core::marker::PhantomData;
 use pat_abi::layout::{key_matrix_row, key_matrix_step, swizzled_chunk, value_matrix_chunk, value_matrix_row};
 use pat_abi::{ForwardParams, ScaledForwardParams};
 
-use crate::eight_bit::Code;
+use crate::eight_bit::{Code, factor_of_head};
 use crate::element::Element;
 use crate::ptx::bytes::permute;
 use crate::ptx::ldst::{load_global_u32, load_global_u32x2};
@@ -167,13 +167,8 @@ impl<C: Code> Cache for EightBit<C> {
     #[inline(always)]
     unsafe fn of(params: &ScaledForwardParams) -> (Self, impl Borrow<ForwardParams>) {
         let (_, kv_head) = params.forward.kv_heads_divisor.divide_remainder(special::cta_index());
-        let of_head = |factors: u64| {
-            if factors == 0 {
-                return 1.0;
-            }
-            // SAFETY: the caller's contract.
-            f32::from_bits(unsafe { load_global_u32(factors + kv_head as u64 * 4) })
-        };
+        // SAFETY: the caller's contract.
+        let of_head = |factors: u64| unsafe { factor_of_head(factors, kv_head) };
         // K's factor is part of the scores' scale.
         let k_scale = params.k_scale * of_head(params.k_scales);
         let mut forward = params.forward;

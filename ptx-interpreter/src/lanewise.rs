@@ -131,6 +131,7 @@ fn float(opcode: &str) -> Option<(usize, Lanewise)> {
         "add.rn.f32" | "add.f32" => lanes!(|a: f32, b: f32| a + b),
         "sub.rn.f32" | "sub.f32" => lanes!(|a: f32, b: f32| a - b),
         "mul.rn.f32" | "mul.f32" => lanes!(|a: f32, b: f32| a * b),
+        "div.rn.f32" => lanes!(|a: f32, b: f32| a / b),
         "fma.rn.f32" => lanes!(|a: f32, b: f32, c: f32| a.mul_add(b, c)),
         "neg.f32" => lanes!(|a: f32| -a),
         "abs.f32" => lanes!(|a: f32| a.abs()),

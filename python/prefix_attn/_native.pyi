@@ -427,18 +427,22 @@ class Workspace:
             CudaError: the driver cannot allocate.
         """
 
-def append_kv(k_new: "torch.Tensor", v_new: "torch.Tensor", k_cache: "torch.Tensor", v_cache: "torch.Tensor", slots: "torch.Tensor", *, kv_layout: str = "NHD", stream: "int | None" = None) -> None:
+def append_kv(k_new: "torch.Tensor", v_new: "torch.Tensor", k_cache: "torch.Tensor", v_cache: "torch.Tensor", slots: "torch.Tensor", *, kv_dtype: "torch.dtype | str | None" = None, k_scale: "float | torch.Tensor | None" = None, v_scale: "float | torch.Tensor | None" = None, kv_layout: str = "NHD", stream: "int | None" = None) -> None:
     """
     Writes new rows of K and V into their slots of a paged cache, in place.
 
-    On CUDA it enqueues one launch on torch's current stream.
+    Into an 8-bit cache, elements are divided by their factor (in float32) and rounded to nearest even. What is too large, infinities
+    among it, becomes the largest finite element, NaN the code 0x7f: what vLLM's ``reshape_and_cache_flash`` writes. On CUDA it
+    enqueues one launch on torch's current stream.
 
     Args:
         k_new, v_new: ``[rows, kv_heads, head_dim]``, float16 or bfloat16.
-        k_cache, v_cache: as in :func:`run`, of the same type; v_cache may lie inside k_cache's rows.
+        k_cache, v_cache: as in :func:`run`, of the same type, or of 8 bits; v_cache may lie inside k_cache's rows.
         slots: int64 ``[rows]`` beside the tensors: ``page * page_size + token in the page``. Rows with a negative slot are
             not written. A slot beyond the cache is refused on the CPU; on CUDA, where the host cannot look at it, the row is
             not written. No two rows have the same slot.
+        kv_dtype: type of the caches, which uint8 tensors do not say: "float8_e4m3fn" or "float8_e5m2", or torch's.
+        k_scale, v_scale: factors of an 8-bit cache's elements as in :func:`run`, 1 by default.
         kv_layout: order of the dimensions of the caches, "NHD" or "HND".
         stream: handle of a CUDA stream, instead of torch's current one.
 

@@ -52,6 +52,18 @@ def _plan(number: int) -> _native.Plan:
     return slot.plan
 
 
+def _joined(k_scale: float | None, k_scales: Tensor | None, v_scale: float | None, v_scales: Tensor | None) -> dict:
+    """Factors as functions take them. An argument of an operator is a number or a tensor."""
+    return dict(k_scale=k_scale if k_scales is None else k_scales, v_scale=v_scale if v_scales is None else v_scales)
+
+
+def _parted(k_scale: float | Tensor | None, v_scale: float | Tensor | None) -> list:
+    """Factors as operators take them: both numbers, then both tensors."""
+    scales = (k_scale, v_scale)
+    numbers = [None if isinstance(scale, Tensor) else scale for scale in scales]
+    return numbers + [scale if isinstance(scale, Tensor) else None for scale in scales]
+
+
 @torch.library.custom_op("prefix_attn::decode", mutates_args=())
 def _decode(
     q: Tensor,
@@ -62,13 +74,18 @@ def _decode(
     kv_layout: str = "NHD",
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    k_scale: float | None = None,
+    v_scale: float | None = None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     options = dict(scale=scale, softcap=softcap, sinks=sinks, kv_layout=kv_layout)
+    options |= _joined(k_scale, k_scales, v_scale, v_scales)
     return _native.run(_plan(slot), q, k_cache, v_cache, return_lse=True, **options)
 
 
 @_decode.register_fake
-def _(q, k_cache, v_cache, slot, scale=None, kv_layout="NHD", softcap=None, sinks=None):
+def _(q, k_cache, v_cache, slot, *options):
     return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
@@ -85,25 +102,41 @@ def _decode_out(
     kv_layout: str = "NHD",
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    k_scale: float | None = None,
+    v_scale: float | None = None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> None:
     options = dict(scale=scale, softcap=softcap, sinks=sinks, kv_layout=kv_layout)
+    options |= _joined(k_scale, k_scales, v_scale, v_scales)
     _native.run(_plan(slot), q, k_cache, v_cache, out, lse, **options)
 
 
 @_decode_out.register_fake
-def _(q, k_cache, v_cache, out, lse, slot, scale=None, kv_layout="NHD", softcap=None, sinks=None):
+def _(q, k_cache, v_cache, out, lse, slot, *options):
     return None
 
 
 @torch.library.custom_op("prefix_attn::append_kv", mutates_args=("k_cache", "v_cache"))
 def _append_kv(
-    k_new: Tensor, v_new: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, kv_layout: str = "NHD"
+    k_new: Tensor,
+    v_new: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    kv_layout: str = "NHD",
+    kv_dtype: str | None = None,
+    k_scale: float | None = None,
+    v_scale: float | None = None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> None:
-    _native.append_kv(k_new, v_new, k_cache, v_cache, slots, kv_layout=kv_layout)
+    options = dict(kv_layout=kv_layout, kv_dtype=kv_dtype) | _joined(k_scale, k_scales, v_scale, v_scales)
+    _native.append_kv(k_new, v_new, k_cache, v_cache, slots, **options)
 
 
 @_append_kv.register_fake
-def _(k_new, v_new, k_cache, v_cache, slots, kv_layout="NHD"):
+def _(k_new, v_new, k_cache, v_cache, slots, *options):
     return None
 
 
@@ -116,6 +149,8 @@ def decode(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    k_scale: float | Tensor | None = None,
+    v_scale: float | Tensor | None = None,
     return_lse: bool = False,
     kv_layout: str = "NHD",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -123,7 +158,7 @@ def decode(
 
     Args:
         q: ``[rows, q_heads, head_dim]``.
-        k_cache, v_cache, scale, softcap, sinks, return_lse, kv_layout: as in :func:`prefix_attn.run`.
+        k_cache, v_cache, scale, softcap, sinks, k_scale, v_scale, return_lse, kv_layout: as in :func:`prefix_attn.run`.
         slot: holds the plan of the step.
 
     Returns:
@@ -132,7 +167,10 @@ def decode(
     Raises:
         ValueError: the slot has no plan; and what :func:`prefix_attn.run` raises.
     """
-    out, lse = torch.ops.prefix_attn.decode(q, k_cache, v_cache, slot.number, scale, kv_layout, softcap, sinks)
+    scales = _parted(k_scale, v_scale)
+    out, lse = torch.ops.prefix_attn.decode(
+        q, k_cache, v_cache, slot.number, scale, kv_layout, softcap, sinks, *scales
+    )
     return (out, lse) if return_lse else out
 
 
@@ -147,6 +185,8 @@ def decode_out(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    k_scale: float | Tensor | None = None,
+    v_scale: float | Tensor | None = None,
     kv_layout: str = "NHD",
 ) -> None:
     """As :func:`decode`, into memory that is there: ``out`` as q and perhaps ``lse``, float32 ``[rows, q_heads]``.
@@ -154,16 +194,28 @@ def decode_out(
     Raises:
         ValueError: as :func:`decode`.
     """
-    ops = torch.ops.prefix_attn
-    ops.decode_out(q, k_cache, v_cache, out, lse, slot.number, scale, kv_layout, softcap, sinks)
+    scales = _parted(k_scale, v_scale)
+    torch.ops.prefix_attn.decode_out(
+        q, k_cache, v_cache, out, lse, slot.number, scale, kv_layout, softcap, sinks, *scales
+    )
 
 
 def append_kv(
-    k_new: Tensor, v_new: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, *, kv_layout: str = "NHD"
+    k_new: Tensor,
+    v_new: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    *,
+    kv_dtype: torch.dtype | str | None = None,
+    k_scale: float | Tensor | None = None,
+    v_scale: float | Tensor | None = None,
+    kv_layout: str = "NHD",
 ) -> None:
     """:func:`prefix_attn.append_kv` for compiled code, with the same arguments.
 
     Raises:
         ValueError: as :func:`prefix_attn.append_kv`.
     """
-    torch.ops.prefix_attn.append_kv(k_new, v_new, k_cache, v_cache, slots, kv_layout)
+    stored, scales = None if kv_dtype is None else str(kv_dtype), _parted(k_scale, v_scale)
+    torch.ops.prefix_attn.append_kv(k_new, v_new, k_cache, v_cache, slots, kv_layout, stored, *scales)

@@ -3,24 +3,30 @@
 use crate::device::{self, Device};
 use crate::errors::{Result, invalid, wrong_type};
 use crate::foreign;
-use crate::operands::{KvLayout, Span, check_strides};
+use crate::operands::{KvLayout, Scale, Span, check_strides};
+use crate::scores::Scores;
+use crate::shape::parse_stored;
 use crate::tensor::{Element, Tensor};
 use crate::torch;
-use pat_rs::cpu::CacheLayout;
+use pat_rs::cpu::{CacheLayout, E4m3, E5m2};
 use pat_rs::cuda::AppendArgs;
-use pat_rs::{KvStrides, RowStrides};
+use pat_rs::{Dtype, KvStrides, RowStrides};
 use pyo3::prelude::*;
 
 /// Writes new rows of K and V into their slots of a paged cache, in place.
 ///
-/// On CUDA it enqueues one launch on torch's current stream.
+/// Into an 8-bit cache, elements are divided by their factor (in float32) and rounded to nearest even. What is too large, infinities
+/// among it, becomes the largest finite element, NaN the code 0x7f: what vLLM's ``reshape_and_cache_flash`` writes. On CUDA it
+/// enqueues one launch on torch's current stream.
 ///
 /// Args:
 ///     k_new, v_new: ``[rows, kv_heads, head_dim]``, float16 or bfloat16.
-///     k_cache, v_cache: as in :func:`run`, of the same type; v_cache may lie inside k_cache's rows.
+///     k_cache, v_cache: as in :func:`run`, of the same type, or of 8 bits; v_cache may lie inside k_cache's rows.
 ///     slots: int64 ``[rows]`` beside the tensors: ``page * page_size + token in the page``. Rows with a negative slot are
 ///         not written. A slot beyond the cache is refused on the CPU; on CUDA, where the host cannot look at it, the row is
 ///         not written. No two rows have the same slot.
+///     kv_dtype: type of the caches, which uint8 tensors do not say: "float8_e4m3fn" or "float8_e5m2", or torch's.
+///     k_scale, v_scale: factors of an 8-bit cache's elements as in :func:`run`, 1 by default.
 ///     kv_layout: order of the dimensions of the caches, "NHD" or "HND".
 ///     stream: handle of a CUDA stream, instead of torch's current one.
 ///
@@ -30,7 +36,7 @@ use pyo3::prelude::*;
 ///         been written.
 ///     CudaError: the driver refuses the launch.
 #[pyfunction]
-#[pyo3(signature = (k_new: "torch.Tensor", v_new: "torch.Tensor", k_cache: "torch.Tensor", v_cache: "torch.Tensor", slots: "torch.Tensor", *, kv_layout = "NHD", stream: "int | None" = None))]
+#[pyo3(signature = (k_new: "torch.Tensor", v_new: "torch.Tensor", k_cache: "torch.Tensor", v_cache: "torch.Tensor", slots: "torch.Tensor", *, kv_dtype: "torch.dtype | str | None" = None, k_scale: "float | torch.Tensor | None" = None, v_scale: "float | torch.Tensor | None" = None, kv_layout = "NHD", stream: "int | None" = None))]
 #[expect(clippy::too_many_arguments, reason = "the Python signature")]
 pub(crate) fn append_kv(
     py: Python<'_>,
@@ -39,6 +45,9 @@ pub(crate) fn append_kv(
     k_cache: &Bound<'_, PyAny>,
     v_cache: &Bound<'_, PyAny>,
     slots: &Bound<'_, PyAny>,
+    kv_dtype: Option<&Bound<'_, PyAny>>,
+    k_scale: Option<&Bound<'_, PyAny>>,
+    v_scale: Option<&Bound<'_, PyAny>>,
     kv_layout: &str,
     stream: Option<u64>,
 ) -> Result<()> {
@@ -46,24 +55,43 @@ pub(crate) fn append_kv(
     let k_new = Tensor::read("k_new", k_new, stream)?;
     let handle = torch::stream_of(py, k_new.device, stream)?;
     let read = |name, object| Tensor::read(name, object, Some(handle));
-    let tensors = Append {
-        v_new: read("v_new", v_new)?,
-        k_cache: read("k_cache", k_cache)?,
-        v_cache: read("v_cache", v_cache)?,
-        slots: read("slots", slots)?,
-        k_new,
-    };
-    let args = tensors.check(layout)?;
+    let kv_dtype = kv_dtype.map(|dtype| parse_stored("kv_dtype", dtype)).transpose()?;
+    let (scores, of_heads) = Scores::read(None, None)?.with_kv_scales(k_scale, v_scale)?;
+    let (k_cache, v_cache) = (read("k_cache", k_cache)?, read("v_cache", v_cache)?);
+    let [k_of_heads, v_of_heads] = of_heads;
+    let scales = [
+        read_scale("k_scale", (scores.k_scale, k_of_heads), handle, &k_new)?,
+        read_scale("v_scale", (scores.v_scale, v_of_heads), handle, &k_new)?,
+    ];
+    let tensors =
+        Append { scales, v_new: read("v_new", v_new)?, k_cache, v_cache, slots: read("slots", slots)?, k_new };
+    let args = tensors.check(kv_dtype, layout)?;
     match tensors.k_new.device {
-        Device::Cpu => match tensors.k_new.element {
-            Element::Bf16 => foreign::append_host::<half::bf16>(&tensors, &args),
-            _ => foreign::append_host::<half::f16>(&tensors, &args),
+        Device::Cpu => match (args.dtype, args.kv_dtype) {
+            (Dtype::F16, Dtype::E4m3) => foreign::append_host_rounded::<half::f16, E4m3>(&tensors, &args),
+            (Dtype::F16, Dtype::E5m2) => foreign::append_host_rounded::<half::f16, E5m2>(&tensors, &args),
+            (Dtype::F16, _) => foreign::append_host::<half::f16>(&tensors, &args),
+            (_, Dtype::E4m3) => foreign::append_host_rounded::<half::bf16, E4m3>(&tensors, &args),
+            (_, Dtype::E5m2) => foreign::append_host_rounded::<half::bf16, E5m2>(&tensors, &args),
+            _ => foreign::append_host::<half::bf16>(&tensors, &args),
         },
         Device::Cuda(ordinal) => {
             let engine = device::engine(ordinal)?;
             Ok(engine.append_kv(&args, &foreign::stream(engine.device(), handle)?)?)
         }
     }
+}
+
+/// A factor, and the tensor that holds it where heads have their own.
+fn read_scale<'py>(
+    name: &'static str,
+    (of_all, of_heads): (Option<f32>, Option<&Bound<'py, PyAny>>),
+    handle: u64,
+    k_new: &Tensor<'_>,
+) -> Result<(Scale, Option<Tensor<'py>>)> {
+    let of_heads = of_heads.map(|of_heads| Tensor::read(name, of_heads, Some(handle))).transpose()?;
+    let heads = u32::try_from(k_new.sizes[1]).unwrap_or(0);
+    Ok((Scale::new(of_all, of_heads.as_ref(), (k_new.device, "as k_new"), heads)?, of_heads))
 }
 
 /// The tensors of a call.
@@ -73,17 +101,44 @@ pub(crate) struct Append<'py> {
     pub(crate) k_cache: Tensor<'py>,
     pub(crate) v_cache: Tensor<'py>,
     pub(crate) slots: Tensor<'py>,
+    /// Factors of K and V; where heads have their own, the tensor of these.
+    pub(crate) scales: [(Scale, Option<Tensor<'py>>); 2],
 }
 
 impl Append<'_> {
     /// Checks everything but the slots' values.
-    fn check(&self, layout: KvLayout) -> Result<AppendArgs> {
-        let Self { k_new, v_new, k_cache, v_cache, slots } = self;
-        if !matches!(k_new.element, Element::F16 | Element::Bf16) {
-            return Err(wrong_type("k_new", format!("a tensor of {}", k_new.element), "float16 or bfloat16"));
+    fn check(&self, kv_dtype: Option<Dtype>, layout: KvLayout) -> Result<AppendArgs> {
+        let Self { k_new, v_new, k_cache, v_cache, slots, scales } = self;
+        let dtype = match k_new.element {
+            Element::F16 => Dtype::F16,
+            Element::Bf16 => Dtype::Bf16,
+            _ => return Err(wrong_type("k_new", format!("a tensor of {}", k_new.element), "float16 or bfloat16")),
+        };
+        v_new.expect_element(&k_new.element)?;
+        let kv_dtype = match (kv_dtype, &k_cache.element) {
+            (Some(named), _) => named,
+            (None, Element::E4m3) => Dtype::E4m3,
+            (None, Element::E5m2) => Dtype::E5m2,
+            (None, Element::U8) => {
+                return Err(wrong_type("k_cache", "a tensor of uint8", "another type, or kv_dtype beside it"));
+            }
+            (None, _) => dtype,
+        };
+        if kv_dtype.bytes() == 2 && kv_dtype != dtype {
+            let expected = format!("{}, as of k_new, or a type of 8 bits", k_new.element);
+            return Err(invalid("kv_dtype", Element::from(kv_dtype), expected));
         }
-        for tensor in [v_new, k_cache, v_cache] {
-            tensor.expect_element(&k_new.element)?;
+        for cache in [k_cache, v_cache] {
+            cache.expect_stored(&Element::from(kv_dtype))?;
+        }
+        for ((scale, _), name) in scales.iter().zip(["k_scale", "v_scale"]) {
+            let got = match scale {
+                Scale::Tensor(scale) if *scale == 1.0 || kv_dtype.bytes() == 1 => continue,
+                Scale::Heads(_) if kv_dtype.bytes() == 1 => continue,
+                Scale::Tensor(scale) => scale.to_string(),
+                Scale::Heads(_) => "factors of heads".into(),
+            };
+            return Err(invalid(name, got, "1 where the caches do not have 8 bits"));
         }
         slots.expect_element(&Element::I64)?;
         for tensor in [v_new, k_cache, v_cache, slots] {
@@ -94,9 +149,14 @@ impl Append<'_> {
             let expected = format!("that of k_cache, {}", k_cache.shape());
             return Err(invalid("v_cache", format!("shape {}", v_cache.shape()), expected));
         }
+        let factors = scales.iter().zip(["k_scale", "v_scale"]);
+        let factors: Vec<_> = factors.filter_map(|((scale, _), name)| scale.span().map(|span| (name, span))).collect();
         for cache in [k_cache, v_cache] {
             cache.expect_writable()?;
             let cached = Span::of(cache)?;
+            if let Some((name, _)) = factors.iter().find(|(_, span)| span.overlaps(cached)) {
+                return Err(invalid(*name, format!("memory of {}", cache.name), "memory of its own"));
+            }
             for rows in [k_new, v_new] {
                 if Span::of(rows)?.overlaps(cached) {
                     return Err(invalid(rows.name, format!("memory of {}", cache.name), "memory of its own"));
@@ -127,6 +187,10 @@ impl Append<'_> {
         }
         let row_strides = |tensor: &Tensor<'_>| RowStrides { sequence: tensor.strides[0], head: tensor.strides[1] };
         Ok(AppendArgs {
+            dtype,
+            kv_dtype,
+            k_scale: scales[0].0.of_device(),
+            v_scale: scales[1].0.of_device(),
             rows: u32::try_from(rows).map_err(|_| invalid("slots", rows, "fewer than 2^32"))?,
             k_new: foreign::device_span(Span::of(k_new)?),
             k_new_strides: row_strides(k_new),

@@ -9,11 +9,11 @@ use crate::append::Append;
 use crate::device::Device;
 use crate::errors::{Failure, Result, invalid, wrong_type};
 use crate::merge;
-use crate::operands::{self, Operands, Span};
+use crate::operands::{Operands, Scale, Span};
 use crate::tensor::{Element, MAX_RANK, Tensor, check_rank};
 use crate::torch;
 use bytemuck::Pod;
-use pat_rs::cpu::{NewRows, State, append_rows, merge_states};
+use pat_rs::cpu::{CacheLayout, NewRows, State, append_rounded_rows, append_rows, merge_states};
 use pat_rs::cuda::{AppendArgs, BoundRun, CudaDevice, DeviceSpan, Stream, Uploaded};
 use pat_rs::{Element as HostElement, HostTensors, KvElement, KvScale, Plan};
 use pyo3::intern;
@@ -62,8 +62,8 @@ pub(crate) fn run_host<T: HostElement, C: KvElement>(
         (input(operands.q, "q")?, input(operands.k, "k_cache")?, input(operands.v, "v_cache")?);
     let scale = |scale, name| -> Result<KvScale<'_>> {
         Ok(match scale {
-            operands::Scale::Tensor(scale) => KvScale::Tensor(scale),
-            operands::Scale::Heads(span) => KvScale::Heads(input(span, name)?),
+            Scale::Tensor(scale) => KvScale::Tensor(scale),
+            Scale::Heads(span) => KvScale::Heads(input(span, name)?),
         })
     };
     let mut tensors = HostTensors::new(operands.problem, q, k, v)
@@ -106,13 +106,40 @@ fn cells<'a, T: Pod>(tensor: &'a Tensor<'_>) -> Result<&'a [Cell<T>]> {
     Ok(unsafe { slice::from_raw_parts(start, elements) })
 }
 
-/// Writes new rows into caches in host memory. `args` are of these tensors.
+/// Writes new rows into caches of their type in host memory. `args` are of these tensors.
 pub(crate) fn append_host<T: HostElement>(tensors: &Append<'_>, args: &AppendArgs) -> Result<()> {
+    append_each::<T, T>(tensors, args, |rows, layout, cache, _| Ok(append_rows(rows, layout, cache)?))
+}
+
+/// Rounds new rows into 8-bit caches in host memory. `args` are of these tensors.
+pub(crate) fn append_host_rounded<T: HostElement, C: KvElement>(tensors: &Append<'_>, args: &AppendArgs) -> Result<()> {
+    fn factors<'a>(scale: &'a (Scale, Option<Tensor<'_>>)) -> Result<KvScale<'a>> {
+        Ok(match scale {
+            (Scale::Tensor(scale), _) => KvScale::Tensor(*scale),
+            (Scale::Heads(_), None) => KvScale::Heads(&[]),
+            (Scale::Heads(_), Some(tensor)) => KvScale::Heads(elements::<f32>(tensor, &Element::F32)?),
+        })
+    }
+    let scales = [factors(&tensors.scales[0])?, factors(&tensors.scales[1])?];
+    for (scale, name) in scales.iter().zip(["k_scale", "v_scale"]) {
+        scale.check(name, args.k_layout.kv_heads, true)?;
+    }
+    append_each::<T, C>(tensors, args, |rows, layout, cache, index| {
+        Ok(append_rounded_rows(rows, layout, cache, scales[index])?)
+    })
+}
+
+/// Calls `append` for K, which is 0, and for V.
+fn append_each<T: HostElement, C: Pod>(
+    tensors: &Append<'_>,
+    args: &AppendArgs,
+    append: impl Fn(&NewRows<'_, T>, &CacheLayout, &[Cell<C>], usize) -> Result<()>,
+) -> Result<()> {
     let slots = elements::<i64>(&tensors.slots, &Element::I64)?;
     let new = |rows, strides| -> Result<NewRows<'_, T>> { Ok(NewRows { rows: cells(rows)?, strides, slots }) };
     let (k, v) = (new(&tensors.k_new, args.k_new_strides)?, new(&tensors.v_new, args.v_new_strides)?);
-    append_rows(&k, &args.k_layout, cells(&tensors.k_cache)?)?;
-    Ok(append_rows(&v, &args.v_layout, cells(&tensors.v_cache)?)?)
+    append(&k, &args.k_layout, cells(&tensors.k_cache)?, 0)?;
+    append(&v, &args.v_layout, cells(&tensors.v_cache)?, 1)
 }
 
 /// Merges attention states in host memory.

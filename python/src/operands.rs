@@ -9,10 +9,8 @@ use pat_rs::cpu::{E4m3, E5m2};
 use pat_rs::cuda::{DeviceKvScale, RunArgs};
 use pat_rs::{AttentionShape, Dtype, KvStrides, Plan, Problem, Reach, RowStrides};
 
-/// What the kernels' 16-byte accesses need of addresses.
+/// What the kernels' 16-byte accesses need of addresses and of strides.
 const ALIGNMENT_BYTES: u64 = 16;
-/// And of strides.
-const STRIDE_ELEMENTS: i64 = 8;
 
 /// A range of memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -139,14 +137,28 @@ pub(crate) enum Scale {
 }
 
 impl Scale {
-    fn span(self) -> Option<Span> {
+    /// A number, 1 where there is none, or a tensor of the heads' on that device.
+    pub(crate) fn new(
+        of_all: Option<f32>,
+        of_heads: Option<&Tensor<'_>>,
+        (device, why): (Device, &str),
+        kv_heads: u32,
+    ) -> Result<Self> {
+        let Some(of_heads) = of_heads else { return Ok(Self::Tensor(of_all.unwrap_or(1.0))) };
+        of_heads.expect_element(&Element::F32)?;
+        of_heads.expect_device(device, why)?;
+        check_heads(of_heads, kv_heads, "KV head")?;
+        Ok(Self::Heads(Span::of(of_heads)?))
+    }
+
+    pub(crate) fn span(self) -> Option<Span> {
         match self {
             Self::Tensor(_) => None,
             Self::Heads(span) => Some(span),
         }
     }
 
-    fn of_device(self) -> DeviceKvScale {
+    pub(crate) fn of_device(self) -> DeviceKvScale {
         match self {
             Self::Tensor(scale) => DeviceKvScale::Tensor(scale),
             Self::Heads(span) => DeviceKvScale::Heads(foreign::device_span(span)),
@@ -206,16 +218,9 @@ impl Operands {
                 Some(Span::of(sinks)?)
             }
         };
-        let kv_scale = |scale: Option<f32>, of_heads: &Option<Tensor<'_>>| -> Result<Scale> {
-            let Some(of_heads) = of_heads else { return Ok(Scale::Tensor(scale.unwrap_or(1.0))) };
-            of_heads.expect_element(&Element::F32)?;
-            of_heads.expect_device(device, "as q")?;
-            check_heads(of_heads, shape.kv_heads(), "KV head")?;
-            Ok(Scale::Heads(Span::of(of_heads)?))
-        };
         Ok(Self {
-            k_scale: kv_scale(scores.k_scale, k_scale)?,
-            v_scale: kv_scale(scores.v_scale, v_scale)?,
+            k_scale: Scale::new(scores.k_scale, k_scale.as_ref(), (device, "as q"), shape.kv_heads())?,
+            v_scale: Scale::new(scores.v_scale, v_scale.as_ref(), (device, "as q"), shape.kv_heads())?,
             problem,
             num_pages: facts.num_pages,
             device,
@@ -334,7 +339,7 @@ pub(crate) fn check_strides(tensor: &Tensor<'_>, has_rows: bool) -> Result<()> {
             let expected = "a contiguous last dimension (stride 1)";
             return Err(invalid(tensor.name, format!("strides {strides:?}"), expected));
         }
-        (&strides[..inner], STRIDE_ELEMENTS)
+        (&strides[..inner], (ALIGNMENT_BYTES / tensor.element.bytes().max(1)) as i64)
     } else {
         (strides, 1)
     };

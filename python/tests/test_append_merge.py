@@ -3,7 +3,7 @@
 import numpy
 import pytest
 import torch
-from support import SHAPE, caches, queries, random_forest, reference, tolerance
+from support import SHAPE, Batch, caches, queries, random_forest, reference, tolerance
 
 import prefix_attn as pa
 
@@ -33,6 +33,48 @@ def test_v_inside_the_rows_of_k():
     assert (both[1, 4, :, :64] == 1).all() and (both[1, 4, :, 64:] == 2).all() and both.sum() == 3 * 128
 
 
+FLOAT8 = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
+
+
+def rounded(rows, factor, dtype):
+    """What vLLM writes: divided in float32, to nearest even, saturated; NaN is 0x7f."""
+    numbers = rows.float() / factor
+    codes = numbers.clamp(-FLOAT8[dtype], FLOAT8[dtype]).to(dtype).view(torch.uint8)
+    return torch.where(numbers.isnan(), 0x7F, codes)
+
+
+@pytest.mark.parametrize("kv_dtype", FLOAT8)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("is_bytes", [False, True])
+def test_rows_are_rounded_to_8_bits(dtype, kv_dtype, is_bytes):
+    """All 65,536 numbers, with a factor of all elements and with those of heads; a cache of float8 or of bytes."""
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).reshape(-1, 2, 64)
+    rows = len(numbers)
+    caches = [torch.full((rows // 16 + 1, 16, 2, 64), 0x55, dtype=torch.uint8) for _ in range(2)]
+    slots = torch.randperm(rows + 16)[:rows]
+    scales = dict(k_scale=0.37, v_scale=torch.tensor([1.0, 3e-3]))
+    given = caches if is_bytes else [cache.view(kv_dtype) for cache in caches]
+    pa.append_kv(numbers, numbers, *given, slots, **scales, **(dict(kv_dtype=kv_dtype) if is_bytes else {}))
+    for cache, factor in zip(caches, (0.37, scales["v_scale"][:, None])):
+        expected = torch.full_like(cache, 0x55).view(-1, 2, 64)
+        expected[slots] = rounded(numbers, factor, kv_dtype)
+        assert torch.equal(cache.view(-1, 2, 64), expected)
+
+
+def test_what_was_appended_is_what_run_reads():
+    shape = pa.AttentionShape(**SHAPE, dtype="bfloat16", kv_dtype="float8_e4m3fn")
+    k_new, v_new = torch.randn(2, 20, 2, 64).bfloat16()
+    k, v = torch.zeros(2, 2, 16, 2, 64, dtype=torch.float8_e4m3fn)
+    scales = dict(k_scale=torch.tensor([0.25, 0.5]), v_scale=0.125)
+    pa.append_kv(k_new, v_new, k, v, torch.arange(20), **scales)
+    batch = Batch([[0, 1]], [20], 16, 2)
+    plan = pa.Planner(shape, "cpu").plan(batch.block_tables, batch.lengths, 16, batch.num_pages)
+    q = queries(1, torch.bfloat16)
+    k_read = k.float() * scales["k_scale"][:, None]
+    expected, _ = reference(batch, q, k_read, v.float() * 0.125)
+    assert torch.allclose(pa.run(plan, q, k, v, **scales).float(), expected.float(), atol=tolerance(torch.bfloat16))
+
+
 def append(**changes):
     new = torch.ones(2, 2, 64, dtype=torch.float16)
     cache = torch.zeros(4, 16, 2, 64, dtype=torch.float16)
@@ -43,6 +85,10 @@ def append(**changes):
     except Exception:
         assert (arguments["k_cache"] == 0).all() and (arguments["v_cache"] == 0).all(), "something was written"
         raise
+
+
+EIGHT_BIT = {name: torch.zeros(4, 16, 2, 64, dtype=torch.uint8) for name in ("k_cache", "v_cache")}
+EIGHT_BIT["kv_dtype"] = "float8_e4m3fn"
 
 
 @pytest.mark.parametrize(
@@ -59,6 +105,15 @@ def append(**changes):
         ("k_cache", ValueError, dict(k_cache=torch.zeros(4, 16, 128, dtype=torch.float16))),
         ("k_cache", TypeError, dict(k_cache=torch.zeros(4, 16, 2, 64, dtype=torch.float64))),
         ("k_new", ValueError, dict(k_new=torch.ones(2, 2, 64, dtype=torch.float16).requires_grad_())),
+        ("k_cache", TypeError, dict(k_cache=torch.zeros(4, 16, 2, 64, dtype=torch.uint8))),
+        ("k_cache", TypeError, dict(kv_dtype="float8_e5m2")),
+        ("kv_dtype", ValueError, dict(kv_dtype="bfloat16")),
+        ("k_scale", ValueError, dict(k_scale=2.0)),
+        ("v_scale", ValueError, EIGHT_BIT | dict(v_scale=torch.tensor([1.0, 0.0]))),
+        ("v_scale", ValueError, EIGHT_BIT | dict(v_scale=torch.tensor([1.0]))),
+        ("k_scale", TypeError, EIGHT_BIT | dict(k_scale=torch.tensor([1.0, 1.0]).half())),
+        ("k_scale", ValueError, EIGHT_BIT | dict(k_scale=float("nan"))),
+        ("slots[1]", ValueError, EIGHT_BIT | dict(slots=torch.tensor([0, 64]))),
     ],
 )
 def test_append_refuses(argument, error, changes):

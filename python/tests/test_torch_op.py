@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from support import caches, queries, random_forest, reference
+from support import SHAPE, caches, queries, random_forest, reference
 
+import prefix_attn as pa
 from prefix_attn import torch_op
 
 
@@ -84,3 +85,32 @@ def test_slots_without_a_plan_are_refused(planner):
     number = torch_op.PlanSlot(plan).number
     with pytest.raises(ValueError, match=f"^slot: got number {number}"):
         torch.ops.prefix_attn.decode(q, k, v, number)
+
+
+@pytest.mark.parametrize("of_heads", [False, True])
+def test_8_bit_caches_are_written_and_read_by_one_graph(of_heads):
+    shape = pa.AttentionShape(**SHAPE, dtype="float16", kv_dtype="float8_e4m3fn")
+    batch = random_forest(9)
+    slot = torch_op.PlanSlot(pa.Planner(shape, "cpu").plan(batch.block_tables, batch.lengths, 16, batch.num_pages))
+    q, (k, v) = queries(len(batch.lengths)), caches(batch)
+    scales = dict(k_scale=torch.tensor([0.25, 0.5]), v_scale=torch.tensor([2.0, 1.0])) if of_heads else dict(v_scale=0.5)
+    stored = [torch.zeros(cache.shape, dtype=torch.uint8) for cache in (k, v)]
+    slots = torch.arange(k.shape[0] * 16)
+
+    @torch.compile(fullgraph=True)
+    def step(q, k_new, v_new, k, v, out):
+        torch_op.append_kv(k_new, v_new, k, v, slots, kv_dtype="float8_e4m3fn", **scales)
+        float8 = k.view(torch.float8_e4m3fn), v.view(torch.float8_e4m3fn)
+        torch_op.decode_out(q, *float8, out, slot, **scales)
+        return torch_op.decode(q, *float8, slot, **scales)
+
+    out = torch.empty_like(q)
+    returned = step(q, k.flatten(0, 1), v.flatten(0, 1), *stored, out)
+    factors = [scales.get(name, torch.ones(2)) * torch.ones(2) for name in ("k_scale", "v_scale")]
+    read = [codes.view(torch.float8_e4m3fn).float() * factor[:, None] for codes, factor in zip(stored, factors)]
+    # Half a step: a sixteenth of a number, or of the smallest ones.
+    for rows, cache in zip(read, (k, v)):
+        assert ((rows - cache).abs() <= cache.abs() / 16 + 2**-9)[: batch.num_pages].all()
+    expected = reference(batch, q, *read)[0]
+    for result in (out, returned):
+        torch.testing.assert_close(result.double(), expected, atol=6e-3, rtol=0)

@@ -7,12 +7,13 @@ use pat_abi::{
     Arch, Dtype, Family, FastDivisor, FillParams, FlushParams, KERNELS, KernelSpec, Switches, TileVariant, manifest,
 };
 use pat_ptx_interpreter::Access;
-use pat_rs::cpu::{CacheLayout, NewRows, State};
+use pat_rs::cpu::{CacheLayout, E4m3, E5m2, NewRows, State};
 use pat_rs::cuda::launch_records::{self, LaunchRecord};
-use pat_rs::cuda::{AppendArgs, DeviceState};
+use pat_rs::cuda::{AppendArgs, DeviceKvScale, DeviceState};
 use pat_rs::plan::PlanMode;
 use pat_rs::{
-    AttentionShape, Element, KvElement, KvStrides, PlanOptions, Planner, Problem, QueryTokens, Reach, RowStrides,
+    AttentionShape, Element, KvElement, KvScale, KvStrides, PlanOptions, Planner, Problem, QueryTokens, Reach,
+    RowStrides,
 };
 use pat_tests::executor::{Executor, Interpreter};
 use pat_tests::interpreted::{DeviceMemory, InterpretedRun};
@@ -224,31 +225,36 @@ fn strides_of_q_o_and_lse_are_followed() {
     );
 }
 
-#[test]
-fn new_rows_are_appended_as_on_the_cpu() {
-    let (num_pages, page_size, kv_heads, head_dim, rows) = (4, 16, 3, 64, 9u32);
-    let mut rng = ChaCha8Rng::seed_from_u64(1);
-    let mut draw =
-        |count: usize| -> Vec<f16> { (0..count).map(|_| f16::from_f32(rng.random_range(-1.0..1.0))).collect() };
-    let new_strides = RowStrides { sequence: 3 * 64 + 16, head: 64 };
-    let new_elements = rows as usize * new_strides.sequence as usize;
+/// New rows of K and V in caches of several pages: in interpreted PTX and on the CPU, whose caches are given.
+fn append<T: Element, C: KvElement>(
+    (new, caches): (&[Vec<T>; 2], [Vec<C>; 2]),
+    factors: [&[f32]; 2],
+    on_cpu: impl Fn(&NewRows<'_, T>, &CacheLayout, &[Cell<C>], &[f32]),
+) {
+    let (num_pages, page_size, kv_heads, head_dim) = (4, 16, APPEND_HEADS, APPEND_DIM);
     let layouts = [KvStrides::nhd(page_size, kv_heads, head_dim), KvStrides::hnd(page_size, kv_heads, head_dim)]
         .map(|strides| CacheLayout { num_pages, page_size, kv_heads, head_dim, strides });
-    let cache_elements = (num_pages * page_size * kv_heads * head_dim) as usize;
-    let new = [draw(new_elements), draw(new_elements)];
-    let caches = [draw(cache_elements), draw(cache_elements)];
     // The host cannot look at slots: those that are negative or beyond the cache are skipped.
     let slots: Vec<i64> = vec![5, -1, 63, 0, 64, 17, i64::MAX, 40, i64::MIN];
 
     let mut memory = DeviceMemory::new();
     let [k_new, v_new] = [&new[0], &new[1]].map(|new| memory.add("new rows", new, Access::Read));
     let [k_cache, v_cache] = [&caches[0], &caches[1]].map(|cache| memory.add("a cache", cache, Access::ReadWrite));
+    let mut scale = |factors: &[f32]| match factors {
+        [all] => DeviceKvScale::Tensor(*all),
+        heads => DeviceKvScale::Heads(memory.add("factors", heads, Access::Read)),
+    };
+    let [k_scale, v_scale] = factors.map(&mut scale);
     let record = launch_records::append_kv(&AppendArgs {
-        rows,
+        dtype: T::DTYPE,
+        kv_dtype: C::DTYPE,
+        k_scale,
+        v_scale,
+        rows: slots.len() as u32,
         k_new,
-        k_new_strides: new_strides,
+        k_new_strides: APPEND_STRIDES,
         v_new,
-        v_new_strides: new_strides,
+        v_new_strides: APPEND_STRIDES,
         k_cache: k_cache.clone(),
         k_layout: layouts[0],
         v_cache: v_cache.clone(),
@@ -256,14 +262,74 @@ fn new_rows_are_appended_as_on_the_cpu() {
         slots: memory.add("slots", &slots, Access::Read),
     });
     memory.launch(&record.unwrap()).unwrap();
-    for (((new, cache), layout), span) in new.iter().zip(caches).zip(&layouts).zip([k_cache, v_cache]) {
-        let new: Vec<Cell<f16>> = new.iter().copied().map(Cell::new).collect();
-        let expected: Vec<Cell<f16>> = cache.into_iter().map(Cell::new).collect();
+    for (index, (cache, span)) in caches.into_iter().zip([k_cache, v_cache]).enumerate() {
+        let new: Vec<Cell<T>> = new[index].iter().copied().map(Cell::new).collect();
+        let expected: Vec<Cell<C>> = cache.into_iter().map(Cell::new).collect();
         let inside: Vec<i64> = slots.iter().map(|&slot| if slot < 64 { slot } else { -1 }).collect();
-        let rows = NewRows { rows: &new, strides: new_strides, slots: &inside };
-        pat_rs::cpu::append_rows(&rows, layout, &expected).unwrap();
-        assert!(memory.read::<f16>(&span).iter().zip(&expected).all(|(actual, expected)| *actual == expected.get()));
+        let rows = NewRows { rows: &new, strides: APPEND_STRIDES, slots: &inside };
+        on_cpu(&rows, &layouts[index], &expected, factors[index]);
+        let expected: Vec<C> = expected.into_iter().map(Cell::into_inner).collect();
+        let actual = memory.read::<C>(&span);
+        let bytes = [&actual, &expected].map(|cache| bytemuck::cast_slice::<C, u8>(cache));
+        let differing = bytes[0].iter().zip(bytes[1]).position(|(actual, expected)| actual != expected);
+        assert_eq!(differing, None, "{} in {} by {factors:?}", T::DTYPE.name(), C::DTYPE.name());
     }
+}
+
+const APPEND_HEADS: u32 = 3;
+const APPEND_DIM: u32 = 64;
+const APPEND_STRIDES: RowStrides = RowStrides { sequence: 3 * 64 + 16, head: 64 };
+const APPEND_NEW: usize = 9 * APPEND_STRIDES.sequence as usize;
+const APPEND_CACHE: usize = 4 * 16 * (APPEND_HEADS * APPEND_DIM) as usize;
+
+#[test]
+fn new_rows_are_appended_as_on_the_cpu() {
+    let mut rng = ChaCha8Rng::seed_from_u64(1);
+    let mut draw =
+        |count: usize| -> Vec<f16> { (0..count).map(|_| f16::from_f32(rng.random_range(-1.0..1.0))).collect() };
+    let (new, caches) = ([draw(APPEND_NEW), draw(APPEND_NEW)], [draw(APPEND_CACHE), draw(APPEND_CACHE)]);
+    append((&new, caches), [&[1.0], &[1.0]], |rows, layout, cache, _| {
+        pat_rs::cpu::append_rows(rows, layout, cache).unwrap();
+    });
+}
+
+/// All 65,536 numbers of a 16-bit type, in as many launches as it takes, divided by factors and rounded to 8 bits.
+fn append_all_numbers<T: Element, C: KvElement>() {
+    let on_cpu = |rows: &NewRows<'_, T>, layout: &CacheLayout, cache: &[Cell<C>], factors: &[f32]| {
+        let scale = if let [all] = factors { KvScale::Tensor(*all) } else { KvScale::Heads(factors) };
+        pat_rs::cpu::append_rounded_rows(rows, layout, cache, scale).unwrap();
+    };
+    let numbers: Vec<T> = (0..=u16::MAX).map(|bits| bytemuck::pod_read_unaligned(&bits.to_ne_bytes())).collect();
+    let factors: [[&[f32]; 2]; 3] = [[&[1.0], &[0.037]], [&[1.0, 3.0, 0.7], &[512.0]], [&[1e-3], &[1e3, 0.01, 5e-8]]];
+    // Of nine rows, five are written.
+    let written = [0usize, 2, 3, 5, 7];
+    let per_launch = 2 * written.len() * (APPEND_HEADS * APPEND_DIM) as usize;
+    for (launch, chunk) in numbers.chunks(per_launch).enumerate() {
+        let mut new = [vec![T::zeroed(); APPEND_NEW], vec![T::zeroed(); APPEND_NEW]];
+        for (at, row) in chunk.chunks((APPEND_HEADS * APPEND_DIM) as usize).enumerate() {
+            let begin = written[at / 2] * APPEND_STRIDES.sequence as usize;
+            new[at % 2][begin..][..row.len()].copy_from_slice(row);
+        }
+        for factors in factors {
+            // Both orders: each number is divided by each factor.
+            for factors in [factors, [factors[1], factors[0]]] {
+                let code = C::from_f32(launch as f32);
+                append((&new, [vec![code; APPEND_CACHE], vec![code; APPEND_CACHE]]), factors, on_cpu);
+            }
+        }
+    }
+}
+
+#[test]
+fn all_16_bit_numbers_are_rounded_to_8_bits_as_on_the_cpu() {
+    type Check = fn();
+    let checks: [Check; 4] = [
+        append_all_numbers::<f16, E4m3>,
+        append_all_numbers::<bf16, E4m3>,
+        append_all_numbers::<f16, E5m2>,
+        append_all_numbers::<bf16, E5m2>,
+    ];
+    checks.into_par_iter().for_each(|check| check());
 }
 
 fn merge_states<T: Element>() {
@@ -326,16 +392,17 @@ fn support_record(family: Family, dtype: Dtype, params: &[u8]) -> LaunchRecord {
     LaunchRecord { kernel, ptx, ctas: 3, params: params.to_vec(), tensor_maps: Vec::new() }
 }
 
-fn fill<T: Element>() {
+fn fill<T: KvElement>() {
+    let bytes = i64::from(T::DTYPE.bytes());
     let (pages, tokens, heads, dim) = (3, 5, 2, 64);
-    let strides = KvStrides { page: 5 * 144, token: 144, head: 72 };
+    let strides = KvStrides { page: 5 * 160, token: 160, head: 80 };
     let mut memory = DeviceMemory::new();
-    let target = memory.add("a tensor", &[T::from_f32(7.0); 3 * 5 * 144], Access::ReadWrite);
+    let target = memory.add("a tensor", &[T::from_f32(7.0); 3 * 5 * 160], Access::ReadWrite);
     let params = FillParams {
         base: target.address(),
-        page_stride: strides.page * 2,
-        token_stride: strides.token * 2,
-        head_stride: strides.head * 2,
+        page_stride: strides.page * bytes,
+        token_stride: strides.token * bytes,
+        head_stride: strides.head * bytes,
         tokens: FastDivisor::new(tokens),
         heads: FastDivisor::new(heads),
         pages,
@@ -345,10 +412,10 @@ fn fill<T: Element>() {
     };
     memory.launch(&support_record(Family::Fill, T::DTYPE, bytemuck::bytes_of(&params))).unwrap();
     let drawn = memory.read::<T>(&target);
-    for (row, values) in drawn.chunks_exact(72).enumerate() {
+    for (row, values) in drawn.chunks_exact(80).enumerate() {
         let (row, head) = (row as u32 / heads, row as u32 % heads);
         let key = generator::row_key(SEED, Tensor::V as u32, row / tokens, row % tokens, head);
-        let expected = (0..dim).map(|at| T::from_f32(generator::element(key, at))).chain([T::from_f32(7.0); 8]);
+        let expected = (0..dim).map(|at| T::from_f32(generator::element(key, at))).chain([T::from_f32(7.0); 16]);
         assert!(
             values.iter().map(|value| value.to_f32()).eq(expected.map(KvElement::to_f32)),
             "row {row}, head {head}"
@@ -360,6 +427,8 @@ fn fill<T: Element>() {
 fn the_generator_draws_what_it_draws_on_the_cpu() {
     fill::<f16>();
     fill::<bf16>();
+    fill::<E4m3>();
+    fill::<E5m2>();
 }
 
 #[test]

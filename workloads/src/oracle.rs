@@ -3,7 +3,7 @@
 use crate::tensors::fill_row;
 use crate::{OwnedBatch, Tensors};
 use pat_abi::generator::{self, Tensor};
-use pat_rs::{AttentionShape, Element, Problem};
+use pat_rs::{AttentionShape, Element, KvElement, Problem};
 use rayon::prelude::*;
 
 /// Work up to which every row is checked.
@@ -101,8 +101,24 @@ impl Oracle {
         seed: u32,
         sample: RowSample,
     ) -> pat_rs::Result<Self> {
+        Self::compute_stored::<T, T>(batch, (problem, sinks), seed, sample)
+    }
+
+    /// As [`Self::compute_problem`], with elements of K and V of their own type, whose factors are 1.
+    ///
+    /// # Errors
+    /// As [`Self::compute`].
+    ///
+    /// # Panics
+    /// As [`Self::compute_problem`].
+    pub fn compute_stored<T: Element, C: KvElement>(
+        batch: &OwnedBatch,
+        (problem, sinks): (Problem, Option<&[f32]>),
+        seed: u32,
+        sample: RowSample,
+    ) -> pat_rs::Result<Self> {
         let asked = Asked { problem, sinks, visible: None };
-        Self::from_rows(batch, asked, drawn::<T>(seed), sample)
+        Self::from_rows::<T>(batch, asked, drawn::<T, C>(seed), sample)
     }
 
     /// As [`Self::compute_problem`], where row `b` of the batch sees the tokens `visible[b]` of its sequence and no other,
@@ -121,7 +137,7 @@ impl Oracle {
         sample: RowSample,
     ) -> pat_rs::Result<Self> {
         let asked = Asked { problem, sinks, visible: Some(visible) };
-        Self::from_rows(batch, asked, drawn::<T>(seed), sample)
+        Self::from_rows::<T>(batch, asked, drawn::<T, T>(seed), sample)
     }
 
     /// As [`Self::compute`], of tensors that may have been changed since they were drawn for the batch.
@@ -154,21 +170,21 @@ impl Oracle {
         (problem, sinks): (Problem, Option<&[f32]>),
         sample: RowSample,
     ) -> pat_rs::Result<Self> {
-        let fill = |(tensor, page, token, head): Place, row: &mut [T]| {
-            row.copy_from_slice(tensors.row(tensor, page, token, head));
+        let fill = |(tensor, page, token, head): Place, row: &mut [f32]| {
+            T::widen(tensors.row(tensor, page, token, head), row);
         };
-        Self::from_rows(batch, Asked { problem, sinks, visible: None }, fill, sample)
+        Self::from_rows::<T>(batch, Asked { problem, sinks, visible: None }, fill, sample)
     }
 
     /// `fill` gives a row of Q, K or V.
     fn from_rows<T: Element>(
         batch: &OwnedBatch,
         asked: Asked<'_>,
-        fill: impl Fn(Place, &mut [T]) + Sync,
+        fill: impl Fn(Place, &mut [f32]) + Sync,
         sample: RowSample,
     ) -> pat_rs::Result<Self> {
         batch.view(&batch.rows())?;
-        let of_pair = |&pair: &(u32, u32)| expected_rows(batch, asked, &fill, pair);
+        let of_pair = |&pair: &(u32, u32)| expected_rows::<T>(batch, asked, &fill, pair);
         let rows = sample.pairs.par_iter().flat_map_iter(of_pair).collect();
         Ok(Self { sample, rows })
     }
@@ -187,10 +203,16 @@ struct Asked<'a> {
 /// A row of a tensor: page (of Q: sequence), token (of Q: 0), head.
 type Place = (Tensor, u32, u32, u32);
 
-/// Rows as the generator draws them.
-fn drawn<T: Element>(seed: u32) -> impl Fn(Place, &mut [T]) + Sync {
-    move |(tensor, page, token, head), row| {
-        fill_row(generator::row_key(seed, tensor as u32, page, token, head), row);
+/// Rows as the generator draws them, of K and V rounded to their own type.
+fn drawn<T: Element, C: KvElement>(seed: u32) -> impl Fn(Place, &mut [f32]) + Sync {
+    fn row<E: KvElement>(row_key: u32, row: &mut [f32]) {
+        let mut elements = vec![E::zeroed(); row.len()];
+        fill_row(row_key, &mut elements);
+        E::widen(&elements, row);
+    }
+    move |(tensor, page, token, head), widened| {
+        let key = generator::row_key(seed, tensor as u32, page, token, head);
+        if tensor == Tensor::Q { row::<T>(key, widened) } else { row::<C>(key, widened) }
     }
 }
 
@@ -198,7 +220,7 @@ fn drawn<T: Element>(seed: u32) -> impl Fn(Place, &mut [T]) + Sync {
 fn expected_rows<T: Element>(
     batch: &OwnedBatch,
     Asked { problem, sinks, visible }: Asked<'_>,
-    fill: &impl Fn(Place, &mut [T]),
+    fill: &impl Fn(Place, &mut [f32]),
     (sequence, kv_head): (u32, u32),
 ) -> Vec<ExpectedRow> {
     let (shape, score) = (problem.shape(), problem.score());
@@ -208,11 +230,8 @@ fn expected_rows<T: Element>(
     let seen: Vec<u32> = visible.map_or_else(|| (begin..end).collect(), |rows| rows[sequence as usize].clone());
     let tokens = seen.len() as u32;
     let table = &batch.block_tables[sequence as usize];
-    let mut narrow = vec![T::zeroed(); head_dim];
-    let mut draw = |tensor: Tensor, page: u32, token: u32, head: u32, row: &mut [f32]| {
-        fill((tensor, page, token, head), &mut narrow);
-        T::widen(&narrow, row);
-    };
+    let draw =
+        |tensor: Tensor, page: u32, token: u32, head: u32, row: &mut [f32]| fill((tensor, page, token, head), row);
     let mut kv_row = vec![0f32; head_dim];
     let place = |token: u32| (table[(token / batch.page_size) as usize], token % batch.page_size);
     let heads: Vec<u32> = (kv_head * shape.group()..(kv_head + 1) * shape.group()).collect();

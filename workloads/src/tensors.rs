@@ -41,13 +41,14 @@ pub fn sinks(problem: &Problem) -> Option<Vec<f32>> {
     problem.has_sinks().then(|| (0..q_heads).map(sink).collect())
 }
 
-/// Inputs of a decode step. KV rows that no sequence of the batch owns are NaN, so that reading one shows.
+/// Inputs of a decode step. KV rows that no sequence of the batch owns are NaN, so that reading one shows. K and V are of Q's type
+/// unless another one is named.
 #[derive(Clone, Debug)]
-pub struct Tensors<T> {
+pub struct Tensors<T, C = T> {
     /// Queries, `[sequences, q_heads, head_dim]`.
     pub q: Vec<T>,
     /// K and V.
-    pub kv: Vec<T>,
+    pub kv: Vec<C>,
     /// Where V starts in [`Self::kv`], in elements; K starts at 0.
     pub v_begin: usize,
     /// Strides of K and of V.
@@ -55,12 +56,17 @@ pub struct Tensors<T> {
     problem: Problem,
 }
 
-impl<T: Element> Tensors<T> {
-    /// Draws the tensors of a batch, in parallel.
+impl<T: Element, C: KvElement> Tensors<T, C> {
+    /// Draws the tensors of a batch, in parallel, with elements of K and V of their own type.
     ///
     /// # Errors
     /// The batch is not valid (see [`pat_rs::DecodeBatch::from_block_tables`]).
-    pub fn draw(batch: &OwnedBatch, shape: AttentionShape, layout: PoolLayout, seed: u32) -> pat_rs::Result<Self> {
+    pub fn draw_stored(
+        batch: &OwnedBatch,
+        shape: AttentionShape,
+        layout: PoolLayout,
+        seed: u32,
+    ) -> pat_rs::Result<Self> {
         batch.view(&batch.rows())?;
         let owned_tokens = owned_tokens(batch);
         let head_dim = shape.head_dim() as usize;
@@ -72,8 +78,8 @@ impl<T: Element> Tensors<T> {
 
         let kv_strides = layout.strides(shape, batch.page_size);
         let pages = batch.num_pages as usize;
-        let mut kv = vec![T::zeroed(); 2 * pages * batch.page_size as usize * shape.kv_heads() as usize * head_dim];
-        let fill_page = |tensor: Tensor, page: usize, values: &mut [T]| {
+        let mut kv = vec![C::zeroed(); 2 * pages * batch.page_size as usize * shape.kv_heads() as usize * head_dim];
+        let fill_page = |tensor: Tensor, page: usize, values: &mut [C]| {
             for token in 0..batch.page_size {
                 for head in 0..shape.kv_heads() {
                     let at = i64::from(token) * kv_strides.token + i64::from(head) * kv_strides.head;
@@ -81,7 +87,7 @@ impl<T: Element> Tensors<T> {
                     if token < owned_tokens[page] {
                         fill_row(generator::row_key(seed, tensor as u32, page as u32, token, head), row);
                     } else {
-                        row.fill(T::from_f32(f32::NAN));
+                        row.fill(C::from_f32(f32::NAN));
                     }
                 }
             }
@@ -97,7 +103,47 @@ impl<T: Element> Tensors<T> {
                 fill_page(Tensor::V, chunk - pages, values);
             }
         });
-        Ok(Self { q, kv, v_begin, kv_strides, problem: batch.problem(shape) })
+        let problem = batch.problem(shape.with_kv_dtype(C::DTYPE));
+        Ok(Self { q, kv, v_begin, kv_strides, problem })
+    }
+
+    /// Heads, head dimension and element type.
+    pub fn shape(&self) -> AttentionShape {
+        self.problem.shape()
+    }
+
+    /// Where [`Self::row`] begins in its vector.
+    pub fn row_begin(&self, tensor: Tensor, page: u32, token: u32, head: u32) -> usize {
+        if tensor == Tensor::Q {
+            return (page * self.shape().q_heads() + head) as usize * self.shape().head_dim() as usize;
+        }
+        let KvStrides { page: of_page, token: of_token, head: of_head } = self.kv_strides;
+        let offset = i64::from(page) * of_page + i64::from(token) * of_token + i64::from(head) * of_head;
+        offset as usize + if tensor == Tensor::V { self.v_begin } else { 0 }
+    }
+
+    /// The tensors as the CPU executor takes them, with contiguous outputs; plain attention.
+    pub fn host(&self, softmax_scale: f32) -> HostTensors<'_, T, C> {
+        self.host_of(self.problem.with_scale(softmax_scale), None)
+    }
+
+    /// As [`Self::host`], of a problem of the same shape, with its sinks.
+    pub fn host_of<'a>(&'a self, problem: Problem, sinks: Option<&'a [f32]>) -> HostTensors<'a, T, C> {
+        let v = &self.kv[self.v_begin.min(self.kv.len())..];
+        let mut tensors =
+            HostTensors::new(problem, &self.q, &self.kv, v).with_kv_strides(self.kv_strides, self.kv_strides);
+        tensors.sinks = sinks;
+        tensors
+    }
+}
+
+impl<T: Element> Tensors<T> {
+    /// Draws the tensors of a batch, in parallel.
+    ///
+    /// # Errors
+    /// As [`Self::draw_stored`].
+    pub fn draw(batch: &OwnedBatch, shape: AttentionShape, layout: PoolLayout, seed: u32) -> pat_rs::Result<Self> {
+        Self::draw_stored(batch, shape, layout, seed)
     }
 
     /// The pool's elements as those of another type; the pool becomes what they stand for. `scale` is the factor of a KV head's elements:
@@ -126,11 +172,6 @@ impl<T: Element> Tensors<T> {
         codes
     }
 
-    /// Heads, head dimension and element type.
-    pub fn shape(&self) -> AttentionShape {
-        self.problem.shape()
-    }
-
     /// A row of Q (`page` is the sequence, `token` 0), K or V.
     pub fn row(&self, tensor: Tensor, page: u32, token: u32, head: u32) -> &[T] {
         let begin = self.row_begin(tensor, page, token, head);
@@ -143,30 +184,6 @@ impl<T: Element> Tensors<T> {
         let (begin, head_dim) = (self.row_begin(tensor, page, token, head), self.shape().head_dim() as usize);
         let elements = if tensor == Tensor::Q { &mut self.q } else { &mut self.kv };
         &mut elements[begin..][..head_dim]
-    }
-
-    /// Where [`Self::row`] begins in its vector.
-    pub fn row_begin(&self, tensor: Tensor, page: u32, token: u32, head: u32) -> usize {
-        if tensor == Tensor::Q {
-            return (page * self.shape().q_heads() + head) as usize * self.shape().head_dim() as usize;
-        }
-        let KvStrides { page: of_page, token: of_token, head: of_head } = self.kv_strides;
-        let offset = i64::from(page) * of_page + i64::from(token) * of_token + i64::from(head) * of_head;
-        offset as usize + if tensor == Tensor::V { self.v_begin } else { 0 }
-    }
-
-    /// The tensors as the CPU executor takes them, with contiguous outputs; plain attention.
-    pub fn host(&self, softmax_scale: f32) -> HostTensors<'_, T> {
-        self.host_of(self.problem.with_scale(softmax_scale), None)
-    }
-
-    /// As [`Self::host`], of a problem of the same shape, with its sinks.
-    pub fn host_of<'a>(&'a self, problem: Problem, sinks: Option<&'a [f32]>) -> HostTensors<'a, T> {
-        let v = &self.kv[self.v_begin.min(self.kv.len())..];
-        let mut tensors =
-            HostTensors::new(problem, &self.q, &self.kv, v).with_kv_strides(self.kv_strides, self.kv_strides);
-        tensors.sinks = sinks;
-        tensors
     }
 }
 
@@ -183,7 +200,7 @@ pub fn owned_tokens(batch: &OwnedBatch) -> Vec<u32> {
 }
 
 /// Draws one row of `head_dim` elements.
-pub fn fill_row<T: Element>(row_key: u32, row: &mut [T]) {
+pub fn fill_row<T: KvElement>(row_key: u32, row: &mut [T]) {
     for (dim, element) in row.iter_mut().enumerate() {
         *element = T::from_f32(generator::element(row_key, dim as u32));
     }

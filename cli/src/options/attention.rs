@@ -29,6 +29,7 @@ impl Elements {
             head_dim,
             value_head_dim: None,
             dtype: self.dtype,
+            kv_dtype: None,
             soft_cap: None,
             reach: Reach::Full,
             has_sinks: false,
@@ -39,6 +40,11 @@ impl Elements {
 
 fn dtype(name: &str) -> std::result::Result<Dtype, &'static str> {
     parse_dtype(name).ok_or("expected f16 or bf16")
+}
+
+fn kv_dtype(name: &str) -> std::result::Result<Dtype, &'static str> {
+    let known = [Dtype::E4m3, Dtype::E5m2].into_iter().find(|dtype| dtype.name() == name);
+    known.ok_or("expected e4m3 or e5m2")
 }
 
 /// Everything but the heads, which suites of batches bring.
@@ -56,6 +62,9 @@ pub(crate) struct Attention {
     /// Elements per head of V and O [default: those of Q and K].
     #[arg(long, value_name = "DIM", allow_negative_numbers = true)]
     value_head_dim: Option<u32>,
+    /// Element type of K and V, e4m3 or e5m2 [default: that of Q].
+    #[arg(long, value_name = "DTYPE", value_parser = kv_dtype)]
+    kv_dtype: Option<Dtype>,
     /// Scores are capped: CAP * tanh(score / CAP).
     #[arg(long, value_name = "CAP", allow_negative_numbers = true)]
     softcap: Option<f32>,
@@ -128,6 +137,7 @@ pub(crate) struct Asked {
     head_dim: Option<Given<u32>>,
     value_head_dim: Option<Given<u32>>,
     dtype: Option<Dtype>,
+    kv_dtype: Option<Dtype>,
     soft_cap: Option<Given<f32>>,
     reach: Reach,
     has_sinks: bool,
@@ -160,6 +170,7 @@ impl Attention {
             head_dim: settle("--head-dim", self.elements.head_dim, |layer| Some(layer.head_dim))?,
             value_head_dim: settle("--value-head-dim", self.value_head_dim, |layer| Some(layer.v_head_dim))?,
             dtype: self.elements.dtype,
+            kv_dtype: self.kv_dtype,
             soft_cap: settled("--softcap", self.softcap, model.as_ref(), |layer| layer.soft_cap, f32::to_string)?,
             reach: match (window, chunk) {
                 (Some(window), _) => Reach::Window(window.value),
@@ -244,12 +255,13 @@ impl Asked {
         })
     }
 
-    /// A shape with the values' head dimension; refused where no kernel can compute it, whatever the pages.
+    /// A shape with the values' head dimension and K's and V's type; refused where no kernel can compute it, whatever the pages.
     pub(crate) fn checked(&self, shape: pat_rs::Result<AttentionShape>) -> pat_rs::Result<AttentionShape> {
         let shape = match &self.value_head_dim {
             Some(given) => shape?.with_v_head_dim(given.value)?,
             None => shape?,
         };
+        let shape = self.kv_dtype.map_or(shape, |kv_dtype| shape.with_kv_dtype(kv_dtype));
         supports(&Problem::new(shape, 1), None, None)?;
         Ok(shape)
     }

@@ -1,8 +1,8 @@
 //! Writing new rows of K or V into a paged cache.
 
-use super::Element;
+use super::{Element, KvElement};
 use crate::arguments::check_tensor;
-use crate::{Error, KvStrides, Result, RowStrides};
+use crate::{Error, KvScale, KvStrides, Result, RowStrides};
 use std::cell::Cell;
 
 /// New rows of K or V, one per sequence, and where they go.
@@ -44,6 +44,34 @@ impl CacheLayout {
 /// # Errors
 /// A slot is beyond the cache, a slice is too short for its strides, or a stride is not accepted. Nothing is written then.
 pub fn append_rows<T: Element>(new: &NewRows<'_, T>, layout: &CacheLayout, cache: &[Cell<T>]) -> Result<()> {
+    append(new, layout, cache, |_, from| from)
+}
+
+/// As [`append_rows`], of 16-bit rows into an 8-bit cache: elements are divided by the factor of their KV head (in f32) and
+/// rounded to nearest even. What is too large, infinities among it, becomes the largest finite element, NaN the code 0x7f.
+///
+/// # Errors
+/// As [`append_rows`]; or the cache has no 8 bits, or a factor is refused (see [`KvScale`]).
+pub fn append_rounded_rows<T: Element, C: KvElement>(
+    new: &NewRows<'_, T>,
+    layout: &CacheLayout,
+    cache: &[Cell<C>],
+    scale: KvScale<'_>,
+) -> Result<()> {
+    if C::DTYPE.bytes() != 1 {
+        return Err(Error::invalid("cache", C::DTYPE.name(), "elements of 8 bits"));
+    }
+    scale.check("scale", layout.kv_heads, true)?;
+    append(new, layout, cache, |head, from| C::from_f32(from.to_f32() / scale.of_head(head)))
+}
+
+/// Writes `written(head, element)` for each element.
+fn append<T: Element, C: KvElement>(
+    new: &NewRows<'_, T>,
+    layout: &CacheLayout,
+    cache: &[Cell<C>],
+    written: impl Fn(u32, T) -> C,
+) -> Result<()> {
     let CacheLayout { num_pages, page_size, kv_heads, head_dim, strides } = *layout;
     if page_size == 0 {
         return Err(Error::invalid("page_size", 0, "at least 1"));
@@ -54,19 +82,19 @@ pub fn append_rows<T: Element>(new: &NewRows<'_, T>, layout: &CacheLayout, cache
     check_tensor("rows", new.rows.len() as u64, &of_rows, head_dim, T::DTYPE)?;
     let of_cache =
         [("page", num_pages, strides.page), ("token", page_size, strides.token), ("head", kv_heads, strides.head)];
-    check_tensor("cache", cache.len() as u64, &of_cache, head_dim, T::DTYPE)?;
+    check_tensor("cache", cache.len() as u64, &of_cache, head_dim, C::DTYPE)?;
     if let Some((row, slot)) = new.slots.iter().enumerate().find(|(_, slot)| **slot >= layout.slots() as i64) {
         let expected = format!("below num_pages * page_size = {}, or negative", layout.slots());
         return Err(Error::invalid(format!("slots[{row}]"), slot, expected));
     }
     for (row, &slot) in (0i64..).zip(new.slots).filter(|(_, slot)| **slot >= 0) {
         let (page, token) = (slot / i64::from(page_size), slot % i64::from(page_size));
-        for head in 0..i64::from(kv_heads) {
+        for head in 0..kv_heads {
             // Not negative and inside both slices: checked above.
-            let from = (row * new.strides.sequence + head * new.strides.head) as usize;
-            let to = (page * strides.page + token * strides.token + head * strides.head) as usize;
+            let from = (row * new.strides.sequence + i64::from(head) * new.strides.head) as usize;
+            let to = (page * strides.page + token * strides.token + i64::from(head) * strides.head) as usize;
             let target = &cache[to..][..head_dim as usize];
-            target.iter().zip(&new.rows[from..]).for_each(|(to, from)| to.set(from.get()));
+            target.iter().zip(&new.rows[from..]).for_each(|(to, from)| to.set(written(head, from.get())));
         }
     }
     Ok(())
@@ -75,6 +103,7 @@ pub fn append_rows<T: Element>(new: &NewRows<'_, T>, layout: &CacheLayout, cache
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cpu::E4m3;
     use half::f16;
 
     const LAYOUT: CacheLayout = CacheLayout {
@@ -103,6 +132,30 @@ mod tests {
         expected[80..].copy_from_slice(&numbers(1, 16));
         expected[..16].copy_from_slice(&numbers(33, 16));
         assert_eq!(cache, expected);
+    }
+
+    #[test]
+    fn rows_are_divided_by_the_factor_of_their_head_and_rounded() {
+        let largest = f16::from_f32(60_000.0);
+        let mut rows = [f16::from_f32(1.5); 16];
+        // A tie, beside numbers that are too large, none, and minus zero.
+        rows[..5].copy_from_slice(&[f16::from_f32(8.5), largest, f16::NEG_INFINITY, f16::NAN, f16::NEG_ZERO]);
+        let rows = Cell::from_mut(&mut rows[..]).as_slice_of_cells();
+        let cache = [const { Cell::new(E4m3(0x11)) }; 96];
+        let new = NewRows { rows, strides: RowStrides { sequence: 16, head: 8 }, slots: &[1] };
+        let layout = CacheLayout { strides: KvStrides { page: 32, token: 16, head: 16 }, kv_heads: 1, ..LAYOUT };
+        append_rounded_rows(&new, &layout, &cache, KvScale::Heads(&[0.5])).unwrap();
+        let cache_codes = cache.clone().map(Cell::into_inner);
+        // 17 lies between 16 and 18, whose last bits are 0 and 1.
+        assert_eq!(cache_codes[16..24], [0x58, 0x7e, 0xfe, 0x7f, 0x80, 0x44, 0x44, 0x44].map(E4m3));
+        assert!(cache_codes.iter().enumerate().all(|(at, code)| (16..24).contains(&at) || *code == E4m3(0x11)));
+
+        let mut wide = numbers(0, 96);
+        let wide = Cell::from_mut(&mut wide[..]).as_slice_of_cells();
+        let refusal = append_rounded_rows(&new, &layout, wide, KvScale::ONE).unwrap_err().to_string();
+        assert!(refusal.starts_with("cache: got f16, expected elements of 8 bits"), "{refusal}");
+        let refusal = append_rounded_rows(&new, &layout, &cache, KvScale::Tensor(0.0)).unwrap_err().to_string();
+        assert!(refusal.starts_with("scale: got 0"), "{refusal}");
     }
 
     #[test]

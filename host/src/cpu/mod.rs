@@ -11,7 +11,7 @@ mod merge_states;
 
 use crate::arguments::{RunTensors, same};
 use crate::{KvScale, KvStrides, Plan, Problem, Result, RowStrides};
-pub use append::{CacheLayout, NewRows, append_rows};
+pub use append::{CacheLayout, NewRows, append_rounded_rows, append_rows};
 use attend::{ItemOutput, Task, TaskRow, attend};
 pub use eight_bit::{E4m3, E5m2};
 pub use element::{Element, KvElement};

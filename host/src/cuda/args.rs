@@ -156,18 +156,17 @@ pub enum DeviceKvScale {
 }
 
 impl DeviceKvScale {
-    fn check(&self, name: &'static str, shape: AttentionShape) -> Result<()> {
-        let is_eight_bit = shape.kv_dtype().bytes() == 1;
+    pub(super) fn check(&self, name: &'static str, kv_heads: u32, is_eight_bit: bool) -> Result<()> {
         match self {
-            Self::Tensor(scale) => KvScale::Tensor(*scale).check(name, shape.kv_heads(), is_eight_bit),
+            Self::Tensor(scale) => KvScale::Tensor(*scale).check(name, kv_heads, is_eight_bit),
             Self::Heads(_) if !is_eight_bit => {
                 Err(Error::invalid(name, "factors of heads", "1 where K and V do not have 8 bits"))
             }
             Self::Heads(span) => {
-                let needed = u64::from(shape.kv_heads()) * u64::from(SCALE_BYTES);
+                let needed = u64::from(kv_heads) * u64::from(SCALE_BYTES);
                 if span.bytes < needed {
                     let got = format!("{} factors", span.bytes / u64::from(SCALE_BYTES));
-                    let expected = format!("at least {}, one for each KV head", shape.kv_heads());
+                    let expected = format!("at least {kv_heads}, one for each KV head");
                     return Err(Error::invalid(name, got, expected));
                 }
                 Ok(())
@@ -175,7 +174,7 @@ impl DeviceKvScale {
         }
     }
 
-    fn span(&self) -> Option<&DeviceSpan> {
+    pub(super) fn span(&self) -> Option<&DeviceSpan> {
         match self {
             Self::Tensor(_) => None,
             Self::Heads(span) => Some(span),
@@ -183,7 +182,7 @@ impl DeviceKvScale {
     }
 
     /// The factor of all elements, and the address of the heads' or 0.
-    fn params(&self) -> (f32, u64) {
+    pub(super) fn params(&self) -> (f32, u64) {
         match self {
             Self::Tensor(scale) => (*scale, 0),
             Self::Heads(span) => (1.0, span.address),
@@ -192,7 +191,7 @@ impl DeviceKvScale {
 }
 
 /// Bytes of a factor.
-const SCALE_BYTES: u32 = 4;
+pub(super) const SCALE_BYTES: u32 = 4;
 
 /// Bytes of an element of a partial.
 const PARTIAL_BYTES: u32 = 4;
@@ -352,8 +351,9 @@ impl RunArgs {
                 format!("at least the plan's {}", plan.limits.max_sequences),
             ));
         }
-        self.k_scale.check("k_scale", shape)?;
-        self.v_scale.check("v_scale", shape)?;
+        let is_eight_bit = shape.kv_dtype().bytes() == 1;
+        self.k_scale.check("k_scale", shape.kv_heads(), is_eight_bit)?;
+        self.v_scale.check("v_scale", shape.kv_heads(), is_eight_bit)?;
         self.check_memory(&self.tensors().check(plan.terms.planned)?, workspace)?;
         let (partial_out, partial_lse) = workspace.layout(shape, plan.limits.max_slots)?;
         let (lse, lse_strides) = self

@@ -65,9 +65,9 @@ pub fn fill(device: &CudaDevice, target: DeviceSpan, spec: FillSpec, stream: &St
     check_address("target", &target, VECTOR_BYTES)?;
     let params = FillParams {
         base: target.address(),
-        page_stride: spec.strides.page * 2,
-        token_stride: spec.strides.token * 2,
-        head_stride: spec.strides.head * 2,
+        page_stride: spec.strides.page * i64::from(spec.dtype.bytes()),
+        token_stride: spec.strides.token * i64::from(spec.dtype.bytes()),
+        head_stride: spec.strides.head * i64::from(spec.dtype.bytes()),
         tokens: FastDivisor::new(spec.tokens),
         heads: FastDivisor::new(spec.heads),
         pages: spec.pages,

@@ -109,8 +109,12 @@ pub fn run(
 /// # Errors
 /// An argument is refused.
 pub fn append_kv(args: &AppendArgs) -> Result<LaunchRecord> {
-    let CheckedAppend(params, ctas) = CheckedAppend::new(args)?;
-    LaunchRecord::new(row_kernel(Family::Append, Dtype::F16)?, Switches::OFF, (ctas, 1), &params)
+    let CheckedAppend { kernel, params, ctas } = CheckedAppend::new(args)?;
+    if kernel.kv_dtype.bytes() == 1 {
+        LaunchRecord::new(kernel, Switches::OFF, (ctas, 1), &params)
+    } else {
+        LaunchRecord::new(kernel, Switches::OFF, (ctas, 1), &params.append)
+    }
 }
 
 /// The launch of [`CudaEngine::merge_states`](super::CudaEngine::merge_states).

@@ -4,21 +4,33 @@
 
 use super::CudaEngine;
 use super::DeviceSpan;
-use super::args::check_address;
+use super::args::{DeviceKvScale, SCALE_BYTES, check_address};
 use super::driver::{self, Stream};
 use crate::arguments::{Dimension, LSE_BYTES, check_apart, check_lse, check_tensor};
 use crate::cpu::CacheLayout;
 use crate::eligibility::VECTOR_BYTES;
 use crate::{Dtype, Error, Result, RowStrides};
-use pat_abi::{AppendParams, Family, FastDivisor, MergeStatesParams, StateParams, Switches, manifest};
+use pat_abi::{
+    AppendParams, Family, FastDivisor, KernelSpec, MergeStatesParams, ScaledAppendParams, StateParams, Switches,
+    manifest,
+};
 
-/// Bytes of an element of K, V and O.
+/// Bytes of an element of new rows, and of O.
 const ELEMENT_BYTES: i64 = 2;
 const SLOT_BYTES: u32 = 8;
 
-/// New rows of K and V, `[rows, kv_heads, head_dim]`, and the caches they go to. All of one 16-bit type.
+/// New rows of K and V, `[rows, kv_heads, head_dim]`, and the caches they go to.
 #[derive(Clone, Debug)]
 pub struct AppendArgs {
+    /// Type of the new rows, of 16 bits.
+    pub dtype: Dtype,
+    /// Type of the caches: that of the rows, or of 8 bits. Into the latter, elements are divided by their factor (in f32) and
+    /// rounded to nearest even; what is too large, infinities among it, becomes the largest finite element, NaN the code 0x7f.
+    pub kv_dtype: Dtype,
+    /// Factor of K's elements; 1 where the caches do not have 8 bits.
+    pub k_scale: DeviceKvScale,
+    /// Likewise of V's.
+    pub v_scale: DeviceKvScale,
     /// Rows.
     pub rows: u32,
     /// New K.
@@ -75,7 +87,10 @@ impl CudaEngine {
         ] {
             span.check_device(name, device)?;
         }
-        let kernel = device.kernel(row_kernel(Family::Append, Dtype::F16)?, Switches::OFF)?;
+        for (name, scale) in [("k_scale", &args.k_scale), ("v_scale", &args.v_scale)] {
+            scale.span().map_or(Ok(()), |span| span.check_device(name, device))?;
+        }
+        let kernel = device.kernel(append.kernel, Switches::OFF)?;
         driver::launch_append(kernel, &append, &stream.enter(device)?)
     }
 
@@ -107,10 +122,22 @@ impl CudaEngine {
 }
 
 /// Parameters whose tensors were checked to hold what the kernel reads and writes.
-pub(super) struct CheckedAppend(pub(super) AppendParams, pub(super) u32);
+pub(super) struct CheckedAppend {
+    pub(super) kernel: &'static KernelSpec,
+    /// The kernel of caches of the rows' type takes the first part of it alone.
+    pub(super) params: ScaledAppendParams,
+    pub(super) ctas: u32,
+}
 
 impl CheckedAppend {
     pub(super) fn new(args: &AppendArgs) -> Result<Self> {
+        if args.dtype.bytes() != 2 {
+            return Err(Error::invalid("k_new", args.dtype.name(), "a type of 16 bits"));
+        }
+        let kernel = manifest::find_append(args.dtype, args.kv_dtype).ok_or_else(|| {
+            let expected = format!("{}, or a type of 8 bits", args.dtype.name());
+            Error::invalid("k_cache", args.kv_dtype.name(), expected)
+        })?;
         let CacheLayout { num_pages, page_size, kv_heads, head_dim, strides: k } = args.k_layout;
         let v = args.v_layout.strides;
         if (CacheLayout { strides: k, ..args.v_layout }) != args.k_layout {
@@ -129,7 +156,7 @@ impl CheckedAppend {
             [("k_new", &args.k_new, args.k_new_strides), ("v_new", &args.v_new, args.v_new_strides)]
         {
             let dims = [("sequence", args.rows, strides.sequence), ("head", kv_heads, strides.head)];
-            check_span(name, span, &dims, head_dim)?;
+            check_span(name, span, &dims, head_dim, args.dtype)?;
         }
         for (name, span, strides) in [("k_cache", &args.k_cache, k), ("v_cache", &args.v_cache, v)] {
             let dims = [
@@ -137,7 +164,11 @@ impl CheckedAppend {
                 ("token", page_size, strides.token),
                 ("head", kv_heads, strides.head),
             ];
-            check_span(name, span, &dims, head_dim)?;
+            check_span(name, span, &dims, head_dim, args.kv_dtype)?;
+        }
+        for (name, scale) in [("k_scale", &args.k_scale), ("v_scale", &args.v_scale)] {
+            scale.check(name, kv_heads, args.kv_dtype.bytes() == 1)?;
+            scale.span().map_or(Ok(()), |span| check_address(name, span, SCALE_BYTES))?;
         }
         if args.slots.bytes() < u64::from(args.rows) * u64::from(SLOT_BYTES) {
             let expected = format!("{SLOT_BYTES} for each of {} rows", args.rows);
@@ -146,7 +177,8 @@ impl CheckedAppend {
         if args.rows > 0 {
             check_address("slots", &args.slots, SLOT_BYTES)?;
         }
-        let params = AppendParams {
+        let cache_bytes = i64::from(args.kv_dtype.bytes());
+        let append = AppendParams {
             k_new: args.k_new.address(),
             v_new: args.v_new.address(),
             k_cache: args.k_cache.address(),
@@ -156,19 +188,21 @@ impl CheckedAppend {
             k_new_head_stride: args.k_new_strides.head * ELEMENT_BYTES,
             v_new_row_stride: args.v_new_strides.sequence * ELEMENT_BYTES,
             v_new_head_stride: args.v_new_strides.head * ELEMENT_BYTES,
-            k_page_stride: k.page * ELEMENT_BYTES,
-            k_token_stride: k.token * ELEMENT_BYTES,
-            k_head_stride: k.head * ELEMENT_BYTES,
-            v_page_stride: v.page * ELEMENT_BYTES,
-            v_token_stride: v.token * ELEMENT_BYTES,
-            v_head_stride: v.head * ELEMENT_BYTES,
+            k_page_stride: k.page * cache_bytes,
+            k_token_stride: k.token * cache_bytes,
+            k_head_stride: k.head * cache_bytes,
+            v_page_stride: v.page * cache_bytes,
+            v_token_stride: v.token * cache_bytes,
+            v_head_stride: v.head * cache_bytes,
             page_size: FastDivisor::new(page_size),
             heads: FastDivisor::new(kv_heads),
             chunks: FastDivisor::new(chunks),
             rows: args.rows,
             slots_end,
         };
-        Ok(Self(params, work.div_ceil(manifest::SUPPORT_THREADS)))
+        let ((k_scale, k_scales), (v_scale, v_scales)) = (args.k_scale.params(), args.v_scale.params());
+        let params = ScaledAppendParams { append, k_scale, v_scale, k_scales, v_scales };
+        Ok(Self { kernel, params, ctas: work.div_ceil(manifest::SUPPORT_THREADS) })
     }
 }
 
@@ -183,7 +217,8 @@ impl CheckedMergeStates {
         for (state, [out, lse]) in states.into_iter().zip(NAMES) {
             let dims = |strides: RowStrides| [("sequence", rows, strides.sequence), ("head", heads, strides.head)];
             let (of_out, of_lse) = (dims(state.out_strides), dims(state.lse_strides));
-            check_span(out, &state.out, &of_out, head_dim)?;
+            // Of any 16-bit type: only its size counts.
+            check_span(out, &state.out, &of_out, head_dim, Dtype::F16)?;
             if check_lse(lse, state.lse.bytes() / u64::from(LSE_BYTES), &of_lse)? > 0 {
                 check_address(lse, &state.lse, LSE_BYTES)?;
             }
@@ -205,10 +240,9 @@ impl CheckedMergeStates {
     }
 }
 
-/// Strides, extent and address of a 16-bit tensor.
-fn check_span(name: &str, span: &DeviceSpan, dims: &[Dimension], head_dim: u32) -> Result<()> {
-    // Any 16-bit type: only its size counts.
-    match check_tensor(name, span.bytes() / ELEMENT_BYTES as u64, dims, head_dim, Dtype::F16)? {
+/// Strides, extent and address of a tensor.
+fn check_span(name: &str, span: &DeviceSpan, dims: &[Dimension], head_dim: u32, dtype: Dtype) -> Result<()> {
+    match check_tensor(name, span.bytes() / u64::from(dtype.bytes()), dims, head_dim, dtype)? {
         0 => Ok(()),
         _ => check_address(name, span, VECTOR_BYTES),
     }
@@ -248,6 +282,10 @@ mod tests {
         let layout = CacheLayout { num_pages: 4, page_size: 16, kv_heads: 2, head_dim: 64, strides };
         let rows = RowStrides::contiguous(2, 64);
         AppendArgs {
+            dtype: Dtype::F16,
+            kv_dtype: Dtype::F16,
+            k_scale: DeviceKvScale::Tensor(1.0),
+            v_scale: DeviceKvScale::Tensor(1.0),
             rows: 3,
             k_new: DeviceSpan::of_nothing(0x1000, 3 * 128 * 2),
             k_new_strides: rows,
@@ -263,15 +301,21 @@ mod tests {
 
     #[test]
     fn append_parameters_are_in_bytes() {
-        let CheckedAppend(params, ctas) = CheckedAppend::new(&append()).unwrap();
+        let CheckedAppend { kernel, params: ScaledAppendParams { append: params, .. }, ctas } =
+            CheckedAppend::new(&append()).unwrap();
         assert_eq!((params.k_page_stride, params.k_head_stride, params.v_new_row_stride), (16 * 256, 128, 256));
-        assert_eq!((params.slots_end, params.chunks.divisor, ctas), (64, 8, 1));
+        assert_eq!((params.slots_end, params.chunks.divisor, ctas, kernel.entry), (64, 8, 1, "pat_append_kv"));
+
+        let eight_bit = AppendArgs { dtype: Dtype::Bf16, kv_dtype: Dtype::E5m2, ..append() };
+        let CheckedAppend { kernel, params, .. } = CheckedAppend::new(&eight_bit).unwrap();
+        assert_eq!((params.append.k_page_stride, params.append.k_head_stride), (16 * 128, 64));
+        assert_eq!((params.append.v_new_row_stride, kernel.entry), (256, "pat_append_kv_bf16_e5m2"));
     }
 
     #[test]
     fn bad_arguments_of_append_are_named() {
         type Change = fn(&mut AppendArgs);
-        let cases: [(&str, Change); 9] = [
+        let cases: [(&str, Change); 15] = [
             ("k_new: got", |a| a.k_new = DeviceSpan::of_nothing(0x1000, 3 * 128 * 2 - 2)),
             ("v_new: got", |a| a.v_new = DeviceSpan::of_nothing(0x2008, 1 << 20)),
             ("k_new_strides.head", |a| a.k_new_strides.head = 65),
@@ -283,6 +327,18 @@ mod tests {
                 (a.k_layout.num_pages, a.v_layout.num_pages) = (1 << 30, 1 << 30);
             }),
             ("head_dim", |a| (a.k_layout.head_dim, a.v_layout.head_dim) = (60, 60)),
+            ("k_new: got e4m3", |a| a.dtype = Dtype::E4m3),
+            ("k_cache: got bf16, expected f16, or a type of 8 bits", |a| a.kv_dtype = Dtype::Bf16),
+            ("k_scale: got 2, expected 1 where", |a| a.k_scale = DeviceKvScale::Tensor(2.0)),
+            ("v_scale: got inf", |a| {
+                (a.kv_dtype, a.v_scale) = (Dtype::E4m3, DeviceKvScale::Tensor(f32::INFINITY));
+            }),
+            ("v_scale: got 1 factors", |a| {
+                (a.kv_dtype, a.v_scale) = (Dtype::E4m3, DeviceKvScale::Heads(DeviceSpan::of_nothing(0x4000, 4)));
+            }),
+            ("k_cache_strides.head: got 8 elements", |a| {
+                (a.kv_dtype, a.k_layout.strides.head) = (Dtype::E4m3, 8);
+            }),
         ];
         for (message, change) in cases {
             let mut args = append();

@@ -31,6 +31,6 @@ pub use plan::{
     DIRECT_SLOT, ItemQuery, MAX_TILE_VARIANTS, MergeRow, NO_MASKS, NONE, PLAN_MAGIC, PLAN_VERSION, PageMask,
     PlanHeader, RUN_PAGES, VariantItems, WorkItem,
 };
-pub use row_params::{AppendParams, MergeStatesParams, StateParams};
+pub use row_params::{AppendParams, MergeStatesParams, ScaledAppendParams, StateParams};
 pub use switches::Switches;
 pub use tile::{NamedBarrier, SmemLayout, TileConfig};

@@ -178,7 +178,8 @@ pub enum Family {
     Fill,
     /// Evicts the L2 cache by reading (benchmarks). Any element type and head dimension: its row says F16 and 0.
     Flush,
-    /// Writes new rows of K and V into a cache. Any 16-bit type and head dimension: its row says F16 and 0.
+    /// Writes new rows of K and V into a cache. Any head dimension: its rows say 0. Into a cache of the rows' type, whichever
+    /// that is: its row says F16.
     Append,
     /// Merges two attention states. Any head dimension: its rows say 0.
     MergeStates,
@@ -293,11 +294,17 @@ const MERGE: [&[KernelSpec]; Arch::ALL.len()] = [
     kernel_shapes!(kernels! { merge, Family::Merge, Sm90a, "pat_merge_pdl" }),
 ];
 
-const SUPPORT: [KernelSpec; 6] = [
+const SUPPORT: [KernelSpec; 12] = [
     support("pat_fill_f16", Family::Fill, Dtype::F16),
     support("pat_fill_bf16", Family::Fill, Dtype::Bf16),
+    support("pat_fill_e4m3", Family::Fill, Dtype::E4m3),
+    support("pat_fill_e5m2", Family::Fill, Dtype::E5m2),
     support("pat_flush_l2", Family::Flush, Dtype::F16),
     support("pat_append_kv", Family::Append, Dtype::F16),
+    rounding("pat_append_kv_f16_e4m3", Dtype::F16, Dtype::E4m3),
+    rounding("pat_append_kv_bf16_e4m3", Dtype::Bf16, Dtype::E4m3),
+    rounding("pat_append_kv_f16_e5m2", Dtype::F16, Dtype::E5m2),
+    rounding("pat_append_kv_bf16_e5m2", Dtype::Bf16, Dtype::E5m2),
     support("pat_merge_states_f16", Family::MergeStates, Dtype::F16),
     support("pat_merge_states_bf16", Family::MergeStates, Dtype::Bf16),
 ];
@@ -373,6 +380,11 @@ const fn support(entry: &'static str, family: Family, dtype: Dtype) -> KernelSpe
     }
 }
 
+/// Rows of `dtype` into a cache of `kv_dtype`.
+const fn rounding(entry: &'static str, dtype: Dtype, kv_dtype: Dtype) -> KernelSpec {
+    KernelSpec { kv_dtype, ..support(entry, Family::Append, dtype) }
+}
+
 const PARTS: [&[KernelSpec]; FORWARD.len() + SCALED.len() + MERGE.len() + 1] = {
     let mut parts: [&[KernelSpec]; FORWARD.len() + SCALED.len() + MERGE.len() + 1] =
         [&SUPPORT; FORWARD.len() + SCALED.len() + MERGE.len() + 1];
@@ -406,10 +418,16 @@ const fn table<const LENGTH: usize>() -> (usize, [KernelSpec; LENGTH]) {
 pub const KERNELS: &[KernelSpec] = &table::<{ table::<0>().0 }>().1;
 
 /// The kernel of a family for an element type and head dimension, if there is one. Of two merge kernels it is the one
-/// that runs on both architectures; [`find_for`] names the file. Of forward kernels it is the one that reads K and V of the same type;
-/// [`find_forward`] asks for others.
+/// that runs on both architectures; [`find_for`] names the file. Of kernels that read or write K and V it is the one whose K and V
+/// have the same type; [`find_forward`] and [`find_append`] ask for others.
 pub fn find(family: Family, dtype: Dtype, head_dim: u32) -> Option<&'static KernelSpec> {
-    KERNELS.iter().find(|k| k.family == family && k.dtype == dtype && k.head_dim == head_dim)
+    KERNELS.iter().find(|k| k.family == family && k.dtype == dtype && k.kv_dtype == dtype && k.head_dim == head_dim)
+}
+
+/// The kernel that appends rows of `dtype` to caches of `kv_dtype`, if there is one.
+pub fn find_append(dtype: Dtype, kv_dtype: Dtype) -> Option<&'static KernelSpec> {
+    let stated = if dtype == kv_dtype && dtype.bytes() == 2 { (Dtype::F16, Dtype::F16) } else { (dtype, kv_dtype) };
+    KERNELS.iter().find(|k| k.family == Family::Append && (k.dtype, k.kv_dtype) == stated)
 }
 
 /// The forward kernel of a variant for Q and O of `dtype` and K and V of `kv_dtype`, if there is one.

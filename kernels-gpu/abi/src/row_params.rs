@@ -52,6 +52,22 @@ pub struct AppendParams {
     pub slots_end: u32,
 }
 
+/// Parameter of the append kernels that round 16-bit rows to an 8-bit cache. What the other takes comes first.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
+pub struct ScaledAppendParams {
+    /// As of the other; a chunk has 8 bytes in the caches.
+    pub append: AppendParams,
+    /// What elements of K are divided by, beside [`Self::k_scales`].
+    pub k_scale: f32,
+    /// What elements of V are divided by, beside [`Self::v_scales`].
+    pub v_scale: f32,
+    /// What K's heads are divided by, or 0: f32 `[heads]`.
+    pub k_scales: u64,
+    /// What V's heads are divided by, or 0: f32 `[heads]`.
+    pub v_scales: u64,
+}
+
 /// One attention state of [`MergeStatesParams`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
@@ -90,5 +106,6 @@ pub struct MergeStatesParams {
 
 const _: () = {
     assert!(size_of::<AppendParams>() == 176);
+    assert!(size_of::<ScaledAppendParams>() == 200);
     assert!(size_of::<MergeStatesParams>() == 168);
 };

@@ -4,17 +4,56 @@ use pat_abi::generator::{element, row_key};
 use pat_abi::manifest::SUPPORT_THREADS as THREADS;
 use pat_abi::params::{FillParams, FlushParams};
 
+use crate::eight_bit::{Code, E4m3, E5m2};
 use crate::element::{Bf16, Element, F16};
-use crate::ptx::ldst::{load_global_u32x4, store_global_u32, store_global_u32x4};
+use crate::ptx::ldst::{load_global_u32x4, store_global_u32, store_global_u32x2, store_global_u32x4};
 use crate::ptx::{shuffle, special};
+
+/// Writes 8 elements of a type that numbers are rounded to.
+trait Eight {
+    /// Of an element.
+    const BYTES: u64;
+
+    /// # Safety
+    /// `address` is of as many bytes that may be written, and a multiple of them.
+    unsafe fn store(address: u64, number: impl Fn(u32) -> f32);
+}
+
+/// 16-bit elements.
+struct Wide<E>(E);
+
+impl<E: Element> Eight for Wide<E> {
+    const BYTES: u64 = 2;
+
+    #[inline(always)]
+    unsafe fn store(address: u64, number: impl Fn(u32) -> f32) {
+        let pair = |i: u32| E::pack(number(i), number(i + 1));
+        // SAFETY: the caller's contract.
+        unsafe { store_global_u32x4(address, [pair(0), pair(2), pair(4), pair(6)]) };
+    }
+}
+
+/// 8-bit elements.
+struct Narrow<C>(C);
+
+impl<C: Code> Eight for Narrow<C> {
+    const BYTES: u64 = 1;
+
+    #[inline(always)]
+    unsafe fn store(address: u64, number: impl Fn(u32) -> f32) {
+        let four = |i: u32| C::nearest_four([number(i), number(i + 1), number(i + 2), number(i + 3)]);
+        // SAFETY: the caller's contract.
+        unsafe { store_global_u32x2(address, [four(0), four(4)]) };
+    }
+}
 
 /// Fills a tensor `[pages, tokens, heads, dim]` from the counter generator; a CTA of 256 threads, any grid.
 ///
 /// # Safety
 /// `params` describes a live, writable buffer.
 #[inline(always)]
-unsafe fn fill<E: Element>(params: &FillParams) {
-    // A thread writes 8 elements (16 bytes) at a time: `chunks` per row.
+unsafe fn fill<T: Eight>(params: &FillParams) {
+    // A thread writes 8 elements at a time: `chunks` per row.
     let chunks = params.dim / 8;
     let total = params.pages as u64 * params.tokens.divisor as u64 * params.heads.divisor as u64 * chunks as u64;
     let step = special::cta_count() as u64 * THREADS as u64;
@@ -26,38 +65,38 @@ unsafe fn fill<E: Element>(params: &FillParams) {
         let (row, head) = params.heads.divide_remainder(row);
         let (page, token) = params.tokens.divide_remainder(row);
         let key = row_key(params.seed, params.tensor, page, token, head);
-        let pair = |i: u32| E::pack(element(key, dim + i), element(key, dim + i + 1));
         let address = params
             .base
             .wrapping_add((page as i64).wrapping_mul(params.page_stride) as u64)
             .wrapping_add((token as i64).wrapping_mul(params.token_stride) as u64)
             .wrapping_add((head as i64).wrapping_mul(params.head_stride) as u64)
-            .wrapping_add(dim as u64 * 2);
+            .wrapping_add(dim as u64 * T::BYTES);
         // SAFETY: the caller's contract; strides are multiples of 16 bytes.
-        unsafe { store_global_u32x4(address, [pair(0), pair(2), pair(4), pair(6)]) };
+        unsafe { T::store(address, |i| element(key, dim + i)) };
         index += step;
     }
 }
 
-/// Fills a binary16 tensor.
-///
-/// # Safety
-/// As [`FillParams`] says.
-#[unsafe(no_mangle)]
-pub unsafe extern "ptx-kernel" fn pat_fill_f16(params: FillParams) {
-    // SAFETY: the caller's contract.
-    unsafe { fill::<F16>(&params) }
+macro_rules! fill_kernels {
+    ($($entry:ident $element:ty),*) => {$(
+        /// Fills a tensor of this type.
+        ///
+        /// # Safety
+        /// As [`FillParams`] says.
+        #[unsafe(no_mangle)]
+        pub unsafe extern "ptx-kernel" fn $entry(params: FillParams) {
+            // SAFETY: the caller's contract.
+            unsafe { fill::<$element>(&params) }
+        }
+    )*};
 }
 
-/// Fills a bfloat16 tensor.
-///
-/// # Safety
-/// As [`FillParams`] says.
-#[unsafe(no_mangle)]
-pub unsafe extern "ptx-kernel" fn pat_fill_bf16(params: FillParams) {
-    // SAFETY: the caller's contract.
-    unsafe { fill::<Bf16>(&params) }
-}
+fill_kernels!(
+    pat_fill_f16 Wide<F16>,
+    pat_fill_bf16 Wide<Bf16>,
+    pat_fill_e4m3 Narrow<E4m3>,
+    pat_fill_e5m2 Narrow<E5m2>
+);
 
 /// Evicts the L2 cache by reading a large buffer. Reading leaves no dirty lines whose write-back would be charged to
 /// what is timed next. One word per CTA is written, so that the loads are not dead.

@@ -68,7 +68,7 @@ class Builder(FlashAttentionMetadataBuilder):
         self._layers = [vllm_config.compilation_config.static_forward_context[name] for name in layer_names]
         #: Query tokens of a decode row, at most.
         self._query_tokens = _query_tokens(vllm_config)
-        self._shape = _shape(self._layers[0].num_heads * self.dcp_world_size, kv_cache_spec)
+        self._shape = _shape(vllm_config, self._layers[0].num_heads * self.dcp_world_size, kv_cache_spec)
         self._decoder: DecodeRows | None = None
         self._stock_reason = (
             HOOKS_MISSING
@@ -80,6 +80,8 @@ class Builder(FlashAttentionMetadataBuilder):
         if self._stock_reason:
             logger.info("prefix_attn: %s stay on FlashAttention: %s", what, self._stock_reason)
         else:
+            for layer in self._layers:
+                layer.impl.take_factors(layer)
             logger.info("prefix_attn: decode rows of %s run on prefix-aware plans, %s", what, self._shape)
 
     def _why_stock(self, layer) -> str | None:
@@ -216,13 +218,14 @@ def _query_tokens(vllm_config) -> int:
 
 def _is_stock_group(vllm_config, spec) -> bool:
     """Whether the group stays stock whatever its layers are; the number of query heads decides nothing here."""
-    return eligibility.of_group(spec, _shape(getattr(spec, "num_kv_heads", 0), spec)) is not None
+    return eligibility.of_group(spec, _shape(vllm_config, getattr(spec, "num_kv_heads", 0), spec)) is not None
 
 
-def _shape(q_heads: int, spec) -> "pa.AttentionShape | None":
+def _shape(vllm_config, q_heads: int, spec) -> "pa.AttentionShape | None":
     """What the kernels are asked for, if there are such kernels."""
     try:
-        return pa.AttentionShape(q_heads, spec.num_kv_heads, spec.head_size, spec.dtype)
+        dtype, stored = vllm_config.model_config.dtype, "float8_e4m3fn" if eligibility.is_fp8(spec) else spec.dtype
+        return pa.AttentionShape(q_heads, spec.num_kv_heads, spec.head_size, dtype, kv_dtype=stored)
     except (AttributeError, TypeError, ValueError):
         return None
 

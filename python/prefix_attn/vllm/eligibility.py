@@ -7,6 +7,10 @@ import prefix_attn as pa
 #: Whether layers with a sliding window are served. Their kernels have been run in interpreted PTX alone, and such plans are made
 #: from scratch at each step.
 SERVES_WINDOWS = os.environ.get("PREFIX_ATTN_WINDOWS", "0") == "1"
+#: Whether FP8 KV caches are served. Their kernels have been run in interpreted PTX alone.
+SERVES_FP8 = os.environ.get("PREFIX_ATTN_FP8", "0") == "1"
+#: The FP8 caches that FlashAttention has, by vLLM's names.
+FP8_CACHES = ("fp8", "fp8_e4m3")
 
 
 def of_engine(vllm_config) -> str | None:
@@ -51,13 +55,20 @@ def of_group(spec, shape: "pa.AttentionShape | None") -> str | None:
         return "non-causal attention"
     if spec.head_size_v != spec.head_size:
         return f"value heads of {spec.head_size_v} and key heads of {spec.head_size} elements"
-    if spec.kv_quant_mode.name != "NONE":
+    if is_fp8(spec) and not SERVES_FP8:
+        return "an FP8 KV cache (PREFIX_ATTN_FP8=1 serves it)"
+    if not is_fp8(spec) and spec.kv_quant_mode.name != "NONE":
         return f"a KV cache of {spec.kv_quant_mode.name}"
     if shape is None:
         return "a shape for which there are no kernels"
     if window_of(spec) is not None and not SERVES_WINDOWS:
         return "a sliding window (PREFIX_ATTN_WINDOWS=1 serves them)"
     return pa.supports(shape, spec.block_size, window=window_of(spec))
+
+
+def is_fp8(spec) -> bool:
+    """Whether K and V have 8 bits, with factors for a layer's K and V, or for each of their heads."""
+    return getattr(spec, "kv_quant_mode", None) is not None and spec.kv_quant_mode.name == "FP8_PER_TENSOR"
 
 
 def window_of(spec) -> int | None:
@@ -86,6 +97,13 @@ def of_layer(layer, spec, shape: "pa.AttentionShape", ranks: int) -> str | None:
         return f"a sliding window of {impl.sliding_window} in a cache for {window or 'all'} tokens"
     if ranks > 1 and (impl.sinks is not None or window is not None):
         return "sinks or windows under decode context parallelism: a rank does not know the other's part"
+    if is_fp8(spec):
+        if layer.kv_cache_dtype not in FP8_CACHES:
+            return f"a KV cache of {layer.kv_cache_dtype}"
+        if getattr(layer, "calculate_kv_scales", False):
+            return "factors of K and V that a first step computes"
+        if ranks > 1:
+            return "an FP8 KV cache under decode context parallelism"
     softcap = impl.logits_soft_cap or None
     return pa.supports(shape, spec.block_size, window=window, softcap=softcap, sinks=impl.sinks is not None)
 

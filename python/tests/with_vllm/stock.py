@@ -3,6 +3,8 @@
 import torch
 from vllm.v1.attention.backends import flash_attn
 
+FP8 = torch.float8_e4m3fn
+
 
 def install(monkeypatch) -> list:
     """Put the stand-ins where `flash_attn` would have the kernels.
@@ -20,11 +22,23 @@ def install(monkeypatch) -> list:
             tokens = int(seqused_k[row])
             pages = block_table[row, : -(-tokens // k.shape[1])].long()
             keys, values = (cache[pages].flatten(0, 1)[:tokens] for cache in (k, v))
+            rows = q[begin:end]
+            if k.dtype == FP8:
+                assert q.dtype == FP8, "as FlashAttention 3 asks"
+                factors = [kwargs[f"{name}_descale"][row][:, None] for name in "qkv"]
+                keys, values = keys.float() * factors[1], values.float() * factors[2]
+                rows = rows.float() * factors[0].repeat_interleave(q.shape[1] // k.shape[2], 0)
+            else:
+                assert q.dtype == k.dtype
             scores = softmax_scale, kwargs["softcap"], kwargs.get("s_aux"), kwargs["window_size"][0]
-            out[begin:end] = attend(q[begin:end], keys, values, *scores)
+            out[begin:end] = attend(rows, keys, values, *scores)
         return out
 
-    def write(key, value, key_cache, value_cache, slot_mapping, *_):
+    def write(key, value, key_cache, value_cache, slot_mapping, kv_cache_dtype, k_scale, v_scale):
+        if kv_cache_dtype.startswith("fp8"):
+            key, value = (
+                (rows.float() / s.reshape(-1, 1)).to(FP8).view(torch.uint8) for rows, s in ((key, k_scale), (value, v_scale))
+            )
         page_size = key_cache.shape[1]
         is_real = slot_mapping >= 0
         slots = slot_mapping[is_real]

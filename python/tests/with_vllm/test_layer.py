@@ -155,6 +155,90 @@ def test_windows_are_the_stock_backends_unless_asked_for(monkeypatch, model_fold
     assert world.builder.metrics.kernel_calls == 0
 
 
+@pytest.fixture
+def fp8_flash_attention(monkeypatch):
+    """FlashAttention 3 as on Hopper, which takes FP8 caches, and the operator that quantises queries for it, in torch."""
+    from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
+    from vllm.v1.attention.backends import flash_attn
+
+    monkeypatch.setattr(QuantFP8, "forward_cuda", QuantFP8.forward_native)
+    monkeypatch.setattr(flash_attn, "flash_attn_supports_kv_cache_dtype", lambda *_, **__: True)
+    monkeypatch.setattr(flash_attn, "flash_attn_supports_sinks", lambda: True, raising=False)
+
+
+@pytest.mark.parametrize("layer", [{}, {"drafts": 2}, {"logits_soft_cap": 2.0, "sinks": torch.arange(8) / 2 - 1}])
+@pytest.mark.parametrize("cache_dtype", ["fp8", "fp8_e4m3"])
+@pytest.mark.parametrize("way", ["host", "device"])
+def test_fp8_caches(
+    monkeypatch, model_folder, stock_kernels, seeded, fp8_flash_attention, caplog_vllm, layer, cache_dtype, way
+):
+    """Decode rows have 16-bit queries (the tolerance says so), prefill rows those that FlashAttention asks for."""
+    monkeypatch.setattr(eligibility, "SERVES_FP8", True)
+    if way == "device":
+        device_path.install(monkeypatch)
+    world = World(monkeypatch, model_folder, cache_dtype=cache_dtype, **layer)
+    assert world.layers[0].query_quant is None and world.builder._stock_reason is None
+    assert 'kv_dtype="float8_e4m3fn"' in caplog_vllm[-1]
+    for _ in world.random_steps(12):
+        pass
+    metrics = world.builder.metrics
+    assert metrics.kernel_calls == 2 * (metrics.decode_steps + metrics.mixed_steps) > 12
+    assert metrics.mixed_steps > 0 and len(stock_kernels) == 2 * (metrics.mixed_steps + metrics.stock_steps)
+
+
+@pytest.mark.parametrize("serves", [False, True])
+def test_fp8_caches_on_the_stock_path(
+    monkeypatch, model_folder, stock_kernels, seeded, fp8_flash_attention, serves
+):
+    """FlashAttention gets the same queries, whoever has quantised them."""
+    from vllm.v1.attention.backends import flash_attn
+
+    monkeypatch.setattr(eligibility, "SERVES_FP8", serves)
+    seen, kernel = [], flash_attn.flash_attn_varlen_func
+    monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", lambda q, **rest: (seen.append(q), kernel(q, **rest))[1])
+    change = {"config": {"parallel_config.enable_dbo": True}} if serves else {}
+    world = World(monkeypatch, model_folder, cache_dtype="fp8", **change)
+    reason = "microbatches" if serves else "an FP8 KV cache (PREFIX_ATTN_FP8=1 serves it)"
+    assert world.builder._stock_reason == reason and (world.layers[0].query_quant is None) == serves
+    for _ in world.random_steps(4):
+        pass
+    assert world.builder.metrics.kernel_calls == 0
+    assert {q.dtype for q in seen} == {torch.float8_e4m3fn} and seen[0].shape[1:] == (8, 64)
+
+
+def test_what_of_fp8_caches_is_not_served(monkeypatch, model_folder, stock_kernels, fp8_flash_attention):
+    monkeypatch.setattr(eligibility, "SERVES_FP8", True)
+    world = World(monkeypatch, model_folder, cache_dtype="fp8")
+    layer, spec, shape = world.layers[0], world.spec, world.builder._shape
+    assert eligibility.of_layer(layer, spec, shape, ranks=1) is None
+    assert "decode context parallelism" in eligibility.of_layer(layer, spec, shape, ranks=2)
+    layer.calculate_kv_scales = True
+    assert "a first step computes" in eligibility.of_layer(layer, spec, shape, ranks=1)
+    layer.kv_cache_dtype = "fp8_e5m2"
+    assert "fp8_e5m2" in eligibility.of_layer(layer, spec, shape, ranks=1)
+
+
+@pytest.mark.parametrize("way", ["host", "device"])
+def test_factors_of_heads_that_are_loaded_again(
+    monkeypatch, model_folder, stock_kernels, seeded, fp8_flash_attention, way
+):
+    """Runs are bound to the factors' copies; new weights must reach these."""
+    monkeypatch.setattr(eligibility, "SERVES_FP8", True)
+    if way == "device":
+        device_path.install(monkeypatch)
+    world = World(monkeypatch, model_folder, cache_dtype="fp8")
+    running = world.joined(40)
+    world.step([(running[0], 40)])
+    world.step([(running[0], 1)])
+    for layer in world.layers:
+        # One factor for each KV head, other than those by which the cache was written.
+        layer._k_scale, layer._v_scale = torch.tensor([0.25, 0.25]), torch.tensor([1.0, 0.5])
+        layer.impl.process_weights_after_loading(torch.bfloat16)
+    with pytest.raises(AssertionError, match="not close"):
+        world.step([(running[0], 1)])
+    assert all(layer.impl._scores["v_scale"].tolist() == [1.0, 0.5] for layer in world.layers)
+
+
 def test_sinks_that_are_loaded_again(monkeypatch, model_folder, stock_kernels, seeded):
     """Runs are bound to the sinks' copies; new weights must reach these."""
     from vllm.v1.attention.backends import flash_attn

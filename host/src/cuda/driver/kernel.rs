@@ -232,15 +232,15 @@ pub(crate) fn launch_flush(kernel: &Kernel, flush: &L2Flush, ctas: u32, stream: 
     unsafe { kernel.launch(ctas, &mut params, false, stream) }
 }
 
-/// Launches the append kernel.
+/// Launches an append kernel.
 pub(crate) fn launch_append(kernel: &Kernel, append: &CheckedAppend, stream: &CurrentStream<'_>) -> Result<()> {
-    if kernel.spec.family != Family::Append {
-        return Err(Error::invalid("kernel", kernel.spec.entry, "the append kernel"));
+    if *kernel.spec != *append.kernel {
+        return Err(Error::invalid("kernel", kernel.spec.entry, append.kernel.entry));
     }
-    let mut params = [(&raw const append.0).cast_mut().cast::<c_void>()];
-    // SAFETY: the kernel takes AppendParams alone; `CheckedAppend` says that the tensors hold what it reads and writes, and
-    // slots beyond the cache are skipped.
-    unsafe { kernel.launch(append.1, &mut params, false, stream) }
+    let mut params = [(&raw const append.params).cast_mut().cast::<c_void>()];
+    // SAFETY: the kernels take ScaledAppendParams or AppendParams, its first part, alone; `CheckedAppend` says that the tensors
+    // hold what its kernel reads and writes, and slots beyond the cache are skipped.
+    unsafe { kernel.launch(append.ctas, &mut params, false, stream) }
 }
 
 /// Launches a kernel that merges attention states.
