@@ -149,9 +149,13 @@ fn decode_loops_of_600_steps() {
             losses.push(held_against(&plan, &stepping, &steps.batch, &expected, &scratch));
         }
         assert!(seen.contains(&PlanChange::Pages) && seen.contains(&PlanChange::Forest), "{seen:?}");
-        assert_as_fast(&losses, 0.01, &format!("{spec:?}"));
-        let far = losses.iter().filter(|loss| **loss > 0.1).count();
-        assert!(far <= 6, "{far} steps of 600 are more than 10% slower: {spec:?}");
+        assert_as_fast(&losses, 0.001, &format!("{spec:?}"));
+        // Single steps, between two looks; with pages of 1 the order of the forest is another.
+        let (most_slow, most_loss) = if page_size == 1 { (150, 0.09) } else { (90, 0.08) };
+        let slow = losses.iter().filter(|loss| **loss > 0.01 + 1e-6).count();
+        println!("{slow} steps of 600 are more than 1% slower");
+        assert!(slow <= most_slow, "{slow} steps of 600 are more than 1% slower: {spec:?}");
+        assert!(losses.iter().all(|loss| *loss <= most_loss), "{spec:?}: {losses:?}");
     }
 }
 

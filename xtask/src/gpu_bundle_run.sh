@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Tests and measures pat-rs on a machine with a GPU and without cargo.
-#   ./run.sh [section ...]     sections: unit forests grid sanitizer timing (default: all)
+#   ./run.sh [section ...]     sections: unit forests features grid sanitizer timing (default: all)
 # A finished section leaves .done-SECTION behind and is skipped next time; FORCE=1 runs it again.
 set -u
 cd "$(dirname "$0")"
@@ -40,6 +40,12 @@ section() {
         tests_like 'gpu_faults'
         ;;
     forests) tests_like 'gpu_forests' ;;
+    features)
+        tests_like 'gpu_scores'
+        tests_like 'gpu_isolation'
+        tests_like 'gpu_eight_bit'
+        tests_like 'gpu_trees'
+        ;;
     # Verified before they are timed; a run that was cut off goes on where it stopped.
     grid) step grid ./pat bench kernels --device cuda --output grid.json --resume ;;
     sanitizer)
@@ -48,10 +54,13 @@ section() {
             skipped=$((skipped + 1))
             return
         fi
-        local tool
-        for tool in memcheck racecheck; do
-            step "$tool" env PAT_GPU_FORESTS=6 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-                tests/gpu_forests --test-threads=1 --nocapture
+        local tool test
+        for tool in memcheck initcheck racecheck synccheck; do
+            for test in forests scores isolation eight_bit trees; do
+                step "$tool, $test" env PAT_GPU_FORESTS=6 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+                    "tests/gpu_$test" --test-threads=1 --nocapture \
+                    --skip cpu --skip interpreted --skip codes --skip refused
+            done
         done
         ;;
     timing) step timing ./pat bench kernels --device cuda --quick --output timing.json --force ;;
@@ -62,7 +71,7 @@ section() {
     esac
 }
 
-[ $# -gt 0 ] || set -- unit forests grid sanitizer timing
+[ $# -gt 0 ] || set -- unit forests features grid sanitizer timing
 for name in "$@"; do
     if [ -e ".done-$name" ] && [ -z "${FORCE:-}" ]; then
         echo "== $name: done earlier (FORCE=1 runs it again)"

@@ -151,7 +151,7 @@ const MOST_LOSS: f64 = 0.01;
 const FEW_SEQUENCES: usize = 32;
 
 /// Steps after which it looks at others in any case.
-const MOST_STEPS: u32 = 32;
+const MOST_STEPS: u32 = 4;
 
 /// Part of the pages that may change before it does.
 const MOST_CHANGED: f64 = 0.25;
@@ -368,7 +368,10 @@ impl Planner {
             }
         };
         let mut step = if change < PlanChange::Forest { self.grow(plan) } else { Step::Impossible };
-        if step == Step::Impossible && keeps_tiles && is_known {
+        // A few sequences that share nothing are planned anew in less time than it takes to keep their tiles and to look at others.
+        let has_few =
+            change == PlanChange::Forest && self.tiling.pages.shared == 0 && batch.sequence_count() < FEW_SEQUENCES;
+        if step == Step::Impossible && keeps_tiles && is_known && !has_few {
             step = self.keep(batch, plan, change, room)?;
         }
         if step == Step::Done {
