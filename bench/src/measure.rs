@@ -186,7 +186,8 @@ impl Target {
     }
 }
 
-/// What a problem has beyond plain decode attention, for result files: `K and V e4m3, softcap 30, sinks, window 128, 4 query tokens`.
+/// What a problem has beyond plain decode attention, for result files: `K and V e4m3, softcap 30, sinks, window 128,
+/// 4 query tokens`.
 pub fn features(problem: &Problem) -> String {
     let (visible, kv_dtype) = (problem.visibility(), problem.shape().kv_dtype());
     let stored = (kv_dtype != problem.shape().dtype()).then(|| format!("K and V {}", kv_dtype.name()));

@@ -41,7 +41,7 @@ pub trait Code: Copy {
         } else {
             let dropped = 23 - Self::FRACTION_BITS;
             let half = (1 << (dropped - 1)) - 1 + (magnitude >> dropped & 1);
-            let code = (magnitude + half >> dropped) - ((127 - Self::BIAS) << Self::FRACTION_BITS);
+            let code = ((magnitude + half) >> dropped) - ((127 - Self::BIAS) << Self::FRACTION_BITS);
             if code < Self::LARGEST { code } else { Self::LARGEST }
         };
         code | bits >> 24 & 0x80
