@@ -187,7 +187,8 @@ impl Target {
     }
 }
 
-/// What a problem has beyond plain decode attention, for result files: `K and V e4m3, softcap 30, sinks, window 128, 4 query tokens`.
+/// What a problem has beyond plain decode attention, for result files: `K and V e4m3, softcap 30, sinks, window 128,
+/// 4 query tokens`.
 pub fn features(problem: &Problem) -> String {
     let (shape, visible) = (problem.shape(), problem.visibility());
     let values = (shape.v_head_dim() != shape.head_dim()).then(|| format!("V head dim {}", shape.v_head_dim()));

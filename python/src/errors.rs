@@ -58,3 +58,8 @@ fn own(class: &'static str, text: String) -> PyErr {
         }
     })
 }
+
+/// A number of something; pyo3's own error for a negative one names no argument.
+pub(crate) fn read_count(argument: &str, count: i64) -> Result<u32> {
+    u32::try_from(count).map_err(|_| invalid(argument, count, "0 to 2^32 - 1"))
+}

@@ -147,7 +147,7 @@ impl Scale {
         let Some(of_heads) = of_heads else { return Ok(Self::Tensor(of_all.unwrap_or(1.0))) };
         of_heads.expect_element(&Element::F32)?;
         of_heads.expect_device(device, why)?;
-        check_heads(of_heads, kv_heads, "KV head")?;
+        check_heads(of_heads, kv_heads, "KV head, or a number")?;
         Ok(Self::Heads(Span::of(of_heads)?))
     }
 

@@ -2,7 +2,7 @@
 
 use crate::capacity::PyCapacity;
 use crate::device::Device;
-use crate::errors::{Failure, Result, invalid, wrong_type};
+use crate::errors::{Failure, Result, invalid, read_count, wrong_type};
 use crate::plan::{Origin, PyPlan};
 use crate::profile::PyProfile;
 use crate::resident::Pool;
@@ -62,8 +62,8 @@ impl PyPlanner {
         capacity: Option<&Bound<'_, PyCapacity>>,
         variants: Option<Vec<String>>,
         softcap: Option<&Bound<'_, PyAny>>,
-        window: Option<u32>,
-        chunk: Option<u32>,
+        window: Option<i64>,
+        chunk: Option<i64>,
         query_tree: bool,
     ) -> Result<Self> {
         let reach = read_reach(window, chunk)?;
@@ -308,8 +308,9 @@ impl PagedPlanner {
 }
 
 /// The reach that one of `window` and `chunk` gives.
-pub(crate) fn read_reach(window: Option<u32>, chunk: Option<u32>) -> Result<Reach> {
-    match (window, chunk) {
+pub(crate) fn read_reach(window: Option<i64>, chunk: Option<i64>) -> Result<Reach> {
+    let tokens = |name, tokens: Option<i64>| tokens.map(|tokens| read_count(name, tokens)).transpose();
+    match (tokens("window", window)?, tokens("chunk", chunk)?) {
         (None, None) => Ok(Reach::Full),
         (Some(tokens), None) => Ok(Reach::Window(tokens)),
         (None, Some(tokens)) => Ok(Reach::Chunk(tokens)),

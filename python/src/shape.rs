@@ -1,6 +1,6 @@
 //! `AttentionShape`.
 
-use crate::errors::{Result, invalid};
+use crate::errors::{Result, invalid, read_count};
 use pat_rs::Dtype;
 use pyo3::prelude::*;
 
@@ -10,12 +10,13 @@ use pyo3::prelude::*;
 ///     q_heads: query heads, a positive multiple of ``kv_heads``.
 ///     kv_heads: KV heads, at least 1.
 ///     head_dim: elements per head of Q and K.
-///     dtype: element type of Q, K, V and O: a torch dtype, or ``"float16"`` or ``"bfloat16"``.
+///     dtype: element type of Q and O, and of K and V where they have no other: a torch dtype, or ``"float16"`` or ``"bfloat16"``.
 ///     kv_dtype: element type of K and V where it is another: ``"float8_e4m3fn"`` or ``"float8_e5m2"``, or torch's.
 ///     value_head_dim: elements per head of V and O, where they are not those of K.
 ///
 /// Raises:
-///     ValueError: there is no kernel for such a shape; the message names the argument.
+///     ValueError: a type or a number that no attention has; the message names the argument. Whether there are kernels for a
+///         shape, :func:`supports` says.
 #[pyclass(frozen, eq, hash, module = "prefix_attn", name = "AttentionShape")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct PyShape {
@@ -27,16 +28,18 @@ impl PyShape {
     #[new]
     #[pyo3(signature = (q_heads, kv_heads, head_dim, dtype: "torch.dtype | str", *, kv_dtype: "torch.dtype | str | None" = None, value_head_dim: "int | None" = None))]
     fn new(
-        q_heads: u32,
-        kv_heads: u32,
-        head_dim: u32,
+        q_heads: i64,
+        kv_heads: i64,
+        head_dim: i64,
         dtype: &Bound<'_, PyAny>,
         kv_dtype: Option<&Bound<'_, PyAny>>,
-        value_head_dim: Option<u32>,
+        value_head_dim: Option<i64>,
     ) -> Result<Self> {
+        let (q_heads, kv_heads) = (read_count("q_heads", q_heads)?, read_count("kv_heads", kv_heads)?);
+        let head_dim = read_count("head_dim", head_dim)?;
         let mut inner = pat_rs::AttentionShape::new(q_heads, kv_heads, head_dim, parse_dtype("dtype", dtype)?)?;
         if let Some(value_head_dim) = value_head_dim {
-            inner = inner.with_v_head_dim(value_head_dim)?;
+            inner = inner.with_v_head_dim(read_count("value_head_dim", value_head_dim)?)?;
         }
         let kv_dtype = kv_dtype.map(|dtype| parse_stored("kv_dtype", dtype)).transpose()?;
         Ok(Self { inner: kv_dtype.map_or(inner, |dtype| inner.with_kv_dtype(dtype)) })

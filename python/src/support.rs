@@ -29,14 +29,14 @@ use pyo3::prelude::*;
 pub(crate) fn supports(
     shape: &Bound<'_, PyShape>,
     page_size: u32,
-    window: Option<u64>,
+    window: Option<i64>,
     softcap: Option<f64>,
     sinks: bool,
     kv_dtype: Option<&Bound<'_, PyAny>>,
     query_tokens: u32,
     alibi: bool,
     value_head_dim: Option<u32>,
-    chunk: Option<u64>,
+    chunk: Option<i64>,
     query_tree: bool,
 ) -> Result<Option<String>> {
     let shape = shape.get();
@@ -50,7 +50,8 @@ pub(crate) fn supports(
     if let Some(dtype) = kv_dtype {
         inner = inner.with_kv_dtype(parse_stored("kv_dtype", dtype)?);
     }
-    let [window, chunk] = [window, chunk].map(|tokens| tokens.map(|tokens| u32::try_from(tokens).unwrap_or(u32::MAX)));
+    // More than any context has is as good as all of it.
+    let [window, chunk] = [window, chunk].map(|tokens| tokens.map(|tokens| tokens.min(i64::from(u32::MAX))));
     let reach = read_reach(window, chunk)?;
     let mut problem = Problem::new(inner, page_size).with_query_tokens(query_tokens).with_reach(reach);
     if let Some(cap) = softcap {

@@ -2,8 +2,9 @@
 
 use crate::errors::{Result, invalid, wrong_type};
 use crate::foreign;
-use crate::tensor::{Element, Tensor};
+use crate::tensor::{Element, Tensor, is_torch};
 use pat_rs::{DecodeBatch, QueryTokens};
+use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyList, PyTuple};
 
@@ -220,6 +221,9 @@ impl Queries<'_, '_> {
 
 impl Counts {
     fn read_parents(parents: &Bound<'_, PyAny>) -> Result<Self> {
+        if is_array(parents)? {
+            return Ok(Self::Tree(read_tree_array("parents", parents)?));
+        }
         let items = read_items("parents", parents)?;
         let is_one_tree = items.first().is_some_and(|first| first.is_none() || first.extract::<i64>().is_ok());
         if is_one_tree {
@@ -227,7 +231,7 @@ impl Counts {
         }
         let trees = items.iter().enumerate().map(|(sequence, tree)| {
             let name = format!("parents[{sequence}]");
-            read_tree(&name, &read_items(&name, tree)?)
+            if is_array(tree)? { read_tree_array(&name, tree) } else { read_tree(&name, &read_items(&name, tree)?) }
         });
         Ok(Self::Trees(trees.collect::<Result<_>>()?))
     }
@@ -253,22 +257,35 @@ fn read_items<'py>(name: &str, list: &Bound<'py, PyAny>) -> Result<Vec<Bound<'py
     items.map_err(|_: PyErr| wrong_type(name, kind(list), expected))
 }
 
+/// Whether these are integers in memory, which are read at once.
+fn is_array(values: &Bound<'_, PyAny>) -> Result<bool> {
+    Ok(is_torch(values)? || values.hasattr(intern!(values.py(), "__dlpack__"))?)
+}
+
+/// Parents of a tree in a tensor.
+fn read_tree_array(name: &str, parents: &Bound<'_, PyAny>) -> Result<Parents> {
+    let parents = read_integers("parents", parents)?.into_iter().enumerate();
+    parents.map(|(token, parent)| parent_of(format!("{name}[{token}]"), parent)).collect()
+}
+
 /// Parents of a tree, as integers, where -1 and None are none.
 fn read_tree(name: &str, parents: &[Bound<'_, PyAny>]) -> Result<Parents> {
     let parent = |(token, parent): (usize, &Bound<'_, PyAny>)| {
         let name = format!("{name}[{token}]");
-        if parent.is_none() {
-            return Ok(None);
-        }
-        match parent.extract::<i64>() {
-            Ok(-1) => Ok(None),
-            Ok(index) => u32::try_from(index)
-                .map(Some)
-                .map_err(|_| invalid(name, index, "None, -1 (none), or the index of a query token before it")),
+        match parent.extract::<Option<i64>>() {
+            Ok(parent) => parent.map_or(Ok(None), |parent| parent_of(name, parent)),
             Err(_) => Err(wrong_type(&name, kind(parent), "an integer or None")),
         }
     };
     parents.iter().enumerate().map(parent).collect()
+}
+
+fn parent_of(name: String, parent: i64) -> Result<Option<u32>> {
+    match u32::try_from(parent) {
+        Ok(parent) => Ok(Some(parent)),
+        Err(_) if parent == -1 => Ok(None),
+        Err(_) => Err(invalid(name, parent, "None, -1 (none), or the index of a query token before it")),
+    }
 }
 
 fn read_lengths(lengths: &Bound<'_, PyAny>) -> Result<Vec<u32>> {

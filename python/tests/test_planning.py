@@ -300,6 +300,10 @@ def test_one_tree_serves_all_sequences():
         (TypeError, {"parents": 3}, "parents: got int, expected a list of parents"),
         (TypeError, {"parents": [None, "a"]}, r"parents\[1\]: got str, expected an integer or None"),
         (TypeError, {"parents": [[None], 3]}, r"parents\[1\]: got int, expected a list"),
+        (TypeError, {"parents": torch.tensor([-1, 0])}, "parents: got a tensor of int64, expected int32"),
+        (ValueError, {"parents": torch.tensor([[-1, 0]], dtype=torch.int32)}, "parents: got shape"),
+        (ValueError, {"parents": [[None], torch.tensor([-1, 0, 5], dtype=torch.int32)]}, r"parents\[1\]\[2\]: got 5"),
+        (ValueError, {"parents": torch.tensor([-1, -2], dtype=torch.int32)}, r"parents\[1\]: got -2, expected None, -1"),
     ],
 )
 def test_what_is_no_tree_is_refused(planner, error, arguments, message):
@@ -337,3 +341,18 @@ def test_a_plan_explains_itself(planner):
     # It is the batch of the last step that is shown.
     planner.advance(plan, [[0]], [3])
     assert "1 sequences" in plan.svg() and plan.sequence_count == 1
+
+
+@pytest.mark.parametrize(
+    "argument, call",
+    [
+        ("window", lambda: pa.Planner(pa.AttentionShape(**SHAPE, dtype="float16"), "cpu", window=-1)),
+        ("chunk", lambda: pa.supports(pa.AttentionShape(**SHAPE, dtype="float16"), 16, chunk=-5)),
+        ("max_sequences", lambda: pa.Capacity(-1, 16, pa.DeviceProfile.named("h200"))),
+        ("max_slots", lambda: pa.Capacity(1, 16, pa.DeviceProfile.named("h200"), max_slots=-2)),
+        ("kv_heads", lambda: pa.AttentionShape(8, -2, 64, "float16")),
+    ],
+)
+def test_numbers_below_0_are_refused_by_name(argument, call):
+    with pytest.raises(ValueError, match=rf"^{argument}: got -\d, expected"):
+        call()

@@ -198,6 +198,33 @@ def test_advance_reaches_the_device(no_tf32):
         check(batch, q, k, v, "NHD", out, lse)
 
 
+@pytest.mark.parametrize("kv_dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_8_bit_caches_are_written_as_on_the_cpu_and_read(dtype, kv_dtype, no_tf32):
+    """All 65,536 numbers are rounded to the CPU's codes; a forest over such caches is what it is over their numbers."""
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).reshape(-1, 2, 64)
+    slots = torch.randperm(len(numbers))
+    written = []
+    for device in ("cpu", DEVICE):
+        caches_ = [torch.full((len(numbers) // 16, 16, 2, 64), 0x55, dtype=torch.uint8, device=device) for _ in range(2)]
+        scales = dict(k_scale=0.37, v_scale=torch.tensor([1.0, 3e-3], device=device))
+        new = numbers.to(device)
+        pa.append_kv(new, new, *caches_, slots.to(device), kv_dtype=kv_dtype, **scales)
+        written.append([cache.cpu() for cache in caches_])
+    assert all(torch.equal(*pair) for pair in zip(*written))
+
+    batch, q, k, v = problem(31, 8, 2, 64, 16, "NHD", dtype)
+    stored = [torch.zeros(k.shape, dtype=kv_dtype, device=DEVICE) for _ in range(2)]
+    slots = torch.arange(k.shape[0] * 16, device=DEVICE)
+    scales = dict(k_scale=torch.tensor([0.25, 0.5], device=DEVICE), v_scale=0.5)
+    pa.append_kv(k.flatten(0, 1), v.flatten(0, 1), *stored, slots, **scales)
+    shape = pa.AttentionShape(8, 2, 64, dtype, kv_dtype=kv_dtype)
+    plan = pa.Planner(shape, DEVICE).plan(batch.block_tables, batch.lengths, 16, batch.num_pages)
+    out, lse = pa.run(plan, q, *stored, return_lse=True, **scales)
+    read = (stored[0].float() * scales["k_scale"][:, None]).to(dtype), (stored[1].float() * 0.5).to(dtype)
+    check(batch, q, *read, "NHD", out, lse)
+
+
 class Engine:
     """What a serving engine holds: capacity, buffers, one workspace, two bound layers."""
 
