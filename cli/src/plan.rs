@@ -76,7 +76,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     let Candidate { planner, plan, summary } = &chosen;
     // What is planned is what rows see.
     let visible = VisibleBatch::new(&view, problem.visibility().reach)?;
-    let planned = visible.batch();
+    let planned = planner.batch_of_runs().unwrap_or_else(|| visible.batch());
     let svg = args.svg.as_ref().map(|file| {
         let svg = pat_report::svg(planner.forest(), planner.tiles(), &planned, &name);
         whole_file::stage(file, svg.as_bytes(), existing).context("--svg")

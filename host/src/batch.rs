@@ -33,6 +33,14 @@ enum Tables<'a> {
     Rows(&'a [&'a [u32]]),
     Padded { ids: Integers<'a>, row_stride: usize },
     Csr { indptr: Integers<'a>, ids: Integers<'a> },
+    Placed { rows: &'a [PlacedRow], ids: &'a [u32] },
+}
+
+/// Where the ids of a row lie among those of all.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct PlacedRow {
+    pub(crate) begin: usize,
+    pub(crate) ids: u32,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -113,6 +121,16 @@ impl<'a> DecodeBatch<'a> {
     pub(crate) fn of_rows(tables: &'a [&'a [u32]], lengths: &'a [u32], page_size: u32, num_pages: u32) -> Self {
         let lengths = Lengths::Tokens(Integers::of(lengths));
         Self::new(Tables::Rows(tables), lengths, page_size, num_pages)
+    }
+
+    /// Rows whose ids lie anywhere in `ids`, all of them checked.
+    pub(crate) fn of_placed(
+        (rows, ids): (&'a [PlacedRow], &'a [u32]),
+        lengths: &'a [u32],
+        page_size: u32,
+        num_pages: u32,
+    ) -> Self {
+        Self::new(Tables::Placed { rows, ids }, Lengths::Tokens(Integers::of(lengths)), page_size, num_pages)
     }
 
     /// Rows of entries: each has as many tokens as entries have pages.
@@ -272,6 +290,7 @@ impl<'a> DecodeBatch<'a> {
     fn row(&self, sequence: usize) -> &'a [u32] {
         match self.tables {
             Tables::Rows(rows) => rows[sequence],
+            Tables::Placed { rows, ids } => &ids[rows[sequence].begin..][..rows[sequence].ids as usize],
             Tables::Padded { ids, row_stride } => &ids.values[sequence * row_stride..][..row_stride],
             Tables::Csr { indptr, ids } => {
                 &ids.values[indptr.values[sequence] as usize..indptr.values[sequence + 1] as usize]
@@ -315,7 +334,7 @@ impl<'a> DecodeBatch<'a> {
                 let position = row[..needed].iter().position(|&id| id >= self.num_pages).unwrap_or(0);
                 let id = match self.tables {
                     Tables::Padded { ids, .. } | Tables::Csr { ids, .. } => ids.given(row[position]),
-                    Tables::Rows(_) => i64::from(row[position]),
+                    Tables::Rows(_) | Tables::Placed { .. } => i64::from(row[position]),
                 };
                 return Err(Error::invalid(
                     format!("block_tables[{sequence}][{position}]"),

@@ -124,6 +124,11 @@ impl Problem {
         }
     }
 
+    /// With pages of another size.
+    pub(crate) fn with_page_size(self, page_size: u32) -> Self {
+        Self { page_size, ..self }
+    }
+
     /// With another factor of the scores.
     pub fn with_scale(mut self, scale: f32) -> Self {
         self.score.scale = scale;

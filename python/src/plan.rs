@@ -137,7 +137,8 @@ impl PyPlan {
             let title = format!("{} sequences, planned for {}", batch.sequence_count(), origin.profile.name);
             // What is planned is what rows see.
             let visible = VisibleBatch::new(batch, origin.reach)?;
-            Ok(pat_report::svg(chosen.planner.forest(), chosen.planner.tiles(), &visible.batch(), &title))
+            let planned = chosen.planner.batch_of_runs().unwrap_or_else(|| visible.batch());
+            Ok(pat_report::svg(chosen.planner.forest(), chosen.planner.tiles(), &planned, &title))
         })
     }
 

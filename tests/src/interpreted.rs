@@ -98,7 +98,7 @@ impl InterpretedRun {
         let mut memory = DeviceMemory::new();
         let mut plan_bytes = plan.bytes().to_vec();
         // Kernels fetch as much before they know how long the plan is.
-        plan_bytes.resize(plan_bytes.len().max(pat_abi::PlanHeader::LEAST_BUFFER_BYTES as usize), 0);
+        plan_bytes.resize(plan_bytes.len().max(pat_abi::PlanHeader::LEAST_ALLOCATION_BYTES as usize), 0);
         let plan_span = memory.add("the plan", &plan_bytes, Access::Read);
         let q = memory.add("Q", host.q, Access::Read);
         let k = memory.add("K", host.k, Access::Read);

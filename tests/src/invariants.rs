@@ -1,6 +1,6 @@
 //! What every plan must be, and random forests to hold plans to it.
 
-use pat_abi::{DIRECT_SLOT, GroupParts, NONE, PageMask, TileVariant};
+use pat_abi::{DIRECT_SLOT, GroupParts, NONE, PageMask, RUN_PAGES, TileVariant};
 use pat_rs::plan::PlanMode;
 use pat_rs::{AttentionShape, Plan, Reach};
 use pat_workloads::OwnedBatch;
@@ -79,14 +79,17 @@ fn check_pieces(plan: &Plan, batch: &OwnedBatch, shape: AttentionShape, visible:
             assert!(item.token_count >= 1);
             assert_eq!(item.kv_limit_begin, NONE);
             assert!((1..=variant.rows()).contains(&item.row_count));
-            let pages = item.page_begin as usize..(item.page_begin + item.token_count.div_ceil(page_size)) as usize;
+            // Of a page, or of a run of pages of one token.
+            let entry_tokens = plan.entry_tokens(item);
+            assert!(entry_tokens == page_size || page_size == 1 && entry_tokens == RUN_PAGES);
+            let pages = item.page_begin as usize..(item.page_begin + item.token_count.div_ceil(entry_tokens)) as usize;
             let pages = &plan.pages()[pages];
-            assert!(pages.iter().all(|&page| page < batch.num_pages));
+            assert!(pages.iter().all(|&page| page + entry_tokens / page_size <= batch.num_pages));
             let masks = plan.masks(item);
             if !masks.is_empty() {
-                assert!(item.token_count.is_multiple_of(page_size));
+                assert!(item.token_count.is_multiple_of(entry_tokens));
                 assert!(masks.iter().all(|m| m.row_end() <= item.row_count || m.row_end() == PageMask::ALL_ROWS));
-                assert!(masks.iter().all(|m| m.token_end() <= page_size));
+                assert!(masks.iter().all(|m| m.token_end() <= entry_tokens));
             }
             let first_tokens = plan.first_tokens(item);
             assert_eq!(item.first_token_begin, if has_first_tokens { item.mask_begin } else { NONE });
@@ -105,11 +108,16 @@ fn check_pieces(plan: &Plan, batch: &OwnedBatch, shape: AttentionShape, visible:
                 let of_entry = |(entry, &page): (usize, &u32)| {
                     let first = first_tokens.get(entry).copied().unwrap_or(0);
                     let Some(mask) = masks.get(entry) else {
-                        return Some((page, 0, page_size.min(item.token_count - entry as u32 * page_size)));
+                        return Some((page, 0, entry_tokens.min(item.token_count - entry as u32 * entry_tokens)));
                     };
                     mask.has_row(row).then_some((page, first, mask.token_end()))
                 };
-                let seen: Vec<_> = pages.iter().enumerate().filter_map(of_entry).collect();
+                let seen = pages.iter().enumerate().filter_map(of_entry);
+                let seen: Vec<_> = if entry_tokens == page_size {
+                    seen.collect()
+                } else {
+                    seen.flat_map(|(page, first, end)| (first..end).map(move |token| (page + token, 0, 1))).collect()
+                };
                 assert!(!seen.is_empty(), "a row without a token");
                 pieces.entry((query.query_token, first_head + row % group)).or_default().push((query.slot, seen));
             }

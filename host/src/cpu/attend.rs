@@ -4,7 +4,7 @@
 use super::{Element, HostTensors, KvElement, offset};
 use crate::{KvStrides, Plan};
 use pat_abi::reader::{Exceptions, PlanBytes, PlanView, Stream, Work};
-use pat_abi::{FastDivisor, GroupParts, PageMask, TileVariant};
+use pat_abi::{FastDivisor, GroupParts, PageMask, PlanHeader, RUN_PAGES, TileVariant};
 
 /// KV tokens per tile: two tiles in f32 (K and V, 32 KiB at head dimension 128) stay in the first-level cache.
 const KEYS: usize = 32;
@@ -27,6 +27,31 @@ pub(super) struct Task<'a> {
     group: FastDivisor,
     /// Of the part.
     first_head: u32,
+    entries: Entries,
+}
+
+/// What the page ids of items stand for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Entries {
+    /// Pages of so many tokens.
+    Pages(u32),
+    /// [`RUN_PAGES`] pages of one token, from the page on.
+    Runs,
+}
+
+impl Entries {
+    /// Those of a plan, and where the header of their items lies.
+    fn all(plan: &Plan) -> impl Iterator<Item = (Self, u64)> {
+        let runs = plan.runs_header().map(|_| (Self::Runs, u64::from(PlanHeader::RUNS_OFFSET_BYTES)));
+        [(Self::Pages(plan.page_size()), 0)].into_iter().chain(runs)
+    }
+
+    fn tokens(self) -> u32 {
+        match self {
+            Self::Pages(tokens) => tokens,
+            Self::Runs => RUN_PAGES,
+        }
+    }
 }
 
 /// Where a row of an item comes from and goes to.
@@ -46,12 +71,14 @@ impl<'a> Task<'a> {
     pub(super) fn all(plan: &'a Plan) -> impl Iterator<Item = Self> {
         let words = PlanBytes(plan.bytes());
         let (group, kv_heads) = (FastDivisor::new(plan.shape().group()), FastDivisor::new(plan.shape().kv_heads()));
-        TileVariant::ALL.into_iter().flat_map(move |variant| {
-            let view = PlanView::load(words, 0, variant, kv_heads.divisor);
+        let launches = Entries::all(plan).flat_map(|entries| TileVariant::ALL.map(|variant| (entries, variant)));
+        launches.flat_map(move |((entries, header), variant)| {
+            let view = PlanView::load(words, header, variant, kv_heads.divisor);
             GroupParts::new(group.divisor, variant).first_heads().flat_map(move |first_head| {
                 (0..view.work_count).map(move |index| {
-                    let exceptions = Exceptions::load(words, 0, &view, index, kv_heads);
-                    Self { words, view, work: view.work(words, index, kv_heads), exceptions, group, first_head }
+                    let exceptions = Exceptions::load(words, header, &view, index, kv_heads);
+                    let work = view.work(words, index, kv_heads);
+                    Self { words, view, work, exceptions, group, first_head, entries }
                 })
             })
         })
@@ -94,11 +121,11 @@ pub(super) fn attend<T: Element, C: KvElement>(
     let mut row_values = vec![0f32; head_dim];
     let mut k_transposed = vec![[0f32; KEYS]; head_dim];
     let mut v = vec![0f32; KEYS * head_dim];
-    for Segment { token_begin, token_end, row_begin, row_end } in segments(plan, task, &stream) {
+    for Segment { token_begin, token_end, row_begin, row_end } in segments(task, &stream) {
         for begin in (token_begin..token_end).step_by(KEYS) {
             let keys = KEYS.min(token_end - begin);
             for key in 0..keys {
-                let at = |strides| kv_offset(plan, task, &stream, strides, begin + key);
+                let at = |strides| kv_offset(task, &stream, strides, begin + key);
                 C::widen(&tensors.k[at(tensors.k_strides)..][..head_dim], &mut row_values);
                 for (column, &value) in k_transposed.iter_mut().zip(&row_values) {
                     column[key] = value;
@@ -157,13 +184,13 @@ struct Segment {
 }
 
 /// The stream of an item as segments: one, or where the item has masks as few as they allow.
-fn segments(plan: &Plan, task: &Task<'_>, stream: &Stream) -> Vec<Segment> {
+fn segments(task: &Task<'_>, stream: &Stream) -> Vec<Segment> {
     let row_count = task.work.row_count;
     if !stream.has_masks() && !task.exceptions.has_first_tokens() {
         let (token_end, row_end) = (stream.token_count as usize, row_count as usize);
         return vec![Segment { token_begin: 0, token_end, row_begin: 0, row_end }];
     }
-    let page_size = plan.page_size();
+    let page_size = task.entries.tokens();
     let mut segments: Vec<Segment> = Vec::new();
     for entry in 0..stream.token_count.div_ceil(page_size) {
         let page_begin = entry * page_size;
@@ -186,11 +213,13 @@ fn segments(plan: &Plan, task: &Task<'_>, stream: &Stream) -> Vec<Segment> {
 }
 
 /// Position of a token's row. `super::check` has made sure that it is inside the slice and not negative.
-fn kv_offset(plan: &Plan, task: &Task<'_>, stream: &Stream, strides: KvStrides, token: usize) -> usize {
-    let page_size = plan.page_size() as usize;
+fn kv_offset(task: &Task<'_>, stream: &Stream, strides: KvStrides, token: usize) -> usize {
+    let page_size = task.entries.tokens() as usize;
+    // In a run, tokens are pages.
+    let token_stride = if task.entries == Entries::Runs { strides.page } else { strides.token };
     let page = stream.page_id(task.words, (token / page_size) as u32);
     (i64::from(page) * strides.page
-        + (token % page_size) as i64 * strides.token
+        + (token % page_size) as i64 * token_stride
         + i64::from(task.work.kv_head) * strides.head) as usize
 }
 

@@ -7,7 +7,9 @@ use crate::arguments::{Accessed, LSE_BYTES, RunTensors, SINK_BYTES};
 use crate::eligibility::VECTOR_BYTES;
 use crate::{AttentionShape, Error, KvScale, KvStrides, Problem, Result, RowStrides};
 use pat_abi::manifest::MERGE_COLUMNS;
-use pat_abi::{FastDivisor, ForwardParams, GroupParts, MergeParams, ScaledForwardParams, TileVariant};
+use pat_abi::{
+    FastDivisor, ForwardParams, GroupParts, MergeParams, PlanHeader, RUN_PAGES, ScaledForwardParams, TileVariant,
+};
 use std::any::Any;
 use std::sync::Arc;
 
@@ -197,20 +199,58 @@ const PARTIAL_BYTES: u32 = 4;
 /// A run whose every check has passed: what the launch functions accept. Made by [`RunArgs::prepare`] only.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct PreparedRun {
-    /// Kernels of 16-bit K and V take the first part of it alone.
-    pub(super) forward: ScaledForwardParams,
+    /// Of the items whose entries are pages, and of those in runs of pages.
+    pub(super) forward: [ForwardLaunches; 2],
     pub(super) merge: MergeParams,
-    /// CTAs per tile variant.
-    pub(super) forward_grids: [u32; TileVariant::ALL.len()],
     /// (merge row, query head) pairs, at wide heads in parts of [`MERGE_COLUMNS`]; the kernel deals them to the CTAs there are.
     pub(super) merge_rows: u64,
     pub(super) shape: AttentionShape,
 }
 
 impl PreparedRun {
+    /// Whether some launch is of this variant.
+    pub(super) fn launches(&self, variant: TileVariant) -> bool {
+        self.forward.iter().any(|launches| launches.grids[variant.index()] > 0)
+    }
+}
+
+/// The forward launches of items with entries of one kind.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ForwardLaunches {
+    /// Kernels of 16-bit K and V take the first part of it alone.
+    params: ScaledForwardParams,
+    /// CTAs per tile variant.
+    pub(super) grids: [u32; TileVariant::ALL.len()],
+    shape: AttentionShape,
+}
+
+impl ForwardLaunches {
+    /// `max_items` are the items of each variant.
+    fn new(
+        params: ScaledForwardParams,
+        shape: AttentionShape,
+        max_items: [u32; TileVariant::ALL.len()],
+    ) -> Result<Self> {
+        let mut grids = [0; TileVariant::ALL.len()];
+        for variant in TileVariant::ALL {
+            let items = max_items[variant.index()];
+            grids[variant.index()] =
+                items.checked_mul(shape.kv_heads()).filter(|&ctas| ctas < 1 << 31).ok_or_else(|| {
+                    Error::invalid(format!("plan items of {}", variant.name()), items, "fewer than 2^31 / kv_heads")
+                })?;
+        }
+        Ok(Self { params, grids, shape })
+    }
+
+    /// With Q and O at other addresses.
+    pub(super) fn with_addresses(self, q: u64, out: u64) -> Self {
+        let forward = ForwardParams { q, out, ..self.params.forward };
+        Self { params: ScaledForwardParams { forward, ..self.params }, ..self }
+    }
+
     /// The parameters of each launch of a tile variant's kernel: one for each part of a group.
-    pub(super) fn forward_launches(&self, variant: TileVariant) -> impl Iterator<Item = ScaledForwardParams> {
-        let ScaledForwardParams { forward, .. } = self.forward;
+    pub(super) fn of_variant(&self, variant: TileVariant) -> impl Iterator<Item = ScaledForwardParams> {
+        let ScaledForwardParams { forward, .. } = self.params;
         let head_bytes = u64::from(self.shape.v_head_dim()) * u64::from(PARTIAL_BYTES);
         GroupParts::new(self.shape.group(), variant).first_heads().map(move |first_head| {
             let moved = |address: u64, head_stride: i64| match address {
@@ -226,9 +266,19 @@ impl PreparedRun {
                 sinks: moved(forward.sinks, i64::from(SINK_BYTES)),
                 ..forward
             };
-            ScaledForwardParams { forward, ..self.forward }
+            ScaledForwardParams { forward, ..self.params }
         })
     }
+}
+
+/// The pages of a pool whose pages have one token, seen in runs: page `s` of this view are the pages from `s` on.
+fn in_runs(strides: KvStrides) -> KvStrides {
+    KvStrides { token: strides.page, ..strides }
+}
+
+/// Pages of that view: the last one ends with the pool.
+fn runs_of(num_pages: u32) -> u32 {
+    num_pages.saturating_sub(RUN_PAGES - 1)
 }
 
 impl RunArgs {
@@ -306,17 +356,6 @@ impl RunArgs {
         self.v_scale.check("v_scale", shape.kv_heads(), is_eight_bit)?;
         self.check_memory(&self.tensors().check(plan.terms.planned)?, workspace)?;
         let (partial_out, partial_lse) = workspace.layout(shape, plan.limits.max_slots)?;
-
-        let mut forward_grids = [0; TileVariant::ALL.len()];
-        for variant in TileVariant::ALL {
-            forward_grids[variant.index()] = plan.limits.max_items[variant.index()]
-                .checked_mul(shape.kv_heads())
-                .filter(|&ctas| ctas < 1 << 31)
-                .ok_or_else(|| {
-                    let items = plan.limits.max_items[variant.index()];
-                    Error::invalid(format!("plan items of {}", variant.name()), items, "fewer than 2^31 / kv_heads")
-                })?;
-        }
         let (lse, lse_strides) = self
             .lse
             .as_ref()
@@ -375,7 +414,24 @@ impl RunArgs {
         }
         let ((k_scale, k_scales), (v_scale, v_scales)) = (self.k_scale.params(), self.v_scale.params());
         let forward = ScaledForwardParams { forward, k_scale, v_scale, k_scales, v_scales };
-        Ok(PreparedRun { forward, merge, forward_grids, merge_rows, shape })
+        // Only plans for pages of one token have items in runs.
+        let of_runs = ForwardParams {
+            plan: plan_address + u64::from(PlanHeader::RUNS_OFFSET_BYTES),
+            k_token_stride: in_runs(self.k_strides).token * kv_bytes,
+            v_token_stride: in_runs(self.v_strides).token * kv_bytes,
+            page_size: FastDivisor::new(RUN_PAGES),
+            num_pages: runs_of(self.num_pages),
+            ..forward.forward
+        };
+        let forward = [
+            ForwardLaunches::new(forward, shape, plan.limits.max_items)?,
+            ForwardLaunches::new(
+                ScaledForwardParams { forward: of_runs, ..forward },
+                shape,
+                plan.limits.max_run_items,
+            )?,
+        ];
+        Ok(PreparedRun { forward, merge, merge_rows, shape })
     }
 
     /// The tensors as both executors check them.
@@ -429,10 +485,17 @@ impl RunArgs {
         fixed.into_iter().chain(lse).chain(self.sinks.iter().map(|span| ("sinks", span))).chain(scales)
     }
 
-    /// The tensor maps of K and V, in the order the kernels take them.
+    /// The tensor maps of K and V, in the order the kernels take them. Kernels that take some serve pages of one token in runs
+    /// alone.
     pub(super) fn tensor_maps(&self) -> Result<[TensorMapSpec; 2]> {
+        let shape = self.problem.shape();
         let map = |name, span: &DeviceSpan, strides| {
-            TensorMapSpec::new(name, span.address, strides, self.problem, self.num_pages)
+            if self.problem.page_size() == 1 {
+                let pages = (runs_of(self.num_pages), RUN_PAGES);
+                TensorMapSpec::new(name, span.address, in_runs(strides), shape, pages)
+            } else {
+                TensorMapSpec::new(name, span.address, strides, shape, (self.num_pages, self.problem.page_size()))
+            }
         };
         Ok([map("k", &self.k, self.k_strides)?, map("v", &self.v, self.v_strides)?])
     }
@@ -515,12 +578,15 @@ mod tests {
     fn valid_arguments_become_byte_strides_and_grids() {
         let (args, plan, workspace) = valid();
         let run = args.prepare(&plan, 0x60_0000, &workspace).unwrap();
-        assert_eq!(run.forward.forward.k_page_stride, 16 * 2 * 128 * 2);
-        assert_eq!(run.forward.forward.lse_sequence_stride, 32);
-        assert_eq!(run.forward.forward.group.divisor, 4);
-        assert_eq!(run.forward_grids[TileVariant::Mma16.index()], 12);
+        let [forward, of_runs] = run.forward;
+        assert_eq!(forward.params.forward.k_page_stride, 16 * 2 * 128 * 2);
+        assert_eq!(forward.params.forward.lse_sequence_stride, 32);
+        assert_eq!(forward.params.forward.group.divisor, 4);
+        assert_eq!(forward.grids[TileVariant::Mma16.index()], 12);
+        assert_eq!(of_runs.grids, [0; TileVariant::ALL.len()]);
         assert_eq!(run.merge_rows, 16);
-        assert_eq!(run.forward.forward.partial_lse - run.forward.forward.partial_out, 5 * 8 * 128 * 4);
+        let params = forward.params.forward;
+        assert_eq!(params.partial_lse - params.partial_out, 5 * 8 * 128 * 4);
     }
 
     #[test]

@@ -1,13 +1,13 @@
 //! A run that was checked once and owns what it uses.
 
 use super::CudaDevice;
-use super::args::{PreparedRun, RunArgs};
+use super::args::{ForwardLaunches, PreparedRun, RunArgs};
 use super::driver::{self, Allocation, BareLaunch, CaptureStatus, CurrentStream, Kernel, Stream, TensorMap};
 use super::plan_buffers::{PlanBuffers, Uploaded, Workspace};
 use crate::eligibility::VECTOR_BYTES;
 use crate::plan::PlanGeneration;
 use crate::{Error, Result};
-use pat_abi::{ForwardParams, MergeParams, ScaledForwardParams, TileVariant};
+use pat_abi::{MergeParams, TileVariant};
 use std::any::Any;
 use std::sync::Arc;
 
@@ -43,11 +43,18 @@ struct Inner {
 pub(super) struct RunKernels {
     /// Of K and V, where a kernel takes them.
     pub(super) maps: Option<[TensorMap; 2]>,
-    pub(super) forward: [Option<&'static Kernel>; TileVariant::ALL.len()],
+    /// For each of [`PreparedRun::forward`].
+    pub(super) forward: [[Option<&'static Kernel>; TileVariant::ALL.len()]; 2],
     pub(super) merge: Option<&'static Kernel>,
 }
 
 impl RunKernels {
+    /// The forward kernels of a run, and of which of its launches each is.
+    fn forward_of<'a>(&'a self, run: &'a PreparedRun) -> impl Iterator<Item = (&'static Kernel, &'a ForwardLaunches)> {
+        let launches = self.forward.iter().zip(&run.forward);
+        launches.flat_map(|(kernels, launches)| kernels.iter().flatten().map(move |kernel| (*kernel, launches)))
+    }
+
     fn maps(&self) -> &[TensorMap] {
         self.maps.as_ref().map_or(&[], |maps| &maps[..])
     }
@@ -115,10 +122,7 @@ impl BoundRun {
         }
         let bound = &self.inner.run;
         let run = PreparedRun {
-            forward: ScaledForwardParams {
-                forward: ForwardParams { q: q_address, out: out_address, ..bound.forward.forward },
-                ..bound.forward
-            },
+            forward: bound.forward.map(|launches| launches.with_addresses(q_address, out_address)),
             merge: MergeParams { out: out_address, ..bound.merge },
             ..*bound
         };
@@ -196,15 +200,16 @@ impl BoundRun {
     /// The driver calls of a run alone.
     pub(super) fn bare_launches(&self, stream: &CurrentStream<'_>) -> Vec<BareLaunch<'_>> {
         let Inner { run, kernels, .. } = &*self.inner;
-        let forward = kernels.forward.iter().flatten();
-        let forward = forward.flat_map(|kernel| BareLaunch::forward(kernel, run, kernels.maps(), stream));
+        let forward = kernels.forward_of(run);
+        let forward =
+            forward.flat_map(|(kernel, launches)| BareLaunch::forward(kernel, launches, kernels.maps(), stream));
         forward.chain(kernels.merge.and_then(|kernel| BareLaunch::merge(kernel, run, stream))).collect()
     }
 
     fn launch(&self, run: &PreparedRun, stream: &CurrentStream<'_>) -> Result<()> {
         let kernels = &self.inner.kernels;
-        for kernel in kernels.forward.iter().flatten() {
-            driver::launch_forward(kernel, run, kernels.maps(), stream)?;
+        for (kernel, launches) in kernels.forward_of(run) {
+            driver::launch_forward(kernel, launches, kernels.maps(), stream)?;
         }
         kernels.merge.map_or(Ok(()), |kernel| driver::launch_merge(kernel, run, stream))
     }

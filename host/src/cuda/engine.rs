@@ -54,8 +54,7 @@ impl CudaEngine {
         for &variant in variants {
             self.device.kernel(forward_kernel(variant, shape, switches)?, switches)?;
         }
-        let launched = TileVariant::ALL.map(|variant| u32::from(variants.contains(&variant)));
-        self.device.kernel(merge_kernel(shape, &launched)?, Switches::OFF).map(drop)
+        self.device.kernel(merge_kernel(shape, |variant| variants.contains(&variant))?, Switches::OFF).map(drop)
     }
 
     /// Checks the arguments of a run, once, and compiles its kernels if this is their first use. The result owns what it uses.
@@ -99,16 +98,18 @@ impl CudaEngine {
 
     fn kernels(&self, run: &PreparedRun, args: &RunArgs) -> Result<RunKernels> {
         let switches = args.problem.switches();
-        let mut kernels = RunKernels { maps: None, forward: [None; TileVariant::ALL.len()], merge: None };
-        for variant in TileVariant::ALL.into_iter().filter(|variant| run.forward_grids[variant.index()] > 0) {
-            let spec = forward_kernel(variant, run.shape, switches)?;
-            if spec.tensor_maps > 0 && kernels.maps.is_none() {
-                kernels.maps = Some(driver::encode_tensor_maps(self.device, &args.tensor_maps()?)?);
+        let mut kernels = RunKernels { maps: None, forward: [[None; TileVariant::ALL.len()]; 2], merge: None };
+        for (launches, kernels_of) in run.forward.iter().zip(&mut kernels.forward) {
+            for variant in TileVariant::ALL.into_iter().filter(|variant| launches.grids[variant.index()] > 0) {
+                let spec = forward_kernel(variant, run.shape, switches)?;
+                if spec.tensor_maps > 0 && kernels.maps.is_none() {
+                    kernels.maps = Some(driver::encode_tensor_maps(self.device, &args.tensor_maps()?)?);
+                }
+                kernels_of[variant.index()] = Some(self.device.kernel(spec, switches)?);
             }
-            kernels.forward[variant.index()] = Some(self.device.kernel(spec, switches)?);
         }
         if run.merge_rows > 0 {
-            let merge = merge_kernel(run.shape, &run.forward_grids)?;
+            let merge = merge_kernel(run.shape, |variant| run.launches(variant))?;
             kernels.merge = Some(self.device.kernel(merge, Switches::OFF)?);
         }
         Ok(kernels)
@@ -116,11 +117,14 @@ impl CudaEngine {
 }
 
 /// Behind a forward kernel of sm_90a the merge that starts while that drains; else the one that every device has, so that plans
-/// of sm_80 tiles run the same kernels everywhere. `launched` says how much of each tile variant is launched.
-pub(super) fn merge_kernel(shape: AttentionShape, launched: &[u32]) -> Result<&'static KernelSpec> {
+/// of sm_80 tiles run the same kernels everywhere. `is_launched` says whether a tile variant is launched.
+pub(super) fn merge_kernel(
+    shape: AttentionShape,
+    is_launched: impl Fn(TileVariant) -> bool,
+) -> Result<&'static KernelSpec> {
     let overlapping = TileVariant::ALL
         .into_iter()
-        .any(|variant| variant.arch() == Arch::Sm90a && launched[variant.index()] > 0)
+        .any(|variant| variant.arch() == Arch::Sm90a && is_launched(variant))
         .then(|| manifest::find_for(Arch::Sm90a, Family::Merge, shape.dtype(), shape.head_dim()))
         .flatten();
     overlapping.map_or_else(|| find(Family::Merge, shape), Ok)

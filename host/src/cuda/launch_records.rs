@@ -62,7 +62,8 @@ pub fn module(kernel: &KernelSpec, switches: Switches) -> Result<String> {
 }
 
 /// The launches of a run of `plan`, which lies at `plan_address`, on a device with `sm_count` multiprocessors: forward kernels in
-/// order of tile variants, each once for every part of a group, then the merge, where there is something to merge.
+/// order of tile variants, each once for every part of a group, those in runs of pages behind the others, then the merge, where there
+/// is something to merge.
 ///
 /// # Errors
 /// As [`CudaEngine::bind`](super::CudaEngine::bind).
@@ -78,11 +79,12 @@ pub fn run(
     let run = args.prepare(&bound, plan_address, workspace)?;
     let switches = args.problem.switches();
     let mut records = Vec::new();
-    for variant in TileVariant::ALL {
-        let ctas = run.forward_grids[variant.index()];
+    let launches = run.forward.iter().flat_map(|launches| TileVariant::ALL.map(|variant| (launches, variant)));
+    for (launches, variant) in launches {
+        let ctas = launches.grids[variant.index()];
         if ctas > 0 {
             let kernel = forward_kernel(variant, run.shape, switches)?;
-            for params in run.forward_launches(variant) {
+            for params in launches.of_variant(variant) {
                 let mut record = if kernel.kv_dtype.bytes() == 1 {
                     LaunchRecord::new(kernel, switches, (ctas, sm_count), &params)?
                 } else {
@@ -96,7 +98,7 @@ pub fn run(
         }
     }
     if run.merge_rows > 0 {
-        let kernel = merge_kernel(run.shape, &run.forward_grids)?;
+        let kernel = merge_kernel(run.shape, |variant| run.launches(variant))?;
         records.push(LaunchRecord::new(kernel, Switches::OFF, (run.merge_rows as u32, sm_count), &run.merge)?);
     }
     Ok(records)

@@ -16,6 +16,8 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 pub struct LaunchGeometry {
     /// Work items per tile variant (by discriminant); a variant with 0 is not launched.
     pub max_items: [u32; TileVariant::ALL.len()],
+    /// Likewise, of those in runs of pages, which plans for pages of one token may have ([`crate::PlanOptions::runs`]).
+    pub max_run_items: [u32; TileVariant::ALL.len()],
     /// Rows of the merge; with 0 it is not launched.
     pub max_merge_rows: u32,
     /// Partial slots.
@@ -30,6 +32,9 @@ impl LaunchGeometry {
         let header = plan.header();
         Self {
             max_items: std::array::from_fn(|variant| header.variants[variant].count),
+            max_run_items: plan.runs_header().map_or([0; TileVariant::ALL.len()], |header| {
+                std::array::from_fn(|variant| header.variants[variant].count)
+            }),
             max_merge_rows: header.merge_count,
             max_slots: header.slot_count,
             max_sequences: header.sequence_count,
@@ -42,6 +47,8 @@ impl LaunchGeometry {
         variants.iter().for_each(|variant| max_items[variant.index()] = capacity.max_items);
         Self {
             max_items,
+            // Under a capacity pages are planned one by one.
+            max_run_items: [0; TileVariant::ALL.len()],
             max_merge_rows: capacity.max_sequences,
             max_slots: capacity.max_slots,
             max_sequences: capacity.max_sequences,
@@ -52,6 +59,7 @@ impl LaunchGeometry {
     pub fn union(self, other: Self) -> Self {
         Self {
             max_items: std::array::from_fn(|i| self.max_items[i].max(other.max_items[i])),
+            max_run_items: std::array::from_fn(|i| self.max_run_items[i].max(other.max_run_items[i])),
             max_merge_rows: self.max_merge_rows.max(other.max_merge_rows),
             max_slots: self.max_slots.max(other.max_slots),
             max_sequences: self.max_sequences.max(other.max_sequences),
@@ -66,8 +74,9 @@ impl LaunchGeometry {
             ("merge rows", self.max_merge_rows, needed.max_merge_rows),
             ("partial slots", self.max_slots, needed.max_slots),
         ];
-        let items =
-            self.max_items.iter().zip(&needed.max_items).map(|(&have, &need)| ("items of a variant", have, need));
+        let items = [&self.max_items, &self.max_run_items].into_iter().flatten();
+        let items = items.zip([&needed.max_items, &needed.max_run_items].into_iter().flatten());
+        let items = items.map(|(&have, &need)| ("items of a variant", have, need));
         match bounds.into_iter().chain(items).find(|(_, have, need)| need > have) {
             None => Ok(()),
             Some((what, have, need)) => Err(Error::PlanMismatch {
@@ -122,7 +131,7 @@ pub(super) struct BindingTerms {
 /// whatever the streams; so that a workspace which all runs of one `PlanBuffers` share is safe, too.
 #[derive(Debug)]
 pub struct PlanBuffers {
-    /// At least [`pat_abi::PlanHeader::LEAST_BUFFER_BYTES`], whatever the capacity.
+    /// At least [`pat_abi::PlanHeader::LEAST_ALLOCATION_BYTES`], whatever the capacity.
     memory: DeviceBuffer,
     capacity_bytes: usize,
     fixed: Option<LaunchGeometry>,
@@ -145,7 +154,7 @@ impl PlanBuffers {
     pub fn with_capacity(device: &CudaDevice, bytes: usize) -> Result<Self> {
         let bytes = bytes.max(size_of::<pat_abi::PlanHeader>()).next_multiple_of(16);
         Ok(Self {
-            memory: DeviceBuffer::zeroed(device, bytes.max(pat_abi::PlanHeader::LEAST_BUFFER_BYTES as usize))?,
+            memory: DeviceBuffer::zeroed(device, bytes.max(pat_abi::PlanHeader::LEAST_ALLOCATION_BYTES as usize))?,
             capacity_bytes: bytes,
             fixed: None,
             terms: OnceLock::new(),

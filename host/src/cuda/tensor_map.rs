@@ -5,7 +5,7 @@
 //! kernel that names it gets zeros.
 
 use crate::eligibility::{accepted_strides, is_stride};
-use crate::{Dtype, Error, KvStrides, Problem, Result};
+use crate::{AttentionShape, Dtype, Error, KvStrides, Result};
 
 /// Elements per box row: the 128-byte swizzle spans this much.
 const BOX_ELEMENTS: u32 = 64;
@@ -26,7 +26,7 @@ pub(super) struct TensorMapSpec {
 }
 
 impl TensorMapSpec {
-    /// The map of one pool (K or V).
+    /// The map of one pool (K or V), of so many pages and tokens per page. Pages may overlap.
     ///
     /// # Errors
     /// A stride is not accepted.
@@ -34,10 +34,9 @@ impl TensorMapSpec {
         tensor: &str,
         address: u64,
         strides: KvStrides,
-        problem: Problem,
-        num_pages: u32,
+        shape: AttentionShape,
+        (num_pages, page_size): (u32, u32),
     ) -> Result<Self> {
-        let (shape, page_size) = (problem.shape(), problem.page_size());
         let element_bytes = shape.kv_dtype().bytes();
         let stride_bytes = |name: &str, elements: i64| {
             if is_stride(elements, element_bytes) {
@@ -68,23 +67,22 @@ impl TensorMapSpec {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::AttentionShape;
 
     #[test]
     fn dims_and_strides_follow_the_convention() {
-        let problem = |page_size| Problem::new(AttentionShape::new(32, 8, 128, Dtype::F16).unwrap(), page_size);
-        let map = TensorMapSpec::new("k", 0x1000, KvStrides::nhd(32, 8, 128), problem(32), 7).unwrap();
+        let shape = AttentionShape::new(32, 8, 128, Dtype::F16).unwrap();
+        let map = TensorMapSpec::new("k", 0x1000, KvStrides::nhd(32, 8, 128), shape, (7, 32)).unwrap();
         assert_eq!(map.dims, [128, 32, 8, 7]);
         assert_eq!(map.strides_bytes, [8 * 128 * 2, 128 * 2, 32 * 8 * 128 * 2]);
         assert_eq!(map.box_dims, [64, 32, 1, 1]);
-        let map = TensorMapSpec::new("k", 0x1000, KvStrides::hnd(256, 8, 128), problem(256), 7).unwrap();
+        let map = TensorMapSpec::new("k", 0x1000, KvStrides::hnd(256, 8, 128), shape, (7, 256)).unwrap();
         assert_eq!(map.strides_bytes, [128 * 2, 256 * 128 * 2, 256 * 8 * 128 * 2]);
         assert_eq!(map.box_dims[1], 64);
     }
 
     #[test]
     fn strides_that_tensor_maps_cannot_express_are_refused() {
-        let problem = Problem::new(AttentionShape::new(32, 8, 128, Dtype::F16).unwrap(), 32);
+        let shape = AttentionShape::new(32, 8, 128, Dtype::F16).unwrap();
         let good = KvStrides::nhd(32, 8, 128);
         for bad in [
             KvStrides { token: 1025, ..good },
@@ -92,7 +90,7 @@ mod tests {
             KvStrides { page: 1 << 39, ..good },
             KvStrides { page: i64::MAX, ..good },
         ] {
-            assert!(TensorMapSpec::new("k", 0x1000, bad, problem, 7).is_err(), "{bad:?}");
+            assert!(TensorMapSpec::new("k", 0x1000, bad, shape, (7, 32)).is_err(), "{bad:?}");
         }
     }
 }

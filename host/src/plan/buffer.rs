@@ -5,7 +5,7 @@ use super::cost::Prediction;
 use crate::visible::Hidden;
 use crate::{AttentionShape, DecodeBatch, DeviceProfile, Error, Problem, Result};
 use pat_abi::{
-    ItemQuery, MAX_TILE_VARIANTS, MergeRow, NO_MASKS, NONE, PLAN_MAGIC, PageMask, PlanHeader, TileVariant,
+    ItemQuery, MAX_TILE_VARIANTS, MergeRow, NO_MASKS, NONE, PLAN_MAGIC, PageMask, PlanHeader, RUN_PAGES, TileVariant,
     VariantItems, WorkItem,
 };
 use std::fmt;
@@ -268,6 +268,44 @@ impl PartialEq for Plan {
     }
 }
 
+/// Where the items of plans for pages of so many tokens begin: those of one token have a second header in front of them.
+pub(super) fn items_offset(page_size: u32) -> usize {
+    let runs_header = if page_size == 1 { PlanHeader::RUNS_OFFSET_BYTES } else { 0 };
+    (PlanHeader::ITEMS_OFFSET_BYTES + runs_header) as usize
+}
+
+/// The index of the first item, as headers count.
+pub(super) fn first_item(page_size: u32) -> u32 {
+    ((items_offset(page_size) - PlanHeader::ITEMS_OFFSET_BYTES as usize) / size_of::<WorkItem>()) as u32
+}
+
+/// Writes the header of a plan, and the second one where there is one: `in_runs` are the variants' items in runs, as the first header
+/// counts.
+pub(super) fn write_headers(bytes: &mut [u8], header: &PlanHeader, in_runs: [VariantItems; MAX_TILE_VARIANTS]) {
+    let (first, behind) = bytes.split_at_mut(size_of::<PlanHeader>());
+    first.copy_from_slice(bytemuck::bytes_of(header));
+    if header.page_size != 1 {
+        return;
+    }
+    let skipped = PlanHeader::RUNS_OFFSET_BYTES;
+    let items = skipped / size_of::<WorkItem>() as u32;
+    let of_runs = PlanHeader {
+        total_bytes: header.total_bytes - skipped,
+        queries_offset_bytes: header.queries_offset_bytes - skipped,
+        pages_offset_bytes: header.pages_offset_bytes - skipped,
+        masks_offset_bytes: header.masks_offset_bytes - skipped,
+        merges_offset_bytes: header.merges_offset_bytes - skipped,
+        words_offset_bytes: header.words_offset_bytes - skipped,
+        item_count: in_runs.iter().map(|variant| variant.count).sum(),
+        page_size: RUN_PAGES,
+        variants: in_runs.map(|VariantItems { begin, count }| VariantItems { begin: begin.max(items) - items, count }),
+        // The first header's launches and merge serve all rows.
+        merge_count: 0,
+        ..*header
+    };
+    behind[..size_of::<PlanHeader>()].copy_from_slice(bytemuck::bytes_of(&of_runs));
+}
+
 /// A count that fits a plan record.
 pub(super) fn checked_count(what: &str, n: u64) -> Result<u32> {
     u32::try_from(n)
@@ -309,7 +347,8 @@ impl Plan {
         // Work is counted so on the device and by the CPU executor.
         checked_count("items times KV heads", u64::from(item_count) * u64::from(problem.shape().kv_heads()))?;
         let align = |bytes: usize| bytes.next_multiple_of(16);
-        let items_end = PlanHeader::ITEMS_OFFSET_BYTES as usize + item_count as usize * size_of::<WorkItem>();
+        let items_offset = items_offset(batch.page_size());
+        let items_end = items_offset + item_count as usize * size_of::<WorkItem>();
         let queries_offset = align(items_end);
         let pages_offset = align(queries_offset + size_of_val(records.queries.as_slice()));
         let pages_end = pages_offset + records.page_count as usize * size_of::<u32>();
@@ -341,21 +380,15 @@ impl Plan {
         for &(key, _) in &records.order {
             header.variants[key.variant_index()].count += 1;
         }
-        let mut begin = 0;
+        let mut begin = first_item(batch.page_size());
         for variant in &mut header.variants {
             variant.begin = begin;
             begin += variant.count;
         }
-        if self.words.capacity() == 0 {
-            // Fresh memory is zero already.
-            self.words = vec![[0; 2]; total_bytes / 16];
-        } else {
-            self.words.resize(total_bytes / 16, [0; 2]);
-        }
-        let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut self.words);
-        bytes[..size_of::<PlanHeader>()].copy_from_slice(bytemuck::bytes_of(&header));
-        let items: &mut [WorkItem] =
-            bytemuck::cast_slice_mut(&mut bytes[PlanHeader::ITEMS_OFFSET_BYTES as usize..items_end]);
+        self.resize(total_bytes);
+        let bytes = self.bytes_mut();
+        write_headers(bytes, &header, [VariantItems::default(); MAX_TILE_VARIANTS]);
+        let items: &mut [WorkItem] = bytemuck::cast_slice_mut(&mut bytes[items_offset..items_end]);
         for (item, &(_, index)) in items.iter_mut().zip(&records.order) {
             *item = records.items[index as usize].item;
         }
@@ -386,6 +419,37 @@ impl Plan {
         Ok(())
     }
 
+    /// Makes room for so many bytes, a multiple of 16.
+    pub(super) fn resize(&mut self, total_bytes: usize) {
+        if self.words.capacity() == 0 {
+            // Fresh memory is zero already.
+            self.words = vec![[0; 2]; total_bytes / 16];
+        } else {
+            self.words.resize(total_bytes / 16, [0; 2]);
+        }
+    }
+
+    pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
+        bytemuck::cast_slice_mut(&mut self.words)
+    }
+
+    /// Settles what it is a plan of, where its records are written: of the batches of `parts` together.
+    pub(super) fn take_over(
+        &mut self,
+        (problem, profile): (Problem, &Arc<DeviceProfile>),
+        num_pages: u32,
+        parts: [&Self; 2],
+        prediction: Prediction,
+    ) {
+        self.generation = PlanGeneration::next();
+        self.problem = problem;
+        self.profile.clone_from(profile);
+        self.num_pages = num_pages;
+        self.logical_tokens = parts.iter().map(|part| part.logical_tokens).sum();
+        self.unique_kv_bytes = parts.iter().map(|part| part.unique_kv_bytes).sum();
+        self.prediction = prediction;
+    }
+
     /// Lets sequences grow at their ends, or shrink within their last pages. There is room for the pages
     /// ([`Records::take_room`]), in the plan that `tails`, which are kept up to date, are about. `grown` is told the tile of each
     /// sequence with more pages, how many, and what its last item has now.
@@ -399,7 +463,7 @@ impl Plan {
         let page_size = header.page_size;
         let mut all_tokens = 0i64;
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut self.words);
-        let items_begin = PlanHeader::ITEMS_OFFSET_BYTES as usize;
+        let items_begin = items_offset(page_size);
         let (front, masks) = bytes.split_at_mut(header.masks_offset_bytes as usize);
         let (front, pages) = front.split_at_mut(header.pages_offset_bytes as usize);
         let items_end = items_begin + header.item_count as usize * size_of::<WorkItem>();
@@ -476,13 +540,25 @@ impl Plan {
 
     /// All items, grouped by variant, in launch order.
     pub fn items(&self) -> &[WorkItem] {
-        self.records(PlanHeader::ITEMS_OFFSET_BYTES, self.header().item_count)
+        self.records(items_offset(self.page_size()) as u32, self.header().item_count)
     }
 
-    /// The items of one tile variant, in launch order.
+    /// The items of one tile variant, in launch order: those in runs of pages behind the others.
     pub fn variant_items(&self, variant: TileVariant) -> &[WorkItem] {
         let VariantItems { begin, count } = self.header().variants[variant.index()];
-        &self.items()[begin as usize..][..count as usize]
+        let in_runs = self.runs_header().map_or(0, |header| header.variants[variant.index()].count);
+        &self.items()[(begin - first_item(self.page_size())) as usize..][..(count + in_runs) as usize]
+    }
+
+    /// The second header, of the items in runs of pages, at [`PlanHeader::RUNS_OFFSET_BYTES`]: plans for pages of one token have one.
+    pub fn runs_header(&self) -> Option<&PlanHeader> {
+        let bytes = self.bytes().get(PlanHeader::RUNS_OFFSET_BYTES as usize..)?.get(..size_of::<PlanHeader>())?;
+        (self.page_size() == 1).then(|| bytemuck::from_bytes(bytes))
+    }
+
+    /// Tokens of an entry of an item's stream: of a page, or of a run of pages.
+    pub fn entry_tokens(&self, item: &WorkItem) -> u32 {
+        self.page_size() * item.run_pages.max(1)
     }
 
     /// The queries of the items.
@@ -490,18 +566,22 @@ impl Plan {
         self.records(self.header().queries_offset_bytes, self.header().query_count)
     }
 
-    /// The page ids of the items' streams.
+    /// The page ids of the items' streams: of an item in runs of pages, those of the first of each.
     pub fn pages(&self) -> &[u32] {
         self.records(self.header().pages_offset_bytes, self.header().page_count)
     }
 
-    /// The masks of an item's pages, one per page; empty where every row attends to every token.
+    /// The masks of an item's entries, one each; empty where every row attends to every token.
     pub fn masks(&self, item: &WorkItem) -> &[PageMask] {
         if item.mask_begin == NO_MASKS {
             return &[];
         }
-        let all: &[PageMask] = self.records(self.header().masks_offset_bytes, self.header().mask_count);
-        &all[item.mask_begin as usize..][..(item.token_count / self.page_size()) as usize]
+        &self.all_masks()[item.mask_begin as usize..][..(item.token_count / self.entry_tokens(item)) as usize]
+    }
+
+    /// The masks of all items that have some.
+    pub(super) fn all_masks(&self) -> &[PageMask] {
+        self.records(self.header().masks_offset_bytes, self.header().mask_count)
     }
 
     /// The first tokens that count of an item's pages, one per page; empty where all tokens count from a page's first on.

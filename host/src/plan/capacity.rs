@@ -34,7 +34,8 @@ impl PlanCapacity {
         // has slots.
         let queries = self.max_sequences as usize + self.max_slots as usize;
         let padding = 5 * 16;
-        size_of::<PlanHeader>()
+        // Pages of one token have two headers.
+        2 * size_of::<PlanHeader>()
             + self.max_items as usize * size_of::<WorkItem>()
             + queries * size_of::<ItemQuery>()
             + self.max_pages as usize * (2 * size_of::<u32>() + size_of::<PageMask>())
@@ -86,8 +87,8 @@ mod tests {
     #[test]
     fn the_largest_plan_is_counted_record_by_record() {
         let capacity = PlanCapacity { max_sequences: 3, max_pages: 1000, max_items: 50, max_slots: 700 };
-        // Header, items, queries, pages (id, mask, first token), merge rows; five sections that end at multiples of 16.
-        assert_eq!(capacity.plan_bytes(), 192 + 50 * 32 + (3 + 700) * 8 + 1000 * 12 + 3 * 16 + 5 * 16);
+        // Headers, items, queries, pages (id, mask, first token), merge rows; five sections that end at multiples of 16.
+        assert_eq!(capacity.plan_bytes(), 2 * 192 + 50 * 32 + (3 + 700) * 8 + 1000 * 12 + 3 * 16 + 5 * 16);
         let shape = AttentionShape::new(8, 2, 64, Dtype::F16).unwrap();
         assert_eq!(capacity.partial_bytes(shape), 700 * 8 * (64 + 1) * 4);
     }

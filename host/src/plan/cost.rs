@@ -31,6 +31,17 @@ impl Prediction {
     pub fn total_us(&self) -> f64 {
         self.launch_us + self.busy_us + self.merge_us
     }
+
+    /// Of what runs behind this, too.
+    pub(super) fn and(self, next: Self) -> Self {
+        Self {
+            memory_us: self.memory_us + next.memory_us,
+            tensor_us: self.tensor_us + next.tensor_us,
+            busy_us: self.busy_us + next.busy_us,
+            launch_us: self.launch_us + next.launch_us,
+            merge_us: self.merge_us + next.merge_us,
+        }
+    }
 }
 
 /// Sequences that are served together, as another planner packs them.

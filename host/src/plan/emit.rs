@@ -243,7 +243,7 @@ impl Emitter<'_> {
             mask_begin,
             first_token_begin,
             kv_limit_begin,
-            reserved: 0,
+            run_pages: 0,
         };
         records.push_item((variant, page_count, chunk), item, room);
         buffer::checked_count("items", records.items.len() as u64)?;

@@ -14,7 +14,10 @@ mod deal;
 mod emit;
 pub mod forest;
 mod generation;
+mod join;
 mod keep;
+mod run_planner;
+mod run_tables;
 mod search;
 mod sharing;
 mod snapshot;
@@ -33,6 +36,7 @@ use forest::Forest;
 pub use generation::PlanGeneration;
 use keep::KeptTiles;
 use pat_abi::{NO_MASKS, TileVariant};
+use run_planner::RunPlanner;
 use search::Search;
 use serde::Serialize;
 pub use sharing::{ReadReason, SharedNodes, readers};
@@ -50,12 +54,34 @@ pub struct PlanOptions {
     pub mode: PlanMode,
     /// Only these tile variants (where `None`, those that are best for the problem and the device).
     pub variants: Option<Vec<TileVariant>>,
+    /// When pages of one token are planned in runs of consecutive ones.
+    pub runs: PageRuns,
+}
+
+/// When pages of one token, at least half of which lie in runs of consecutive ones, are planned as such: 16 of them are a page of 16
+/// tokens, and planning and uploading take less. Never with fixed chunks, nor under a capacity.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PageRuns {
+    /// Never.
+    Never,
+    /// Where running the plan takes no longer: pages that are in no run need a launch of their own, whose results are merged. There
+    /// are none, or that is predicted to be at most 2% of reading the batch once.
+    #[default]
+    WhereFree,
+    /// Also where running takes longer: for steps in which planning counts, not layers.
+    Always,
 }
 
 impl PlanOptions {
     /// With another way of tiling.
     pub fn with_mode(self, mode: PlanMode) -> Self {
         Self { mode, ..self }
+    }
+
+    /// With pages of one token planned in runs then.
+    pub fn with_runs(self, runs: PageRuns) -> Self {
+        Self { runs, ..self }
     }
 
     /// With these tile variants only.
@@ -112,6 +138,10 @@ pub struct Planner {
     tiling: Tiling,
     /// Those tiles.
     kept: KeptTiles,
+    /// For pages of one token.
+    runs: Option<Box<RunPlanner>>,
+    /// Whether it made the newest plan.
+    is_in_runs: bool,
 }
 
 /// How the tiles of a plan were cut, and what has become of them since.
@@ -172,6 +202,8 @@ impl Planner {
     /// ([`DeviceProfile::validate`]).
     pub fn new(problem: Problem, profile: DeviceProfile, options: PlanOptions) -> Result<Self> {
         profile.validate()?;
+        let runs = RunPlanner::new(problem, &profile, &options)?.map(Box::new);
+        let options = if runs.is_some() { run_planner::for_page_size(&problem, &profile, options) } else { options };
         let choices = TileChoices::new(&problem, &profile, &options)?;
         if let PlanMode::FixedChunk { tokens } = options.mode
             && (tokens == 0 || !tokens.is_multiple_of(problem.page_size()))
@@ -192,6 +224,8 @@ impl Planner {
             newest: None,
             tiling: Tiling::default(),
             kept: KeptTiles::default(),
+            runs,
+            is_in_runs: false,
         })
     }
 
@@ -203,7 +237,7 @@ impl Planner {
     /// `max_items` is below `max_sequences`.
     pub fn with_capacity(self, capacity: PlanCapacity) -> Result<Self> {
         let capacity = Some(capacity.validated()?);
-        Ok(Self { capacity, choices: self.choices.without_wide(), newest: None, ..self })
+        Ok(Self { capacity, choices: self.choices.without_wide(), newest: None, runs: None, is_in_runs: false, ..self })
     }
 
     /// What plans are made for.
@@ -213,17 +247,31 @@ impl Planner {
 
     /// The tile variants that plans may use.
     pub fn tile_variants(&self) -> Vec<TileVariant> {
-        self.choices.variants()
+        let mut variants = self.choices.variants();
+        variants.extend(self.runs.iter().flat_map(|runs| runs.runs.tile_variants()));
+        variants.sort_unstable();
+        variants.dedup();
+        variants
+    }
+
+    /// Of a batch that was planned in runs of pages last ([`PlanOptions::runs`]), what [`Self::forest`], [`Self::tiles`] and
+    /// [`Self::shared_nodes`] are about: its runs, as pages of 16 tokens.
+    pub fn batch_of_runs(&self) -> Option<DecodeBatch<'_>> {
+        self.in_runs().map(RunPlanner::batch_of_runs)
+    }
+
+    fn in_runs(&self) -> Option<&RunPlanner> {
+        self.runs.as_deref().filter(|_| self.is_in_runs)
     }
 
     /// The forest of the batch planned last.
     pub fn forest(&self) -> &Forest {
-        &self.forest
+        self.in_runs().map_or(&self.forest, |runs| runs.runs.forest())
     }
 
     /// The row tiles of the batch planned last: in forest order; of fixed chunks by their first pages, then in forest order.
     pub fn tiles(&self) -> &[RowTile] {
-        &self.scratch.tiles
+        self.in_runs().map_or(&self.scratch.tiles, |runs| runs.runs.tiles())
     }
 
     /// The at most `most` largest kinds of shared nodes of the batch that `plan` is about, those first that save most where
@@ -238,6 +286,9 @@ impl Planner {
                 plan: format!("generation {}", plan.generation()),
                 call: self.newest.map_or("none".into(), |newest| format!("generation {newest}")),
             });
+        }
+        if let Some(runs) = self.in_runs() {
+            return runs.runs.shared_nodes(runs.plan_of_runs(), most);
         }
         let Scratch { extents, tiles, .. } = &self.scratch;
         let page_size = self.problem.page_size();
@@ -317,8 +368,28 @@ impl Planner {
     /// Plans a batch from scratch, but for what is hidden of it.
     fn plan_tokens(&mut self, batch: &DecodeBatch<'_>, hidden: Hidden<'_>, plan: &mut Plan) -> Result<()> {
         self.check_batch(batch)?;
+        if self.plan_in_runs(batch, plan)? {
+            return Ok(());
+        }
         self.take(batch, hidden);
         self.plan_best(batch, hidden, plan, 0)
+    }
+
+    /// Plans a batch from scratch in runs of pages, where most of them are in some.
+    fn plan_in_runs(&mut self, batch: &DecodeBatch<'_>, plan: &mut Plan) -> Result<bool> {
+        let Some(runs) = &mut self.runs else { return Ok(false) };
+        self.newest = None;
+        self.is_in_runs = runs.plan_into(batch, plan)?;
+        self.newest = self.is_in_runs.then(|| plan.generation());
+        Ok(self.is_in_runs)
+    }
+
+    /// The distinct pages of a batch.
+    fn unique_pages(&mut self, batch: &DecodeBatch<'_>) -> u64 {
+        self.newest = None;
+        self.forest.build(batch);
+        tiling::measure(batch, &self.forest, &mut self.scratch.extents);
+        PageCounts::new(&self.scratch.extents, &self.forest).unique
     }
 
     /// Takes a batch for the one that is planned.
@@ -355,6 +426,9 @@ impl Planner {
             return Ok(PlanChange::Forest);
         }
         self.check_batch(batch)?;
+        if self.is_in_runs {
+            return self.advance_in_runs(batch, changed_rows, plan);
+        }
         // Fixed chunks are where they are, whatever the step: there is nothing to keep, and no room for another page.
         let keeps_tiles = !matches!(self.options.mode, PlanMode::FixedChunk { .. });
         let room = if keeps_tiles { ROOM_TOKENS.div_ceil(self.problem.page_size()) } else { 0 };
@@ -378,6 +452,9 @@ impl Planner {
             self.newest = Some(plan.generation());
             return Ok(change);
         }
+        if change == PlanChange::Forest && self.plan_in_runs(batch, plan)? {
+            return Ok(change);
+        }
         if keeps_tiles || change == PlanChange::Forest {
             self.take(batch, Hidden::default());
         }
@@ -386,6 +463,25 @@ impl Planner {
             Err(_) if step == Step::Slow => Ok(change),
             result => result.map(|()| change),
         }
+    }
+
+    /// As [`Self::advance`], where the plan is in runs of pages.
+    fn advance_in_runs(
+        &mut self,
+        batch: &DecodeBatch<'_>,
+        changed_rows: Option<&[u32]>,
+        plan: &mut Plan,
+    ) -> Result<PlanChange> {
+        let Some(runs) = &mut self.runs else { return Ok(PlanChange::Nothing) };
+        let advanced = runs.advance(batch, changed_rows, plan);
+        // What ends in between leaves no plan to go on from.
+        self.newest = None;
+        if let Some(change) = advanced? {
+            self.newest = Some(plan.generation());
+            return Ok(change);
+        }
+        self.plan_into(batch, plan)?;
+        Ok(PlanChange::Forest)
     }
 
     /// Makes `plan`, the newest, that of sequences which have but grown. Impossible where it has no room for their pages.

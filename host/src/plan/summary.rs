@@ -12,6 +12,8 @@ use std::fmt;
 pub struct PlanSummary {
     /// Rows of the batch, empty ones included.
     pub sequences: u32,
+    /// KV tokens, per KV head, that items read in runs of consecutive pages ([`super::PlanOptions::runs`]).
+    pub run_tokens: u64,
     /// Logical KV bytes over unique KV bytes: how often the average byte would be read without sharing.
     pub sharing_factor: f64,
     /// KV bytes of distinct pages.
@@ -91,6 +93,12 @@ impl Plan {
         let flat_kv_bytes = self.logical_tokens() * token_bytes;
         PlanSummary {
             sequences: self.sequence_count(),
+            run_tokens: self
+                .items()
+                .iter()
+                .filter(|item| item.run_pages > 0)
+                .map(|item| self.stream_tokens(item))
+                .sum(),
             sharing_factor: flat_kv_bytes as f64 / (self.unique_kv_bytes().max(1)) as f64,
             unique_kv_bytes: self.unique_kv_bytes(),
             planned_kv_bytes: variants.iter().map(|v| v.kv_tokens).sum::<u64>() * token_bytes,
@@ -112,7 +120,7 @@ impl Plan {
         let terms = VariantTerms::all(self.profile(), self.shape());
         // Whole pages, as the cost model counts them.
         let steps = |variant: TileVariant, item: &WorkItem| {
-            item.token_count.next_multiple_of(self.page_size()).div_ceil(variant.keys())
+            item.token_count.next_multiple_of(self.entry_tokens(item)).div_ceil(variant.keys())
         };
         let used = || TileVariant::ALL.into_iter().map(|variant| (variant, self.variant_items(variant)));
         let kv_heads = self.shape().kv_heads();
@@ -171,6 +179,10 @@ impl fmt::Display for PlanSummary {
                 variant.predicted_us,
                 variant.predicted_share * 100.0
             )?;
+        }
+        if self.run_tokens > 0 {
+            let all: u64 = self.variants.iter().map(|variant| variant.kv_tokens).sum();
+            writeln!(f, "in runs          {} of {all} KV tokens, 16 pages to an entry", self.run_tokens)?;
         }
         writeln!(f, "imbalance        {:.2} (largest over mean load of the resident CTAs)", self.imbalance)?;
         let p = &self.prediction;

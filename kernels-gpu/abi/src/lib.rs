@@ -2,7 +2,7 @@
 //! manifest. `no_std`, builds for every target; every layout is `repr(C)` with its size asserted at compile time.
 //!
 //! A *plan* is one contiguous buffer: a [`PlanHeader`], then [`WorkItem`]s at the fixed offset
-//! [`PlanHeader::ITEMS_OFFSET_BYTES`], then [`ItemQuery`]s, page ids (`u32`), [`MergeRow`]s and [`PageMask`]s at the offsets
+//! [`PlanHeader::ITEMS_OFFSET_BYTES`] (behind a second header where pages have one token), then [`ItemQuery`]s, page ids (`u32`), [`MergeRow`]s and [`PageMask`]s at the offsets
 //! the header names.
 #![no_std]
 #![forbid(unsafe_code)]
@@ -29,7 +29,7 @@ pub use occupancy::DeviceLimits;
 pub use params::{FastDivisor, FillParams, FlushParams, ForwardParams, MergeParams, ScaledForwardParams};
 pub use plan::{
     DIRECT_SLOT, ItemQuery, MAX_TILE_VARIANTS, MergeRow, NO_MASKS, NONE, PLAN_MAGIC, PLAN_VERSION, PageMask,
-    PlanHeader, VariantItems, WorkItem,
+    PlanHeader, RUN_PAGES, VariantItems, WorkItem,
 };
 pub use row_params::{AppendParams, MergeStatesParams, ScaledAppendParams, StateParams};
 pub use switches::Switches;

@@ -68,8 +68,15 @@ impl PlanHeader {
     /// The items start right behind the header, so that a kernel can load its item without waiting for the header.
     pub const ITEMS_OFFSET_BYTES: u32 = size_of::<Self>() as u32;
 
-    /// Least size of a plan buffer on a device, however small the plan: kernels fetch as much to L2 before they know.
+    /// What kernels fetch to L2 from a header on, before they know how long the plan is.
     pub const LEAST_BUFFER_BYTES: u32 = 16 * 1024;
+
+    /// Offset of the second header that plans for pages of one token have: of the items in runs ([`WorkItem::run_pages`]). To a kernel
+    /// that is given its address, it is the start of a plan: offsets and the begin of its variants' items count from there.
+    pub const RUNS_OFFSET_BYTES: u32 = size_of::<Self>() as u32;
+
+    /// Least size of a plan buffer on a device, however small the plan.
+    pub const LEAST_ALLOCATION_BYTES: u32 = Self::RUNS_OFFSET_BYTES + Self::LEAST_BUFFER_BYTES;
 }
 
 /// [`WorkItem::mask_begin`] of an item without masks: every row attends to every token.
@@ -93,7 +100,7 @@ pub const NONE: u32 = u32::MAX;
 pub struct WorkItem {
     /// Index, in the page-id array, of the first page.
     pub page_begin: u32,
-    /// KV tokens of the stream, at least 1; it spans `ceil(token_count / page_size)` pages. With masks it is a multiple of
+    /// KV tokens of the stream, at least 1; it spans `ceil(token_count / page_size)` pages, or entries in runs. With masks it is a multiple of
     /// the page size: the masks say which tokens of each page count.
     pub token_count: u32,
     /// Index, in the [`ItemQuery`] array, of the first query.
@@ -110,9 +117,13 @@ pub struct WorkItem {
     /// to none of the item's stream from this token on, whatever the entries say. Or [`NONE`]. The CPU executor reads it, no kernel
     /// does yet, and no planner writes it.
     pub kv_limit_begin: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// 0, or [`RUN_PAGES`]: so many consecutive pages of one token are an entry of the stream, whose page id is that of the first.
+    /// To kernels these are pages of as many tokens; they are told so by their parameters, and do not read it.
+    pub run_pages: u32,
 }
+
+/// Consecutive pages of one token that an entry may hold: a common page size, which every kernel serves.
+pub const RUN_PAGES: u32 = 16;
 
 /// Which rows of an item attend to a page, and where the tokens end that they attend to: bits 0..8 the first row, 8..16 the end of
 /// the rows ([`PageMask::ALL_ROWS`] where it is all of them), 16..32 the end of the tokens less one.
@@ -186,6 +197,8 @@ pub struct MergeRow {
 
 const _: () = {
     assert!(size_of::<PlanHeader>() == 192);
+    // Items behind a second header are as many items behind the first.
+    assert!((PlanHeader::RUNS_OFFSET_BYTES as usize).is_multiple_of(size_of::<WorkItem>()));
     assert!(size_of::<WorkItem>() == 32);
     assert!(size_of::<PageMask>() == 4);
     assert!(size_of::<ItemQuery>() == 8);

@@ -304,7 +304,7 @@ mod tests {
             mask_begin,
             first_token_begin: NONE,
             kv_limit_begin: NONE,
-            reserved: 0,
+            run_pages: 0,
         };
         let last = WorkItem { first_token_begin: 1, kv_limit_begin: 3, ..item(2, 8, 1, 4, 0) };
         let items = [item(9, 9, 9, 9, 9), item(0, 5, 0, 2, NO_MASKS), last];

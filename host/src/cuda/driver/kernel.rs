@@ -4,7 +4,7 @@ use super::call::{DriverCall, attempt_for};
 use super::context::{WhileOthersCapture, make_current, try_make_current};
 use super::stream::CurrentStream;
 use crate::cuda::CudaDevice;
-use crate::cuda::args::PreparedRun;
+use crate::cuda::args::{ForwardLaunches, PreparedRun};
 use crate::cuda::bench_support::{CheckedFill, L2Flush};
 use crate::cuda::row_ops::{CheckedAppend, CheckedMergeStates};
 use crate::cuda::tensor_map::TensorMapSpec;
@@ -173,10 +173,10 @@ fn with_log(error: Error, log: &[u8]) -> Error {
     }
 }
 
-/// Launches a forward kernel over its share of a prepared run, once for each part of a group.
+/// Launches a forward kernel over its share of a prepared run's launches, once for each part of a group.
 pub(crate) fn launch_forward(
     kernel: &Kernel,
-    run: &PreparedRun,
+    launches: &ForwardLaunches,
     maps: &[TensorMap],
     stream: &CurrentStream<'_>,
 ) -> Result<()> {
@@ -186,10 +186,10 @@ pub(crate) fn launch_forward(
     let Some(maps) = maps.get(..kernel.spec.tensor_maps as usize) else {
         return Err(Error::invalid("tensor maps", maps.len(), format!("{}", kernel.spec.tensor_maps)));
     };
-    let grid = run.forward_grids[variant.index()];
-    run.forward_launches(variant).try_for_each(|forward| {
+    let grid = launches.grids[variant.index()];
+    launches.of_variant(variant).try_for_each(|forward| {
         let mut params = parameter_pointers(&forward, maps);
-        // SAFETY: the manifest says that this family takes ForwardParams and `tensor_maps` maps. `run` was checked against
+        // SAFETY: the manifest says that this family takes ForwardParams and `tensor_maps` maps. The run was checked against
         // the memory its addresses name, and the plan it points to was validated against the pool when it was made. Kernel and
         // stream are of the bound run's device.
         unsafe { kernel.launch(grid, &mut params.0[..params.1], false, stream) }
@@ -272,7 +272,7 @@ impl<'a> BareLaunch<'a> {
     /// One for each part of a group.
     pub(crate) fn forward(
         kernel: &'a Kernel,
-        run: &'a PreparedRun,
+        launches: &'a ForwardLaunches,
         maps: &'a [TensorMap],
         stream: &CurrentStream<'_>,
     ) -> Vec<Self> {
@@ -281,10 +281,10 @@ impl<'a> BareLaunch<'a> {
         let launch = |forward| {
             let forward = Box::new(forward);
             let (params, _) = parameter_pointers(&*forward, maps);
-            let bare = Self::new(kernel, run.forward_grids[variant.index()], params, false, stream);
+            let bare = Self::new(kernel, launches.grids[variant.index()], params, false, stream);
             Self { _forward: Some(forward), ..bare }
         };
-        run.forward_launches(variant).map(launch).collect()
+        launches.of_variant(variant).map(launch).collect()
     }
 
     pub(crate) fn merge(kernel: &'a Kernel, run: &'a PreparedRun, stream: &CurrentStream<'_>) -> Option<Self> {
