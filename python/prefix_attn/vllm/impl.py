@@ -8,8 +8,6 @@ by the operator that the layer has for it.
 import functools
 
 import torch
-from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
-from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
 from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
 from vllm.v1.attention.backends import flash_attn
 from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
@@ -28,8 +26,7 @@ class Impl(FlashAttentionImpl):
         self._query_quants: tuple | None = None
         is_fp8 = eligibility.SERVES_FP8 and self.kv_cache_dtype in eligibility.FP8_CACHES
         if is_fp8 and self.supports_quant_query_input:
-            per_head = GroupShape(-1, self.head_size * self.num_heads // self.num_kv_heads)
-            self._query_quants = tuple(QuantFP8(static=True, group_shape=shape) for shape in (GroupShape.PER_TENSOR, per_head))
+            self._query_quants = _query_quants(self.head_size * self.num_heads // self.num_kv_heads)
             # Read by the layer when it is made, which is now, and later by FlashAttention.
             self.supports_quant_query_input = False
 
@@ -132,3 +129,12 @@ class Impl(FlashAttentionImpl):
     def _dcp_name(key_cache: torch.Tensor) -> str:
         """Names the layer, which this method is not told, by its cache."""
         return f"dcp {key_cache.data_ptr()}"
+
+
+def _query_quants(elements: int) -> tuple:
+    """vLLM's operators that make FP8 queries: by one factor, and by one for each KV head, whose queries have so many elements."""
+    # Not where nothing needs them: other versions may have them elsewhere.
+    from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
+    from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
+
+    return tuple(QuantFP8(static=True, group_shape=shape) for shape in (GroupShape.PER_TENSOR, GroupShape(-1, elements)))
