@@ -189,11 +189,12 @@ impl Operands {
         let rows = |tensor: &Tensor<'_>, head_dim: u32| {
             row_strides(tensor, facts.rows, shape.q_heads(), Some(i64::from(head_dim)))
         };
+        // Ahead of the output, whose rows are as long as those of the values where the call has made it.
+        let pool = |tensor: &Tensor<'_>, head_dim: u32| kv_strides(tensor, facts, layout, head_dim);
+        let (k_strides, v_strides) = (pool(k, head_dim)?, pool(v, v_head_dim)?);
         let mut least_rows = q.sizes[0].min(out.sizes[0]);
         let (q_strides, out_strides) = (rows(q, head_dim)?, rows(out, v_head_dim)?);
         check_distinct_rows(out)?;
-        let pool = |tensor: &Tensor<'_>, head_dim: u32| kv_strides(tensor, facts, layout, head_dim);
-        let (k_strides, v_strides) = (pool(k, head_dim)?, pool(v, v_head_dim)?);
         let lse = match lse {
             None => None,
             Some(lse) => {
