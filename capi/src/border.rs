@@ -694,7 +694,7 @@ unsafe fn device_args(problem: Problem, tensors: &PatTensors) -> Result<RunArgs>
             Some(scale) => DeviceKvScale::Tensor(scale),
             None => {
                 let bytes = u64::from(problem.shape().kv_heads()) * 4;
-                DeviceKvScale::Heads(span(argument, pool.head_scales.cast(), bytes)?)
+                DeviceKvScale::Heads(span(&format!("{argument}.head_scales"), pool.head_scales.cast(), bytes)?)
             }
         })
     };

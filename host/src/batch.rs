@@ -94,8 +94,8 @@ impl<'a> DecodeBatch<'a> {
     /// One slice of page ids per sequence.
     ///
     /// # Errors
-    /// Numbers of tables and lengths differ; a length is negative or above [`Self::MAX_TOKENS`]; a table is shorter than its length needs; a page id that is needed is not
-    /// below `num_pages`; `page_size` or `num_pages` is out of range.
+    /// Numbers of tables and lengths differ; a length is negative or above [`Self::MAX_TOKENS`]; a table is shorter than its
+    /// length needs; a page id that is needed is not below `num_pages`; `page_size` or `num_pages` is out of range.
     pub fn from_block_tables<L: Int32>(
         tables: &'a [&'a [u32]],
         lengths: &'a [L],

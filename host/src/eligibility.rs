@@ -177,7 +177,7 @@ impl Asked<'_> {
             (Part::Alibi, score.has_alibi),
             // The kernels scale the running maximum, which only a positive factor keeps a maximum.
             (Part::Scale, ![scale_log2, score.scale].iter().all(|scale| scale.is_finite() && *scale > 0.0)),
-            (Part::Group, shape.group() > variant.rows() && !divides_groups(kernel, variant)),
+            (Part::Group, shape.group() > variant.rows() && !self.divides_groups(kernel, variant)),
             (
                 Part::PageSize,
                 problem.page_size() > Problem::MAX_PAGE_SIZE || !variant.supports_page_size(problem.page_size()),
@@ -185,6 +185,18 @@ impl Asked<'_> {
         ];
         let first = obstacles.into_iter().find(|(_, is_there)| *is_there).map(|(part, _)| part);
         first.or_else(|| kv_strides.and_then(|(k, v)| kv_stride_obstacle(problem, k, v)).map(|(part, _)| part))
+    }
+
+    /// Whether the variant's tiles take groups of more query heads than they have rows, in parts: those do whose rows are the
+    /// most that there are on the device. With other variants wider tiles are better.
+    fn divides_groups(self, kernel: &KernelSpec, variant: TileVariant) -> bool {
+        let of = |kernel: &KernelSpec| (kernel.dtype, kernel.kv_dtype, kernel.head_dim, kernel.v_head_dim);
+        let runs = |other: &KernelSpec| {
+            self.compute_capability.is_none_or(|capability| other.arch.runs_on(capability))
+                && self.smem_per_cta_bytes().is_none_or(|bytes| other.smem_bytes <= bytes)
+        };
+        forward_kernels()
+            .all(|(other, wider)| wider.rows() <= variant.rows() || of(other) != of(kernel) || !runs(other))
     }
 
     /// What a CTA may have on devices of this kind.
@@ -216,15 +228,6 @@ impl Asked<'_> {
             }
         }
     }
-}
-
-/// Whether the variant's tiles take groups of more query heads than they have rows, in parts: those do whose rows are the most that
-/// there are. With other variants wider tiles are better.
-fn divides_groups(kernel: &KernelSpec, variant: TileVariant) -> bool {
-    let likes = |other: &KernelSpec| {
-        (other.dtype, other.kv_dtype, other.head_dim) == (kernel.dtype, kernel.kv_dtype, kernel.head_dim)
-    };
-    forward_kernels().all(|(other, wider)| wider.rows() <= variant.rows() || !likes(other))
 }
 
 /// Query tokens that a sequence may have at most, where that is bounded.
@@ -458,6 +461,10 @@ mod tests {
             [Ok(()), Ok(())]
         );
         assert_eq!(of(TileVariant::Mma64, problem(256, 1, 256, Dtype::F16, 16), 80), Ok(()));
+        // At head dim 512 the 32 rows of `mma32` take more shared memory than some devices have.
+        for capability in [80, 86, 89, 90, 120] {
+            assert_eq!(supports(&problem(71, 1, 512, Dtype::F16, 16), None, Some(capability)), Ok(()), "{capability}");
+        }
         let tree = usual().with_query_tree(4);
         assert_eq!(of(TileVariant::Mma16, tree, 90), Ok(()));
         let reason = of(TileVariant::Wgmma64, tree, 90).unwrap_err().to_string();

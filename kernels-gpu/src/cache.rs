@@ -142,9 +142,10 @@ impl Cache for Plain {
 
 /// 8-bit K and V.
 ///
-/// `ldmatrix` moves 16 bits at a time, two elements. Where a lane expects two columns of a key it gets four: they are taken as the
-/// columns of the two halves of a product's 16, and Q's columns are put into the same order. Where it expects a column of two tokens'
-/// values it gets two columns of each: these go to two products, and the order of the output's columns is put right at the end.
+/// `ldmatrix` moves 16 bits at a time, two elements. Where a lane expects two columns of a key it gets four: they are taken as
+/// the columns of the two halves of a product's 16, and Q's columns are put into the same order. Where it expects a column of
+/// two tokens' values it gets two columns of each: these go to two products, and the order of the output's columns is put
+/// right at the end.
 #[derive(Clone, Copy)]
 pub struct EightBit<C> {
     v_scale: f32,
@@ -240,9 +241,9 @@ impl<C: Code> Cache for EightBit<C> {
             let made = *products;
             for row in 0..2 {
                 for parity in 0..2 {
-                    // Of the 16 columns, pairs `2 * (lane % 4)` and the next are here: columns of one parity are those of one product.
-                    // Pairs `lane % 4` and `lane % 4 + 4` are wanted. First lanes that differ in the index's upper bit exchange a pair,
-                    // then pairs go to the lanes whose index has its bits the other way round.
+                    // Of the 16 columns, pairs `2 * (lane % 4)` and the next are here: columns of one parity are those of one
+                    // product. Pairs `lane % 4` and `lane % 4 + 4` are wanted. First lanes that differ in the index's upper
+                    // bit exchange a pair, then pairs go to the lanes whose index has its bits the other way round.
                     let [low, high] = [made[parity][2 * row], made[parity][2 * row + 1]];
                     let received = shuffle::xor_f32(if is_upper { low } else { high }, 2);
                     let pairs = if is_upper { [received, high] } else { [low, received] };

@@ -1,8 +1,9 @@
 //! The 8-bit element types of K and V, widened to the 16-bit type of Q before they are multiplied: exactly, for all 256 codes.
 //!
-//! A code is a sign, exponent bits and fraction bits, as a 16-bit number is, with fewer of both. Moved to where the 16-bit type has its
-//! exponent's low bits, it is the number but for a power of 2 by which the exponents' biases differ; that holds for subnormal numbers,
-//! too. The largest exponents mean infinities and NaN in some of the types: a carry out of the exponent finds these.
+//! A code is a sign, exponent bits and fraction bits, as a 16-bit number is, with fewer of both. Moved to where the 16-bit
+//! type has its exponent's low bits, it is the number but for a power of 2 by which the exponents' biases differ; that holds
+//! for subnormal numbers, too. The largest exponents mean infinities and NaN in some of the types: a carry out of the exponent
+//! finds these.
 //!
 //! The other way, numbers are rounded to nearest even, and what is too large becomes the largest finite number, as
 //! `cvt.rn.satfinite` does (PTX ISA, "cvt"), which architectures before sm_89 do not have.

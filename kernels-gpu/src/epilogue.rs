@@ -161,13 +161,13 @@ pub struct Written {
     pub softmaxes: [RowSoftmax; 2],
 }
 
-/// Normalises and writes the two rows of a lane: `output` has [`crate::softmax`]'s layout, `columns` of the quad's rows; who has the
-/// first column writes the log-sum-exp. `exists` says which of the two the item has, `locate` where they go (somewhere, for rows that
-/// it does not have), and `has_masks`
-/// whether rows attend to different tokens. Convergent.
+/// Normalises and writes the two rows of a lane: `output` has [`crate::softmax`]'s layout, `columns` of the quad's rows; who
+/// has the first column writes the log-sum-exp. `exists` says which of the two the item has, `locate` where they go
+/// (somewhere, for rows that it does not have), and `has_masks` whether rows attend to different tokens. Convergent.
 ///
 /// # Safety
-/// A whole warp, the only one that holds these columns of the rows; `softmax` is finished; the output buffers are as [`ForwardParams`] says.
+/// A whole warp, the only one that holds these columns of the rows; `softmax` is finished; the output buffers are as
+/// [`ForwardParams`] says.
 #[inline(always)]
 #[allow(clippy::too_many_arguments, reason = "two rows of a lane, by parts")]
 pub unsafe fn write_rows<E: Element>(

@@ -2,8 +2,8 @@
 //!
 //! Rows of a tile share its products. The weight of a key that a row does not attend to is 0 and multiplies that key's values all
 //! the same, and 0 * Inf and 0 * NaN are NaN. The products stay as they are: behind them, an item whose rows attend to different
-//! pages looks at its outputs, and rows that are not finite are computed once more from their own keys alone. Log-sum-exps need no
-//! such care: the scores of other keys are replaced, not multiplied.
+//! pages looks at its outputs, and rows that are not finite are computed once more from their own keys alone. Log-sum-exps
+//! need no such care: the scores of other keys are replaced, not multiplied.
 
 use pat_abi::ForwardParams;
 use pat_abi::reader::Stream;
@@ -36,13 +36,13 @@ impl RowSoftmax {
     }
 }
 
-/// Columns `column` and `column + 1` of a row's normalised output over the keys of `stream` that it attends to, which have `head_dim`
-/// elements; `CAPS_SCORES` as in the kernel that has computed the rest of it. Lanes resolve 32 tokens at a time, then each adds up its
-/// own columns. Convergent.
+/// Columns `column` and `column + 1` of a row's normalised output over the keys of `stream` that it attends to, which have
+/// `head_dim` elements; `CAPS_SCORES` as in the kernel that has computed the rest of it. Lanes resolve 32 tokens at a time,
+/// then each adds up its own columns. Convergent.
 ///
 /// # Safety
-/// A whole warp; `stream` has masks and, like `row` (the tile row of `target`), belongs to an item of the plan; `column` is even and
-/// below the elements of a token's values.
+/// A whole warp; `stream` has masks and, like `row` (the tile row of `target`), belongs to an item of the plan; `column` is
+/// even and below the elements of a token's values.
 #[inline(always)]
 #[allow(clippy::too_many_arguments, reason = "the place of two columns, by parts")]
 pub unsafe fn attend_pair<E: Element, C: Cache, const CAPS_SCORES: bool, const HAS_WINDOWS: bool>(

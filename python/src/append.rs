@@ -15,9 +15,9 @@ use pyo3::prelude::*;
 
 /// Writes new rows of K and V into their slots of a paged cache, in place.
 ///
-/// Into an 8-bit cache, elements are divided by their factor (in float32) and rounded to nearest even. What is too large, infinities
-/// among it, becomes the largest finite element, NaN the code 0x7f: what vLLM's ``reshape_and_cache_flash`` writes. On CUDA it
-/// enqueues one launch on torch's current stream.
+/// Into an 8-bit cache, elements are divided by their factor (in float32) and rounded to nearest even. What is too large,
+/// infinities among it, becomes the largest finite element, NaN the code 0x7f: what vLLM's ``reshape_and_cache_flash`` writes.
+/// On CUDA it enqueues one launch on torch's current stream.
 ///
 /// Args:
 ///     k_new, v_new: ``[rows, kv_heads, head_dim]``, float16 or bfloat16.

@@ -42,8 +42,8 @@ pub fn random_forest(rng: &mut impl Rng) -> OwnedBatch {
 /// A partial of one row: its slot, and the tokens that the row sees in it, as (page, first token, end).
 type Piece = (u32, Vec<(u32, u32, u32)>);
 
-/// Invariants 1 to 3: every (sequence, token, head of the group) is covered once, as far as it is within the plan's reach; every slot
-/// is written once; items fit their tile, their run and the pool.
+/// Invariants 1 to 3: every (sequence, token, head of the group) is covered once, as far as it is within the plan's reach;
+/// every slot is written once; items fit their tile, their run and the pool.
 ///
 /// # Panics
 /// One does not hold.

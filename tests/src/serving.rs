@@ -13,8 +13,8 @@ pub struct Serving {
 }
 
 impl Serving {
-    /// Up to `sequences` sequences. Each continues some tokens of an earlier one, or of none, by a prompt, and most then generate;
-    /// some have had several turns. The last sequence may end with the pool.
+    /// Up to `sequences` sequences. Each continues some tokens of an earlier one, or of none, by a prompt, and most then
+    /// generate; some have had several turns. The last sequence may end with the pool.
     pub fn draw(rng: &mut impl Rng, sequences: usize, most_tokens: u32) -> Self {
         let batch = OwnedBatch { page_size: 1, num_pages: 0, lengths: Vec::new(), block_tables: Vec::new() };
         let mut serving = Self { batch, next: rng.random_range(0..3) };

@@ -35,7 +35,8 @@ pub fn draw_trees(rng: &mut impl Rng, batch: &OwnedBatch) -> Parents {
     batch.lengths.iter().map(tree).collect()
 }
 
-/// The rows written out, and the tokens that each sees: those of the context that are within reach, its ancestors that are, itself.
+/// The rows written out, and the tokens that each sees: those of the context that are within reach, its ancestors that are,
+/// itself.
 ///
 /// # Panics
 /// Never.

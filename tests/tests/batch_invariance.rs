@@ -1,6 +1,6 @@
-//! Fixed chunks: the bits of a sequence's output do not depend on the rest of the batch, though whole chunks are shared. What decides
-//! them in plans of thousands of random forests; the bits themselves on the CPU executor and in interpreted PTX, each sequence alone
-//! beside the batch, batches in reverse order, and parts of batches.
+//! Fixed chunks: the bits of a sequence's output do not depend on the rest of the batch, though whole chunks are shared. What
+//! decides them in plans of thousands of random forests; the bits themselves on the CPU executor and in interpreted PTX, each
+//! sequence alone beside the batch, batches in reverse order, and parts of batches.
 
 use half::{bf16, f16};
 use pat_abi::{Dtype, Family, KERNELS, KernelSpec, Switches, TileVariant};
@@ -29,8 +29,8 @@ fn plan_of(planner: &mut Planner, batch: &OwnedBatch) -> Plan {
     planner.plan(&batch.view(&rows).expect("a valid batch")).expect("a plan")
 }
 
-/// What an item computes for one of its sequences, in the order of the sequence's partials: the kernel, the pages, where tokens end
-/// and begin. Nothing else of it reaches the sequence's rows.
+/// What an item computes for one of its sequences, in the order of the sequence's partials: the kernel, the pages, where
+/// tokens end and begin. Nothing else of it reaches the sequence's rows.
 type Pieces = Vec<(u32, TileVariant, u32, Vec<u32>, Vec<u32>, Vec<u32>)>;
 
 /// The pieces of every row of the batch.
@@ -114,7 +114,10 @@ fn run<T: Element>(
     let q: Vec<T> = rows.iter().flat_map(|row| tensors.q[row * row_elements..][..row_elements].to_vec()).collect();
     let mut host = tensors.host(1.0);
     (host.problem, host.q, host.sinks) = (planner.problem(), &q, sinks);
-    let (mut out, mut lse) = (vec![T::from_f32(f32::NAN); q.len()], vec![f32::NAN; rows.len() * heads]);
+    let (mut out, mut lse) = (
+        vec![T::from_f32(f32::NAN); rows.len() * heads * case.shape.v_head_dim() as usize],
+        vec![f32::NAN; rows.len() * heads],
+    );
     executor.run_host(&plan, &host, &mut out, Some(&mut lse)).expect("a run");
     Output { out, lse }
 }
@@ -202,7 +205,7 @@ fn kernels_give_sequences_the_same_bits_alone_and_in_any_batch() {
             _ => None,
         })
         .collect();
-    assert_eq!(kernels.len(), 16);
+    assert_eq!(kernels.len(), 25);
     let runs: Vec<_> = kernels.into_iter().flat_map(|kernel| [0, 1].map(|index| (kernel, index))).collect();
     let parts: Vec<f64> = runs
         .into_par_iter()
@@ -215,7 +218,10 @@ fn kernels_give_sequences_the_same_bits_alone_and_in_any_batch() {
                     continue;
                 }
                 let group = [3, 4][index as usize];
-                let shape = AttentionShape::new(2 * group, 2, kernel.head_dim, Dtype::F16).expect("a valid shape");
+                let shape = AttentionShape::new(2 * group, 2, kernel.head_dim, Dtype::F16)
+                    .expect("a valid shape")
+                    .with_v_head_dim(kernel.v_head_dim)
+                    .unwrap();
                 return verify::<f16>(&Interpreter, Case { shape, ..case }, Some(variant), &mut rng);
             }
         })

@@ -1,6 +1,6 @@
-//! NaN and Inf in K and V of one sequence, on the CPU, in interpreted PTX and on a device: every variant gives all other sequences
-//! what the f64 oracle gives, and the sequence itself what its own keys say. `PAT_GPU_FORESTS` sets how many forests a device gets
-//! (default 400), `PAT_GPU_SEED` which.
+//! NaN and Inf in K and V of one sequence, on the CPU, in interpreted PTX and on a device: every variant gives all other
+//! sequences what the f64 oracle gives, and the sequence itself what its own keys say. `PAT_GPU_FORESTS` sets how many forests
+//! a device gets (default 400), `PAT_GPU_SEED` which.
 
 use half::{bf16, f16};
 use pat_rs::plan::PlanMode;

@@ -1,5 +1,6 @@
 //! What models add to attention: soft caps, attention sinks and sliding windows, on the CPU, in interpreted PTX and on a device,
-//! every variant against the f64 oracle. `PAT_GPU_FORESTS` sets how many forests a device gets (default 400), `PAT_GPU_SEED` which.
+//! every variant against the f64 oracle. `PAT_GPU_FORESTS` sets how many forests a device gets (default 400), `PAT_GPU_SEED`
+//! which.
 
 use half::{bf16, f16};
 use pat_rs::plan::PlanMode;
@@ -17,8 +18,8 @@ use std::process::ExitCode;
 
 const SEED: u32 = 17;
 
-/// A problem with a cap, with sinks or both, or with a window and any of them. Scores are of the usual size, or large, so that caps
-/// cut and references move.
+/// A problem with a cap, with sinks or both, or with a window and any of them. Scores are of the usual size, or large, so that
+/// caps cut and references move.
 fn draw_problem(rng: &mut impl Rng, case: &Case) -> (Problem, Option<Vec<f32>>) {
     let scale = softmax_scale(case.shape) * *[1.0, 16.0].choose(rng).unwrap();
     let mut problem = Problem::new(case.shape, case.batch.page_size).with_scale(scale);

@@ -129,13 +129,14 @@ fn run_case<T: Element>(
 fn parts_of_groups_agree_with_the_oracle() {
     let runs: Vec<_> = forward_kernels()
         .filter(|(kernel, variant)| match kernel.head_dim {
+            192 => matches!(variant, TileVariant::Mma64),
             256 => matches!(variant, TileVariant::Mma64 | TileVariant::Wgmma64),
-            96 | 192 | 512 => false,
+            512 => matches!(variant, TileVariant::Mma32),
             _ => matches!(variant, TileVariant::Mma128 | TileVariant::Wgmma128),
         })
         .flat_map(|(kernel, variant)| (0..4).map(move |index| (kernel, variant, index)))
         .collect();
-    assert_eq!(runs.len(), (2 * 2 * 2 + 2 * 2) * 4);
+    assert_eq!(runs.len(), (2 * 2 * 2 + 2 * 2 + 3 * 2) * 4);
     runs.into_par_iter().for_each(|(kernel, variant, index)| {
         let mut rng = ChaCha8Rng::seed_from_u64(100 + index);
         let mut case = draw_case(&mut rng, kernel, variant);
@@ -143,7 +144,9 @@ fn parts_of_groups_agree_with_the_oracle() {
         case.batch.block_tables.truncate(4);
         let group = [256, variant.rows() + 1, 131, 2 * variant.rows() - 1][index as usize];
         let kv_heads = 1 + index as u32 % 2;
-        case.shape = AttentionShape::new(group * kv_heads, kv_heads, kernel.head_dim, kernel.dtype).unwrap();
+        case.shape = AttentionShape::new(group * kv_heads, kv_heads, kernel.head_dim, kernel.dtype)
+            .and_then(|shape| shape.with_v_head_dim(kernel.v_head_dim))
+            .unwrap();
         let launches = match kernel.dtype {
             Dtype::F16 => run_case::<f16>(&mut rng, case, kernel, variant, index),
             Dtype::Bf16 => run_case::<bf16>(&mut rng, case, kernel, variant, index),

@@ -61,7 +61,8 @@ fn query_tokens_agree_with_the_oracle() {
     }
 }
 
-/// More rows per sequence and KV head than any tile has: 16 heads times up to 16 tokens, and groups that fill tiles by themselves.
+/// More rows per sequence and KV head than any tile has: 16 heads times up to 16 tokens, and groups that fill tiles by
+/// themselves.
 #[test]
 fn query_tokens_of_large_groups_agree_with_the_oracle() {
     for (index, (group, head_dim)) in (0..).zip([(16, 128), (16, 256), (71, 64), (130, 64), (200, 128), (96, 256)]) {

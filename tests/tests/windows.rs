@@ -1,5 +1,5 @@
-//! Sliding windows and chunks: plans cover what each row sees and nothing else, and their execution on the CPU agrees with the f64 oracle.
-//! (On a device: gpu_scores.)
+//! Sliding windows and chunks: plans cover what each row sees and nothing else, and their execution on the CPU agrees with the
+//! f64 oracle. (On a device: gpu_scores.)
 
 use half::f16;
 use pat_rs::plan::PlanChange;

@@ -31,16 +31,16 @@ impl PoolLayout {
     }
 }
 
-/// Attention sinks of measurements, one for each query head, where the problem has some: evenly spread from -4 to 4, beside scores
-/// of about -3 to 3.
+/// Attention sinks of measurements, one for each query head, where the problem has some: evenly spread from -4 to 4, beside
+/// scores of about -3 to 3.
 pub fn sinks(problem: &Problem) -> Option<Vec<f32>> {
     let q_heads = problem.shape().q_heads();
     let sink = |head| 8.0 * head as f32 / (q_heads.max(2) - 1) as f32 - 4.0;
     problem.has_sinks().then(|| (0..q_heads).map(sink).collect())
 }
 
-/// Inputs of a decode step. KV rows that no sequence of the batch owns are NaN, so that reading one shows. K and V are of Q's type
-/// unless another one is named.
+/// Inputs of a decode step. KV rows that no sequence of the batch owns are NaN, so that reading one shows. K and V are of Q's
+/// type unless another one is named.
 #[derive(Clone, Debug)]
 pub struct Tensors<T, C = T> {
     /// Queries, `[sequences, q_heads, head_dim]`.
@@ -166,8 +166,8 @@ impl<T: Element> Tensors<T> {
         Self::draw_stored(batch, shape, layout, seed)
     }
 
-    /// The pool's elements as those of another type; the pool becomes what they stand for. `scale` is the factor of a KV head's elements:
-    /// with powers of 2, what 8 bits stand for is exact in 16.
+    /// The pool's elements as those of another type; the pool becomes what they stand for. `scale` is the factor of a KV
+    /// head's elements: with powers of 2, what 8 bits stand for is exact in 16.
     pub fn narrow<C: KvElement>(&mut self, scale: impl Fn(Tensor, u32) -> f32) -> Vec<C> {
         // Between rows there is nothing.
         let mut codes = vec![C::from_f32(f32::NAN); self.kv.len()];

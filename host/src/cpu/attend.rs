@@ -1,5 +1,5 @@
-//! One work item and KV head: online softmax over tiles of KV tokens, in f32. The arithmetic is the executor's own, since the kernels
-//! are compared with it; the plan is read as they read it.
+//! One work item and KV head: online softmax over tiles of KV tokens, in f32. The arithmetic is the executor's own, since the
+//! kernels are compared with it; the plan is read as they read it.
 
 use super::{Element, HostTensors, KvElement, offset};
 use crate::{KvStrides, Plan};

@@ -150,8 +150,8 @@ pub struct RunArgs {
 pub enum DeviceKvScale {
     /// All with the same factor.
     Tensor(f32),
-    /// Those of a KV head with that head's: f32 `[kv_heads]`. They are not looked at: rows of a head whose factor is not finite or
-    /// not positive have no defined output.
+    /// Those of a KV head with that head's: f32 `[kv_heads]`. They are not looked at: rows of a head whose factor is not
+    /// finite or not positive have no defined output.
     Heads(DeviceSpan),
 }
 

@@ -61,8 +61,8 @@ impl CudaEngine {
     /// Buffers of fixed geometry may still be empty.
     ///
     /// # Errors
-    /// An argument is refused or of another device, nothing was uploaded into buffers of exact geometry, there is no kernel for the plan's shape and variants
-    /// on this device, or the driver rejects the PTX (with its log).
+    /// An argument is refused or of another device, nothing was uploaded into buffers of exact geometry, there is no kernel
+    /// for the plan's shape and variants on this device, or the driver rejects the PTX (with its log).
     pub fn bind(&self, plan: &PlanBuffers, args: &RunArgs, workspace: &Workspace) -> Result<BoundRun> {
         driver::drop_released();
         self.check_devices(plan, args, workspace)?;

@@ -62,8 +62,8 @@ pub fn module(kernel: &KernelSpec, switches: Switches) -> Result<String> {
 }
 
 /// The launches of a run of `plan`, which lies at `plan_address`, on a device with `sm_count` multiprocessors: forward kernels in
-/// order of tile variants, each once for every part of a group, those in runs of pages behind the others, then the merge, where there
-/// is something to merge.
+/// order of tile variants, each once for every part of a group, those in runs of pages behind the others, then the merge,
+/// where there is something to merge.
 ///
 /// # Errors
 /// As [`CudaEngine::bind`](super::CudaEngine::bind).

@@ -279,8 +279,8 @@ pub(super) fn first_item(page_size: u32) -> u32 {
     ((items_offset(page_size) - PlanHeader::ITEMS_OFFSET_BYTES as usize) / size_of::<WorkItem>()) as u32
 }
 
-/// Writes the header of a plan, and the second one where there is one: `in_runs` are the variants' items in runs, as the first header
-/// counts.
+/// Writes the header of a plan, and the second one where there is one: `in_runs` are the variants' items in runs, as the first
+/// header counts.
 pub(super) fn write_headers(bytes: &mut [u8], header: &PlanHeader, in_runs: [VariantItems; MAX_TILE_VARIANTS]) {
     let (first, behind) = bytes.split_at_mut(size_of::<PlanHeader>());
     first.copy_from_slice(bytemuck::bytes_of(header));
@@ -550,7 +550,8 @@ impl Plan {
         &self.items()[(begin - first_item(self.page_size())) as usize..][..(count + in_runs) as usize]
     }
 
-    /// The second header, of the items in runs of pages, at [`PlanHeader::RUNS_OFFSET_BYTES`]: plans for pages of one token have one.
+    /// The second header, of the items in runs of pages, at [`PlanHeader::RUNS_OFFSET_BYTES`]: plans for pages of one token
+    /// have one.
     pub fn runs_header(&self) -> Option<&PlanHeader> {
         let bytes = self.bytes().get(PlanHeader::RUNS_OFFSET_BYTES as usize..)?.get(..size_of::<PlanHeader>())?;
         (self.page_size() == 1).then(|| bytemuck::from_bytes(bytes))

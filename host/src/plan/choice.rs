@@ -142,8 +142,8 @@ pub(super) struct TileChoice {
 }
 
 impl TileChoice {
-    /// The smallest of `variants` that holds the rows of each number of sequences. Where none holds those of one, the largest holds
-    /// a part of them.
+    /// The smallest of `variants` that holds the rows of each number of sequences. Where none holds those of one, the largest
+    /// holds a part of them.
     fn new(variants: &[TileVariant], group: u32, page_size: u32) -> Self {
         // Of equally large ones, the kernel of the newer architecture.
         let largest = variants.iter().copied().max_by_key(|variant| (variant.rows(), *variant));

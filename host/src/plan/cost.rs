@@ -82,8 +82,8 @@ const MASK_COST: f64 = 0.10;
 /// What masks add to the latency of a main-loop step, besides.
 const MASK_LATENCY: f64 = 0.15;
 
-/// Part of the repeated reads of what does not fit in L2 that DRAM serves: the tiles that share pages read them side by side. (ncu: 0.3
-/// to 0.4 in batches whose shared pages are several times the L2.)
+/// Part of the repeated reads of what does not fit in L2 that DRAM serves: the tiles that share pages read them side by side.
+/// (ncu: 0.3 to 0.4 in batches whose shared pages are several times the L2.)
 const MISSED_REPEATS: f64 = 0.4;
 
 impl VariantTerms {
@@ -145,8 +145,8 @@ impl CostModel<'_> {
         page_count as f64 * page_bytes + 2.0 * self.partial_bytes(partials)
     }
 
-    /// Predicts the tiling of `classes` under `rule`, if it takes less than what `limit_us` makes of its [`Self::moved_bytes`]; and
-    /// these. `work` and `deal` are scratch.
+    /// Predicts the tiling of `classes` under `rule`, if it takes less than what `limit_us` makes of its
+    /// [`Self::moved_bytes`]; and these. `work` and `deal` are scratch.
     pub(super) fn predict_below(
         &self,
         limit_us: impl Fn(f64) -> f64,
@@ -181,8 +181,8 @@ impl CostModel<'_> {
         (prediction.total_us() < limit_us).then_some((prediction, moved_bytes))
     }
 
-    /// Predicts the items of a plan as they are, of which those that `has_masks` names are multiplied with masks. `work` and `deal` are
-    /// scratch.
+    /// Predicts the items of a plan as they are, of which those that `has_masks` names are multiplied with masks. `work` and
+    /// `deal` are scratch.
     pub(super) fn predict_plan(
         &self,
         plan: &Plan,
@@ -348,10 +348,10 @@ impl CostModel<'_> {
         l2_us.max(hbm_bytes / self.profile.hbm_bytes_per_us)
     }
 
-    /// Time of a launch of `work`, longest first. The places for CTAs work side by side, each through what it is dealt: while many
-    /// have work, steps pass at the rate of the memory or the tensor cores (`step_us`, over all places), then at a latency per
-    /// step (`tile_latency_us`) of those that are left. Behind its first, an item costs a place its latency besides, which
-    /// those whose memory or tensor cores are busy do not notice.
+    /// Time of a launch of `work`, longest first. The places for CTAs work side by side, each through what it is dealt: while
+    /// many have work, steps pass at the rate of the memory or the tensor cores (`step_us`, over all places), then at a
+    /// latency per step (`tile_latency_us`) of those that are left. Behind its first, an item costs a place its latency
+    /// besides, which those whose memory or tensor cores are busy do not notice.
     fn forward_us(
         &self,
         variant: TileVariant,

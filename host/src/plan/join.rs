@@ -33,8 +33,8 @@ impl<'a> Sections<'a> {
 }
 
 impl Plan {
-    /// Makes this the plan of a batch whose runs and single pages `runs` and `singles` are the plans of. Rows that are in both are
-    /// merged. `slots` is memory.
+    /// Makes this the plan of a batch whose runs and single pages `runs` and `singles` are the plans of. Rows that are in both
+    /// are merged. `slots` is memory.
     ///
     /// # Errors
     /// An offset or count does not fit its record; the plan is as before.

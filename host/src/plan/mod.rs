@@ -58,16 +58,16 @@ pub struct PlanOptions {
     pub runs: PageRuns,
 }
 
-/// When pages of one token, at least half of which lie in runs of consecutive ones, are planned as such: 16 of them are a page of 16
-/// tokens, and planning and uploading take less. Never with fixed chunks, nor under a capacity.
+/// When pages of one token, at least half of which lie in runs of consecutive ones, are planned as such: 16 of them are a page
+/// of 16 tokens, and planning and uploading take less. Never with fixed chunks, nor under a capacity.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum PageRuns {
-    /// Never.
-    Never,
-    /// Where running the plan takes no longer: pages that are in no run need a launch of their own, whose results are merged. There
-    /// are none, or that is predicted to be at most 2% of reading the batch once.
+    /// Never: no device has run such a plan yet.
     #[default]
+    Never,
+    /// Where running the plan takes no longer: pages that are in no run need a launch of their own, whose results are merged.
+    /// There are none, or that is predicted to be at most 2% of reading the batch once.
     WhereFree,
     /// Also where running takes longer: for steps in which planning counts, not layers.
     Always,
@@ -109,8 +109,8 @@ pub enum PlanMode {
     PerNode,
     /// As many sequences per CTA as its tile has rows, each CTA along the whole path of its sequences.
     Packed,
-    /// KV split every `tokens` tokens, so that a sequence's bits do not depend on the rest of the batch. Sequences that share a whole
-    /// chunk are served together there, as many as the tile of one sequence has rows for.
+    /// KV split every `tokens` tokens, so that a sequence's bits do not depend on the rest of the batch. Sequences that share
+    /// a whole chunk are served together there, as many as the tile of one sequence has rows for.
     FixedChunk {
         /// Chunk length, a positive multiple of the page size.
         tokens: u32,
@@ -173,8 +173,8 @@ struct PageCounts {
 /// Tokens by which every sequence can grow in place, in a plan that [`Planner::advance`] has laid out.
 const ROOM_TOKENS: u32 = 16;
 
-/// How much slower a plan in kept tiles may be predicted to be than another tiling, when [`Planner::advance`] looks at others; and
-/// how much its predicted time by page may rise before it does.
+/// How much slower a plan in kept tiles may be predicted to be than another tiling, when [`Planner::advance`] looks at others;
+/// and how much its predicted time by page may rise before it does.
 const MOST_LOSS: f64 = 0.01;
 
 /// With fewer sequences it looks at others at every step: one more page may decide, and looking takes little.
@@ -442,7 +442,8 @@ impl Planner {
             }
         };
         let mut step = if change < PlanChange::Forest { self.grow(plan) } else { Step::Impossible };
-        // A few sequences that share nothing are planned anew in less time than it takes to keep their tiles and to look at others.
+        // A few sequences that share nothing are planned anew in less time than it takes to keep their tiles and to look at
+        // others.
         let has_few =
             change == PlanChange::Forest && self.tiling.pages.shared == 0 && batch.sequence_count() < FEW_SEQUENCES;
         if step == Step::Impossible && keeps_tiles && is_known && !has_few {
@@ -459,7 +460,8 @@ impl Planner {
             self.take(batch, Hidden::default());
         }
         match self.plan_best(batch, Hidden::default(), plan, room) {
-            // A plan that is slow is better than none: what is faster exceeds the capacity. The next step is planned from scratch.
+            // A plan that is slow is better than none: what is faster exceeds the capacity. The next step is planned from
+            // scratch.
             Err(_) if step == Step::Slow => Ok(change),
             result => result.map(|()| change),
         }

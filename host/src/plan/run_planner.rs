@@ -8,8 +8,8 @@ use crate::{DecodeBatch, DeviceProfile, Problem, Reach, Result, Visibility};
 use pat_abi::RUN_PAGES;
 use std::sync::Arc;
 
-/// What a launch and a merge for the pages that are in no run may take, in parts of reading the batch once: a plan is made once per
-/// step and run once per layer.
+/// What a launch and a merge for the pages that are in no run may take, in parts of reading the batch once: a plan is made
+/// once per step and run once per layer.
 const MOST_COST: f64 = 0.02;
 
 /// Plans the two parts of a batch.
@@ -30,8 +30,8 @@ pub(super) struct RunPlanner {
 }
 
 impl RunPlanner {
-    /// `None` where pages of `problem` cannot be planned in runs: they have more than one token, rows see part of their sequences, or
-    /// the options say otherwise. Fixed chunks are cut alike whatever the page ids, which runs would not be.
+    /// `None` where pages of `problem` cannot be planned in runs: they have more than one token, rows see part of their
+    /// sequences, or the options say otherwise. Fixed chunks are cut alike whatever the page ids, which runs would not be.
     ///
     /// # Errors
     /// Those of [`Planner::new`].

@@ -1,9 +1,9 @@
 //! Tables of pages of one token, split into runs: whole runs of consecutive pages, and the pages that are in none.
 //!
-//! A row is split from its first token on: 16 consecutive page ids are a run, wherever they begin, and what stands before the next
-//! run is in none. Consecutive ids at the row's very end that go on where its last run has ended are a partial run. So a row's split
-//! depends on its ids alone, rows with equal beginnings are split alike (up to a run in which they part), and a row that grows
-//! changes at its end only.
+//! A row is split from its first token on: 16 consecutive page ids are a run, wherever they begin, and what stands before the
+//! next run is in none. Consecutive ids at the row's very end that go on where its last run has ended are a partial run. So a
+//! row's split depends on its ids alone, rows with equal beginnings are split alike (up to a run in which they part), and a
+//! row that grows changes at its end only.
 
 use crate::batch::PlacedRow;
 use crate::{DecodeBatch, Error, Result};
@@ -179,8 +179,8 @@ impl RunTables {
         self.singles.settle();
     }
 
-    /// Brings the split up to date: it is that of `batch` then. `changed_rows` are the rows whose entries in use may have changed,
-    /// `None` for all. Returns whether [`Self::changed`] says which rows have changed: otherwise all may have.
+    /// Brings the split up to date: it is that of `batch` then. `changed_rows` are the rows whose entries in use may have
+    /// changed, `None` for all. Returns whether [`Self::changed`] says which rows have changed: otherwise all may have.
     ///
     /// # Errors
     /// A changed row is not in the batch; the split is as before.

@@ -15,8 +15,8 @@ const ROUNDS: [u64; 3] = [1, 2, 6];
 const LEAST_CHUNK_TOKENS: u32 = 128;
 
 /// A plan that moves more bytes than one tried before it must be predicted to be faster by as much, up to this part of the time:
-/// the model's error is 6% (8% when this was measured), and where it did not tell plans apart, those that move less were measured faster
-/// (docs/planner-quality.md). No sharing is tried first: no plan is predicted to be slower than that.
+/// the model's error is 6% (8% when this was measured), and where it did not tell plans apart, those that move less were
+/// measured faster (docs/planner-quality.md). No sharing is tried first: no plan is predicted to be slower than that.
 const MOST_DOUBT: f64 = 0.05;
 
 /// The best rule so far.

@@ -15,8 +15,8 @@ pub struct SharedNodes {
     pub sequences: u32,
     /// Its tokens, whole pages.
     pub tokens: u32,
-    /// How often it is read: once per row tile with one of its sequences. Of chunks of fixed length, which may have a part of it: in the
-    /// mean of its pages, rounded up.
+    /// How often it is read: once per row tile with one of its sequences. Of chunks of fixed length, which may have a part of
+    /// it: in the mean of its pages, rounded up.
     pub reads: u32,
     /// How often it would be read by the widest tiles.
     pub fewest_reads: u32,
@@ -116,8 +116,8 @@ impl Sharing<'_> {
     }
 }
 
-/// Row tiles ([`crate::Planner::tiles`]) with a sequence of the node: each reads it once. Tiles of fixed chunks may have a part of it:
-/// how often it is read in the mean of its pages, rounded up.
+/// Row tiles ([`crate::Planner::tiles`]) with a sequence of the node: each reads it once. Tiles of fixed chunks may have a
+/// part of it: how often it is read in the mean of its pages, rounded up.
 pub fn readers(node: &Node, tiles: &[RowTile]) -> u32 {
     pages_read(node, tiles).div_ceil(u64::from(node.page_count())) as u32
 }

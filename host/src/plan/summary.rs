@@ -90,7 +90,10 @@ impl Plan {
             })
             .collect();
         let none = Balance { longest_steps: 0, mean_steps: 0.0 };
-        let flat_kv_bytes = self.logical_tokens() * token_bytes;
+        // Without sharing, too, each part of a group reads all of it.
+        let parts = TileVariant::ALL.into_iter().filter(|variant| !self.variant_items(*variant).is_empty());
+        let parts = parts.map(|variant| u64::from(GroupParts::new(self.shape().group(), variant).count)).max();
+        let flat_kv_bytes = self.logical_tokens() * token_bytes * parts.unwrap_or(1);
         PlanSummary {
             sequences: self.sequence_count(),
             run_tokens: self

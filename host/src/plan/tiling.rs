@@ -115,9 +115,10 @@ pub(super) fn cut(extents: &[Extent], rule: TilingRule, mut sink: impl FnMut(Row
     }
 }
 
-/// Cuts every sequence into chunks of `rule.chunk_pages` pages, from its first page on. Sequences that share a whole chunk are served
-/// together there, as many as the rule takes; the rest of a sequence is its own. So where a sequence is cut, and what its rows read
-/// side by side, depends on that sequence alone. Tiles are in the order of their first pages, those of a sequence in its own order.
+/// Cuts every sequence into chunks of `rule.chunk_pages` pages, from its first page on. Sequences that share a whole chunk are
+/// served together there, as many as the rule takes; the rest of a sequence is its own. So where a sequence is cut, and what
+/// its rows read side by side, depends on that sequence alone. Tiles are in the order of their first pages, those of a
+/// sequence in its own order.
 pub(super) fn cut_fixed(extents: &[Extent], rule: TilingRule, tiles: &mut Vec<RowTile>) {
     let TilingRule { most_sequences, chunk_pages, .. } = rule;
     // Of the chunks of a sequence, those that the one before it has as well.

@@ -22,8 +22,8 @@ impl GroupParts {
         Self { group, rows: group.div_ceil(count), count }
     }
 
-    /// The first head, within the group, of each part. The last part begins early enough to be as large as the others: what it has in
-    /// common with the one before it is computed twice, with the same result.
+    /// The first head, within the group, of each part. The last part begins early enough to be as large as the others: what it
+    /// has in common with the one before it is computed twice, with the same result.
     pub fn first_heads(self) -> impl Iterator<Item = u32> {
         (0..self.count).map(move |part| (part * self.rows).min(self.group - self.rows))
     }

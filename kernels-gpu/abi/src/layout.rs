@@ -10,9 +10,9 @@
 //! row 2:  2 3 0 1 6 7 4 5 | ...
 //! ```
 //!
-//! so that the same chunk of 8 consecutive rows, which is what `ldmatrix` reads at a time, covers all 32 banks once. Rows of an odd
-//! multiple of 64 bytes (head dimension 96, or 64 in 8 bits) begin in the one half of the banks and in the other by turns: two of
-//! them cover all banks, and chunk c lies at position `c ^ (r / 2 % 4)`.
+//! so that the same chunk of 8 consecutive rows, which is what `ldmatrix` reads at a time, covers all 32 banks once. Rows of
+//! an odd multiple of 64 bytes (head dimension 96, or 64 in 8 bits) begin in the one half of the banks and in the other by
+//! turns: two of them cover all banks, and chunk c lies at position `c ^ (r / 2 % 4)`.
 
 /// Chunks that the swizzle permutes among each other; a row has a multiple of them, and consists of so many one behind the other.
 #[inline(always)]
@@ -26,7 +26,8 @@ pub const fn swizzled_chunk(chunks: u32, row: u32, chunk: u32) -> u32 {
     chunk ^ if chunks % 8 == 4 { row / 2 % 4 } else { row % 8 }
 }
 
-/// Lanes of a warp that copy a row of `chunks` chunks together, once or several times: as many as 32, and the row, are multiples of.
+/// Lanes of a warp that copy a row of `chunks` chunks together, once or several times: as many as 32, and the row, are
+/// multiples of.
 #[inline(always)]
 pub const fn row_lanes(chunks: u32) -> u32 {
     let lanes = 1 << chunks.trailing_zeros();

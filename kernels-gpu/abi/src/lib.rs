@@ -2,8 +2,8 @@
 //! manifest. `no_std`, builds for every target; every layout is `repr(C)` with its size asserted at compile time.
 //!
 //! A *plan* is one contiguous buffer: a [`PlanHeader`], then [`WorkItem`]s at the fixed offset
-//! [`PlanHeader::ITEMS_OFFSET_BYTES`] (behind a second header where pages have one token), then [`ItemQuery`]s, page ids (`u32`), [`MergeRow`]s and [`PageMask`]s at the offsets
-//! the header names.
+//! [`PlanHeader::ITEMS_OFFSET_BYTES`] (behind a second header where pages have one token), then [`ItemQuery`]s, page ids
+//! (`u32`), [`MergeRow`]s and [`PageMask`]s at the offsets the header names.
 #![no_std]
 #![forbid(unsafe_code)]
 

@@ -1,7 +1,7 @@
 //! The kernel manifest: the single owner of tile shapes, launch bounds and entry names.
 //!
-//! The device crate takes its constants from here and from [`crate::tile`], the xtask inserts the launch bounds it names and checks
-//! what ptxas reports against it, the host sizes launches by it.
+//! The device crate takes its constants from here and from [`crate::tile`], the xtask inserts the launch bounds it names and
+//! checks what ptxas reports against it, the host sizes launches by it.
 
 use crate::Switches;
 use crate::tile::register_limit;
@@ -227,8 +227,8 @@ impl KernelSpec {
     }
 }
 
-/// Which element types and head dimensions `wgmma128` has, whose registers do not suffice for more: calls a macro with what stands in
-/// the braces, followed by `[head_dim v_head_dim Dtype "name"]` for each of them, and by what stands behind the braces.
+/// Which element types and head dimensions `wgmma128` has, whose registers do not suffice for more: calls a macro with what
+/// stands in the braces, followed by `[head_dim v_head_dim Dtype "name"]` for each of them, and by what stands behind the braces.
 #[macro_export]
 macro_rules! wgmma128_kernel_shapes {
     ($callback:ident! { $($prefix:tt)* } $($more:tt)*) => {
@@ -312,8 +312,8 @@ macro_rules! merge_kernels {
     };
 }
 
-/// Which element types of Q and O, of K and V, and head dimensions there are kernels for that read 8-bit K and V: calls a macro with
-/// what stands in the braces, followed by `[head_dim v_head_dim Dtype KvDtype "name"]` for each of them.
+/// Which element types of Q and O, of K and V, and head dimensions there are kernels for that read 8-bit K and V: calls a
+/// macro with what stands in the braces, followed by `[head_dim v_head_dim Dtype KvDtype "name"]` for each of them.
 #[macro_export]
 macro_rules! scaled_kernel_shapes {
     ($callback:ident! { $($prefix:tt)* }) => {
@@ -474,8 +474,8 @@ const fn table<const LENGTH: usize>() -> (usize, [KernelSpec; LENGTH]) {
 pub const KERNELS: &[KernelSpec] = &table::<{ table::<0>().0 }>().1;
 
 /// The kernel of a family for an element type and head dimension, if there is one. Of two merge kernels it is the one
-/// that runs on both architectures; [`find_for`] names the file. Of kernels that read or write K and V it is the one whose K and V
-/// have the same type and as many elements per head; [`find_forward`] and [`find_append`] ask for others.
+/// that runs on both architectures; [`find_for`] names the file. Of kernels that read or write K and V it is the one whose K
+/// and V have the same type and as many elements per head; [`find_forward`] and [`find_append`] ask for others.
 pub fn find(family: Family, dtype: Dtype, head_dim: u32) -> Option<&'static KernelSpec> {
     KERNELS.iter().find(|k| {
         k.family == family && [k.dtype, k.kv_dtype] == [dtype; 2] && [k.head_dim, k.v_head_dim] == [head_dim; 2]
@@ -488,8 +488,8 @@ pub fn find_append(dtype: Dtype, kv_dtype: Dtype) -> Option<&'static KernelSpec>
     KERNELS.iter().find(|k| k.family == Family::Append && (k.dtype, k.kv_dtype) == stated)
 }
 
-/// The forward kernel of a variant for Q and O of the first type and K and V of the second, and keys and values of so many elements, if
-/// there is one.
+/// The forward kernel of a variant for Q and O of the first type and K and V of the second, and keys and values of so many
+/// elements, if there is one.
 pub fn find_forward(
     variant: TileVariant,
     dtypes: (Dtype, Dtype),

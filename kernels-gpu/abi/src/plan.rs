@@ -71,8 +71,9 @@ impl PlanHeader {
     /// What kernels fetch to L2 from a header on, before they know how long the plan is.
     pub const LEAST_BUFFER_BYTES: u32 = 16 * 1024;
 
-    /// Offset of the second header that plans for pages of one token have: of the items in runs ([`WorkItem::run_pages`]). To a kernel
-    /// that is given its address, it is the start of a plan: offsets and the begin of its variants' items count from there.
+    /// Offset of the second header that plans for pages of one token have: of the items in runs ([`WorkItem::run_pages`]). To
+    /// a kernel that is given its address, it is the start of a plan: offsets and the begin of its variants' items count from
+    /// there.
     pub const RUNS_OFFSET_BYTES: u32 = size_of::<Self>() as u32;
 
     /// Least size of a plan buffer on a device, however small the plan.
@@ -88,20 +89,20 @@ pub const NONE: u32 = u32::MAX;
 /// The unit of work: a stream of KV pages against up to M rows, for every KV head (one CTA per KV head).
 ///
 /// The rows of an item are its (query, head in group) pairs: row `r` is query `r / group` of the item and query head
-/// `kv_head * group + r % group`. Where a group has more heads than the tile has rows, the rows are those of one query and one part
-/// of the group ([`crate::GroupParts`]), and the item is computed once for each part.
+/// `kv_head * group + r % group`. Where a group has more heads than the tile has rows, the rows are those of one query and one
+/// part of the group ([`crate::GroupParts`]), and the item is computed once for each part.
 ///
-/// An entry of the stream says page, rows and tokens: a page id; in items that have masks, the [`PageMask`] with the same index; in
-/// items that have first tokens, the first token of the page that counts. The stream may hold pages that only some of the rows attend
-/// to: a node of the prefix forest, then the leaves of its sequences. A page may stand in several entries, for different rows or
-/// different tokens. What an item does not need takes no bytes.
+/// An entry of the stream says page, rows and tokens: a page id; in items that have masks, the [`PageMask`] with the same
+/// index; in items that have first tokens, the first token of the page that counts. The stream may hold pages that only some
+/// of the rows attend to: a node of the prefix forest, then the leaves of its sequences. A page may stand in several entries,
+/// for different rows or different tokens. What an item does not need takes no bytes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct WorkItem {
     /// Index, in the page-id array, of the first page.
     pub page_begin: u32,
-    /// KV tokens of the stream, at least 1; it spans `ceil(token_count / page_size)` pages, or entries in runs. With masks it is a multiple of
-    /// the page size: the masks say which tokens of each page count.
+    /// KV tokens of the stream, at least 1; it spans `ceil(token_count / page_size)` pages, or entries in runs. With masks it
+    /// is a multiple of the page size: the masks say which tokens of each page count.
     pub token_count: u32,
     /// Index, in the [`ItemQuery`] array, of the first query.
     pub query_begin: u32,
@@ -109,24 +110,24 @@ pub struct WorkItem {
     pub row_count: u32,
     /// Index, in the mask array, of the first page's mask, or [`NO_MASKS`].
     pub mask_begin: u32,
-    /// Index, among the words for a few items, of the first page's first token that counts, followed by those of its other pages; or
-    /// [`NONE`]: tokens count from the first of a page on. In plans for kernels with
+    /// Index, among the words for a few items, of the first page's first token that counts, followed by those of its other
+    /// pages; or [`NONE`]: tokens count from the first of a page on. In plans for kernels with
     /// [`crate::Switches::window`] every item with masks has them, at [`Self::mask_begin`], and no other has: so they find them.
     pub first_token_begin: u32,
-    /// Index, among the words for a few items, of the first query's KV limit, followed by those of its other queries: its rows attend
-    /// to none of the item's stream from this token on, whatever the entries say. Or [`NONE`]. The CPU executor reads it, no kernel
-    /// does yet, and no planner writes it.
+    /// Index, among the words for a few items, of the first query's KV limit, followed by those of its other queries: its rows
+    /// attend to none of the item's stream from this token on, whatever the entries say. Or [`NONE`]. The CPU executor reads
+    /// it, no kernel does yet, and no planner writes it.
     pub kv_limit_begin: u32,
-    /// 0, or [`RUN_PAGES`]: so many consecutive pages of one token are an entry of the stream, whose page id is that of the first.
-    /// To kernels these are pages of as many tokens; they are told so by their parameters, and do not read it.
+    /// 0, or [`RUN_PAGES`]: so many consecutive pages of one token are an entry of the stream, whose page id is that of the
+    /// first. To kernels these are pages of as many tokens; they are told so by their parameters, and do not read it.
     pub run_pages: u32,
 }
 
 /// Consecutive pages of one token that an entry may hold: a common page size, which every kernel serves.
 pub const RUN_PAGES: u32 = 16;
 
-/// Which rows of an item attend to a page, and where the tokens end that they attend to: bits 0..8 the first row, 8..16 the end of
-/// the rows ([`PageMask::ALL_ROWS`] where it is all of them), 16..32 the end of the tokens less one.
+/// Which rows of an item attend to a page, and where the tokens end that they attend to: bits 0..8 the first row, 8..16 the
+/// end of the rows ([`PageMask::ALL_ROWS`] where it is all of them), 16..32 the end of the tokens less one.
 #[repr(transparent)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct PageMask(pub u32);
@@ -180,8 +181,8 @@ pub struct ItemQuery {
     pub slot: u32,
 }
 
-/// A sequence whose output the merge kernel writes: two or more partials, or none (length 0: output 0, LSE −inf or the sink). Rows of a
-/// plan are in the order of their partials, most first, then of their sequences: they are dealt out in turn.
+/// A sequence whose output the merge kernel writes: two or more partials, or none (length 0: output 0, LSE −inf or the sink).
+/// Rows of a plan are in the order of their partials, most first, then of their sequences: they are dealt out in turn.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct MergeRow {

@@ -3,8 +3,8 @@
 //! Addresses are device addresses or, on the host, offsets in a buffer ([`PlanBytes`]). How words are loaded is up to the caller
 //! ([`PlanWords`]): on the device a load that stands early hides its latency, and a load that stands late needs no register.
 //!
-//! Sums wrap, as they do on the device: of records that no planner wrote, the host reads zeros or other records of the buffer, never
-//! what lies outside.
+//! Sums wrap, as they do on the device: of records that no planner wrote, the host reads zeros or other records of the buffer,
+//! never what lies outside.
 
 use core::mem::offset_of;
 
@@ -186,8 +186,8 @@ impl Stream {
         PageMask(words.word(self.masks + entry as u64 * size_of::<PageMask>() as u64))
     }
 
-    /// The first token that counts of the page of an entry; the stream is of the plan buffer at `plan`, made for a sliding window, and
-    /// has masks: first tokens stand in their order ([`WorkItem::first_token_begin`]).
+    /// The first token that counts of the page of an entry; the stream is of the plan buffer at `plan`, made for a sliding
+    /// window, and has masks: first tokens stand in their order ([`WorkItem::first_token_begin`]).
     #[inline(always)]
     pub fn first_token(&self, words: impl PlanWords, plan: u64, entry: u32) -> u32 {
         let masks = words.word(plan + offset_of!(PlanHeader, masks_offset_bytes) as u64);

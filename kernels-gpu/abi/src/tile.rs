@@ -98,11 +98,12 @@ impl TileVariant {
             min_ctas_per_sm: 2,
             barriers: 3,
         };
-        // Three CTAs per multiprocessor would leave 168 registers at head dimension 128, which ptxas meets only by spilling; two keep
-        // 128 KiB in flight, and an A100 has shared memory for no more.
+        // Three CTAs per multiprocessor would leave 168 registers at head dimension 128, which ptxas meets only by spilling;
+        // two keep 128 KiB in flight, and an A100 has shared memory for no more.
         let three_ctas = if head_dim <= 64 { 3 } else { 2 };
         match self {
-            // The outputs of a row are those of two warps: queries and two stages leave room for 16 keys, and for two CTAs on an A100.
+            // The outputs of a row are those of two warps: queries and two stages leave room for 16 keys, and for two CTAs on
+            // an A100.
             Self::Mma16 if splits_columns => TileConfig { rows: 16, keys: 16, column_splits: 2, query_slots: 1, ..mma },
             Self::Mma32 if splits_columns => {
                 TileConfig { rows: 32, keys: 32, column_splits: 2, query_slots: 2, min_ctas_per_sm: 1, ..mma }
@@ -181,8 +182,8 @@ impl TileConfig {
         self.keys / self.rings
     }
 
-    /// The shared memory of a CTA whose keys have `head_dim` elements of `element_bytes` bytes, and so have queries that stay there;
-    /// values have `v_head_dim`.
+    /// The shared memory of a CTA whose keys have `head_dim` elements of `element_bytes` bytes, and so have queries that stay
+    /// there; values have `v_head_dim`.
     pub const fn smem(&self, head_dim: u32, v_head_dim: u32, element_bytes: u32) -> SmemLayout {
         let k_tile_bytes = self.tile_keys() * head_dim * element_bytes;
         let v_tile_bytes = self.tile_keys() * v_head_dim * element_bytes;
@@ -220,8 +221,8 @@ const fn max(a: u32, b: u32) -> u32 {
     if a > b { a } else { b }
 }
 
-/// Bytes between the rows of a warp's state in shared memory: 8 banks of padding, so that the 8 rows that a warp stores at once do not
-/// collide.
+/// Bytes between the rows of a warp's state in shared memory: 8 banks of padding, so that the 8 rows that a warp stores at
+/// once do not collide.
 pub const fn state_pitch_bytes(v_head_dim: u32) -> u32 {
     v_head_dim * 4 + 32
 }

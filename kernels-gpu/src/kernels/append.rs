@@ -12,8 +12,8 @@ use crate::ptx::special;
 /// What a thread takes at a time, in the new rows.
 const CHUNK_BYTES: u64 = 16;
 
-/// Calls `copy_k` and `copy_v` with the head, the chunk's address in the new rows and its address in the cache, whose elements have
-/// `CACHE_BYTES`.
+/// Calls `copy_k` and `copy_v` with the head, the chunk's address in the new rows and its address in the cache, whose elements
+/// have `CACHE_BYTES`.
 ///
 /// # Safety
 /// `params` describes live buffers, the caches writable; launched as the manifest says.

@@ -26,7 +26,8 @@ const ROWS: u32 = TileVariant::Mma16.config(128).rows;
 
 /// `HEAD_STEPS` and `VALUE_STEPS` are the elements of keys and values / 16, `KEY_CHUNKS` and `VALUE_CHUNKS` their
 /// bytes / 16, and `LANES` copy a row of either. Units of
-/// `UNIT_TOKENS = 16 * KEY_STEPS` tokens; `STAGES` of them (K and V each) are in flight per warp, `PENDING = 2*STAGES - 1` copies.
+/// `UNIT_TOKENS = 16 * KEY_STEPS` tokens; `STAGES` of them (K and V each) are in flight per warp, `PENDING = 2*STAGES - 1`
+/// copies.
 ///
 /// # Safety
 /// `params` describes live buffers and a plan made for them; the launch is as the manifest says.

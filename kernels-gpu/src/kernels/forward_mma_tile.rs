@@ -28,9 +28,10 @@ use crate::tile::reduce::combine_and_store;
 
 const STAGES: u32 = TileVariant::Mma64.config(128).stages;
 
-/// `VARIANT` is the variant's index. `HEAD_STEPS` and `ROW_STEPS` are the elements of keys and values / 16, `VALUE_STEPS` those of the
-/// values that a warp multiplies: where they are fewer, several warps with the same rows compute all scores and split V's columns. and `LANES` copy a row of
-/// either. `KEY_STEPS` is 16-token steps per warp and tile, `LOADED` the tokens a warp gathers per tile.
+/// `VARIANT` is the variant's index. `HEAD_STEPS` and `ROW_STEPS` are the elements of keys and values / 16, `VALUE_STEPS`
+/// those of the values that a warp multiplies: where they are fewer, several warps with the same rows compute all scores and
+/// split V's columns. `LANES` lanes copy a row of either. `KEY_STEPS` is 16-token steps per warp and tile, `LOADED` the tokens
+/// a warp gathers per tile.
 ///
 /// # Safety
 /// `params` describes live buffers and a plan made for them; the launch is as the manifest says.

@@ -1,14 +1,15 @@
 //! Merge kernel: combines the partials of a (sequence, query head) row by their log-sum-exps.
 //!
-//! What it waits for is on its way together: log-sum-exps with the first partials. How rows are dealt depends on how many there are:
+//! What it waits for is on its way together: log-sum-exps with the first partials. How rows are dealt depends on how many
+//! there are:
 //!
 //! - no more rows than CTAs: a CTA takes a row, its four warps eight partials each of every 32;
 //! - no more rows than warps: a warp takes a row, eight partials at a time;
 //! - more rows: a warp takes four at a time, if they have up to eight partials, as nearly all have, eight lanes to the
 //!   log-sum-exps of each; else one after the other.
 //!
-//! Whichever way a row goes, its sums are made in the same order: partial `i` goes to sum `i / 8 % 4` of four, in the order of the
-//! slots, and these are added. Results depend neither on timing nor on how many other rows or CTAs there are.
+//! Whichever way a row goes, its sums are made in the same order: partial `i` goes to sum `i / 8 % 4` of four, in the order of
+//! the slots, and these are added. Results depend neither on timing nor on how many other rows or CTAs there are.
 
 use pat_abi::manifest::MERGE_WARPS as WARPS;
 use pat_abi::reader::MergeView;
@@ -84,8 +85,8 @@ impl Row {
     }
 }
 
-/// A row's `COLUMNS * LANES * PARTS` columns are merged in `PARTS` parts, as if each were a row; each of the first `LANES` lanes has
-/// `COLUMNS` of one.
+/// A row's `COLUMNS * LANES * PARTS` columns are merged in `PARTS` parts, as if each were a row; each of the first `LANES`
+/// lanes has `COLUMNS` of one.
 ///
 /// # Safety
 /// `params` describes live buffers and a plan made for them; the launch is as the manifest says.
@@ -238,8 +239,8 @@ unsafe fn merge_short<E: Element, const COLUMNS: usize, const LANES: u32, const 
     }
 }
 
-/// Merges a row of any number of partials, by one warp or (`TOGETHER`) by all of the CTA: warp `w` then takes block `w` of every 32
-/// partials.
+/// Merges a row of any number of partials, by one warp or (`TOGETHER`) by all of the CTA: warp `w` then takes block `w` of
+/// every 32 partials.
 ///
 /// # Safety
 /// All lanes of warp `warp`, and of all warps where `TOGETHER`: once per CTA, since it does not wait for its shared memory to be

@@ -98,9 +98,9 @@ macro_rules! operands {
     };
 }
 
-/// A group of products with A in registers: `shape` is that of the instruction, `accumulators` how many operands come first. Each step
-/// has a word that says whether it adds to what the accumulators hold, the [`quad`] of A, and where B lies, 16 bytes a unit, behind
-/// the operand `descriptor`. `transposed` is B's layout.
+/// A group of products with A in registers: `shape` is that of the instruction, `accumulators` how many operands come first.
+/// Each step has a word that says whether it adds to what the accumulators hold, the [`quad`] of A, and where B lies, 16 bytes
+/// a unit, behind the operand `descriptor`. `transposed` is B's layout.
 macro_rules! products {
     ($shape:literal $ty:literal, transposed $transposed:literal, accumulators $accumulators:tt,
      [$($adds:literal $a:tt $b:literal,)*] $($operands:tt)*) => {
@@ -119,7 +119,8 @@ macro_rules! products {
 
 /// The products of one element type and head dimension, for main-loop steps of SPANS times 64 keys.
 pub trait WgmmaOps<const Q_REGS: usize, const O_REGS: usize, const SPANS: usize> {
-    /// S = Q Kᵀ: 64 rows (registers) by `64 * SPANS` keys (`[64 * SPANS][128 bytes]` blocks at shared address `k`). Overwrites `s`.
+    /// S = Q Kᵀ: 64 rows (registers) by `64 * SPANS` keys (`[64 * SPANS][128 bytes]` blocks at shared address `k`). Overwrites
+    /// `s`.
     ///
     /// # Safety
     /// A whole warpgroup; the K tile is complete and stays until [`wait_scores`]; `s` is not touched before it.

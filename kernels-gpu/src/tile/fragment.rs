@@ -31,8 +31,8 @@ impl<const STEPS: usize> Queries<STEPS> {
     /// Whether they stay in shared memory: at head dimension 256 the outputs take half of the registers there are.
     pub const IN_SMEM: bool = STEPS > 8;
 
-    /// Those of rows `first_row .. first_row + 16` of the item. Where they stay in shared memory [`Self::request`] has been called for
-    /// all of them; others are loaded here.
+    /// Those of rows `first_row .. first_row + 16` of the item. Where they stay in shared memory [`Self::request`] has been
+    /// called for all of them; others are loaded here.
     ///
     /// # Safety
     /// `params` describes the tensors the plan was made for.
@@ -45,8 +45,8 @@ impl<const STEPS: usize> Queries<STEPS> {
         Self { registers: unsafe { load_queries::<C, STEPS>(params, item, first_row, lane) }, tile }
     }
 
-    /// Starts copying the queries of `COUNT` rows from row `first_row` of the item on to row `tile_row` of `tile`, zeros past the item's
-    /// last row. Convergent.
+    /// Starts copying the queries of `COUNT` rows from row `first_row` of the item on to row `tile_row` of `tile`, zeros past
+    /// the item's last row. Convergent.
     ///
     /// # Safety
     /// As [`Self::new`]; the rows of the tile are free.
@@ -152,8 +152,8 @@ pub unsafe fn scores<E: Element, const HEAD_STEPS: usize, const KEY_STEPS: usize
     s
 }
 
-/// Position of chunk `2 * step + half` of a row of `2 * STEPS`. The swizzle leaves the upper bits of a chunk's number alone: taken out
-/// as a constant, they become an immediate offset, and at most four addresses stay in registers.
+/// Position of chunk `2 * step + half` of a row of `2 * STEPS`. The swizzle leaves the upper bits of a chunk's number alone:
+/// taken out as a constant, they become an immediate offset, and at most four addresses stay in registers.
 #[inline(always)]
 const fn step_chunk<const STEPS: usize>(row: u32, step: usize, half: u32) -> u32 {
     let period = const { swizzle_period(2 * STEPS as u32) };

@@ -86,16 +86,17 @@ impl Token {
 
 /// Row, of up to 32 that a warp gathers together, whose token lane `lane` locates.
 ///
-/// `LANES` ([`pat_abi::layout::row_lanes`]) copy a row of K or V together, `32 / LANES` rows at a time. Lane i of such a segment locates the row that
-/// the segment copies i-th: the shuffles then have constant indices, which cost no registers.
+/// `LANES` ([`pat_abi::layout::row_lanes`]) copy a row of K or V together, `32 / LANES` rows at a time. Lane i of such a
+/// segment locates the row that the segment copies i-th: the shuffles then have constant indices, which cost no registers.
 #[inline(always)]
 pub const fn row_of_lane<const LANES: u32>(lane: u32) -> u32 {
     lane % LANES * (32 / LANES) + lane / LANES
 }
 
 /// Starts copying `ROWS` (at most 32) tokens into rows `first_row ..` (a multiple of 8) of the tile at `tile`, as rows of
-/// `CHUNKS` 16-byte chunks, swizzled, a multiple of `LANES`. Every lane has located the token of row [`row_of_lane`]. Tokens that no
-/// row attends to are zero-filled and not read: the pool may hold NaN there, and 0 * NaN would survive in P V. Convergent.
+/// `CHUNKS` 16-byte chunks, swizzled, a multiple of `LANES`. Every lane has located the token of row [`row_of_lane`]. Tokens
+/// that no row attends to are zero-filled and not read: the pool may hold NaN there, and 0 * NaN would survive in P V.
+/// Convergent.
 ///
 /// # Safety
 /// The tile is free, and the tokens have been located.

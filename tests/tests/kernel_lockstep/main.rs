@@ -1,6 +1,6 @@
-//! Kernel sources on the host: 32 threads are the lanes of a warp and meet at every shuffle. Of the merge kernel: whatever the grid, and
-//! whether a CTA, a warp or a quarter of a warp's time goes to a row, the bits are the same, and they are the exact result's. Of the
-//! forward kernels the online softmax ([`rescaling`]).
+//! Kernel sources on the host: 32 threads are the lanes of a warp and meet at every shuffle. Of the merge kernel: whatever the
+//! grid, and whether a CTA, a warp or a quarter of a warp's time goes to a row, the bits are the same, and they are the exact
+//! result's. Of the forward kernels the online softmax ([`rescaling`]).
 
 #[path = "../../../kernels-gpu/src/finish.rs"]
 mod finish;

@@ -11,8 +11,8 @@
 //!
 //! `wgmma64` has one consumer warpgroup, steps of 64 keys and two CTAs per multiprocessor. `wgmma128` has two consumers,
 //! which multiply the same K and V tiles of 128 keys with 64 rows each: a node shared by many sequences is read from L2
-//! half as often. At head dimension 256 `wgmma64` has two consumers, too: both compute the scores of all rows, and each multiplies
-//! half of V's columns.
+//! half as often. At head dimension 256 `wgmma64` has two consumers, too: both compute the scores of all rows, and each
+//! multiplies half of V's columns.
 //!
 //! An item's stream may hold pages that only some rows attend to ([`pat_abi::PageMask`]). The K producer resolves the
 //! masks to one word per 16 keys of a tile and puts them beside the tile; tiles without exception cost a comparison.
