@@ -28,7 +28,7 @@ pub(crate) struct Args {
     /// Write a picture of the forest, for light and dark pages.
     #[arg(long, value_name = "FILE")]
     svg: Option<PathBuf>,
-    /// Write the batch and the model's shape in the format of docs/batch-format.md.
+    /// Write the batch and the model's heads, head dim and type in the format of docs/batch-format.md.
     #[arg(long, value_name = "FILE")]
     save_batch: Option<PathBuf>,
     /// Overwrite the files of --svg and --save-batch.

@@ -325,7 +325,7 @@ fn caches_of_8_bits_are_verified() {
     assert!(stdout(&[&["plan"], &tree[..], &["--kv-dtype", "e5m2"]].concat()).contains("K and V e5m2"));
     for (extra, parts) in [
         (["--kv-dtype", "int8"], ["--kv-dtype", "e4m3 or e5m2"]),
-        (["--kv-dtype=e4m3", "--head-dim=256"], ["--head-dim 256", "head_dim: got 256, expected 64 or 128"]),
+        (["--kv-dtype=e4m3", "--head-dim=256"], ["--head-dim 256", "expected 64 or 128 with K and V of e4m3"]),
     ] {
         refused(&[&["plan"], &tree[..], &extra].concat(), &parts);
     }

@@ -150,7 +150,13 @@ impl Asked<'_> {
         for (kernel, variant) in kernels.filter(|(kernel, variant)| self.obstacle(kernel, *variant) == Some(closest)) {
             accepted = accepted.or(accepted_by(self.problem, kernel, variant, closest));
         }
-        Err(Reason { part: closest, got: self.value(closest), accepted: accepted.to_string() })
+        let shape = self.problem.shape();
+        let mut accepted = accepted.to_string();
+        if matches!(closest, Part::HeadDim | Part::VHeadDim) && shape.kv_dtype() != shape.dtype() {
+            // There are others for K and V of Q's type.
+            accepted = format!("{accepted} with K and V of {}", shape.kv_dtype().name());
+        }
+        Err(Reason { part: closest, got: self.value(closest), accepted })
     }
 
     /// The first thing that stands in the way of a kernel.
@@ -388,7 +394,7 @@ mod tests {
         let eight_bit = |shape: AttentionShape| Problem::new(shape.with_kv_dtype(Dtype::E4m3), 16);
         assert_eq!(supports(&eight_bit(shape), None, None), Ok(()));
         let wide = problem(32, 8, 256, Dtype::F16, 16).shape();
-        assert_eq!(refusal(eight_bit(wide), None), "head_dim: got 256, expected 64 or 128");
+        assert_eq!(refusal(eight_bit(wide), None), "head_dim: got 256, expected 64 or 128 with K and V of e4m3");
         let grouped = problem(65, 1, 128, Dtype::F16, 16).shape();
         assert_eq!(supports(&eight_bit(grouped), None, None), Ok(()));
         assert_eq!(of(shape.with_out_dtype(Dtype::Bf16)), "out_dtype: got bf16, expected f16");
@@ -399,7 +405,7 @@ mod tests {
         assert_eq!(supports(&served, None, None), Ok(()));
         assert_eq!(
             refusal(Problem::new(served.shape().with_kv_dtype(Dtype::E5m2), 16), None),
-            "head_dim: got 192, expected 64 or 128"
+            "head_dim: got 192, expected 64 or 128 with K and V of e5m2"
         );
         let cases = [
             (problem(8, 8, 80, Dtype::Bf16, 16), "head_dim: got 80, expected 64 or 96 or 128 or 192 or 256 or 512"),

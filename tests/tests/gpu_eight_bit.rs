@@ -220,7 +220,7 @@ fn all_codes_are_read_exactly(engine: &Engine) {
 fn what_has_no_kernel_is_refused(_: &Engine) {
     let shape = |head_dim| AttentionShape::new(8, 2, head_dim, Dtype::F16).unwrap().with_kv_dtype(Dtype::E4m3);
     let refusal = |problem: Problem| supports(&problem, None, None).unwrap_err().to_string();
-    assert_eq!(refusal(Problem::new(shape(256), 16)), "head_dim: got 256, expected 64 or 128");
+    assert_eq!(refusal(Problem::new(shape(256), 16)), "head_dim: got 256, expected 64 or 128 with K and V of e4m3");
     supports(&Problem::new(shape(128), 16).with_window(5).with_soft_cap(3.0), None, None).unwrap();
     for variant in DeviceProfile::h200().variants(&Problem::new(shape(64), 16)) {
         assert!(variant.serves(Switches { window: true, ..Switches::OFF }), "{variant:?}");
