@@ -319,12 +319,15 @@ class Planner:
         chunk: instead of a window, the tokens of a chunk: each sequence sees those since the last multiple of it (Llama 4).
         query_tree: whether batches may come with query trees (``parents=`` of :meth:`plan`). Such plans are for the mma.sync
             kernels.
+        page_runs: whether pages of one token, at least half of which lie in runs of consecutive ids, are planned as pages of 16
+            tokens where running the plan is predicted to take no longer. Not run on a device yet. It changes nothing for other
+            page sizes, under a capacity, and with fixed chunks, windows, chunks or query trees.
 
     Raises:
         ValueError: a mode or variant that is not known, or not possible on the device.
         CudaUnavailable: the device is not there.
     """
-    def __new__(cls, /, shape: "AttentionShape", device: "DeviceProfile | torch.device | str | None" = None, *, mode: str = "auto", capacity: "Capacity | None" = None, variants: SupportsGetItem[int, str] | None = None, softcap: "float | None" = None, window: "int | None" = None, chunk: "int | None" = None, query_tree: bool = False) -> Planner: ...
+    def __new__(cls, /, shape: "AttentionShape", device: "DeviceProfile | torch.device | str | None" = None, *, mode: str = "auto", capacity: "Capacity | None" = None, variants: SupportsGetItem[int, str] | None = None, softcap: "float | None" = None, window: "int | None" = None, chunk: "int | None" = None, query_tree: bool = False, page_runs: bool = False) -> Planner: ...
     def __repr__(self, /) -> str: ...
     def advance(self, /, plan: "Plan", block_tables: Any, lengths: Any, changed_rows: Any | None = None, *, query_tokens: Any | None = None, parents: Any | None = None) -> "str":
         """
@@ -371,8 +374,9 @@ class Planner:
                 out and lse: those of the first sequence come first.
             parents: instead of query_tokens, the query tokens of each sequence as a tree, for speculative trees: for each of its
                 last tokens the index of its parent among them, or None (or -1) where it comes right behind the tokens in front
-                of them. One list for all sequences, or a list of one list per sequence. A query token sees the tokens in front
-                of the query tokens, its ancestors and itself; parents come before their children.
+                of them. One list for all sequences, or a list of one list per sequence. A list may also be a 1-D CPU tensor or
+                array of int32 or int64; a 2-D one holds one tree per row. A query token sees the tokens in front of the query
+                tokens, its ancestors and itself; parents come before their children.
 
         Raises:
             TypeError: an argument is of another type (integers of another width included).

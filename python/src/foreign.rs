@@ -228,11 +228,7 @@ const CAPSULE: &CStr = c"dltensor";
 const VERSIONED_CAPSULE: &CStr = c"dltensor_versioned";
 
 /// Reads any producer of DLPack. The capsule is kept unconsumed: dropping it gives the tensor back to its producer.
-pub(crate) fn read_dlpack<'py>(
-    name: &'static str,
-    object: &Bound<'py, PyAny>,
-    stream: Option<u64>,
-) -> Result<Tensor<'py>> {
+pub(crate) fn read_dlpack<'py>(name: &'py str, object: &Bound<'py, PyAny>, stream: Option<u64>) -> Result<Tensor<'py>> {
     let py = object.py();
     let expected = "a torch tensor or a producer of DLPack (numpy, cupy, jax)";
     if !object.hasattr(intern!(py, "__dlpack__"))? {
@@ -280,7 +276,7 @@ pub(crate) fn read_dlpack<'py>(
 
 impl DlTensor {
     /// What it says; `owner` keeps the memory.
-    fn read<'py>(&self, name: &'static str, is_writable: bool, owner: &Bound<'py, PyAny>) -> Result<Tensor<'py>> {
+    fn read<'py>(&self, name: &'py str, is_writable: bool, owner: &Bound<'py, PyAny>) -> Result<Tensor<'py>> {
         let rank = usize::try_from(self.ndim).unwrap_or(usize::MAX);
         check_rank(name, rank)?;
         let device = match self.device.kind {
@@ -377,7 +373,7 @@ impl TorchExchange {
     }
 
     /// Reads a `torch.Tensor`; None where torch cannot say it in DLPack's terms.
-    pub(crate) fn read<'py>(self, name: &'static str, tensor: &Bound<'py, PyAny>) -> Result<Option<Tensor<'py>>> {
+    pub(crate) fn read<'py>(self, name: &'py str, tensor: &Bound<'py, PyAny>) -> Result<Option<Tensor<'py>>> {
         let mut read = MaybeUninit::<DlTensor>::uninit();
         // SAFETY: `tensor` is a live `torch.Tensor` (the caller has asked), the thread is attached, and the function writes the
         // whole struct where it returns 0.

@@ -9,7 +9,7 @@ use crate::resident::Pool;
 use crate::scores::read_positive;
 use crate::shape::PyShape;
 use crate::tables::{Queries, Tables, read_integers};
-use pat_rs::plan::{PlanCapacity, PlanChange, PlanMode};
+use pat_rs::plan::{PageRuns, PlanCapacity, PlanChange, PlanMode};
 use pat_rs::{Plan, PlanOptions, Planner, Problem, Reach, TileVariant};
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
@@ -36,6 +36,9 @@ use std::thread::JoinHandle;
 ///     chunk: instead of a window, the tokens of a chunk: each sequence sees those since the last multiple of it (Llama 4).
 ///     query_tree: whether batches may come with query trees (``parents=`` of :meth:`plan`). Such plans are for the mma.sync
 ///         kernels.
+///     page_runs: whether pages of one token, at least half of which lie in runs of consecutive ids, are planned as pages of 16
+///         tokens where running the plan is predicted to take no longer. Not run on a device yet. It changes nothing for other
+///         page sizes, under a capacity, and with fixed chunks, windows, chunks or query trees.
 ///
 /// Raises:
 ///     ValueError: a mode or variant that is not known, or not possible on the device.
@@ -53,7 +56,7 @@ pub(crate) struct PyPlanner {
 #[pymethods]
 impl PyPlanner {
     #[new]
-    #[pyo3(signature = (shape: "AttentionShape", device: "DeviceProfile | torch.device | str | None" = None, *, mode = "auto", capacity: "Capacity | None" = None, variants = None, softcap: "float | None" = None, window: "int | None" = None, chunk: "int | None" = None, query_tree = false))]
+    #[pyo3(signature = (shape: "AttentionShape", device: "DeviceProfile | torch.device | str | None" = None, *, mode = "auto", capacity: "Capacity | None" = None, variants = None, softcap: "float | None" = None, window: "int | None" = None, chunk: "int | None" = None, query_tree = false, page_runs = false))]
     #[expect(clippy::too_many_arguments, reason = "the Python signature")]
     fn new(
         py: Python<'_>,
@@ -66,6 +69,7 @@ impl PyPlanner {
         window: Option<i64>,
         chunk: Option<i64>,
         query_tree: bool,
+        page_runs: bool,
     ) -> Result<Self> {
         let reach = read_reach(window, chunk)?;
         let soft_cap = read_positive("softcap", softcap)?;
@@ -78,7 +82,9 @@ impl PyPlanner {
         };
         let variants: Option<Vec<_>> =
             variants.map(|names| names.iter().map(|name| parse_variant(name)).collect()).transpose()?;
-        let options = variants.into_iter().fold(PlanOptions::from(parse_mode(mode)?), PlanOptions::with_variants);
+        let runs = if page_runs { PageRuns::WhereFree } else { PageRuns::Never };
+        let options = PlanOptions::from(parse_mode(mode)?).with_runs(runs);
+        let options = variants.into_iter().fold(options, PlanOptions::with_variants);
         let shape = *shape.get();
         let capacity = capacity.map(|capacity| capacity.get().inner);
         let origin = Origin { shape: shape.inner, soft_cap, reach, query_tree, profile, options, capacity };
@@ -102,8 +108,9 @@ impl PyPlanner {
     ///         out and lse: those of the first sequence come first.
     ///     parents: instead of query_tokens, the query tokens of each sequence as a tree, for speculative trees: for each of its
     ///         last tokens the index of its parent among them, or None (or -1) where it comes right behind the tokens in front
-    ///         of them. One list for all sequences, or a list of one list per sequence. A query token sees the tokens in front
-    ///         of the query tokens, its ancestors and itself; parents come before their children.
+    ///         of them. One list for all sequences, or a list of one list per sequence. A list may also be a 1-D CPU tensor or
+    ///         array of int32 or int64; a 2-D one holds one tree per row. A query token sees the tokens in front of the query
+    ///         tokens, its ancestors and itself; parents come before their children.
     ///
     /// Raises:
     ///     TypeError: an argument is of another type (integers of another width included).

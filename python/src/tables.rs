@@ -222,7 +222,16 @@ impl Queries<'_, '_> {
 impl Counts {
     fn read_parents(parents: &Bound<'_, PyAny>) -> Result<Self> {
         if is_array(parents)? {
-            return Ok(Self::Tree(read_tree_array("parents", parents)?));
+            let tensor = Tensor::read("parents", parents, None)?;
+            return match tensor.rank {
+                1 => Ok(Self::Tree(read_tree_array(&tensor)?)),
+                2 => Ok(Self::Trees(read_tree_rows(&tensor)?)),
+                _ => Err(invalid(
+                    "parents",
+                    format!("shape {}", tensor.shape()),
+                    "one dimension, or two: a tree per row",
+                )),
+            };
         }
         let items = read_items("parents", parents)?;
         let is_one_tree = items.first().is_some_and(|first| first.is_none() || first.extract::<i64>().is_ok());
@@ -231,7 +240,14 @@ impl Counts {
         }
         let trees = items.iter().enumerate().map(|(sequence, tree)| {
             let name = format!("parents[{sequence}]");
-            if is_array(tree)? { read_tree_array(&name, tree) } else { read_tree(&name, &read_items(&name, tree)?) }
+            if !is_array(tree)? {
+                return read_tree(&name, &read_items(&name, tree)?);
+            }
+            let tensor = Tensor::read(&name, tree, None)?;
+            match tensor.rank {
+                1 => read_tree_array(&tensor),
+                _ => Err(invalid(&*name, format!("shape {}", tensor.shape()), "one dimension")),
+            }
         });
         Ok(Self::Trees(trees.collect::<Result<_>>()?))
     }
@@ -262,10 +278,46 @@ fn is_array(values: &Bound<'_, PyAny>) -> Result<bool> {
     Ok(is_torch(values)? || values.hasattr(intern!(values.py(), "__dlpack__"))?)
 }
 
-/// Parents of a tree in a tensor.
-fn read_tree_array(name: &str, parents: &Bound<'_, PyAny>) -> Result<Parents> {
-    let parents = read_integers("parents", parents)?.into_iter().enumerate();
-    parents.map(|(token, parent)| parent_of(format!("{name}[{token}]"), parent)).collect()
+/// Parents of a tree in a tensor of one dimension.
+fn read_tree_array(tensor: &Tensor<'_>) -> Result<Parents> {
+    let (tokens, stride) = (tensor.sizes[0] as usize, tensor.strides[0] as usize);
+    let parents = ParentElements::read(tensor)?;
+    (0..tokens).map(|token| parent_of(format!("{}[{token}]", tensor.name), parents.at(token * stride))).collect()
+}
+
+/// Parents of the trees in the rows of a tensor of two dimensions.
+fn read_tree_rows(tensor: &Tensor<'_>) -> Result<Vec<Parents>> {
+    let [trees, tokens] = [0, 1].map(|dim| tensor.sizes[dim] as usize);
+    let [tree_stride, stride] = [0, 1].map(|dim| tensor.strides[dim] as usize);
+    let parents = ParentElements::read(tensor)?;
+    let parent = |tree, token| {
+        let parent = parents.at(tree * tree_stride + token * stride);
+        parent_of(format!("{}[{tree}][{token}]", tensor.name), parent)
+    };
+    (0..trees).map(|tree| (0..tokens).map(|token| parent(tree, token)).collect()).collect()
+}
+
+/// The elements of a tensor of parents: torch and numpy make int64 of integers unless they are told otherwise.
+enum ParentElements<'a> {
+    I32(&'a [i32]),
+    I64(&'a [i64]),
+}
+
+impl<'a> ParentElements<'a> {
+    fn read(tensor: &'a Tensor<'_>) -> Result<Self> {
+        match tensor.element {
+            Element::I32 => Ok(Self::I32(foreign::elements(tensor, &Element::I32)?)),
+            Element::I64 => Ok(Self::I64(foreign::elements(tensor, &Element::I64)?)),
+            _ => Err(wrong_type(tensor.name, format!("a tensor of {}", tensor.element), "int32 or int64")),
+        }
+    }
+
+    fn at(&self, offset: usize) -> i64 {
+        match self {
+            Self::I32(elements) => elements[offset].into(),
+            Self::I64(elements) => elements[offset],
+        }
+    }
 }
 
 /// Parents of a tree, as integers, where -1 and None are none.

@@ -72,7 +72,7 @@ impl fmt::Display for Element {
 #[derive(Debug)]
 pub(crate) struct Tensor<'py> {
     /// The argument's name, for errors.
-    pub(crate) name: &'static str,
+    pub(crate) name: &'py str,
     pub(crate) address: u64,
     pub(crate) element: Element,
     pub(crate) device: Device,
@@ -88,11 +88,11 @@ pub(crate) struct Tensor<'py> {
 impl<'py> Tensor<'py> {
     /// Reads a torch tensor or a DLPack producer. `stream` (torch's current one where it is not named) is what work on a DLPack
     /// producer's memory is going to be ordered by: it makes that stream wait for its own.
-    pub(crate) fn read(name: &'static str, object: &Bound<'py, PyAny>, stream: Option<u64>) -> Result<Self> {
+    pub(crate) fn read(name: &'py str, object: &Bound<'py, PyAny>, stream: Option<u64>) -> Result<Self> {
         if is_torch(object)? { Self::read_torch(name, object) } else { foreign::read_dlpack(name, object, stream) }
     }
 
-    fn read_torch(name: &'static str, tensor: &Bound<'py, PyAny>) -> Result<Self> {
+    fn read_torch(name: &'py str, tensor: &Bound<'py, PyAny>) -> Result<Self> {
         let py = tensor.py();
         if tensor.getattr(intern!(py, "requires_grad"))?.is_truthy()? {
             let expected = "a tensor without gradient (tensor.detach()): there is no backward pass";
@@ -111,7 +111,7 @@ impl<'py> Tensor<'py> {
     }
 
     /// Before torch 2.10, and for the error message where the tensor is none that is taken.
-    fn read_attributes(name: &'static str, tensor: &Bound<'py, PyAny>) -> Result<Self> {
+    fn read_attributes(name: &'py str, tensor: &Bound<'py, PyAny>) -> Result<Self> {
         let py = tensor.py();
         let device = if tensor.getattr(intern!(py, "is_cuda"))?.is_truthy()? {
             Device::Cuda(tensor.call_method0(intern!(py, "get_device"))?.extract()?)

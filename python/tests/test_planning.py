@@ -4,6 +4,7 @@ import random
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 from support import SHAPE, Batch, caches, queries, random_forest, reference
@@ -279,11 +280,29 @@ def test_one_tree_serves_all_sequences():
     planner = pa.Planner(pa.AttentionShape(**SHAPE, dtype="float16"), "cpu", query_tree=True)
     batch = Batch([[0, 1, 2], [0, 3]], [40, 20], 16, 4)
     tree = [None, 0, 0, 1]
+    integers = [-1, 0, 0, 1]
+    arrays = [torch.tensor(integers), torch.tensor(integers, dtype=torch.int32), np.array(integers), np.array(integers, "int32")]
     plans = [
         planner.plan(batch.block_tables, batch.lengths, 16, 4, parents=parents).summary()
-        for parents in (tree, [tree, tree], torch.tensor([-1, 0, 0, 1], dtype=torch.int32))
+        for parents in (tree, [tree, tree], *arrays)
     ]
-    assert plans[0] == plans[1] == plans[2] and plans[0]["sequences"] == 8
+    assert all(plan == plans[0] for plan in plans) and plans[0]["sequences"] == 8
+
+
+@pytest.mark.parametrize("make", [torch.tensor, np.array])
+def test_rows_of_an_array_are_trees(make):
+    planner = pa.Planner(pa.AttentionShape(**SHAPE, dtype="float16"), "cpu", query_tree=True)
+    batch = Batch([[0, 1, 2], [0, 3]], [40, 20], 16, 4)
+    trees = [[-1, 0, 1], [-1, 0, 0]]
+    q, (k, v) = queries(6), caches(batch)
+
+    def run(parents):
+        return pa.run(planner.plan(batch.block_tables, batch.lengths, 16, 4, parents=parents), q, k, v)
+
+    columns = make([[-1, -1], [0, 0], [1, 0]])
+    for parents in (make(trees), columns.T, make([[9, *tree, 9] for tree in trees])[:, 1:-1]):
+        assert torch.equal(run(parents), run(trees))
+    assert not torch.equal(run(make(trees[0])), run(trees))
 
 
 @pytest.mark.parametrize(
@@ -300,8 +319,16 @@ def test_one_tree_serves_all_sequences():
         (TypeError, {"parents": 3}, "parents: got int, expected a list of parents"),
         (TypeError, {"parents": [None, "a"]}, r"parents\[1\]: got str, expected an integer or None"),
         (TypeError, {"parents": [[None], 3]}, r"parents\[1\]: got int, expected a list"),
-        (TypeError, {"parents": torch.tensor([-1, 0])}, "parents: got a tensor of int64, expected int32"),
-        (ValueError, {"parents": torch.tensor([[-1, 0]], dtype=torch.int32)}, "parents: got shape"),
+        (TypeError, {"parents": torch.tensor([-1.0])}, "parents: got a tensor of float32, expected int32 or int64"),
+        (TypeError, {"parents": [[None], np.zeros(1)]}, r"parents\[1\]: got a tensor of float64, expected int32 or int64"),
+        (ValueError, {"parents": torch.zeros(1, 1, 1, dtype=torch.int64)}, r"parents: got shape \[1, 1, 1\], expected one dim"),
+        (ValueError, {"parents": [[None], torch.tensor([[-1]])]}, r"parents\[1\]: got shape \[1, 1\], expected one dimension"),
+        (ValueError, {"parents": torch.tensor([[-1, 0]])}, "parents: got 1 trees, expected one per sequence"),
+        (ValueError, {"parents": np.array([[-1, 0], [-1, -2]])}, r"parents\[1\]\[1\]: got -2, expected None, -1"),
+        (ValueError, {"parents": [[None], torch.tensor([-1, -2])]}, r"parents\[1\]\[1\]: got -2, expected None, -1"),
+        (ValueError, {"parents": np.array([-1, 1 << 32])}, r"parents\[1\]: got 4294967296"),
+        (ValueError, {"parents": [[None], np.array([0, -1])[::-1]]}, r"parents\[1\]: got strides \[-1\], expected none below"),
+        (ValueError, {"parents": [[None], torch.zeros(1, device="meta")]}, r"parents\[1\]: got a tensor on meta, expected"),
         (ValueError, {"parents": [[None], torch.tensor([-1, 0, 5], dtype=torch.int32)]}, r"parents\[1\]\[2\]: got 5"),
         (ValueError, {"parents": torch.tensor([-1, -2], dtype=torch.int32)}, r"parents\[1\]: got -2, expected None, -1"),
     ],
@@ -356,3 +383,25 @@ def test_a_plan_explains_itself(planner):
 def test_numbers_below_0_are_refused_by_name(argument, call):
     with pytest.raises(ValueError, match=rf"^{argument}: got -\d, expected"):
         call()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_pages_of_one_token_in_runs_give_the_same_results(seed):
+    rng = random.Random(seed)
+    # Each goes on for a run at least: what is in none would take a launch of its own.
+    prompt, lengths = list(range(160)), [rng.randint(176, 300) for _ in range(9)]
+    ends = [160 + sum(lengths[: row + 1]) for row in range(len(lengths))]
+    tables = [prompt + list(range(end - length, end - 160)) for length, end in zip(lengths, ends)]
+    # A run is read whole, behind its last token too.
+    batch = Batch(tables, lengths, 1, ends[-1] + 16)
+    q, (k, v) = queries(len(lengths)), caches(batch)
+    default, in_runs = (pa.Planner(pa.AttentionShape(**SHAPE, dtype="float16"), "cpu", page_runs=runs) for runs in (False, True))
+    results, summaries = [], []
+    for planner in (default, in_runs, pa.Planner(default.shape, "cpu")):
+        plan = planner.plan(tables, lengths, 1, batch.num_pages)
+        results.append(pa.run(plan, q, k, v, return_lse=True))
+        summaries.append(plan.summary())
+    assert [summary["run_tokens"] > 0 for summary in summaries] == [False, True, False]
+    assert summaries[0] == summaries[2]
+    for ours, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(ours, expected, atol=3e-3, rtol=0)

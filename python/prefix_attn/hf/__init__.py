@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 
 import prefix_attn
+from prefix_attn import _untried
 
 from .hooks import TESTED_VERSIONS, attention_name, install
 from .steps import reset_stats, stats
@@ -22,6 +23,8 @@ from .steps import reset_stats, stats
 __all__ = ["TESTED_VERSIONS", "attention_name", "enable", "reset_stats", "stats", "unsupported"]
 
 _log = logging.getLogger("prefix_attn.hf")
+#: transformers' default. A call of ``generate_batch`` may name another one: there are kernels for every page size.
+_PAGE_SIZE = 256
 
 
 def enable(model) -> str | None:
@@ -60,7 +63,7 @@ def unsupported(model) -> str | None:
         return f"values of {config.v_head_dim} elements beside keys of {head_dim}"
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     try:
-        prefix_attn.AttentionShape(config.num_attention_heads, kv_heads, head_dim, model.dtype)
+        shape = prefix_attn.AttentionShape(config.num_attention_heads, kv_heads, head_dim, model.dtype)
     except (TypeError, ValueError) as error:
         return str(error)
-    return None
+    return prefix_attn.supports(shape, _PAGE_SIZE) or _untried.reason(shape)

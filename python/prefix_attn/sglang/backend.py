@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections import Counter
 
 import torch
@@ -10,7 +11,9 @@ from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 import prefix_attn
+from prefix_attn import _untried
 
+_log = logging.getLogger("prefix_attn.sglang")
 #: ``decode_batches`` that were planned; ``kernel_calls`` and ``stock_calls`` of their layers.
 stats: Counter[str] = Counter()
 
@@ -23,12 +26,16 @@ def backend_over(stock):
 
 @functools.cache
 def _has_kernels(q_heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, page_size: int) -> bool:
-    """Whether layers of these heads can be computed; the stock backend serves others."""
+    """Whether layers of these heads are computed here; the stock backend serves others, and one line says which and why."""
     try:
         shape = prefix_attn.AttentionShape(q_heads, kv_heads, head_dim, dtype)
-    except (TypeError, ValueError):
-        return False
-    return prefix_attn.supports(shape, page_size) is None
+    except (TypeError, ValueError) as error:
+        reason = str(error)
+    else:
+        reason = prefix_attn.supports(shape, page_size) or _untried.reason(shape)
+    if reason is not None:
+        _log.warning("prefix_attn: %d query heads over %d KV heads stay on SGLang's backend: %s", q_heads, kv_heads, reason)
+    return reason is None
 
 
 class _PrefixAttn:
@@ -99,7 +106,8 @@ class _PrefixAttn:
             if planner is None:
                 q_heads, kv_heads, head_dim, dtype, device = geometry[:-1]
                 shape = prefix_attn.AttentionShape(q_heads, kv_heads, head_dim, dtype)
-                planner = self._planners.setdefault(geometry[:-1], prefix_attn.Planner(shape, device))
+                planner = prefix_attn.Planner(shape, device, page_runs=_untried.SERVES)
+                self._planners[geometry[:-1]] = planner
             tables, lengths = self._batch
             plan = self._plans[geometry] = planner.plan(tables, lengths, self._page_size, geometry[-1])
         return plan

@@ -217,7 +217,7 @@ def _query_tokens(vllm_config) -> int:
 
 
 def _is_stock_group(vllm_config, spec) -> bool:
-    """Whether the group stays stock whatever its layers are; the number of query heads decides nothing here."""
+    """Whether the group stays stock whatever its layers are. How many query heads they have is not known here."""
     return eligibility.of_group(spec, _shape(vllm_config, getattr(spec, "num_kv_heads", 0), spec)) is not None
 
 

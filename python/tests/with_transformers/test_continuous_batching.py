@@ -8,6 +8,7 @@ from greedy import check_greedy
 
 import prefix_attn
 import prefix_attn.hf
+from prefix_attn import _untried
 from prefix_attn.hf import engine, hooks, steps
 
 
@@ -201,6 +202,9 @@ def test_models_with_what_the_kernels_lack_keep_their_stock_path(caplog, cpu_fas
 def test_reasons():
     assert "float32" in prefix_attn.hf.unsupported(llama(torch.float32))
     model = llama()
+    model.config.head_dim = 80
+    assert "80" in prefix_attn.hf.unsupported(model)
+    model = llama()
     model.config.sliding_window = 8
     model.config.attn_logit_softcapping = 30.0
     assert prefix_attn.hf.unsupported(model)
@@ -209,6 +213,24 @@ def test_reasons():
         steps.flash_attn_with_kvcache(*zeros, None, None, window_size=(7, 0))
     with pytest.raises(RuntimeError, match="outside of continuous batching"):
         steps.flash_attn_with_kvcache(*zeros, None, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"head_dim": 96}, "head dim 96"),
+        ({"head_dim": 512}, "head dim 512"),
+        ({"num_attention_heads": 129, "num_key_value_heads": 1}, "129 query heads per KV head"),
+    ],
+)
+def test_kernels_that_no_device_has_run_are_used_when_asked_for(change, reason, monkeypatch, caplog):
+    model = llama()
+    model.config.update(change)
+    assert prefix_attn.hf.enable(model) == f"{reason}: run on no device yet (PREFIX_ATTN_UNTRIED=1 serves it)"
+    assert caplog.text.count("keeps its stock attention") == 1
+    assert model.config._attn_implementation != prefix_attn.hf.attention_name()
+    monkeypatch.setattr(_untried, "SERVES", True)
+    assert prefix_attn.hf.unsupported(model) is None
 
 
 @pytest.mark.parametrize("version", ["5.16.1", "5.18.0", "5.25.0", "6.0.0"])

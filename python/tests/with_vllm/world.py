@@ -41,6 +41,7 @@ class World:
             context.setattr(VllmConfig, "use_v2_model_runner", False)
             self.config = self._config(model_folder, cache_dtype)
 
+        self.heads = heads
         self.is_fp8 = cache_dtype.startswith("fp8")
         change = layer.pop("config", {})
         if drafts:
@@ -112,14 +113,15 @@ class World:
         """Runs both layers on a step and compares each row with SDPA over its own history."""
         metadata, slots, batch = simulated.prepare(self.tables, scheduled, self.groups, pad_to, mode, each=each)
         assert self.builder.step_tables is None
+        q_heads, kv_heads = self.heads
         new = [self.values(request, request.computed, chunk) for request, chunk in scheduled]
         keys, values = (torch.cat([pair[i] for pair in new]) for i in (0, 1))
         padding = len(slots) - len(keys)
-        keys, values = (torch.cat([x, torch.randn(padding, 2, 64).to(x.dtype)]) for x in (keys, values))
+        keys, values = (torch.cat([x, torch.randn(padding, kv_heads, 64).to(x.dtype)]) for x in (keys, values))
         for layer in self.layers:
-            q = torch.randn(len(keys), 8, 64).to(torch.bfloat16)
+            q = torch.randn(len(keys), q_heads, 64).to(torch.bfloat16)
             with set_forward_context(metadata, self.config, slot_mapping={layer.layer_name: slots}):
-                out = layer(q.flatten(1), keys.flatten(1), values.flatten(1)).view(-1, 8, 64)
+                out = layer(q.flatten(1), keys.flatten(1), values.flatten(1)).view(-1, q_heads, 64)
             begin = 0
             for request, chunk in scheduled:
                 history = self.values(request, 0, request.computed + chunk)
