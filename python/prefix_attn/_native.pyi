@@ -19,7 +19,8 @@ class AttentionShape:
         q_heads: query heads, a positive multiple of ``kv_heads``.
         kv_heads: KV heads, at least 1.
         head_dim: elements per head of Q and K.
-        dtype: element type of Q and O, and of K and V where they have no other: a torch dtype, or ``"float16"`` or ``"bfloat16"``.
+        dtype: element type of Q and O, and of K and V where they have no other: a torch dtype, or ``"float16"`` or
+            ``"bfloat16"``.
         kv_dtype: element type of K and V where it is another: ``"float8_e4m3fn"`` or ``"float8_e5m2"``, or torch's.
         value_head_dim: elements per head of V and O, where they are not those of K.
 
@@ -313,7 +314,8 @@ class Planner:
             that the bits of a sequence's output do not depend on the rest of the batch.
         capacity: bounds of the plans; needed for :class:`PlanBuffers`.
         variants: names of the only tile variants to use; by default the best of those that the device runs.
-        softcap: the cap of the runs' scores, if they have one: not every kernel can cap. Runs without a cap may use the plans, too.
+        softcap: the cap of the runs' scores, if they have one: not every kernel can cap. Runs without a cap may use the plans,
+            too.
         window: tokens that each sequence sees, the last ones, under a sliding window. Pages in front of it are neither planned
             nor read; their entries in the block tables must still be page ids.
         chunk: instead of a window, the tokens of a chunk: each sequence sees those since the last multiple of it (Llama 4).
@@ -442,9 +444,9 @@ def append_kv(k_new: "torch.Tensor", v_new: "torch.Tensor", k_cache: "torch.Tens
     """
     Writes new rows of K and V into their slots of a paged cache, in place.
 
-    Into an 8-bit cache, elements are divided by their factor (in float32) and rounded to nearest even. What is too large, infinities
-    among it, becomes the largest finite element, NaN the code 0x7f: what vLLM's ``reshape_and_cache_flash`` writes. On CUDA it
-    enqueues one launch on torch's current stream.
+    Into an 8-bit cache, elements are divided by their factor (in float32) and rounded to nearest even. What is too large,
+    infinities among it, becomes the largest finite element, NaN the code 0x7f: what vLLM's ``reshape_and_cache_flash`` writes.
+    On CUDA it enqueues one launch on torch's current stream.
 
     Args:
         k_new, v_new: ``[rows, kv_heads, head_dim]``, float16 or bfloat16.

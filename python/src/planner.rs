@@ -30,7 +30,7 @@ use std::thread::JoinHandle;
 ///     capacity: bounds of the plans; needed for :class:`PlanBuffers`.
 ///     variants: names of the only tile variants to use; by default the best of those that the device runs.
 ///     softcap: the cap of the runs' scores, if they have one: not every kernel can cap. Runs without a cap may use the plans,
-/// too.
+///         too.
 ///     window: tokens that each sequence sees, the last ones, under a sliding window. Pages in front of it are neither planned
 ///         nor read; their entries in the block tables must still be page ids.
 ///     chunk: instead of a window, the tokens of a chunk: each sequence sees those since the last multiple of it (Llama 4).

@@ -11,7 +11,7 @@ use pyo3::prelude::*;
 ///     kv_heads: KV heads, at least 1.
 ///     head_dim: elements per head of Q and K.
 ///     dtype: element type of Q and O, and of K and V where they have no other: a torch dtype, or ``"float16"`` or
-/// ``"bfloat16"``.
+///         ``"bfloat16"``.
 ///     kv_dtype: element type of K and V where it is another: ``"float8_e4m3fn"`` or ``"float8_e5m2"``, or torch's.
 ///     value_head_dim: elements per head of V and O, where they are not those of K.
 ///
