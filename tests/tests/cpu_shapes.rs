@@ -102,7 +102,8 @@ fn plans_of_groups_that_no_tile_holds_keep_their_invariants() {
                 let variant = planner.tile_variants()[0];
                 let parts = u64::from(GroupParts::new(group, variant).count);
                 assert_eq!(summary.planned_kv_bytes, summary.flat_kv_bytes, "{group} {mode:?}");
-                assert_eq!(summary.flat_kv_bytes % parts, 0);
+                let logical_kv_bytes = summary.flat_kv_bytes as f64 / parts as f64;
+                assert_eq!(summary.sharing_factor, logical_kv_bytes / summary.unique_kv_bytes as f64);
                 assert!(summary.predicted_us.is_finite() && summary.prediction.launch_us > 2.0 * parts as f64);
             }
         }

@@ -90,10 +90,9 @@ impl Plan {
             })
             .collect();
         let none = Balance { longest_steps: 0, mean_steps: 0.0 };
-        // Without sharing, too, each part of a group reads all of it.
-        let parts = TileVariant::ALL.into_iter().filter(|variant| !self.variant_items(*variant).is_empty());
-        let parts = parts.map(|variant| u64::from(GroupParts::new(self.shape().group(), variant).count)).max();
-        let flat_kv_bytes = self.logical_tokens() * token_bytes * parts.unwrap_or(1);
+        let logical_kv_bytes = self.logical_tokens() * token_bytes;
+        // Each part of a group reads all of it, too.
+        let parts = launches.iter().map(|launch| launch.count).max().unwrap_or(1);
         PlanSummary {
             sequences: self.sequence_count(),
             run_tokens: self
@@ -102,10 +101,10 @@ impl Plan {
                 .filter(|item| item.run_pages > 0)
                 .map(|item| self.stream_tokens(item))
                 .sum(),
-            sharing_factor: flat_kv_bytes as f64 / (self.unique_kv_bytes().max(1)) as f64,
+            sharing_factor: logical_kv_bytes as f64 / (self.unique_kv_bytes().max(1)) as f64,
             unique_kv_bytes: self.unique_kv_bytes(),
             planned_kv_bytes: variants.iter().map(|v| v.kv_tokens).sum::<u64>() * token_bytes,
-            flat_kv_bytes,
+            flat_kv_bytes: parts * logical_kv_bytes,
             partial_bytes: self.partial_bytes(),
             upload_bytes: self.bytes().len() as u64,
             merge_rows: self.header().merge_count,
