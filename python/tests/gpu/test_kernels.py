@@ -234,7 +234,7 @@ def test_graphs_serve_plans_that_are_uploaded_later(dims, kv_dtype, options, ter
     q, k, v = drawn(Batch([], [], 16, num_pages), shape, rows=rows)
     out, lse = torch.zeros((rows, 8, dims[1]), dtype=q.dtype, device=DEVICE), torch.zeros((rows, 8), device=DEVICE)
     terms = {name: sinks_of(8) if value is True else value for name, value in terms.items()}
-    bound = buffers.bind(k, v, q, out, lse, **terms)
+    bound = buffers.bind(k, v, q, out, lse, workspace=pa.Workspace.for_planner(planner), **terms)
     wide = k, v
     if kv_dtype is not None:
         wide, terms = (k.double() * terms["k_scale"], v.double()), dict(sinks=terms["sinks"])
