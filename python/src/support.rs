@@ -16,7 +16,7 @@ use pyo3::prelude::*;
 ///     softcap: the cap of scores, if the model has one.
 ///     sinks: whether it has attention sinks.
 ///     kv_dtype: the type of the KV cache, where it is not that of Q.
-///     query_tokens: query tokens of each sequence.
+///     query_tokens: query tokens of each sequence; by default 1.
 ///     query_tree: whether its query tokens may form a tree.
 ///     alibi: whether it has linear position biases.
 ///     value_head_dim: elements per head of V, where they are not those of K.
@@ -24,7 +24,7 @@ use pyo3::prelude::*;
 /// Returns:
 ///     None if it can, else the reason why not.
 #[pyfunction]
-#[pyo3(signature = (shape: "AttentionShape", page_size, *, window: "int | None" = None, softcap: "float | None" = None, sinks = false, kv_dtype: "torch.dtype | str | None" = None, query_tokens = Integer::Unsigned(1), alibi = false, value_head_dim: "int | None" = None, chunk: "int | None" = None, query_tree = false) -> "str | None")]
+#[pyo3(signature = (shape: "AttentionShape", page_size, *, window: "int | None" = None, softcap: "float | None" = None, sinks = false, kv_dtype: "torch.dtype | str | None" = None, query_tokens = None, alibi = false, value_head_dim: "int | None" = None, chunk: "int | None" = None, query_tree = false) -> "str | None")]
 #[expect(clippy::too_many_arguments, reason = "the Python signature")]
 pub(crate) fn supports(
     shape: &Bound<'_, PyShape>,
@@ -33,14 +33,15 @@ pub(crate) fn supports(
     softcap: Option<f64>,
     sinks: bool,
     kv_dtype: Option<&Bound<'_, PyAny>>,
-    query_tokens: Integer,
+    query_tokens: Option<Integer>,
     alibi: bool,
     value_head_dim: Option<Integer>,
     chunk: Option<Integer>,
     query_tree: bool,
 ) -> Result<Option<String>> {
     let shape = shape.get();
-    let (page_size, query_tokens) = (page_size.count("page_size", 1)?, query_tokens.count("query_tokens", 1)?);
+    let (page_size, query_tokens) =
+        (page_size.count("page_size", 1)?, query_tokens.map_or(Ok(1), |tokens| tokens.count("query_tokens", 1))?);
     if query_tokens == 0 {
         return Err(invalid("query_tokens", 0, "at least 1"));
     }
