@@ -8,6 +8,7 @@ pub mod interpreted;
 pub mod invariants;
 pub mod on_device;
 pub mod pat_schedule;
+pub mod query_rows;
 pub mod serving;
 pub mod strided;
 pub mod trees;
