@@ -27,7 +27,7 @@ const SEED: u32 = 5;
 const LIMITS: Limits = Limits { num_pages: 512, sequences: 24, tokens: 700 };
 /// Steps between two graphs.
 const GRAPH_STEPS: u64 = 300;
-/// Steps before memory is counted for the first time: by then kernels are compiled.
+/// Most steps with each model before memory is counted for the first time: by then kernels are compiled.
 const WARM_UP_STEPS: u64 = 400;
 /// Device memory that the driver keeps for itself may vary by so much, in bytes.
 const SLACK_BYTES: usize = 8 << 20;
@@ -368,9 +368,10 @@ fn run() -> Fallible<()> {
     let (steps, seconds, check_every) = (number(0, 100_000), number(1, 240), number(2, 500).max(1));
     let begin = Instant::now();
     let until = begin + Duration::from_secs(seconds);
-    soak(WARM_UP_STEPS, check_every, until, 1000)?;
+    let steps_each = steps.div_ceil((THREADS * models()?.len()) as u64);
+    soak(WARM_UP_STEPS.min(steps_each), check_every, until, 1000)?;
     let before = free_bytes()?;
-    let done = soak(steps.div_ceil((THREADS * models()?.len()) as u64), check_every, until, 1)?;
+    let done = soak(steps_each, check_every, until, 1)?;
     let after = free_bytes()?;
     let sum = |of: fn(&Done) -> u64| done.iter().map(of).sum::<u64>();
     println!("device: {}", CudaEngine::new(0)?.device().name());
