@@ -6,6 +6,7 @@ pub mod forests;
 pub mod fuzzing;
 pub mod interpreted;
 pub mod invariants;
+pub mod models;
 pub mod on_device;
 pub mod pat_schedule;
 pub mod query_rows;
