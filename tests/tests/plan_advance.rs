@@ -3,7 +3,9 @@
 
 use half::f16;
 use pat_abi::WorkItem;
-use pat_rs::plan::{Node, PlanCapacity, PlanChange, PlanMode, RowTile};
+use pat_rs::plan::forest::Node;
+use pat_rs::plan::tiling::RowTile;
+use pat_rs::plan::{PlanCapacity, PlanChange, PlanMode};
 use pat_rs::{AttentionShape, DeviceProfile, Dtype, Plan, Planner, Problem};
 use pat_tests::executor::{Executor, Interpreter};
 use pat_tests::invariants::check;
