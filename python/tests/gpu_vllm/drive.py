@@ -7,6 +7,7 @@ Tasks, run in order:
   tokens:PROMPTSxSHARED+OWN:OUT[:BATCH]   greedy tokens with their log-probs; BATCH prompts at a time (default: all)
   again:... (as tokens)                   the same once more
   broken:... (as tokens)                  negative control: every row misses its newest token
+  float32:... (as tokens)                 decode rows are served by float32 attention, without graphs
   layers:PROMPTSxSHARED+OWN:OUT[:broken]  each layer's attention beside float32 attention (--compare; `exactness.py` judges)
   forced:PROMPTSxSHARED+OWN:OUT:SERVER    log-probs of decode steps whose tokens are given; SERVER serves decode rows: ours, stock and
                                           float32 (both without graphs), broken (ours without a row's newest token), or engine
@@ -41,6 +42,10 @@ SHAPES = {
         hidden_size=2880, num_hidden_layers=24, num_attention_heads=64, num_key_value_heads=8,
         intermediate_size=11520, vocab_size=201088,
     ),
+    "gemma": dict(
+        hidden_size=3584, num_hidden_layers=20, num_attention_heads=16, num_key_value_heads=8,
+        intermediate_size=14336, vocab_size=151936,
+    ),
     "8b": dict(
         hidden_size=4096, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
         intermediate_size=12288, vocab_size=151936,
@@ -54,13 +59,14 @@ def arguments(given=None):
     parser.add_argument("tasks", nargs="+")
     parser.add_argument("--backend", default="CUSTOM")
     parser.add_argument("--shape", default="small", choices=list(SHAPES))
-    parser.add_argument("--model", default="qwen3", choices=["qwen3", "llama", "gpt-oss"])
+    parser.add_argument("--model", default="qwen3", choices=["qwen3", "llama", "gpt-oss", "gemma"])
     parser.add_argument("--kv-heads", type=int)
     parser.add_argument("--mode", default="eager", choices=["eager", "graph", "piecewise"])
     parser.add_argument("--sizes", default="8,64", help="captured batch sizes")
     parser.add_argument("--seqs", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=8192, help="max_num_batched_tokens")
     parser.add_argument("--kv-gib", type=float, default=0)
+    parser.add_argument("--kv-dtype", default="auto", help="type of the KV cache; with fp8, factors of Q, K and V are not 1")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--dcp", type=int, default=1)
     parser.add_argument("--max-len", type=int, default=4096)
@@ -82,6 +88,9 @@ def config(a):
     if a.model == "gpt-oss":
         # Its attention: heads of 64 elements, eight queries for a KV head, a sink per head, windows in every other layer.
         c.update(head_dim=64, num_key_value_heads=c["num_attention_heads"] // 8)
+    if a.model == "gemma":
+        # As Gemma 2: heads of 256 elements, soft cap, windows in every other layer.
+        c.update(head_dim=256, num_key_value_heads=c["num_attention_heads"] // 2)
     if a.model != "llama":
         c.update(architectures=["Qwen3ForCausalLM"], model_type="qwen3", sliding_window=None, use_sliding_window=False)
     else:
@@ -106,6 +115,8 @@ def engine_arguments(a, c):
         more["compilation_config"] = dict(cudagraph_mode="PIECEWISE", cudagraph_capture_sizes=sizes)
     if a.kv_gib:
         more["kv_cache_memory_bytes"] = int(a.kv_gib * 2**30)
+    if a.kv_dtype != "auto":
+        more["kv_cache_dtype"] = a.kv_dtype
     if a.tp > 1:
         more["tensor_parallel_size"] = a.tp
     if a.dcp > 1:
@@ -116,7 +127,7 @@ def engine_arguments(a, c):
         model=folder, skip_tokenizer_init=True, load_format="dummy", dtype="bfloat16", seed=0, enable_prefix_caching=True,
         max_model_len=a.max_len, max_num_seqs=a.seqs, max_num_batched_tokens=a.tokens,
         # With a KV cache of a given size this is only what must be free at the start.
-        gpu_memory_utilization=0.85 if not a.kv_gib else 0.02 if a.shape == "small" else 0.26 / a.tp,
+        gpu_memory_utilization=0.85 if not a.kv_gib else 0.26 / a.tp if a.shape == "8b" else 0.02,
         attention_config={"backend": a.backend}, disable_log_stats=True, **more,
     )  # fmt: skip
 
@@ -349,6 +360,16 @@ def broken(engine, vocab, text):
         return tokens(engine, vocab, text)
 
 
+def exact_tokens(engine, vocab, text):
+    import probe
+
+    probe.STATE.is_eager, probe.STATE.server = True, "float32"
+    try:
+        return tokens(engine, vocab, text)
+    finally:
+        probe.STATE.is_eager, probe.STATE.server = False, "ours"
+
+
 def layers(engine, vocab, text):
     import probe
 
@@ -438,7 +459,7 @@ def kill_worker(engine, vocab, text):
 
 TASKS = dict(
     tokens=tokens, again=tokens, broken=broken, churn=churn, time=time_steps, profile=profile, oom=out_of_memory,
-    restart=restart, kill=kill_worker, layers=layers, forced=forced,
+    restart=restart, kill=kill_worker, layers=layers, forced=forced, float32=exact_tokens,
 )  # fmt: skip
 
 
@@ -454,8 +475,10 @@ def counters(worker=None):
 def main():
     a = arguments()
     c = config(a)
-    if a.model == "gpt-oss":
-        os.environ["PAT_GPT_OSS"] = "1"  # for `weights.py`
+    # For `weights.py`.
+    os.environ["PAT_ATTENTION"] = a.model
+    if a.kv_dtype != "auto":
+        os.environ["PAT_FACTORS"] = "1"
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")
     if a.tp == 1:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
