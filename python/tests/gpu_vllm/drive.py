@@ -293,7 +293,11 @@ def time_steps(engine, vocab, text):
     times = times[4:]
     median = statistics.median(times)
     spread = sorted(times)[len(times) // 10], sorted(times)[len(times) * 9 // 10]
-    return dict(sequences=count, steps=len(times), step_ms=1e3 * median, p10_ms=1e3 * spread[0], p90_ms=1e3 * spread[1])
+    result = dict(sequences=count, steps=len(times), step_ms=1e3 * median, p10_ms=1e3 * spread[0], p90_ms=1e3 * spread[1])
+    if "probe" in sys.modules:
+        # Those of the steps that were timed, about.
+        result["build_us"] = 1e6 * statistics.median(sys.modules["probe"].STATE.built[-len(times) :])
+    return result
 
 
 def profile(engine, vocab, text):

@@ -4,6 +4,9 @@
 the layers, so that every replay adds to it.
 """
 
+import functools
+import time
+
 import torch
 
 #: Candidates whose log-probs are kept: enough that their mean over a step has little noise of its own.
@@ -27,6 +30,8 @@ class State:
         self.vocab = self.drafts = 0
         self.errors: dict[str, torch.Tensor] = {}
         self.kept: list[tuple] = []
+        #: Seconds that the metadata builders of all groups took on the host, by step.
+        self.built: list[float] = []
 
 
 STATE = State()
@@ -35,12 +40,14 @@ STATE = State()
 def install(is_comparing: bool, vocab: int, drafts: int) -> None:
     """Once, before the engine is made."""
     from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
+    from vllm.v1.worker.gpu.model_states.default import DefaultModelState
     from vllm.v1.worker.gpu.sample.sampler import Sampler
 
     from prefix_attn.vllm.impl import Impl
 
     STATE.is_comparing, STATE.vocab, STATE.drafts = is_comparing, vocab, drafts
     own_forward, own_sample, own_dispatch = Impl.forward, Sampler.sample, CudaGraphManager.dispatch
+    own_prepare = DefaultModelState.prepare_attn
 
     def forward(self, layer, query, key, value, kv_cache, metadata, output, **scales):
         inputs = layer, query, key, value, kv_cache, metadata
@@ -82,7 +89,14 @@ def install(is_comparing: bool, vocab: int, drafts: int) -> None:
         # In FULL_DECODE_ONLY no graph is captured for batches that are not uniform.
         return own_dispatch(self, num_reqs, num_tokens, None if STATE.is_eager else uniform_token_count, *args, **kwargs)
 
+    def prepare_attn(self, *args, **kwargs):
+        start = time.perf_counter()
+        prepared = own_prepare(self, *args, **kwargs)
+        STATE.built.append(time.perf_counter() - start)
+        return prepared
+
     Impl.forward, Sampler.sample, CudaGraphManager.dispatch = forward, sample, dispatch
+    DefaultModelState.prepare_attn = functools.wraps(own_prepare)(prepare_attn)
 
 
 def candidates(device) -> torch.Tensor:
