@@ -15,6 +15,7 @@ Tasks, run in order:
                                           SCHEDULE seeds when they arrive and are aborted
   time:PROMPTSxSHARED+OWN:OUT             median time of the steps in which every prompt yields a token
   profile:PROMPTSxSHARED+OWN              kernels and idle time of a few such steps
+  host:PROMPTSxSHARED+OWN                 what Python's time goes to in 30 such steps
   oom:PROMPTSxSHARED+OWN                  the device has no memory for our workspace: the engine's step must raise CudaError
   restart:[PROMPTSxSHARED+OWN]            this engine goes, in the middle of such requests; another one does the tasks behind
   kill:PROMPTSxSHARED+OWN                 a worker process is killed (--tp 2 or more): the engine must say so, within a minute
@@ -74,6 +75,9 @@ def arguments(given=None):
     parser.add_argument("--drafts", type=int, default=0, help="drafts of a sequence in each step (`drafts.py`)")
     parser.add_argument("--known", help="record of the engine whose tokens are drafted, in tasks that are among its own")
     parser.add_argument("--wait", help="tasks begin when this file exists: until then other engines have the device")
+    parser.add_argument("--turns", nargs=3, metavar=("OWN", "OTHER", "PLACE"), help="two engines do one task each in turn, that at "
+                        "place 0 first: what each is called, as files")
+    parser.add_argument("--apart", action="store_true", help="the engine in a process of its own, as in a server")
     return parser.parse_args(given)
 
 
@@ -347,6 +351,34 @@ def profile(engine, vocab, text):
     return found
 
 
+def host_profile(engine, vocab, text):
+    """By function: calls, own and cumulative seconds of this thread."""
+    import cProfile
+    import pstats
+
+    profiler = cProfile.Profile()
+
+    def at_full(index, requests):
+        if index == 6:
+            profiler.enable()
+        elif index == 36:
+            profiler.disable()
+            return True
+        return False
+
+    full_steps(engine, vocab, text + ":48", "host", at_full)
+    stats = pstats.Stats(profiler)
+    functions = [
+        ["%s:%d %s" % ("/".join(where[0].split("/")[-2:]), *where[1:]), calls, own, cumulative]
+        for where, (_, calls, own, cumulative, _) in stats.stats.items()
+    ]
+    for order in (3, 2):
+        print("host, 30 steps of %s by %s seconds:" % (text, ("own", "cumulative")[order - 2]))
+        for name, calls, own, cumulative in sorted(functions, key=lambda f: -f[order])[:45]:
+            print("  %7d calls %8.4f own %8.4f cumulative  %s" % (calls, own, cumulative, name))
+    return dict(functions=sorted(functions, key=lambda f: -f[3])[:200])
+
+
 @contextlib.contextmanager
 def without_newest_token():
     from prefix_attn.vllm.builder import Builder
@@ -464,6 +496,7 @@ def kill_worker(engine, vocab, text):
 TASKS = dict(
     tokens=tokens, again=tokens, broken=broken, churn=churn, time=time_steps, profile=profile, oom=out_of_memory,
     restart=restart, kill=kill_worker, layers=layers, forced=forced, float32=exact_tokens,
+    host=host_profile,
 )  # fmt: skip
 
 
@@ -484,13 +517,14 @@ def main():
     if a.kv_dtype != "auto":
         os.environ["PAT_FACTORS"] = "1"
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")
-    if a.tp == 1:
+    is_here = a.tp == 1 and not a.apart
+    if is_here:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     else:
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         # For `counters`.
         os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
-    if a.tp == 1:
+    if is_here:
         import probe
 
         probe.install(a.compare, c["vocab_size"], a.drafts)
@@ -504,7 +538,11 @@ def main():
     while a.wait and not os.path.exists(a.wait):
         time.sleep(0.05)
     record = dict(args=vars(a), tasks={})
-    for task in a.tasks:
+    for index, task in enumerate(a.tasks):
+        if a.turns:
+            behind = index - 1 + int(a.turns[2])
+            while behind >= 0 and not os.path.exists("%s.%d" % (a.turns[1], behind)):
+                time.sleep(0.02)
         kind, _, text = task.partition(":")
         if kind == "kill":
             count(record, a, engine)
@@ -522,6 +560,8 @@ def main():
         shown = {key: round(value, 3) for key, value in result.items() if isinstance(value, (int, float))}
         print("%s: %s%s %.1f s" % (task, shown, result.get("error", ""), time.time() - start), flush=True)
         save(a.out, record)
+        if a.turns:
+            save("%s.%d" % (a.turns[0], index), {})
     count(record, a, engine)
     save(a.out, record)
     print("DONE", flush=True)
@@ -543,7 +583,8 @@ def count(record, a, engine):
     """Ours must have run, in each worker process."""
     if a.backend != "CUSTOM" or "metrics" in record:
         return
-    record["metrics"] = [counters()] if a.tp == 1 else engine.collective_rpc(counters)
+    is_here = a.tp == 1 and not a.apart
+    record["metrics"] = [counters()] if is_here else engine.collective_rpc(counters)
     print("metrics", record["metrics"], flush=True)
     assert len(record["metrics"]) == a.tp and all(m["decode_steps"] and m["kernel_calls"] for m in record["metrics"])
 

@@ -8,7 +8,8 @@
 #   tokens  2 minutes, one GPU: tokens of a small model in PIECEWISE graphs; restart, no memory
 #   drafts  2.5 minutes, one GPU: speculative decoding with 3 drafts: tokens, step times of the 8B shape
 #   more    2 minutes, one GPU: 200 requests with preemption and aborts: Qwen3, Llama, gpt-oss's attention (MODELS)
-#   gpt_oss 2.5 minutes, one GPU: windows and sinks: tokens, 200 requests, step times of gpt-oss-20b's attention
+#   gpt_oss 2 minutes, one GPU: windows and sinks: layers beside float32, tokens, 200 requests, step times of gpt-oss-20b's
+#           attention, two engines in turn
 #   fp8     2.5 minutes, one GPU: FP8 KV: layers beside float32, log-probs, tokens, step times of the 8B shape
 #   shapes  2.5 minutes, one GPU: 2, 3 and 5 query tokens a row; head dim 256 with soft cap and windows: layers, tokens, step times
 #   ranks   2 minutes, two GPUs: data parallel 2, decode context parallel 2 in graphs
@@ -211,23 +212,37 @@ more() {
 gpt_oss() {
     local t=64x1000+77:32 engines=""
     local small="--shape small --model gpt-oss --kv-gib 0.5 --seqs 64 --tokens 4096 --max-len 2048"
-    local big="--shape oss --model gpt-oss --mode graph --kv-gib 8 --seqs 256 --sizes 8,64,256"
-    local times="time:64x2496+528:40 time:256x2496+528:40 profile:64x2496+528 profile:256x2496+528"
-    rm -f "$out"/go-*
+    local big="--shape oss --model gpt-oss --mode graph --kv-gib 5 --seqs 256 --sizes 8,64,256"
+    local times="time:64x2496+528:40 time:256x2496+528:40" apart_times=time:64x2496+528:40 apart_kv=2.5
+    # Four engines of this shape.
+    if [ "$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | head -1)" -gt 100000 ]; then
+        apart_times=$times apart_kv=5
+    fi
+    local again="time:64x2496+528:41 time:256x2496+528:41"
+    rm -f "$out"/go-* "$out"/turn-*
     drive gpt-oss-fa $small --backend FLASH_ATTN tokens:$t tokens:$t:16 & engines="$engines $!"
     drive gpt-oss-triton $small --backend TRITON_ATTN tokens:$t & engines="$engines $!"
-    drive gpt-oss-graph $small --mode graph --sizes 8,16,64 tokens:$t broken:$t & engines="$engines $!"
+    drive gpt-oss-graph $small --mode graph --sizes 64 --compare layers:$t layers:$t:broken {tokens,broken}:$t & engines="$engines $!"
     start_churn gpt-oss
-    drive oss-fa $big --wait "$out"/go-fa --backend FLASH_ATTN $times & local stock=$!
-    drive oss-ours $big --wait "$out"/go-ours $times & local ours=$!
-    one_by_one "$engines" $stock $ours
-    failed_in_background "$out"/gpt-oss-{fa,triton,graph}.json "$out"/oss-{fa,ours}.json
+    drive oss-fa $big --wait "$out"/go-fa --turns "$out"/turn-{fa,ours} 0 --backend FLASH_ATTN $times $again host:64x2496+528 & local stock=$!
+    drive oss-ours $big --wait "$out"/go-fa --turns "$out"/turn-{ours,fa} 1 $times $again host:64x2496+528 & local ours=$!
+    # In a process of its own, as in a server.
+    big="$big --kv-gib $apart_kv --wait $out/go-ours --apart"
+    drive oss-apart-fa $big --turns "$out"/turn-{afa,aours} 0 --backend FLASH_ATTN $apart_times & local apart=$!
+    drive oss-apart-ours $big --turns "$out"/turn-{aours,afa} 1 $apart_times & apart="$apart $!"
+    one_by_one "$engines" "$stock $ours" "$apart"
+    failed_in_background "$out"/gpt-oss-{fa,triton,graph}.json "$out"/oss-{fa,ours}.json "$out"/oss-apart-{fa,ours}.json
+    exactness "gpt-oss's attention with windows, FULL graphs, each layer: as near to float32 attention as stock?" \
+        layers "$out"/gpt-oss-graph.json layers:$t
+    exactness "gpt-oss's attention, each layer, one token left out of every row: must be found" \
+        layers "$out"/gpt-oss-graph.json layers:$t:broken --expect-different
     local noise="--noise $out/gpt-oss-triton.json tokens:$t --noise $out/gpt-oss-fa.json tokens:$t:16"
     judge "gpt-oss's attention, FULL graphs: as stock?" "$out"/gpt-oss-fa.json "$out"/gpt-oss-graph.json tokens:$t $noise
     judge "gpt-oss's attention, one token left out of every row: must be found" \
         "$out"/gpt-oss-fa.json "$out"/gpt-oss-graph.json tokens:$t $noise --task-of-ours broken:$t --expect-different
     judge_churn gpt-oss
     python3 table.py "$out"/oss-fa.json "$out"/oss-ours.json || failed=1
+    python3 table.py "$out"/oss-apart-fa.json "$out"/oss-apart-ours.json || failed=1
 }
 
 fp8() {
@@ -235,7 +250,6 @@ fp8() {
     local mid="--shape 1.7b --kv-dtype fp8 --mode graph --kv-gib 2 --seqs 64 --tokens 4096 --max-len 2048 --sizes 64"
     local big="--shape 8b --kv-dtype fp8 --mode graph --kv-gib 12 --seqs 256 --sizes 8,64,128,256"
     local times="time:64x2496+528:40 time:128x2496+528:40 time:256x2496+528:36 time:64x0+2000:40 profile:64x2496+528"
-    export PREFIX_ATTN_FP8=1
     rm -f "$out"/go-*
     drive fp8-ours $mid --compare layers:$t layers:$t:broken forced:$t:{ours,stock,float32,broken} {tokens,float32,broken}:$t & engines=$!
     drive fp8-fa $mid --backend FLASH_ATTN forced:$t:engine tokens:$t tokens:$t:32 & engines="$engines $!"
