@@ -1,4 +1,4 @@
-//! Barriers: those of warps by number (`bar.sync`), and those in shared memory that count arrivals and bytes (`mbarrier`).
+//! Barriers: those of warps by number (`bar.sync`, `barrier.sync`), and those in shared memory that count arrivals and bytes (`mbarrier`).
 
 use crate::error::Fault;
 use crate::order::Clock;
@@ -9,6 +9,8 @@ use std::collections::BTreeMap;
 struct Gathering {
     /// Threads that it waits for.
     threads: u32,
+    /// The instruction, where it is an aligned one.
+    place: Option<usize>,
     warps: Vec<usize>,
 }
 
@@ -22,8 +24,14 @@ pub(crate) struct NumberedBarriers {
 const NUMBERS: u64 = 16;
 
 impl NumberedBarriers {
-    /// A warp arrives. The warps that may go on, if it is the last one.
-    pub(crate) fn arrive(&mut self, id: u64, threads: u32, warp: usize) -> Result<Option<Vec<usize>>, Fault> {
+    /// A warp arrives, `place` being the instruction where that is an aligned one. The warps that may go on, if it is the last one.
+    pub(crate) fn arrive(
+        &mut self,
+        id: u64,
+        threads: u32,
+        place: Option<usize>,
+        warp: usize,
+    ) -> Result<Option<Vec<usize>>, Fault> {
         let refuse = |what: String| Err(Fault::Barrier { id, what });
         if id >= NUMBERS {
             return refuse(format!("a CTA has barriers 0 to {}", NUMBERS - 1));
@@ -31,9 +39,12 @@ impl NumberedBarriers {
         if threads == 0 || !threads.is_multiple_of(32) {
             return refuse(format!("{threads} threads are not whole warps"));
         }
-        let gathering = self.gathering.entry(id).or_insert_with(|| Gathering { threads, warps: Vec::new() });
+        let gathering = self.gathering.entry(id).or_insert_with(|| Gathering { threads, place, warps: Vec::new() });
         if gathering.threads != threads {
             return refuse(format!("waits for {threads} threads here, for {} elsewhere", gathering.threads));
+        }
+        if gathering.place != place {
+            return refuse("an aligned instruction, and other warps come to another one".into());
         }
         gathering.warps.push(warp);
         if (gathering.warps.len() as u32) * 32 < threads {
@@ -136,12 +147,16 @@ mod tests {
     #[test]
     fn numbered_barriers_let_go_when_all_are_there() {
         let mut barriers = NumberedBarriers::default();
-        assert_eq!(barriers.arrive(1, 64, 3), Ok(None));
-        assert!(barriers.arrive(1, 96, 4).unwrap_err().to_string().contains("for 64 elsewhere"));
-        assert_eq!(barriers.arrive(0, 64, 3), Ok(None));
-        assert_eq!(barriers.arrive(1, 64, 5), Ok(Some(vec![3, 5])));
-        assert_eq!(barriers.arrive(1, 32, 5), Ok(Some(vec![5])));
-        assert!(barriers.arrive(16, 32, 5).is_err() && barriers.arrive(2, 40, 5).is_err());
+        assert_eq!(barriers.arrive(1, 64, None, 3), Ok(None));
+        assert!(barriers.arrive(1, 96, None, 4).unwrap_err().to_string().contains("for 64 elsewhere"));
+        assert_eq!(barriers.arrive(0, 64, None, 3), Ok(None));
+        assert_eq!(barriers.arrive(1, 64, None, 5), Ok(Some(vec![3, 5])));
+        assert_eq!(barriers.arrive(1, 32, None, 5), Ok(Some(vec![5])));
+        assert_eq!(barriers.arrive(2, 64, Some(70), 0), Ok(None));
+        assert!(barriers.arrive(2, 64, Some(80), 1).unwrap_err().to_string().contains("come to another one"));
+        assert!(barriers.arrive(2, 64, None, 1).is_err());
+        assert_eq!(barriers.arrive(2, 64, Some(70), 1), Ok(Some(vec![0, 1])));
+        assert!(barriers.arrive(16, 32, None, 5).is_err() && barriers.arrive(2, 40, None, 5).is_err());
     }
 
     #[test]

@@ -186,10 +186,11 @@ impl Operands<'_, '_> {
                 Op::Vote { kind, to: self.register(0)?, from: self.source(1)?, members: self.source(2)? }
             }
             "bar.warp.sync" => Op::WarpBarrier { members: self.source(0)? },
-            "bar.sync" | "barrier.sync.aligned" | "barrier.cta.sync.aligned" => {
+            "bar.sync" | "barrier.sync.aligned" | "barrier.cta.sync.aligned" | "barrier.sync" | "barrier.cta.sync" => {
                 let threads =
                     if self.texts.len() == 2 { Some(self.source(1)?) } else { self.expect(1).map(|()| None)? };
-                Op::CtaBarrier { id: self.source(0)?, threads }
+                let aligned = self.opcode == "bar.sync" || self.opcode.ends_with(".aligned");
+                Op::CtaBarrier { id: self.source(0)?, threads, aligned }
             }
             "ldmatrix.sync.aligned.m8n8.x4.shared.b16" | "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16" => {
                 self.expect(2)?;

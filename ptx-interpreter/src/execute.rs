@@ -198,7 +198,9 @@ impl Warp {
                 // Unlike the other `.sync` instructions it orders memory accesses.
                 common.shared.order.release(self.index);
             }
-            &Op::CtaBarrier { id, threads } => return self.cta_barrier(lanes, id, threads, common),
+            &Op::CtaBarrier { id, threads, aligned } => {
+                return self.cta_barrier(lanes, id, threads, aligned.then_some(pc), common);
+            }
             &Op::CopyAsync { to, from, bytes, source_bytes } => {
                 self.copy_async(lanes, to, from, bytes, source_bytes, common)?;
             }
@@ -339,8 +341,16 @@ impl Warp {
         Ok(result)
     }
 
-    fn cta_barrier(&mut self, lanes: u32, id: Slot, threads: Option<Slot>, common: &mut Common<'_>) -> Result<Flow> {
-        // `bar.sync` is aligned: all threads of the warp execute it.
+    /// `place`: of the instruction, where all warps have to come to it.
+    fn cta_barrier(
+        &mut self,
+        lanes: u32,
+        id: Slot,
+        threads: Option<Slot>,
+        place: Option<usize>,
+        common: &mut Common<'_>,
+    ) -> Result<Flow> {
+        // Either form waits for all threads of the warp.
         if !self.gathered(!self.exited, lanes)? {
             return Ok(Flow::Wait(Wait::Lanes));
         }
@@ -349,7 +359,7 @@ impl Warp {
             Some(slot) => self.uniform(slot, lanes, "the barrier's threads")? as u32,
             None => common.launch.threads,
         };
-        if let Some(warps) = common.numbered.arrive(id, threads, self.index)? {
+        if let Some(warps) = common.numbered.arrive(id, threads, place, self.index)? {
             let mut clock = common.shared.order.release(self.index);
             warps.iter().for_each(|&warp| clock.join(&common.shared.order.release(warp)));
             warps.iter().for_each(|&warp| common.shared.order.acquire(warp, &clock));

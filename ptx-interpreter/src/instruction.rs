@@ -119,10 +119,11 @@ pub(crate) enum Op {
     WarpBarrier {
         members: Slot,
     },
-    /// `threads`: all of the CTA where `None`.
+    /// `threads`: all of the CTA where `None`. `aligned`: all warps come to this very instruction.
     CtaBarrier {
         id: Slot,
         threads: Option<Slot>,
+        aligned: bool,
     },
     CopyAsync {
         to: Address,

@@ -155,6 +155,11 @@ fn barriers_that_do_not_gather_all_are_deadlocks() {
     assert!(error.contains("warp 1, lanes 0xffffffff") && error.contains("(bar.sync 1): for barrier 1"), "{error}");
     // Named barriers of some warps are fine.
     run("setp.lt.u32 %p1, %r1, 32;\n@%p1 bra $end;\nbar.sync 1, 32;\n$end: ", 64).unwrap();
+    // Warps may come to one from two places, but not where it is aligned.
+    let from_two = "setp.lt.u32 %p1, %r1, 32;\n@%p1 bra $one;\nbarrier.sync 1, 64;\nbra.uni $end;\n$one: barrier.sync 1, 64;\n$end: ";
+    run(from_two, 64).unwrap();
+    let error = message(&from_two.replace("barrier.sync", "bar.sync"), 64);
+    assert!(error.contains("an aligned instruction, and other warps come to another one"), "{error}");
     // Half a warp at an aligned barrier while the other half waits at another.
     let error =
         message("setp.lt.u32 %p1, %r1, 16;\n@%p1 bra $one;\nbar.sync 1;\nbra.uni $end;\n$one: bar.sync 2;\n$end: ", 32);

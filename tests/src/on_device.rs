@@ -1,8 +1,10 @@
 //! A case in device memory.
 
 use crate::{Case, Output};
-use pat_rs::cuda::{CudaEngine, DeviceBuffer, RunArgs};
-use pat_rs::{Element, Plan, PlanOptions, Planner, RowStrides};
+use pat_abi::generator::Tensor;
+use pat_rs::cuda::bench_support::{FillSpec, fill};
+use pat_rs::cuda::{CudaEngine, DeviceBuffer, RunArgs, Stream};
+use pat_rs::{Dtype, Element, KvStrides, Plan, PlanOptions, Planner, RowStrides};
 use pat_workloads::Tensors;
 
 /// A case with its tensors in device memory, outputs contiguous.
@@ -88,6 +90,19 @@ pub fn read_output<T: Element>(out: &DeviceBuffer, lse: &DeviceBuffer) -> pat_rs
     out.read(0, &mut output.out)?;
     lse.read(0, &mut output.lse)?;
     Ok(output)
+}
+
+/// Puts something into a buffer that no plan computes: by a kernel, since a captured graph goes on borrowing what it writes.
+/// Buffers have a multiple of 128 bytes; what is behind that stays.
+///
+/// # Errors
+/// The driver's.
+pub fn poison(engine: &CudaEngine, buffer: &DeviceBuffer, seed: u32, stream: &Stream) -> pat_rs::Result<()> {
+    let head_dim = 64;
+    let pages = buffer.bytes() as u32 / 2 / head_dim;
+    let strides = KvStrides::nhd(1, 1, head_dim);
+    let spec = FillSpec { tensor: Tensor::Q, seed, dtype: Dtype::F16, pages, tokens: 1, heads: 1, head_dim, strides };
+    fill(engine.device(), buffer.span(), spec, stream)
 }
 
 /// Plans a case for a device.

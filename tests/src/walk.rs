@@ -28,8 +28,10 @@ impl Limits {
 pub struct Events {
     /// Sequences that joined.
     pub joined: u64,
-    /// Sequences that left, evicted ones among them.
+    /// Sequences that left.
     pub left: u64,
+    /// Sequences that lost their tokens and kept their row.
+    pub evicted: u64,
     /// Pages that became other pages: copies, or those of another sequence.
     pub pages_replaced: u64,
 }
@@ -161,7 +163,10 @@ impl Walk {
                 self.batch.block_tables.swap(row, other);
             }
             // Evicted: its row stays for the time being.
-            (8, Some(row)) => self.batch.lengths[row] = 0,
+            (8, Some(row)) => {
+                self.batch.lengths[row] = 0;
+                self.events.evicted += 1;
+            }
             _ => {}
         }
     }

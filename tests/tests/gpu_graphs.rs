@@ -2,13 +2,10 @@
 //! replayed, every answer held against the oracle.
 
 use half::{bf16, f16};
-use pat_abi::generator::Tensor;
-use pat_rs::cuda::bench_support::{FillSpec, fill};
 use pat_rs::cuda::{CudaEngine, DeviceBuffer, Graph, PlanBuffers, RunArgs, Stream, Uploaded, Workspace};
 use pat_rs::plan::{PlanCapacity, PlanChange, PlanMode};
-use pat_rs::{
-    AttentionShape, Dtype, Element, Engine, Error, KvStrides, PlanOptions, Planner, Problem, RowStrides, TileVariant,
-};
+use pat_rs::{AttentionShape, Dtype, Element, Engine, Error, PlanOptions, Planner, Problem, RowStrides, TileVariant};
+use pat_tests::on_device::poison;
 use pat_tests::{device_test, softmax_scale};
 use pat_workloads::{Oracle, OwnedBatch, PoolLayout, RaggedGroups, RowSample, Tensors, check};
 use std::process::ExitCode;
@@ -115,19 +112,7 @@ impl<T: Element> Memory<T> {
     /// Puts something into the outputs that no plan computes: by a kernel, since the graph goes on borrowing them.
     fn poison(&self, engine: &CudaEngine, stream: &Stream) {
         for buffer in [&self.out, &self.lse] {
-            let head_dim = 64;
-            let pages = buffer.bytes() as u32 / 2 / head_dim;
-            let spec = FillSpec {
-                tensor: Tensor::Q,
-                seed: SEED + 1,
-                dtype: Dtype::F16,
-                pages,
-                tokens: 1,
-                heads: 1,
-                head_dim,
-                strides: KvStrides::nhd(1, 1, head_dim),
-            };
-            fill(engine.device(), buffer.span(), spec, stream).unwrap();
+            poison(engine, buffer, SEED + 1, stream).unwrap();
         }
     }
 

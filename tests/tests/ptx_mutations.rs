@@ -94,11 +94,12 @@ fn lines_with<'a>(ptx: &'a str, instruction: &str) -> Vec<(usize, &'a str)> {
 }
 
 /// What orders a kernel's threads and copies.
-const WAITS: [&str; 11] = [
+const WAITS: [&str; 12] = [
     "cp.async.wait_group",
     "cp.async.commit_group",
     "cp.async.mbarrier.arrive",
     "bar.sync",
+    "barrier.sync",
     "fence.mbarrier_init",
     "fence.proxy",
     "bar.warp.sync",
@@ -148,6 +149,18 @@ fn a_wait_or_barrier_that_is_missing_is_noticed() {
             _ => &[],
         };
         assert_eq!(counts, expected, "{variant:?}, lines {unnoticed:?}");
+    }
+}
+
+/// The warps that copy come to their barrier from several places of the code, which an aligned instruction may not be for.
+#[test]
+fn a_barrier_that_is_aligned_where_warps_come_from_several_places_is_noticed() {
+    for variant in [TileVariant::Wgmma64, TileVariant::Wgmma128] {
+        let subject = Subject::new(variant);
+        let Outcome::Error(error) = subject.outcome(&subject.ptx().replace("barrier.sync 2", "bar.sync 2")) else {
+            panic!("{variant:?}: nobody says so");
+        };
+        assert!(error.to_string().contains("other warps come to another one"), "{error}");
     }
 }
 

@@ -3,6 +3,7 @@
 use half::{bf16, f16};
 use pat_rs::{AttentionShape, DeviceProfile, Dtype, Element, PlanOptions, Planner, QueryTokens};
 use pat_tests::invariants::{check, modes, random_forest};
+use pat_tests::query_rows::written_out;
 use pat_tests::{Case, Output, judge, random_case, softmax_scale};
 use pat_workloads::{OwnedBatch, Tensors};
 use rand::{Rng, SeedableRng};
@@ -12,18 +13,6 @@ use rand_chacha::ChaCha8Rng;
 fn draw_counts(rng: &mut impl Rng, batch: &OwnedBatch) -> Vec<u32> {
     let most = |length: u32| if length == 0 { 16 } else { length.min(16) };
     batch.lengths.iter().map(|&length| rng.random_range(0..=most(length))).collect()
-}
-
-/// The same rows, written out.
-fn written_out(batch: &OwnedBatch, counts: &[u32]) -> OwnedBatch {
-    let mut rows = OwnedBatch { lengths: Vec::new(), block_tables: Vec::new(), ..*batch };
-    for ((&length, table), &count) in batch.lengths.iter().zip(&batch.block_tables).zip(counts) {
-        for token in 0..count {
-            rows.lengths.push(if length == 0 { 0 } else { length - count + 1 + token });
-            rows.block_tables.push(table.clone());
-        }
-    }
-    rows
 }
 
 fn verify<T: Element>(rng: &mut impl Rng, index: u64) {

@@ -1,17 +1,20 @@
-//! `cargo xtask gpu-bundle`: one folder that tests and measures on a GPU machine without cargo.
+//! `cargo xtask gpu-bundle`: one folder, and its archive, that tests and measures on a GPU machine without cargo.
 
 use crate::workspace;
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+/// Of the archive: what a machine without a network can be expected to be sent.
 const MAX_BYTES: u64 = 40 << 20;
+/// The PTX is in each executable: a dictionary that spans several of them stores it once (5 MiB, not 60).
+const COMPRESSOR: &str = "xz --threads=1 --lzma2=preset=3,dict=192MiB";
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Where to put it.
+    /// Where to put the folder; its archive lies beside it, with `.tar.xz` behind the name.
     #[arg(long, default_value = "dist/gpu-bundle")]
     output: PathBuf,
 }
@@ -42,12 +45,29 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     fs::write(folder.join("run.sh"), include_str!("gpu_bundle_run.sh"))?;
     workspace::run(Command::new("chmod").arg("+x").arg(folder.join("run.sh")))?;
-    let bytes = size(&folder)?;
-    println!("{}: {:.1} MiB", folder.display(), bytes as f64 / f64::from(1 << 20));
+    let archive = archive(&folder)?;
+    let bytes = fs::metadata(&archive)?.len();
+    println!("{}\n{}: {:.1} MiB", folder.display(), archive.display(), bytes as f64 / f64::from(1 << 20));
     if bytes > MAX_BYTES {
-        bail!("the bundle is larger than {} MiB", MAX_BYTES >> 20);
+        bail!("the archive is larger than {} MiB", MAX_BYTES >> 20);
     }
     Ok(())
+}
+
+/// Packs the folder; the archive gets its name when it is whole.
+fn archive(folder: &Path) -> Result<PathBuf> {
+    let name = folder.file_name().context("--output ends in no folder's name")?;
+    let parent = folder.parent().context("--output has no parent folder")?;
+    let [partial, archive] = [".tar.xz.partial", ".tar.xz"].map(|suffix| {
+        let mut file = name.to_owned();
+        file.push(suffix);
+        parent.join(file)
+    });
+    let mut tar = Command::new("tar");
+    tar.arg("--create").arg("--file").arg(&partial).args(["--use-compress-program", COMPRESSOR, "--directory"]);
+    workspace::run(tar.arg(parent).arg(name))?;
+    fs::rename(&partial, &archive)?;
+    Ok(archive)
 }
 
 /// What is bundled: result files name it, on a machine where git cannot be asked. Empty where git does not say.
@@ -81,16 +101,7 @@ fn executables(arguments: &[&str], commit: &str) -> Result<Vec<(String, PathBuf)
         .collect())
 }
 
-fn install(from: &std::path::Path, to: &std::path::Path) -> Result<()> {
+fn install(from: &Path, to: &Path) -> Result<()> {
     fs::copy(from, to).with_context(|| format!("copying {} to {}", from.display(), to.display()))?;
     Ok(())
-}
-
-fn size(folder: &std::path::Path) -> Result<u64> {
-    let mut bytes = 0;
-    for entry in fs::read_dir(folder)? {
-        let entry = entry?;
-        bytes += if entry.path().is_dir() { size(&entry.path())? } else { entry.metadata()?.len() };
-    }
-    Ok(bytes)
 }

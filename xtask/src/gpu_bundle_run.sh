@@ -45,6 +45,8 @@ section() {
         tests_like 'gpu_isolation'
         tests_like 'gpu_eight_bit'
         tests_like 'gpu_trees'
+        tests_like 'gpu_models'
+        tests_like 'gpu_steps'
         ;;
     # Verified before they are timed; a run that was cut off goes on where it stopped.
     grid) step grid ./pat bench kernels --device cuda --output grid.json --resume ;;

@@ -8,6 +8,8 @@ unsafe extern "C" {
     fn llvm_barrier_sync_all(id: u32);
     #[link_name = "llvm.nvvm.barrier.cta.sync.aligned.count"]
     fn llvm_barrier_sync_count(id: u32, threads: u32);
+    #[link_name = "llvm.nvvm.barrier.cta.sync.count"]
+    fn llvm_barrier_sync_count_anywhere(id: u32, threads: u32);
     #[link_name = "llvm.nvvm.bar.warp.sync"]
     fn llvm_bar_warp_sync(mask: u32);
 }
@@ -19,12 +21,20 @@ pub fn sync_cta() {
     unsafe { llvm_barrier_sync_all(0) };
 }
 
-/// `bar.sync barrier, threads` (sm_20): waits for `threads` threads at a named barrier. Convergent (warp).
-/// Both are constants: with a register id ptxas reserves all 16 barriers.
+/// `bar.sync barrier, threads` (sm_20): waits for `threads` threads at a named barrier, all at the same place of the code.
+/// Convergent (warp). Both are constants: with a register id ptxas reserves all 16 barriers.
 #[inline(always)]
 pub fn sync_named(barrier: NamedBarrier, threads: u32) {
     // SAFETY: called by whole warps that add up to `threads`.
     unsafe { llvm_barrier_sync_count(barrier as u32, threads) };
+}
+
+/// `barrier.sync barrier, threads` (sm_30): as [`sync_named`], where warps come from different places of the code. With the
+/// aligned form compute-sanitizer's synccheck says that threads diverge.
+#[inline(always)]
+pub fn sync_named_anywhere(barrier: NamedBarrier, threads: u32) {
+    // SAFETY: called by whole warps that add up to `threads`.
+    unsafe { llvm_barrier_sync_count_anywhere(barrier as u32, threads) };
 }
 
 /// `bar.warp.sync 0xffffffff` (sm_30): waits for the lanes of the warp and orders their memory accesses. Convergent.

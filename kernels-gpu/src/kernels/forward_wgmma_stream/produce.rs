@@ -6,7 +6,7 @@ use super::work::{Batch, query_of_row, work_index};
 use super::{GROUP_ROWS, PRODUCER_WARPS, SPAN_KEYS};
 use crate::item::strided;
 use crate::plan_words::AtOnce;
-use crate::ptx::barrier::sync_named;
+use crate::ptx::barrier::sync_named_anywhere;
 use crate::ptx::ldst::store_shared_u32x4;
 use crate::ptx::shuffle::{any, from_lane_u32, from_segment_u64};
 use crate::ptx::special::{thread_index, thread_index_here};
@@ -142,7 +142,7 @@ const Q_WARPS: u32 = FIRST_Q_WARPS - 1;
 /// after them. Memory serves requests in about the order in which they are made, and nothing begins without the queries.
 #[inline(always)]
 pub(super) fn queries_requested() {
-    sync_named(NamedBarrier::Producers, 32 * PRODUCER_WARPS);
+    sync_named_anywhere(NamedBarrier::Producers, 32 * PRODUCER_WARPS);
 }
 
 /// The Q producers: warps that copy the items' Q rows to the Q slots. The first item of a CTA has nothing to hide behind:
