@@ -224,8 +224,8 @@ gpt_oss() {
     drive gpt-oss-triton $small --backend TRITON_ATTN tokens:$t & engines="$engines $!"
     drive gpt-oss-graph $small --mode graph --sizes 64 --compare layers:$t layers:$t:broken {tokens,broken}:$t & engines="$engines $!"
     start_churn gpt-oss
-    drive oss-fa $big --wait "$out"/go-fa --turns "$out"/turn-{fa,ours} 0 --backend FLASH_ATTN $times $again host:64x2496+528 & local stock=$!
-    drive oss-ours $big --wait "$out"/go-fa --turns "$out"/turn-{ours,fa} 1 $times $again host:64x2496+528 & local ours=$!
+    drive oss-fa $big --wait "$out"/go-fa --turns "$out"/turn-{fa,ours} 0 --backend FLASH_ATTN $times $again profile:64x2496+528 host:64x2496+528 & local stock=$!
+    drive oss-ours $big --wait "$out"/go-fa --turns "$out"/turn-{ours,fa} 1 $times $again profile:64x2496+528 host:64x2496+528 & local ours=$!
     # In a process of its own, as in a server.
     big="$big --kv-gib $apart_kv --wait $out/go-ours --apart"
     drive oss-apart-fa $big --turns "$out"/turn-{afa,aours} 0 --backend FLASH_ATTN $apart_times & local apart=$!
