@@ -12,18 +12,24 @@ class Expected:
     and O makes of the same inputs."""
 
     def __init__(self, case, q, k, v, sinks=None):
-        """q `[rows, q_heads, head_dim]`, k and v `[pages, page_size, kv_heads, head_dim]`, without NaN."""
+        """q `[rows, q_heads, head_dim]`, k and v `[pages, page_size, kv_heads, head_dim]`, without NaN, before their factors."""
         device, group = q.device, case.q_heads // case.kv_heads
         self.lengths = torch.from_numpy(case.row_lengths).to(device)
         sequences = torch.from_numpy(case.row_sequences).to(device)
         tables = torch.from_numpy(case.padded_tables()).to(device).long()[sequences]
         tokens = tables.shape[1] * case.page_size
         gathered = [pool[tables].reshape(len(self.lengths), tokens, case.kv_heads, -1) for pool in (k, v)]
-        visible = torch.arange(tokens, device=device)[None, :] < self.lengths[:, None]
+        positions = torch.arange(tokens, device=device)[None, :]
+        first = torch.from_numpy(case.first_tokens()).to(device)
+        visible = (positions < self.lengths[:, None]) & (positions >= first[:, None])
+        factors = [
+            torch.tensor(scales or (1.0,), dtype=torch.float32, device=device)[None, None, :, None]
+            for scales in case.scales
+        ]
 
         def attend(dtype, rounded):
             qd = q.to(dtype).reshape(len(q), case.kv_heads, group, -1)
-            kd, vd = (pool.to(dtype) for pool in gathered)
+            kd, vd = (pool.to(dtype) * factor.to(dtype) for pool, factor in zip(gathered, factors))
             scores = torch.einsum("bhgd,bthd->bhgt", qd, kd) * torch.tensor(case.scale, dtype=torch.float32).to(dtype)
             if case.softcap:
                 scores = case.softcap * torch.tanh(scores / case.softcap)
@@ -42,14 +48,14 @@ class Expected:
                 weights = weights.to(q.dtype).to(dtype)
             out = torch.einsum("bhgt,bthd->bhgd", weights, vd) / total.masked_fill(total == 0, 1)
             lse = (peak + torch.log(total)).squeeze(-1).reshape(len(q), -1)
-            return out.reshape(q.shape), lse
+            return out.reshape(len(q), case.q_heads, -1), lse
 
         self.out, self.lse = attend(torch.float64, False)
         self.plain = attend(torch.float32, True)[0].to(q.dtype).double()
         magnitude = torch.einsum(
             "bhgd,bthd->bhgt",
             q.double().abs().reshape(len(q), case.kv_heads, group, -1),
-            gathered[0].double().abs(),
+            (gathered[0].double() * factors[0]).abs(),
         )
         magnitude = magnitude.masked_fill(~visible[:, None, None, :], 0).amax(-1).reshape(len(q), -1)
         # A cap adds the rounding errors of its own arithmetic.

@@ -8,7 +8,6 @@ ours is wrong, or too few cases ran. Others' wrong cases are counted, and shown 
 
 import argparse
 import collections
-import inspect
 import math
 import sys
 import time
@@ -36,17 +35,19 @@ def options():
 
 
 def features():
-    """What the installed wheel computes, and takes: asked, not known."""
+    """What the installed wheel computes: asked, not known."""
     shape = pa.AttentionShape(8, 2, 128, "bfloat16")
-    names = set(inspect.signature(pa.run).parameters)
-    found = []
-    if pa.supports(shape, 16, softcap=30.0) is None and "softcap" in names:
-        found.append("softcap")
-    if pa.supports(shape, 16, sinks=True) is None and "sinks" in names:
-        found.append("sinks")
-    shapes = [(dim, pa.AttentionShape(8, 2, dim, "bfloat16")) for dim in (64, 128, 256)]
-    head_dims = tuple(dim for dim, shape in shapes if pa.supports(shape, 16) is None)
-    return tuple(found), head_dims
+    asked = {
+        "softcap": {"softcap": 30.0},
+        "sinks": {"sinks": True},
+        "window": {"window": 128},
+        "chunk": {"chunk": 128},
+        "fp8": {"kv_dtype": "float8_e4m3fn"},
+    }
+    found = tuple(name for name, more in asked.items() if pa.supports(shape, 16, **more) is None)
+    pairs = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256), (512, 512))
+    shapes = {pair: pa.AttentionShape(8, 2, pair[0], "bfloat16", value_head_dim=pair[1]) for pair in pairs}
+    return found, tuple(pair for pair, shape in shapes.items() if pa.supports(shape, 16) is None)
 
 
 class Tensors:
@@ -58,24 +59,30 @@ class Tensors:
         generator.manual_seed(case.index)
         dtype = getattr(torch, case.dtype)
 
-        def normal(*shape):
+        def normal(*shape, dtype=dtype):
             return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
 
         self.q = normal(len(case.row_lengths), case.q_heads, case.head_dim)
+        kv_dtype = getattr(torch, case.kv_dtype or case.dtype)
         self.k_clean, self.v_clean = (
-            normal(case.num_pages, case.page_size, case.kv_heads, case.head_dim) for _ in range(2)
+            normal(case.num_pages, case.page_size, case.kv_heads, dim, dtype=kv_dtype)
+            for dim in (case.head_dim, case.value_head_dim)
         )
         owned = torch.zeros(case.num_pages, dtype=torch.int64)
         for table, length in zip(case.block_tables, case.lengths):
             for index, page in enumerate(table):
                 owned[page] = max(int(owned[page]), min(length - index * case.page_size, case.page_size))
         unowned = (torch.arange(case.page_size)[None, :] >= owned[:, None]).to(device)[:, :, None, None]
-        k, v = (pool.masked_fill(unowned, math.nan) for pool in (self.k_clean, self.v_clean))
+        # As integers: torch neither fills nor joins all 8-bit types.
+        bits = torch.uint8 if case.kv_dtype else torch.int16
+        nan = int(torch.tensor([math.nan], dtype=kv_dtype).view(bits))
+        k, v = (pool.view(bits).masked_fill(unowned, nan) for pool in (self.k_clean, self.v_clean))
         if case.layout == "HND":
             k, v = (pool.transpose(1, 2).contiguous() for pool in (k, v))
         elif case.layout == "interleaved":
             both = torch.cat([k, v], dim=-1)
             k, v = both[..., : case.head_dim], both[..., case.head_dim :]
+        k, v = k.view(kv_dtype), v.view(kv_dtype)
         self.k, self.v, self.layout = k, v, "HND" if case.layout == "HND" else "NHD"
         self.sinks = normal(case.q_heads).float() if case.has_sinks else None
 
@@ -92,10 +99,12 @@ class Ours:
         """Out and log-sum-exp of all rows. Raises what the wheel raises."""
         mode = f"fixed-chunk:{2 * case.page_size}" if case.mode == "fixed-chunk" else case.mode
         more = {"softcap": case.softcap} if case.softcap else {}
-        key = (case.q_heads, case.kv_heads, case.head_dim, case.dtype, mode, case.softcap)
+        reach = {name: size for name, size in (("window", case.window), ("chunk", case.chunk)) if size}
+        of_shape = (case.q_heads, case.kv_heads, case.head_dim, case.dtype, case.kv_dtype or case.dtype, case.value_head_dim)
+        key = (*of_shape, mode, case.softcap, case.window, case.chunk)
         if key not in self.planners:
-            shape = pa.AttentionShape(*key[:4])
-            self.planners[key] = pa.Planner(shape, device=self.device, mode=mode, **more)
+            shape = pa.AttentionShape(*of_shape[:4], kv_dtype=of_shape[4], value_head_dim=of_shape[5])
+            self.planners[key] = pa.Planner(shape, device=self.device, mode=mode, **more, **reach)
         is_plain = all(count == 1 for count in case.query_tokens)
         plan = self.planners[key].plan(
             case.block_tables,
@@ -106,7 +115,11 @@ class Ours:
         )
         if tensors.sinks is not None:
             more["sinks"] = tensors.sinks
-        out = torch.full_like(tensors.q, math.nan)
+        for name, scales in zip(("k_scale", "v_scale"), case.scales):
+            if scales:
+                of_heads = torch.tensor(scales, dtype=torch.float32, device=tensors.q.device)
+                more[name] = of_heads if len(scales) > 1 else scales[0]
+        out = tensors.q.new_full((*tensors.q.shape[:2], case.value_head_dim), math.nan)
         return pa.run(
             plan,
             tensors.q,
@@ -153,6 +166,8 @@ def main():
         tensors = Tensors(case, device)
         expected = Expected(case, tensors.q, tensors.k_clean, tensors.v_clean, tensors.sinks)
         seen[case.dtype, case.head_dim, case.layout] += 1
+        seen[case.kv_dtype or "K and V as Q"] += 1
+        seen["window" if case.window else "chunk" if case.chunk else "full reach"] += 1
         seen["softcap" if case.softcap else "no softcap"] += 1
         seen["sinks" if case.has_sinks else "no sinks"] += 1
         seen["drafts" if any(count > 1 for count in case.query_tokens) else "no drafts"] += 1

@@ -5,7 +5,7 @@ use libtest_mimic::{Arguments, Completion, Trial};
 use pat_rs::Engine;
 use std::process::ExitCode;
 
-/// With this variable set a test that cannot run fails: for machines that are there to run them.
+/// The number of devices that a machine has to have: a test that wants no more of them and cannot run fails.
 pub const REQUIRE_GPU: &str = "PAT_REQUIRE_GPU";
 
 /// A test function and its name.
@@ -32,12 +32,14 @@ impl DeviceTest {
         self.on_devices(0)
     }
 
-    fn complete(self, required: bool) -> Result<Completion, String> {
+    fn complete(self, required_devices: usize) -> Result<Completion, String> {
         // The last one first: what is left is device 0, or the first reason why there are not enough.
         let opened = (0..self.devices).rev().map(Engine::cuda).reduce(|further, nearer| further.and(nearer));
         match opened.unwrap_or_else(|| Ok(Engine::cpu())) {
             Ok(engine) => (self.run)(&engine),
-            Err(reason) if required => return Err(format!("{REQUIRE_GPU} is set, but: {reason}")),
+            Err(reason) if self.devices <= required_devices => {
+                return Err(format!("{REQUIRE_GPU} is {required_devices}, but: {reason}"));
+            }
             Err(reason) => return Ok(Completion::ignored_with(reason)),
         }
         Ok(Completion::Completed)
@@ -56,7 +58,9 @@ macro_rules! device_test {
 pub fn main(tests: impl IntoIterator<Item = DeviceTest>) -> ExitCode {
     let mut arguments = Arguments::from_args();
     arguments.test_threads.get_or_insert(1);
-    let required = std::env::var_os(REQUIRE_GPU).is_some();
+    let required = std::env::var(REQUIRE_GPU).map_or(0, |devices| {
+        devices.parse().unwrap_or_else(|_| panic!("{REQUIRE_GPU}: got {devices:?}, expected a number of devices"))
+    });
     let trial =
         |test: DeviceTest| Trial::ignorable_test(test.name, move || test.complete(required).map_err(Into::into));
     libtest_mimic::run(&arguments, tests.into_iter().map(trial).collect()).exit_code()

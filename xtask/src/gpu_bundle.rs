@@ -34,7 +34,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let tests =
         ["test", "--release", "--no-run", "--package", "pat-tests", "--package", "pat-rs", faults[0], faults[1]];
     // The others need no GPU.
-    let wanted = |name: &str| name.starts_with("gpu_") || name == "pat_rs";
+    let wanted = |name: &str| name.starts_with("gpu_") || name == "pat_rs" || name == "soak";
     for (name, file) in executables(&tests, &commit)?.into_iter().filter(|(name, _)| wanted(name)) {
         install(&file, &folder.join("tests").join(name))?;
     }

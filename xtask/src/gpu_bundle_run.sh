@@ -1,11 +1,16 @@
 #!/usr/bin/env bash
 # Tests and measures pat-rs on a machine with a GPU and without cargo.
-#   ./run.sh [section ...]     sections: unit forests features grid sanitizer timing (default: all)
+#   ./run.sh [section ...]     sections: unit forests features soak grid sanitizer timing (default: all)
 # A finished section leaves .done-SECTION behind and is skipped next time; FORCE=1 runs it again.
 set -u
 cd "$(dirname "$0")"
-# A device test that cannot run fails here: elsewhere it is ignored.
-export PAT_REQUIRE_GPU=1
+# A test of as many devices as there are fails here where it cannot run: elsewhere it is ignored.
+devices=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+case ${CUDA_VISIBLE_DEVICES-all} in
+all) ;;
+*) devices=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .) ;;
+esac
+export PAT_REQUIRE_GPU=${PAT_REQUIRE_GPU:-$((devices > 1 ? devices : 1))}
 passed=0
 failed=0
 skipped=0
@@ -48,6 +53,8 @@ section() {
         tests_like 'gpu_models'
         tests_like 'gpu_steps'
         ;;
+    # On a device that nothing else uses: its free memory is judged.
+    soak) step soak tests/soak ;;
     # Verified before they are timed; a run that was cut off goes on where it stopped.
     grid) step grid ./pat bench kernels --device cuda --output grid.json --resume ;;
     sanitizer)
@@ -56,10 +63,13 @@ section() {
             skipped=$((skipped + 1))
             return
         fi
-        local tool test
+        local tool test forests
         for tool in memcheck initcheck racecheck synccheck; do
             for test in forests scores isolation eight_bit trees; do
-                step "$tool, $test" env PAT_GPU_FORESTS=6 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+                # Of scores every variant has to have every kind.
+                forests=6
+                [ $test != scores ] || forests=100
+                step "$tool, $test" env PAT_GPU_FORESTS=$forests compute-sanitizer --tool "$tool" --error-exitcode 9 \
                     "tests/gpu_$test" --test-threads=1 --nocapture \
                     --skip cpu --skip interpreted --skip codes --skip refused
             done
@@ -73,7 +83,7 @@ section() {
     esac
 }
 
-[ $# -gt 0 ] || set -- unit forests features grid sanitizer timing
+[ $# -gt 0 ] || set -- unit forests features soak grid sanitizer timing
 for name in "$@"; do
     if [ -e ".done-$name" ] && [ -z "${FORCE:-}" ]; then
         echo "== $name: done earlier (FORCE=1 runs it again)"

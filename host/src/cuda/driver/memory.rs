@@ -239,7 +239,9 @@ impl Drop for StagingRing {
         let _allowed = WhileOthersCapture::try_enter();
         // The pinned memory must outlive the copies that read it.
         for slot in self.slots.drain(..) {
-            if let Ok(_current) = try_make_current(slot.copied.device()) {
+            // Until the slot is gone: cudarc makes the context current to free its memory, and leaves it so.
+            let current = try_make_current(slot.copied.device());
+            if current.is_ok() {
                 let _ = slot.copied.try_synchronize();
             }
             drop(slot);
