@@ -7,18 +7,11 @@ use pat_abi::layout::{key_matrix_row, key_matrix_step, swizzled_chunk, value_mat
 use pat_abi::{ForwardParams, ScaledForwardParams};
 
 use crate::eight_bit::{Code, factor_of_head};
-use crate::element::Element;
-use crate::ptx::bytes::permute;
+use crate::element::{Element, F16};
 use crate::ptx::ldst::{load_global_u32, load_global_u32x2};
 use crate::ptx::mma::{ldmatrix_x4, ldmatrix_x4_transposed};
-use crate::ptx::{shuffle, special, switches};
+use crate::ptx::{math, shuffle, special, switches};
 use crate::tile::fragment::{self, Accumulator, Operand, Queries};
-
-// Which two bytes of a word go to the upper bytes of its halves.
-const FIRST: u32 = 0x1404;
-const SECOND: u32 = 0x3424;
-const EVEN: u32 = 0x2404;
-const ODD: u32 = 0x3414;
 
 /// What the forward kernels do differently by the elements of K and V.
 pub trait Cache: Copy {
@@ -38,7 +31,14 @@ pub trait Cache: Copy {
     /// Where `params` names factors, there is one for each KV head.
     unsafe fn of(params: &Self::Params) -> (Self, impl Borrow<ForwardParams>);
 
-    /// As [`fragment::scores`].
+    /// Puts queries as they were loaded into the form that [`Self::scores`] takes; returns the factors of [`Queries::scales`].
+    /// Convergent.
+    fn arrange<E: Element, const STEPS: usize>(queries: &mut Operand<STEPS>) -> [f32; 2];
+
+    /// The weights of [`Self::accumulate`].
+    fn weights<E: Element, const STEPS: usize>(p: &Accumulator<STEPS>) -> Operand<STEPS>;
+
+    /// As [`fragment::scores`], without K's factor.
     ///
     /// # Safety
     /// As [`fragment::scores`].
@@ -97,6 +97,16 @@ impl Cache for Plain {
     }
 
     #[inline(always)]
+    fn arrange<E: Element, const STEPS: usize>(_: &mut Operand<STEPS>) -> [f32; 2] {
+        [1.0; 2]
+    }
+
+    #[inline(always)]
+    fn weights<E: Element, const STEPS: usize>(p: &Accumulator<STEPS>) -> Operand<STEPS> {
+        fragment::to_operand::<E, STEPS>(p)
+    }
+
+    #[inline(always)]
     unsafe fn scores<E: Element, const HEAD_STEPS: usize, const KEY_STEPS: usize>(
         q: &Queries<HEAD_STEPS>,
         keys: u32,
@@ -140,23 +150,26 @@ impl Cache for Plain {
     }
 }
 
-/// 8-bit K and V.
+/// 8-bit K and V, which are multiplied as binary16 whatever Q's type.
 ///
 /// `ldmatrix` moves 16 bits at a time, two elements. Where a lane expects two columns of a key it gets four: they are taken as
 /// the columns of the two halves of a product's 16, and Q's columns are put into the same order. Where it expects a column of
 /// two tokens' values it gets two columns of each: these go to two products, and the order of the output's columns is put
 /// right at the end.
+///
+/// A row of queries in bfloat16 becomes one in binary16 by a power of 2 that makes its largest element about 2^14: bits are lost of
+/// elements alone that are less than 2^-31 of it. Weights are at most 1.
 #[derive(Clone, Copy)]
 pub struct EightBit<C> {
+    /// Divided by that of widened numbers.
     v_scale: f32,
     code: PhantomData<C>,
 }
 
-impl<C: Code> EightBit<C> {
-    #[inline(always)]
-    fn widen<E: Element, const SELECTOR: u32>(word: u32) -> u32 {
-        E::widen::<C>(permute::<SELECTOR>(word))
-    }
+/// Of 16-bit numbers, two to a word: those of lower halves, those of upper halves.
+#[inline(always)]
+const fn transposed(words: [u32; 2]) -> [u32; 2] {
+    [words[0] & 0xffff | words[1] << 16, words[0] >> 16 | words[1] & 0xffff_0000]
 }
 
 impl<C: Code> Cache for EightBit<C> {
@@ -169,7 +182,7 @@ impl<C: Code> Cache for EightBit<C> {
     unsafe fn of(params: &ScaledForwardParams) -> (Self, impl Borrow<ForwardParams>) {
         let (_, kv_head) = params.forward.kv_heads_divisor.divide_remainder(special::cta_index());
         // SAFETY: the caller's contract.
-        let of_head = |factors: u64| unsafe { factor_of_head(factors, kv_head) };
+        let of_head = |factors: u64| unsafe { factor_of_head(factors, kv_head) } * (1.0 / C::FACTOR);
         // K's factor is part of the scores' scale.
         let k_scale = params.k_scale * of_head(params.k_scales);
         let mut forward = params.forward;
@@ -177,6 +190,47 @@ impl<C: Code> Cache for EightBit<C> {
         forward.soft_cap_scale *= k_scale;
         forward.scale_log2 *= switches::one_under_cap(k_scale);
         (Self { v_scale: params.v_scale * of_head(params.v_scales), code: PhantomData }, forward)
+    }
+
+    #[inline(always)]
+    fn arrange<E: Element, const STEPS: usize>(queries: &mut Operand<STEPS>) -> [f32; 2] {
+        let mut scales = [1.0; 2];
+        for row in 0..2 {
+            let halves = [row, row + 2];
+            if !E::IS_F16 {
+                let mut largest = 0.0;
+                for step in 0..STEPS {
+                    for half in halves {
+                        let [a, b] = E::unpack(queries[step][half]).map(f32::abs);
+                        largest = math::max(largest, math::max(a, b));
+                    }
+                }
+                largest = math::max(largest, shuffle::xor_f32(largest, 1));
+                largest = math::max(largest, shuffle::xor_f32(largest, 2));
+                // Neither power of 2 below is infinite or subnormal.
+                let exponent = largest.to_bits() >> 23;
+                let exponent = if exponent < 15 { 15 } else { exponent };
+                let scale = f32::from_bits((268 - exponent) << 23);
+                for step in 0..STEPS {
+                    for half in halves {
+                        let [a, b] = E::unpack(queries[step][half]).map(|element| element * scale);
+                        queries[step][half] = F16::pack(a, b);
+                    }
+                }
+                scales[row] = f32::from_bits((exponent - 14) << 23);
+            }
+            // Even elements of four beside even ones, as widened keys are.
+            for step in 0..STEPS {
+                [queries[step][row], queries[step][row + 2]] =
+                    transposed([queries[step][row], queries[step][row + 2]]);
+            }
+        }
+        scales
+    }
+
+    #[inline(always)]
+    fn weights<E: Element, const STEPS: usize>(p: &Accumulator<STEPS>) -> Operand<STEPS> {
+        fragment::to_operand::<F16, STEPS>(p)
     }
 
     #[inline(always)]
@@ -196,12 +250,17 @@ impl<C: Code> Cache for EightBit<C> {
                 let b = unsafe { ldmatrix_x4(keys + row * row_bytes + chunk * 16 + block as u32 * 16 * row_bytes) };
                 for half in 0..2 {
                     for step in 0..2 {
-                        let word = b[2 * half + step];
-                        let b = [Self::widen::<E, FIRST>(word), Self::widen::<E, SECOND>(word)];
                         // SAFETY: the queries are in registers.
-                        E::multiply(&mut s[block][half], &unsafe { q.step(2 * pair + step, lane) }, b);
+                        let q = unsafe { q.step(2 * pair + step, lane) };
+                        F16::multiply(&mut s[block][half], &q, C::widen(b[2 * half + step]));
                     }
                 }
+            }
+        }
+        for scores in s.as_flattened_mut() {
+            for (index, score) in scores.iter_mut().enumerate() {
+                let settled = C::settle(*score);
+                *score = if E::IS_F16 { settled } else { settled * q.scales[index / 2] };
             }
         }
         s
@@ -224,10 +283,10 @@ impl<C: Code> Cache for EightBit<C> {
                 // SAFETY: inside the tile: `row < 16` and `chunk < STEPS`.
                 let b = unsafe { ldmatrix_x4_transposed(address) };
                 for step in 0..2 {
-                    let words = [b[2 * step], b[2 * step + 1]];
+                    let [first, second] = [b[2 * step], b[2 * step + 1]].map(C::widen);
                     let products = &mut accumulator[2 * pair + step];
-                    E::multiply(&mut products[0], &p[block], words.map(Self::widen::<E, EVEN>));
-                    E::multiply(&mut products[1], &p[block], words.map(Self::widen::<E, ODD>));
+                    F16::multiply(&mut products[0], &p[block], [first[0], second[0]]);
+                    F16::multiply(&mut products[1], &p[block], [first[1], second[1]]);
                 }
             }
         }
@@ -248,7 +307,8 @@ impl<C: Code> Cache for EightBit<C> {
                     let received = shuffle::xor_f32(if is_upper { low } else { high }, 2);
                     let pairs = if is_upper { [received, high] } else { [low, received] };
                     for half in 0..2 {
-                        products[half][2 * row + parity] = shuffle::from_lane_f32(pairs[half], source) * self.v_scale;
+                        let sum = shuffle::from_lane_f32(pairs[half], source);
+                        products[half][2 * row + parity] = C::settle(sum) * self.v_scale;
                     }
                 }
             }
@@ -265,7 +325,8 @@ impl<C: Code> Cache for EightBit<C> {
 
     #[inline(always)]
     fn two_of_four<E: Element>(four: u32, half: usize) -> [f32; 2] {
-        E::unpack(if half == 0 { Self::widen::<E, FIRST>(four) } else { Self::widen::<E, SECOND>(four) })
+        let [even, odd] = C::widen(four).map(F16::unpack);
+        [even[half], odd[half]].map(C::settle)
     }
 
     #[inline(always)]
@@ -274,6 +335,6 @@ impl<C: Code> Cache for EightBit<C> {
         let shift = (address & 2) as u32 * 8;
         // SAFETY: the caller's contract; rows are multiples of four bytes.
         let word = unsafe { load_global_u32(address & !3) } >> shift;
-        E::unpack(Self::widen::<E, FIRST>(word)).map(|value| value * self.v_scale)
+        C::widen(word).map(|pair| C::settle(F16::unpack(pair)[0]) * self.v_scale)
     }
 }

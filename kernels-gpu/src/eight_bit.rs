@@ -1,23 +1,29 @@
-//! The 8-bit element types of K and V, widened to the 16-bit type of Q before they are multiplied: exactly, for all 256 codes.
+//! The 8-bit element types of K and V, widened to binary16 before they are multiplied: exactly, for all 256 codes, but for a factor
+//! of the type.
 //!
-//! A code is a sign, exponent bits and fraction bits, as a 16-bit number is, with fewer of both. Moved to where the 16-bit
-//! type has its exponent's low bits, it is the number but for a power of 2 by which the exponents' biases differ; that holds
-//! for subnormal numbers, too. The largest exponents mean infinities and NaN in some of the types: a carry out of the exponent
-//! finds these.
+//! A code is a sign, exponent bits and fraction bits, as a 16-bit number is, with fewer of both. Moved to where binary16 has its
+//! exponent's low bits, it is the number but for a power of 2 by which the exponents' biases differ; that holds for subnormal
+//! numbers, too. E5m2 needs no more. In E4m3 the largest magnitude means NaN: it is 480 where the largest number is 448. Times 144,
+//! 480 is too large for binary16 and becomes infinite, while all numbers stay exact. What is computed from infinities is made NaN
+//! ([`Code::settle`]); results are divided by the factor.
 //!
 //! The other way, numbers are rounded to nearest even, and what is too large becomes the largest finite number, as
 //! `cvt.rn.satfinite` does (PTX ISA, "cvt"), which architectures before sm_89 do not have.
 
-use crate::ptx::bytes::{scale_bf16x2, scale_f16x2};
+use crate::ptx::bytes::{permute, scale_f16x2};
 use crate::ptx::ldst::load_global_u32;
+use crate::ptx::math;
 
 /// An 8-bit floating-point type.
 pub trait Code: Copy {
-    /// Two numbers as binary16, of codes in the upper bytes of both halves of a word whose lower bytes are 0.
-    fn to_f16x2(codes: u32) -> u32;
+    /// What widened numbers are multiplied with.
+    const FACTOR: f32;
 
-    /// As [`Self::to_f16x2`], as bfloat16.
-    fn to_bf16x2(codes: u32) -> u32;
+    /// The even and the odd bytes of a word as two binary16 each, times [`Self::FACTOR`].
+    fn widen(word: u32) -> [u32; 2];
+
+    /// A number that sums of products with widened numbers have made: where it is infinite for NaN, it becomes NaN.
+    fn settle(value: f32) -> f32;
 
     /// Bits of fraction.
     const FRACTION_BITS: u32;
@@ -80,28 +86,30 @@ pub struct E4m3;
 #[derive(Clone, Copy)]
 pub struct E5m2;
 
-const SIGNS: u32 = 0x8000_8000;
+// Which two bytes of a word go to the upper bytes of its halves.
+const EVEN: u32 = 0x2404;
+const ODD: u32 = 0x3414;
 
 impl Code for E4m3 {
     const FRACTION_BITS: u32 = 3;
     const BIAS: u32 = 7;
     const LARGEST: u32 = 0x7e;
 
+    const FACTOR: f32 = 144.0;
+
     #[inline(always)]
-    fn to_f16x2(codes: u32) -> u32 {
-        let magnitudes = codes >> 1 & 0x3f80_3f80;
-        // One more in the last place carries NaN alone into the exponent's highest bit.
-        let nan = (magnitudes + 0x0080_0080) & 0x4000_4000;
-        // 2^8: biases of 15 and 7.
-        scale_f16x2(magnitudes | codes & SIGNS, 0x5c00_5c00) | ((nan << 1) - (nan >> 5))
+    fn widen(word: u32) -> [u32; 2] {
+        // Codes are in the upper bytes of both halves.
+        [word << 8, word].map(|codes| {
+            let numbers = codes >> 1 & 0x3f80_3f80 | codes & 0x8000_8000;
+            // 144 times 2^8: biases of 15 and 7.
+            scale_f16x2(numbers, 0x7880_7880)
+        })
     }
 
     #[inline(always)]
-    fn to_bf16x2(codes: u32) -> u32 {
-        let magnitudes = codes >> 4 & 0x07f0_07f0;
-        let nan = (magnitudes + 0x0010_0010) & 0x0800_0800;
-        // 2^120: biases of 127 and 7.
-        scale_bf16x2(magnitudes | codes & SIGNS, 0x7b80_7b80) | ((nan << 4) - (nan >> 5))
+    fn settle(value: f32) -> f32 {
+        math::fma(value, 0.0, value)
     }
 }
 
@@ -110,17 +118,15 @@ impl Code for E5m2 {
     const BIAS: u32 = 15;
     const LARGEST: u32 = 0x7b;
 
+    const FACTOR: f32 = 1.0;
+
     #[inline(always)]
-    fn to_f16x2(codes: u32) -> u32 {
-        codes
+    fn widen(word: u32) -> [u32; 2] {
+        [permute::<EVEN>(word), permute::<ODD>(word)]
     }
 
     #[inline(always)]
-    fn to_bf16x2(codes: u32) -> u32 {
-        let magnitudes = codes >> 3 & 0x0fe0_0fe0;
-        // The largest exponent, of infinities and NaN: it becomes the largest of a bfloat16, the fraction stays.
-        let special = (magnitudes + 0x0080_0080) & 0x1000_1000;
-        // 2^112: biases of 127 and 15.
-        scale_bf16x2(magnitudes | codes & SIGNS, 0x7780_7780) | ((special << 3) - (special >> 5))
+    fn settle(value: f32) -> f32 {
+        value
     }
 }

@@ -29,8 +29,6 @@ impl TileChoices {
     pub(super) fn new(problem: &Problem, profile: &DeviceProfile, options: &PlanOptions) -> Result<Self> {
         supports(problem, None, Some(profile.compute_capability))?;
         let possible = profile.variants(problem);
-        let usual = possible.iter().copied().filter(|variant| is_timed(*variant, problem.shape().head_dim()));
-        let usual: Vec<_> = usual.collect();
         let (group, page_size) = (problem.shape().group(), problem.page_size());
         let only = |variants: &[TileVariant]| {
             let usual = TileChoice::new(variants, group, page_size);
@@ -43,13 +41,13 @@ impl TileChoices {
             return Self::check_forced(forced, &possible, problem, profile).map(|()| only(forced));
         }
         // The wgmma stream serves leaves as fast as the narrow tiles do, and shared nodes in the same launch.
-        if usual.contains(&TileVariant::Wgmma64) {
+        if possible.contains(&TileVariant::Wgmma64) {
             // No other mode has a choice.
-            let has_wide = usual.contains(&TileVariant::Wgmma128) && options.mode == PlanMode::Auto;
+            let has_wide = possible.contains(&TileVariant::Wgmma128) && options.mode == PlanMode::Auto;
             let wide = has_wide.then(|| TileChoice::new(&[TileVariant::Wgmma128], group, page_size));
             return Ok(Self { wide, ..only(&[TileVariant::Wgmma64]) });
         }
-        Ok(only(&usual))
+        Ok(only(&possible))
     }
 
     /// Of the variants that are asked for, those with fewer rows than one sequence needs may stand beside others.
@@ -107,12 +105,6 @@ impl TileChoices {
         variants.sort_unstable();
         variants
     }
-}
-
-/// Whether the cost model's terms hold for a variant at a head dimension. The others are taken where they are asked for.
-fn is_timed(variant: TileVariant, head_dim: u32) -> bool {
-    // No device has run `wgmma64` at head dimension 256.
-    variant != TileVariant::Wgmma64 || head_dim <= 128
 }
 
 /// Whether a plan in wide tiles is to be preferred: it must be faster, and read clearly less. (Where it reads as much, wide
@@ -196,16 +188,15 @@ mod tests {
     use crate::{AttentionShape, Dtype};
 
     #[test]
-    fn a_kernel_that_no_device_has_run_is_taken_where_it_is_asked_for() {
-        let problem = |head_dim| Problem::new(AttentionShape::new(32, 8, head_dim, Dtype::Bf16).unwrap(), 16);
-        let variants = |head_dim, options: &PlanOptions| {
-            TileChoices::new(&problem(head_dim), &DeviceProfile::h200(), options).unwrap().variants()
+    fn a_wgmma_stream_is_taken_where_there_is_one() {
+        let variants = |problem: Problem| {
+            let choices = TileChoices::new(&problem, &DeviceProfile::h200(), &PlanOptions::default());
+            choices.expect("a problem that is served").variants()
         };
-        let narrow = variants(128, &PlanOptions::default());
-        assert_eq!(narrow, [TileVariant::Wgmma64, TileVariant::Wgmma128]);
-        let wide = variants(256, &PlanOptions::default());
-        assert_eq!(wide, [TileVariant::Mma16, TileVariant::Mma32, TileVariant::Mma64]);
-        let asked = PlanOptions::default().with_variants([TileVariant::Wgmma64]);
-        assert_eq!(variants(256, &asked), [TileVariant::Wgmma64]);
+        let problem = |head_dim| Problem::new(AttentionShape::new(32, 8, head_dim, Dtype::Bf16).unwrap(), 16);
+        assert_eq!(variants(problem(128)), [TileVariant::Wgmma64, TileVariant::Wgmma128]);
+        assert_eq!(variants(problem(256)), [TileVariant::Wgmma64]);
+        let mma = [TileVariant::Mma16, TileVariant::Mma32, TileVariant::Mma64];
+        assert_eq!(variants(problem(256).with_window(1024)), mma);
     }
 }

@@ -16,7 +16,7 @@ use crate::element::{Bf16, Element, F16};
 use crate::item::Item;
 use crate::ptx::{barrier, cp_async, special};
 use crate::softmax::{OnlineSoftmax, cap_scores, rescale};
-use crate::tile::fragment::{Queries, mask, mask_rows, to_operand};
+use crate::tile::fragment::{Queries, mask, mask_rows};
 use crate::tile::gather::{Pool, Token, gather, row_of_lane};
 use crate::tile::reduce::combine_and_store;
 
@@ -107,7 +107,7 @@ unsafe fn forward<
     }
 
     // SAFETY: the caller's contract.
-    let q = unsafe { Queries::<HEAD_STEPS>::new::<C>(params, &item, query_tile, 0, lane) };
+    let q = unsafe { Queries::<HEAD_STEPS>::new::<E, C>(params, &item, query_tile, 0, lane) };
     if Queries::<HEAD_STEPS>::IN_SMEM {
         cp_async::wait_group::<PENDING>();
         barrier::sync_cta();
@@ -145,7 +145,7 @@ unsafe fn forward<
         if let Some(factors) = softmax.update::<false, _>(s.as_flattened_mut(), params.scale_log2) {
             rescale(output.as_flattened_mut().as_flattened_mut(), factors);
         }
-        let p = to_operand::<E, KEY_STEPS>(&s);
+        let p = C::weights::<E, KEY_STEPS>(&s);
 
         cp_async::wait_group::<PENDING>();
         barrier::sync_warp();

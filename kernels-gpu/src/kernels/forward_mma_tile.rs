@@ -22,7 +22,7 @@ use crate::isolation::restore_rows;
 use crate::item::Item;
 use crate::ptx::{barrier, cp_async, special};
 use crate::softmax::{OnlineSoftmax, cap_scores, rescale};
-use crate::tile::fragment::{Accumulator, Queries, mask, mask_rows, to_operand};
+use crate::tile::fragment::{Accumulator, Queries, mask, mask_rows};
 use crate::tile::gather::{Pool, Token, gather, row_of_lane};
 use crate::tile::reduce::combine_and_store;
 
@@ -123,7 +123,7 @@ unsafe fn forward<
     let first_key = if splits_columns { 0 } else { warp / M_WARPS * (tile_tokens / KV_WARPS) };
     let first_column = if splits_columns { warp / M_WARPS * (16 * VALUE_STEPS as u32) } else { 0 };
     // SAFETY: the caller's contract.
-    let q = unsafe { Queries::<HEAD_STEPS>::new::<C>(params, &item, query_tile, first_row, lane) };
+    let q = unsafe { Queries::<HEAD_STEPS>::new::<E, C>(params, &item, query_tile, first_row, lane) };
     let mut output = [[[0.0; 4]; 2]; VALUE_STEPS];
     let mut softmax = OnlineSoftmax::EMPTY;
     let mut tile = 0;
@@ -144,7 +144,7 @@ unsafe fn forward<
         if let Some(factors) = softmax.update::<false, _>(s.as_flattened_mut(), params.scale_log2) {
             rescale(output.as_flattened_mut().as_flattened_mut(), factors);
         }
-        let p = to_operand::<E, KEY_STEPS>(&s);
+        let p = C::weights::<E, KEY_STEPS>(&s);
 
         cp_async::wait_group::<2>();
         barrier::sync_cta();

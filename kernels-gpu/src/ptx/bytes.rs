@@ -25,15 +25,3 @@ pub fn scale_f16x2(values: u32, factor: u32) -> u32 {
     }
     result
 }
-
-/// `fma.rn.bf16x2` (sm_80): both halves times `factor`, whose halves are alike; signs of zeros stay.
-#[inline(always)]
-pub fn scale_bf16x2(values: u32, factor: u32) -> u32 {
-    let result: u32;
-    // SAFETY: register arithmetic.
-    unsafe {
-        asm!("fma.rn.bf16x2 {0}, {1}, {2}, {3};", out(reg32) result, in(reg32) values, in(reg32) factor,
-            in(reg32) 0x8000_8000u32, options(pure, nomem, nostack, preserves_flags));
-    }
-    result
-}

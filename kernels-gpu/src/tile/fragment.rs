@@ -25,6 +25,8 @@ pub struct Queries<const STEPS: usize> {
     registers: Operand<STEPS>,
     /// Else the shared-memory address of their tile, 16 rows of `32 * STEPS` bytes, swizzled as keys are.
     tile: u32,
+    /// Of rows `lane / 4` and `lane / 4 + 8`, what scores are multiplied with ([`Cache::arrange`]).
+    pub scales: [f32; 2],
 }
 
 impl<const STEPS: usize> Queries<STEPS> {
@@ -32,17 +34,25 @@ impl<const STEPS: usize> Queries<STEPS> {
     pub const IN_SMEM: bool = STEPS > 8;
 
     /// Those of rows `first_row .. first_row + 16` of the item. Where they stay in shared memory [`Self::request`] has been
-    /// called for all of them; others are loaded here.
+    /// called for all of them; others are loaded here. Convergent.
     ///
     /// # Safety
     /// `params` describes the tensors the plan was made for.
     #[inline(always)]
-    pub unsafe fn new<C: Cache>(params: &ForwardParams, item: &Item, tile: u32, first_row: u32, lane: u32) -> Self {
+    pub unsafe fn new<E: Element, C: Cache>(
+        params: &ForwardParams,
+        item: &Item,
+        tile: u32,
+        first_row: u32,
+        lane: u32,
+    ) -> Self {
         if Self::IN_SMEM {
-            return Self { registers: [[0; 4]; STEPS], tile };
+            return Self { registers: [[0; 4]; STEPS], tile, scales: [1.0; 2] };
         }
         // SAFETY: the caller's contract.
-        Self { registers: unsafe { load_queries::<C, STEPS>(params, item, first_row, lane) }, tile }
+        let mut registers = unsafe { load_queries::<C, STEPS>(params, item, first_row, lane) };
+        let scales = C::arrange::<E, STEPS>(&mut registers);
+        Self { registers, tile, scales }
     }
 
     /// Starts copying the queries of `COUNT` rows from row `first_row` of the item on to row `tile_row` of `tile`, zeros past
