@@ -80,8 +80,8 @@ class FlashAttention3:
 
 
 class FlashInfer:
-    """FlashInfer's kernels for several query tokens, which those for one share on tensor cores. Each kind of case is a module of its
-    own that takes a minute or more to compile."""
+    """FlashInfer's kernels for several query tokens, which those for one share on tensor cores. Each kind of case is a module of
+    its own that takes a minute or more to compile."""
 
     name = "flashinfer"
     WORKSPACE_BYTES = 128 << 20
