@@ -8,6 +8,7 @@ use pat_bench::sample::oracle;
 use pat_bench::suites::{figure10, realistic};
 use pat_rs::plan::PlanMode;
 use pat_rs::{DeviceProfile, PlanOptions, Planner};
+use pat_workloads::ElementParts;
 use std::time::Duration;
 
 /// Small: one call takes milliseconds.
@@ -18,7 +19,7 @@ fn executor(criterion: &mut Criterion) {
     let configurations = [figure10(), realistic()].concat();
     for label in CASES {
         let configuration = configurations.iter().find(|c| c.label() == label).expect("a configuration of the suites");
-        let shape = configuration.shape(None, None).expect("a valid shape");
+        let shape = configuration.shape(ElementParts::default()).expect("a valid shape");
         let batch = configuration.batch().expect("a batch");
         let rows = batch.rows();
         let view = batch.view(&rows).expect("a valid batch");

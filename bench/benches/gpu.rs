@@ -9,6 +9,7 @@ use pat_bench::suites::{figure10, realistic};
 use pat_rs::cuda::CudaEngine;
 use pat_rs::cuda::bench_support::L2Flush;
 use pat_rs::{PlanOptions, Planner};
+use pat_workloads::ElementParts;
 use std::time::Duration;
 
 const CASES: [&str; 7] = [
@@ -33,7 +34,7 @@ fn gpu(criterion: &mut Criterion) {
     let configurations = [figure10(), realistic()].concat();
     for label in CASES {
         let configuration = configurations.iter().find(|c| c.label() == label).expect("a configuration of the suites");
-        let shape = configuration.shape(None, None).expect("a valid shape");
+        let shape = configuration.shape(ElementParts::default()).expect("a valid shape");
         let batch = configuration.batch().expect("a batch");
         let rows = batch.rows();
         let profile = engine.device().profile().expect("a profile");

@@ -6,6 +6,7 @@ use pat_bench::statistics::{median, quartiles};
 use pat_bench::suites::{figure10, realistic};
 use pat_rs::cuda::CudaEngine;
 use pat_rs::{PlanOptions, Planner, TileVariant};
+use pat_workloads::ElementParts;
 
 const CALLS: u32 = 20_000;
 /// One launch, two, and more under forced variants.
@@ -21,7 +22,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     for label in CASES {
         let configuration =
             configurations.iter().find(|c| c.label() == label).ok_or_else(|| format!("no configuration {label}"))?;
-        let (shape, batch) = (configuration.shape(None, None)?, configuration.batch()?);
+        let (shape, batch) = (configuration.shape(ElementParts::default())?, configuration.batch()?);
         let rows = batch.rows();
         for variants in [None, Some(vec![TileVariant::Mma16])] {
             let name = if variants.is_some() { "mma16" } else { "automatic" };

@@ -6,7 +6,7 @@ use pat_bench::suites::{
     Configuration, bf16, figure10, realistic, sweeps, tensor_parallel, trace, trace_requests, unshared,
 };
 use pat_rs::{AttentionShape, Dtype};
-use pat_workloads::OwnedBatch;
+use pat_workloads::{ElementParts, OwnedBatch};
 use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::hash::Hasher;
@@ -17,7 +17,7 @@ fn committed() -> Vec<Configuration> {
 }
 
 fn shape(configuration: &Configuration) -> AttentionShape {
-    configuration.shape(None, None).expect("a valid shape")
+    configuration.shape(ElementParts::default()).expect("a valid shape")
 }
 
 /// Of everything in the batch, the same on every machine.
@@ -62,11 +62,12 @@ fn every_configuration_has_a_name_of_its_own() {
 #[test]
 fn a_configuration_of_one_type_refuses_another() {
     let bf16 = &bf16()[0];
-    assert_eq!(bf16.shape(None, None).expect("its own").dtype(), Dtype::Bf16);
-    assert_eq!(bf16.shape(Some(64), Some(Dtype::Bf16)).expect("the same").head_dim(), 64);
-    let message = bf16.shape(None, Some(Dtype::F16)).expect_err("another").to_string();
+    let of = |head_dim, dtype| ElementParts { head_dim: Some(head_dim), dtype: Some(dtype), ..ElementParts::default() };
+    assert_eq!(bf16.shape(ElementParts::default()).expect("its own").dtype(), Dtype::Bf16);
+    assert_eq!(bf16.shape(of(64, Dtype::Bf16)).expect("the same").head_dim(), 64);
+    let message = bf16.shape(of(128, Dtype::F16)).expect_err("another").to_string();
     assert!(message.contains("dtype: got f16, expected bf16 or nothing for bf16: "), "{message}");
-    assert_eq!(figure10()[0].shape(None, None).expect("the default").dtype(), Dtype::F16);
+    assert_eq!(figure10()[0].shape(ElementParts::default()).expect("the default").dtype(), Dtype::F16);
 }
 
 #[test]

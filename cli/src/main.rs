@@ -111,7 +111,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// An error and its causes on one line, with the option that gave the argument it is about; a cause that is already part of
+/// An error and its causes on one line, in terms of the option that gave the argument it is about; a cause that is already part of
 /// what stands before it is not repeated.
 fn message(error: &anyhow::Error) -> String {
     let text = error.chain().map(ToString::to_string).fold(String::new(), |text, cause| match text.as_str() {
@@ -119,9 +119,5 @@ fn message(error: &anyhow::Error) -> String {
         text if text.contains(&cause) => text.to_owned(),
         text => format!("{text}: {cause}"),
     });
-    match options::option_of(error) {
-        // A model's name is the option then.
-        Some(option) if !text.contains(option) && !text.starts_with("--model ") => format!("{option}: {text}"),
-        _ => text,
-    }
+    options::as_typed(text, options::option_of(error))
 }

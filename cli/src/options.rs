@@ -2,7 +2,7 @@
 
 mod attention;
 
-pub(crate) use attention::{Asked, Attention, Elements, ModelReport, Shape};
+pub(crate) use attention::{Asked, Attention, Elements, ModelReport, Shape, checked};
 
 use anyhow::{Context, Result, bail};
 use pat_rs::plan::PlanMode;
@@ -51,7 +51,7 @@ pub(crate) struct Source {
     #[command(flatten)]
     block: TraceBlock,
     /// Tokens per page of --tree and --trace [default: 32]; a batch file brings its own.
-    #[arg(long, value_name = "TOKENS", allow_negative_numbers = true)]
+    #[arg(long, value_name = "TOKENS", allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(1..))]
     page_size: Option<u32>,
 }
 
@@ -59,7 +59,7 @@ pub(crate) struct Source {
 #[derive(clap::Args, Clone, Copy, Debug)]
 pub(crate) struct TraceBlock {
     /// With --trace: tokens that one of its hash ids stands for [default: 512].
-    #[arg(long, value_name = "TOKENS", requires = "trace", allow_negative_numbers = true)]
+    #[arg(long, value_name = "TOKENS", requires = "trace", allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(1..))]
     trace_block: Option<u32>,
 }
 
@@ -96,8 +96,7 @@ impl Source {
         match (&self.tree, &self.trace, &self.batch) {
             (Some(tree), None, None) => {
                 let spec = TreeSpec::from_str(tree).context("--tree")?;
-                let option = if page_size == 0 { "--page-size 0 with --tree" } else { "--tree" };
-                Ok(Loaded { name: tree.clone(), batch: spec.batch(page_size, Some(1)).context(option)?, model })
+                Ok(Loaded { name: tree.clone(), batch: spec.batch(page_size, Some(1)).context("--tree")?, model })
             }
             (None, Some(file), batch) => {
                 let (batch, batch_size) = self
@@ -237,6 +236,21 @@ pub(crate) fn option_of(error: &anyhow::Error) -> Option<&'static str> {
     })
 }
 
+/// A message in the user's terms: it begins with the option that it is about, if there is one, and has no names that only the
+/// library knows.
+pub(crate) fn as_typed(message: String, option: Option<&str>) -> String {
+    const NAMES: [(&str, &str); 2] = [("v_head_dim: ", "value_head_dim: "), ("soft_cap: ", "softcap: ")];
+    let message = NAMES.iter().fold(message, |message, (name, here)| message.replace(name, here));
+    let Some(option) = option else { return message };
+    let name = option.trim_start_matches('-').replace('-', "_");
+    match message.strip_prefix(&format!("{name}: ")) {
+        Some(rest) => format!("{option}: {rest}"),
+        // A model's name is the option then.
+        None if message.contains(option) || message.starts_with("--model ") => message,
+        None => format!("{option}: {message}"),
+    }
+}
+
 fn option_of_argument(error: &Error) -> Option<&'static str> {
     match error {
         Error::InvalidArgument { argument, .. } => option_named(argument),
@@ -247,11 +261,12 @@ fn option_of_argument(error: &Error) -> Option<&'static str> {
 
 /// Library arguments and the options that give them.
 fn option_named(argument: &str) -> Option<&'static str> {
-    const OPTIONS: [(&str, &str); 16] = [
+    const OPTIONS: [(&str, &str); 18] = [
         ("q_heads", "--heads"),
         ("kv_heads", "--heads"),
         ("head_dim", "--head-dim"),
         ("v_head_dim", "--value-head-dim"),
+        ("value_head_dim", "--value-head-dim"),
         ("query_tokens", "--query-tokens"),
         ("tensor_parallel", "--tensor-parallel"),
         ("dtype", "--dtype"),
@@ -264,6 +279,7 @@ fn option_named(argument: &str) -> Option<&'static str> {
         ("batch_size", "--batch"),
         ("first_request", "--first-request"),
         ("fixed chunk", "--mode"),
+        ("variants", "--variants"),
     ];
     OPTIONS.iter().find(|(name, _)| argument.starts_with(name)).map(|(_, option)| *option)
 }

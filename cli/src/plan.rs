@@ -7,7 +7,7 @@ use pat_report::{Candidate, explain};
 use pat_rs::plan::{PlanSummary, SharedNodes};
 use pat_rs::{DeviceProfile, Engine, VisibleBatch};
 use pat_workloads::whole_file::{self, Staged};
-use pat_workloads::{Existing, ModelParts, batch_text};
+use pat_workloads::{ElementParts, Existing, ModelParts, batch_text};
 use serde::Serialize;
 use std::path::PathBuf;
 
@@ -83,7 +83,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     });
     let saved = args.save_batch.as_ref().map(|file| {
         let heads = Some((shape.q_heads(), shape.kv_heads()));
-        let model = ModelParts { heads, head_dim: Some(shape.head_dim()), dtype: Some(shape.dtype()) };
+        let model = ModelParts { heads, elements: ElementParts::of(shape) };
         whole_file::stage(file, batch_text(&sequences, model).as_bytes(), existing).context("--save-batch")
     });
     let (svg, saved) = (svg.transpose()?, saved.transpose()?);

@@ -335,13 +335,20 @@ fn caches_of_8_bits_are_verified() {
 fn features_that_nothing_computes_are_refused() {
     let tree = ["run", "--tree", "1,2_32,8"];
     for (extra, parts) in [
-        (["--softcap", "0"], &["--softcap", "soft_cap: got 0, expected", "a positive number"][..]),
+        (["--softcap", "0"], &["--softcap", "--softcap: got 0, expected", "a positive number"][..]),
         (["--softcap", "-3"], &["--softcap", "got -3", "a positive number"]),
         (["--softcap", "inf"], &["--softcap", "got inf"]),
-        (["--window", "0"], &["--window", "window: got 0, expected 1 or more"]),
-        (["--window", "-1"], &["--window"]),
-        (["--chunk", "0"], &["--chunk", "chunk: got 0, expected 1 or more"]),
+        (["--window", "0"], &["--window <TOKENS>", "0 is not in 1..="]),
+        (["--window", "-1"], &["--window <TOKENS>", "-1 is not in 1..="]),
+        (["--chunk", "0"], &["--chunk <TOKENS>", "0 is not in 1..="]),
         (["--chunk=8", "--window=8"], &["--chunk", "--window"]),
+        (["--head-dim=192", "--sinks"], &["error: --value-head-dim: got 192, expected 128"]),
+        (["--query-tokens", "0"], &["--query-tokens <N>", "0 is not in 1..="]),
+        (["--value-head-dim", "0"], &["--value-head-dim <DIM>", "0 is not in 1..="]),
+        (
+            ["--variants=wgmma128", "--softcap=3"],
+            &["error: --variants: got wgmma128, expected some of ", "(wgmma128: softcap: got 3, expected none)"],
+        ),
     ] {
         refused(&[&tree[..], &extra].concat(), parts);
     }
@@ -357,7 +364,7 @@ fn bad_model_shapes_are_refused() {
         (["--heads", "0/8"], &["--heads 0/8", "q_heads: got 0, expected a positive multiple"]),
         (["--heads", "8/0"], &["--heads 8/0", "kv_heads: got 0, expected at least 1"]),
         (["--heads", "30/8"], &["--heads 30/8", "q_heads: got 30, expected a positive multiple of kv_heads (8)"]),
-        (["--head-dim", "-1"], &["--head-dim"]),
+        (["--head-dim", "-1"], &["--head-dim <HEAD_DIM>", "-1 is not in 1..="]),
         (["--head-dim", "80"], &["--head-dim 80", "head_dim: got 80, expected 64 or 96 or 128 or 192 or 256 or 512"]),
         (["--dtype", "f32"], &["'f32' for '--dtype <DTYPE>'", "expected f16 or bf16"]),
     ] {
@@ -380,7 +387,7 @@ fn bad_trees_are_refused() {
     ] {
         refused(&["plan", "--tree", tree], &["--tree", part]);
     }
-    refused(&["plan", "--tree", "1_32", "--page-size", "0"], &["page_size: got 0, expected at least 1"]);
+    refused(&["plan", "--tree", "1_32", "--page-size", "0"], &["--page-size <TOKENS>", "0 is not in 1..="]);
 }
 
 #[test]
@@ -431,7 +438,7 @@ fn bad_traces_are_refused() {
     );
     refused(&["plan", "--trace", good, "--batch", "0"], &["batch_size: got 0, expected at least 1"]);
     refused(&["plan", "--trace", good, "--batch", "many"], &["--batch: got \"many\""]);
-    refused(&["plan", "--trace", good, "--page-size", "0"], &["--page-size", "page_size: got 0, expected at least 1"]);
+    refused(&["plan", "--trace", good, "--page-size", "0"], &["--page-size <TOKENS>", "0 is not in 1..="]);
     refused(&["plan", "--trace", "no/such.jsonl"], &["--trace no/such.jsonl", "No such file"]);
 }
 

@@ -126,7 +126,7 @@ fn a_trace_has_blocks_of_any_size() {
     }
     let table = stdout(&["bench", "kernels", "--device", "cpu", "--trace", trace, "--trace-block", "16"]);
     assert!(table.contains("trace_b3_s512") && table.contains("trace: 3 of 3 verified"), "{table}");
-    refused(&["plan", "--trace", trace, "--trace-block", "0"], &["--trace-block", "got 0, expected at least 1"]);
+    refused(&["plan", "--trace", trace, "--trace-block", "0"], &["--trace-block <TOKENS>", "0 is not in 1..="]);
     refused(&["plan", "--tree", "1_32", "--trace-block", "16"], &["--trace-block", "--trace"]);
     refused(&["bench", "kernels", "--trace-block", "16"], &["--trace <FILE>"]);
 }
@@ -324,12 +324,32 @@ fn the_models_shape_is_shown_kept_and_checked() {
 }
 
 #[test]
+fn batch_files_keep_the_head_dim_of_v_and_the_type_of_8_bit_caches() {
+    let folder = TempDir::new().expect("a temporary folder");
+    for (shape, shown, measured) in [
+        (&["--head-dim=192", "--value-head-dim=128"][..], "V head dim 128", ("--value-head-dim", "192", "128")),
+        (&["--head-dim=64", "--kv-dtype=e5m2"], "K and V e5m2", ("--kv-dtype", "e4m3", "e5m2")),
+    ] {
+        let saved = folder.path().join(format!("{}.json", measured.0));
+        stdout(&[&["plan", "--tree", "1,2_32,32", "--save-batch", text(&saved)][..], shape].concat());
+        let (batch, (option, other, own)) = (["--batch", text(&saved)], measured);
+        for command in [&["plan"][..], &["run", "--device", "cpu"], &["bench", "kernels", "--device", "cpu"]] {
+            let args = [command, &batch].concat();
+            let output = stdout(&args);
+            assert!(command[0] == "bench" || output.contains(shown), "{output}");
+            refused(&[&args[..], &[option, other]].concat(), &[option, &format!("got {other}, expected ")]);
+            stdout(&[&args[..], &[option, own]].concat());
+        }
+    }
+}
+
+#[test]
 fn errors_name_the_option() {
     for (args, parts) in [
         (&["plan", "--tree", "1_32", "--heads", "30/8"][..], &["--heads 30/8: q_heads: got 30"][..]),
         (&["plan", "--tree", "1_32", "--head-dim", "80"], &["--head-dim 80: head_dim: got 80"]),
         (&["plan", "--tree", "1,2_32,8", "--mode", "fixed-chunk=33"], &["--mode: ", "fixed chunk: got 33"]),
-        (&["plan", "--tree", "1_32", "--page-size", "0"], &["--page-size", "page_size: got 0"]),
+        (&["plan", "--tree", "1_32", "--page-size", "70000"], &["error: --page-size: got 70000, expected"]),
         (&["bench", "compare", "none.json", "--new", "none.json"], &["error: OLD: none.json"]),
     ] {
         refused(args, parts);
@@ -342,10 +362,11 @@ fn the_commands_and_supports_agree_on_every_limit() {
     for (heads, page_size) in [((32, 8), 100_000), ((256, 1), 65_537)] {
         let shape = AttentionShape::new(heads.0, heads.1, 128, Dtype::F16).expect("a shape");
         let reason = supports(&Problem::new(shape, page_size), None, None).expect_err("a limit").to_string();
+        let reason = reason.replace("page_size: ", "error: --page-size: ");
         let (heads, page_size) = (format!("{}/{}", heads.0, heads.1), page_size.to_string());
         for command in [&["plan"][..], &["run", "--device", "cpu"]] {
             let args = [command, &["--tree", "1_32", "--heads", &heads, "--page-size", &page_size]].concat();
-            refused(&args, &["--page-size", &reason]);
+            refused(&args, &[&reason]);
         }
     }
     for (heads, page_size) in [((129, 1), 16), ((256, 1), 16), ((32, 8), 65_536)] {

@@ -558,7 +558,7 @@ def run(plan: "Plan", q: "torch.Tensor", k_cache: "torch.Tensor", v_cache: "torc
         CudaError: the driver refuses a launch.
     """
 
-def supports(shape: "AttentionShape", page_size: SupportsIndex, *, window: "int | None" = None, softcap: "float | None" = None, sinks: bool = False, kv_dtype: "torch.dtype | str | None" = None, query_tokens: SupportsIndex = 1, alibi: bool = False, value_head_dim: "int | None" = None, chunk: "int | None" = None, query_tree: bool = False) -> "str | None":
+def supports(shape: "AttentionShape", page_size: SupportsIndex, *, window: "int | None" = None, softcap: "float | None" = None, sinks: bool = False, kv_dtype: "torch.dtype | str | None" = None, query_tokens: SupportsIndex | None = None, alibi: bool = False, value_head_dim: "int | None" = None, chunk: "int | None" = None, query_tree: bool = False) -> "str | None":
     """
     Whether the kernels compute a model's attention. Asks no device.
 
@@ -570,7 +570,7 @@ def supports(shape: "AttentionShape", page_size: SupportsIndex, *, window: "int 
         softcap: the cap of scores, if the model has one.
         sinks: whether it has attention sinks.
         kv_dtype: the type of the KV cache, where it is not that of Q.
-        query_tokens: query tokens of each sequence.
+        query_tokens: query tokens of each sequence; by default 1.
         query_tree: whether its query tokens may form a tree.
         alibi: whether it has linear position biases.
         value_head_dim: elements per head of V, where they are not those of K.

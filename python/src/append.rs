@@ -1,7 +1,7 @@
 //! `append_kv`.
 
 use crate::device::{self, Device};
-use crate::errors::{Result, invalid, wrong_type};
+use crate::errors::{Integer, Result, invalid, wrong_type};
 use crate::foreign;
 use crate::operands::{KvLayout, Scale, Span, check_strides};
 use crate::scores::Scores;
@@ -49,9 +49,10 @@ pub(crate) fn append_kv(
     k_scale: Option<&Bound<'_, PyAny>>,
     v_scale: Option<&Bound<'_, PyAny>>,
     kv_layout: &str,
-    stream: Option<u64>,
+    stream: Option<Integer>,
 ) -> Result<()> {
     let layout = KvLayout::parse(kv_layout)?;
+    let stream = stream.map(|stream| stream.unsigned("stream")).transpose()?;
     let k_new = Tensor::read("k_new", k_new, stream)?;
     let handle = torch::stream_of(py, k_new.device, stream)?;
     let read = |name, object| Tensor::read(name, object, Some(handle));

@@ -1,11 +1,11 @@
 //! `PlanBuffers` and `BoundRun`: fixed memory that plans are uploaded into, and runs whose arguments were checked once.
 
 use crate::device::{self, Device};
-use crate::errors::{Result, invalid};
+use crate::errors::{Integer, Result, invalid};
 use crate::foreign;
 use crate::operands::{Facts, KvLayout, Operands, Tensors};
 use crate::plan::PyPlan;
-use crate::planner::{PyPlanner, expect_plan};
+use crate::planner::{PyPlanner, expect_plan, read_pages};
 use crate::scores::Scores;
 use crate::tensor::Tensor;
 use crate::torch;
@@ -47,7 +47,8 @@ enum Memory {
 impl PyPlanBuffers {
     #[new]
     #[pyo3(signature = (planner: "Planner", page_size, num_pages))]
-    fn new(planner: &Bound<'_, PyPlanner>, page_size: u32, num_pages: u32) -> Result<Self> {
+    fn new(planner: &Bound<'_, PyPlanner>, page_size: Integer, num_pages: Integer) -> Result<Self> {
+        let (page_size, num_pages) = read_pages(page_size, num_pages)?;
         let planner = planner.get();
         let (capacity, device) = (planner.fixed_capacity()?, planner.fixed_device()?);
         let variants = planner.tile_variants(page_size)?;
@@ -79,7 +80,8 @@ impl PyPlanBuffers {
     ///     ValueError: the plan is of another shape, page size or pool, or exceeds the capacity: the former plan stays.
     ///     CudaError: the copy cannot be enqueued.
     #[pyo3(signature = (plan: "Plan", stream = None))]
-    fn upload(&self, py: Python<'_>, plan: &Bound<'_, PyAny>, stream: Option<u64>) -> Result<()> {
+    fn upload(&self, py: Python<'_>, plan: &Bound<'_, PyAny>, stream: Option<Integer>) -> Result<()> {
+        let stream = stream.map(|stream| stream.unsigned("stream")).transpose()?;
         let plan: &PyPlan = expect_plan(plan)?.get();
         let handle = torch::stream_of(py, self.device(), stream)?;
         let state = plan.lock();
@@ -152,7 +154,10 @@ impl PyPlanBuffers {
         let operands = Operands::new(&self.facts, &tensors, layout, scores)?;
         operands.check_outputs_are_apart()?;
         let on_device = match (&*self.memory, workspace) {
-            (Memory::Cpu(_), _) => None,
+            (Memory::Cpu(_), _) => {
+                operands.check_host(&tensors)?;
+                None
+            }
             (Memory::Cuda { .. }, None) => {
                 return Err(invalid("workspace", "None", "a Workspace (Workspace.for_planner(planner))"));
             }
@@ -265,7 +270,8 @@ impl PyBoundRun {
     /// Raises:
     ///     ValueError: nothing was uploaded, an address is not aligned, or the run is one on the CPU.
     ///     CudaError: the driver refuses a launch.
-    fn run_ptr(&self, py: Python<'_>, q_ptr: u64, out_ptr: u64) -> Result<()> {
+    fn run_ptr(&self, py: Python<'_>, q_ptr: Integer, out_ptr: Integer) -> Result<()> {
+        let (q_ptr, out_ptr) = (q_ptr.unsigned("q_ptr")?, out_ptr.unsigned("out_ptr")?);
         if matches!(*self.memory, Memory::Cpu(_)) {
             return Err(invalid("run_ptr", "a run on the CPU", "one on a CUDA device: use run()"));
         }

@@ -1,7 +1,7 @@
 //! `Capacity`.
 
 use crate::device::Device;
-use crate::errors::{Result, invalid, read_count};
+use crate::errors::{Integer, Result, invalid};
 use crate::profile::PyProfile;
 use pat_rs::plan::PlanCapacity;
 use pyo3::prelude::*;
@@ -29,16 +29,15 @@ impl PyCapacity {
     #[new]
     #[pyo3(signature = (max_sequences, max_pages, device_or_profile: "DeviceProfile | torch.device | str", max_items = None, max_slots = None))]
     fn new(
-        max_sequences: i64,
-        max_pages: i64,
+        max_sequences: Integer,
+        max_pages: Integer,
         device_or_profile: &Bound<'_, PyAny>,
-        max_items: Option<i64>,
-        max_slots: Option<i64>,
+        max_items: Option<Integer>,
+        max_slots: Option<Integer>,
     ) -> Result<Self> {
-        let (max_sequences, max_pages) =
-            (read_count("max_sequences", max_sequences)?, read_count("max_pages", max_pages)?);
-        let max_items = max_items.map(|count| read_count("max_items", count)).transpose()?;
-        let max_slots = max_slots.map(|count| read_count("max_slots", count)).transpose()?;
+        let (max_sequences, max_pages) = (max_sequences.count("max_sequences", 0)?, max_pages.count("max_pages", 0)?);
+        let max_items = max_items.map(|count| count.count("max_items", 0)).transpose()?;
+        let max_slots = max_slots.map(|count| count.count("max_slots", 0)).transpose()?;
         let profile = match device_or_profile.cast::<PyProfile>() {
             Ok(profile) => profile.get().inner.clone(),
             Err(_) => PyProfile::of(Device::parse("device_or_profile", device_or_profile)?)?.inner,

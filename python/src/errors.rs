@@ -1,6 +1,7 @@
 //! Errors of the library as Python exceptions.
 
-use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
+use pyo3::exceptions::{PyOverflowError, PyRuntimeError, PyTypeError, PyValueError};
+use pyo3::inspect::PyStaticExpr;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::PyType;
@@ -25,7 +26,7 @@ impl From<Failure> for PyErr {
 
 impl From<pat_rs::Error> for Failure {
     fn from(error: pat_rs::Error) -> Self {
-        let text = error.to_string();
+        let text = in_python(&error.to_string());
         Self(match error {
             pat_rs::Error::InvalidArgument { .. }
             | pat_rs::Error::PlanMismatch { .. }
@@ -35,6 +36,13 @@ impl From<pat_rs::Error> for Failure {
             _ => PyRuntimeError::new_err(text),
         })
     }
+}
+
+/// A message with the names that arguments have here.
+pub(crate) fn in_python(message: &str) -> String {
+    const NAMES: [(&str, &str); 3] =
+        [("v_head_dim: ", "value_head_dim: "), ("soft_cap: ", "softcap: "), ("softmax_scale: ", "scale: ")];
+    NAMES.iter().fold(message.to_owned(), |message, (name, here)| message.replace(name, here))
 }
 
 /// A `ValueError` in the words of [`pat_rs::Error::InvalidArgument`].
@@ -59,7 +67,55 @@ fn own(class: &'static str, text: String) -> PyErr {
     })
 }
 
-/// A number of something; pyo3's own error for a negative one names no argument.
-pub(crate) fn read_count(argument: &str, count: i64) -> Result<u32> {
-    u32::try_from(count).map_err(|_| invalid(argument, count, "0 to 2^32 - 1"))
+/// An integer as Python gives it; pyo3's own error for one that is negative or too large names no argument.
+#[derive(Debug)]
+pub(crate) enum Integer {
+    Unsigned(u64),
+    /// Its text.
+    Other(String),
+}
+
+impl<'py> FromPyObject<'_, 'py> for Integer {
+    type Error = PyErr;
+    const INPUT_TYPE: PyStaticExpr = <u64 as FromPyObject<'_, '_>>::INPUT_TYPE;
+
+    fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
+        match object.extract() {
+            Ok(number) => Ok(Self::Unsigned(number)),
+            Err(error) if error.is_instance_of::<PyOverflowError>(object.py()) => {
+                Ok(Self::Other(object.str()?.to_string()))
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
+impl Integer {
+    /// A number of something. `least` is for the message: numbers below it, which are not negative, the library refuses.
+    pub(crate) fn count(self, argument: &str, least: u32) -> Result<u32> {
+        let got = match self {
+            Self::Unsigned(number) => match u32::try_from(number) {
+                Ok(count) => return Ok(count),
+                Err(_) => number.to_string(),
+            },
+            Self::Other(text) => text,
+        };
+        Err(invalid(argument, got, format!("{least} to 2^32 - 1")))
+    }
+
+    /// The lesser of the two.
+    pub(crate) fn at_most(self, most: u32) -> Self {
+        match self {
+            Self::Unsigned(number) => Self::Unsigned(number.min(most.into())),
+            other => other,
+        }
+    }
+
+    /// Bytes, an address or a handle.
+    pub(crate) fn unsigned(self, argument: &str) -> Result<u64> {
+        match self {
+            Self::Unsigned(number) => Ok(number),
+            Self::Other(text) => Err(invalid(argument, text, "0 to 2^64 - 1")),
+        }
+    }
 }

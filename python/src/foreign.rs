@@ -49,25 +49,10 @@ pub(crate) fn run_host<T: HostElement, C: KvElement>(
     _held: &[&Tensor<'_>],
 ) -> Result<()> {
     operands.check_outputs_are_apart()?;
-    fn input<'a, E: Pod>(span: Span, name: &str) -> Result<&'a [E]> {
-        let elements = span.host_elements::<E>(name)?;
-        if elements == 0 {
-            return Ok(&[]);
-        }
-        // SAFETY: alignment and length were checked by `host_elements`; `Operands` has compared the element type; `_held`
-        // keeps the memory; no output overlaps it (checked above), and this thread stays attached.
-        Ok(unsafe { slice::from_raw_parts(std::ptr::with_exposed_provenance(span.address as usize), elements) })
-    }
     let (q, k, v): (&[T], &[C], &[C]) =
         (input(operands.q, "q")?, input(operands.k, "k_cache")?, input(operands.v, "v_cache")?);
-    let scale = |scale, name| -> Result<KvScale<'_>> {
-        Ok(match scale {
-            Scale::Tensor(scale) => KvScale::Tensor(scale),
-            Scale::Heads(span) => KvScale::Heads(input(span, name)?),
-        })
-    };
     let mut tensors = HostTensors::new(operands.problem, q, k, v)
-        .with_kv_scales(scale(operands.k_scale, "k_scale")?, scale(operands.v_scale, "v_scale")?)
+        .with_kv_scales(factor(operands.k_scale, "k_scale")?, factor(operands.v_scale, "v_scale")?)
         .with_kv_strides(operands.k_strides, operands.v_strides)
         .with_row_strides(operands.q_strides, operands.out_strides);
     if let Some((_, strides)) = operands.lse {
@@ -80,6 +65,36 @@ pub(crate) fn run_host<T: HostElement, C: KvElement>(
     let lse = operands.lse.map(|(span, _)| output::<f32>(span, "lse")).transpose()?;
     // Their extents are disjoint from each other and from the inputs' (checked above).
     Ok(pat_rs::cpu::run(plan, &tensors, out, lse)?)
+}
+
+/// Refuses factors in host memory that no executor takes. `_held` are the tensors that `operands` were taken from.
+pub(crate) fn check_host_scales(operands: &Operands, _held: &[&Tensor<'_>]) -> Result<()> {
+    operands.check_outputs_are_apart()?;
+    let shape = operands.problem.shape();
+    let is_eight_bit = shape.kv_dtype().bytes() == 1;
+    for (name, scale) in [("k_scale", operands.k_scale), ("v_scale", operands.v_scale)] {
+        factor(scale, name)?.check(name, shape.kv_heads(), is_eight_bit)?;
+    }
+    Ok(())
+}
+
+/// As [`input`].
+fn factor<'a>(scale: Scale, name: &str) -> Result<KvScale<'a>> {
+    Ok(match scale {
+        Scale::Tensor(scale) => KvScale::Tensor(scale),
+        Scale::Heads(span) => KvScale::Heads(input(span, name)?),
+    })
+}
+
+/// Called by [`run_host`] and [`check_host_scales`] alone, which hold the tensors while the slice lives.
+fn input<'a, E: Pod>(span: Span, name: &str) -> Result<&'a [E]> {
+    let elements = span.host_elements::<E>(name)?;
+    if elements == 0 {
+        return Ok(&[]);
+    }
+    // SAFETY: alignment and length were checked by `host_elements`; `Operands` has compared the element type; the callers hold
+    // the tensors, have checked that no output overlaps them, and stay attached.
+    Ok(unsafe { slice::from_raw_parts(std::ptr::with_exposed_provenance(span.address as usize), elements) })
 }
 
 /// Called by [`run_host`] alone, after the checks that its comments name.

@@ -1,7 +1,7 @@
 //! `merge_states`.
 
 use crate::device::{self, Device};
-use crate::errors::{Result, invalid, wrong_type};
+use crate::errors::{Integer, Result, invalid, wrong_type};
 use crate::foreign;
 use crate::operands::{Span, check_distinct_rows, row_strides};
 use crate::tensor::{Element, Tensor};
@@ -40,8 +40,9 @@ pub(crate) fn merge_states<'py>(
     lse_b: &Bound<'py, PyAny>,
     out: Option<Bound<'py, PyAny>>,
     lse: Option<Bound<'py, PyAny>>,
-    stream: Option<u64>,
+    stream: Option<Integer>,
 ) -> Result<(Bound<'py, PyAny>, Bound<'py, PyAny>)> {
+    let stream = stream.map(|stream| stream.unsigned("stream")).transpose()?;
     let first = Tensor::read("out_a", out_a, stream)?;
     let handle = torch::stream_of(py, first.device, stream)?;
     let out = out.map_or_else(|| torch::empty_like(out_a), Ok)?;

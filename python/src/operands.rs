@@ -273,6 +273,12 @@ impl Operands {
         Ok(())
     }
 
+    /// Refuses on host memory, ahead of any plan, what [`Self::run_host`] would: attention that no kernel computes, and factors.
+    pub(crate) fn check_host(&self, tensors: &Tensors<'_>) -> Result<()> {
+        pat_rs::supports(&self.problem, Some((self.k_strides, self.v_strides)), None).map_err(pat_rs::Error::from)?;
+        foreign::check_host_scales(self, &tensors.all())
+    }
+
     /// Executes on host memory.
     pub(crate) fn run_host(&self, plan: &Plan, tensors: &Tensors<'_>) -> Result<()> {
         let held = tensors.all();

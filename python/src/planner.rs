@@ -2,7 +2,7 @@
 
 use crate::capacity::PyCapacity;
 use crate::device::Device;
-use crate::errors::{Failure, Result, invalid, read_count, wrong_type};
+use crate::errors::{Failure, Integer, Result, invalid, wrong_type};
 use crate::plan::{Origin, PyPlan};
 use crate::profile::PyProfile;
 use crate::resident::Pool;
@@ -66,8 +66,8 @@ impl PyPlanner {
         capacity: Option<&Bound<'_, PyCapacity>>,
         variants: Option<Vec<String>>,
         softcap: Option<&Bound<'_, PyAny>>,
-        window: Option<i64>,
-        chunk: Option<i64>,
+        window: Option<Integer>,
+        chunk: Option<Integer>,
         query_tree: bool,
         page_runs: bool,
     ) -> Result<Self> {
@@ -122,11 +122,12 @@ impl PyPlanner {
         py: Python<'_>,
         block_tables: &Bound<'_, PyAny>,
         lengths: &Bound<'_, PyAny>,
-        page_size: u32,
-        num_pages: u32,
+        page_size: Integer,
+        num_pages: Integer,
         query_tokens: Option<&Bound<'_, PyAny>>,
         parents: Option<&Bound<'_, PyAny>>,
     ) -> Result<PyPlan> {
+        let (page_size, num_pages) = read_pages(page_size, num_pages)?;
         let tables = Tables::read(block_tables, lengths, self.queries(query_tokens, parents), page_size, num_pages)?;
         let plan = py.detach(|| tables.with_batch(|batch| self.lock().for_pages(page_size)?.plan(batch)))?;
         Ok(self.made(plan, tables))
@@ -195,11 +196,12 @@ impl PyPlanner {
         &self,
         block_tables: &Bound<'_, PyAny>,
         lengths: &Bound<'_, PyAny>,
-        page_size: u32,
-        num_pages: u32,
+        page_size: Integer,
+        num_pages: Integer,
         query_tokens: Option<&Bound<'_, PyAny>>,
         parents: Option<&Bound<'_, PyAny>>,
     ) -> Result<PyPlanFuture> {
+        let (page_size, num_pages) = read_pages(page_size, num_pages)?;
         let tables = Tables::read(block_tables, lengths, self.queries(query_tokens, parents), page_size, num_pages)?;
         let planner = self.planner.clone();
         let work = move || {
@@ -315,9 +317,14 @@ impl PagedPlanner {
     }
 }
 
+/// A page size and a number of pages.
+pub(crate) fn read_pages(page_size: Integer, num_pages: Integer) -> Result<(u32, u32)> {
+    Ok((page_size.count("page_size", 1)?, num_pages.count("num_pages", 0)?))
+}
+
 /// The reach that one of `window` and `chunk` gives.
-pub(crate) fn read_reach(window: Option<i64>, chunk: Option<i64>) -> Result<Reach> {
-    let tokens = |name, tokens: Option<i64>| tokens.map(|tokens| read_count(name, tokens)).transpose();
+pub(crate) fn read_reach(window: Option<Integer>, chunk: Option<Integer>) -> Result<Reach> {
+    let tokens = |name, tokens: Option<Integer>| tokens.map(|tokens| tokens.count(name, 1)).transpose();
     match (tokens("window", window)?, tokens("chunk", chunk)?) {
         (None, None) => Ok(Reach::Full),
         (Some(tokens), None) => Ok(Reach::Window(tokens)),

@@ -1,7 +1,7 @@
 //! `run`: one layer of one decode step.
 
 use crate::device::Device;
-use crate::errors::Result;
+use crate::errors::{Integer, Result};
 use crate::operands::{Facts, KvLayout, Operands, Tensors};
 use crate::planner::expect_plan;
 use crate::resident;
@@ -68,10 +68,11 @@ pub(crate) fn run<'py>(
     return_lse: bool,
     kv_layout: &str,
     workspace: Option<&Bound<'py, PyWorkspace>>,
-    stream: Option<u64>,
+    stream: Option<Integer>,
 ) -> Result<Bound<'py, PyAny>> {
     let plan = expect_plan(plan)?.get();
     let layout = KvLayout::parse(kv_layout)?;
+    let stream = stream.map(|stream| stream.unsigned("stream")).transpose()?;
     let (scores, [k_scale, v_scale]) = Scores::read(scale, softcap)?.with_kv_scales(k_scale, v_scale)?;
     let read_q = Tensor::read("q", q, stream)?;
     let handle = torch::stream_of(py, read_q.device, stream)?;

@@ -1,6 +1,6 @@
 //! `AttentionShape`.
 
-use crate::errors::{Result, invalid, read_count};
+use crate::errors::{Integer, Result, invalid};
 use pat_rs::Dtype;
 use pyo3::prelude::*;
 
@@ -29,18 +29,18 @@ impl PyShape {
     #[new]
     #[pyo3(signature = (q_heads, kv_heads, head_dim, dtype: "torch.dtype | str", *, kv_dtype: "torch.dtype | str | None" = None, value_head_dim: "int | None" = None))]
     fn new(
-        q_heads: i64,
-        kv_heads: i64,
-        head_dim: i64,
+        q_heads: Integer,
+        kv_heads: Integer,
+        head_dim: Integer,
         dtype: &Bound<'_, PyAny>,
         kv_dtype: Option<&Bound<'_, PyAny>>,
-        value_head_dim: Option<i64>,
+        value_head_dim: Option<Integer>,
     ) -> Result<Self> {
-        let (q_heads, kv_heads) = (read_count("q_heads", q_heads)?, read_count("kv_heads", kv_heads)?);
-        let head_dim = read_count("head_dim", head_dim)?;
+        let (q_heads, kv_heads) = (q_heads.count("q_heads", 1)?, kv_heads.count("kv_heads", 1)?);
+        let head_dim = head_dim.count("head_dim", 1)?;
         let mut inner = pat_rs::AttentionShape::new(q_heads, kv_heads, head_dim, parse_dtype("dtype", dtype)?)?;
         if let Some(value_head_dim) = value_head_dim {
-            inner = inner.with_v_head_dim(read_count("value_head_dim", value_head_dim)?)?;
+            inner = inner.with_v_head_dim(value_head_dim.count("value_head_dim", 1)?)?;
         }
         let kv_dtype = kv_dtype.map(|dtype| parse_stored("kv_dtype", dtype)).transpose()?;
         Ok(Self { inner: kv_dtype.map_or(inner, |dtype| inner.with_kv_dtype(dtype)) })

@@ -1,6 +1,6 @@
 //! `supports`.
 
-use crate::errors::{Result, invalid};
+use crate::errors::{Integer, Result, in_python, invalid};
 use crate::planner::read_reach;
 use crate::shape::{PyShape, parse_stored};
 use pat_rs::Problem;
@@ -16,7 +16,7 @@ use pyo3::prelude::*;
 ///     softcap: the cap of scores, if the model has one.
 ///     sinks: whether it has attention sinks.
 ///     kv_dtype: the type of the KV cache, where it is not that of Q.
-///     query_tokens: query tokens of each sequence.
+///     query_tokens: query tokens of each sequence; by default 1.
 ///     query_tree: whether its query tokens may form a tree.
 ///     alibi: whether it has linear position biases.
 ///     value_head_dim: elements per head of V, where they are not those of K.
@@ -24,34 +24,36 @@ use pyo3::prelude::*;
 /// Returns:
 ///     None if it can, else the reason why not.
 #[pyfunction]
-#[pyo3(signature = (shape: "AttentionShape", page_size, *, window: "int | None" = None, softcap: "float | None" = None, sinks = false, kv_dtype: "torch.dtype | str | None" = None, query_tokens = 1, alibi = false, value_head_dim: "int | None" = None, chunk: "int | None" = None, query_tree = false) -> "str | None")]
+#[pyo3(signature = (shape: "AttentionShape", page_size, *, window: "int | None" = None, softcap: "float | None" = None, sinks = false, kv_dtype: "torch.dtype | str | None" = None, query_tokens = None, alibi = false, value_head_dim: "int | None" = None, chunk: "int | None" = None, query_tree = false) -> "str | None")]
 #[expect(clippy::too_many_arguments, reason = "the Python signature")]
 pub(crate) fn supports(
     shape: &Bound<'_, PyShape>,
-    page_size: u32,
-    window: Option<i64>,
+    page_size: Integer,
+    window: Option<Integer>,
     softcap: Option<f64>,
     sinks: bool,
     kv_dtype: Option<&Bound<'_, PyAny>>,
-    query_tokens: u32,
+    query_tokens: Option<Integer>,
     alibi: bool,
-    value_head_dim: Option<u32>,
-    chunk: Option<i64>,
+    value_head_dim: Option<Integer>,
+    chunk: Option<Integer>,
     query_tree: bool,
 ) -> Result<Option<String>> {
     let shape = shape.get();
+    let (page_size, query_tokens) =
+        (page_size.count("page_size", 1)?, query_tokens.map_or(Ok(1), |tokens| tokens.count("query_tokens", 1))?);
     if query_tokens == 0 {
         return Err(invalid("query_tokens", 0, "at least 1"));
     }
     let mut inner = shape.inner;
     if let Some(head_dim) = value_head_dim {
-        inner = inner.with_v_head_dim(head_dim)?;
+        inner = inner.with_v_head_dim(head_dim.count("value_head_dim", 1)?)?;
     }
     if let Some(dtype) = kv_dtype {
         inner = inner.with_kv_dtype(parse_stored("kv_dtype", dtype)?);
     }
     // More than any context has is as good as all of it.
-    let [window, chunk] = [window, chunk].map(|tokens| tokens.map(|tokens| tokens.min(i64::from(u32::MAX))));
+    let [window, chunk] = [window, chunk].map(|tokens| tokens.map(|tokens| tokens.at_most(u32::MAX)));
     let reach = read_reach(window, chunk)?;
     let mut problem = Problem::new(inner, page_size).with_query_tokens(query_tokens).with_reach(reach);
     if let Some(cap) = softcap {
@@ -66,5 +68,5 @@ pub(crate) fn supports(
     if alibi {
         problem = problem.with_alibi();
     }
-    Ok(pat_rs::supports(&problem, None, None).err().map(|reason| reason.to_string()))
+    Ok(pat_rs::supports(&problem, None, None).err().map(|reason| in_python(&reason.to_string())))
 }

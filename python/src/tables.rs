@@ -1,9 +1,10 @@
 //! Block tables and lengths, copied out of what Python hands over, so that planning needs no Python.
 
-use crate::errors::{Result, invalid, wrong_type};
+use crate::errors::{Failure, Integer, Result, invalid, wrong_type};
 use crate::foreign;
 use crate::tensor::{Element, Tensor, is_torch};
 use pat_rs::{DecodeBatch, QueryTokens};
+use pyo3::exceptions::PyOverflowError;
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyList, PyTuple};
@@ -108,8 +109,8 @@ impl Tables {
                 let needed = self.needed(row, entries.len()?);
                 for position in 0..needed {
                     let id = entries.get_item(position)?;
-                    let id: i64 = id.extract().map_err(|_| {
-                        wrong_type(&format!("block_tables[{row}][{position}]"), kind(&id), "an integer")
+                    let id: i64 = id.extract().map_err(|error| {
+                        no_integer(&format!("block_tables[{row}][{position}]"), &id, &error, "an integer")
                     })?;
                     self.ids.push(self.page_id(row, position, id)?);
                 }
@@ -256,8 +257,8 @@ impl Counts {
         let count = |name: String, count: i64| {
             u32::try_from(count).map_err(|_| invalid(name, count, format!("0 to {}", DecodeBatch::MAX_TOKENS)))
         };
-        if let Ok(tokens) = counts.extract() {
-            return Ok(Self::Uniform(count("query_tokens".into(), tokens)?));
+        if let Ok(tokens) = counts.extract::<Integer>() {
+            return Ok(Self::Uniform(tokens.count("query_tokens", 1)?));
         }
         let counts = read_integers("query_tokens", counts)?.into_iter().enumerate();
         Ok(Self::Ragged(
@@ -326,7 +327,7 @@ fn read_tree(name: &str, parents: &[Bound<'_, PyAny>]) -> Result<Parents> {
         let name = format!("{name}[{token}]");
         match parent.extract::<Option<i64>>() {
             Ok(parent) => parent.map_or(Ok(None), |parent| parent_of(name, parent)),
-            Err(_) => Err(wrong_type(&name, kind(parent), "an integer or None")),
+            Err(error) => Err(no_integer(&name, parent, &error, "an integer or None")),
         }
     };
     parents.iter().enumerate().map(parent).collect()
@@ -360,8 +361,8 @@ pub(crate) fn read_integers(name: &'static str, values: &Bound<'_, PyAny>) -> Re
         let mut read = Vec::with_capacity(count);
         for position in 0..count {
             let value = values.get_item(position)?;
-            let name = || format!("{name}[{position}]");
-            read.push(value.extract().map_err(|_| wrong_type(&name(), kind(&value), "an integer"))?);
+            let refused = |error| no_integer(&format!("{name}[{position}]"), &value, &error, "an integer");
+            read.push(value.extract().map_err(refused)?);
         }
         return Ok(read);
     }
@@ -372,6 +373,16 @@ pub(crate) fn read_integers(name: &'static str, values: &Bound<'_, PyAny>) -> Re
     let elements = foreign::elements::<i32>(&tensor, &Element::I32)?;
     let stride = tensor.strides[0] as usize;
     Ok((0..tensor.sizes[0] as usize).map(|index| i64::from(elements[index * stride])).collect())
+}
+
+/// What is said of a value that is no integer, or one of more than 64 bits.
+fn no_integer(name: &str, value: &Bound<'_, PyAny>, error: &PyErr, expected: &str) -> Failure {
+    match value.str() {
+        Ok(text) if error.is_instance_of::<PyOverflowError>(value.py()) => {
+            invalid(name, text, format!("{expected} of at most 64 bits"))
+        }
+        _ => wrong_type(name, kind(value), expected),
+    }
 }
 
 /// The name of a value's type, for errors.

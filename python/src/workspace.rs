@@ -1,7 +1,7 @@
 //! `Workspace`: memory for partial results.
 
 use crate::device::{self, Device};
-use crate::errors::{Result, invalid};
+use crate::errors::{Integer, Result, invalid};
 use crate::planner::PyPlanner;
 use pat_rs::cuda::Workspace;
 use pyo3::prelude::*;
@@ -27,8 +27,8 @@ pub(crate) struct PyWorkspace {
 impl PyWorkspace {
     #[new]
     #[pyo3(signature = (bytes, device: "torch.device | str"))]
-    fn new(bytes: u64, device: &Bound<'_, PyAny>) -> Result<Self> {
-        Self::with_bytes(bytes, Device::parse("device", device)?)
+    fn new(bytes: Integer, device: &Bound<'_, PyAny>) -> Result<Self> {
+        Self::with_bytes(bytes.unsigned("bytes")?, Device::parse("device", device)?)
     }
 
     /// Memory for every plan of a planner with a capacity, on the planner's device.

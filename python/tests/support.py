@@ -48,6 +48,32 @@ def random_forest(seed, page_size=16, most_sequences=24):
     return Batch(tables, lengths, page_size, max(next_page, 1))
 
 
+def written_out(batch, counts):
+    """The batch with a row per query token."""
+    rows = [(row, back) for row, count in enumerate(counts) for back in range(count - 1, -1, -1)]
+    tables = [batch.block_tables[row] for row, _ in rows]
+    return Batch(tables, [max(batch.lengths[row] - back, 0) for row, back in rows], batch.page_size, batch.num_pages)
+
+
+def draw_trees(batch, seed):
+    """By sequence, the parents of its query tokens."""
+    rng = random.Random(seed)
+    counts = [min(length, rng.randint(1, 9)) for length in batch.lengths]
+    return [[rng.choice([None, *range(i)]) if i else None for i in range(count)] for count in counts]
+
+
+def seen_by(batch, trees):
+    """By query token, the tokens that it sees."""
+    for length, tree in zip(batch.lengths, trees):
+        context = length - len(tree)
+        for token in range(len(tree)):
+            path = []
+            while token is not None:
+                path.append(context + token)
+                token = tree[token]
+            yield [*range(context), *reversed(path)]
+
+
 def caches(batch, dtype=torch.float16, layout="NHD", seed=0, kv_heads=2, head_dim=64, device="cpu", value_head_dim=None):
     """K and V with rows that no sequence owns set to NaN: nobody may read them."""
     generator = torch.Generator().manual_seed(seed)

@@ -101,6 +101,29 @@ def test_what_a_bound_run_refuses():
         engine.bound.run_ptr(engine.q.data_ptr(), engine.out.data_ptr())
 
 
+FACTORS = [0.0, float("nan"), torch.tensor([1.0, float("nan")]), torch.tensor([1.0, -1.0]), torch.ones(3)]
+
+
+@pytest.mark.parametrize("name", ["k_scale", "v_scale"])
+@pytest.mark.parametrize("factor", FACTORS, ids=[str(i) for i in range(len(FACTORS))])
+def test_factors_are_checked_when_they_are_bound(name, factor):
+    planner = pa.Planner(
+        pa.AttentionShape(**SHAPE, dtype="float16", kv_dtype="float8_e4m3fn"), "cpu", capacity=pa.Capacity(4, 64, "cpu")
+    )
+    cache = torch.zeros((8, 16, 2, 64), dtype=torch.uint8)
+    q, out = queries(4), torch.zeros((4, 8, 64), dtype=torch.float16)
+    with pytest.raises(ValueError, match=f"^{name}: got"):
+        pa.PlanBuffers(planner, 16, 8).bind(cache, cache, q, out, **{name: factor})
+
+
+def test_caps_and_factors_of_16_bit_caches_are_checked_when_they_are_bound():
+    batch = random_forest(1)
+    with pytest.raises(ValueError, match="^k_scale: got 2, expected 1 where K and V do not have 8 bits"):
+        Engine(batch, k_scale=2.0)
+    with pytest.raises(ValueError, match="^softcap: got"):
+        Engine(batch, softcap=1e-45)
+
+
 def test_plans_of_another_kind_are_not_uploaded():
     batch = random_forest(1)
     engine = Engine(batch)

@@ -68,7 +68,7 @@ def test_values_may_be_shorter_than_keys():
     torch.testing.assert_close(lse.double(), expected_lse, atol=1e-3, rtol=0)
     with pytest.raises(ValueError, match=r"v_cache: got shape \[.*, 192\], expected \[pages, 16, 2, 128\]"):
         pa.run(plan, q, k, k)
-    with pytest.raises(ValueError, match="v_head_dim: got 64, expected 128"):
+    with pytest.raises(ValueError, match="^value_head_dim: got 64, expected 128"):
         pa.Planner(pa.AttentionShape(8, 2, 192, "bfloat16", value_head_dim=64), "cpu")
 
 

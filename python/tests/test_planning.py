@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from support import SHAPE, Batch, caches, queries, random_forest, reference
+from support import SHAPE, Batch, caches, draw_trees, queries, random_forest, reference, seen_by, written_out
 
 import prefix_attn as pa
 
@@ -210,13 +210,6 @@ def test_padding_rows_give_zero_and_minus_infinity(planner):
     torch.testing.assert_close(out.double(), reference(batch, q, k, v)[0], atol=3e-3, rtol=0)
 
 
-def written_out(batch, counts):
-    """The batch with a row per query token."""
-    rows = [(row, back) for row, count in enumerate(counts) for back in range(count - 1, -1, -1)]
-    tables = [batch.block_tables[row] for row, _ in rows]
-    return Batch(tables, [max(batch.lengths[row] - back, 0) for row, back in rows], 16, batch.num_pages)
-
-
 @pytest.mark.parametrize("seed", range(8))
 def test_query_tokens_are_rows_that_see_up_to_themselves(planner, seed):
     batch = random_forest(seed)
@@ -234,25 +227,6 @@ def test_query_tokens_are_rows_that_see_up_to_themselves(planner, seed):
         torch.testing.assert_close(pa.run(plan, q, k, v), pa.run(expected, q, k, v), rtol=0, atol=0)
     with pytest.raises(ValueError, match=rf"query_tokens: got {least + 1}, expected at most lengths"):
         planner.plan(batch.block_tables, batch.lengths, 16, batch.num_pages, query_tokens=least + 1)
-
-
-def draw_trees(batch, seed):
-    """By sequence, the parents of its query tokens."""
-    rng = random.Random(seed)
-    counts = [min(length, rng.randint(1, 9)) for length in batch.lengths]
-    return [[rng.choice([None, *range(i)]) if i else None for i in range(count)] for count in counts]
-
-
-def seen_by(batch, trees):
-    """By query token, the tokens that it sees."""
-    for length, tree in zip(batch.lengths, trees):
-        context = length - len(tree)
-        for token in range(len(tree)):
-            path = []
-            while token is not None:
-                path.append(context + token)
-                token = tree[token]
-            yield [*range(context), *reversed(path)]
 
 
 @pytest.mark.parametrize("seed", range(8))

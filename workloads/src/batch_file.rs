@@ -7,11 +7,12 @@
 //! `page_size`: tokens per page. `num_pages`: pages in the pool; every id that is needed is below it. `lengths[b]`: tokens of
 //! sequence `b`, the one being decoded included. `block_tables[b]`: its page ids in order, at least
 //! `ceil(lengths[b] / page_size)` of them; what follows those is ignored, as [`pat_rs::DecodeBatch::from_padded`] ignores it.
-//! Sequences share a prefix where their tables start with the same ids. `heads`, `head_dim` and `dtype` may be absent.
+//! Sequences share a prefix where their tables start with the same ids. `heads`, `head_dim`, `value_head_dim`, `dtype` and
+//! `kv_dtype` may be absent.
 
 use crate::OwnedBatch;
-use crate::model::{ModelParts, parse_dtype, parse_heads};
-use pat_rs::{DecodeBatch, Error};
+use crate::model::{ElementParts, ModelParts, parse_dtype, parse_heads, parse_kv_dtype};
+use pat_rs::{DecodeBatch, Dtype, Error};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
@@ -65,7 +66,11 @@ struct Fields {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     head_dim: Option<u32>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    value_head_dim: Option<u32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     dtype: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    kv_dtype: Option<String>,
 }
 
 /// Reads and validates a batch file. Of each row only the ids that its length needs are kept.
@@ -82,20 +87,25 @@ pub fn read_batch(path: &Path) -> Result<(OwnedBatch, ModelParts), BatchFileErro
 /// The text of a batch file.
 pub fn batch_text(batch: &OwnedBatch, model: ModelParts) -> String {
     let wide = |row: &Vec<u32>| row.iter().map(|&id| i64::from(id)).collect();
+    let ElementParts { head_dim, value_head_dim, dtype, kv_dtype } = model.elements;
+    let name = |dtype: Dtype| dtype.name().to_owned();
     let fields = Fields {
         page_size: batch.page_size,
         num_pages: batch.num_pages,
         lengths: batch.lengths.iter().map(|&length| i64::from(length)).collect(),
         block_tables: batch.block_tables.iter().map(wide).collect(),
         heads: model.heads.map(|(q, kv)| format!("{q}/{kv}")),
-        head_dim: model.head_dim,
-        dtype: model.dtype.map(|dtype| dtype.name().to_owned()),
+        head_dim,
+        value_head_dim,
+        dtype: dtype.map(name),
+        kv_dtype: kv_dtype.map(name),
     };
     serde_json::to_string(&fields).expect("texts, numbers and lists become JSON")
 }
 
 fn checked(fields: Fields) -> pat_rs::Result<(OwnedBatch, ModelParts)> {
-    let Fields { page_size, num_pages, lengths, block_tables, heads, head_dim, dtype } = fields;
+    let Fields { page_size, num_pages, lengths, block_tables, heads, head_dim, value_head_dim, dtype, kv_dtype } =
+        fields;
     let length = |(index, &length): (usize, &i64)| {
         let most = DecodeBatch::MAX_TOKENS;
         let accepted = u32::try_from(length).ok().filter(|length| *length <= most);
@@ -120,15 +130,18 @@ fn checked(fields: Fields) -> pat_rs::Result<(OwnedBatch, ModelParts)> {
     let dtype = dtype
         .map(|text| parse_dtype(&text).ok_or_else(|| Error::invalid("dtype", text, "\"f16\" or \"bf16\"")))
         .transpose()?;
+    let kv_dtype = kv_dtype
+        .map(|text| parse_kv_dtype(&text).ok_or_else(|| Error::invalid("kv_dtype", text, "\"e4m3\" or \"e5m2\"")))
+        .transpose()?;
+    let elements = ElementParts { head_dim, value_head_dim, dtype, kv_dtype };
     let batch = OwnedBatch { page_size, num_pages, lengths, block_tables };
     batch.view(&batch.rows())?;
-    Ok((batch, ModelParts { heads, head_dim, dtype }))
+    Ok((batch, ModelParts { heads, elements }))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use pat_rs::Dtype;
 
     fn read(text: &str) -> Result<(OwnedBatch, ModelParts), BatchFileError> {
         let file = tempfile::NamedTempFile::new().expect("a temporary file");
@@ -144,8 +157,15 @@ mod tests {
             lengths: vec![33, 17, 0],
             block_tables: vec![vec![0, 1, 2], vec![0, 3], vec![]],
         };
-        let model = ModelParts { heads: Some((16, 2)), head_dim: Some(64), dtype: Some(Dtype::Bf16) };
-        for model in [ModelParts::default(), model] {
+        let plain = ElementParts { head_dim: Some(64), dtype: Some(Dtype::Bf16), ..ElementParts::default() };
+        let all = ElementParts {
+            head_dim: Some(192),
+            value_head_dim: Some(128),
+            dtype: Some(Dtype::F16),
+            kv_dtype: Some(Dtype::E5m2),
+        };
+        let models = [plain, all].map(|elements| ModelParts { heads: Some((16, 2)), elements });
+        for model in [ModelParts::default()].into_iter().chain(models) {
             assert_eq!(read(&batch_text(&batch, model)).expect("read"), (batch.clone(), model));
         }
         assert!(!batch_text(&batch, ModelParts::default()).contains("heads"), "what is not known is not written");
@@ -192,6 +212,10 @@ mod tests {
             (
                 r#"{"page_size":1,"num_pages":1,"lengths":[1],"block_tables":[[0]],"dtype":"f32"}"#,
                 "dtype: got f32, expected \"f16\" or \"bf16\"",
+            ),
+            (
+                r#"{"page_size":1,"num_pages":1,"lengths":[1],"block_tables":[[0]],"kv_dtype":"bf16"}"#,
+                "kv_dtype: got bf16, expected \"e4m3\" or \"e5m2\"",
             ),
         ] {
             let message = read(text).expect_err(text).to_string();

@@ -1,22 +1,89 @@
-//! What texts say of a model: heads and element types.
+//! What texts say of a model: heads, and their elements.
 
-use pat_rs::Dtype;
+use pat_rs::{AttentionShape, Dtype, Error};
 
 /// What a file or a command says of the model a batch is of. What it does not say is absent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ModelParts {
     /// Query heads and KV heads.
     pub heads: Option<(u32, u32)>,
-    /// Elements per head.
+    /// Elements of the heads.
+    pub elements: ElementParts,
+}
+
+/// What is said of the elements of heads.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ElementParts {
+    /// Elements per head of Q and K.
     pub head_dim: Option<u32>,
-    /// Element type.
+    /// Elements per head of V and O, where they are not those of Q and K.
+    pub value_head_dim: Option<u32>,
+    /// Element type of Q and O.
     pub dtype: Option<Dtype>,
+    /// Element type of K and V, where it is not that of Q.
+    pub kv_dtype: Option<Dtype>,
+}
+
+impl ElementParts {
+    /// All that a shape has.
+    pub fn of(shape: AttentionShape) -> Self {
+        Self {
+            head_dim: Some(shape.head_dim()),
+            value_head_dim: Some(shape.v_head_dim()).filter(|&dim| dim != shape.head_dim()),
+            dtype: Some(shape.dtype()),
+            kv_dtype: Some(shape.kv_dtype()).filter(|&dtype| dtype != shape.dtype()),
+        }
+    }
+
+    /// What either says, where both do not contradict each other; `owner` is whose the other is.
+    ///
+    /// # Errors
+    /// They do.
+    pub fn agreed(self, own: Self, owner: &str) -> pat_rs::Result<Self> {
+        fn one<T: Copy + PartialEq>(
+            (argument, owner): (&str, &str),
+            (asked, own): (Option<T>, Option<T>),
+            text: impl Fn(T) -> String,
+        ) -> pat_rs::Result<Option<T>> {
+            match (asked, own) {
+                (Some(asked), Some(own)) if asked != own => {
+                    let expected = format!("{} or nothing for {owner}", text(own));
+                    Err(Error::invalid(argument, text(asked), expected))
+                }
+                _ => Ok(asked.or(own)),
+            }
+        }
+        let number = |number: u32| number.to_string();
+        let name = |dtype: Dtype| dtype.name().to_owned();
+        Ok(Self {
+            head_dim: one(("head_dim", owner), (self.head_dim, own.head_dim), number)?,
+            value_head_dim: one(("value_head_dim", owner), (self.value_head_dim, own.value_head_dim), number)?,
+            dtype: one(("dtype", owner), (self.dtype, own.dtype), name)?,
+            kv_dtype: one(("kv_dtype", owner), (self.kv_dtype, own.kv_dtype), name)?,
+        })
+    }
+
+    /// The shape with so many heads. Where nothing is said, it has head dimension 128 and f16.
+    ///
+    /// # Errors
+    /// As [`AttentionShape::new`].
+    pub fn shape(self, (q_heads, kv_heads): (u32, u32)) -> pat_rs::Result<AttentionShape> {
+        let (head_dim, dtype) = (self.head_dim.unwrap_or(128), self.dtype.unwrap_or(Dtype::F16));
+        let shape = AttentionShape::new(q_heads, kv_heads, head_dim, dtype)?;
+        let shape = self.value_head_dim.map_or(Ok(shape), |head_dim| shape.with_v_head_dim(head_dim))?;
+        Ok(self.kv_dtype.map_or(shape, |dtype| shape.with_kv_dtype(dtype)))
+    }
 }
 
 /// `32/8`: query heads, KV heads. `None` where the text has another form.
 pub fn parse_heads(text: &str) -> Option<(u32, u32)> {
     let (q, kv) = text.split_once('/')?;
     Some((q.parse().ok()?, kv.parse().ok()?))
+}
+
+/// A type of 8 bits, by the name that [`Dtype::name`] gives it.
+pub fn parse_kv_dtype(name: &str) -> Option<Dtype> {
+    [Dtype::E4m3, Dtype::E5m2].into_iter().find(|dtype| dtype.name() == name)
 }
 
 /// The type that [`Dtype::name`] names so; `fp16` and `half` are f16 too.

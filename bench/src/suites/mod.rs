@@ -8,9 +8,10 @@ pub use spec::{SpecError, realistic, spec_file};
 pub use trace::{BATCH_SIZES, trace, trace_requests};
 pub use trees::{bf16, figure10, sweeps, tensor_parallel, unshared};
 
-use pat_rs::{AttentionShape, Dtype, Error};
+use pat_rs::AttentionShape;
 use pat_workloads::{
-    BatchFileError, ModelParts, NodeError, NodeSpec, OwnedBatch, TraceCut, TraceError, TreeError, TreeSpec,
+    BatchFileError, ElementParts, ModelParts, NodeError, NodeSpec, OwnedBatch, TraceCut, TraceError, TreeError,
+    TreeSpec,
 };
 use std::fs::File;
 use std::io::BufReader;
@@ -41,10 +42,8 @@ pub struct Configuration {
     pub q_heads: u32,
     /// KV heads.
     pub kv_heads: u32,
-    /// Elements per head, where the configuration is of one number only.
-    pub head_dim: Option<u32>,
-    /// Element type, where the configuration is of one only.
-    pub dtype: Option<Dtype>,
+    /// Elements of its heads, where the configuration is of one kind only.
+    pub elements: ElementParts,
     source: Source,
 }
 
@@ -118,31 +117,9 @@ impl Configuration {
     ///
     /// # Errors
     /// The caller's value is another than the configuration's; else as [`AttentionShape::new`].
-    pub fn shape(&self, head_dim: Option<u32>, dtype: Option<Dtype>) -> pat_rs::Result<AttentionShape> {
-        let text = |dtype: Dtype| dtype.name().to_owned();
-        AttentionShape::new(
-            self.q_heads,
-            self.kv_heads,
-            self.agreed("head_dim", head_dim, self.head_dim, |head_dim| head_dim.to_string())?.unwrap_or(128),
-            self.agreed("dtype", dtype, self.dtype, text)?.unwrap_or(Dtype::F16),
-        )
-    }
-
-    /// What was asked for, or what the configuration is of.
-    fn agreed<T: Copy + PartialEq>(
-        &self,
-        argument: &str,
-        asked: Option<T>,
-        own: Option<T>,
-        text: impl Fn(T) -> String,
-    ) -> pat_rs::Result<Option<T>> {
-        match (asked, own) {
-            (Some(asked), Some(own)) if asked != own => {
-                let expected = format!("{} or nothing for {}: {}", text(own), self.suite, self.name);
-                Err(Error::invalid(argument, text(asked), expected))
-            }
-            _ => Ok(asked.or(own)),
-        }
+    pub fn shape(&self, asked: ElementParts) -> pat_rs::Result<AttentionShape> {
+        let own = format!("{}: {}", self.suite, self.name);
+        asked.agreed(self.elements, &own)?.shape((self.q_heads, self.kv_heads))
     }
 
     /// `name Q/KV`: what filters and messages use.
@@ -157,7 +134,7 @@ impl Configuration {
 /// # Errors
 /// See [`OwnBatchError`].
 pub fn batch_file(file: &Path, heads: Option<(u32, u32)>) -> Result<Configuration, OwnBatchError> {
-    let (batch, ModelParts { heads: own, head_dim, dtype }) = pat_workloads::read_batch(file)?;
+    let (batch, ModelParts { heads: own, elements }) = pat_workloads::read_batch(file)?;
     let (q_heads, kv_heads) = match (heads, own) {
         (Some(asked), Some(own)) if asked != own => {
             return Err(OwnBatchError::Heads { file: file.into(), asked, own });
@@ -165,7 +142,7 @@ pub fn batch_file(file: &Path, heads: Option<(u32, u32)>) -> Result<Configuratio
         _ => heads.or(own).unwrap_or((32, 8)),
     };
     let name = file.display().to_string();
-    Ok(Configuration { suite: "batch", name, q_heads, kv_heads, head_dim, dtype, source: Source::Batch(batch) })
+    Ok(Configuration { suite: "batch", name, q_heads, kv_heads, elements, source: Source::Batch(batch) })
 }
 
 /// Why a batch file cannot be measured.

@@ -2,7 +2,7 @@
 
 use super::{Configuration, Source};
 use pat_rs::{AttentionShape, Dtype};
-use pat_workloads::{NodeSpec, parse_heads};
+use pat_workloads::{ElementParts, NodeSpec, parse_heads};
 use serde::Deserialize;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -139,7 +139,8 @@ fn configuration(suite: &'static str, entry: Entry, before: &[Configuration]) ->
     }
     pat_workloads::lay_out(&nodes, page_size, seed).map_err(|error| error.to_string())?;
     let source = Source::Nodes { nodes, page_size, seed };
-    let configuration = Configuration { suite, name, q_heads, kv_heads, head_dim: None, dtype: None, source };
+    let elements = ElementParts::default();
+    let configuration = Configuration { suite, name, q_heads, kv_heads, elements, source };
     if before.iter().any(|other| other.label() == configuration.label()) {
         return Err(format!("name: got {:?} again, expected one entry for these heads", configuration.name));
     }

@@ -1,7 +1,7 @@
 //! Batches cut from a request trace.
 
 use super::{Configuration, Source, SuiteError};
-use pat_workloads::{TraceCut, count_requests};
+use pat_workloads::{ElementParts, TraceCut, count_requests};
 use std::fs::File;
 use std::io::BufReader;
 use std::path::Path;
@@ -26,8 +26,7 @@ pub fn trace(file: &Path, block_tokens: u32, requests: usize) -> Vec<Configurati
                 name: format!("trace_b{batch_size}_s{step}"),
                 q_heads: 32,
                 kv_heads: 8,
-                head_dim: None,
-                dtype: None,
+                elements: ElementParts::default(),
                 source: Source::Trace { file: file.into(), cut },
             });
         }

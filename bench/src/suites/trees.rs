@@ -2,7 +2,7 @@
 
 use super::{Configuration, Source};
 use pat_rs::Dtype;
-use pat_workloads::{FIGURE_10_HEADS, FIGURE_10_TREES, TreeSpec};
+use pat_workloads::{ElementParts, FIGURE_10_HEADS, FIGURE_10_TREES, TreeSpec};
 
 /// Tokens per page of these suites, as in PAT's benchmark.
 pub(super) const PAGE_SIZE: u32 = 32;
@@ -17,7 +17,8 @@ pub fn figure10() -> Vec<Configuration> {
 
 /// Figure 10's trees in bf16.
 pub fn bf16() -> Vec<Configuration> {
-    let of_tree = |tree| Configuration { dtype: Some(Dtype::Bf16), ..tree_of("bf16", tree, tree, HEADS) };
+    let elements = ElementParts { dtype: Some(Dtype::Bf16), ..ElementParts::default() };
+    let of_tree = |tree| Configuration { elements, ..tree_of("bf16", tree, tree, HEADS) };
     FIGURE_10_TREES.into_iter().map(of_tree).collect()
 }
 
@@ -56,8 +57,7 @@ fn tree_of(suite: &'static str, name: &str, tree: &str, (q_heads, kv_heads): (u3
         name: name.into(),
         q_heads,
         kv_heads,
-        head_dim: None,
-        dtype: None,
+        elements: ElementParts::default(),
         source: Source::Tree(tree),
     }
 }

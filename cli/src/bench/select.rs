@@ -1,6 +1,6 @@
 //! Which configurations to measure.
 
-use crate::options::{Asked, TraceBlock, option_of};
+use crate::options::{Asked, TraceBlock, checked, option_of};
 use crate::output::note;
 use anyhow::{Context, Result, bail};
 use pat_bench::suites::{self, BATCH_SIZES, Configuration, SUITES};
@@ -33,11 +33,11 @@ pub(crate) struct Selection {
 
 /// The shape of a configuration's attention.
 pub(super) fn shape(configuration: &Configuration, asked: &Asked) -> Result<AttentionShape> {
-    let (head_dim, dtype) = asked.elements();
-    asked.checked(configuration.shape(head_dim, dtype)).map_err(|error| {
+    let elements = asked.elements();
+    checked(configuration.shape(elements)).map_err(|error| {
         let error = anyhow::Error::new(error);
-        let option = match (option_of(&error), asked.model(), head_dim) {
-            (Some("--dtype"), ..) => "--dtype: ".into(),
+        let option = match (option_of(&error), asked.model(), elements.head_dim) {
+            (Some(option @ ("--dtype" | "--kv-dtype")), ..) => format!("{option}: "),
             (_, Some(model), _) => format!("{model}: "),
             (Some("--head-dim"), None, Some(head_dim)) => format!("--head-dim {head_dim}: "),
             _ => String::new(),

@@ -5,14 +5,14 @@ use super::option_of_argument;
 use anyhow::{Context, Result, bail};
 use pat_bench::measure::features;
 use pat_rs::{AttentionShape, Dtype, Error, Problem, Reach, supports};
-use pat_workloads::{LayerKind, ModelParts, OwnedBatch, models, parse_dtype};
+use pat_workloads::{ElementParts, LayerKind, ModelParts, OwnedBatch, models, parse_dtype, parse_kv_dtype};
 use serde::Serialize;
 
 /// The elements of Q and K.
 #[derive(clap::Args, Clone, Copy, Debug)]
 pub(crate) struct Elements {
     /// Elements per head of Q and K: 64, 96, 128, 192 (V 128), 256 or 512 [default: the batch file's, else 128].
-    #[arg(long, allow_negative_numbers = true)]
+    #[arg(long, allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) head_dim: Option<u32>,
     /// Element type, f16 or bf16 [default: the batch file's, else f16].
     #[arg(long, value_parser = dtype)]
@@ -43,8 +43,7 @@ fn dtype(name: &str) -> std::result::Result<Dtype, &'static str> {
 }
 
 fn kv_dtype(name: &str) -> std::result::Result<Dtype, &'static str> {
-    let known = [Dtype::E4m3, Dtype::E5m2].into_iter().find(|dtype| dtype.name() == name);
-    known.ok_or("expected e4m3 or e5m2")
+    parse_kv_dtype(name).ok_or("expected e4m3 or e5m2")
 }
 
 /// Everything but the heads, which suites of batches bring.
@@ -55,12 +54,12 @@ pub(crate) struct Attention {
     #[arg(long, value_name = "NAME")]
     model: Option<String>,
     /// With --model: the heads of one of N tensor-parallel ranks.
-    #[arg(long, value_name = "N", requires = "model", allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", requires = "model", allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(1..))]
     tensor_parallel: Option<u32>,
     #[command(flatten)]
     elements: Elements,
     /// Elements per head of V and O [default: those of Q and K].
-    #[arg(long, value_name = "DIM", allow_negative_numbers = true)]
+    #[arg(long, value_name = "DIM", allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(1..))]
     value_head_dim: Option<u32>,
     /// Element type of K and V, e4m3 or e5m2 [default: that of Q].
     #[arg(long, value_name = "DTYPE", value_parser = kv_dtype)]
@@ -72,13 +71,13 @@ pub(crate) struct Attention {
     #[arg(long)]
     sinks: bool,
     /// Each sequence sees its last TOKENS tokens only.
-    #[arg(long, value_name = "TOKENS", allow_negative_numbers = true)]
+    #[arg(long, value_name = "TOKENS", allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(1..))]
     window: Option<u32>,
     /// Each sequence sees its tokens since the last multiple of TOKENS only (Llama 4).
-    #[arg(long, value_name = "TOKENS", allow_negative_numbers = true, conflicts_with = "window")]
+    #[arg(long, value_name = "TOKENS", allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(1..), conflicts_with = "window")]
     chunk: Option<u32>,
     /// Query tokens per sequence (drafts that are verified): its last N tokens, each of which sees those up to itself.
-    #[arg(long, value_name = "N", default_value_t = 1, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", default_value_t = 1, allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(1..))]
     query_tokens: u32,
 }
 
@@ -228,9 +227,15 @@ impl Asked {
         self.heads.as_ref().map(|given| (given.value, given.option.as_str()))
     }
 
-    /// Elements per head of Q and K and their type, where options or the model give them.
-    pub(crate) fn elements(&self) -> (Option<u32>, Option<Dtype>) {
-        (self.head_dim.as_ref().map(|given| given.value), self.dtype)
+    /// The elements of the heads, where options or the model say something of them.
+    pub(crate) fn elements(&self) -> ElementParts {
+        let number = |given: &Option<Given<u32>>| given.as_ref().map(|given| given.value);
+        ElementParts {
+            head_dim: number(&self.head_dim),
+            value_head_dim: number(&self.value_head_dim),
+            dtype: self.dtype,
+            kv_dtype: self.kv_dtype,
+        }
     }
 
     /// The shape, of which `of_file` is what the batch's file says.
@@ -238,32 +243,28 @@ impl Asked {
     /// # Errors
     /// The file says something else, or no kernel has this shape.
     pub(crate) fn shape(&self, of_file: ModelParts) -> Result<AttentionShape> {
-        let heads = Given::agreed(self.heads.as_ref(), of_file.heads, |(q, kv)| format!("{q}/{kv}"))?;
-        let head_dim = Given::agreed(self.head_dim.as_ref(), of_file.head_dim, |head_dim| head_dim.to_string())?;
-        let dtype = self.dtype.map(|value| Given { value, option: "--dtype".into() });
-        let dtype = Given::agreed(dtype.as_ref(), of_file.dtype, |dtype| dtype.name().to_owned())?;
-        let (q, kv) = heads.unwrap_or((32, 8));
-        let (head_dim, dtype) = (head_dim.unwrap_or(128), dtype.unwrap_or(Dtype::F16));
-        self.checked(AttentionShape::new(q, kv, head_dim, dtype)).map_err(|error| {
-            let context = match (option_of_argument(&error), &self.model) {
-                (_, Some(model)) => model.option.clone(),
-                (Some("--head-dim"), _) => format!("--head-dim {head_dim}"),
-                (Some("--heads"), _) => format!("--heads {q}/{kv}"),
+        let ModelParts { heads, elements: own } = of_file;
+        let number = |number: u32| number.to_string();
+        let of_option = |dtype: Option<Dtype>, option: &str, own| {
+            let given = dtype.map(|value| Given { value, option: option.into() });
+            Given::agreed(given.as_ref(), own, |dtype| dtype.name().to_owned())
+        };
+        let (q, kv) = Given::agreed(self.heads.as_ref(), heads, |(q, kv)| format!("{q}/{kv}"))?.unwrap_or((32, 8));
+        let elements = ElementParts {
+            head_dim: Given::agreed(self.head_dim.as_ref(), own.head_dim, number)?,
+            value_head_dim: Given::agreed(self.value_head_dim.as_ref(), own.value_head_dim, number)?,
+            dtype: of_option(self.dtype, "--dtype", own.dtype)?,
+            kv_dtype: of_option(self.kv_dtype, "--kv-dtype", own.kv_dtype)?,
+        };
+        checked(elements.shape((q, kv))).map_err(|error| {
+            let context = match (option_of_argument(&error), &self.model, elements.head_dim) {
+                (_, Some(model), _) => model.option.clone(),
+                (Some("--head-dim"), _, Some(head_dim)) => format!("--head-dim {head_dim}"),
+                (Some("--heads"), ..) => format!("--heads {q}/{kv}"),
                 _ => return anyhow::Error::new(error),
             };
             anyhow::Error::new(error).context(context)
         })
-    }
-
-    /// A shape with the values' head dimension and K's and V's type; refused where no kernel can compute it, whatever the pages.
-    pub(crate) fn checked(&self, shape: pat_rs::Result<AttentionShape>) -> pat_rs::Result<AttentionShape> {
-        let shape = match &self.value_head_dim {
-            Some(given) => shape?.with_v_head_dim(given.value)?,
-            None => shape?,
-        };
-        let shape = self.kv_dtype.map_or(shape, |kv_dtype| shape.with_kv_dtype(kv_dtype));
-        supports(&Problem::new(shape, 1), None, None)?;
-        Ok(shape)
     }
 
     /// Plain attention with what was asked beyond it.
@@ -298,6 +299,13 @@ impl Asked {
             tokens => batch.query_rows(tokens).context("--query-tokens"),
         }
     }
+}
+
+/// A shape, refused where no kernel can compute it, whatever the pages.
+pub(crate) fn checked(shape: pat_rs::Result<AttentionShape>) -> pat_rs::Result<AttentionShape> {
+    let shape = shape?;
+    supports(&Problem::new(shape, 1), None, None)?;
+    Ok(shape)
 }
 
 /// `Q/KV`.

@@ -8,7 +8,7 @@ use pat_workloads::requests;
 use pat_workloads::requests::BlockTrace;
 use pat_workloads::requests::Lengths;
 use pat_workloads::{
-    MOONCAKE_BLOCK_TOKENS, OwnedBatch, RaggedGroups, TraceCut, batch_text, count_requests, read_batch,
+    ElementParts, MOONCAKE_BLOCK_TOKENS, OwnedBatch, RaggedGroups, TraceCut, batch_text, count_requests, read_batch,
 };
 
 /// Shape of plans whose batch says nothing about it.
@@ -31,7 +31,8 @@ pub(super) fn batch_file(bytes: &[u8]) {
         Err(error) => assert!(!error.to_string().is_empty()),
         Ok((batch, model)) => {
             let (q_heads, kv_heads) = model.heads.unwrap_or((8, 2));
-            if let Ok(shape) = AttentionShape::new(q_heads, kv_heads, model.head_dim.unwrap_or(64), Dtype::F16) {
+            if let Ok(shape) = AttentionShape::new(q_heads, kv_heads, model.elements.head_dim.unwrap_or(64), Dtype::F16)
+            {
                 assert_planned(&batch, shape);
             }
             let text = batch_text(&batch, model);
@@ -110,7 +111,7 @@ pub(super) fn spec_file(bytes: &[u8]) {
                 let batch = configuration.batch().expect("the reader has made it once");
                 let rows = batch.rows();
                 batch.view(&rows).expect("a valid batch");
-                configuration.shape(None, None).expect("the reader has checked it");
+                configuration.shape(ElementParts::default()).expect("the reader has checked it");
             }
         }
     }
