@@ -1,16 +1,17 @@
-//! Every driver call that the engine makes, failing once, at each place where it is made: an error that names the call, no memory
-//! lost, and an engine that works as before. Needs the feature `fault-injection`.
+//! Every driver call that the library makes, failing once; of those that serving makes, at each place where they are made: an
+//! error that names the call, no memory lost, and an engine that works as before. Needs the feature `fault-injection`.
 
+use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use half::f16;
-use pat_rs::cuda::bench_support::L2Flush;
+use pat_rs::cuda::bench_support::{L2Flush, TimingEvent};
 use pat_rs::cuda::faults::Fault;
-use pat_rs::cuda::{CudaEngine, Graph, LaunchGeometry, PlanBuffers, Workspace};
+use pat_rs::cuda::{CudaEngine, DeviceBuffer, Graph, LaunchGeometry, PlanBuffers, Workspace};
 use pat_rs::plan::PlanMode;
-use pat_rs::{AttentionShape, Dtype, Engine, Plan};
+use pat_rs::{AttentionShape, Dtype, Engine, Plan, Problem, TileVariant};
 use pat_tests::on_device::OnDevice;
 use pat_tests::{Case, Output, device_test, judge};
 use pat_workloads::{OwnedBatch, PoolLayout};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 
 const SEED: u32 = 5;
 /// Device memory that the driver keeps for itself may vary by so much, in bytes.
@@ -127,6 +128,94 @@ fn a_measurement_that_fails_is_an_error(engine: &Engine) {
     stream.synchronize().unwrap();
 }
 
+/// What is called outside of serving: each call fails once, then what was asked works.
+fn other_calls_that_fail_are_errors(engine: &Engine) {
+    let engine = engine.as_cuda().unwrap();
+    let device = *engine.device();
+    let fails = |call: &str, ask: &mut dyn FnMut() -> pat_rs::Result<()>| {
+        let fault = Fault::arm(call, 0);
+        let error = ask().expect_err(call).to_string();
+        assert!(fault.has_happened() && error.contains(call), "{call}: {error}");
+        drop(fault);
+        ask().unwrap_or_else(|error| panic!("after {call} had failed: {error}"));
+    };
+    // Kernels that nothing has loaded yet, one for each call that loading makes.
+    let problem = Problem::new(AttentionShape::new(8, 2, 64, Dtype::Bf16).unwrap(), 16);
+    for (call, variant) in [
+        ("cuModuleLoad", TileVariant::Mma16),
+        ("cuModuleGetFunction", TileVariant::Mma32),
+        ("cuFuncSetAttribute", TileVariant::Mma64),
+    ] {
+        fails(call, &mut || engine.prepare_variants(&problem, &[variant]));
+    }
+    fails("cuDeviceGetAttribute", &mut || device.profile().map(drop));
+    fails("cuDriverGetVersion", &mut || device.driver_cuda_version().map(drop));
+    let mut buffer = DeviceBuffer::zeroed(&device, 64).unwrap();
+    fails("cuMemsetD8", &mut || buffer.fill(1));
+    fails("cuMemcpyHtoD", &mut || buffer.write(32, &[2u8; 32]));
+    let mut bytes = [0u8; 64];
+    buffer.read(0, &mut bytes).unwrap();
+    assert!(bytes[..32] == [1; 32] && bytes[32..] == [2; 32], "{bytes:?}");
+    let stream = device.new_stream().unwrap();
+    let [start, end] = [(); 2].map(|()| TimingEvent::new(&device).unwrap());
+    start.record(&stream).unwrap();
+    end.record(&stream).unwrap();
+    fails("cuEventElapsedTime", &mut || end.elapsed_us_since(&start).map(drop));
+}
+
+/// A run that another library captures: where it cannot be kept alive it is not in the graph either.
+fn a_capture_by_others_whose_calls_fail_is_an_error(engine: &Engine) {
+    let engine = engine.as_cuda().unwrap();
+    let device = *engine.device();
+    let plan = pat_tests::on_device::plan(&case(), engine, PlanMode::FixedChunk { tokens: 64 }.into()).unwrap();
+    for call in ["cuGetProcAddress", "cuStreamGetCaptureInfo", "cuUserObjectCreate", "cuGraphRetainUserObject"] {
+        let mut memory = OnDevice::<f16>::new(case(), engine, SEED).unwrap();
+        let theirs = device.context().new_stream().unwrap();
+        // SAFETY: the stream lives until the end of the loop's body.
+        let stream = unsafe { device.stream_from_raw(theirs.cu_stream() as u64) }.unwrap();
+        let geometry = LaunchGeometry::of(&plan);
+        let mut buffers = PlanBuffers::with_fixed_geometry(&device, plan.bytes().len(), geometry).unwrap();
+        let workspace = Workspace::with_capacity(&device, Workspace::bytes_for(&plan)).unwrap();
+        buffers.upload(&plan, &stream).unwrap();
+        let run = engine.bind(&buffers, &memory.args(), &workspace).unwrap();
+        theirs.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
+        let fault = Fault::arm(call, 0);
+        let error = run.run(buffers.uploaded().unwrap(), &stream).expect_err(call).to_string();
+        assert!(fault.has_happened() && error.contains(call), "{call}: {error}");
+        drop(fault);
+        run.run(buffers.uploaded().unwrap(), &stream).unwrap();
+        let graph = theirs.end_capture(CUgraphInstantiate_flags(0)).unwrap().expect("a graph");
+        memory.poison().unwrap();
+        graph.launch().unwrap();
+        stream.synchronize().unwrap();
+        let report = judge(&case(), &memory.output().unwrap(), SEED).unwrap();
+        assert!(report.passed, "after {call}: {report:?}");
+    }
+}
+
+/// Tells [`main`] which call fails when a process opens the device.
+const FIRST_CALL: &str = "PAT_TEST_FIRST_CALL_FAILS";
+
+/// Opens the device twice, in a process that has not done so: the call fails, then it does not.
+fn open_with_a_fault(call: &str) -> ExitCode {
+    let fault = Fault::arm(call, 0);
+    let error = CudaEngine::new(0).map(drop).expect_err(call).to_string();
+    assert!(fault.has_happened() && error.contains(call), "{call}: {error}");
+    drop(fault);
+    CudaEngine::new(0).unwrap_or_else(|error| panic!("after {call} had failed: {error}"));
+    ExitCode::SUCCESS
+}
+
+fn a_device_whose_opening_fails_can_be_opened_again(_: &Engine) {
+    let program = std::env::current_exe().unwrap();
+    for call in
+        ["cuDriverGetVersion", "cuCtxSetCurrent", "cuDevicePrimaryCtxRetain", "cuDeviceGetName", "cuDeviceGetAttribute"]
+    {
+        let output = Command::new(&program).env(FIRST_CALL, call).output().unwrap();
+        assert!(output.status.success(), "{call}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+}
+
 /// A failed copy leaves no plan; fixed buffers still take plans for their model only.
 fn a_failed_upload_leaves_fixed_buffers_as_strict_as_before(engine: &Engine) {
     let engine = engine.as_cuda().unwrap();
@@ -151,9 +240,15 @@ fn a_failed_upload_leaves_fixed_buffers_as_strict_as_before(engine: &Engine) {
 }
 
 fn main() -> ExitCode {
+    if let Ok(call) = std::env::var(FIRST_CALL) {
+        return open_with_a_fault(&call);
+    }
     pat_tests::device_tests::main([
         device_test!(a_driver_call_that_fails_is_an_error_and_nothing_is_lost),
         device_test!(a_measurement_that_fails_is_an_error),
+        device_test!(other_calls_that_fail_are_errors),
+        device_test!(a_capture_by_others_whose_calls_fail_is_an_error),
+        device_test!(a_device_whose_opening_fails_can_be_opened_again),
         device_test!(a_failed_upload_leaves_fixed_buffers_as_strict_as_before),
     ])
 }

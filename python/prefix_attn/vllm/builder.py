@@ -70,6 +70,8 @@ class Builder(FlashAttentionMetadataBuilder):
         self._query_tokens = _query_tokens(vllm_config)
         self._shape = _shape(vllm_config, self._layers[0].num_heads * self.dcp_world_size, kv_cache_spec)
         self._decoder: DecodeRows | None = None
+        #: FlashAttention's builder has looked for the layers' windows.
+        self._knows_windows = False
         self._stock_reason = (
             HOOKS_MISSING
             or eligibility.of_engine(vllm_config)
@@ -101,7 +103,7 @@ class Builder(FlashAttentionMetadataBuilder):
             decode_rows, decode_tokens = self._decode_rows(batch, tables)
         if decode_rows == 0:
             self._count("stock")
-            return super().build(common_prefix_len, batch, fast_build)
+            return self._build_stock(common_prefix_len, batch, fast_build)
 
         decoder = self._decoder = self._decoder or DecodeRows(self._group())
         plan = decoder.plan(
@@ -115,9 +117,9 @@ class Builder(FlashAttentionMetadataBuilder):
             self._check(batch, tables, decode_rows)
         prefill = None
         if decode_rows < batch.num_reqs:
-            prefill = super().build(common_prefix_len, _rows_from(batch, decode_rows, decode_tokens), fast_build)
+            prefill = self._build_stock(common_prefix_len, _rows_from(batch, decode_rows, decode_tokens), fast_build)
         # Nobody runs the whole batch: the schedule that takes time is left out.
-        metadata = super().build(common_prefix_len, batch, fast_build=True)
+        metadata = self._build_stock(common_prefix_len, batch, fast_build=True)
         metadata.prefix_attn = StepSplit(decoder, self.metrics, decode_rows, decode_tokens, prefill)
         if not tables.is_dummy:
             self.metrics.planned_rows += decode_rows
@@ -125,6 +127,12 @@ class Builder(FlashAttentionMetadataBuilder):
             if self.metrics.is_sample_due():
                 self.metrics.sample(plan.summary())
         return metadata
+
+    def _build_stock(self, common_prefix_len, batch, fast_build):
+        """FlashAttention's metadata. The first time it is no fast build, whatever is asked: only then does it look for windows."""
+        is_fast = fast_build and self._knows_windows
+        self._knows_windows = True
+        return super().build(common_prefix_len, batch, is_fast)
 
     def _decode_rows(self, batch, tables) -> tuple[int, int]:
         """How many of the first rows run on a plan, and their tokens with those that pad a graph's batch."""

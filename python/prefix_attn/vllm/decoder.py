@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 import prefix_attn as pa
+from prefix_attn.vllm.tables import RowTables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,7 @@ class DecodeRows:
 
     def __init__(self, group: Group):
         self.group = group
-        self._tables = np.zeros((group.max_rows, group.max_row_pages), dtype=np.int32)
+        self._tables = RowTables(group.max_rows, group.max_row_pages)
         self._capacities: dict[int, _Capacity] = {}
         self._current: _Capacity | None = None
         self._templates: dict[tuple, torch.Tensor] = {}

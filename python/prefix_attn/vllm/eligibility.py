@@ -7,8 +7,6 @@ import prefix_attn as pa
 #: Whether layers with a sliding window are served. Their kernels have been run in interpreted PTX alone, and such plans are made
 #: from scratch at each step.
 SERVES_WINDOWS = os.environ.get("PREFIX_ATTN_WINDOWS", "0") == "1"
-#: Whether FP8 KV caches are served. Their kernels have been run in interpreted PTX alone.
-SERVES_FP8 = os.environ.get("PREFIX_ATTN_FP8", "0") == "1"
 #: The FP8 caches that FlashAttention has, by vLLM's names.
 FP8_CACHES = ("fp8", "fp8_e4m3")
 
@@ -55,8 +53,6 @@ def of_group(spec, shape: "pa.AttentionShape | None") -> str | None:
         return "non-causal attention"
     if spec.head_size_v != spec.head_size:
         return f"value heads of {spec.head_size_v} and key heads of {spec.head_size} elements"
-    if is_fp8(spec) and not SERVES_FP8:
-        return "an FP8 KV cache (PREFIX_ATTN_FP8=1 serves it)"
     if not is_fp8(spec) and spec.kv_quant_mode.name != "NONE":
         return f"a KV cache of {spec.kv_quant_mode.name}"
     if shape is None:

@@ -24,7 +24,7 @@ class Impl(FlashAttentionImpl):
         self._factors_of = None
         #: What makes FlashAttention's queries: for one factor of Q, and for one of each KV head.
         self._query_quants: tuple | None = None
-        is_fp8 = eligibility.SERVES_FP8 and self.kv_cache_dtype in eligibility.FP8_CACHES
+        is_fp8 = self.kv_cache_dtype in eligibility.FP8_CACHES
         if is_fp8 and self.supports_quant_query_input:
             self._query_quants = _query_quants(self.head_size * self.num_heads // self.num_kv_heads)
             # Read by the layer when it is made, which is now, and later by FlashAttention.

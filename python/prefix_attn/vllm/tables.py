@@ -22,12 +22,36 @@ class TableMirror:
 
     def __init__(self, max_requests: int, width: int, block_size: int):
         self.ids = np.zeros((max_requests, width), dtype=np.int32)
+        #: How often each request's table was written.
+        self.writes = np.zeros(max_requests, dtype=np.int64)
         self.block_size = block_size
 
     def write(self, request: int, start: int, ids) -> None:
         """Repeat one edit of the device table."""
         if ids:
             self.ids[request, start : start + len(ids)] = ids
+            self.writes[request] += 1
+
+
+class RowTables:
+    """The tables of a batch's rows, one below the other. From step to step few of them change, and only those are copied.
+
+    Args:
+        rows, width: of the largest batch.
+    """
+
+    def __init__(self, rows: int, width: int):
+        self.ids = np.zeros((rows, width), dtype=np.int32)
+        self._requests = np.full(rows, -1, dtype=np.int64)
+        self._writes = np.zeros(rows, dtype=np.int64)
+
+    def update(self, mirror: TableMirror, requests: np.ndarray) -> None:
+        """Make row ``i`` the table of ``requests[i]``; further rows stay as they are."""
+        count, writes = len(requests), mirror.writes[requests]
+        changed = np.flatnonzero((self._requests[:count] != requests) | (self._writes[:count] != writes))
+        width = min(mirror.ids.shape[1], self.ids.shape[1])
+        self.ids[changed, :width] = mirror.ids[requests[changed], :width]
+        self._requests[:count], self._writes[:count] = requests, writes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,18 +63,17 @@ class StepTables:
     #: A run without requests (capture, warm-up, an idle data-parallel rank): its rows have no tables.
     is_dummy: bool
 
-    def rows(self, lengths: np.ndarray, out: np.ndarray) -> np.ndarray:
-        """The tables of the first ``len(lengths)`` rows, as far as the longest length needs, written to ``out``.
+    def rows(self, lengths: np.ndarray, out: RowTables) -> np.ndarray:
+        """The tables of the first ``len(lengths)`` rows, as far as the longest length needs.
 
         Args:
             lengths: tokens of each row in this group's KV cache; 0 for rows behind the last request.
-            out: int32, at least that many rows and columns.
+            out: always the same for one mirror, at least as many rows and columns.
 
         Returns:
-            The part of ``out`` that was written; rows behind the last request hold what they held.
+            A part of ``out``; rows behind the last request hold what they held.
         """
-        count = min(len(lengths), len(self.requests))
+        if not self.is_dummy:
+            out.update(self.mirror, self.requests[: len(lengths)])
         columns = -(-int(lengths.max(initial=0)) // self.mirror.block_size)
-        part = out[: len(lengths), :columns]
-        part[:count] = self.mirror.ids[self.requests[:count], :columns]
-        return part
+        return out.ids[: len(lengths), :columns]

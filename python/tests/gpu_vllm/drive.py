@@ -7,6 +7,7 @@ Tasks, run in order:
   tokens:PROMPTSxSHARED+OWN:OUT[:BATCH]   greedy tokens with their log-probs; BATCH prompts at a time (default: all)
   again:... (as tokens)                   the same once more
   broken:... (as tokens)                  negative control: every row misses its newest token
+  float32:... (as tokens)                 decode rows are served by float32 attention, without graphs
   layers:PROMPTSxSHARED+OWN:OUT[:broken]  each layer's attention beside float32 attention (--compare; `exactness.py` judges)
   forced:PROMPTSxSHARED+OWN:OUT:SERVER    log-probs of decode steps whose tokens are given; SERVER serves decode rows: ours, stock and
                                           float32 (both without graphs), broken (ours without a row's newest token), or engine
@@ -14,6 +15,7 @@ Tasks, run in order:
                                           SCHEDULE seeds when they arrive and are aborted
   time:PROMPTSxSHARED+OWN:OUT             median time of the steps in which every prompt yields a token
   profile:PROMPTSxSHARED+OWN              kernels and idle time of a few such steps
+  host:PROMPTSxSHARED+OWN                 what Python's time goes to in 30 such steps
   oom:PROMPTSxSHARED+OWN                  the device has no memory for our workspace: the engine's step must raise CudaError
   restart:[PROMPTSxSHARED+OWN]            this engine goes, in the middle of such requests; another one does the tasks behind
   kill:PROMPTSxSHARED+OWN                 a worker process is killed (--tp 2 or more): the engine must say so, within a minute
@@ -41,6 +43,10 @@ SHAPES = {
         hidden_size=2880, num_hidden_layers=24, num_attention_heads=64, num_key_value_heads=8,
         intermediate_size=11520, vocab_size=201088,
     ),
+    "gemma": dict(
+        hidden_size=3584, num_hidden_layers=20, num_attention_heads=16, num_key_value_heads=8,
+        intermediate_size=14336, vocab_size=151936,
+    ),
     "8b": dict(
         hidden_size=4096, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
         intermediate_size=12288, vocab_size=151936,
@@ -54,13 +60,14 @@ def arguments(given=None):
     parser.add_argument("tasks", nargs="+")
     parser.add_argument("--backend", default="CUSTOM")
     parser.add_argument("--shape", default="small", choices=list(SHAPES))
-    parser.add_argument("--model", default="qwen3", choices=["qwen3", "llama", "gpt-oss"])
+    parser.add_argument("--model", default="qwen3", choices=["qwen3", "llama", "gpt-oss", "gemma"])
     parser.add_argument("--kv-heads", type=int)
     parser.add_argument("--mode", default="eager", choices=["eager", "graph", "piecewise"])
     parser.add_argument("--sizes", default="8,64", help="captured batch sizes")
     parser.add_argument("--seqs", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=8192, help="max_num_batched_tokens")
     parser.add_argument("--kv-gib", type=float, default=0)
+    parser.add_argument("--kv-dtype", default="auto", help="type of the KV cache; with fp8, factors of Q, K and V are not 1")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--dcp", type=int, default=1)
     parser.add_argument("--max-len", type=int, default=4096)
@@ -68,6 +75,9 @@ def arguments(given=None):
     parser.add_argument("--drafts", type=int, default=0, help="drafts of a sequence in each step (`drafts.py`)")
     parser.add_argument("--known", help="record of the engine whose tokens are drafted, in tasks that are among its own")
     parser.add_argument("--wait", help="tasks begin when this file exists: until then other engines have the device")
+    parser.add_argument("--turns", nargs=3, metavar=("OWN", "OTHER", "PLACE"), help="two engines do one task each in turn, that at "
+                        "place 0 first: what each is called, as files")
+    parser.add_argument("--apart", action="store_true", help="the engine in a process of its own, as in a server")
     return parser.parse_args(given)
 
 
@@ -82,6 +92,9 @@ def config(a):
     if a.model == "gpt-oss":
         # Its attention: heads of 64 elements, eight queries for a KV head, a sink per head, windows in every other layer.
         c.update(head_dim=64, num_key_value_heads=c["num_attention_heads"] // 8)
+    if a.model == "gemma":
+        # As Gemma 2: heads of 256 elements, soft cap, windows in every other layer.
+        c.update(head_dim=256, num_key_value_heads=c["num_attention_heads"] // 2)
     if a.model != "llama":
         c.update(architectures=["Qwen3ForCausalLM"], model_type="qwen3", sliding_window=None, use_sliding_window=False)
     else:
@@ -106,6 +119,8 @@ def engine_arguments(a, c):
         more["compilation_config"] = dict(cudagraph_mode="PIECEWISE", cudagraph_capture_sizes=sizes)
     if a.kv_gib:
         more["kv_cache_memory_bytes"] = int(a.kv_gib * 2**30)
+    if a.kv_dtype != "auto":
+        more["kv_cache_dtype"] = a.kv_dtype
     if a.tp > 1:
         more["tensor_parallel_size"] = a.tp
     if a.dcp > 1:
@@ -116,7 +131,7 @@ def engine_arguments(a, c):
         model=folder, skip_tokenizer_init=True, load_format="dummy", dtype="bfloat16", seed=0, enable_prefix_caching=True,
         max_model_len=a.max_len, max_num_seqs=a.seqs, max_num_batched_tokens=a.tokens,
         # With a KV cache of a given size this is only what must be free at the start.
-        gpu_memory_utilization=0.85 if not a.kv_gib else 0.02 if a.shape == "small" else 0.26 / a.tp,
+        gpu_memory_utilization=0.85 if not a.kv_gib else 0.26 / a.tp if a.shape == "8b" else 0.02,
         attention_config={"backend": a.backend}, disable_log_stats=True, **more,
     )  # fmt: skip
 
@@ -282,7 +297,11 @@ def time_steps(engine, vocab, text):
     times = times[4:]
     median = statistics.median(times)
     spread = sorted(times)[len(times) // 10], sorted(times)[len(times) * 9 // 10]
-    return dict(sequences=count, steps=len(times), step_ms=1e3 * median, p10_ms=1e3 * spread[0], p90_ms=1e3 * spread[1])
+    result = dict(sequences=count, steps=len(times), step_ms=1e3 * median, p10_ms=1e3 * spread[0], p90_ms=1e3 * spread[1])
+    if "probe" in sys.modules:
+        # Those of the steps that were timed, about.
+        result["build_us"] = 1e6 * statistics.median(sys.modules["probe"].STATE.built[-len(times) :])
+    return result
 
 
 def profile(engine, vocab, text):
@@ -332,6 +351,34 @@ def profile(engine, vocab, text):
     return found
 
 
+def host_profile(engine, vocab, text):
+    """By function: calls, own and cumulative seconds of this thread."""
+    import cProfile
+    import pstats
+
+    profiler = cProfile.Profile()
+
+    def at_full(index, requests):
+        if index == 6:
+            profiler.enable()
+        elif index == 36:
+            profiler.disable()
+            return True
+        return False
+
+    full_steps(engine, vocab, text + ":48", "host", at_full)
+    stats = pstats.Stats(profiler)
+    functions = [
+        ["%s:%d %s" % ("/".join(where[0].split("/")[-2:]), *where[1:]), calls, own, cumulative]
+        for where, (_, calls, own, cumulative, _) in stats.stats.items()
+    ]
+    for order in (3, 2):
+        print("host, 30 steps of %s by %s seconds:" % (text, ("own", "cumulative")[order - 2]))
+        for name, calls, own, cumulative in sorted(functions, key=lambda f: -f[order])[:45]:
+            print("  %7d calls %8.4f own %8.4f cumulative  %s" % (calls, own, cumulative, name))
+    return dict(functions=sorted(functions, key=lambda f: -f[3])[:200])
+
+
 @contextlib.contextmanager
 def without_newest_token():
     from prefix_attn.vllm.builder import Builder
@@ -347,6 +394,16 @@ def without_newest_token():
 def broken(engine, vocab, text):
     with without_newest_token():
         return tokens(engine, vocab, text)
+
+
+def exact_tokens(engine, vocab, text):
+    import probe
+
+    probe.STATE.is_eager, probe.STATE.server = True, "float32"
+    try:
+        return tokens(engine, vocab, text)
+    finally:
+        probe.STATE.is_eager, probe.STATE.server = False, "ours"
 
 
 def layers(engine, vocab, text):
@@ -438,7 +495,8 @@ def kill_worker(engine, vocab, text):
 
 TASKS = dict(
     tokens=tokens, again=tokens, broken=broken, churn=churn, time=time_steps, profile=profile, oom=out_of_memory,
-    restart=restart, kill=kill_worker, layers=layers, forced=forced,
+    restart=restart, kill=kill_worker, layers=layers, forced=forced, float32=exact_tokens,
+    host=host_profile,
 )  # fmt: skip
 
 
@@ -454,16 +512,19 @@ def counters(worker=None):
 def main():
     a = arguments()
     c = config(a)
-    if a.model == "gpt-oss":
-        os.environ["PAT_GPT_OSS"] = "1"  # for `weights.py`
+    # For `weights.py`.
+    os.environ["PAT_ATTENTION"] = a.model
+    if a.kv_dtype != "auto":
+        os.environ["PAT_FACTORS"] = "1"
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")
-    if a.tp == 1:
+    is_here = a.tp == 1 and not a.apart
+    if is_here:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     else:
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         # For `counters`.
         os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
-    if a.tp == 1:
+    if is_here:
         import probe
 
         probe.install(a.compare, c["vocab_size"], a.drafts)
@@ -477,7 +538,11 @@ def main():
     while a.wait and not os.path.exists(a.wait):
         time.sleep(0.05)
     record = dict(args=vars(a), tasks={})
-    for task in a.tasks:
+    for index, task in enumerate(a.tasks):
+        if a.turns:
+            behind = index - 1 + int(a.turns[2])
+            while behind >= 0 and not os.path.exists("%s.%d" % (a.turns[1], behind)):
+                time.sleep(0.02)
         kind, _, text = task.partition(":")
         if kind == "kill":
             count(record, a, engine)
@@ -495,6 +560,8 @@ def main():
         shown = {key: round(value, 3) for key, value in result.items() if isinstance(value, (int, float))}
         print("%s: %s%s %.1f s" % (task, shown, result.get("error", ""), time.time() - start), flush=True)
         save(a.out, record)
+        if a.turns:
+            save("%s.%d" % (a.turns[0], index), {})
     count(record, a, engine)
     save(a.out, record)
     print("DONE", flush=True)
@@ -516,7 +583,8 @@ def count(record, a, engine):
     """Ours must have run, in each worker process."""
     if a.backend != "CUSTOM" or "metrics" in record:
         return
-    record["metrics"] = [counters()] if a.tp == 1 else engine.collective_rpc(counters)
+    is_here = a.tp == 1 and not a.apart
+    record["metrics"] = [counters()] if is_here else engine.collective_rpc(counters)
     print("metrics", record["metrics"], flush=True)
     assert len(record["metrics"]) == a.tp and all(m["decode_steps"] and m["kernel_calls"] for m in record["metrics"])
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Judges an engine beside float32 attention: the second rule of docs/engine-notes.md.
 
-  exactness.py layers RECORD.json TASK [--expect-different]
+  exactness.py layers RECORD.json TASK [--at-most ERROR] [--expect-different]
   exactness.py scores RECORD.json TASK --exact TASK --stock TASK [--also RECORD.json TASK] [--expect-different]
 
 layers: what each layer's attention gave in the steps of a task, beside float32 attention over the same queries and the same cache;
-the stock kernel's own error over these is the yardstick. scores: the log-probs of the same tokens in the same contexts, beside an
+the stock kernel's own error over these is the yardstick, and --at-most where that rounds more (queries to FP8). scores: the log-probs of the same tokens in the same contexts, beside an
 engine whose decode steps have float32 attention.
 """
 
@@ -39,6 +39,8 @@ def layers(a):
     text = []
     if faults:
         text.append(f"{len(faults)} layers farther from float32 than {MEAN} x stock's")
+    if math.sqrt(ours / count) > a.at_most:
+        text.append(f"root mean square above {a.at_most}")
     if worst[0] > LARGEST * worst[1]:
         text.append(f"largest error above {LARGEST} x stock's")
     return text
@@ -88,6 +90,7 @@ def main():
     parser.add_argument("--exact")
     parser.add_argument("--stock")
     parser.add_argument("--also", nargs=2, action="append", default=[])
+    parser.add_argument("--at-most", type=float, default=float("inf"))
     parser.add_argument("--expect-different", action="store_true")
     a = parser.parse_args()
     faults = layers(a) if a.rule == "layers" else scores(a)

@@ -4,6 +4,9 @@
 the layers, so that every replay adds to it.
 """
 
+import functools
+import time
+
 import torch
 
 #: Candidates whose log-probs are kept: enough that their mean over a step has little noise of its own.
@@ -27,6 +30,8 @@ class State:
         self.vocab = self.drafts = 0
         self.errors: dict[str, torch.Tensor] = {}
         self.kept: list[tuple] = []
+        #: Seconds that the metadata builders of all groups took on the host, by step.
+        self.built: list[float] = []
 
 
 STATE = State()
@@ -34,20 +39,21 @@ STATE = State()
 
 def install(is_comparing: bool, vocab: int, drafts: int) -> None:
     """Once, before the engine is made."""
-    from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
     from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
+    from vllm.v1.worker.gpu.model_states.default import DefaultModelState
     from vllm.v1.worker.gpu.sample.sampler import Sampler
 
     from prefix_attn.vllm.impl import Impl
 
     STATE.is_comparing, STATE.vocab, STATE.drafts = is_comparing, vocab, drafts
     own_forward, own_sample, own_dispatch = Impl.forward, Sampler.sample, CudaGraphManager.dispatch
+    own_prepare = DefaultModelState.prepare_attn
 
     def forward(self, layer, query, key, value, kv_cache, metadata, output, **scales):
         inputs = layer, query, key, value, kv_cache, metadata
         split = getattr(metadata, "prefix_attn", None)
         if split is not None and STATE.server == "stock":
-            FlashAttentionImpl.forward(self, *inputs, output=output, **scales)
+            stock_forward(self, inputs, output, scales)
         else:
             own_forward(self, *inputs, output=output, **scales)
         if split is None or (not STATE.is_comparing and STATE.server != "float32"):
@@ -56,15 +62,20 @@ def install(is_comparing: bool, vocab: int, drafts: int) -> None:
         if tokens not in (split.decode_rows, split.decode_rows * (1 + STATE.drafts)):
             return output  # rows with unequal numbers of drafts, the steps in which requests begin or end
         behind = (self.sliding_window or (-1, -1))[0]
-        scores = self.scale, self.sinks, behind + 1 if behind >= 0 else None
-        right, is_real = exact(query[:tokens], self._caches(kv_cache), metadata, split.decode_rows, *scores)
+        scores = self.scale, self.sinks, behind + 1 if behind >= 0 else None, self.logits_soft_cap
+        factors = layer._k_scale, layer._v_scale
+        right, is_real = exact(query[:tokens], self._caches(kv_cache), factors, metadata, split.decode_rows, *scores)
         if STATE.server == "float32":
             output[:tokens] = torch.where(is_real[:, None, None], right, 0).to(output.dtype)
         else:
             stock = torch.empty_like(output)
-            FlashAttentionImpl.forward(self, *inputs, output=stock, **scales)
+            stock_forward(self, inputs, stock, scales)
             add_errors(layer.layer_name, output[:tokens], stock[:tokens], right, is_real)
         return output
+
+    def stock_forward(impl, inputs, output, scales):
+        # Over an FP8 cache FlashAttention's queries are FP8.
+        impl._stock(*inputs, output, scales.get("output_scale"), scales.get("output_block_scale"))
 
     def sample(self, logits, expanded_idx_mapping, idx_mapping_np, pos, input_ids, *args, **kwargs):
         sampled, processed = own_sample(self, logits, expanded_idx_mapping, idx_mapping_np, pos, input_ids, *args, **kwargs)
@@ -78,7 +89,14 @@ def install(is_comparing: bool, vocab: int, drafts: int) -> None:
         # In FULL_DECODE_ONLY no graph is captured for batches that are not uniform.
         return own_dispatch(self, num_reqs, num_tokens, None if STATE.is_eager else uniform_token_count, *args, **kwargs)
 
+    def prepare_attn(self, *args, **kwargs):
+        start = time.perf_counter()
+        prepared = own_prepare(self, *args, **kwargs)
+        STATE.built.append(time.perf_counter() - start)
+        return prepared
+
     Impl.forward, Sampler.sample, CudaGraphManager.dispatch = forward, sample, dispatch
+    DefaultModelState.prepare_attn = functools.wraps(own_prepare)(prepare_attn)
 
 
 def candidates(device) -> torch.Tensor:
@@ -92,14 +110,16 @@ def next_token(token, position):
     return ((token - FIRST_TOKEN) * 48271 + position * 69621 + 11) % count + FIRST_TOKEN
 
 
-def exact(query, caches, metadata, rows: int, scale: float, sinks=None, window=None):
+def exact(query, caches, factors, metadata, rows: int, scale: float, sinks=None, window=None, softcap=None):
     """Attention of the first rows' query tokens in float32, by the device's own tables and lengths.
 
     Args:
         query: ``[tokens, q_heads, head_dim]``, equally many tokens for each row.
-        caches: K and V ``[pages, page_size, kv_heads, head_dim]``.
+        caches: K and V ``[pages, page_size, kv_heads, head_dim]``; of 8 bits as uint8.
+        factors: what K and V of 8 bits are multiplied with.
         sinks: ``[q_heads]``, one more score of each head, without a value.
         window: tokens that a query token sees at most.
+        softcap: scores are ``softcap * tanh(score / softcap)``, where it is not 0.
 
     Returns:
         ``[tokens, q_heads, head_dim]``, and which of these tokens are a request's.
@@ -113,7 +133,9 @@ def exact(query, caches, metadata, rows: int, scale: float, sinks=None, window=N
     newest = torch.arange(1 - each, 1, device=query.device)
     for begin in range(0, rows, 16):
         part = slice(begin, min(begin + 16, rows))
-        keys, values = (cache[table[part].long()].flatten(1, 2).float() for cache in caches)
+        keys, values = (
+            as_float32(cache[table[part].long()].flatten(1, 2), factor) for cache, factor in zip(caches, factors)
+        )
         seen = lengths[part, None] + newest
         places = torch.arange(keys.shape[1], device=query.device)
         mask = places < seen[:, :, None]
@@ -124,6 +146,8 @@ def exact(query, caches, metadata, rows: int, scale: float, sinks=None, window=N
         keys, values = keys.where(held, 0), values.where(held, 0)
         q = query[part.start * each : part.stop * each].float().view(-1, each, kv_heads, q_heads // kv_heads, head_dim)
         scores = torch.einsum("rnhgd,rthd->rnhgt", q, keys) * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
         scores = scores.masked_fill(~mask[:, :, None, None, :], -torch.inf)
         if sinks is not None:
             further = sinks.float().view(kv_heads, -1, 1).expand(*scores.shape[:-1], 1)
@@ -134,6 +158,11 @@ def exact(query, caches, metadata, rows: int, scale: float, sinks=None, window=N
         out[span] = got.flatten(2, 3).flatten(0, 1)
         is_real[span] = (seen > 0).flatten()
     return out, is_real
+
+
+def as_float32(tensor, factor):
+    """What a cache's elements stand for."""
+    return tensor.view(torch.float8_e4m3fn).float() * factor if tensor.dtype == torch.uint8 else tensor.float()
 
 
 def add_errors(layer: str, ours, stock, right, is_real) -> None:

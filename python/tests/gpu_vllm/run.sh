@@ -7,8 +7,11 @@
 #           drafts and with gpt-oss's attention layer by layer
 #   tokens  2 minutes, one GPU: tokens of a small model in PIECEWISE graphs; restart, no memory
 #   drafts  2.5 minutes, one GPU: speculative decoding with 3 drafts: tokens, step times of the 8B shape
-#   more    2 minutes, one GPU: 200 requests with preemption and aborts: Qwen3, Llama, gpt-oss's attention
-#   gpt_oss 2 minutes, one GPU: windows and sinks: tokens, step times of gpt-oss-20b's attention
+#   more    2 minutes, one GPU: 200 requests with preemption and aborts: Qwen3, Llama, gpt-oss's attention (MODELS)
+#   gpt_oss 2 minutes, one GPU: windows and sinks: layers beside float32, tokens, 200 requests, step times of gpt-oss-20b's
+#           attention, two engines in turn
+#   fp8     2.5 minutes, one GPU: FP8 KV: layers beside float32, log-probs, tokens, step times of the 8B shape
+#   shapes  2.5 minutes, one GPU: 2, 3 and 5 query tokens a row; head dim 256 with soft cap and windows: layers, tokens, step times
 #   ranks   2 minutes, two GPUs: data parallel 2, decode context parallel 2 in graphs
 #   tp      3 minutes, TP GPUs (2, or 4): tensor parallel, decode context parallel 2, step times of the 8B shape, a killed worker
 set -u
@@ -21,12 +24,14 @@ mkdir -p "$out"
 failed=0
 flock /tmp/vllm-setup.lock python3 "$parts/setup.py" $dest || exit 1
 . "$parts/env.sh" $dest
-python3 -m zipfile -e "$here"/prefix_attn-*.whl $dest/ours || exit 1
-mkdir -p $dest/ours/pat_weights-0.1.dist-info
-cp "$here/weights.py" $dest/ours/pat_weights.py
-printf 'Metadata-Version: 2.1\nName: pat-weights\nVersion: 0.1\n' > $dest/ours/pat_weights-0.1.dist-info/METADATA
-printf '[vllm.general_plugins]\npat_weights = pat_weights:register\n' > $dest/ours/pat_weights-0.1.dist-info/entry_points.txt
-export PYTHONPATH=$dest/ours:$PYTHONPATH VLLM_PLUGINS=prefix_attn,pat_weights PREFIX_ATTN_LOG_STEPS=${PREFIX_ATTN_LOG_STEPS:-200}
+# Each run has its own: several may run at a time.
+ours=$(mktemp -d)
+python3 -m zipfile -e "$here"/prefix_attn-*.whl "$ours" || exit 1
+mkdir -p "$ours"/pat_weights-0.1.dist-info
+cp "$here/weights.py" "$ours"/pat_weights.py
+printf 'Metadata-Version: 2.1\nName: pat-weights\nVersion: 0.1\n' > "$ours"/pat_weights-0.1.dist-info/METADATA
+printf '[vllm.general_plugins]\npat_weights = pat_weights:register\n' > "$ours"/pat_weights-0.1.dist-info/entry_points.txt
+export PYTHONPATH=$ours:$PYTHONPATH VLLM_PLUGINS=prefix_attn,pat_weights PREFIX_ATTN_LOG_STEPS=${PREFIX_ATTN_LOG_STEPS:-200}
 cd "$here" || exit 1
 nvidia-smi -L
 
@@ -168,54 +173,144 @@ drafts() {
     python3 table.py "$out"/8b-drafts-fa.json "$out"/8b-drafts-ours.json || failed=1
 }
 
+churn=churn:40:1
+
+start_churn() { # model
+    # As many tokens as make some requests wait and others go.
+    local small="--shape small --model $1 --seqs 48 --tokens 1024 --max-len 4096 --kv-gib 0.12"
+    [ $1 != gpt-oss ] || small="$small --kv-gib 0.016"
+    drive $1-churn-fa $small --backend FLASH_ATTN $churn churn:40:2 & engines="$engines $!"
+    drive $1-churn-triton $small --backend TRITON_ATTN $churn & engines="$engines $!"
+    PREFIX_ATTN_CHECK=1 drive $1-churn-eager $small $churn & engines="$engines $!"
+    drive $1-churn-graph $small --mode graph --sizes 1,2,4,8,16,24,32,48 $churn & engines="$engines $!"
+}
+
+judge_churn() { # model
+    failed_in_background "$out"/$1-churn-{fa,triton,eager,graph}.json
+    for mode in eager graph; do
+        judge "200 requests, $1, $mode: as stock?" "$out"/$1-churn-fa.json "$out"/$1-churn-$mode.json $churn \
+            --noise "$out"/$1-churn-fa.json churn:40:2 --noise "$out"/$1-churn-triton.json $churn
+        everything_happened "$out"/$1-churn-$mode.json $churn
+        logged "$out"/$1-churn-$mode.log
+    done
+}
+
 more() {
-    local c=churn:40:1 sizes="--sizes 1,2,4,8,16,24,32,48"
-    for model in qwen3 llama gpt-oss; do
-        # As many tokens as make some requests wait and others go.
-        local small="--shape small --model $model --seqs 48 --tokens 1024 --max-len 4096 --kv-gib 0.12"
-        [ $model != gpt-oss ] || small="$small --kv-gib 0.016"
-        drive $model-fa $small --backend FLASH_ATTN $c churn:40:2 &
-        drive $model-triton $small --backend TRITON_ATTN $c &
-        PREFIX_ATTN_CHECK=1 drive $model-eager $small $c &
-        drive $model-graph $small --mode graph $sizes $c &
-    done
+    local engines=""
+    for model in ${MODELS:-qwen3 llama gpt-oss}; do start_churn $model; done
     local small="--shape small --seqs 48 --tokens 1024 --kv-gib 0.12 --mode piecewise --sizes 8,16,32,48"
-    drive piecewise-fa $small --backend FLASH_ATTN $c churn:40:2 &
-    drive piecewise-triton $small --backend TRITON_ATTN $c &
-    drive piecewise-ours $small $c &
+    drive piecewise-fa $small --backend FLASH_ATTN $churn churn:40:2 &
+    drive piecewise-triton $small --backend TRITON_ATTN $churn &
+    drive piecewise-ours $small $churn &
     wait
-    for model in qwen3 llama gpt-oss; do
-        failed_in_background "$out"/$model-{fa,triton,eager,graph}.json
-        for mode in eager graph; do
-            judge "200 requests, $model, $mode: as stock?" "$out"/$model-fa.json "$out"/$model-$mode.json $c \
-                --noise "$out"/$model-fa.json churn:40:2 --noise "$out"/$model-triton.json $c
-            everything_happened "$out"/$model-$mode.json $c
-            logged "$out"/$model-$mode.log
-        done
-    done
+    for model in ${MODELS:-qwen3 llama gpt-oss}; do judge_churn $model; done
     failed_in_background "$out"/piecewise-{fa,triton,ours}.json
-    judge "200 requests, PIECEWISE graphs: as stock in PIECEWISE graphs?" "$out"/piecewise-fa.json "$out"/piecewise-ours.json $c \
-        --noise "$out"/piecewise-fa.json churn:40:2 --noise "$out"/piecewise-triton.json $c
+    judge "200 requests, PIECEWISE graphs: as stock in PIECEWISE graphs?" "$out"/piecewise-fa.json "$out"/piecewise-ours.json $churn \
+        --noise "$out"/piecewise-fa.json churn:40:2 --noise "$out"/piecewise-triton.json $churn
 }
 
 gpt_oss() {
-    local t=64x1000+77:32
-    local small="--shape small --model gpt-oss --kv-gib 1 --seqs 64 --tokens 4096 --max-len 2048"
-    local big="--shape oss --model gpt-oss --mode graph --kv-gib 12 --seqs 256 --sizes 8,64,256"
-    local times="time:64x2496+528:40 time:256x2496+528:40 profile:64x2496+528"
-    rm -f "$out"/go-*
-    drive gpt-oss-fa $small --backend FLASH_ATTN tokens:$t tokens:$t:16 & local engines=$!
+    local t=64x1000+77:32 engines=""
+    local small="--shape small --model gpt-oss --kv-gib 0.5 --seqs 64 --tokens 4096 --max-len 2048"
+    local big="--shape oss --model gpt-oss --mode graph --kv-gib 5 --seqs 256 --sizes 8,64,256"
+    local times="time:64x2496+528:40 time:256x2496+528:40" apart_times=time:64x2496+528:40 apart_kv=2.5
+    # Four engines of this shape.
+    if [ "$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | head -1)" -gt 100000 ]; then
+        apart_times=$times apart_kv=5
+    fi
+    local again="time:64x2496+528:41 time:256x2496+528:41"
+    rm -f "$out"/go-* "$out"/turn-*
+    drive gpt-oss-fa $small --backend FLASH_ATTN tokens:$t tokens:$t:16 & engines="$engines $!"
     drive gpt-oss-triton $small --backend TRITON_ATTN tokens:$t & engines="$engines $!"
-    drive gpt-oss-graph $small --mode graph --sizes 8,16,64 tokens:$t broken:$t & engines="$engines $!"
-    drive oss-fa $big --wait "$out"/go-fa --backend FLASH_ATTN $times & local stock=$!
-    drive oss-ours $big --wait "$out"/go-ours $times & local ours=$!
-    one_by_one "$engines" $stock $ours
-    failed_in_background "$out"/gpt-oss-{fa,triton,graph}.json "$out"/oss-{fa,ours}.json
+    drive gpt-oss-graph $small --mode graph --sizes 64 --compare layers:$t layers:$t:broken {tokens,broken}:$t & engines="$engines $!"
+    start_churn gpt-oss
+    drive oss-fa $big --wait "$out"/go-fa --turns "$out"/turn-{fa,ours} 0 --backend FLASH_ATTN $times $again profile:64x2496+528 host:64x2496+528 & local stock=$!
+    drive oss-ours $big --wait "$out"/go-fa --turns "$out"/turn-{ours,fa} 1 $times $again profile:64x2496+528 host:64x2496+528 & local ours=$!
+    # In a process of its own, as in a server.
+    big="$big --kv-gib $apart_kv --wait $out/go-ours --apart"
+    drive oss-apart-fa $big --turns "$out"/turn-{afa,aours} 0 --backend FLASH_ATTN $apart_times & local apart=$!
+    drive oss-apart-ours $big --turns "$out"/turn-{aours,afa} 1 $apart_times & apart="$apart $!"
+    one_by_one "$engines" "$stock $ours" "$apart"
+    failed_in_background "$out"/gpt-oss-{fa,triton,graph}.json "$out"/oss-{fa,ours}.json "$out"/oss-apart-{fa,ours}.json
+    exactness "gpt-oss's attention with windows, FULL graphs, each layer: as near to float32 attention as stock?" \
+        layers "$out"/gpt-oss-graph.json layers:$t
+    exactness "gpt-oss's attention, each layer, one token left out of every row: must be found" \
+        layers "$out"/gpt-oss-graph.json layers:$t:broken --expect-different
     local noise="--noise $out/gpt-oss-triton.json tokens:$t --noise $out/gpt-oss-fa.json tokens:$t:16"
     judge "gpt-oss's attention, FULL graphs: as stock?" "$out"/gpt-oss-fa.json "$out"/gpt-oss-graph.json tokens:$t $noise
     judge "gpt-oss's attention, one token left out of every row: must be found" \
         "$out"/gpt-oss-fa.json "$out"/gpt-oss-graph.json tokens:$t $noise --task-of-ours broken:$t --expect-different
-    python3 table.py "$out"/oss-fa.json "$out"/oss-ours.json
+    judge_churn gpt-oss
+    python3 table.py "$out"/oss-fa.json "$out"/oss-ours.json || failed=1
+    python3 table.py "$out"/oss-apart-fa.json "$out"/oss-apart-ours.json || failed=1
+}
+
+fp8() {
+    local t=64x1500+100:24 engines=""
+    local mid="--shape 1.7b --kv-dtype fp8 --mode graph --kv-gib 2 --seqs 64 --tokens 4096 --max-len 2048 --sizes 64"
+    local big="--shape 8b --kv-dtype fp8 --mode graph --kv-gib 12 --seqs 256 --sizes 8,64,128,256"
+    local times="time:64x2496+528:40 time:128x2496+528:40 time:256x2496+528:36 time:64x0+2000:40 profile:64x2496+528"
+    rm -f "$out"/go-*
+    drive fp8-ours $mid --compare layers:$t layers:$t:broken forced:$t:{ours,stock,float32,broken} {tokens,float32,broken}:$t & engines=$!
+    drive fp8-fa $mid --backend FLASH_ATTN forced:$t:engine tokens:$t tokens:$t:32 & engines="$engines $!"
+    drive fp8-eager ${mid/--mode graph/} tokens:$t & engines="$engines $!"
+    drive 8b-fp8-fa $big --wait "$out"/go-fa --backend FLASH_ATTN $times & local stock=$!
+    drive 8b-fp8-ours $big --wait "$out"/go-ours $times & local ours=$!
+    one_by_one "$engines" $stock $ours
+    failed_in_background "$out"/fp8-{ours,fa,eager}.json "$out"/8b-fp8-{fa,ours}.json
+    exactness "FP8 KV, 1.7B shape, FULL graphs, each layer: as near to float32 attention over the FP8 cache as with 16 bits?" \
+        layers "$out"/fp8-ours.json layers:$t --at-most 3e-3
+    exactness "FP8 KV, each layer, one token left out of every row: must be found" \
+        layers "$out"/fp8-ours.json layers:$t:broken --expect-different
+    local forced="--exact forced:$t:float32 --stock forced:$t:stock --also $out/fp8-fa.json forced:$t:engine"
+    exactness "FP8 KV, log-probs of given tokens: as near to float32 attention as stock?" \
+        scores "$out"/fp8-ours.json forced:$t:ours $forced
+    exactness "FP8 KV, log-probs, one token left out of every row: must be found" \
+        scores "$out"/fp8-ours.json forced:$t:broken $forced --expect-different
+    # FlashAttention rounds queries to FP8: that is noise, too.
+    local noise="--noise $out/fp8-ours.json float32:$t --noise $out/fp8-fa.json tokens:$t:32"
+    for engine in ours eager; do
+        judge "FP8 KV, greedy tokens, $engine: as stock?" "$out"/fp8-fa.json "$out"/fp8-$engine.json tokens:$t $noise
+    done
+    judge "FP8 KV, greedy tokens, one token left out of every row: must be found" \
+        "$out"/fp8-fa.json "$out"/fp8-ours.json tokens:$t $noise --task-of-ours broken:$t --expect-different
+    rm -f "$out"/*.pt
+    python3 table.py "$out"/8b-fp8-fa.json "$out"/8b-fp8-ours.json || failed=1
+}
+
+shapes() {
+    local t=64x1000+77:32 engines="" count
+    local small="--shape small --kv-gib 0.5 --seqs 64 --tokens 4096 --max-len 2048"
+    local big="--shape gemma --model gemma --mode graph --kv-gib 13 --seqs 128 --sizes 8,64,128"
+    local times="time:64x2496+528:40 time:128x2496+528:40 profile:64x2496+528"
+    rm -f "$out"/go-* "$out"/plain-fa.json
+    drive plain-fa $small --backend FLASH_ATTN tokens:$t tokens:$t:16 & engines=$!
+    drive drafts-fa $small --drafts 4 --known "$out"/plain-fa.json --backend FLASH_ATTN tokens:$t & engines="$engines $!"
+    for count in 1 2 4; do
+        drive drafts-$count $small --drafts $count --known "$out"/plain-fa.json --mode graph --sizes $((64 * (count + 1))) \
+            --compare layers:$t layers:$t:broken {tokens,broken}:$t & engines="$engines $!"
+    done
+    small="$small --model gemma --kv-gib 1"
+    drive gemma-fa $small --backend FLASH_ATTN tokens:$t tokens:$t:16 & engines="$engines $!"
+    drive gemma-triton $small --backend TRITON_ATTN tokens:$t & engines="$engines $!"
+    drive gemma-ours $small --mode graph --sizes 64 --compare layers:$t layers:$t:broken {tokens,broken}:$t & engines="$engines $!"
+    drive gemma-big-fa $big --wait "$out"/go-fa --backend FLASH_ATTN $times & local stock=$!
+    drive gemma-big-ours $big --wait "$out"/go-ours $times & local ours=$!
+    one_by_one "$engines" $stock $ours
+    failed_in_background "$out"/{plain-fa,drafts-fa,drafts-1,drafts-2,drafts-4,gemma-fa,gemma-triton,gemma-ours,gemma-big-fa,gemma-big-ours}.json
+    for what in drafts-1 drafts-2 drafts-4 gemma-ours; do
+        local stock_record=plain-fa noise="--noise $out/drafts-fa.json tokens:$t --noise $out/plain-fa.json tokens:$t:16"
+        if [ $what = gemma-ours ]; then
+            stock_record=gemma-fa noise="--noise $out/gemma-triton.json tokens:$t --noise $out/gemma-fa.json tokens:$t:16"
+        fi
+        exactness "$what, FULL graphs, each layer: as near to float32 attention as stock?" layers "$out"/$what.json layers:$t
+        exactness "$what, each layer, one token left out of every row: must be found" \
+            layers "$out"/$what.json layers:$t:broken --expect-different
+        judge "$what, FULL graphs: as stock?" "$out"/$stock_record.json "$out"/$what.json tokens:$t $noise
+        judge "$what, one token left out of every row: must be found" "$out"/$stock_record.json "$out"/$what.json tokens:$t \
+            $noise --task-of-ours broken:$t --expect-different
+    done
+    python3 table.py "$out"/gemma-big-fa.json "$out"/gemma-big-ours.json || failed=1
 }
 
 ranks() {

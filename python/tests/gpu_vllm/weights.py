@@ -16,15 +16,53 @@ SELF = 0.3
 
 
 def register():
-    """Replace the dummy loader's initialisation; with PAT_GPT_OSS=1 also give Qwen3 the attention of gpt-oss."""
+    """Replace the dummy loader's initialisation. PAT_ATTENTION=gpt-oss or gemma gives Qwen3 that model's attention, PAT_FACTORS=1
+    an FP8 cache factors that are not 1."""
     from vllm.model_executor.model_loader import dummy_loader
 
     dummy_loader.initialize_dummy_weights = initialize
-    if os.environ.get("PAT_GPT_OSS") == "1":
+    wrap = {"gpt-oss": _as_gpt_oss, "gemma": _as_gemma}.get(os.environ.get("PAT_ATTENTION"))
+    if wrap:
         from vllm.model_executor.models import qwen3
 
         if not hasattr(qwen3.Attention, "pat_is_wrapped"):
-            qwen3.Attention = _as_gpt_oss(qwen3.Attention)
+            qwen3.Attention = wrap(qwen3.Attention)
+            qwen3.Attention.pat_is_wrapped = True
+    if os.environ.get("PAT_FACTORS") == "1":
+        from vllm.model_executor.layers.attention import attention
+
+        if not hasattr(attention.set_default_quant_scales, "pat_is_wrapped"):
+            attention.set_default_quant_scales = _with_factors(attention.set_default_quant_scales)
+            attention.set_default_quant_scales.pat_is_wrapped = True
+
+
+def _with_factors(set_default):
+    """Factors as a checkpoint may give them: queries and keys reach 12, values 10, FP8 448. Each layer's differ a little."""
+
+    def set_scales(layer, *args, **kwargs):
+        set_default(layer, *args, **kwargs)
+        own = 1 + 0.01 * (zlib.crc32(getattr(layer, "layer_name", "").encode()) % 10)
+        for name, factor in (("q", 0.05), ("k", 0.06), ("v", 0.04)):
+            getattr(layer, f"_{name}_scale").fill_(factor * own)
+            setattr(layer, f"_{name}_scale_float", factor * own)
+        layer._k_scale_cpu.fill_(layer._k_scale_float)
+        layer._v_scale_cpu.fill_(layer._v_scale_float)
+
+    return set_scales
+
+
+def _as_gemma(attention):
+    """`Attention` with a soft cap, and a window of 512 tokens in every other layer."""
+
+    def make(*args, prefix, **kwargs):
+        from vllm.model_executor.models.utils import extract_layer_index
+
+        kwargs["logits_soft_cap"] = 50.0
+        if extract_layer_index(prefix) % 2 == 0:
+            kwargs["per_layer_sliding_window"] = 512
+        return attention(*args, prefix=prefix, **kwargs)
+
+    return make
 
 
 def _as_gpt_oss(attention):
@@ -42,7 +80,6 @@ def _as_gpt_oss(attention):
             kwargs["per_layer_sliding_window"] = 128
         return attention(num_heads, *args, prefix=prefix, **kwargs)
 
-    make.pat_is_wrapped = True
     return make
 
 

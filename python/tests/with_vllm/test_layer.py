@@ -57,6 +57,23 @@ def test_padded_rows_of_full_graphs(monkeypatch, model_folder, stock_kernels, se
     assert batch.num_reqs == 3 and metadata.prefix_attn.decode_rows == 8
 
 
+def test_the_stock_builder_looks_for_windows(monkeypatch, model_folder, stock_kernels, seeded):
+    """It does so in its first build alone, unless that is a fast one: then later schedules are made for no window."""
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder
+
+    asked, build = [], FlashAttentionMetadataBuilder.build
+    monkeypatch.setattr(
+        FlashAttentionMetadataBuilder, "build", lambda builder, prefix, batch, fast: (asked.append(fast), build(builder, prefix, batch, fast))[1]
+    )
+    world = World(monkeypatch, model_folder)
+    running = world.joined(1, 1)
+    world.step([(running[0], 1)])
+    assert asked == [False]
+    world.step([(running[0], 1)])
+    world.step([(running[1], 1)])
+    assert asked == [False, True, True]
+
+
 def test_one_prefill_does_not_take_the_decodes_along(monkeypatch, model_folder, stock_kernels, seeded):
     world = World(monkeypatch, model_folder)
     running = world.joined(*[64] * 10)
@@ -189,7 +206,6 @@ def test_fp8_caches(
     monkeypatch, model_folder, stock_kernels, seeded, fp8_flash_attention, caplog_vllm, layer, cache_dtype, way
 ):
     """Decode rows have 16-bit queries (the tolerance says so), prefill rows those that FlashAttention asks for."""
-    monkeypatch.setattr(eligibility, "SERVES_FP8", True)
     if way == "device":
         device_path.install(monkeypatch)
     world = World(monkeypatch, model_folder, cache_dtype=cache_dtype, **layer)
@@ -202,20 +218,14 @@ def test_fp8_caches(
     assert metrics.mixed_steps > 0 and len(stock_kernels) == 2 * (metrics.mixed_steps + metrics.stock_steps)
 
 
-@pytest.mark.parametrize("serves", [False, True])
-def test_fp8_caches_on_the_stock_path(
-    monkeypatch, model_folder, stock_kernels, seeded, fp8_flash_attention, serves
-):
-    """FlashAttention gets the same queries, whoever has quantised them."""
+def test_fp8_caches_on_the_stock_path(monkeypatch, model_folder, stock_kernels, seeded, fp8_flash_attention):
+    """FlashAttention gets FP8 queries, which the implementation has quantised."""
     from vllm.v1.attention.backends import flash_attn
 
-    monkeypatch.setattr(eligibility, "SERVES_FP8", serves)
     seen, kernel = [], flash_attn.flash_attn_varlen_func
     monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", lambda q, **rest: (seen.append(q), kernel(q, **rest))[1])
-    change = {"config": {"parallel_config.enable_dbo": True}} if serves else {}
-    world = World(monkeypatch, model_folder, cache_dtype="fp8", **change)
-    reason = "microbatches" if serves else "an FP8 KV cache (PREFIX_ATTN_FP8=1 serves it)"
-    assert world.builder._stock_reason == reason and (world.layers[0].query_quant is None) == serves
+    world = World(monkeypatch, model_folder, cache_dtype="fp8", config={"parallel_config.enable_dbo": True})
+    assert world.builder._stock_reason == "microbatches" and world.layers[0].query_quant is None
     for _ in world.random_steps(4):
         pass
     assert world.builder.metrics.kernel_calls == 0
@@ -223,7 +233,6 @@ def test_fp8_caches_on_the_stock_path(
 
 
 def test_what_of_fp8_caches_is_not_served(monkeypatch, model_folder, stock_kernels, fp8_flash_attention):
-    monkeypatch.setattr(eligibility, "SERVES_FP8", True)
     world = World(monkeypatch, model_folder, cache_dtype="fp8")
     layer, spec, shape = world.layers[0], world.spec, world.builder._shape
     assert eligibility.of_layer(layer, spec, shape, ranks=1) is None
@@ -239,7 +248,6 @@ def test_factors_of_heads_that_are_loaded_again(
     monkeypatch, model_folder, stock_kernels, seeded, fp8_flash_attention, way
 ):
     """Runs are bound to the factors' copies; new weights must reach these."""
-    monkeypatch.setattr(eligibility, "SERVES_FP8", True)
     if way == "device":
         device_path.install(monkeypatch)
     world = World(monkeypatch, model_folder, cache_dtype="fp8")

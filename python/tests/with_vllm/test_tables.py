@@ -9,7 +9,7 @@ import simulated
 
 from prefix_attn.vllm import hooks
 from prefix_attn.vllm.builder import local_lengths
-from prefix_attn.vllm.tables import StepTables, TableMirror
+from prefix_attn.vllm.tables import RowTables, StepTables, TableMirror
 
 
 class Probe:
@@ -23,7 +23,7 @@ class Probe:
 def test_rows_equal_the_device_tables(monkeypatch, seed):
     tables = simulated.make_tables(monkeypatch, requests=24, width=64)
     engine = simulated.Engine(tables, seed, blocks=400, longest=900)
-    out = np.full((24, 64), -7, dtype=np.int32)
+    out = RowTables(24, 64)
     seen = 0
     for _ in range(60):
         scheduled = engine.step()
@@ -67,9 +67,29 @@ def test_padded_rows_and_partial_pages():
     mirror.write(2, 0, [9, 8, 7])
     mirror.write(0, 0, [5])
     step = StepTables(mirror, np.array([2, 0]), is_dummy=False)
-    rows = step.rows(np.array([33, 1, 0, 0], dtype=np.int32), np.full((8, 6), 77, dtype=np.int32))
+    tables = RowTables(8, 6)
+    rows = step.rows(np.array([33, 1, 0, 0], dtype=np.int32), tables)
     assert rows.shape == (4, 3)
     assert rows[0].tolist() == [9, 8, 7] and rows[1, 0] == 5
+
+
+def test_rows_that_stay_are_not_copied():
+    mirror = TableMirror(4, 6, 16)
+    mirror.write(2, 0, [9, 8, 7])
+    mirror.write(0, 0, [5])
+    lengths, tables = np.array([48, 16], dtype=np.int32), RowTables(2, 6)
+    StepTables(mirror, np.array([2, 0]), is_dummy=False).rows(lengths, tables)
+    # What nobody wrote is not looked at.
+    mirror.ids[2, 0] = mirror.ids[0, 0] = 1
+    mirror.write(0, 1, [6])
+    rows = StepTables(mirror, np.array([2, 0]), is_dummy=False).rows(lengths, tables)
+    assert rows.tolist() == [[9, 8, 7], [1, 6, 0]]
+    rows = StepTables(mirror, np.array([0, 2]), is_dummy=False).rows(lengths, tables)
+    assert rows.tolist() == [[1, 6, 0], [1, 8, 7]]
+    dummy = StepTables(mirror, np.array([3, 3]), is_dummy=True)
+    assert dummy.rows(np.zeros(2, dtype=np.int32), tables).shape == (2, 0)
+    rows = StepTables(mirror, np.array([0, 2]), is_dummy=False).rows(lengths, tables)
+    assert rows.tolist() == [[1, 6, 0], [1, 8, 7]]
 
 
 def test_hooks_are_installed_once():
