@@ -3,7 +3,6 @@
 import os
 
 import prefix_attn as pa
-from prefix_attn import _untried
 
 #: Whether layers with a sliding window are served. They cost each step a plan of their own.
 SERVES_WINDOWS = os.environ.get("PREFIX_ATTN_WINDOWS", "1") != "0"
@@ -59,7 +58,7 @@ def of_group(spec, shape: "pa.AttentionShape | None") -> str | None:
         return "a shape for which there are no kernels"
     if window_of(spec) is not None and not SERVES_WINDOWS:
         return "a sliding window, and PREFIX_ATTN_WINDOWS=0"
-    return pa.supports(shape, spec.block_size, window=window_of(spec)) or _untried.reason(shape)
+    return pa.supports(shape, spec.block_size, window=window_of(spec))
 
 
 def is_fp8(spec) -> bool:
