@@ -105,7 +105,7 @@ class _PrefixAttn:
             if planner is None:
                 q_heads, kv_heads, head_dim, dtype, device = geometry[:-1]
                 shape = prefix_attn.AttentionShape(q_heads, kv_heads, head_dim, dtype)
-                planner = prefix_attn.Planner(shape, device, page_runs=True)
+                planner = prefix_attn.Planner(shape, device)
                 self._planners[geometry[:-1]] = planner
             tables, lengths = self._batch
             plan = self._plans[geometry] = planner.plan(tables, lengths, self._page_size, geometry[-1])

@@ -137,21 +137,8 @@ def test_heads_without_a_kernel_go_to_the_stock_backend(forgetful, caplog):
 
 
 @pytest.mark.parametrize("heads", [(8, 2, 96), (8, 2, 512), (129, 1, 64), (65, 1, 256)])
-def test_every_head_dim_and_group_that_has_kernels_is_served(heads, forgetful):
-    assert backend._has_kernels(*heads, torch.bfloat16, 16)
-
-
-def test_pages_of_one_token_are_planned_in_runs(monkeypatch):
-    asked = []
-    planner = prefix_attn.Planner
-    monkeypatch.setattr(prefix_attn, "Planner", lambda *args, **options: asked.append(options) or planner(*args, **options))
-    runner = runner_of(1)
-    outs = [
-        decode(backend_class(runner), layer_of(), decode_batch(runner, [list(range(1, 41)), list(range(1, 33))], [40, 32]))
-        for backend_class in (TorchNativeAttnBackend, backend.backend_over(TorchNativeAttnBackend))
-    ]
-    torch.testing.assert_close(*outs, atol=2e-2, rtol=0)
-    assert asked == [{"page_runs": True}]
+def test_head_dims_and_groups_of_any_size_have_kernels(heads, forgetful, caplog):
+    assert backend._has_kernels(*heads, torch.bfloat16, 16) and caplog.text == ""
 
 
 def test_cuda_graphs_and_mla_are_refused_at_start():
