@@ -107,8 +107,7 @@ fn consecutive_tables_are_planned_as_pages_of_16() {
         for table in &mut single.block_tables {
             *table = table.iter().flat_map(|page| 16 * page..16 * (page + 1)).collect();
         }
-        let variants = planner(PlanOptions::default().with_runs(PageRuns::Never), 1).tile_variants();
-        let expected = plan(&mut planner(PlanOptions::default().with_variants(variants), 16), &paged);
+        let expected = plan(&mut planner(PlanOptions::default().with_variants([TileVariant::Wgmma64]), 16), &paged);
         let plan = plan(&mut planner(PlanOptions::default().with_runs(PageRuns::WhereFree), 1), &single);
         check(&plan, &single, shape());
         assert_eq!(plan.prediction(), expected.prediction());

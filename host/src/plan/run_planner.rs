@@ -5,7 +5,7 @@ use super::run_tables::{Look, RunTables};
 use super::{PageRuns, Plan, PlanChange, PlanMode, PlanOptions, Planner};
 use crate::eligibility::{Part, variant_supports};
 use crate::{DecodeBatch, DeviceProfile, Problem, Reach, Result, Visibility};
-use pat_abi::RUN_PAGES;
+use pat_abi::{RUN_PAGES, TileVariant};
 use std::sync::Arc;
 
 /// What a launch and a merge for the pages that are in no run may take, in parts of reading the batch once: a plan is made
@@ -44,8 +44,7 @@ impl RunPlanner {
         }
         let in_runs = problem.with_page_size(RUN_PAGES);
         let options = options.clone().with_runs(PageRuns::Never);
-        // Other kernels, which copy runs through tensor maps whose pages overlap, only where they are asked for.
-        let variants = options.variants.clone().unwrap_or_else(|| profile.variants(&problem));
+        let variants = options.variants.clone().unwrap_or_else(|| variants_of_runs(&problem, &in_runs, profile));
         let runs = Planner::new(in_runs, profile.clone(), options.clone().with_variants(variants))?;
         let singles = Planner::new(problem, profile.clone(), for_page_size(&problem, profile, options))?;
         let profile = Arc::new(profile.clone());
@@ -148,6 +147,14 @@ impl RunPlanner {
         prediction.merge_us += if divided_rows > 0 { self.merge_us(divided_rows) } else { 0.0 };
         plan.join((self.problem, &self.profile), batch, (of_runs, of_singles), prediction, &mut self.slots)
     }
+}
+
+/// The wgmma stream where it serves runs, whose pages overlap in its tensor maps; else what serves pages of one token.
+fn variants_of_runs(problem: &Problem, in_runs: &Problem, profile: &DeviceProfile) -> Vec<TileVariant> {
+    if profile.variants(in_runs).contains(&TileVariant::Wgmma64) {
+        return vec![TileVariant::Wgmma64];
+    }
+    profile.variants(problem)
 }
 
 /// The options with those variants alone that serve such pages, if there are any: others may be meant for runs.
