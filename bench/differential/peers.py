@@ -34,6 +34,7 @@ class FlashAttention3:
 
     name = "fa3"
     HEAD_DIMS = (64, 96, 128, 192, 256)
+    MOST_HEADS_WITH_SINKS = 64
 
     def __init__(self, device):
         if device.type != "cuda":
@@ -55,6 +56,8 @@ class FlashAttention3:
         if max(case.lengths) == 0:
             raise NotExpressible("no tokens")
         more = {"s_aux": tensors.sinks.to(torch.bfloat16)} if tensors.sinks is not None else {}
+        if more and case.q_heads > self.MOST_HEADS_WITH_SINKS:
+            raise NotExpressible(f"sinks of more than {self.MOST_HEADS_WITH_SINKS} query heads")
         if more and not torch.equal(more["s_aux"].float(), tensors.sinks):
             raise NotExpressible("sinks that bf16, the only type that FlashAttention 3 takes, does not hold")
         rows = len(case.row_lengths)

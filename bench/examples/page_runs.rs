@@ -8,7 +8,7 @@ use pat_bench::sample::oracle;
 use pat_rs::cuda::CudaEngine;
 use pat_rs::cuda::bench_support::L2Flush;
 use pat_rs::plan::PageRuns;
-use pat_rs::{AttentionShape, Dtype, PlanOptions, Planner};
+use pat_rs::{AttentionShape, Dtype, PlanOptions, Planner, TileVariant};
 use pat_workloads::OwnedBatch;
 
 /// Tokens of the prompt that 64 sequences share.
@@ -58,15 +58,20 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("|---|---|---|---|---|---|---|---|---|");
     for sequences in [16, 64, 256, 1024] {
         for ids in [Ids::Consecutive, Ids::Mixed] {
-            for (name, page_size, runs) in [
-                ("pages of 16", 16, PageRuns::Never),
-                ("in runs", 1, PageRuns::Always),
-                ("in runs where free", 1, PageRuns::WhereFree),
-                ("one by one", 1, PageRuns::Never),
+            let runs = |runs| PlanOptions::default().with_runs(runs);
+            for (name, page_size, options) in [
+                ("pages of 16", 16, runs(PageRuns::Never)),
+                ("in runs", 1, runs(PageRuns::Always)),
+                (
+                    "in runs, wgmma64",
+                    1,
+                    runs(PageRuns::Always).with_variants([TileVariant::Wgmma64, TileVariant::Mma64]),
+                ),
+                ("in runs where free", 1, runs(PageRuns::WhereFree)),
+                ("one by one", 1, runs(PageRuns::Never)),
             ] {
                 let batch = serving(sequences, page_size, ids);
                 let (rows, problem) = (batch.rows(), batch.problem(shape));
-                let options = PlanOptions::default().with_runs(runs);
                 let plan = Planner::new(problem, profile.clone(), options)?.plan(&batch.view(&rows)?)?;
                 let mut case = DeviceCase::new(&engine, &batch, problem)?;
                 let report = case.verify::<f16>(&plan, &oracle::<f16, f16>(&batch, problem)?)?;

@@ -6,6 +6,7 @@ use super::{PlanMode, PlanOptions};
 use crate::eligibility::{Part, variant_supports};
 use crate::{DeviceProfile, Error, Problem, Result, supports};
 use pat_abi::{GroupParts, TileVariant};
+use std::cmp::Reverse;
 
 /// Part of the forward pass that the tensor cores must take before wider tiles are looked at (docs/planner-quality.md).
 const LEAST_TENSOR_PART: f64 = 0.6;
@@ -134,14 +135,16 @@ pub(super) struct TileChoice {
 }
 
 impl TileChoice {
-    /// The smallest of `variants` that holds the rows of each number of sequences. Where none holds those of one, the largest
-    /// holds a part of them.
+    /// The smallest of `variants` that holds the rows of each number of sequences, of equally large ones the kernel of the newer
+    /// architecture. Where none holds those of one, the largest holds a part of them.
     fn new(variants: &[TileVariant], group: u32, page_size: u32) -> Self {
-        // Of equally large ones, the kernel of the newer architecture.
         let largest = variants.iter().copied().max_by_key(|variant| (variant.rows(), *variant));
         let parts = largest.map(|variant| GroupParts::new(group, variant)).filter(|parts| parts.count > 1);
         let most_rows = largest.map_or(0, TileVariant::rows);
-        let smallest = |rows| variants.iter().copied().filter(|v| v.rows() >= rows).min_by_key(|v| v.rows());
+        let smallest = |rows| {
+            let holding = variants.iter().copied().filter(|variant| variant.rows() >= rows);
+            holding.min_by_key(|variant| (variant.rows(), Reverse(*variant)))
+        };
         let by_sequences: Vec<_> = match parts {
             Some(_) => largest.into_iter().collect(),
             None => (1..=most_rows / group).filter_map(|sequences| smallest(sequences * group)).collect(),
@@ -198,5 +201,8 @@ mod tests {
         assert_eq!(variants(problem(256)), [TileVariant::Wgmma64]);
         let mma = [TileVariant::Mma16, TileVariant::Mma32, TileVariant::Mma64];
         assert_eq!(variants(problem(256).with_window(1024)), mma);
+        // Its tiles of 64 rows do not hold this group, the wide ones do, and mma.sync's as wide.
+        let group_of_100 = Problem::new(AttentionShape::new(100, 1, 128, Dtype::F16).unwrap(), 16);
+        assert_eq!(variants(group_of_100), [TileVariant::Wgmma128]);
     }
 }

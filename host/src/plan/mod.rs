@@ -63,7 +63,7 @@ pub struct PlanOptions {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum PageRuns {
-    /// Never: no device has run such a plan yet.
+    /// Never.
     #[default]
     Never,
     /// Where running the plan takes no longer: pages that are in no run need a launch of their own, whose results are merged.

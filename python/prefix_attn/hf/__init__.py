@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 
 import prefix_attn
-from prefix_attn import _untried
 
 from .hooks import TESTED_VERSIONS, attention_name, install
 from .steps import reset_stats, stats
@@ -66,4 +65,4 @@ def unsupported(model) -> str | None:
         shape = prefix_attn.AttentionShape(config.num_attention_heads, kv_heads, head_dim, model.dtype)
     except (TypeError, ValueError) as error:
         return str(error)
-    return prefix_attn.supports(shape, _PAGE_SIZE) or _untried.reason(shape)
+    return prefix_attn.supports(shape, _PAGE_SIZE)

@@ -11,7 +11,6 @@ from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 import prefix_attn
-from prefix_attn import _untried
 
 _log = logging.getLogger("prefix_attn.sglang")
 #: ``decode_batches`` that were planned; ``kernel_calls`` and ``stock_calls`` of their layers.
@@ -32,7 +31,7 @@ def _has_kernels(q_heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype,
     except (TypeError, ValueError) as error:
         reason = str(error)
     else:
-        reason = prefix_attn.supports(shape, page_size) or _untried.reason(shape)
+        reason = prefix_attn.supports(shape, page_size)
     if reason is not None:
         _log.warning("prefix_attn: %d query heads over %d KV heads stay on SGLang's backend: %s", q_heads, kv_heads, reason)
     return reason is None
@@ -106,7 +105,7 @@ class _PrefixAttn:
             if planner is None:
                 q_heads, kv_heads, head_dim, dtype, device = geometry[:-1]
                 shape = prefix_attn.AttentionShape(q_heads, kv_heads, head_dim, dtype)
-                planner = prefix_attn.Planner(shape, device, page_runs=_untried.SERVES)
+                planner = prefix_attn.Planner(shape, device)
                 self._planners[geometry[:-1]] = planner
             tables, lengths = self._batch
             plan = self._plans[geometry] = planner.plan(tables, lengths, self._page_size, geometry[-1])

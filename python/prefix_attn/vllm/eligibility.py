@@ -3,7 +3,6 @@
 import os
 
 import prefix_attn as pa
-from prefix_attn import _untried
 
 #: Whether layers with a sliding window are served. Their kernels have been run in interpreted PTX alone, and such plans are made
 #: from scratch at each step.
@@ -60,7 +59,7 @@ def of_group(spec, shape: "pa.AttentionShape | None") -> str | None:
         return "a shape for which there are no kernels"
     if window_of(spec) is not None and not SERVES_WINDOWS:
         return "a sliding window (PREFIX_ATTN_WINDOWS=1 serves them)"
-    return pa.supports(shape, spec.block_size, window=window_of(spec)) or _untried.reason(shape)
+    return pa.supports(shape, spec.block_size, window=window_of(spec))
 
 
 def is_fp8(spec) -> bool:

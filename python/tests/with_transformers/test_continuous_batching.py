@@ -8,7 +8,6 @@ from greedy import check_greedy
 
 import prefix_attn
 import prefix_attn.hf
-from prefix_attn import _untried
 from prefix_attn.hf import engine, hooks, steps
 
 
@@ -216,20 +215,11 @@ def test_reasons():
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"head_dim": 96}, "head dim 96"),
-        ({"head_dim": 512}, "head dim 512"),
-        ({"num_attention_heads": 129, "num_key_value_heads": 1}, "129 query heads per KV head"),
-    ],
+    "change", [{"head_dim": 96}, {"head_dim": 512}, {"num_attention_heads": 129, "num_key_value_heads": 1}]
 )
-def test_kernels_that_no_device_has_run_are_used_when_asked_for(change, reason, monkeypatch, caplog):
+def test_head_dims_and_groups_of_any_size_are_served(change):
     model = llama()
     model.config.update(change)
-    assert prefix_attn.hf.enable(model) == f"{reason}: run on no device yet (PREFIX_ATTN_UNTRIED=1 serves it)"
-    assert caplog.text.count("keeps its stock attention") == 1
-    assert model.config._attn_implementation != prefix_attn.hf.attention_name()
-    monkeypatch.setattr(_untried, "SERVES", True)
     assert prefix_attn.hf.unsupported(model) is None
 
 

@@ -12,7 +12,6 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from world import World
 
 import prefix_attn as pa
-from prefix_attn import _untried
 from prefix_attn.vllm import eligibility
 from prefix_attn.vllm.builder import Builder
 
@@ -174,29 +173,19 @@ def test_windows_are_the_stock_backends_unless_asked_for(monkeypatch, model_fold
     assert world.builder.metrics.kernel_calls == 0
 
 
-@pytest.mark.parametrize("serves", [False, True])
-def test_groups_of_more_heads_than_a_tile_has_rows_are_served_when_asked_for(
-    monkeypatch, model_folder, stock_kernels, seeded, caplog_vllm, serves
-):
-    monkeypatch.setattr(_untried, "SERVES", serves)
+def test_groups_of_more_heads_than_a_tile_has_rows_are_served(monkeypatch, model_folder, stock_kernels, seeded):
     world = World(monkeypatch, model_folder, heads=(258, 2))
-    why = "129 query heads per KV head: run on no device yet (PREFIX_ATTN_UNTRIED=1 serves it)"
-    assert world.builder._stock_reason == (None if serves else why)
-    assert len([line for line in caplog_vllm if why in line]) == (not serves)
+    assert world.builder._stock_reason is None
     for _ in world.random_steps(4):
         pass
-    assert (world.builder.metrics.kernel_calls > 0) == serves
+    assert world.builder.metrics.kernel_calls > 0
 
 
-@pytest.mark.parametrize(("head_dim", "is_tried"), [(64, True), (96, False), (128, True), (256, True), (512, False)])
-def test_head_dims_that_no_device_has_run_are_served_when_asked_for(monkeypatch, model_folder, head_dim, is_tried):
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256, 512])
+def test_all_head_dims_are_served(monkeypatch, model_folder, head_dim):
     world = World(monkeypatch, model_folder)
     spec = dataclasses.replace(world.spec, head_size=head_dim, head_size_v=head_dim)
-    shape = pa.AttentionShape(8, 2, head_dim, "bfloat16")
-    why = f"head dim {head_dim}: run on no device yet (PREFIX_ATTN_UNTRIED=1 serves it)"
-    assert eligibility.of_group(spec, shape) == (None if is_tried else why)
-    monkeypatch.setattr(_untried, "SERVES", True)
-    assert eligibility.of_group(spec, shape) is None
+    assert eligibility.of_group(spec, pa.AttentionShape(8, 2, head_dim, "bfloat16")) is None
 
 
 @pytest.fixture
