@@ -322,8 +322,8 @@ class Planner:
         query_tree: whether batches may come with query trees (``parents=`` of :meth:`plan`). Such plans are for the mma.sync
             kernels.
         page_runs: whether pages of one token, at least half of which lie in runs of consecutive ids, are planned as pages of 16
-            tokens where running the plan is predicted to take no longer. Not run on a device yet. It changes nothing for other
-            page sizes, under a capacity, and with fixed chunks, windows, chunks or query trees.
+            tokens where running the plan is predicted to take no longer. It changes nothing for other page sizes, under a capacity,
+            and with fixed chunks, windows, chunks or query trees.
 
     Raises:
         ValueError: a mode or variant that is not known, or not possible on the device.

@@ -1,5 +1,6 @@
 """Planning: invariants that can be seen from Python, steps, background planning, other threads."""
 
+import json
 import random
 import threading
 import time
@@ -199,6 +200,11 @@ def test_shapes_are_values():
 def test_profiles_are_read_back():
     profile = pa.DeviceProfile.named("h100-sxm")
     assert pa.DeviceProfile.from_json(profile.to_json()) == profile and profile.compute_capability == 90
+    # To the last bit, as measured numbers need it.
+    numbers, rng = json.loads(profile.to_json()), random.Random(1)
+    for _ in range(100):
+        numbers["launch_us"] = rng.uniform(1, 4)
+        assert json.loads(pa.DeviceProfile.from_json(json.dumps(numbers)).to_json()) == numbers
 
 
 def test_padding_rows_give_zero_and_minus_infinity(planner):

@@ -3,6 +3,8 @@
 
 use half::f16;
 use pat_abi::WorkItem;
+use pat_rs::plan::forest::Node;
+use pat_rs::plan::tiling::RowTile;
 use pat_rs::plan::{PlanCapacity, PlanChange, PlanMode};
 use pat_rs::{AttentionShape, DeviceProfile, Dtype, Plan, Planner, Problem};
 use pat_tests::executor::{Executor, Interpreter};
@@ -76,6 +78,15 @@ fn held_against(plan: &Plan, planner: &Planner, batch: &OwnedBatch, expected: &P
     let read_items = plan.items().iter().filter(|item| !are_in_runs || item.run_pages > 0);
     assert_eq!(pages, read_items.map(read).sum::<u32>());
     assert!(tiles.iter().all(|tile| tile.chunk_pages <= tile.page_count.next_multiple_of(128)));
+    let shared_by_all = |tile: &RowTile| {
+        let holds = |node: &&Node| node.order_begin <= tile.order_begin && tile.order_end <= node.order_end;
+        planner.forest().nodes().iter().filter(holds).map(|node| node.page_end).max().unwrap_or(0)
+    };
+    for tile in tiles {
+        // Those of one sequence, and of fixed chunks, share all that they have.
+        let shares_all = tile.common_pages == tile.page_count;
+        assert!(shares_all || tile.sequence_count() > 1 && tile.common_pages == shared_by_all(tile), "{tile:?}");
+    }
     loss
 }
 

@@ -127,7 +127,7 @@ fn groups_that_no_tile_holds_take_the_widest() {
         message,
         "variants: got mma64, expected some of mma128, wgmma128 (mma64: q_heads / kv_heads: got 129, expected 1 to 64)"
     );
-    // More than a wgmma tile has rows for: mma.sync serves them.
+    // More than the usual tile of the wgmma kernels has rows for: the wide one holds them.
     let falcon = AttentionShape::new(71, 1, 64, Dtype::F16).expect("a valid shape");
-    assert_eq!(planner(falcon).expect("a planner").tile_variants(), [TileVariant::Mma128]);
+    assert_eq!(planner(falcon).expect("a planner").tile_variants(), [TileVariant::Wgmma128]);
 }

@@ -263,7 +263,7 @@ fn single_pages_beside_runs_must_not_cost_much() {
         let batch = batch(sequences, prompt, generated);
         assert_eq!(are_in_runs(&batch, PageRuns::WhereFree), expected, "{sequences} x ({prompt} + {generated})");
         assert_eq!(are_in_runs(&batch, PageRuns::Always), generated < prompt);
-        assert!(!are_in_runs(&batch, PageRuns::default()), "no device has run such plans yet");
+        assert!(!are_in_runs(&batch, PageRuns::default()), "only where they are asked for");
     }
     // From step to step: the first generated tokens end it, where it costs too much.
     let (first, second) = (batch(8, 800, 0), batch(8, 800, 3));

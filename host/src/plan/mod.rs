@@ -230,8 +230,8 @@ impl Planner {
     }
 
     /// Plans within `capacity` only: larger batches are refused, and among the tilings of a batch that fits those are
-    /// chosen from that fit. At least the uncut ones do. `wgmma128` is then used only where it is forced
-    /// ([`PlanOptions::variants`]): a captured graph would launch its kernel and `wgmma64`'s at every step.
+    /// chosen from that fit. At least the uncut ones do. Beside `wgmma64`, `wgmma128` is then used only where
+    /// it is forced ([`PlanOptions::variants`]): a captured graph would launch both kernels at every step.
     ///
     /// # Errors
     /// `max_items` is below `max_sequences`.
@@ -434,19 +434,24 @@ impl Planner {
         let room = if keeps_tiles { ROOM_TOKENS.div_ceil(self.problem.page_size()) } else { 0 };
         // From here on the members are changed in place: what ends in between leaves no plan to go on from.
         let newest = self.newest.take();
-        let (change, is_known) = match self.snapshot.update(batch, changed_rows, keeps_tiles) {
-            Ok(update) if update.0 != PlanChange::Nothing => update,
-            unchanged => {
+        let known = match self.snapshot.update(batch, changed_rows, keeps_tiles) {
+            Ok(Some(PlanChange::Nothing)) => {
                 self.newest = newest;
-                return unchanged.map(|(change, _)| change);
+                return Ok(PlanChange::Nothing);
+            }
+            Ok(known) => known,
+            Err(error) => {
+                self.newest = newest;
+                return Err(error);
             }
         };
+        let change = known.unwrap_or(PlanChange::Forest);
         let mut step = if change < PlanChange::Forest { self.grow(plan) } else { Step::Impossible };
         // A few sequences that share nothing are planned anew in less time than it takes to keep their tiles and to look at
         // others.
         let has_few =
             change == PlanChange::Forest && self.tiling.pages.shared == 0 && batch.sequence_count() < FEW_SEQUENCES;
-        if step == Step::Impossible && keeps_tiles && is_known && !has_few {
+        if step == Step::Impossible && keeps_tiles && known.is_some() && !has_few {
             step = self.keep(batch, plan, change, room)?;
         }
         if step == Step::Done {
@@ -502,13 +507,16 @@ impl Planner {
         plan.grow(growths, &mut records.tails, |tile, pages, item_pages| {
             let tile = &mut tiles[tile as usize];
             tile.page_count += pages;
+            if tile.sequence_count() == 1 {
+                tile.common_pages = tile.page_count;
+            }
             tile.chunk_pages = tile.chunk_pages.max(item_pages);
         });
         if pages == 0 {
             return Step::Done;
         }
         self.snapshot.measure(&self.forest, extents);
-        self.tiling.pages.unique += pages;
+        self.tiling.pages = PageCounts::new(extents, &self.forest);
         self.judge(plan, pages)
     }
 

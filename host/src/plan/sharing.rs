@@ -124,12 +124,19 @@ pub fn readers(node: &Node, tiles: &[RowTile]) -> u32 {
 
 /// Pages of the node that the tiles read, as often as they do.
 fn pages_read(node: &Node, tiles: &[RowTile]) -> u64 {
-    let with_sequences =
-        tiles.iter().filter(|tile| tile.order_begin < node.order_end && node.order_begin < tile.order_end);
     let pages = |tile: &RowTile| {
         // The pages of a sequence are at most those of its tile's stream.
         let end = node.page_end.min(tile.page_begin + tile.page_count);
         u64::from(end.saturating_sub(node.page_begin.max(tile.page_begin)))
     };
-    with_sequences.map(pages).sum()
+    let (mut rest, mut read) = (tiles, 0);
+    // Tiles are in the order of their first pages, those with the same one in forest order.
+    while let Some(&RowTile { page_begin, .. }) = rest.first().filter(|tile| tile.page_begin < node.page_end) {
+        let (side_by_side, behind) = rest.split_at(rest.partition_point(|tile| tile.page_begin == page_begin));
+        let first = side_by_side.partition_point(|tile| tile.order_end <= node.order_begin);
+        read +=
+            side_by_side[first..].iter().take_while(|tile| tile.order_begin < node.order_end).map(pages).sum::<u64>();
+        rest = behind;
+    }
+    read
 }

@@ -182,9 +182,9 @@ impl Snapshot {
         }
     }
 
-    /// Says what `batch` changes. `changed_rows` are the rows whose entries in use may have changed, `None` for all. Below
-    /// [`PlanChange::Forest`], the snapshot is that of `batch` on return. With that answer it is where the second value says so,
-    /// but for what rows share with [`Self::joined`] ones; else it must be taken anew. `follows_rows` asks for that.
+    /// Says what `batch` changes, and makes the snapshot that of `batch`, but for what rows share with [`Self::joined`] ones. It
+    /// gives none where too much has changed: then the snapshot must be taken anew. `changed_rows` are the rows whose entries in
+    /// use may have changed, `None` for all; `follows_rows` says whether rows that leave and join are of use.
     ///
     /// # Errors
     /// A changed row is not in the batch; the snapshot is as before.
@@ -193,8 +193,7 @@ impl Snapshot {
         batch: &DecodeBatch<'_>,
         changed_rows: Option<&[u32]>,
         follows_rows: bool,
-    ) -> Result<(PlanChange, bool)> {
-        const UNKNOWN: (PlanChange, bool) = (PlanChange::Forest, false);
+    ) -> Result<Option<PlanChange>> {
         if let Some(&row) = changed_rows.into_iter().flatten().find(|&&row| row as usize >= batch.sequence_count()) {
             let expected = format!("rows of the batch, below {}", batch.sequence_count());
             return Err(Error::invalid("changed_rows", row, expected));
@@ -202,7 +201,7 @@ impl Snapshot {
         let same_pool = self.page_size == batch.page_size() && self.num_pages == batch.num_pages();
         let (rows, new_rows) = (self.rows.len(), batch.sequence_count());
         if !same_pool || (rows != new_rows && !follows_rows) {
-            return Ok(UNKNOWN);
+            return Ok(None);
         }
         let Found { grown, has_lost_entries, left, joined, moved, origins } = &mut self.found;
         grown.clear();
@@ -229,7 +228,7 @@ impl Snapshot {
                 continue;
             }
             if !follows_rows || self.found.joined.len() > most_moves {
-                return Ok(UNKNOWN);
+                return Ok(None);
             }
             // Where rows behind it have been replaced already, they are no longer what they were.
             let is_first = moved_from.is_none() && self.found.joined.iter().all(|joined| (*joined as usize) < row);
@@ -264,9 +263,9 @@ impl Snapshot {
             || moves > most_moves
             || self.ids.len() > 2 * self.taken + 4096
         {
-            return Ok(UNKNOWN);
+            return Ok(None);
         }
-        Ok((change.max(of_lengths), true))
+        Ok(Some(change.max(of_lengths)))
     }
 
     fn note(&mut self, of_row: PlanChange, change: &mut PlanChange) {
@@ -423,7 +422,7 @@ mod tests {
         forest.build(&before);
         let mut snapshot = Snapshot::default();
         snapshot.take(&before, &forest);
-        snapshot.update(&batch(after), None, false).unwrap().0
+        snapshot.update(&batch(after), None, false).unwrap().unwrap_or(PlanChange::Forest)
     }
 
     #[test]
@@ -461,8 +460,8 @@ mod tests {
         snapshot.take(&before, &forest);
         let after: &[&[u32]] = &[&[1], &[4]];
         let after = DecodeBatch::from_block_tables(after, &[4, 4], PAGE, 100).unwrap();
-        assert_eq!(snapshot.clone().update(&after, Some(&[]), false).unwrap().0, PlanChange::Lengths);
-        assert_eq!(snapshot.clone().update(&after, Some(&[1]), false).unwrap().0, PlanChange::Pages);
+        assert_eq!(snapshot.clone().update(&after, Some(&[]), false).unwrap(), Some(PlanChange::Lengths));
+        assert_eq!(snapshot.clone().update(&after, Some(&[1]), false).unwrap(), Some(PlanChange::Pages));
         let error = snapshot.update(&after, Some(&[0, 2]), false).unwrap_err().to_string();
         assert!(error.contains("changed_rows") && error.contains("got 2"), "{error}");
     }
@@ -478,7 +477,7 @@ mod tests {
         snapshot.take(&at(1), &forest);
         let mut taken = 0;
         for length in 2..lengths.len() {
-            let change = snapshot.update(&at(length), None, false).unwrap().0;
+            let change = snapshot.update(&at(length), None, false).unwrap().unwrap_or(PlanChange::Forest);
             if change == PlanChange::Forest {
                 forest.build(&at(length));
                 snapshot.take(&at(length), &forest);
@@ -509,7 +508,7 @@ mod tests {
                 let after = DecodeBatch::from_block_tables(&after, &lengths[..after.len()], PAGE, 100).unwrap();
                 let mut snapshot = snapshot.clone();
                 let change = snapshot.update(&after, None, true).unwrap();
-                assert_eq!(change, (PlanChange::Forest, true));
+                assert_eq!(change, Some(PlanChange::Forest));
                 assert_eq!(snapshot.left(), left);
                 let joined: Vec<u32> = joining.iter().map(|_| rows.len() as u32).collect();
                 assert_eq!(snapshot.joined(), joined, "{leaving:?}");

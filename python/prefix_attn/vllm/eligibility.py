@@ -4,9 +4,8 @@ import os
 
 import prefix_attn as pa
 
-#: Whether layers with a sliding window are served. Their kernels have been run in interpreted PTX alone, and such plans are made
-#: from scratch at each step.
-SERVES_WINDOWS = os.environ.get("PREFIX_ATTN_WINDOWS", "0") == "1"
+#: Whether layers with a sliding window are served. They cost each step a plan of their own.
+SERVES_WINDOWS = os.environ.get("PREFIX_ATTN_WINDOWS", "1") != "0"
 #: The FP8 caches that FlashAttention has, by vLLM's names.
 FP8_CACHES = ("fp8", "fp8_e4m3")
 
@@ -58,7 +57,7 @@ def of_group(spec, shape: "pa.AttentionShape | None") -> str | None:
     if shape is None:
         return "a shape for which there are no kernels"
     if window_of(spec) is not None and not SERVES_WINDOWS:
-        return "a sliding window (PREFIX_ATTN_WINDOWS=1 serves them)"
+        return "a sliding window, and PREFIX_ATTN_WINDOWS=0"
     return pa.supports(shape, spec.block_size, window=window_of(spec))
 
 

@@ -151,9 +151,9 @@ def test_a_stream_by_its_handle(no_tf32):
     batch, q, k, v = problem(6, 32, 8, 128, 16, "NHD", torch.float16)
     planner = pa.Planner(pa.AttentionShape(32, 8, 128, torch.float16), DEVICE)
     plan = planner.plan(batch.block_tables, batch.lengths, 16, batch.num_pages)
-    side = torch.cuda.Stream()
+    side, out = torch.cuda.Stream(), torch.zeros_like(q)
     torch.cuda.synchronize()
-    out = pa.run(plan, q, k, v, torch.zeros_like(q), stream=side.cuda_stream)
+    pa.run(plan, q, k, v, out, stream=side.cuda_stream)
     side.synchronize()
     check(batch, q, k, v, "NHD", out, None)
 

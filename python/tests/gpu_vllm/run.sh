@@ -8,8 +8,8 @@
 #   tokens  2 minutes, one GPU: tokens of a small model in PIECEWISE graphs; restart, no memory
 #   drafts  2.5 minutes, one GPU: speculative decoding with 3 drafts: tokens, step times of the 8B shape
 #   more    2 minutes, one GPU: 200 requests with preemption and aborts: Qwen3, Llama, gpt-oss's attention (MODELS)
-#   gpt_oss 2 minutes, one GPU: windows and sinks: layers beside float32, tokens, 200 requests, step times of gpt-oss-20b's
-#           attention, two engines in turn
+#   gpt_oss 1.5 minutes, one GPU: windows and sinks: layers beside float32, tokens, 200 requests
+#   gpt_oss_times 2 minutes, one GPU: step times of gpt-oss-20b's attention, two engines in turn
 #   fp8     2.5 minutes, one GPU: FP8 KV: layers beside float32, log-probs, tokens, step times of the 8B shape
 #   shapes  2.5 minutes, one GPU: 2, 3 and 5 query tokens a row; head dim 256 with soft cap and windows: layers, tokens, step times
 #   ranks   2 minutes, two GPUs: data parallel 2, decode context parallel 2 in graphs
@@ -212,26 +212,12 @@ more() {
 gpt_oss() {
     local t=64x1000+77:32 engines=""
     local small="--shape small --model gpt-oss --kv-gib 0.5 --seqs 64 --tokens 4096 --max-len 2048"
-    local big="--shape oss --model gpt-oss --mode graph --kv-gib 5 --seqs 256 --sizes 8,64,256"
-    local times="time:64x2496+528:40 time:256x2496+528:40" apart_times=time:64x2496+528:40 apart_kv=2.5
-    # Four engines of this shape.
-    if [ "$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | head -1)" -gt 100000 ]; then
-        apart_times=$times apart_kv=5
-    fi
-    local again="time:64x2496+528:41 time:256x2496+528:41"
-    rm -f "$out"/go-* "$out"/turn-*
-    drive gpt-oss-fa $small --backend FLASH_ATTN tokens:$t tokens:$t:16 & engines="$engines $!"
-    drive gpt-oss-triton $small --backend TRITON_ATTN tokens:$t & engines="$engines $!"
-    drive gpt-oss-graph $small --mode graph --sizes 64 --compare layers:$t layers:$t:broken {tokens,broken}:$t & engines="$engines $!"
+    drive gpt-oss-fa $small --backend FLASH_ATTN tokens:$t tokens:$t:16 &
+    drive gpt-oss-triton $small --backend TRITON_ATTN tokens:$t &
+    drive gpt-oss-graph $small --mode graph --sizes 64 --compare layers:$t layers:$t:broken {tokens,broken}:$t &
     start_churn gpt-oss
-    drive oss-fa $big --wait "$out"/go-fa --turns "$out"/turn-{fa,ours} 0 --backend FLASH_ATTN $times $again profile:64x2496+528 host:64x2496+528 & local stock=$!
-    drive oss-ours $big --wait "$out"/go-fa --turns "$out"/turn-{ours,fa} 1 $times $again profile:64x2496+528 host:64x2496+528 & local ours=$!
-    # In a process of its own, as in a server.
-    big="$big --kv-gib $apart_kv --wait $out/go-ours --apart"
-    drive oss-apart-fa $big --turns "$out"/turn-{afa,aours} 0 --backend FLASH_ATTN $apart_times & local apart=$!
-    drive oss-apart-ours $big --turns "$out"/turn-{aours,afa} 1 $apart_times & apart="$apart $!"
-    one_by_one "$engines" "$stock $ours" "$apart"
-    failed_in_background "$out"/gpt-oss-{fa,triton,graph}.json "$out"/oss-{fa,ours}.json "$out"/oss-apart-{fa,ours}.json
+    wait
+    failed_in_background "$out"/gpt-oss-{fa,triton,graph}.json
     exactness "gpt-oss's attention with windows, FULL graphs, each layer: as near to float32 attention as stock?" \
         layers "$out"/gpt-oss-graph.json layers:$t
     exactness "gpt-oss's attention, each layer, one token left out of every row: must be found" \
@@ -241,8 +227,37 @@ gpt_oss() {
     judge "gpt-oss's attention, one token left out of every row: must be found" \
         "$out"/gpt-oss-fa.json "$out"/gpt-oss-graph.json tokens:$t $noise --task-of-ours broken:$t --expect-different
     judge_churn gpt-oss
+}
+
+gpt_oss_times() {
+    local big="--shape oss --model gpt-oss --mode graph --kv-gib 6 --seqs 256 --sizes 8,64,256"
+    local once="time:64x2496+528:40 time:256x2496+528:40" again="time:64x2496+528:41 time:256x2496+528:41"
+    local here="profile:64x2496+528 profile:256x2496+528 host:64x2496+528" name
+    rm -f "$out"/go-* "$out"/turn-*
+    # In this process; then in one of its own, as in a server.
+    drive oss-fa $big --wait "$out"/go-fa --turns "$out"/turn-{fa,ours} 0 --backend FLASH_ATTN $once $again $here & local stock=$!
+    drive oss-ours $big --wait "$out"/go-fa --turns "$out"/turn-{ours,fa} 1 $once $again $here & local ours=$!
+    big="$big --apart --wait $out/go-ours"
+    drive oss-apart-fa $big --turns "$out"/turn-{afa,aours} 0 --backend FLASH_ATTN $once & local apart=$!
+    drive oss-apart-ours $big --turns "$out"/turn-{aours,afa} 1 $once & apart="$apart $!"
+    # An engine that is being made disturbs those that measure.
+    for name in oss-fa oss-ours oss-apart-fa oss-apart-ours; do until_up $name; done
+    touch "$out"/go-fa
+    wait $stock $ours
+    touch "$out"/go-ours
+    wait $apart
+    rm -f "$out"/go-*
+    failed_in_background "$out"/oss-{fa,ours}.json "$out"/oss-apart-{fa,ours}.json
     python3 table.py "$out"/oss-fa.json "$out"/oss-ours.json || failed=1
     python3 table.py "$out"/oss-apart-fa.json "$out"/oss-apart-ours.json || failed=1
+}
+
+until_up() { # name: an engine has been made, or has failed
+    local seconds
+    for seconds in $(seq 120); do
+        grep -qE "^engine up|^Traceback" "$out/$1.log" 2> /dev/null && return
+        sleep 1
+    done
 }
 
 fp8() {

@@ -151,7 +151,6 @@ def test_windows_sinks_and_soft_caps(monkeypatch, model_folder, stock_kernels, s
     from vllm.v1.attention.backends import flash_attn
 
     monkeypatch.setattr(flash_attn, "flash_attn_supports_sinks", lambda: True, raising=False)
-    monkeypatch.setattr(eligibility, "SERVES_WINDOWS", True)
     if way == "device":
         device_path.install(monkeypatch)
     world = World(monkeypatch, model_folder, **layer)
@@ -165,9 +164,10 @@ def test_windows_sinks_and_soft_caps(monkeypatch, model_folder, stock_kernels, s
     assert (metrics.kernel_calls > 12) == (reason is None)
 
 
-def test_windows_are_the_stock_backends_unless_asked_for(monkeypatch, model_folder, stock_kernels, seeded):
+def test_windows_are_the_stock_backends_when_asked_for(monkeypatch, model_folder, stock_kernels, seeded):
+    monkeypatch.setattr(eligibility, "SERVES_WINDOWS", False)
     world = World(monkeypatch, model_folder, per_layer_sliding_window=128)
-    assert world.builder._stock_reason == "a sliding window (PREFIX_ATTN_WINDOWS=1 serves them)"
+    assert world.builder._stock_reason == "a sliding window, and PREFIX_ATTN_WINDOWS=0"
     for _ in world.random_steps(4):
         pass
     assert world.builder.metrics.kernel_calls == 0
