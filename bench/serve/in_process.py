@@ -204,12 +204,18 @@ class Benchmark:
         good = not (counts["failed"] or notes)
         record.update(
             status="success" if good else "failed", metrics=figures, requests=counts, goodput=goodput, notes=notes,
-            steps=metrics.steps(result), machine=self.engine.describe(), date=datetime.datetime.now(datetime.timezone.utc).date().isoformat())
+            steps=metrics.steps(result), machine={**self.engine.describe(), **host()},
+            date=datetime.datetime.now(datetime.timezone.utc).date().isoformat())
         for name, value in (("step_time", profile), ("backend_counters", counted)):
             if value:
                 record[name] = value
         if not good:
             record["error_log"] = "; ".join(notes + [f"{count} requests: {reason}" for reason, count in counts["failures"].items()])
+
+
+def host():
+    """How quiet the host is: where another program has its cores, steps that run without graphs take longer."""
+    return {"host_cores": len(os.sched_getaffinity(0)), "host_load": round(os.getloadavg()[0], 1)}
 
 
 def row(record):

@@ -262,6 +262,7 @@ class Command(unittest.TestCase):
         # Those of the run alone: neither of what was before it, nor of profile and clearing.
         self.assertEqual(written[1]["backend_counters"]["decode_steps"], len(self.engines[0].step_log))
         self.assertEqual(record["step_time"]["ms"], {"attention": 1.0})
+        self.assertGreater(record["machine"]["host_cores"], 0)
         self.assertEqual([engine.cleared for engine in self.engines], [2])
         status, text = self.command("--rates", "20,40,60")
         self.assertEqual((status, text.count("of an earlier run"), len(records.read(self.output))), (0, 2, 3))

@@ -221,8 +221,7 @@ impl<C: Code> Cache for EightBit<C> {
             }
             // Even elements of four beside even ones, as widened keys are.
             for step in 0..STEPS {
-                [queries[step][row], queries[step][row + 2]] =
-                    transposed([queries[step][row], queries[step][row + 2]]);
+                [queries[step][row], queries[step][row + 2]] = transposed([queries[step][row], queries[step][row + 2]]);
             }
         }
         scales

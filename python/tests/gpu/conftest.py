@@ -30,6 +30,13 @@ def pytest_collection_modifyitems(items):
         item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.fixture(autouse=True)
+def first_device_is_current():
+    """jax leaves the last device's context current in the thread that imports it, and with it torch's current device."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(0)
+
+
 @pytest.fixture
 def no_tf32():
     torch.backends.cuda.matmul.allow_tf32 = False

@@ -564,7 +564,7 @@ def torch_keeps_its_current_device(no_tf32):
     after("a run")
     pa.merge_states(out, lse, out, lse)
     after("merge_states")
-    pa.append_kv(k[0, :2], v[0, :2], k, v, torch.zeros(2, dtype=torch.int64, device=other) - 1)
+    pa.append_kv(k[0, :2].clone(), v[0, :2].clone(), k, v, torch.zeros(2, dtype=torch.int64, device=other) - 1)
     after("append_kv")
     del far.buffers, far.workspace, far.layers, plan
     gc.collect()
