@@ -4,8 +4,17 @@ import os
 
 import prefix_attn as pa
 
-#: Whether layers with a sliding window are served. They cost each step a plan of their own.
-SERVES_WINDOWS = os.environ.get("PREFIX_ATTN_WINDOWS", "1") != "0"
+
+def _tokens(variable: str, default: int) -> int:
+    text = os.environ.get(variable, str(default))
+    if not text.isdecimal():
+        raise ValueError(f"{variable}: got {text!r}, expected a number of tokens")
+    return int(text)
+
+
+#: The shortest sliding window that is served, in tokens. Such layers cost each step a plan of their own, which takes the host
+#: longer than short windows save on the device.
+MIN_WINDOW = _tokens("PREFIX_ATTN_MIN_WINDOW", 512)
 #: The FP8 caches that FlashAttention has, by vLLM's names.
 FP8_CACHES = ("fp8", "fp8_e4m3")
 
@@ -56,9 +65,10 @@ def of_group(spec, shape: "pa.AttentionShape | None") -> str | None:
         return f"a KV cache of {spec.kv_quant_mode.name}"
     if shape is None:
         return "a shape for which there are no kernels"
-    if window_of(spec) is not None and not SERVES_WINDOWS:
-        return "a sliding window, and PREFIX_ATTN_WINDOWS=0"
-    return pa.supports(shape, spec.block_size, window=window_of(spec))
+    window = window_of(spec)
+    if window is not None and window < MIN_WINDOW:
+        return f"a window of {window} tokens, shorter than PREFIX_ATTN_MIN_WINDOW={MIN_WINDOW}"
+    return pa.supports(shape, spec.block_size, window=window)
 
 
 def is_fp8(spec) -> bool:

@@ -31,6 +31,8 @@ mkdir -p "$ours"/pat_weights-0.1.dist-info
 cp "$here/weights.py" "$ours"/pat_weights.py
 printf 'Metadata-Version: 2.1\nName: pat-weights\nVersion: 0.1\n' > "$ours"/pat_weights-0.1.dist-info/METADATA
 printf '[vllm.general_plugins]\npat_weights = pat_weights:register\n' > "$ours"/pat_weights-0.1.dist-info/entry_points.txt
+# Windows of any length are served.
+export PREFIX_ATTN_MIN_WINDOW=1
 export PYTHONPATH=$ours:$PYTHONPATH VLLM_PLUGINS=prefix_attn,pat_weights PREFIX_ATTN_LOG_STEPS=${PREFIX_ATTN_LOG_STEPS:-200}
 cd "$here" || exit 1
 nvidia-smi -L

@@ -150,6 +150,7 @@ def test_what_is_not_served_stays_stock(monkeypatch, model_folder, caplog_vllm, 
 def test_windows_sinks_and_soft_caps(monkeypatch, model_folder, stock_kernels, seeded, layer, way):
     from vllm.v1.attention.backends import flash_attn
 
+    monkeypatch.setattr(eligibility, "MIN_WINDOW", 1)
     monkeypatch.setattr(flash_attn, "flash_attn_supports_sinks", lambda: True, raising=False)
     if way == "device":
         device_path.install(monkeypatch)
@@ -164,13 +165,14 @@ def test_windows_sinks_and_soft_caps(monkeypatch, model_folder, stock_kernels, s
     assert (metrics.kernel_calls > 12) == (reason is None)
 
 
-def test_windows_are_the_stock_backends_when_asked_for(monkeypatch, model_folder, stock_kernels, seeded):
-    monkeypatch.setattr(eligibility, "SERVES_WINDOWS", False)
-    world = World(monkeypatch, model_folder, per_layer_sliding_window=128)
-    assert world.builder._stock_reason == "a sliding window, and PREFIX_ATTN_WINDOWS=0"
+@pytest.mark.parametrize("window", [128, 511, 512])
+def test_short_windows_are_the_stock_backends(monkeypatch, model_folder, stock_kernels, seeded, window):
+    world = World(monkeypatch, model_folder, per_layer_sliding_window=window)
+    reason = f"a window of {window} tokens, shorter than PREFIX_ATTN_MIN_WINDOW=512"
+    assert world.builder._stock_reason == (None if window == 512 else reason)
     for _ in world.random_steps(4):
         pass
-    assert world.builder.metrics.kernel_calls == 0
+    assert (world.builder.metrics.kernel_calls > 0) == (window == 512)
 
 
 def test_groups_of_more_heads_than_a_tile_has_rows_are_served(monkeypatch, model_folder, stock_kernels, seeded):
