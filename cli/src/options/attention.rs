@@ -296,7 +296,7 @@ impl Asked {
     pub(crate) fn rows(&self, batch: OwnedBatch) -> Result<OwnedBatch> {
         match self.query_tokens {
             1 => Ok(batch),
-            tokens => batch.query_rows(tokens).context("--query-tokens"),
+            tokens => Ok(batch.query_rows(tokens)?),
         }
     }
 }
