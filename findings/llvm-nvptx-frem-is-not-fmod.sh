@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # llvmlite 0.50.0 (PyPI): LLVM 22.1.0, targets nvptx64 and the host; numpy 2.4.6.
 #
-# `frem` of LLVM's IR is C's fmod: the exact remainder, of the sign of the first operand and smaller than the second. On the host it
-# is. LLVM's backend for NVIDIA GPUs makes it x - trunc(x / y) * y, with a quotient that is rounded before it is cut: where x is just
-# below a multiple of y the remainder of two positive numbers is negative, and where the quotient is large it exceeds y. All that
-# compiles by way of LLVM has it, `%` of floats in Rust's nvptx64 target for one; nothing says so when it compiles.
+# `frem` of LLVM's IR is C's fmod: the exact remainder, of the sign of the first operand and smaller than the second. On the host
+# it is. LLVM's backend for NVIDIA GPUs makes it x - trunc(x / y) * y, with a quotient that is rounded before it is cut: where x
+# is just below a multiple of y the remainder of two positive numbers is negative, and where the quotient is large it exceeds y.
+# All that compiles by way of LLVM has it, `%` of floats in Rust's nvptx64 target for one; nothing says so when it compiles.
 #
-# Seen on 2026-11-28: 1e10 % 3 is 256; 954.23816 % 0.0016723388 is -0.0000386, not 0.0016338; of 100,000 pairs of up to 1,000 and of
-# 0.001 to 0.1 134 have the wrong sign.
+# Seen on 2026-11-28: 1e10 % 3 is 256; 954.23816 % 0.0016723388 is -0.0000386, not 0.0016338; of 100,000 pairs of up to 1,000 and
+# of 0.001 to 0.1 134 have the wrong sign.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -13,9 +13,10 @@ fn device_and_cpu_agree() -> Result<Completion, Failed> {
     let output = compile_and_run("cc", "-std=c11", "examples/device.c", "libpat_capi.so");
     match output.status.code() {
         Some(0) => Ok(Completion::Completed),
-        Some(NO_DEVICE) if std::env::var_os("PAT_REQUIRE_GPU").is_none() => {
-            Ok(Completion::ignored_with(text(&output).trim()))
+        Some(NO_DEVICE) if std::env::var("PAT_REQUIRE_GPU").is_ok_and(|devices| devices != "0") => {
+            Err(format!("PAT_REQUIRE_GPU is set, but: {}", text(&output).trim()).into())
         }
+        Some(NO_DEVICE) => Ok(Completion::ignored_with(text(&output).trim())),
         _ => Err(format!("{}\n{}", output.status, text(&output)).into()),
     }
 }

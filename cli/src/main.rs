@@ -111,8 +111,8 @@ fn main() -> ExitCode {
     }
 }
 
-/// An error and its causes on one line, in terms of the option that gave the argument it is about; a cause that is already part of
-/// what stands before it is not repeated.
+/// An error and its causes on one line, in terms of the option that gave the argument it is about; a cause that is already
+/// part of what stands before it is not repeated.
 fn message(error: &anyhow::Error) -> String {
     let text = error.chain().map(ToString::to_string).fold(String::new(), |text, cause| match text.as_str() {
         "" => cause,

@@ -157,8 +157,8 @@ impl Cache for Plain {
 /// two tokens' values it gets two columns of each: these go to two products, and the order of the output's columns is put
 /// right at the end.
 ///
-/// A row of queries in bfloat16 becomes one in binary16 by a power of 2 that makes its largest element about 2^14: bits are lost of
-/// elements alone that are less than 2^-31 of it. Weights are at most 1.
+/// A row of queries in bfloat16 becomes one in binary16 by a power of 2 that makes its largest element about 2^14: bits are lost
+/// of elements alone that are less than 2^-31 of it. Weights are at most 1.
 #[derive(Clone, Copy)]
 pub struct EightBit<C> {
     /// Divided by that of widened numbers.

@@ -1,11 +1,11 @@
-//! The 8-bit element types of K and V, widened to binary16 before they are multiplied: exactly, for all 256 codes, but for a factor
-//! of the type.
+//! The 8-bit element types of K and V, widened to binary16 before they are multiplied: exactly, for all 256 codes, but for a
+//! factor of the type.
 //!
 //! A code is a sign, exponent bits and fraction bits, as a 16-bit number is, with fewer of both. Moved to where binary16 has its
 //! exponent's low bits, it is the number but for a power of 2 by which the exponents' biases differ; that holds for subnormal
-//! numbers, too. E5m2 needs no more. In E4m3 the largest magnitude means NaN: it is 480 where the largest number is 448. Times 144,
-//! 480 is too large for binary16 and becomes infinite, while all numbers stay exact. What is computed from infinities is made NaN
-//! ([`Code::settle`]); results are divided by the factor.
+//! numbers, too. E5m2 needs no more. In E4m3 the largest magnitude means NaN: it is 480 where the largest number is 448. Times
+//! 144, 480 is too large for binary16 and becomes infinite, while all numbers stay exact. What is computed from infinities is
+//! made NaN ([`Code::settle`]); results are divided by the factor.
 //!
 //! The other way, numbers are rounded to nearest even, and what is too large becomes the largest finite number, as
 //! `cvt.rn.satfinite` does (PTX ISA, "cvt"), which architectures before sm_89 do not have.

@@ -1,4 +1,5 @@
-//! Barriers: those of warps by number (`bar.sync`, `barrier.sync`), and those in shared memory that count arrivals and bytes (`mbarrier`).
+//! Barriers: those of warps by number (`bar.sync`, `barrier.sync`), and those in shared memory that count arrivals and bytes
+//! (`mbarrier`).
 
 use crate::error::Fault;
 use crate::order::Clock;
@@ -24,7 +25,8 @@ pub(crate) struct NumberedBarriers {
 const NUMBERS: u64 = 16;
 
 impl NumberedBarriers {
-    /// A warp arrives, `place` being the instruction where that is an aligned one. The warps that may go on, if it is the last one.
+    /// A warp arrives, `place` being the instruction where that is an aligned one. The warps that may go on, if it is the
+    /// last one.
     pub(crate) fn arrive(
         &mut self,
         id: u64,

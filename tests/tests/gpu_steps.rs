@@ -1,5 +1,5 @@
-//! One captured graph serves 500 decode steps of a batch that lives: sequences join, leave and grow, and every step's answer is held
-//! against the oracle; once for each thing that the kernels can do beyond plain attention. `PAT_GPU_STEPS` sets how many steps.
+//! One captured graph serves 500 decode steps of a batch that lives: sequences join, leave and grow, and every step's answer is
+//! held against the oracle; once for each thing that the kernels can do beyond plain attention. `PAT_GPU_STEPS` sets how many steps.
 //! In CI a few of the same steps run on the CPU executor.
 
 use half::{bf16, f16};

@@ -50,9 +50,15 @@ racecheck() { # command...
             else if (others++ < 10) { print "OTHER: " kind ", " first " by " reader first_place ", " what " by " thread place }
             kind = ""; next
         }
+        /RACECHECK SUMMARY:/ { summary = $0; sub(/.*SUMMARY: /, "", summary); counted = summary + 0; summaries++ }
         /^=========( |$)/ && !/SUMMARY|returned/ { next }
         { print }
-        END { print known + 0 " hazards of the known kind, " others + 0 " others"; exit others > 0 }'
+        END {
+            print known + 0 " hazards of the known kind, " others + 0 " others"
+            # A report in other words would count as none.
+            if (summaries != 1 || counted != known + others) { print "racecheck says " counted + 0; exit 1 }
+            exit others > 0
+        }'
     local status=("${PIPESTATUS[@]}")
     [ "${status[0]}" = 0 ] && [ "${status[1]}" = 0 ]
 }

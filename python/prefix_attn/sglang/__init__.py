@@ -1,7 +1,7 @@
 """SGLang's plug-in: ``--attention-backend prefix_attn``.
 
 Loaded through the entry point group ``sglang.srt.plugins``. Decode batches of full-attention layers run here, the rest on a
-stock backend. Its tests run on the CPU: it has never run on a GPU.
+stock backend. Its tests run on the CPU; 0.5.16 ran on a GPU, eager.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ class Builder(FlashAttentionMetadataBuilder):
         return metadata
 
     def _build_stock(self, common_prefix_len, batch, fast_build):
-        """FlashAttention's metadata. The first time it is no fast build, whatever is asked: only then does it look for windows."""
+        """FlashAttention's metadata. The first build is never a fast one: only then does it look for windows."""
         is_fast = fast_build and self._knows_windows
         self._knows_windows = True
         return super().build(common_prefix_len, batch, is_fast)

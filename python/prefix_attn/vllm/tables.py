@@ -42,11 +42,16 @@ class RowTables:
 
     def __init__(self, rows: int, width: int):
         self.ids = np.zeros((rows, width), dtype=np.int32)
+        self._mirror = None
         self._requests = np.full(rows, -1, dtype=np.int64)
         self._writes = np.zeros(rows, dtype=np.int64)
 
     def update(self, mirror: TableMirror, requests: np.ndarray) -> None:
         """Make row ``i`` the table of ``requests[i]``; further rows stay as they are."""
+        if mirror is not self._mirror:
+            # Another mirror's counts say nothing of these rows.
+            self._mirror = mirror
+            self._requests.fill(-1)
         count, writes = len(requests), mirror.writes[requests]
         changed = np.flatnonzero((self._requests[:count] != requests) | (self._writes[:count] != writes))
         width = min(mirror.ids.shape[1], self.ids.shape[1])
@@ -68,7 +73,7 @@ class StepTables:
 
         Args:
             lengths: tokens of each row in this group's KV cache; 0 for rows behind the last request.
-            out: always the same for one mirror, at least as many rows and columns.
+            out: at least as many rows and columns; rows are copied anew where it held another mirror's.
 
         Returns:
             A part of ``out``; rows behind the last request hold what they held.

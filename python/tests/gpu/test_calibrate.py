@@ -8,6 +8,7 @@ from support import caches, queries, random_forest, reference, tolerance
 
 def test_a_calibrated_profile_plans(no_tf32):
     built_in, measured = pa.DeviceProfile.detect("cuda:0"), pa.calibrate("cuda:0")
+    assert pa.DeviceProfile.from_json(measured.to_json()).to_json() == measured.to_json()
     assert measured.name == built_in.name and measured.to_json() != built_in.to_json()
     batch = random_forest(3)
     k, v = caches(batch, torch.float16, "NHD", 3, 8, 128, "cuda:0")

@@ -10,7 +10,7 @@ set -u
 here=$(cd "$(dirname "$0")" && pwd)
 parts=${PARTS:-$here/../vllm026}
 out=${OUT:-/tmp/out}/sglang
-dest=/root/vllm
+dest=${DEST:-/root/vllm}
 mkdir -p "$out"
 flock /tmp/vllm-setup.lock python3 "$parts/setup.py" $dest > "$out/setup.log" 2>&1 || { tail -3 "$out/setup.log"; exit 1; }
 site=$(mktemp -d)

@@ -5,8 +5,8 @@
   exactness.py scores RECORD.json TASK --exact TASK --stock TASK [--also RECORD.json TASK] [--expect-different]
 
 layers: what each layer's attention gave in the steps of a task, beside float32 attention over the same queries and the same cache;
-the stock kernel's own error over these is the yardstick, and --at-most where that rounds more (queries to FP8). scores: the log-probs of the same tokens in the same contexts, beside an
-engine whose decode steps have float32 attention.
+the stock kernel's own error over these is the yardstick, and --at-most where that rounds more (queries to FP8). scores: the
+log-probs of the same tokens in the same contexts, beside an engine whose decode steps have float32 attention.
 """
 
 import argparse

@@ -19,7 +19,7 @@ job=$1
 here=$(cd "$(dirname "$0")" && pwd)
 parts=${PARTS:-$here/../vllm026}
 out=${OUT:-/tmp/out}/vllm-$job
-dest=/root/vllm
+dest=${DEST:-/root/vllm}
 mkdir -p "$out"
 failed=0
 flock /tmp/vllm-setup.lock python3 "$parts/setup.py" $dest || exit 1

@@ -62,9 +62,12 @@ def test_the_stock_builder_looks_for_windows(monkeypatch, model_folder, stock_ke
     from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder
 
     asked, build = [], FlashAttentionMetadataBuilder.build
-    monkeypatch.setattr(
-        FlashAttentionMetadataBuilder, "build", lambda builder, prefix, batch, fast: (asked.append(fast), build(builder, prefix, batch, fast))[1]
-    )
+
+    def watched(builder, prefix, batch, fast):
+        asked.append(fast)
+        return build(builder, prefix, batch, fast)
+
+    monkeypatch.setattr(FlashAttentionMetadataBuilder, "build", watched)
     world = World(monkeypatch, model_folder)
     running = world.joined(1, 1)
     world.step([(running[0], 1)])
@@ -163,6 +166,15 @@ def test_windows_sinks_and_soft_caps(monkeypatch, model_folder, stock_kernels, s
     metrics = world.builder.metrics
     assert metrics.kernel_calls == 2 * (metrics.decode_steps + metrics.mixed_steps)
     assert (metrics.kernel_calls > 12) == (reason is None)
+
+
+@pytest.mark.parametrize("text", ["", "-1", "many", "5.5"])
+def test_a_least_window_that_is_no_number_is_refused_by_name(monkeypatch, text):
+    monkeypatch.setenv("PREFIX_ATTN_MIN_WINDOW", text)
+    with pytest.raises(ValueError, match=f"^PREFIX_ATTN_MIN_WINDOW: got '{text}', expected a number of tokens$"):
+        eligibility._tokens("PREFIX_ATTN_MIN_WINDOW", 512)
+    monkeypatch.delenv("PREFIX_ATTN_MIN_WINDOW")
+    assert eligibility._tokens("PREFIX_ATTN_MIN_WINDOW", 512) == 512
 
 
 @pytest.mark.parametrize("window", [128, 511, 512])

@@ -110,3 +110,13 @@ def test_local_lengths_are_vllms(ranks, interleave):
         assert ours.tolist() == get_dcp_local_seq_lens(torch.from_numpy(lengths), ranks, rank, interleave).tolist()
         total = total + ours
     assert np.array_equal(total, lengths)
+
+
+def test_rows_are_copied_anew_from_another_mirror():
+    """Requests and counts of writes are equal there, the ids are not."""
+    out, lengths, requests = RowTables(2, 8), np.array([32, 32], dtype=np.int32), np.arange(2)
+    for ids in ([3, 4], [5, 6], [3, 4]):
+        mirror = TableMirror(2, 8, 16)
+        for request in requests:
+            mirror.write(request, 0, ids)
+        assert StepTables(mirror, requests, False).rows(lengths, out).tolist() == [ids] * 2
