@@ -3,6 +3,7 @@
 use crate::eligibility::{STRIDE_BYTES_END, accepted_strides, is_stride};
 use crate::problem::Planned;
 use crate::{Dtype, Error, KvStrides, Problem, Result, RowStrides, supports};
+use pat_abi::{Switches, TileVariant};
 
 /// Bytes of an element of LSE.
 pub(crate) const LSE_BYTES: u32 = 4;
@@ -86,6 +87,19 @@ pub(crate) fn same<T: PartialEq + std::fmt::Debug>(what: &str, plan: T, call: T)
         return Ok(());
     }
     Err(Error::PlanMismatch { what: what.into(), plan: format!("{plan:?}"), call: format!("{call:?}") })
+}
+
+/// # Errors
+/// The variant, whose items a plan has, has no kernels with these features: the plan was made for a problem without them.
+pub(crate) fn check_features(variant: TileVariant, switches: Switches) -> Result<()> {
+    if variant.serves(switches) {
+        return Ok(());
+    }
+    Err(Error::PlanMismatch {
+        what: "the features of the kernels".into(),
+        plan: format!("items of {}, which has no kernels with them", variant.name()),
+        call: if switches.soft_cap { "a soft_cap" } else { "rows that see part of their pages" }.into(),
+    })
 }
 
 /// A dimension: name, count, stride in elements.

@@ -42,6 +42,8 @@ pub struct QueryTokens<'a> {
 impl<'a> QueryTokens<'a> {
     /// Most query tokens of a sequence of length 0: they are padding, and no length bounds them.
     pub const MAX_OF_EMPTY: u32 = 1 << 16;
+    /// Pages that all rows see, each row counted: planning takes memory for each.
+    pub const MAX_PAGES_OF_ROWS: u64 = 1 << 29;
 
     /// Most query tokens of a tree.
     pub const MAX_OF_TREE: usize = 256;
@@ -50,7 +52,8 @@ impl<'a> QueryTokens<'a> {
     ///
     /// # Errors
     /// `tokens` is 0, or a sequence that is not empty has fewer tokens, or there is an empty one and `tokens` exceeds
-    /// [`Self::MAX_OF_EMPTY`]; there are more than [`DecodeBatch::MAX_TOKENS`] rows.
+    /// [`Self::MAX_OF_EMPTY`]; there are more than [`DecodeBatch::MAX_TOKENS`] rows, or they see more
+    /// than [`Self::MAX_PAGES_OF_ROWS`] pages in all.
     pub fn uniform(batch: &DecodeBatch<'a>, tokens: u32) -> Result<Self> {
         if tokens == 0 {
             return Err(Error::invalid("query_tokens", tokens, "at least 1"));
@@ -62,7 +65,8 @@ impl<'a> QueryTokens<'a> {
     ///
     /// # Errors
     /// There is not one count per sequence, a sequence that is not empty has fewer tokens than its count, an empty one has more
-    /// than [`Self::MAX_OF_EMPTY`], or there are more than [`DecodeBatch::MAX_TOKENS`] rows.
+    /// than [`Self::MAX_OF_EMPTY`], or there are more than [`DecodeBatch::MAX_TOKENS`] rows, or they see more
+    /// than [`Self::MAX_PAGES_OF_ROWS`] pages in all.
     pub fn ragged(batch: &DecodeBatch<'a>, counts: &[u32]) -> Result<Self> {
         if counts.len() != batch.sequence_count() {
             let expected = format!("one per sequence ({})", batch.sequence_count());
@@ -152,7 +156,7 @@ impl<'a> QueryTokens<'a> {
             return Err(Error::invalid("batch", "rows that form query trees", "a batch of sequences"));
         }
         // All counts before any row: a count may be any number.
-        let mut rows = 0u64;
+        let (mut rows, mut pages_of_rows) = (0u64, 0u64);
         for sequence in 0..batch.sequence_count() {
             let (count, length) = (count(sequence), batch.length(sequence));
             let (most, what) = match length {
@@ -163,10 +167,19 @@ impl<'a> QueryTokens<'a> {
                 return Err(Error::invalid(argument(sequence), count, what));
             }
             rows += u64::from(count);
+            pages_of_rows += u64::from(count) * batch.pages(sequence).len() as u64;
         }
         if rows > u64::from(DecodeBatch::MAX_TOKENS) {
             let expected = format!("at most {}", DecodeBatch::MAX_TOKENS);
             return Err(Error::invalid("query_tokens", format!("{rows} in all"), expected));
+        }
+        if pages_of_rows > Self::MAX_PAGES_OF_ROWS {
+            let expected = format!("rows with at most {} in all", Self::MAX_PAGES_OF_ROWS);
+            return Err(Error::invalid(
+                "query_tokens",
+                format!("{rows} rows with {pages_of_rows} pages in all"),
+                expected,
+            ));
         }
         let rows = rows as usize;
         let mut queries = Self {

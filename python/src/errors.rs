@@ -55,6 +55,14 @@ pub(crate) fn wrong_type(argument: &str, got: impl ToString, expected: &str) -> 
     Failure(PyTypeError::new_err(pat_rs::Error::invalid(argument, got, expected).to_string()))
 }
 
+impl Failure {
+    /// The same, with another exception as its cause.
+    pub(crate) fn caused_by(self, py: Python<'_>, cause: PyErr) -> Self {
+        self.0.set_cause(py, Some(cause));
+        self
+    }
+}
+
 /// An exception class of `prefix_attn._errors`.
 fn own(class: &'static str, text: String) -> PyErr {
     static CLASSES: [PyOnceLock<Py<PyType>>; 2] = [PyOnceLock::new(), PyOnceLock::new()];

@@ -16,6 +16,7 @@ use bytemuck::Pod;
 use pat_rs::cpu::{CacheLayout, NewRows, State, append_rounded_rows, append_rows, merge_states};
 use pat_rs::cuda::{AppendArgs, BoundRun, CudaDevice, DeviceSpan, Stream, Uploaded};
 use pat_rs::{Element as HostElement, HostTensors, KvElement, KvScale, Plan};
+use pyo3::exceptions::PyBufferError;
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -264,8 +265,17 @@ pub(crate) fn read_dlpack<'py>(name: &'py str, object: &Bound<'py, PyAny>, strea
             return Err(error);
         }
         object.call_method(intern!(py, "__dlpack__"), (), Some(&unversioned))
+    });
+    let capsule = capsule.map_err(|error| {
+        if !error.is_instance_of::<PyBufferError>(py) {
+            return error.into();
+        }
+        let got = object.get_type().name().map_or_else(|_| "an object".into(), |name| name.to_string());
+        wrong_type(name, format!("{got} of what DLPack cannot describe"), expected).caused_by(py, error)
     })?;
-    let capsule = capsule.cast::<PyCapsule>().map_err(PyErr::from)?;
+    let Ok(capsule) = capsule.cast::<PyCapsule>() else {
+        return Err(wrong_type(name, "a producer whose __dlpack__ returns no capsule", expected));
+    };
     let is_versioned = capsule.is_valid_checked(Some(VERSIONED_CAPSULE));
     let mut is_writable = true;
     let tensor: &DlTensor = if is_versioned {

@@ -2,6 +2,7 @@
 
 use crate::errors::{Result, invalid, wrong_type};
 use pat_rs::Problem;
+use pyo3::exceptions::PyOverflowError;
 use pyo3::prelude::*;
 
 /// As the caller gives them.
@@ -53,14 +54,21 @@ fn is_tensor(value: &Bound<'_, PyAny>) -> bool {
 /// A positive number as Python gives it.
 pub(crate) fn read_positive(name: &str, value: Option<&Bound<'_, PyAny>>) -> Result<Option<f32>> {
     let Some(value) = value else { return Ok(None) };
-    let Ok(number) = value.extract::<f64>() else {
-        let got = value.get_type().name().map_or_else(|_| "an object".into(), |name| name.to_string());
-        return Err(wrong_type(name, got, "a number"));
-    };
-    let number = number as f32;
+    let number = read_number(name, value)?;
     if number.is_finite() && number > 0.0 {
         Ok(Some(number))
     } else {
         Err(invalid(name, number, "a positive finite number"))
     }
+}
+
+/// A number as Python gives it.
+pub(crate) fn read_number(name: &str, value: &Bound<'_, PyAny>) -> Result<f32> {
+    value.extract::<f64>().map(|number| number as f32).map_err(|error| {
+        if error.is_instance_of::<PyOverflowError>(value.py()) {
+            return invalid(name, "a number above all floating point ones", "a positive finite number");
+        }
+        let got = value.get_type().name().map_or_else(|_| "an object".into(), |name| name.to_string());
+        wrong_type(name, got, "a number")
+    })
 }

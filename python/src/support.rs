@@ -2,6 +2,7 @@
 
 use crate::errors::{Integer, Result, in_python, invalid};
 use crate::planner::read_reach;
+use crate::scores::read_number;
 use crate::shape::{PyShape, parse_stored};
 use pat_rs::Problem;
 use pyo3::prelude::*;
@@ -30,7 +31,7 @@ pub(crate) fn supports(
     shape: &Bound<'_, PyShape>,
     page_size: Integer,
     window: Option<Integer>,
-    softcap: Option<f64>,
+    softcap: Option<&Bound<'_, PyAny>>,
     sinks: bool,
     kv_dtype: Option<&Bound<'_, PyAny>>,
     query_tokens: Option<Integer>,
@@ -57,7 +58,7 @@ pub(crate) fn supports(
     let reach = read_reach(window, chunk)?;
     let mut problem = Problem::new(inner, page_size).with_query_tokens(query_tokens).with_reach(reach);
     if let Some(cap) = softcap {
-        problem = problem.with_soft_cap(cap as f32);
+        problem = problem.with_soft_cap(read_number("softcap", cap)?);
     }
     if query_tree {
         problem = problem.with_query_tree(query_tokens);

@@ -1,8 +1,9 @@
 //! Reading the tensors of other libraries: torch's by their attributes, everybody else's by DLPack.
 
 use crate::device::Device;
-use crate::errors::{Result, invalid, wrong_type};
+use crate::errors::{Failure, Result, invalid, wrong_type};
 use crate::foreign;
+use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -94,6 +95,11 @@ impl<'py> Tensor<'py> {
 
     fn read_torch(name: &'py str, tensor: &Bound<'py, PyAny>) -> Result<Self> {
         let py = tensor.py();
+        let is_negative = tensor.call_method0(intern!(py, "is_neg")).and_then(|negative| negative.is_truthy());
+        if is_negative.map_err(|error| without_memory(name, tensor, error.into()))? {
+            let expected = "one whose memory holds its values (tensor.resolve_neg())";
+            return Err(invalid(name, "a tensor that is the negative of its memory", expected));
+        }
         if tensor.getattr(intern!(py, "requires_grad"))?.is_truthy()? {
             let expected = "a tensor without gradient (tensor.detach()): there is no backward pass";
             return Err(invalid(name, "a tensor with requires_grad=True", expected));
@@ -104,7 +110,7 @@ impl<'py> Tensor<'py> {
         };
         let read = match read {
             Some(read) => read,
-            None => Self::read_attributes(name, tensor)?,
+            None => Self::read_attributes(name, tensor).map_err(|failure| without_memory(name, tensor, failure))?,
         };
         read.check_storage(tensor)?;
         Ok(read)
@@ -217,6 +223,17 @@ impl<'py> Tensor<'py> {
         }
         Err(invalid(self.name, "read-only memory", "memory that can be written"))
     }
+}
+
+/// Tensors of torch that have no memory of their own (sparse, nested, of a transformation) say so in exceptions of many kinds.
+fn without_memory(name: &str, tensor: &Bound<'_, PyAny>, failure: Failure) -> Failure {
+    let (py, error) = (tensor.py(), PyErr::from(failure));
+    if error.is_instance_of::<PyValueError>(py) || error.is_instance_of::<PyTypeError>(py) {
+        return error.into();
+    }
+    let layout = tensor.getattr(intern!(py, "layout")).map_or_else(|_| "torch".into(), |layout| layout.to_string());
+    let refusal = wrong_type(name, format!("a {layout} tensor without memory of its own"), "a dense tensor");
+    refusal.caused_by(py, error)
 }
 
 /// Refuses tensors of more dimensions than any argument has.

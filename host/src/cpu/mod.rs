@@ -1,7 +1,8 @@
 //! Execution of a plan on the CPU: the same items, partials and merge as on the device.
 //!
 //! Every (item, KV head) is one task whose arithmetic does not depend on how tasks are spread over threads, and results
-//! are stored and merged in the plan's order: the bits of the output are the same for any number of threads.
+//! are stored and merged in the plan's order: the bits of the output are the same for any number of threads. A process that was
+//! forked after its parent had executed a plan has one thread.
 
 mod append;
 mod attend;
@@ -9,16 +10,17 @@ mod eight_bit;
 mod element;
 mod merge_states;
 
-use crate::arguments::{RunTensors, same};
+use crate::arguments::{RunTensors, check_features, same};
 use crate::{KvScale, KvStrides, Plan, Problem, Result, RowStrides};
 pub use append::{CacheLayout, NewRows, append_rounded_rows, append_rows};
 use attend::{ItemOutput, Task, TaskRow, attend};
 pub use eight_bit::{E4m3, E5m2};
 pub use element::{Element, KvElement};
 pub use merge_states::{State, merge_states};
-use pat_abi::DIRECT_SLOT;
 use pat_abi::reader::{MergeView, PlanBytes};
+use pat_abi::{DIRECT_SLOT, TileVariant};
 use rayon::prelude::*;
+use std::sync::OnceLock;
 
 /// Tasks whose results are held before they are stored: bounds the memory beyond the plan's partials.
 const TASKS_IN_FLIGHT: usize = 4096;
@@ -135,9 +137,12 @@ pub fn run<T: Element, C: KvElement>(
         }
     };
 
+    let has_threads = rayon_has_threads();
     let tasks: Vec<Task<'_>> = Task::all(plan).collect();
     for window in tasks.chunks(TASKS_IN_FLIGHT) {
-        let results: Vec<ItemOutput> = window.par_iter().map(|task| attend(plan, tensors, task)).collect();
+        let attend = |task: &Task<'_>| attend(plan, tensors, task);
+        let results: Vec<ItemOutput> =
+            if has_threads { window.par_iter().map(attend).collect() } else { window.iter().map(attend).collect() };
         for (task, result) in window.iter().zip(&results) {
             for (row, (values, &row_lse)) in result.out.chunks_exact(v_head_dim).zip(&result.lse).enumerate() {
                 let TaskRow { query_token, head, slot, .. } = task.row(row);
@@ -165,6 +170,14 @@ pub fn run<T: Element, C: KvElement>(
     Ok(())
 }
 
+/// Whether rayon's threads are of this process: a fork, as Python's multiprocessing makes, has none of them, and would wait
+/// for them without end.
+fn rayon_has_threads() -> bool {
+    static PROCESS: OnceLock<u32> = OnceLock::new();
+    let process = std::process::id();
+    *PROCESS.get_or_init(|| process) == process
+}
+
 /// See [`run`] for the errors.
 pub(crate) fn check<T: Element, C: KvElement>(
     plan: &Plan,
@@ -174,6 +187,10 @@ pub(crate) fn check<T: Element, C: KvElement>(
 ) -> Result<()> {
     same("the element type", plan.shape().dtype(), T::DTYPE)?;
     same("the element type of K and V", plan.shape().kv_dtype(), C::DTYPE)?;
+    // The kernels could not, so that a program that is tried here runs there.
+    for variant in TileVariant::ALL.into_iter().filter(|variant| !plan.variant_items(*variant).is_empty()) {
+        check_features(variant, tensors.problem.switches())?;
+    }
     let (kv_heads, is_eight_bit) = (plan.shape().kv_heads(), C::DTYPE.bytes() == 1);
     tensors.k_scale.check("k_scale", kv_heads, is_eight_bit)?;
     tensors.v_scale.check("v_scale", kv_heads, is_eight_bit)?;

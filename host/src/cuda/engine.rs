@@ -5,6 +5,7 @@ use super::args::{PreparedRun, RunArgs};
 use super::bound_run::{BoundRun, RunKernels};
 use super::driver::{self, Stream};
 use super::plan_buffers::{PlanBuffers, Workspace};
+use crate::arguments::check_features;
 use crate::{AttentionShape, Error, Plan, Problem, Result};
 use pat_abi::{Arch, Family, KernelSpec, Switches, TileVariant, manifest};
 
@@ -139,13 +140,7 @@ pub(super) fn forward_kernel(
     shape: AttentionShape,
     switches: Switches,
 ) -> Result<&'static KernelSpec> {
-    if !variant.serves(switches) {
-        return Err(Error::PlanMismatch {
-            what: "the features of the kernels".into(),
-            plan: format!("items of {}, which has no kernels with them", variant.name()),
-            call: if switches.soft_cap { "a soft_cap" } else { "rows that see part of their pages" }.into(),
-        });
-    }
+    check_features(variant, switches)?;
     let (dtypes, head_dims) = ((shape.dtype(), shape.kv_dtype()), (shape.head_dim(), shape.v_head_dim()));
     manifest::find_forward(variant, dtypes, head_dims).ok_or_else(|| missing(Family::Forward(variant), shape))
 }
