@@ -258,6 +258,13 @@ mod tests {
         let empty = DecodeBatch::from_block_tables(&tables, &lengths, 16, 1).unwrap();
         let message = refusal(QueryTokens::uniform(&empty, QueryTokens::MAX_OF_EMPTY));
         assert_eq!(message, "query_tokens: got 2147483648 in all, expected at most 2147483647");
+        let long = vec![0; 1 << 20];
+        let batch = DecodeBatch::from_block_tables(&[&long], &[1 << 20], 1, 1).unwrap();
+        let message = refusal(QueryTokens::uniform(&batch, 513));
+        assert_eq!(
+            message,
+            "query_tokens: got 513 rows with 537919488 pages in all, expected rows with at most 536870912 in all"
+        );
         let message = refusal(QueryTokens::ragged(&sequences(), &[1, 1]));
         assert_eq!(message, "query_tokens: got 2 counts, expected one per sequence (3)");
     }

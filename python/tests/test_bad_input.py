@@ -252,3 +252,41 @@ def test_objects_are_not_made_of(argument, error, make):
     with pytest.raises(error) as raised:
         make()
     assert str(raised.value).startswith(argument)
+
+
+def test_the_negative_of_memory_is_refused(planner):
+    negative = torch._neg_view(queries(ROWS))
+    with pytest.raises(ValueError, match="^q: got a tensor that is the negative of its memory"):
+        call(planner, q=negative)
+
+
+@pytest.mark.parametrize("name", ["q", "k_cache", "v_cache", "out", "lse"])
+def test_tensors_without_memory_of_their_own_are_refused_by_name(planner, name):
+    with pytest.raises(TypeError, match=f"^{name}: got a torch.sparse_coo tensor without memory") as error:
+        call(planner, **{name: lambda given: given[name].to_sparse()})
+    assert error.value.__cause__ is not None
+
+
+@pytest.mark.parametrize("argument", ["block_tables", "lengths"])
+def test_arrays_that_dlpack_cannot_describe_are_refused_by_name(planner, argument):
+    given = {"block_tables": numpy.array([[0]], numpy.int32), "lengths": numpy.array([5], numpy.int32)}
+    given[argument] = given[argument].astype(">i4")
+    with pytest.raises(TypeError, match=f"^{argument}: got ndarray of what DLPack cannot describe"):
+        planner.plan(given["block_tables"], given["lengths"], 16, 1)
+
+
+def test_a_cap_above_all_floats_is_refused_by_name():
+    with pytest.raises(ValueError, match="^softcap: got a number above all floating point ones"):
+        pa.supports(SHAPE_64, 16, softcap=10**400)
+
+
+def test_query_rows_that_see_too_many_pages_are_refused(planner):
+    with pytest.raises(ValueError, match="^query_tokens: got 50000 rows with 5000000000 pages in all"):
+        planner.plan([[0] * 10**5], [16 * 10**5], 16, 1, query_tokens=5 * 10**4)
+
+
+def test_a_cap_that_the_plans_kernel_has_not_is_refused_on_the_cpu_too():
+    profile = pa.DeviceProfile.h100()
+    planner = pa.Planner(pa.AttentionShape(**SHAPE, dtype="float16"), profile, variants=["wgmma128"])
+    with pytest.raises(ValueError, match="wgmma128, which has no kernels with them"):
+        call(planner, softcap=5.0)

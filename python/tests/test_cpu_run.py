@@ -1,5 +1,9 @@
 """Execution on torch CPU tensors against torch's attention in float64."""
 
+import os
+import signal
+import time
+
 import pytest
 import torch
 from support import SHAPE, caches, queries, random_forest, reference, tolerance
@@ -225,3 +229,25 @@ def test_tensors_without_elements_have_no_address(planner):
     # Rows without tokens need no pages.
     out, lse = pa.run(planner.plan([[]], [0], 16, 0), queries(1), pages, pages, return_lse=True)
     assert not out.any() and lse.isneginf().all()
+
+
+def test_a_forked_process_executes_what_its_parent_did(planner):
+    batch = random_forest(5)
+    plan = planner.plan(batch.block_tables, batch.lengths, 16, batch.num_pages)
+    q, (k, v) = queries(len(batch.lengths)), caches(batch)
+    expected = pa.run(plan, q, k, v)
+    out = torch.zeros_like(expected).share_memory_()
+    child = os.fork()
+    if child == 0:
+        pa.run(plan, q, k, v, out)
+        os._exit(0)
+    for _ in range(600):
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            break
+        time.sleep(0.05)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        raise AssertionError("the child hangs")
+    assert status == 0 and torch.equal(out, expected)
