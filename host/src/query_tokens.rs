@@ -258,8 +258,9 @@ mod tests {
         let empty = DecodeBatch::from_block_tables(&tables, &lengths, 16, 1).unwrap();
         let message = refusal(QueryTokens::uniform(&empty, QueryTokens::MAX_OF_EMPTY));
         assert_eq!(message, "query_tokens: got 2147483648 in all, expected at most 2147483647");
-        let long = [vec![0; 1 << 20]];
-        let batch = DecodeBatch::from_block_tables(&long, &[1 << 20], 1, 1).unwrap();
+        let long = vec![0; 1 << 20];
+        let tables = [&long[..]];
+        let batch = DecodeBatch::from_block_tables(&tables, &[1 << 20], 1, 1).unwrap();
         let message = refusal(QueryTokens::uniform(&batch, 513));
         assert_eq!(
             message,

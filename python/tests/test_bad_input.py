@@ -286,7 +286,7 @@ def test_query_rows_that_see_too_many_pages_are_refused(planner):
 
 
 def test_a_cap_that_the_plans_kernel_has_not_is_refused_on_the_cpu_too():
-    profile = pa.DeviceProfile.h100()
+    profile = pa.DeviceProfile.named("h100-sxm")
     planner = pa.Planner(pa.AttentionShape(**SHAPE, dtype="float16"), profile, variants=["wgmma128"])
     with pytest.raises(ValueError, match="wgmma128, which has no kernels with them"):
         call(planner, softcap=5.0)
