@@ -262,8 +262,12 @@ def test_the_negative_of_memory_is_refused(planner):
 
 @pytest.mark.parametrize("name", ["q", "k_cache", "v_cache", "out", "lse"])
 def test_tensors_without_memory_of_their_own_are_refused_by_name(planner, name):
+    plan = planner.plan(BATCH.block_tables, BATCH.lengths, 16, BATCH.num_pages)
+    k, v = caches(BATCH)
+    given = dict(q=queries(ROWS), k_cache=k, v_cache=v, out=queries(ROWS), lse=torch.ones((ROWS, 8)))
+    given[name] = given[name].to_sparse()
     with pytest.raises(TypeError, match=f"^{name}: got a torch.sparse_coo tensor without memory") as error:
-        call(planner, **{name: lambda given: given[name].to_sparse()})
+        pa.run(plan, **given)
     assert error.value.__cause__ is not None
 
 
