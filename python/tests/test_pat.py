@@ -264,7 +264,8 @@ def test_bad_input_names_the_argument():
         ("q, out", {"out": out[:1]}),
         ("k_cache_paged", {"k": k[:, :8]}),
         ("out", {"out": out.bfloat16()}),
-        ("dtype", {"q": q.float(), "out": out.float()}),
+        ("q: torch.float32", {"q": q.float(), "out": out.float()}),
+        ("q: torch.float32", {"q": q.float(), "k": k.float(), "v": v.float(), "out": out.float()}),
         ("v_cache", {"v": v[..., :32]}),
         ("block_tables", {"k": k[:2], "v": v[:2]}),
     ]:
@@ -292,7 +293,14 @@ def test_bad_input_names_the_argument():
 
 @pytest.mark.parametrize(
     ("name", "group", "position", "value"),
-    [("query_tables", 0, 0, 9), ("CTA_ranks", 0, 0, 3), ("kv_in_CTAs", 0, 0, 1000), ("num_seqs_per_CTAs", 0, 0, 7)],
+    [
+        ("query_tables", 0, 0, 9),
+        ("CTA_ranks", 0, 0, 3),
+        ("kv_in_CTAs", 0, 0, 1000),
+        ("num_seqs_per_CTAs", 0, 0, 7),
+        ("num_split_per_seq", slice(None), slice(None), 3),
+        ("num_split_per_seq", slice(None), slice(None), 2**31 - 1),
+    ],
 )
 def test_tables_that_are_no_schedule_are_refused(name, group, position, value):
     q, k, v = tensors_of(2, 4, 16)
@@ -302,3 +310,24 @@ def test_tables_that_are_no_schedule_are_refused(name, group, position, value):
     table.view(-1)[position] = value
     with pytest.raises(ValueError, match=name):
         prefix_attn_with_kvcache(q, k, v, *tables, 0.125, torch.empty_like(q))
+
+
+TABLES = ["num_split_per_seq", "query_tables", "block_tables", "num_seqs_per_CTAs", "CTA_ranks", "kv_in_CTAs", "MNW"]
+
+
+@pytest.mark.parametrize(("argument", "name"), list(enumerate(TABLES)))
+@pytest.mark.parametrize("called_before", [False, True])
+def test_a_table_that_is_none_is_named(argument, name, called_before):
+    q, k, v = tensors_of(2, 4, 16)
+    out = torch.empty_like(q)
+    tables = tables_of(tree_of([20, 30], [[0, 1], [0, 2]], 16).kernel_info)
+    if called_before:
+        prefix_attn_with_kvcache(q, k, v, *tables, 0.125, out)
+    bad = [(None, name if argument == 0 else f"^{name}: NoneType")]
+    if 0 < argument < 6:
+        bad.append(([*tables[argument][:-1], None], rf"^{name}\[{len(tables[argument]) - 1}\]: NoneType"))
+    for value, message in bad:
+        out.fill_(7)
+        with pytest.raises(TypeError, match=message):
+            prefix_attn_with_kvcache(q, k, v, *tables[:argument], value, *tables[argument + 1 :], 0.125, out)
+        assert bool((out == 7).all())

@@ -44,6 +44,8 @@ def _tree_form(q, k_cache_paged, v_cache_paged, tree: PrefixTreeCPP, softmax_sca
         raise ValueError(f"q, out: {list(q.shape)} and {list(out.shape)}, expected both [B, 1, Hq, D]")
     if q.shape[0] != len(tree._lengths):
         raise ValueError(f"q: {q.shape[0]} sequences, expected the tree's {len(tree._lengths)}")
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        raise TypeError(f"q: {q.dtype}, expected torch.float16 or torch.bfloat16")
     num_blocks, block_size, kv_heads, head_dim = k_cache_paged.shape
     if block_size != tree.block_size:
         raise ValueError(f"k_cache_paged: blocks of {block_size} tokens, expected the tree's {tree.block_size}")
@@ -78,12 +80,19 @@ def _table_form(
         "CTA_ranks": CTA_ranks,
         "kv_in_CTAs": kv_in_CTAs,
     }
+    for name, groups in (tables | {"MNW": MNW}).items():
+        if not hasattr(groups, "__len__"):
+            raise TypeError(f"{name}: {type(groups).__name__}, expected a sequence with one entry per group of packs")
     counts = {name: len(groups) for name, groups in tables.items()} | {"MNW": len(MNW)}
     if len(set(counts.values())) != 1:
         raise ValueError(f"tables of {counts} groups, expected as many in each")
     parts = [num_split_per_seq, *(table for groups in tables.values() for table in groups)]
     tree = _tree_of_same(parts)
     if tree is None:
+        for name, groups in tables.items():
+            for group, table in enumerate(groups):
+                if not isinstance(table, torch.Tensor):
+                    raise TypeError(f"{name}[{group}]: {type(table).__name__}, expected a tensor")
         tree = _tree_of_own_tables(num_split_per_seq, tables) or _tree_of_tables(
             num_split_per_seq.tolist(), {name: [t.tolist() for t in groups] for name, groups in tables.items()}, k_cache_paged
         )
@@ -134,7 +143,8 @@ def _tree_of_tables(num_splits: list[int], tables: dict[str, list], k_cache_page
     lengths, rows = [], []
     for query, (splits, packs) in enumerate(zip(num_splits, read)):
         ranks = sorted(rank for _, rank, _, _ in packs)
-        if ranks != list(range(splits)):
+        # The count first: a range of any number that a table holds may not fit into memory.
+        if len(ranks) != splits or ranks != list(range(splits)):
             raise ValueError(f"CTA_ranks: {ranks} for query {query}, expected each of 0 to num_split_per_seq - 1 = {splits - 1}")
         packs.sort(key=lambda pack: pack[0])
         if sum(key[0] for key, *_ in packs) > 1:
