@@ -2,6 +2,7 @@
 
 use pyo3::exceptions::{PyOverflowError, PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::inspect::PyStaticExpr;
+use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::PyType;
@@ -81,6 +82,8 @@ pub(crate) enum Integer {
     Unsigned(u64),
     /// Its text.
     Other(String),
+    /// Its type's name.
+    NoInteger(String),
 }
 
 impl<'py> FromPyObject<'_, 'py> for Integer {
@@ -92,6 +95,10 @@ impl<'py> FromPyObject<'_, 'py> for Integer {
             Ok(number) => Ok(Self::Unsigned(number)),
             Err(error) if error.is_instance_of::<PyOverflowError>(object.py()) => {
                 Ok(Self::Other(object.str()?.to_string()))
+            }
+            // Not what its own `__index__` raises.
+            Err(_) if !object.hasattr(intern!(object.py(), "__index__"))? => {
+                Ok(Self::NoInteger(object.get_type().name()?.to_string()))
             }
             Err(error) => Err(error),
         }
@@ -107,6 +114,7 @@ impl Integer {
                 Err(_) => number.to_string(),
             },
             Self::Other(text) => text,
+            Self::NoInteger(what) => return Err(wrong_type(argument, what, "an integer")),
         };
         Err(invalid(argument, got, format!("{least} to 2^32 - 1")))
     }
@@ -124,6 +132,7 @@ impl Integer {
         match self {
             Self::Unsigned(number) => Ok(number),
             Self::Other(text) => Err(invalid(argument, text, "0 to 2^64 - 1")),
+            Self::NoInteger(what) => Err(wrong_type(argument, what, "an integer")),
         }
     }
 }

@@ -257,7 +257,7 @@ impl Counts {
         let count = |name: String, count: i64| {
             u32::try_from(count).map_err(|_| invalid(name, count, format!("0 to {}", DecodeBatch::MAX_TOKENS)))
         };
-        if let Ok(tokens) = counts.extract::<Integer>() {
+        if let Ok(tokens @ (Integer::Unsigned(_) | Integer::Other(_))) = counts.extract() {
             return Ok(Self::Uniform(tokens.count("query_tokens", 1)?));
         }
         let counts = read_integers("query_tokens", counts)?.into_iter().enumerate();

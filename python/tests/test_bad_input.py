@@ -294,3 +294,12 @@ def test_a_cap_that_the_plans_kernel_has_not_is_refused_on_the_cpu_too():
     planner = pa.Planner(pa.AttentionShape(**SHAPE, dtype="float16"), profile, variants=["wgmma128"])
     with pytest.raises(ValueError, match="wgmma128, which has no kernels with them"):
         call(planner, softcap=5.0)
+
+
+@pytest.mark.parametrize("wrong", [1.5, "16", None, [16]])
+def test_what_is_no_integer_is_refused_by_name(planner, wrong):
+    got = type(wrong).__name__
+    with pytest.raises(TypeError, match=f"^page_size: got {got}, expected an integer$"):
+        planner.plan([[0]], [5], wrong, 1)
+    with pytest.raises(TypeError, match=f"^q_heads: got {got}, expected an integer$"):
+        pa.AttentionShape(wrong, 2, 64, "float16")
