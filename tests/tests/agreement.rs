@@ -128,7 +128,10 @@ proptest! {
         let v = KvStrides::nhd(problem.page_size(), shape.kv_heads(), v);
         let k = KvStrides { page: page_stride.unwrap_or(k.page), ..k };
         let supported = text(supports(&problem, Some((k, v)), None));
-        let planned = Problem::new(shape, problem.page_size());
+        // A planner that is not told of a cap may take kernels that have none, whose plans are then refused.
+        let uncapped = Problem::new(shape, problem.page_size());
+        let planned = problem.score().soft_cap.map(|cap| uncapped.with_soft_cap(cap));
+        let planned = planned.filter(|capped| supports(capped, None, None).is_ok()).unwrap_or(uncapped);
         if text(supports(&planned, None, None)).is_err() || planned.visibility() != problem.visibility() {
             return Ok(());
         }
