@@ -83,7 +83,7 @@ pub(crate) enum Integer {
     /// Its text.
     Other(String),
     /// Its type's name.
-    NoInteger(String),
+    OfType(String),
 }
 
 impl<'py> FromPyObject<'_, 'py> for Integer {
@@ -98,7 +98,7 @@ impl<'py> FromPyObject<'_, 'py> for Integer {
             }
             // Not what its own `__index__` raises.
             Err(_) if !object.hasattr(intern!(object.py(), "__index__"))? => {
-                Ok(Self::NoInteger(object.get_type().name()?.to_string()))
+                Ok(Self::OfType(object.get_type().name()?.to_string()))
             }
             Err(error) => Err(error),
         }
@@ -114,7 +114,7 @@ impl Integer {
                 Err(_) => number.to_string(),
             },
             Self::Other(text) => text,
-            Self::NoInteger(what) => return Err(wrong_type(argument, what, "an integer")),
+            Self::OfType(what) => return Err(wrong_type(argument, what, "an integer")),
         };
         Err(invalid(argument, got, format!("{least} to 2^32 - 1")))
     }
@@ -132,7 +132,7 @@ impl Integer {
         match self {
             Self::Unsigned(number) => Ok(number),
             Self::Other(text) => Err(invalid(argument, text, "0 to 2^64 - 1")),
-            Self::NoInteger(what) => Err(wrong_type(argument, what, "an integer")),
+            Self::OfType(what) => Err(wrong_type(argument, what, "an integer")),
         }
     }
 }
