@@ -64,6 +64,11 @@ impl Failure {
     }
 }
 
+/// The name of a value's type, for errors.
+pub(crate) fn type_name(value: &Bound<'_, PyAny>) -> String {
+    value.get_type().name().map_or_else(|_| "an object".into(), |name| name.to_string())
+}
+
 /// An exception class of `prefix_attn._errors`.
 fn own(class: &'static str, text: String) -> PyErr {
     static CLASSES: [PyOnceLock<Py<PyType>>; 2] = [PyOnceLock::new(), PyOnceLock::new()];
@@ -97,9 +102,7 @@ impl<'py> FromPyObject<'_, 'py> for Integer {
                 Ok(Self::Other(object.str()?.to_string()))
             }
             // Not what its own `__index__` raises.
-            Err(_) if !object.hasattr(intern!(object.py(), "__index__"))? => {
-                Ok(Self::OfType(object.get_type().name()?.to_string()))
-            }
+            Err(_) if !object.hasattr(intern!(object.py(), "__index__"))? => Ok(Self::OfType(type_name(&object))),
             Err(error) => Err(error),
         }
     }

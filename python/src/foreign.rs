@@ -7,7 +7,7 @@
 
 use crate::append::Append;
 use crate::device::Device;
-use crate::errors::{Failure, Result, invalid, wrong_type};
+use crate::errors::{Failure, Result, invalid, type_name, wrong_type};
 use crate::merge;
 use crate::operands::{Operands, Scale, Span};
 use crate::tensor::{Element, MAX_RANK, Tensor, check_rank};
@@ -270,8 +270,7 @@ pub(crate) fn read_dlpack<'py>(name: &'py str, object: &Bound<'py, PyAny>, strea
         if !error.is_instance_of::<PyBufferError>(py) {
             return error.into();
         }
-        let got = object.get_type().name().map_or_else(|_| "an object".into(), |name| name.to_string());
-        wrong_type(name, format!("{got} of what DLPack cannot describe"), expected).caused_by(py, error)
+        wrong_type(name, format!("{} of what DLPack cannot describe", type_name(object)), expected).caused_by(py, error)
     })?;
     let Ok(capsule) = capsule.cast::<PyCapsule>() else {
         return Err(wrong_type(name, "a producer whose __dlpack__ returns no capsule", expected));

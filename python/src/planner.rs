@@ -2,7 +2,7 @@
 
 use crate::capacity::PyCapacity;
 use crate::device::Device;
-use crate::errors::{Failure, Integer, Result, invalid, wrong_type};
+use crate::errors::{Failure, Integer, Result, invalid, type_name, wrong_type};
 use crate::plan::{Origin, PyPlan};
 use crate::profile::PyProfile;
 use crate::resident::Pool;
@@ -412,8 +412,5 @@ impl PyPlanFuture {
 
 /// Refuses what is no plan.
 pub(crate) fn expect_plan<'a, 'py>(plan: &'a Bound<'py, PyAny>) -> Result<&'a Bound<'py, PyPlan>> {
-    plan.cast::<PyPlan>().map_err(|_| {
-        let got = plan.get_type().name().map_or_else(|_| "an object".into(), |name| name.to_string());
-        wrong_type("plan", got, "a Plan")
-    })
+    plan.cast::<PyPlan>().map_err(|_| wrong_type("plan", type_name(plan), "a Plan"))
 }

@@ -1,6 +1,6 @@
 //! What becomes of the scores of a call, and factors of 8-bit caches: the arguments `scale`, `softcap`, `k_scale` and `v_scale`.
 
-use crate::errors::{Result, invalid, wrong_type};
+use crate::errors::{Result, invalid, type_name, wrong_type};
 use pat_rs::Problem;
 use pyo3::exceptions::PyOverflowError;
 use pyo3::prelude::*;
@@ -68,7 +68,6 @@ pub(crate) fn read_number(name: &str, value: &Bound<'_, PyAny>) -> Result<f32> {
         if error.is_instance_of::<PyOverflowError>(value.py()) {
             return invalid(name, "a number above all floating point ones", "a positive finite number");
         }
-        let got = value.get_type().name().map_or_else(|_| "an object".into(), |name| name.to_string());
-        wrong_type(name, got, "a number")
+        wrong_type(name, type_name(value), "a number")
     })
 }

@@ -1,6 +1,6 @@
 //! Block tables and lengths, copied out of what Python hands over, so that planning needs no Python.
 
-use crate::errors::{Failure, Integer, Result, invalid, wrong_type};
+use crate::errors::{Failure, Integer, Result, invalid, type_name, wrong_type};
 use crate::foreign;
 use crate::tensor::{Element, Tensor, is_torch};
 use pat_rs::{DecodeBatch, QueryTokens};
@@ -271,7 +271,7 @@ impl Counts {
 fn read_items<'py>(name: &str, list: &Bound<'py, PyAny>) -> Result<Vec<Bound<'py, PyAny>>> {
     let expected = "a list of parents, or one such list for each sequence";
     let items = list.try_iter().and_then(Iterator::collect);
-    items.map_err(|_: PyErr| wrong_type(name, kind(list), expected))
+    items.map_err(|_: PyErr| wrong_type(name, type_name(list), expected))
 }
 
 /// Whether these are integers in memory, which are read at once.
@@ -381,11 +381,6 @@ fn no_integer(name: &str, value: &Bound<'_, PyAny>, error: &PyErr, expected: &st
         Ok(text) if error.is_instance_of::<PyOverflowError>(value.py()) => {
             invalid(name, text, format!("{expected} of at most 64 bits"))
         }
-        _ => wrong_type(name, kind(value), expected),
+        _ => wrong_type(name, type_name(value), expected),
     }
-}
-
-/// The name of a value's type, for errors.
-fn kind(value: &Bound<'_, PyAny>) -> String {
-    value.get_type().name().map_or_else(|_| "an object".into(), |name| name.to_string())
 }
