@@ -93,30 +93,30 @@ pub(crate) fn expect<'a, 'py, T: PyClass>(name: &str, value: &'a Bound<'py, PyAn
     })
 }
 
-/// For arguments of Python's own types, whose name pyo3's errors do not give.
-macro_rules! arguments {
-    ($($name:ident: $type:ty, $expected:literal;)*) => {
-        /// One function for each argument of that name, for `from_py_with`.
-        pub(crate) mod argument {
-            use super::*;
+/// Arguments of Python's own types, whose name pyo3's errors do not give: a function for each argument of that name, for
+/// `from_py_with`.
+pub(crate) mod argument {
+    use super::{type_name, wrong_type};
+    use pyo3::prelude::*;
 
-            $(pub(crate) fn $name<'a>(value: &'a Bound<'_, PyAny>) -> PyResult<$type> {
-                value.extract().map_err(|_| wrong_type(stringify!($name), type_name(value), $expected).into())
+    macro_rules! switches {
+        ($($name:ident)*) => {
+            $(pub(crate) fn $name(value: &Bound<'_, PyAny>) -> PyResult<bool> {
+                value.extract().map_err(|_| wrong_type(stringify!($name), type_name(value), "True or False").into())
             })*
-        }
-    };
-}
+        };
+    }
 
-arguments! {
-    alibi: bool, "True or False";
-    kv_layout: &'a str, "a string";
-    mode: &'a str, "a string";
-    name: &'a str, "a string";
-    page_runs: bool, "True or False";
-    query_tree: bool, "True or False";
-    return_lse: bool, "True or False";
-    sinks: bool, "True or False";
-    text: &'a str, "a string";
+    macro_rules! texts {
+        ($($name:ident)*) => {
+            $(pub(crate) fn $name<'a>(value: &'a Bound<'_, PyAny>) -> PyResult<&'a str> {
+                value.extract().map_err(|_| wrong_type(stringify!($name), type_name(value), "a string").into())
+            })*
+        };
+    }
+
+    switches! { alibi page_runs query_tree return_lse sinks }
+    texts! { kv_layout mode name text }
 }
 
 /// An exception class of `prefix_attn._errors`.
