@@ -77,11 +77,8 @@ fn plans_are_what_they_were() {
             .enumerate()
     {
         let batch = tree.parse::<TreeSpec>().expect("a tree").batch(32, Some(1)).expect("a batch");
-        for device in 0..DEVICES.len() {
-            say(
-                format!("{tree} {}", DEVICES[device]),
-                &plan(&mut planner(problem(index, 32), device, PlanMode::Auto), &batch),
-            );
+        for (device, name) in DEVICES.into_iter().enumerate() {
+            say(format!("{tree} {}", name), &plan(&mut planner(problem(index, 32), device, PlanMode::Auto), &batch));
         }
     }
     // Groups that fill a device, and some that do not.
@@ -91,12 +88,9 @@ fn plans_are_what_they_were() {
             (groups * [2, 5, 17][index as usize % 3], [1, 6, 40, 90, 300][index as usize % 5]);
         let (shared_pages, seed) = ([0, 3, 64, 200, 31, 12][index as usize / 4], u64::from(index));
         let batch = RaggedGroups { sequences, groups, shared_pages, private_pages, page_size: 16, seed }.batch();
-        for device in 0..DEVICES.len() {
+        for (device, name) in DEVICES.into_iter().enumerate() {
             let problem = problem(index as usize / 3, 16);
-            say(
-                format!("groups {index} {}", DEVICES[device]),
-                &plan(&mut planner(problem, device, PlanMode::Auto), &batch),
-            );
+            say(format!("groups {index} {}", name), &plan(&mut planner(problem, device, PlanMode::Auto), &batch));
         }
         let packed = plan(&mut planner(problem(index as usize / 3, 16), 0, PlanMode::Packed), &batch);
         say(format!("groups {index} packed"), &packed);
