@@ -461,8 +461,8 @@ def begin_decoding(engine, vocab, text, tag, out=1):
 FAULTS = {
     "memory": "out of memory",
     "rows": "plans are sized for",
-    "plan": "capacity",
-    "upload": "capacity",
+    "plan": "expected at most capacity.max_",
+    "upload": "expected at most the capacity's 1",
     "kill": None,
 }
 
@@ -477,7 +477,7 @@ def arrange(worker, how):
     advance, plan = _Capacity.advance, DecodeRows.plan
 
     def least(group):
-        capacity = pa.Capacity(group.max_tokens, 1, group.device)
+        capacity = pa.Capacity(1, 1, group.device)
         return pa.Planner(group.shape, group.device, capacity=capacity, **group.visible)
 
     def without_memory(self, *args):

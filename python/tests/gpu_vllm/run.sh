@@ -81,7 +81,7 @@ smoke() {
 
 big() {
     local big="--shape 8b --mode graph --seqs 256 --sizes 8,32,64,112,128,256"
-    local times="time:64x2496+528:48 time:128x2496+528:40 time:256x2496+528:36 profile:64x2496+528"
+    local times="time:64x2496+528:48 time:128x2496+528:40 time:256x2496+528:36 profile:64x2496+528 profile:256x2496+528"
     times="$times time:64x0+3000:40 time:112x0+3000:80"
     drive 8b-fa $big --backend FLASH_ATTN $times
     drive 8b-ours $big $times
@@ -147,11 +147,16 @@ faults() {
     local t=32x600+77:24 fault=32x600+77:16 how engine
     local small="--shape small --kv-gib 1 --seqs 32 --tokens 4096 --max-len 2048" graph="--mode graph --sizes 8,32"
     declare -A faults=([eager]="memory rows" [graph]="plan upload" [killed]="kill")
+    # Some of them alone: FAULTS="upload kill".
+    for engine in ${!faults[@]}; do
+        faults[$engine]=$(for how in ${faults[$engine]}; do [[ " ${FAULTS:-$how} " != *" $how "* ]] || echo $how; done)
+    done
     drive faults-fa $small --backend FLASH_ATTN tokens:$t tokens:$t:8 &
     drive faults-triton $small --backend TRITON_ATTN tokens:$t &
     for engine in eager graph killed; do
         drive faults-$engine $small --apart $([ $engine = eager ] || echo $graph) \
-            $(for how in ${faults[$engine]}; do echo fail:$how:$fault restart:; done) restart:5x100+20 again:$t &
+            $(for how in ${faults[$engine]}; do echo fail:$how:$fault restart:; done) \
+            $([ $engine != eager ] || echo restart:5x100+20) again:$t &
     done
     wait
     failed_in_background "$out"/faults-{fa,triton,eager,graph,killed}.json
