@@ -41,38 +41,54 @@ type Parents = Vec<Option<u32>>;
 
 const FORMS: &str = "a list of lists of page ids, a 2-D int32 tensor or array, or a tuple (indptr, ids) of them";
 
+/// What a call says of a batch.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Given<'a, 'py> {
+    pub(crate) block_tables: &'a Bound<'py, PyAny>,
+    /// The row of `block_tables` that each sequence has.
+    pub(crate) table_rows: Option<&'a Bound<'py, PyAny>>,
+    pub(crate) lengths: &'a Bound<'py, PyAny>,
+    pub(crate) queries: Queries<'a, 'py>,
+}
+
 impl Tables {
-    pub(crate) fn read(
-        block_tables: &Bound<'_, PyAny>,
-        lengths: &Bound<'_, PyAny>,
-        query_tokens: Queries<'_, '_>,
-        page_size: u32,
-        num_pages: u32,
-    ) -> Result<Self> {
-        let lengths = Integers::of("lengths", lengths, "a list of integers or a 1-D int32 tensor or array")?;
-        let source = Source::of(block_tables)?;
+    /// Copies what is given into the memory of `spare`.
+    pub(crate) fn read(spare: Self, given: Given<'_, '_>, page_size: u32, num_pages: u32) -> Result<Self> {
+        let Self { mut ids, mut ends, .. } = spare;
+        ids.clear();
+        ends.clear();
+        let expected = "a list of integers or a 1-D int32 tensor or array";
+        let lengths = Integers::of("lengths", given.lengths, expected)?;
+        let table_rows = given.table_rows.map(|rows| Integers::of("table_rows", rows, expected)).transpose()?;
+        let source = Source::of(given.block_tables)?;
         // Counted before anything is read: a tensor of any number of elements may take no memory (`expand`).
-        if source.rows() != lengths.count() {
-            let expected = format!("one per length ({})", lengths.count());
-            return Err(invalid("block_tables", format!("{} rows", source.rows()), expected));
+        let (rows, expected) = (lengths.count(), format!("one per length ({})", lengths.count()));
+        match (&table_rows, &source) {
+            (None, _) if source.rows() == rows => {}
+            (None, _) => return Err(invalid("block_tables", format!("{} rows", source.rows()), expected)),
+            (Some(given), Source::Padded(..)) if given.count() == rows => {}
+            (Some(given), Source::Padded(..)) => {
+                return Err(invalid("table_rows", format!("{} rows", given.count()), expected));
+            }
+            (Some(_), _) => {
+                return Err(invalid("table_rows", "some", "None, but for block_tables that are a 2-D tensor or array"));
+            }
         }
         let lengths = read_lengths(&lengths)?;
-        let query_tokens = query_tokens.read(lengths.len())?;
-        let mut tables = Self { ids: Vec::new(), ends: Vec::new(), lengths, query_tokens, page_size, num_pages };
+        let query_tokens = given.queries.read(lengths.len())?;
+        let mut tables = Self { ids, ends, lengths, query_tokens, page_size, num_pages };
         match source {
             Source::Rows(rows) => tables.read_rows(rows.iter())?,
             Source::Csr(indptr, ids) => tables.read_csr(&indptr, &ids)?,
-            // Anew: reading the lengths may have run code of theirs.
             Source::Padded(object, rows) => {
+                let table_rows = table_rows.map(|given| given.read(0..given.count())).transpose()?;
+                // Anew: reading the others may have run code of theirs.
                 let tensor = Tensor::read("block_tables", &object, None)?;
                 if tensor.rank != 2 || tensor.sizes[0] != rows as i64 {
-                    return Err(invalid(
-                        "block_tables",
-                        format!("shape {}", tensor.shape()),
-                        format!("{rows} rows, as before"),
-                    ));
+                    let expected = format!("{rows} rows, as before");
+                    return Err(invalid("block_tables", format!("shape {}", tensor.shape()), expected));
                 }
-                tables.read_padded(&tensor)?;
+                tables.read_padded(&tensor, table_rows.as_deref())?;
             }
         }
         Ok(tables)
@@ -86,6 +102,11 @@ impl Tables {
     /// Sequences of the batch.
     pub(crate) fn sequences(&self) -> usize {
         self.lengths.len()
+    }
+
+    /// Whether planning takes no longer than handing the interpreter to other threads, and waiting to get it back, may.
+    pub(crate) fn are_few(&self) -> bool {
+        self.ids.len() <= 1 << 16
     }
 
     /// Hands the batch, a row per query token, to `use_it`; borrows only what is here.
@@ -148,27 +169,36 @@ impl Tables {
         Ok(())
     }
 
-    fn read_padded(&mut self, tensor: &Tensor<'_>) -> Result<()> {
+    fn read_padded(&mut self, tensor: &Tensor<'_>, table_rows: Option<&[i64]>) -> Result<()> {
         if tensor.rank != 2 {
             return Err(invalid("block_tables", format!("shape {}", tensor.shape()), FORMS));
         }
         let values = foreign::elements::<i32>(tensor, &Element::I32)?;
-        let (rows, columns) = (tensor.sizes[0] as usize, tensor.sizes[1] as usize);
+        let (available, columns) = (tensor.sizes[0] as usize, tensor.sizes[1] as usize);
         let (row_stride, stride) = (tensor.strides[0] as usize, tensor.strides[1] as usize);
+        let rows = self.lengths.len();
+        self.ids.reserve((0..rows).map(|row| self.needed(row, columns)).sum());
         for row in 0..rows {
+            let table_row = match table_rows {
+                None => row,
+                Some(given) => usize::try_from(given[row]).ok().filter(|&row| row < available).ok_or_else(|| {
+                    let expected = format!("one of the {available} rows of block_tables");
+                    invalid(format!("table_rows[{row}]"), given[row], expected)
+                })?,
+            };
             let (begin, needed) = (self.ids.len(), self.needed(row, columns));
             if stride == 1 {
-                let used = values.get(row * row_stride..).unwrap_or(&[]);
+                let used = values.get(table_row * row_stride..).unwrap_or(&[]);
                 // A negative id becomes one of 2^31 or more, which is never below `num_pages`.
                 self.ids.extend(used[..needed].iter().map(|&id| id as u32));
             } else {
-                self.ids.extend((0..needed).map(|column| values[row * row_stride + column * stride] as u32));
+                self.ids.extend((0..needed).map(|column| values[table_row * row_stride + column * stride] as u32));
             }
             // The maximum first: one vectorised pass, and the offender is looked for only when there is one.
             let ids = &self.ids[begin..];
-            if ids.iter().max().is_some_and(|&largest| largest >= self.num_pages) {
+            if ids.iter().copied().max().is_some_and(|largest| largest >= self.num_pages) {
                 let position = ids.iter().position(|&id| id >= self.num_pages).unwrap_or(0);
-                self.page_id(row, position, i64::from(ids[position].cast_signed()))?;
+                self.page_id(table_row, position, i64::from(ids[position].cast_signed()))?;
             }
             self.ends.push(self.ids.len());
         }
