@@ -185,7 +185,8 @@ mod tests {
         let short = TensorMap { box_dims: [32, 16, 1, 1], ..map };
         short.check().unwrap();
         let copy = short.read_box(0, &memory, [32, 0, 0, 0], 0x400).unwrap();
-        let numbers: Vec<u8> = (0..16u16).flat_map(|row| (64 * row + 32..64 * row + 64).flat_map(u16::to_le_bytes)).collect();
+        let numbers: Vec<u8> =
+            (0..16u16).flat_map(|row| (64 * row + 32..64 * row + 64).flat_map(u16::to_le_bytes)).collect();
         assert_eq!(copy, numbers);
     }
 

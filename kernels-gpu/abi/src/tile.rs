@@ -169,9 +169,17 @@ impl TileVariant {
 
 impl TileConfig {
     /// The shape of CTAs whose K and V have elements of so many bytes. Those that wgmma multiplies are widened to 16 bits: where
-    /// 16-bit tiles have three stages, two of these and two of narrow ones take as much shared memory.
+    /// 16-bit tiles have three stages, two of these and two of narrow ones take as much shared memory. Producers that widen need
+    /// registers for it.
     pub const fn of_elements(self, element_bytes: u32) -> Self {
-        if self.producer_warps > 0 && element_bytes == 1 { Self { stages: 2, narrow_stages: 2, producer_registers: 72, consumer_registers: 184, ..self } } else { self }
+        if self.producer_warps == 0 || element_bytes > 1 {
+            return self;
+        }
+        let producer_registers = 72;
+        let launched = self.threads() * register_limit(self.threads(), self.min_ctas_per_sm);
+        let left = launched - 32 * self.producer_warps * producer_registers;
+        let consumer_registers = left / (32 * self.computing_warps()) / 8 * 8;
+        Self { stages: 2, narrow_stages: 2, producer_registers, consumer_registers, ..self }
     }
 
     /// Warps that hold different rows.
@@ -268,7 +276,12 @@ mod tests {
                 let layout = config.smem(head_dim, kernel.v_head_dim, kernel.kv_dtype.bytes());
                 assert_eq!(layout.v, layout.k + layout.k_tile_bytes);
                 assert_eq!(layout.stage_bytes, layout.v + layout.v_tile_bytes);
-                assert!(layout.v < layout.q && layout.q <= layout.narrow && layout.narrow <= layout.barriers && layout.barriers <= layout.masks);
+                assert!(
+                    layout.v < layout.q
+                        && layout.q <= layout.narrow
+                        && layout.narrow <= layout.barriers
+                        && layout.barriers <= layout.masks
+                );
                 assert!(layout.masks < layout.total && layout.total <= variant.arch().max_smem_bytes(), "{variant:?}");
                 // What TMA writes and wgmma reads is aligned to the swizzle's 1024 bytes.
                 assert!(

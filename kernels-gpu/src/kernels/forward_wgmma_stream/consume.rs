@@ -17,9 +17,9 @@ use crate::ptx::shuffle::any;
 use crate::ptx::special::{thread_index, thread_index_here};
 use crate::ptx::wgmma::{self, HeadDim, WgmmaOps};
 use crate::softmax::{OnlineSoftmax, cap_scores, rescale, value_of_row};
-use pat_abi::reader::PlanView;
 use core::borrow::Borrow;
-use pat_abi::{NamedBarrier};
+use pat_abi::NamedBarrier;
+use pat_abi::reader::PlanView;
 
 /// Consumer warpgroup `consumer`. Q and O are of type `E`; what is multiplied is of type `M`.
 ///

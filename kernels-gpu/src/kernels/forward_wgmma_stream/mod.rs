@@ -35,9 +35,12 @@ use crate::ptx::special::{cta_index, dynamic_smem, thread_index};
 use crate::ptx::wgmma::{self, HeadDim, WgmmaOps};
 use crate::ptx::{mbarrier, pdl, tma};
 use consume::consume;
-use pat_abi::reader::PlanView;
-use pat_abi::{ForwardParams, PlanHeader, TileConfig, TileVariant, ScaledForwardParams, wgmma64_kernel_shapes, wgmma128_kernel_shapes, scaled_kernel_shapes};
 use format::{Format, Widened};
+use pat_abi::reader::PlanView;
+use pat_abi::{
+    ForwardParams, PlanHeader, ScaledForwardParams, TileConfig, TileVariant, scaled_kernel_shapes,
+    wgmma64_kernel_shapes, wgmma128_kernel_shapes,
+};
 use produce::{FIRST_Q_WARPS, produce_kv, produce_q};
 use smem::{QSlots, Smem, Tensor};
 use widen::WIDENING_WARPS;
@@ -189,3 +192,4 @@ macro_rules! entries {
 wgmma64_kernel_shapes!(entries! { Wgmma64 "pat_forward_wgmma64" });
 wgmma128_kernel_shapes!(entries! { Wgmma128 "pat_forward_wgmma128" });
 scaled_kernel_shapes!(entries! { Wgmma64 "pat_forward_wgmma64" });
+scaled_kernel_shapes!(entries! { Wgmma128 "pat_forward_wgmma128" });

@@ -2,8 +2,8 @@
 
 use super::masks::{KeyMask, PageWindow};
 use super::smem::{QSlots, Ring, Smem, Stage, Tensor, tile_offset};
-use super::work::{Batch, query_of_row, work_index};
 use super::widen::WIDENING_WARPS;
+use super::work::{Batch, query_of_row, work_index};
 use super::{GROUP_ROWS, PRODUCER_WARPS, SPAN_KEYS};
 use crate::item::strided;
 use crate::plan_words::AtOnce;

@@ -64,8 +64,7 @@ impl<const HEAD_DIM: u32, const GROUPS: u32, const BYTES: u32> Smem<HEAD_DIM, GR
     /// Whether tiles arrive in 8 bits, in stages of their own, and are widened.
     pub(super) const WIDENS: bool = Self::CONFIG.narrow_stages > 0;
     /// Stages in which tiles arrive.
-    pub(super) const ARRIVING_STAGES: u32 =
-        if Self::WIDENS { Self::CONFIG.narrow_stages } else { Self::CONFIG.stages };
+    pub(super) const ARRIVING_STAGES: u32 = if Self::WIDENS { Self::CONFIG.narrow_stages } else { Self::CONFIG.stages };
 
     pub(super) fn k(self, stage: u32) -> u32 {
         self.base + Self::LAYOUT.k + stage * Self::LAYOUT.stage_bytes

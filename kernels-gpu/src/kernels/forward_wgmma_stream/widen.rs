@@ -105,9 +105,9 @@ unsafe fn widen_tile<C: Code, const HEAD_DIM: u32, const GROUPS: u32, const BYTE
     let (place, chunk, is_second) = (lane / 8, lane % 4, lane % 8 / 4);
     // Narrow rows of 128 bytes are swizzled: these two have chunks 0 to 3 in different banks, and one of them is odd. Of 64 bytes
     // they are not: two are one behind the other.
-    let row = if HEAD_DIM == 128 { place ^ 5 * is_second } else { 2 * place + is_second };
+    let row = if HEAD_DIM == 128 { place ^ (5 * is_second) } else { 2 * place + is_second };
     let source = if HEAD_DIM == 128 { row * 128 + ((chunk ^ row) & 7) * 16 } else { 16 * lane };
-    let target = row * 128 + ((2 * chunk ^ row) & 7) * 16;
+    let target = row * 128 + (((2 * chunk) ^ row) & 7) * 16;
     let mut first_row = warp * (keys / WIDENING_WARPS);
     let end = first_row + keys / WIDENING_WARPS;
     while first_row < end {
@@ -116,7 +116,7 @@ unsafe fn widen_tile<C: Code, const HEAD_DIM: u32, const GROUPS: u32, const BYTE
             let mut codes = [[0; 4]; CHUNKS];
             for i in 0..CHUNKS {
                 let (rows, block) = (first_row + i as u32 / blocks * ROWS, i as u32 % blocks);
-                codes[i] = load_shared_u32x4(from.tile + rows * HEAD_DIM + (source ^ 64 * block));
+                codes[i] = load_shared_u32x4(from.tile + rows * HEAD_DIM + (source ^ (64 * block)));
             }
             for i in 0..CHUNKS {
                 let (rows, block) = (first_row + i as u32 / blocks * ROWS, i as u32 % blocks);
