@@ -194,7 +194,7 @@ impl Asked<'_> {
     }
 
     /// Whether the variant's tiles take groups of more query heads than they have rows, in parts: those do whose rows are the
-    /// most that there are on the device, of kernels that need no newer one. With other variants wider tiles are better.
+    /// most that there are on the device. With other variants wider tiles are better.
     fn divides_groups(self, kernel: &KernelSpec, variant: TileVariant) -> bool {
         let of = |kernel: &KernelSpec| (kernel.dtype, kernel.kv_dtype, kernel.head_dim, kernel.v_head_dim);
         let runs = |other: &KernelSpec| {
@@ -202,8 +202,7 @@ impl Asked<'_> {
                 && self.smem_per_cta_bytes().is_none_or(|bytes| other.smem_bytes <= bytes)
         };
         forward_kernels()
-            .filter(|(other, _)| other.arch <= kernel.arch && of(other) == of(kernel) && runs(other))
-            .all(|(_, wider)| wider.rows() <= variant.rows())
+            .all(|(other, wider)| wider.rows() <= variant.rows() || of(other) != of(kernel) || !runs(other))
     }
 
     /// What a CTA may have on devices of this kind.

@@ -327,12 +327,11 @@ macro_rules! scaled_kernel_shapes {
 }
 
 /// Forward kernels that read 8-bit K and V.
-const SCALED: [&[KernelSpec]; 5] = [
+const SCALED: [&[KernelSpec]; 4] = [
     scaled_kernel_shapes!(forward_kernels! { Mma16, "pat_forward_mma16" }),
     scaled_kernel_shapes!(forward_kernels! { Mma32, "pat_forward_mma32" }),
     scaled_kernel_shapes!(forward_kernels! { Mma64, "pat_forward_mma64" }),
     scaled_kernel_shapes!(forward_kernels! { Wgmma64, "pat_forward_wgmma64" }),
-    scaled_kernel_shapes!(forward_kernels! { Wgmma128, "pat_forward_wgmma128" }),
 ];
 
 /// Forward kernels whose warps split V's columns.

@@ -14,6 +14,9 @@
 //! half as often. At head dimension 256 `wgmma64` has two consumers, too: both compute the scores of all rows, and each
 //! multiplies half of V's columns.
 //!
+//! 8-bit K and V arrive in stages of their own, behind the queries. Then one warp copies both, one the queries, and two widen
+//! tiles for all rows ([`widen`]).
+//!
 //! An item's stream may hold pages that only some rows attend to ([`pat_abi::PageMask`]). The K producer resolves the
 //! masks to one word per 16 keys of a tile and puts them beside the tile; tiles without exception cost a comparison.
 
@@ -192,4 +195,3 @@ macro_rules! entries {
 wgmma64_kernel_shapes!(entries! { Wgmma64 "pat_forward_wgmma64" });
 wgmma128_kernel_shapes!(entries! { Wgmma128 "pat_forward_wgmma128" });
 scaled_kernel_shapes!(entries! { Wgmma64 "pat_forward_wgmma64" });
-scaled_kernel_shapes!(entries! { Wgmma128 "pat_forward_wgmma128" });
