@@ -43,8 +43,8 @@ class FlashAttention3:
 
         self.call = flash_attn_varlen_func
 
-    def run(self, case, tensors):
-        """Out and log-sum-exp. Raises NotExpressible."""
+    def check(self, case):
+        """Raises NotExpressible."""
         if case.kv_dtype:
             raise NotExpressible("8-bit K and V where Q has 16")
         if case.chunk:
@@ -55,9 +55,13 @@ class FlashAttention3:
             raise NotExpressible("pages that are no multiple of 16 tokens")
         if max(case.lengths) == 0:
             raise NotExpressible("no tokens")
-        more = {"s_aux": tensors.sinks.to(torch.bfloat16)} if tensors.sinks is not None else {}
-        if more and case.q_heads > self.MOST_HEADS_WITH_SINKS:
+        if case.has_sinks and case.q_heads > self.MOST_HEADS_WITH_SINKS:
             raise NotExpressible(f"sinks of more than {self.MOST_HEADS_WITH_SINKS} query heads")
+
+    def run(self, case, tensors):
+        """Out and log-sum-exp. Raises NotExpressible."""
+        self.check(case)
+        more = {"s_aux": tensors.sinks.to(torch.bfloat16)} if tensors.sinks is not None else {}
         if more and not torch.equal(more["s_aux"].float(), tensors.sinks):
             raise NotExpressible("sinks that bf16, the only type that FlashAttention 3 takes, does not hold")
         rows = len(case.row_lengths)
@@ -119,12 +123,16 @@ class FlashInfer:
             raise NotExpressible("V of another head dim")
         return case.dtype, case.kv_dtype, case.head_dim, bool(case.window), bool(case.softcap)
 
-    def run(self, case, tensors):
-        """Out and log-sum-exp. Raises NotExpressible."""
+    def check(self, case):
+        """Raises NotExpressible."""
         if self.module(case) not in self.MODULES:
             raise NotExpressible("modules that are not compiled here")
         if max(case.lengths) == 0:
             raise NotExpressible("no tokens")
+
+    def run(self, case, tensors):
+        """Out and log-sum-exp. Raises NotExpressible."""
+        self.check(case)
         counts = [len(table) for table in case.block_tables]
         last = [length - (count - 1) * case.page_size if count else 0 for length, count in zip(case.lengths, counts)]
         self.wrapper.plan(

@@ -8,6 +8,7 @@ ours is wrong, or too few cases ran. Others' wrong cases are counted, and shown 
 
 import argparse
 import collections
+import itertools
 import math
 import sys
 import time
@@ -30,6 +31,7 @@ def options():
     parser.add_argument("--first", type=int, default=0, help="index of the first case")
     parser.add_argument("--peers", default="fa3,flashinfer", help="implementations beside ours, where they are installed")
     parser.add_argument("--peers-every", type=int, default=4, help="peers see every so many cases")
+    parser.add_argument("--with-peers-only", action="store_true", help="no cases that no peer can express")
     parser.add_argument("--verbose", action="store_true")
     return parser.parse_args()
 
@@ -133,6 +135,15 @@ class Ours:
         )
 
 
+def expresses(implementation, case):
+    """Whether it does, as far as the case without its tensors says."""
+    try:
+        implementation.check(case)
+    except peers.NotExpressible:
+        return False
+    return True
+
+
 class Tally:
     """Of one implementation."""
 
@@ -159,10 +170,12 @@ def main():
     begin = time.monotonic()
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     print(f"device {where}, torch {torch.__version__}, features {found or 'none'}, head dims {head_dims}", flush=True)
-    for index in range(args.first, args.first + args.cases):
-        if time.monotonic() - begin > args.seconds:
+    for index in itertools.count(args.first):
+        if tallies[ours.name].cases == args.cases or time.monotonic() - begin > args.seconds:
             break
         case = forests.draw(args.seed, index, head_dims, found)
+        if args.with_peers_only and not any(expresses(other, case) for other in others):
+            continue
         tensors = Tensors(case, device)
         expected = Expected(case, tensors.q, tensors.k_clean, tensors.v_clean, tensors.sinks)
         seen[case.dtype, case.head_dim, case.layout] += 1

@@ -38,7 +38,8 @@ def parse(argv):
     add("--model", default="qwen3-8b", choices=["qwen3-8b", "llama3-8b"], help="shape of the model (default qwen3-8b)")
     add("--layers", type=int, metavar="N", help="another number of layers, for trying out")
     add("--tensor-parallel", type=int, default=1, metavar="N", help="GPUs that share the model (default 1)")
-    add("--mode", default="graphs", choices=["graphs", "eager"], help="CUDA graphs of decode steps (default) or none")
+    add("--mode", default="graphs", choices=["graphs", "compiled", "eager"],
+        help="CUDA graphs of decode steps (default); vLLM's compiler and graphs of all steps of up to 2,048 tokens; neither")
     add("--admission", default="fcfs", metavar="fcfs|prefix-grouped:N",
         help="requests go to the engine as they come (default), or at most N at once and those of one prefix together")
     add("--clock", default="virtual", choices=["virtual", "real"], help="whether idle time is skipped (default) or waited for")
@@ -48,7 +49,7 @@ def parse(argv):
     add("--tail", type=float, default=90.0, metavar="SECONDS",
         help="give a rate up when measured requests are open so long after the last of them came (default 90)")
     add("--seed", type=int, default=0, metavar="N", help="of the arrivals (default 0)")
-    add("--profile", type=int, default=0, metavar="STEPS", help="after each rate, profile so many decode steps (default 0)")
+    add("--profile", type=int, default=0, metavar="STEPS", help="after each rate, profile so many decode steps, and steps with a prompt (default 0)")
     add("--time-limit", type=float, metavar="SECONDS", help="begin no rate that may end later")
     add("--max-model-len", type=int, default=8192, metavar="TOKENS", help="longer requests are refused (default 8192)")
     add("--memory", type=float, default=0.9, metavar="PART", help="part of the GPU's memory (default 0.9)")
@@ -161,12 +162,14 @@ class Benchmark:
         result = run(self.engine, workload, rate, window, clock=self.make_clock(self.arguments.clock == "virtual"), admission=self.admission(),
                      seed=self.arguments.seed)
         counted = self.engine.backend_counters()
-        profile = None
-        if self.arguments.profile and not result.stopped:
-            profile = self.engine.profile(self.arguments.profile)
-        self.engine.clear(result.running)
+        tables, begun = {}, []
+        if a.profile and not result.stopped:
+            begun = [(f"profile-{number}", workload.token_ids(request.prompt), request.output_tokens)
+                     for number, request in enumerate(workload.requests[len(result.sent):][:a.profile + 2])]
+            tables = self.engine.profile(a.profile, begun)
+        self.engine.clear(result.running + [name for name, *_ in begun])
         self.engine.backend_counters()  # nor is what profile and clearing counted
-        self.complete(record, result, profile, counted)
+        self.complete(record, result, tables, counted)
         records.append(self.arguments.output, record)
         self.former[records.key(record)] = record
         self.failed |= record["status"] != "success"
@@ -192,7 +195,7 @@ class Benchmark:
             "workload_seed": str(workload.seed), "clock": a.clock,
         }}
 
-    def complete(self, record, result, profile, counted):
+    def complete(self, record, result, tables, counted):
         figures, counts, goodput = metrics.summarise(result)
         notes = []
         if result.stopped:
@@ -206,9 +209,9 @@ class Benchmark:
             status="success" if good else "failed", metrics=figures, requests=counts, goodput=goodput, notes=notes,
             steps=metrics.steps(result), machine={**self.engine.describe(), **host()},
             date=datetime.datetime.now(datetime.timezone.utc).date().isoformat())
-        for name, value in (("step_time", profile), ("backend_counters", counted)):
-            if value:
-                record[name] = value
+        record.update(tables)
+        if counted:
+            record["backend_counters"] = counted
         if not good:
             record["error_log"] = "; ".join(notes + [f"{count} requests: {reason}" for reason, count in counts["failures"].items()])
 

@@ -73,9 +73,11 @@ class FakeEngine:
         self.cleared += 1
         self.counted += 1
 
-    def profile(self, steps):
+    def profile(self, steps, requests):
         self.counted += steps
-        return {"requests": 1.0, "steps": steps, "ms": {"attention": 1.0}}
+        for request in requests:
+            self.add(*request)
+        return {"step_time": {"requests": 1.0, "steps": steps, "ms": {"attention": 1.0}}}
 
     def describe(self):
         return {"device": "none"}

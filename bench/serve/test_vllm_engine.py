@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Tests of what stands between the benchmark and vLLM, with a module that has vLLM's names: python3 bench/serve/test_vllm_engine.py."""
 
+import contextlib
 import json
 import os
 import sys
@@ -26,7 +27,8 @@ class Engine:
         self.engine_core = SimpleNamespace(engine_core=SimpleNamespace(scheduler=self.scheduler))
         self.requests, self.aborted, self.refusals = {}, [], 2
         self.vllm_config = SimpleNamespace(
-            compilation_config=SimpleNamespace(static_forward_context={"a": SimpleNamespace(impl=self)}, cudagraph_mode="FULL_DECODE_ONLY"),
+            compilation_config=SimpleNamespace(static_forward_context={"a": SimpleNamespace(impl=self)}, cudagraph_mode="FULL_DECODE_ONLY", mode=None,
+                max_cudagraph_capture_size=8),
             cache_config=SimpleNamespace(num_gpu_blocks=100, block_size=16),
             scheduler_config=SimpleNamespace(async_scheduling=True, max_num_seqs=8, max_num_batched_tokens=64))
 
@@ -75,7 +77,10 @@ class Vllm(unittest.TestCase):
         parameters = types.ModuleType("vllm.sampling_params")
         parameters.RequestOutputKind = SimpleNamespace(DELTA="delta")
         torch = types.ModuleType("torch")
-        torch.__version__, torch.cuda = "0", SimpleNamespace(get_device_name=lambda: "none")
+        torch.__version__, torch.cuda = "0", SimpleNamespace(get_device_name=lambda: "none", synchronize=lambda: None)
+        nothing = SimpleNamespace(profiler=SimpleNamespace(kineto_results=SimpleNamespace(events=list)))
+        torch.profiler = SimpleNamespace(
+            ProfilerActivity=SimpleNamespace(CUDA=0), profile=lambda **arguments: contextlib.nullcontext(nothing))
         for name, module in (("vllm", vllm), ("vllm.sampling_params", parameters), ("torch", torch)):
             before = sys.modules.get(name)
             sys.modules[name] = module
@@ -92,6 +97,11 @@ class Vllm(unittest.TestCase):
         self.assertEqual(self.made["config"]["num_hidden_layers"], 36)
         self.assertNotIn("tensor_parallel_size", self.made)
         self.assertEqual(engine.describe()["kv_tokens"], 1600)
+        folder = self.made["model"]
+        vllm_engine.VllmEngine("qwen3-8b", "CUSTOM", "compiled", max_model_len=8192)
+        self.assertEqual(self.made["compilation_config"]["cudagraph_mode"], "FULL_AND_PIECEWISE")
+        self.assertEqual(self.made["compilation_config"]["cudagraph_capture_sizes"][-1], 2048)
+        self.assertEqual(self.made["model"], folder, "what was compiled for a model is found by its path, too")
         vllm_engine.VllmEngine("llama3-8b", "FLASH_ATTN", "eager", max_model_len=64, tensor_parallel=2, layers=3)
         self.assertTrue(self.made["enforce_eager"])
         self.assertEqual((self.made["tensor_parallel_size"], self.made["config"]["num_hidden_layers"]), (2, 3))
@@ -122,6 +132,16 @@ class Vllm(unittest.TestCase):
         engine.add("a", [1, 2, 3], 9)
         engine.settle()
         self.assertEqual(engine.step_log[-1][3], 0)
+
+    def test_steps_with_and_without_prompts_are_profiled_apart(self):
+        engine = self.engine()
+        for name in ("a", "b"):
+            engine.add(name, [1, 2, 3], 90)
+        tables = engine.profile(4, [(f"p{number}", [7] * 10, 50) for number in range(6)])
+        self.assertEqual({name: (table["steps"], table["requests"], table["tokens"]) for name, table in tables.items()},
+            {"step_time": (4, 2.0, 2.0), "mixed_step_time": (4, 6.5, 15.5)})
+        # Without a prompt for each step there is no table of such steps.
+        self.assertEqual(list(engine.profile(4, [("q", [7], 50)])), ["step_time"])
 
     def test_a_breakdown_shares_the_time_out_among_kernels_and_gaps(self):
         event = lambda name, begin, length, device="CUDA": SimpleNamespace(

@@ -1,6 +1,7 @@
 """vLLM's engine in this process, with random weights of a model's shape. Written against vLLM 0.26."""
 
 import gc
+import hashlib
 import json
 import os
 import tempfile
@@ -25,6 +26,8 @@ COMMON = {"hidden_act": "silu", "torch_dtype": "bfloat16", "use_cache": True, "b
 
 # Batches that get a graph: between two of them a batch is padded to the larger.
 GRAPH_SIZES = [1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), *range(288, 513, 32), *range(576, 1025, 64)]
+# Tokens of steps with prompts that get graphs beside those: two or three prompts of a conversation and the rows that decode.
+MIXED_SIZES = [*range(1088, 2049, 64)]
 
 ATTENTION = ("flash", "attn", "attention", "pat_forward", "pat_merge", "fmha")
 MATMUL = ("gemm", "nvjet", "cutlass", "cublas", "xmma", "splitk")
@@ -53,6 +56,19 @@ def breakdown(profiler, wall_s, steps):
     return table
 
 
+def model_folder(config):
+    """A folder that holds the configuration, for equal ones the same: its path is part of the key by which vLLM finds what it has
+    compiled before."""
+    text = json.dumps(config)
+    key = hashlib.sha256(text.encode()).hexdigest()[:12]
+    folder = os.path.join(tempfile.gettempdir(), f"pat-serve-{os.getuid()}-{key}")
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
+        file.write(text)
+    os.replace(file.name, os.path.join(folder, "config.json"))  # another process may read it now
+    return folder
+
+
 def counters(worker=None):
     """In a worker: which steps of vLLM's CUSTOM backend ran on plans."""
     import dataclasses
@@ -76,19 +92,19 @@ class VllmEngine:
         from vllm.sampling_params import RequestOutputKind
 
         config = {**COMMON, **SHAPES[shape], **({"num_hidden_layers": layers} if layers else {})}
-        folder = tempfile.mkdtemp(prefix=f"{shape}-")
-        with open(os.path.join(folder, "config.json"), "w") as file:
-            json.dump(config, file)
+        sizes = [size for size in GRAPH_SIZES if size <= max_sequences]
         options = {}
         if mode == "graphs":
-            sizes = [size for size in GRAPH_SIZES if size <= max_sequences]
             options["compilation_config"] = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sizes}
+        elif mode == "compiled":
+            sizes += [size for size in MIXED_SIZES if size <= batched_tokens]
+            options["compilation_config"] = {"cudagraph_mode": "FULL_AND_PIECEWISE", "cudagraph_capture_sizes": sizes}
         else:
             options["enforce_eager"] = True
         if tensor_parallel > 1:
             options["tensor_parallel_size"] = tensor_parallel
         self.engine = LLM(
-            model=folder, skip_tokenizer_init=True, load_format="dummy", dtype="bfloat16", seed=0, block_size=block_size,
+            model=model_folder(config), skip_tokenizer_init=True, load_format="dummy", dtype="bfloat16", seed=0, block_size=block_size,
             enable_prefix_caching=True, enable_chunked_prefill=True, max_model_len=max_model_len, max_num_seqs=max_sequences,
             max_num_batched_tokens=batched_tokens, gpu_memory_utilization=memory, attention_config={"backend": backend},
             disable_log_stats=True, **options,
@@ -127,7 +143,9 @@ class VllmEngine:
         return {
             "vllm": vllm.__version__, "torch": torch.__version__, "device": torch.cuda.get_device_name(),
             "attention": ", ".join(impl), "kv_tokens": vc.cache_config.num_gpu_blocks * vc.cache_config.block_size,
-            "tensor_parallel": self.tensor_parallel, "async_scheduling": bool(vc.scheduler_config.async_scheduling), "cudagraph_mode": str(vc.compilation_config.cudagraph_mode),
+            "tensor_parallel": self.tensor_parallel, "async_scheduling": bool(vc.scheduler_config.async_scheduling),
+            "cudagraph_mode": str(vc.compilation_config.cudagraph_mode), "compilation_mode": int(vc.compilation_config.mode or 0),
+            "most_graph_tokens": vc.compilation_config.max_cudagraph_capture_size, "start_seconds": round(self.start_seconds, 1),
             "max_num_seqs": vc.scheduler_config.max_num_seqs, "max_num_batched_tokens": vc.scheduler_config.max_num_batched_tokens,
         }
 
@@ -168,26 +186,44 @@ class VllmEngine:
                 self.engine.step()
         self.clear([])
 
-    def profile(self, steps):
-        """Mean milliseconds of `steps` decode steps of the present batch, by what the device did; none where the batch ends before."""
+    def profile(self, steps, requests):
+        """What the device does in `steps` decode steps of the present batch, and in as many steps with a prompt in each, for which
+        `requests`, arguments of `add`, are begun one by one: a table of each kind, none where the steps were of another kind."""
         if self.tensor_parallel > 1:
-            return None  # the kernels run in other processes
+            return {}  # the kernels run in other processes
+        self.settle()
+        tables = {"step_time": self.profiled(steps, False, lambda: None)}
+        requests = iter(requests)
+
+        def begin_one():
+            request = next(requests, None)
+            if request:
+                self.add(*request)
+
+        # With asynchronous scheduling the first steps' prompts come later.
+        for _ in range(2):
+            begin_one()
+            self.engine.step()
+        tables["mixed_step_time"] = self.profiled(steps, True, begin_one)
+        return {name: table for name, table in tables.items() if table}
+
+    def profiled(self, steps, has_prompts, before_step):
+        """Mean milliseconds of steps by what the device did; none where some have prompts and some do not."""
         import torch
 
-        self.settle()
-        if not self.engine.has_unfinished_requests():
-            return None
         self.step_log.clear()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
             begin = time.perf_counter()
             while len(self.step_log) < steps and self.engine.has_unfinished_requests():
+                before_step()
                 self.engine.step()
             torch.cuda.synchronize()
             wall = time.perf_counter() - begin
         count = len(self.step_log)
-        if count < steps or any(prompts for *_, prompts in self.step_log):
+        if count < steps or any((prompts > 0) != has_prompts for *_, prompts in self.step_log):
             return None
-        return {"requests": round(sum(row[1] for row in self.step_log) / count, 1), "steps": count, "ms": breakdown(profiler, wall, count)}
+        mean = lambda column: round(sum(row[column] for row in self.step_log) / count, 1)
+        return {"requests": mean(1), "tokens": mean(2), "steps": count, "ms": breakdown(profiler, wall, count)}
 
     def settle(self):
         """Steps until no prompt is left, so that steps are of decode alone."""

@@ -1,5 +1,6 @@
 //! `append_kv`.
 
+use crate::apart::{check_distinct_elements, check_elements_apart};
 use crate::device::{self, Device};
 use crate::errors::{Integer, Result, invalid, wrong_type};
 use crate::foreign;
@@ -21,7 +22,7 @@ use pyo3::prelude::*;
 ///
 /// Args:
 ///     k_new, v_new: ``[rows, kv_heads, head_dim]``, float16 or bfloat16.
-///     k_cache, v_cache: as in :func:`run`, of the same type, or of 8 bits; v_cache may lie inside k_cache's rows.
+///     k_cache, v_cache: as in :func:`run`, of the same type, or of 8 bits. They may share storage, but no element.
 ///     slots: int64 ``[rows]`` beside the tensors: ``page * page_size + token in the page``. Rows with a negative slot are
 ///         not written. A slot beyond the cache is refused on the CPU; on CUDA, where the host cannot look at it, the row is
 ///         not written. No two rows have the same slot.
@@ -152,15 +153,18 @@ impl Append<'_> {
         }
         let factors = scales.iter().zip(["k_scale", "v_scale"]);
         let factors: Vec<_> = factors.filter_map(|((scale, _), name)| scale.span().map(|span| (name, span))).collect();
+        check_distinct_elements(k_cache)?;
+        check_distinct_elements(v_cache)?;
+        check_elements_apart(v_cache, k_cache)?;
         for cache in [k_cache, v_cache] {
             cache.expect_writable()?;
             let cached = Span::of(cache)?;
             if let Some((name, _)) = factors.iter().find(|(_, span)| span.overlaps(cached)) {
                 return Err(invalid(*name, format!("memory of {}", cache.name), "memory of its own"));
             }
-            for rows in [k_new, v_new] {
-                if Span::of(rows)?.overlaps(cached) {
-                    return Err(invalid(rows.name, format!("memory of {}", cache.name), "memory of its own"));
+            for read in [k_new, v_new, slots] {
+                if Span::of(read)?.overlaps(cached) {
+                    return Err(invalid(read.name, format!("memory of {}", cache.name), "memory of its own"));
                 }
             }
         }

@@ -27,6 +27,12 @@ impl From<Failure> for PyErr {
 
 impl From<pat_rs::Error> for Failure {
     fn from(error: pat_rs::Error) -> Self {
+        Self::from(&error)
+    }
+}
+
+impl From<&pat_rs::Error> for Failure {
+    fn from(error: &pat_rs::Error) -> Self {
         let text = in_python(&error.to_string());
         Self(match error {
             pat_rs::Error::InvalidArgument { .. }

@@ -145,8 +145,8 @@ pub(crate) fn append_host_rounded<T: HostElement, C: KvElement>(tensors: &Append
     })
 }
 
-/// Calls `append` for K, which is 0, and for V.
-fn append_each<T: HostElement, C: Pod>(
+/// Calls `append` for K, which is 0, and for V, once it is known that neither refuses.
+fn append_each<T: HostElement, C: KvElement + Pod>(
     tensors: &Append<'_>,
     args: &AppendArgs,
     append: impl Fn(&NewRows<'_, T>, &CacheLayout, &[Cell<C>], usize) -> Result<()>,
@@ -154,8 +154,11 @@ fn append_each<T: HostElement, C: Pod>(
     let slots = elements::<i64>(&tensors.slots, &Element::I64)?;
     let new = |rows, strides| -> Result<NewRows<'_, T>> { Ok(NewRows { rows: cells(rows)?, strides, slots }) };
     let (k, v) = (new(&tensors.k_new, args.k_new_strides)?, new(&tensors.v_new, args.v_new_strides)?);
-    append(&k, &args.k_layout, cells(&tensors.k_cache)?, 0)?;
-    append(&v, &args.v_layout, cells(&tensors.v_cache)?, 1)
+    let (k_cache, v_cache) = (cells(&tensors.k_cache)?, cells(&tensors.v_cache)?);
+    k.check(&args.k_layout, k_cache)?;
+    v.check(&args.v_layout, v_cache)?;
+    append(&k, &args.k_layout, k_cache, 0)?;
+    append(&v, &args.v_layout, v_cache, 1)
 }
 
 /// Merges attention states in host memory.

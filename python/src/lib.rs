@@ -1,5 +1,6 @@
 //! `prefix_attn._native`: the Python package's extension module. The package itself, `python/prefix_attn`, re-exports it.
 
+mod apart;
 mod append;
 mod buffers;
 mod calibrate;
@@ -8,6 +9,7 @@ mod device;
 mod doctor;
 mod errors;
 mod foreign;
+mod fork;
 mod merge;
 mod operands;
 mod plan;
@@ -29,6 +31,13 @@ use pyo3::prelude::*;
 // The wheel is one of the stable ABI, which free-threaded builds of Python do not load; one that does gets its lock back.
 #[pymodule(gil_used = true)]
 mod _native {
+    use pyo3::prelude::*;
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        super::fork::register(module)
+    }
+
     #[pymodule_export]
     use super::append::append_kv;
     #[pymodule_export]

@@ -2,7 +2,8 @@
 
 use crate::capacity::PyCapacity;
 use crate::device::Device;
-use crate::errors::{Failure, Integer, Result, invalid, type_name, wrong_type};
+use crate::errors::{Integer, Result, invalid, type_name, wrong_type};
+use crate::fork;
 use crate::plan::{Origin, PyPlan};
 use crate::profile::PyProfile;
 use crate::resident::Pool;
@@ -13,9 +14,8 @@ use pat_rs::plan::{PageRuns, PlanCapacity, PlanChange, PlanMode};
 use pat_rs::{Plan, PlanOptions, Planner, Problem, Reach, TileVariant};
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
-use pyo3::sync::PyOnceLock;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// Makes plans for one shape on one device: once per decode step, for all layers. It keeps its scratch memory, so that a step
 /// of a batch that does not grow allocates little.
@@ -129,7 +129,10 @@ impl PyPlanner {
     ) -> Result<PyPlan> {
         let (page_size, num_pages) = read_pages(page_size, num_pages)?;
         let tables = Tables::read(block_tables, lengths, self.queries(query_tokens, parents), page_size, num_pages)?;
-        let plan = py.detach(|| tables.with_batch(|batch| self.lock().for_pages(page_size)?.plan(batch)))?;
+        let plan = py.detach(|| {
+            let _no_fork = fork::hold_off();
+            tables.with_batch(|batch| self.lock().for_pages(page_size)?.plan(batch))
+        })?;
         Ok(self.made(plan, tables))
     }
 
@@ -169,6 +172,7 @@ impl PyPlanner {
         // They name sequences; the rows of the batch are query tokens.
         let changed_rows = changed_rows.map(|rows| read_rows(rows)).transpose()?.filter(|_| !tables.has_query_tokens());
         let change = py.detach(|| -> pat_rs::Result<PlanChange> {
+            let _no_fork = fork::hold_off();
             let mut planner = self.lock();
             let mut state = plan.lock();
             let planner = planner.for_pages(page_size)?;
@@ -184,7 +188,8 @@ impl PyPlanner {
         })
     }
 
-    /// As :meth:`plan`, on a thread of its own. The arguments are read before this returns, and may be changed then.
+    /// As :meth:`plan`, on a thread of its own. The arguments are read before this returns, and may be changed then. A fork of
+    /// the process (``os.fork``, multiprocessing) waits for it: the child has the plan, too.
     ///
     /// Returns:
     ///     An object with ``done()`` and ``result()``; ``result()`` waits, and raises what planning raised.
@@ -192,8 +197,10 @@ impl PyPlanner {
     /// Raises:
     ///     TypeError, ValueError: an argument cannot be read.
     #[pyo3(signature = (block_tables, lengths, page_size, num_pages, *, query_tokens = None, parents = None) -> "PlanFuture")]
+    #[expect(clippy::too_many_arguments, reason = "the Python signature")]
     fn plan_async(
         &self,
+        py: Python<'_>,
         block_tables: &Bound<'_, PyAny>,
         lengths: &Bound<'_, PyAny>,
         page_size: Integer,
@@ -203,17 +210,25 @@ impl PyPlanner {
     ) -> Result<PyPlanFuture> {
         let (page_size, num_pages) = read_pages(page_size, num_pages)?;
         let tables = Tables::read(block_tables, lengths, self.queries(query_tokens, parents), page_size, num_pages)?;
-        let planner = self.planner.clone();
+        let (planner, made) = (self.planner.clone(), Arc::new(OnceLock::new()));
+        let (of_future, running) = (made.clone(), fork::Background::begin(py));
         let work = move || {
-            let plan = tables.with_batch(|batch| lock(&planner).for_pages(page_size)?.plan(batch))?;
-            Ok((plan, tables))
+            let plan = || {
+                let plan = tables.with_batch(|batch| lock(&planner).for_pages(page_size)?.plan(batch))?;
+                Ok((plan, tables))
+            };
+            // A panic is the future's, too, whose result would wait for ever; the planner outlives it (see `lock`).
+            let made = catch_unwind(AssertUnwindSafe(plan)).ok();
+            let _ = of_future.set(Mutex::new(made));
+            drop(running);
         };
-        let thread = std::thread::Builder::new()
+        // Nobody joins it: in a forked child there would be no such thread.
+        std::thread::Builder::new()
             .name("prefix-attn-plan".into())
             .spawn(work)
             .map_err(|error| PyRuntimeError::new_err(format!("no thread to plan on: {error}")))?;
         let (device, origin, pool) = (self.device, self.origin.clone(), self.pool.clone());
-        Ok(PyPlanFuture { thread: Mutex::new(Some(thread)), planned: PyOnceLock::new(), device, origin, pool })
+        Ok(PyPlanFuture { made, planned: OnceLock::new(), device, origin, pool })
     }
 
     /// The shape that is planned for.
@@ -370,22 +385,23 @@ fn read_rows(rows: &Bound<'_, PyAny>) -> Result<Vec<u32>> {
 /// A plan in the making (:meth:`Planner.plan_async`).
 #[pyclass(frozen, module = "prefix_attn", name = "PlanFuture")]
 pub(crate) struct PyPlanFuture {
-    /// Until somebody waits for it.
-    thread: Mutex<Option<PlanThread>>,
-    planned: PyOnceLock<std::result::Result<Py<PyPlan>, PyErr>>,
+    /// What the planning thread made, until the first :meth:`result` takes it.
+    made: Arc<OnceLock<Made>>,
+    /// Not pyo3's cell, which lets go of the interpreter while it is written: a child forked then would wait for ever.
+    planned: OnceLock<Option<pat_rs::Result<Py<PyPlan>>>>,
     device: Option<Device>,
     origin: Arc<Origin>,
     pool: Arc<Pool>,
 }
 
-type PlanThread = JoinHandle<pat_rs::Result<(Plan, Tables)>>;
+/// None after a panic.
+type Made = Mutex<Option<pat_rs::Result<(Plan, Tables)>>>;
 
 #[pymethods]
 impl PyPlanFuture {
     /// Whether :meth:`result` would not wait.
-    fn done(&self, py: Python<'_>) -> bool {
-        let thread = || self.thread.lock().unwrap_or_else(PoisonError::into_inner);
-        self.planned.get(py).is_some() || thread().as_ref().is_some_and(JoinHandle::is_finished)
+    fn done(&self) -> bool {
+        self.made.get().is_some()
     }
 
     /// The plan; waits for it, and lets other threads of the program run meanwhile.
@@ -394,18 +410,18 @@ impl PyPlanFuture {
     ///     ValueError: what :meth:`Planner.plan` raises.
     #[pyo3(signature = () -> "Plan")]
     fn result(&self, py: Python<'_>) -> Result<Py<PyPlan>> {
-        let planned = self.planned.get_or_init(py, || {
-            let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
-            let joined = py.detach(|| thread.map(JoinHandle::join));
-            let (plan, tables) = joined
-                .and_then(std::result::Result::ok)
-                .ok_or_else(|| PyRuntimeError::new_err("the planning thread ended without a plan"))?
-                .map_err(|error| PyErr::from(Failure::from(error)))?;
-            Py::new(py, PyPlan::new(plan, tables, self.device, self.origin.clone(), self.pool.clone()))
+        let made = py.detach(|| self.made.wait());
+        let planned = self.planned.get_or_init(|| {
+            let planned = made.lock().unwrap_or_else(PoisonError::into_inner).take()?;
+            let hold = |(plan, tables)| {
+                Py::new(py, PyPlan::new(plan, tables, self.device, self.origin.clone(), self.pool.clone())).ok()
+            };
+            planned.map(hold).transpose()
         });
         match planned {
-            Ok(plan) => Ok(plan.clone_ref(py)),
-            Err(error) => Err(error.clone_ref(py).into()),
+            Some(Ok(plan)) => Ok(plan.clone_ref(py)),
+            Some(Err(error)) => Err(error.into()),
+            None => Err(PyRuntimeError::new_err("the planning thread ended without a plan").into()),
         }
     }
 }

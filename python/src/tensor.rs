@@ -1,7 +1,7 @@
 //! Reading the tensors of other libraries: torch's by their attributes, everybody else's by DLPack.
 
 use crate::device::Device;
-use crate::errors::{Failure, Result, invalid, wrong_type};
+use crate::errors::{Failure, Result, invalid, type_name, wrong_type};
 use crate::foreign;
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::intern;
@@ -90,7 +90,16 @@ impl<'py> Tensor<'py> {
     /// Reads a torch tensor or a DLPack producer. `stream` (torch's current one where it is not named) is what work on a DLPack
     /// producer's memory is going to be ordered by: it makes that stream wait for its own.
     pub(crate) fn read(name: &'py str, object: &Bound<'py, PyAny>, stream: Option<u64>) -> Result<Self> {
-        if is_torch(object)? { Self::read_torch(name, object) } else { foreign::read_dlpack(name, object, stream) }
+        let read = if is_torch(object)? {
+            Self::read_torch(name, object)?
+        } else {
+            foreign::read_dlpack(name, object, stream)?
+        };
+        if read.address == 0 && !read.sizes[..read.rank].contains(&0) {
+            let got = format!("a {} without memory (its address is 0)", type_name(object));
+            return Err(invalid(name, got, "a tensor whose elements are in memory"));
+        }
+        Ok(read)
     }
 
     fn read_torch(name: &'py str, tensor: &Bound<'py, PyAny>) -> Result<Self> {
@@ -231,8 +240,12 @@ fn without_memory(name: &str, tensor: &Bound<'_, PyAny>, failure: Failure) -> Fa
     if error.is_instance_of::<PyValueError>(py) || error.is_instance_of::<PyTypeError>(py) {
         return error.into();
     }
-    let layout = tensor.getattr(intern!(py, "layout")).map_or_else(|_| "torch".into(), |layout| layout.to_string());
-    let refusal = wrong_type(name, format!("a {layout} tensor without memory of its own"), "a dense tensor");
+    let layout = tensor.getattr(intern!(py, "layout")).map_or_else(|_| String::new(), |layout| layout.to_string());
+    let what = match &*layout {
+        "" | "torch.strided" => type_name(tensor),
+        _ => format!("{layout} tensor"),
+    };
+    let refusal = wrong_type(name, format!("a {what} without memory of its own"), "a dense tensor");
     refusal.caused_by(py, error)
 }
 

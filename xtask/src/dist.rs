@@ -1,14 +1,14 @@
 //! `cargo xtask dist`: everything a release consists of, in one folder, checked: crate packages, the wheel, the changelog's
 //! section, checksums. It publishes nothing.
 
-use crate::{build_ptx, wheel, workspace};
+use crate::{build_ptx, public_api, wheel, workspace};
 use anyhow::{Context, Result, bail};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// The crates that are published, each behind those it depends on. The tools and tests are built from the repository.
-const PUBLISHED: [&str; 2] = ["pat-abi", "pat-rs"];
+pub(crate) const PUBLISHED: [&str; 2] = ["pat-abi", "pat-rs"];
 /// What the changelog calls changes that no version has yet.
 const UNRELEASED: &str = "Unreleased";
 
@@ -50,6 +50,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         }
     };
     check_versions(root, version)?;
+    public_api::check_since_release(root, version)?;
     if out.exists() {
         fs::remove_dir_all(&out)?;
     }

@@ -16,6 +16,7 @@ mod gpu_bundle;
 mod lint_kernels;
 mod ptx;
 mod ptxas;
+mod public_api;
 mod stubs;
 mod sysroot;
 mod test_long;
@@ -56,6 +57,8 @@ enum Command {
     Wheel(wheel::Args),
     /// Write the type stubs of the Python extension.
     Stubs(workspace::Generated),
+    /// Write what callers of the published crates can name, and hold it against the last release.
+    PublicApi(workspace::Generated),
     /// Build the fuzz targets and run them.
     Fuzz(fuzz::Args),
     /// Collect what a release consists of, checked, in one folder.
@@ -78,6 +81,7 @@ fn main() -> anyhow::Result<()> {
         Command::GpuBundle(args) => gpu_bundle::run(&args),
         Command::Wheel(args) => wheel::run(&args),
         Command::Stubs(stubs) => stubs::run(&stubs),
+        Command::PublicApi(listing) => public_api::run(&listing),
         Command::Fuzz(args) => fuzz::run(&args),
         Command::Dist(args) => dist::run(&args),
         Command::TestLong => test_long::run(),

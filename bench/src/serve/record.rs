@@ -59,6 +59,9 @@ pub struct Record {
     /// A decode step, by what the device did; only of runs inside the engine's process.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub step_time: Option<StepTime>,
+    /// A step in which a prompt comes to the rows that decode.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mixed_step_time: Option<StepTime>,
     /// What the engine's steps were; only of runs inside the engine's process.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub steps: Option<Value>,
@@ -96,11 +99,14 @@ pub struct Goodput {
     pub requests_per_s: f64,
 }
 
-/// A decode step.
+/// What the device did in a step.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StepTime {
     /// Mean number of requests.
     pub requests: f64,
+    /// Mean number of tokens that go in; records of 2026-11-28 do not have it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokens: Option<f64>,
     /// Steps that were looked at.
     pub steps: u32,
     /// Mean milliseconds by part.
@@ -159,6 +165,7 @@ impl Record {
             metrics: summary.metrics,
             notes,
             step_time: None,
+            mixed_step_time: None,
             steps: None,
             machine: None,
             date: Some(date),
@@ -177,6 +184,7 @@ impl Record {
             goodput: Vec::new(),
             notes: Vec::new(),
             step_time: None,
+            mixed_step_time: None,
             steps: None,
             machine: None,
             date: Some(date),

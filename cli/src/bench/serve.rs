@@ -61,7 +61,7 @@ pub(crate) struct Args {
     /// Name of the server's attention backend, for the record; with --server-cmd there may be several.
     #[arg(long, value_delimiter = ',', default_value = "default", value_name = "NAME,...")]
     backend: Vec<String>,
-    /// What the record is to say of the server's mode: graphs, eager.
+    /// What the record is to say of the server's mode: graphs, compiled, eager.
     #[arg(long, default_value = "graphs", value_name = "NAME")]
     mode: String,
     /// The server's name of the model [default: its first].

@@ -16,6 +16,32 @@ pub struct NewRows<'a, T: Element> {
     pub slots: &'a [i64],
 }
 
+impl<T: Element> NewRows<'_, T> {
+    /// Refuses what writing them into this cache would: K and V go into caches of their own, and neither is to be written
+    /// where the other is refused.
+    ///
+    /// # Errors
+    /// As [`append_rows`].
+    pub fn check<C: KvElement>(&self, layout: &CacheLayout, cache: &[Cell<C>]) -> Result<()> {
+        let CacheLayout { num_pages, page_size, kv_heads, head_dim, strides } = *layout;
+        if page_size == 0 {
+            return Err(Error::invalid("page_size", 0, "at least 1"));
+        }
+        let rows = u32::try_from(self.slots.len())
+            .map_err(|_| Error::invalid("slots", self.slots.len(), "fewer than 2^32"))?;
+        let of_rows = [("sequence", rows, self.strides.sequence), ("head", kv_heads, self.strides.head)];
+        check_tensor("rows", self.rows.len() as u64, &of_rows, head_dim, T::DTYPE)?;
+        let of_cache =
+            [("page", num_pages, strides.page), ("token", page_size, strides.token), ("head", kv_heads, strides.head)];
+        check_tensor("cache", cache.len() as u64, &of_cache, head_dim, C::DTYPE)?;
+        if let Some((row, slot)) = self.slots.iter().enumerate().find(|(_, slot)| **slot >= layout.slots() as i64) {
+            let expected = format!("below num_pages * page_size = {}, or negative", layout.slots());
+            return Err(Error::invalid(format!("slots[{row}]"), slot, expected));
+        }
+        Ok(())
+    }
+}
+
 /// Extent and layout of a paged cache of K or V.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CacheLayout {
@@ -72,21 +98,8 @@ fn append<T: Element, C: KvElement>(
     cache: &[Cell<C>],
     written: impl Fn(u32, T) -> C,
 ) -> Result<()> {
-    let CacheLayout { num_pages, page_size, kv_heads, head_dim, strides } = *layout;
-    if page_size == 0 {
-        return Err(Error::invalid("page_size", 0, "at least 1"));
-    }
-    let rows =
-        u32::try_from(new.slots.len()).map_err(|_| Error::invalid("slots", new.slots.len(), "fewer than 2^32"))?;
-    let of_rows = [("sequence", rows, new.strides.sequence), ("head", kv_heads, new.strides.head)];
-    check_tensor("rows", new.rows.len() as u64, &of_rows, head_dim, T::DTYPE)?;
-    let of_cache =
-        [("page", num_pages, strides.page), ("token", page_size, strides.token), ("head", kv_heads, strides.head)];
-    check_tensor("cache", cache.len() as u64, &of_cache, head_dim, C::DTYPE)?;
-    if let Some((row, slot)) = new.slots.iter().enumerate().find(|(_, slot)| **slot >= layout.slots() as i64) {
-        let expected = format!("below num_pages * page_size = {}, or negative", layout.slots());
-        return Err(Error::invalid(format!("slots[{row}]"), slot, expected));
-    }
+    new.check(layout, cache)?;
+    let CacheLayout { page_size, kv_heads, head_dim, strides, .. } = *layout;
     for (row, &slot) in (0i64..).zip(new.slots).filter(|(_, slot)| **slot >= 0) {
         let (page, token) = (slot / i64::from(page_size), slot % i64::from(page_size));
         for head in 0..kv_heads {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -194,26 +196,45 @@ class AsyncTree:
         kvHead: int,
         device: torch.device | str | int,
     ):
-        global _background
-        if _background is None:
-            _background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefix_attn-tree")
-        tree = PrefixTreeCPP(block_size)
         lengths = seq_lens.clone() if isinstance(seq_lens, torch.Tensor) else list(seq_lens)
-        self._future: Future[PrefixTreeCPP] = _background.submit(
-            self._build, tree, lengths, table.clone(), MNWs, HRatio, kvHead, device
-        )
+        self._build = functools.partial(_built, block_size, lengths, table.clone(), MNWs, HRatio, kvHead, device)
+        self._start()
 
-    @staticmethod
-    def _build(tree: PrefixTreeCPP, lengths, table, MNWs, HRatio, kvHead, device) -> PrefixTreeCPP:
-        tree.build_radix_tree(lengths, table)
-        tree.pack_schedule(MNWs, HRatio, kvHead)
-        tree.kernel_info.to_gpu(device)
-        return tree
+    def _start(self) -> None:
+        self._process = os.getpid()
+        self._future: Future[PrefixTreeCPP] = _executor().submit(self._build)
 
     @property
     def tree(self) -> PrefixTreeCPP:
-        """The tree; waits for it, and raises what building it raised."""
+        """The tree; waits for it, and raises what building it raised. A forked child builds a tree of its own."""
+        if self._process != os.getpid():
+            # The thread that builds it is the parent's, and so are the locks that it held at the fork.
+            self._start()
         return self._future.result()
+
+
+def _built(block_size: int, lengths, table, MNWs, HRatio, kvHead, device) -> PrefixTreeCPP:
+    tree = PrefixTreeCPP(block_size)
+    tree.build_radix_tree(lengths, table)
+    tree.pack_schedule(MNWs, HRatio, kvHead)
+    tree.kernel_info.to_gpu(device)
+    return tree
+
+
+def _executor() -> ThreadPoolExecutor:
+    global _background
+    if _background is None:
+        _background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefix_attn-tree")
+    return _background
+
+
+def _forget_other_threads() -> None:
+    """In a forked child, which has none of them: they may have held the lock."""
+    global _planning, _background
+    _planning, _background = threading.Lock(), None
+
+
+os.register_at_fork(after_in_child=_forget_other_threads)
 
 
 def _check_host_int32(name: str, tensor: torch.Tensor, dims: int) -> None:

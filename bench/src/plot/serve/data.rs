@@ -3,7 +3,7 @@
 use super::super::PlotError;
 use super::super::theme::MAX_SERIES;
 use crate::serve::{self, Limit, Record, Status, StepTime};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 /// Everything that is drawn.
@@ -41,6 +41,8 @@ pub struct Run {
     pub p99_tpot_ms: Option<f64>,
     /// A decode step by its parts.
     pub step_time: Option<StepTime>,
+    /// A step with a prompt in it by its parts.
+    pub mixed_step_time: Option<StepTime>,
 }
 
 /// The rate up to which a series is within a limit.
@@ -65,7 +67,8 @@ impl ServeFigures {
             records.extend(serve::read(file)?);
         }
         let forms: BTreeSet<&str> = records.iter().map(|record| record.config("form")).collect();
-        let label = |record: &Record| series(record, forms.len() > 1);
+        let usual = usual_mode(&records);
+        let label = |record: &Record| series(record, &usual, forms.len() > 1);
         let mut names: Vec<String> = records.iter().map(label).collect::<BTreeSet<_>>().into_iter().collect();
         // What is pat-rs's comes first, then PAT, then the others by name.
         names.sort_by_key(|name| if name.starts_with(OURS) { 0 } else { 1 + u8::from(!name.starts_with(PAT)) });
@@ -104,8 +107,18 @@ impl ServeFigures {
 const OURS: &str = "pat-rs";
 const PAT: &str = "PAT";
 
+/// The mode of most records, which needs no name.
+fn usual_mode(records: &[Record]) -> String {
+    let mut counts = BTreeMap::<&str, usize>::new();
+    for record in records.iter().filter(|record| !record.config("mode").is_empty()) {
+        *counts.entry(record.config("mode")).or_default() += 1;
+    }
+    // Of two with as many records it is the last by name: graphs before eager and compiled.
+    counts.into_iter().max_by_key(|(_, count)| *count).map_or_else(String::new, |(mode, _)| mode.to_owned())
+}
+
 /// Backend and what is not usual about the run.
-fn series(record: &Record, with_form: bool) -> String {
+fn series(record: &Record, usual_mode: &str, with_form: bool) -> String {
     let mut name = match record.config("ATTENTION_BACKEND") {
         // The name under which vLLM knows this project's backend, and PAT's of its own.
         "CUSTOM" => OURS.to_owned(),
@@ -113,7 +126,7 @@ fn series(record: &Record, with_form: bool) -> String {
         other => other.to_owned(),
     };
     let (mode, admission) = (record.config("mode"), record.config("admission"));
-    for (value, usual) in [(mode, ["", "graphs"]), (admission, ["", "fcfs"])] {
+    for (value, usual) in [(mode, ["", usual_mode]), (admission, ["", "fcfs"])] {
         if !usual.contains(&value) {
             name = format!("{name}, {value}");
         }
@@ -158,6 +171,7 @@ impl Run {
             mean_tpot_ms: record.metric("mean_tpot_ms"),
             p99_tpot_ms: record.metric("p99_tpot_ms"),
             step_time: record.step_time.clone(),
+            mixed_step_time: record.mixed_step_time.clone(),
         }
     }
 
@@ -195,7 +209,7 @@ mod tests {
 
     fn run(rate: f64, ttft: f64, tpot: f64) -> Run {
         let (mean_ttft_ms, mean_tpot_ms) = (Some(ttft), Some(tpot));
-        Run { rate, good: true, mean_ttft_ms, mean_tpot_ms, p99_tpot_ms: None, step_time: None }
+        Run { rate, good: true, mean_ttft_ms, mean_tpot_ms, p99_tpot_ms: None, step_time: None, mixed_step_time: None }
     }
 
     const LIMIT: Limit = Limit { ttft_ms: 1_000.0, tpot_ms: 50.0 };

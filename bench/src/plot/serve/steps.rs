@@ -1,4 +1,4 @@
-//! What a decode step's time is spent on: a bar for each series and workload.
+//! What a step's time is spent on: for each series and workload a bar for steps of decode alone, and one for steps with a prompt.
 
 use super::super::layout::{Header, MARGIN, Symbol};
 use super::super::theme::{Theme, font};
@@ -52,12 +52,19 @@ fn bars<'a>(panel: &'a Panel, series: &[String]) -> Vec<Bar<'a>> {
         rates().filter(in_all).fold(None, |most: Option<f64>, rate| Some(most.map_or(rate, |most| most.max(rate))))
     };
     let common = common(&|run| run.within(LIMITS[1])).or_else(|| common(&|_| true));
-    let bar = |(index, runs): &(usize, Vec<&'a Run>)| {
-        let run = runs.iter().rfind(|run| common.is_none_or(|rate| run.rate == rate))?;
-        let step = run.step_time.as_ref()?;
-        Some(Bar { label: format!("{}, {}/s: {:.0} requests", series[*index], run.rate, step.requests), step })
+    let bars = |(index, runs): &(usize, Vec<&'a Run>)| {
+        let run = runs.iter().rfind(|run| common.is_none_or(|rate| run.rate == rate)).copied();
+        let decode = run.and_then(|run| run.step_time.as_ref().map(|step| (run, step))).map(|(run, step)| Bar {
+            label: format!("{}, {}/s: {:.0} requests", series[*index], run.rate, step.requests),
+            step,
+        });
+        let mixed = run.and_then(|run| run.mixed_step_time.as_ref()).map(|step| Bar {
+            label: format!("with a prompt: {:.0} tokens", step.tokens.unwrap_or(step.requests)),
+            step,
+        });
+        decode.into_iter().chain(mixed)
     };
-    with.iter().filter_map(bar).collect()
+    with.iter().flat_map(bars).collect()
 }
 
 impl<'a> Steps<'a> {
@@ -87,7 +94,7 @@ impl<'a> Steps<'a> {
 
     fn header(&self) -> Header {
         Header {
-            title: "A decode step: milliseconds by what the device does".into(),
+            title: "A step: milliseconds by what the device does".into(),
             subtitle: self.figures.source.clone(),
             legend: self.parts.iter().cloned().enumerate().collect(),
             symbol: Symbol::Square,
