@@ -31,6 +31,7 @@ def options():
     parser.add_argument("--first", type=int, default=0, help="index of the first case")
     parser.add_argument("--peers", default="fa3,flashinfer", help="implementations beside ours, where they are installed")
     parser.add_argument("--peers-every", type=int, default=4, help="peers see every so many cases")
+    parser.add_argument("--only", default="", help="cases of one type and some head dims, such as float16:64,128: several processes")
     parser.add_argument("--with-peers-only", action="store_true", help="no cases that no peer can express")
     parser.add_argument("--verbose", action="store_true")
     return parser.parse_args()
@@ -144,6 +145,12 @@ def expresses(implementation, case):
     return True
 
 
+def is_of(case, only):
+    """Whether a case is one of `--only`."""
+    dtype, _, head_dims = only.partition(":")
+    return case.dtype == dtype and case.head_dim in map(int, head_dims.split(","))
+
+
 class Tally:
     """Of one implementation."""
 
@@ -174,6 +181,8 @@ def main():
         if tallies[ours.name].cases == args.cases or time.monotonic() - begin > args.seconds:
             break
         case = forests.draw(args.seed, index, head_dims, found)
+        if args.only and not is_of(case, args.only):
+            continue
         if args.with_peers_only and not any(expresses(other, case) for other in others):
             continue
         tensors = Tensors(case, device)

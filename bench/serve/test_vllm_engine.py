@@ -131,7 +131,7 @@ class Vllm(unittest.TestCase):
         engine = self.engine()
         engine.add("a", [1, 2, 3], 9)
         engine.settle()
-        self.assertEqual(engine.step_log[-1][3], 0)
+        self.assertEqual([prompts for *_, prompts in engine.step_log], [1, 0, 0])
 
     def test_steps_with_and_without_prompts_are_profiled_apart(self):
         engine = self.engine()

@@ -226,10 +226,13 @@ class VllmEngine:
         return {"requests": mean(1), "tokens": mean(2), "steps": count, "ms": breakdown(profiler, wall, count)}
 
     def settle(self):
-        """Steps until no prompt is left, so that steps are of decode alone."""
+        """Steps until no prompt is left, so that steps are of decode alone. The first of them is not enough: with asynchronous
+        scheduling a request that has just come is in the step behind it."""
+        quiet = 0
         for _ in range(500):
             before = len(self.step_log)
             self.engine.step()
-            new = self.step_log[before:]
-            if not self.engine.has_unfinished_requests() or (new and not any(prompts for *_, prompts in new)):
+            for *_, prompts in self.step_log[before:]:
+                quiet = 0 if prompts else quiet + 1
+            if quiet >= 2 or not self.engine.has_unfinished_requests():
                 return

@@ -8,7 +8,7 @@ use crate::finish::{Finish, natural, sink_of};
 use crate::isolation::RowSoftmax;
 use crate::item::strided;
 use crate::ptx::ldst::{store_global_f32, store_global_f32x2, store_global_u32, store_global_u32x4};
-use crate::ptx::shuffle::xor_u32;
+use crate::ptx::shuffle::{any, xor_u32};
 use crate::softmax::{OnlineSoftmax, value_of_row};
 
 /// Where one row comes from and where its result goes.
@@ -192,21 +192,24 @@ pub unsafe fn write_rows<E: Element>(
             let first = value_of_row(row, 2 * i);
             [output[first] * scale, output[first + 1] * scale]
         };
-        // Four lanes hold a row, two columns of every eight each; after the exchange each holds eight neighbours of every 32.
+        let exists = exists(row);
+        let packed = |i: usize| {
+            let [low, high] = pair(i);
+            E::pack(low, high)
+        };
+        // Four lanes hold a row, two columns of every eight each; after the exchange each holds eight neighbours of every 32. A
+        // warp that has partials alone, as where sequences are cut, needs none of it.
         let mut octets = [[0u32; 4]; MAX_OCTETS];
-        for i in 0..output.len() / 16 {
-            let packed = |block: usize| {
-                let [low, high] = pair(4 * i + block);
-                E::pack(low, high)
-            };
-            octets[i] = transpose_quad([packed(0), packed(1), packed(2), packed(3)], lane);
+        if any(exists && !target.is_partial()) {
+            for i in 0..output.len() / 16 {
+                octets[i] = transpose_quad([0, 1, 2, 3].map(|block| packed(4 * i + block)), lane);
+            }
         }
-        if !exists(row) {
+        if !exists {
             continue;
         }
         if has_masks {
-            let words = octets.as_flattened()[..output.len() / 4].iter();
-            let sum = words.fold(0, |sum, &word| E::add_zero_times(sum, word));
+            let sum = (0..output.len() / 4).fold(0, |sum, i| E::add_zero_times(sum, packed(i)));
             not_finite[row] = sum & 0x7fff_7fff != 0;
         }
         // SAFETY: the row exists, and each lane owns its columns.

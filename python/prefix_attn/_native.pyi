@@ -331,7 +331,7 @@ class Planner:
     """
     def __new__(cls, /, shape: "AttentionShape", device: "DeviceProfile | torch.device | str | None" = None, *, mode: str = "auto", capacity: "Capacity | None" = None, variants: SupportsGetItem[int, str] | None = None, softcap: "float | None" = None, window: "int | None" = None, chunk: "int | None" = None, query_tree: bool = False, page_runs: bool = False) -> Planner: ...
     def __repr__(self, /) -> str: ...
-    def advance(self, /, plan: "Plan", block_tables: Any, lengths: Any, changed_rows: Any | None = None, *, query_tokens: Any | None = None, parents: Any | None = None) -> "str":
+    def advance(self, /, plan: "Plan", block_tables: Any, lengths: Any, changed_rows: Any | None = None, *, query_tokens: Any | None = None, parents: Any | None = None, table_rows: Any | None = None) -> "str":
         """
         Makes ``plan``, the plan that this planner made last, the plan of the next decode step, in place: with many sequences much
         faster than planning from scratch, and predicted to be about as fast on the device. With fixed chunks the two are equal.
@@ -341,7 +341,8 @@ class Planner:
             block_tables, lengths: as in :meth:`plan`, for pages of the plan's size and a pool of its number of pages.
             changed_rows: the rows whose table entries *that were in use before* may differ: a list or 1-D int32 tensor. A
                 row that only grew is not among them. ``None``: all entries are compared, as with query_tokens.
-            query_tokens, parents: as in :meth:`plan`. A planner with a window, chunks or query trees plans from scratch.
+            query_tokens, parents, table_rows: as in :meth:`plan`. A planner with a window, chunks or query trees plans from
+                scratch.
 
         Returns:
             ``"nothing"``, ``"lengths"``, ``"pages"`` or ``"forest"``: how much has changed.
@@ -359,7 +360,7 @@ class Planner:
         """
         Where its plans run: ``"cpu"``, ``"cuda:N"``, or None where it was made from a profile.
         """
-    def plan(self, /, block_tables: Any, lengths: Any, page_size: SupportsIndex, num_pages: SupportsIndex, *, query_tokens: Any | None = None, parents: Any | None = None) -> "Plan":
+    def plan(self, /, block_tables: Any, lengths: Any, page_size: SupportsIndex, num_pages: SupportsIndex, *, query_tokens: Any | None = None, parents: Any | None = None, table_rows: Any | None = None) -> "Plan":
         """
         Plans a batch. The interpreter is free for other threads meanwhile.
 
@@ -379,12 +380,15 @@ class Planner:
                 of them. One list for all sequences, or a list of one list per sequence. A list may also be a 1-D CPU tensor or
                 array of int32 or int64; a 2-D one holds one tree per row. A query token sees the tokens in front of the query
                 tokens, its ancestors and itself; parents come before their children.
+            table_rows: the row of block_tables that each sequence has, where they are a 2-D tensor or array of more requests
+                than are in the batch, or of others in between: a list or a 1-D int32 CPU tensor, one per length. By default
+                sequence i has row i.
 
         Raises:
             TypeError: an argument is of another type (integers of another width included).
             ValueError: an argument has a value that is not accepted: the message names it, with its index.
         """
-    def plan_async(self, /, block_tables: Any, lengths: Any, page_size: SupportsIndex, num_pages: SupportsIndex, *, query_tokens: Any | None = None, parents: Any | None = None) -> "PlanFuture":
+    def plan_async(self, /, block_tables: Any, lengths: Any, page_size: SupportsIndex, num_pages: SupportsIndex, *, query_tokens: Any | None = None, parents: Any | None = None, table_rows: Any | None = None) -> "PlanFuture":
         """
         As :meth:`plan`, on a thread of its own. The arguments are read before this returns, and may be changed then.
 

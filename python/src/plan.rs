@@ -57,6 +57,8 @@ pub(crate) struct PlanState {
     pub(crate) plan: Plan,
     /// The batch that it is of.
     pub(crate) tables: Tables,
+    /// Memory for the next ones.
+    pub(crate) spare: Tables,
     /// Its copy on a device.
     pub(crate) resident: Option<Resident>,
 }
@@ -69,7 +71,12 @@ impl PyPlan {
         origin: Arc<Origin>,
         pool: Arc<Pool>,
     ) -> Self {
-        Self { state: Mutex::new(PlanState { plan, tables, resident: None }), device, origin, pool }
+        Self {
+            state: Mutex::new(PlanState { plan, tables, spare: Tables::default(), resident: None }),
+            device,
+            origin,
+            pool,
+        }
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, PlanState> {

@@ -9,7 +9,7 @@ use crate::profile::PyProfile;
 use crate::resident::Pool;
 use crate::scores::read_positive;
 use crate::shape::PyShape;
-use crate::tables::{Queries, Tables, read_integers};
+use crate::tables::{Given, Queries, Tables, read_integers};
 use pat_rs::plan::{PageRuns, PlanCapacity, PlanChange, PlanMode};
 use pat_rs::{Plan, PlanOptions, Planner, Problem, Reach, TileVariant};
 use pyo3::exceptions::PyRuntimeError;
@@ -111,11 +111,14 @@ impl PyPlanner {
     ///         of them. One list for all sequences, or a list of one list per sequence. A list may also be a 1-D CPU tensor or
     ///         array of int32 or int64; a 2-D one holds one tree per row. A query token sees the tokens in front of the query
     ///         tokens, its ancestors and itself; parents come before their children.
+    ///     table_rows: the row of block_tables that each sequence has, where they are a 2-D tensor or array of more requests
+    ///         than are in the batch, or of others in between: a list or a 1-D int32 CPU tensor, one per length. By default
+    ///         sequence i has row i.
     ///
     /// Raises:
     ///     TypeError: an argument is of another type (integers of another width included).
     ///     ValueError: an argument has a value that is not accepted: the message names it, with its index.
-    #[pyo3(signature = (block_tables, lengths, page_size, num_pages, *, query_tokens = None, parents = None) -> "Plan")]
+    #[pyo3(signature = (block_tables, lengths, page_size, num_pages, *, query_tokens = None, parents = None, table_rows = None) -> "Plan")]
     #[expect(clippy::too_many_arguments, reason = "the Python signature")]
     fn plan(
         &self,
@@ -126,9 +129,11 @@ impl PyPlanner {
         num_pages: Integer,
         query_tokens: Option<&Bound<'_, PyAny>>,
         parents: Option<&Bound<'_, PyAny>>,
+        table_rows: Option<&Bound<'_, PyAny>>,
     ) -> Result<PyPlan> {
         let (page_size, num_pages) = read_pages(page_size, num_pages)?;
-        let tables = Tables::read(block_tables, lengths, self.queries(query_tokens, parents), page_size, num_pages)?;
+        let given = Given { block_tables, table_rows, lengths, queries: self.queries(query_tokens, parents) };
+        let tables = Tables::read(Tables::default(), given, page_size, num_pages)?;
         let plan = py.detach(|| {
             let _no_fork = fork::hold_off();
             tables.with_batch(|batch| self.lock().for_pages(page_size)?.plan(batch))
@@ -144,14 +149,15 @@ impl PyPlanner {
     ///     block_tables, lengths: as in :meth:`plan`, for pages of the plan's size and a pool of its number of pages.
     ///     changed_rows: the rows whose table entries *that were in use before* may differ: a list or 1-D int32 tensor. A
     ///         row that only grew is not among them. ``None``: all entries are compared, as with query_tokens.
-    ///     query_tokens, parents: as in :meth:`plan`. A planner with a window, chunks or query trees plans from scratch.
+    ///     query_tokens, parents, table_rows: as in :meth:`plan`. A planner with a window, chunks or query trees plans from
+    ///         scratch.
     ///
     /// Returns:
     ///     ``"nothing"``, ``"lengths"``, ``"pages"`` or ``"forest"``: how much has changed.
     ///
     /// Raises:
     ///     TypeError, ValueError: as :meth:`plan`; the plan is as before.
-    #[pyo3(signature = (plan: "Plan", block_tables, lengths, changed_rows = None, *, query_tokens = None, parents = None) -> "str")]
+    #[pyo3(signature = (plan: "Plan", block_tables, lengths, changed_rows = None, *, query_tokens = None, parents = None, table_rows = None) -> "str")]
     #[expect(clippy::too_many_arguments, reason = "the Python signature")]
     fn advance(
         &self,
@@ -162,24 +168,37 @@ impl PyPlanner {
         changed_rows: Option<&Bound<'_, PyAny>>,
         query_tokens: Option<&Bound<'_, PyAny>>,
         parents: Option<&Bound<'_, PyAny>>,
+        table_rows: Option<&Bound<'_, PyAny>>,
     ) -> Result<&'static str> {
         let plan = plan.get();
         if plan.origin.shape != self.shape.inner {
             return Err(invalid("plan", format!("one for {:?}", plan.origin.shape), "a plan of this planner's shape"));
         }
         let (page_size, num_pages) = plan.pages();
-        let tables = Tables::read(block_tables, lengths, self.queries(query_tokens, parents), page_size, num_pages)?;
+        let given = Given { block_tables, table_rows, lengths, queries: self.queries(query_tokens, parents) };
+        // The memory of the tables before the last ones: no step of a batch that does not grow asks the system for some.
+        let spare = std::mem::take(&mut plan.lock().spare);
+        let tables = Tables::read(spare, given, page_size, num_pages)?;
         // They name sequences; the rows of the batch are query tokens.
         let changed_rows = changed_rows.map(|rows| read_rows(rows)).transpose()?.filter(|_| !tables.has_query_tokens());
-        let change = py.detach(|| -> pat_rs::Result<PlanChange> {
-            let _no_fork = fork::hold_off();
+        let is_short = tables.are_few();
+        let advance = || -> pat_rs::Result<PlanChange> {
             let mut planner = self.lock();
             let mut state = plan.lock();
             let planner = planner.for_pages(page_size)?;
             let change = tables.with_batch(|batch| planner.advance(batch, changed_rows.as_deref(), &mut state.plan))?;
-            state.tables = tables;
+            state.spare = std::mem::replace(&mut state.tables, tables);
             Ok(change)
-        })?;
+        };
+        let change = if is_short {
+            // Nor does another thread fork while this one has the interpreter.
+            advance()
+        } else {
+            py.detach(|| {
+                let _no_fork = fork::hold_off();
+                advance()
+            })
+        }?;
         Ok(match change {
             PlanChange::Nothing => "nothing",
             PlanChange::Lengths => "lengths",
@@ -196,7 +215,7 @@ impl PyPlanner {
     ///
     /// Raises:
     ///     TypeError, ValueError: an argument cannot be read.
-    #[pyo3(signature = (block_tables, lengths, page_size, num_pages, *, query_tokens = None, parents = None) -> "PlanFuture")]
+    #[pyo3(signature = (block_tables, lengths, page_size, num_pages, *, query_tokens = None, parents = None, table_rows = None) -> "PlanFuture")]
     #[expect(clippy::too_many_arguments, reason = "the Python signature")]
     fn plan_async(
         &self,
@@ -207,9 +226,11 @@ impl PyPlanner {
         num_pages: Integer,
         query_tokens: Option<&Bound<'_, PyAny>>,
         parents: Option<&Bound<'_, PyAny>>,
+        table_rows: Option<&Bound<'_, PyAny>>,
     ) -> Result<PyPlanFuture> {
         let (page_size, num_pages) = read_pages(page_size, num_pages)?;
-        let tables = Tables::read(block_tables, lengths, self.queries(query_tokens, parents), page_size, num_pages)?;
+        let given = Given { block_tables, table_rows, lengths, queries: self.queries(query_tokens, parents) };
+        let tables = Tables::read(Tables::default(), given, page_size, num_pages)?;
         let (planner, made) = (self.planner.clone(), Arc::new(OnceLock::new()));
         let (of_future, running) = (made.clone(), fork::Background::begin(py));
         let work = move || {

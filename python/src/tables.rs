@@ -39,23 +39,36 @@ type Parents = Vec<Option<u32>>;
 
 const FORMS: &str = "a list of lists of page ids, a 2-D int32 tensor or array, or a tuple (indptr, ids) of them";
 
+/// What a call says of a batch.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Given<'a, 'py> {
+    pub(crate) block_tables: &'a Bound<'py, PyAny>,
+    /// The row of `block_tables` that each sequence has.
+    pub(crate) table_rows: Option<&'a Bound<'py, PyAny>>,
+    pub(crate) lengths: &'a Bound<'py, PyAny>,
+    pub(crate) queries: Queries<'a, 'py>,
+}
+
 impl Tables {
-    pub(crate) fn read(
-        block_tables: &Bound<'_, PyAny>,
-        lengths: &Bound<'_, PyAny>,
-        query_tokens: Queries<'_, '_>,
-        page_size: u32,
-        num_pages: u32,
-    ) -> Result<Self> {
-        let lengths = read_lengths(lengths)?;
-        let query_tokens = query_tokens.read()?;
-        let mut tables = Self { ids: Vec::new(), ends: Vec::new(), lengths, query_tokens, page_size, num_pages };
+    /// Copies what is given into the memory of `spare`.
+    pub(crate) fn read(spare: Self, given: Given<'_, '_>, page_size: u32, num_pages: u32) -> Result<Self> {
+        let Self { mut ids, mut ends, .. } = spare;
+        ids.clear();
+        ends.clear();
+        let (lengths, query_tokens) = (read_lengths(given.lengths)?, given.queries.read()?);
+        let mut tables = Self { ids, ends, lengths, query_tokens, page_size, num_pages };
+        let Given { block_tables, table_rows, .. } = given;
+        let are_ragged = block_tables.is_instance_of::<PyList>() || block_tables.is_instance_of::<PyTuple>();
+        if table_rows.is_some() && are_ragged {
+            return Err(invalid("table_rows", "some", "None, but for block_tables that are a 2-D tensor or array"));
+        }
         if let Ok(rows) = block_tables.cast::<PyList>() {
             tables.read_rows(rows.len(), rows.iter())?;
         } else if let Ok(pair) = block_tables.cast::<PyTuple>() {
             tables.read_csr(pair)?;
         } else {
-            tables.read_padded(&Tensor::read("block_tables", block_tables, None)?)?;
+            let table_rows = table_rows.map(|rows| read_integers("table_rows", rows)).transpose()?;
+            tables.read_padded(&Tensor::read("block_tables", block_tables, None)?, table_rows.as_deref())?;
         }
         Ok(tables)
     }
@@ -63,6 +76,11 @@ impl Tables {
     /// Whether rows are query tokens, of which a sequence may have any number.
     pub(crate) fn has_query_tokens(&self) -> bool {
         !matches!(self.query_tokens, Counts::One)
+    }
+
+    /// Whether planning takes no longer than handing the interpreter to other threads, and waiting to get it back, may.
+    pub(crate) fn are_few(&self) -> bool {
+        self.ids.len() <= 1 << 16
     }
 
     /// Hands the batch, a row per query token, to `use_it`; borrows only what is here.
@@ -132,28 +150,43 @@ impl Tables {
         Ok(())
     }
 
-    fn read_padded(&mut self, tensor: &Tensor<'_>) -> Result<()> {
+    fn read_padded(&mut self, tensor: &Tensor<'_>, table_rows: Option<&[i64]>) -> Result<()> {
         if tensor.rank != 2 {
             return Err(invalid("block_tables", format!("shape {}", tensor.shape()), FORMS));
         }
         let values = foreign::elements::<i32>(tensor, &Element::I32)?;
-        let (rows, columns) = (tensor.sizes[0] as usize, tensor.sizes[1] as usize);
+        let (available, columns) = (tensor.sizes[0] as usize, tensor.sizes[1] as usize);
         let (row_stride, stride) = (tensor.strides[0] as usize, tensor.strides[1] as usize);
-        self.check_rows(rows)?;
+        let rows = self.lengths.len();
+        match table_rows {
+            None => self.check_rows(available)?,
+            Some(given) if given.len() == rows => {}
+            Some(given) => {
+                return Err(invalid("table_rows", format!("{} rows", given.len()), format!("one per length ({rows})")));
+            }
+        }
+        self.ids.reserve((0..rows).map(|row| self.needed(row, columns)).sum());
         for row in 0..rows {
+            let table_row = match table_rows {
+                None => row,
+                Some(given) => usize::try_from(given[row]).ok().filter(|&row| row < available).ok_or_else(|| {
+                    let expected = format!("one of the {available} rows of block_tables");
+                    invalid(format!("table_rows[{row}]"), given[row], expected)
+                })?,
+            };
             let (begin, needed) = (self.ids.len(), self.needed(row, columns));
             if stride == 1 {
-                let used = values.get(row * row_stride..).unwrap_or(&[]);
+                let used = values.get(table_row * row_stride..).unwrap_or(&[]);
                 // A negative id becomes one of 2^31 or more, which is never below `num_pages`.
                 self.ids.extend(used[..needed].iter().map(|&id| id as u32));
             } else {
-                self.ids.extend((0..needed).map(|column| values[row * row_stride + column * stride] as u32));
+                self.ids.extend((0..needed).map(|column| values[table_row * row_stride + column * stride] as u32));
             }
             // The maximum first: one vectorised pass, and the offender is looked for only when there is one.
             let ids = &self.ids[begin..];
-            if ids.iter().max().is_some_and(|&largest| largest >= self.num_pages) {
+            if ids.iter().copied().max().is_some_and(|largest| largest >= self.num_pages) {
                 let position = ids.iter().position(|&id| id >= self.num_pages).unwrap_or(0);
-                self.page_id(row, position, i64::from(ids[position].cast_signed()))?;
+                self.page_id(table_row, position, i64::from(ids[position].cast_signed()))?;
             }
             self.ends.push(self.ids.len());
         }

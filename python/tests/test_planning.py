@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import threading
 import time
 
@@ -73,6 +74,44 @@ def test_advance_is_as_good_as_planning_from_scratch(planner):
             assert step[what] == scratch[what]
         assert step["predicted_us"] <= 1.05 * scratch["predicted_us"]
     assert {"nothing", "lengths", "forest"} <= seen
+
+
+def test_tables_of_more_requests_than_the_batch_has(planner):
+    """Sequences name their rows; any order, and any number of times."""
+    every = np.arange(24, dtype=np.int32).reshape(6, 4)
+    every[:, 0] = 0
+    rows, lengths = [4, 1, 1, 5], np.array([50, 64, 33, 17], dtype=np.int32)
+    plan = planner.plan(every, lengths, 16, 24, table_rows=rows)
+    again = planner.plan(torch.from_numpy(every[rows]), lengths, 16, 24)
+    assert plan.summary() == again.summary() and plan.summary()["unique_kv_bytes"] < plan.summary()["flat_kv_bytes"]
+    plan = planner.plan(every, lengths, 16, 24, table_rows=np.array(rows, dtype=np.int32))
+    every[1, 2:] = [22, 23]
+    assert planner.advance(plan, every, lengths, table_rows=rows) == "forest"
+    assert planner.advance(plan, every, lengths, table_rows=torch.tensor(rows, dtype=torch.int32)) == "nothing"
+    again = planner.plan_async(every, lengths, 16, 24, table_rows=rows).result()
+    assert again.summary()["unique_kv_bytes"] == plan.summary()["unique_kv_bytes"]
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([0], "table_rows: got 1 rows, expected one per length (2)"),
+        ([0, 3], "table_rows[1]: got 3, expected one of the 3 rows of block_tables"),
+        ([-1, 0], "table_rows[0]: got -1, expected one of the 3 rows of block_tables"),
+        ([2, 1], "block_tables[2][1]: got 8, expected a page id below num_pages = 8"),
+    ],
+)
+def test_rows_of_tables_that_are_not_there(planner, rows, message):
+    every = np.array([[0, 1], [2, 3], [4, 8]], dtype=np.int32)
+    plan = planner.plan(every[:2], [20, 20], 16, 8)
+    for call in (planner.plan, lambda *args, **rest: planner.advance(plan, *args[:2], **rest)):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            call(every, [20, 20], 16, 8, table_rows=rows)
+    with pytest.raises(TypeError, match="table_rows: got a tensor of int64"):
+        planner.plan(every, [20, 20], 16, 8, table_rows=torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="^table_rows: got some, expected None"):
+        planner.plan([[0, 1], [2, 3]], [20, 20], 16, 8, table_rows=[0, 1])
+    assert planner.advance(plan, every[:2], [20, 20]) == "nothing"
 
 
 def test_advance_takes_the_rows_that_changed(planner):

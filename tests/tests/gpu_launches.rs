@@ -10,7 +10,7 @@ use pat_rs::cuda::{
     Workspace,
 };
 use pat_rs::plan::PlanMode;
-use pat_rs::{AttentionShape, Dtype, Engine, Plan, PlanOptions};
+use pat_rs::{AttentionShape, Dtype, Engine, Plan, PlanOptions, Planner};
 use pat_tests::on_device::{OnDevice, plan, read_output};
 use pat_tests::{Case, Output, device_test, judge, strided};
 use pat_workloads::{OwnedBatch, PoolLayout};
@@ -191,6 +191,8 @@ fn a_run_on_another_stream_waits_for_the_upload(engine: &Engine) {
     let delay = Delay::new(device);
     for round in 0..8 {
         let step = round % 2;
+        // A kernel stands right in front of the run, having read the plan that the upload replaces.
+        run.run(buffers.uploaded().unwrap(), &runs).unwrap();
         delay.enqueue(&uploads);
         let uploaded = buffers.upload(&steps.plans[step], &uploads).unwrap();
         run.run(uploaded, &runs).unwrap();
@@ -218,6 +220,64 @@ fn an_upload_waits_for_runs_on_other_streams(engine: &Engine) {
         run.run(uploaded, runs).unwrap();
         buffers.upload(&steps.plans[1 - step], uploads).unwrap();
         steps.assert_output(step, &format!("round {round}, the upload moved"));
+    }
+}
+
+/// Layers of a step: each reads the queries that the one before has written over its own, and shares its partials.
+fn a_run_waits_for_the_one_before(engine: &Engine) {
+    const LAYERS: usize = 24;
+    let cuda = engine.as_cuda().unwrap();
+    let device = *cuda.device();
+    let mut memory = OnDevice::<f16>::new(long_case(), cuda, SEED).unwrap();
+    let case = long_case();
+    // Steep softmaxes: what a layer gives depends on what the one before gave, however many there were.
+    let problem = case.batch.problem(case.shape).with_scale(64.0 / 128f32.sqrt());
+    let mut queries = vec![f16::ZERO; memory.q.bytes() as usize / 2];
+    memory.q.read(0, &mut queries).unwrap();
+    let mut there = memory.args();
+    there.problem = problem;
+    let mut back = there.clone();
+    (back.q, back.out) = (there.out.clone(), there.q.clone());
+    let (profile, rows) = (engine.profile().unwrap(), case.batch.rows());
+    for variant in profile.variants(&problem) {
+        for mode in [PlanMode::Auto, PlanMode::FixedChunk { tokens: 64 }] {
+            let options = PlanOptions::from(mode).with_variants([variant]);
+            let view = case.batch.view(&rows).unwrap();
+            let plan = Planner::new(problem, profile.clone(), options).unwrap().plan(&view).unwrap();
+            let mut buffers =
+                PlanBuffers::with_fixed_geometry(&device, plan.bytes().len(), LaunchGeometry::of(&plan)).unwrap();
+            let workspace = Workspace::with_capacity(&device, Workspace::bytes_for(&plan)).unwrap();
+            let stream = device.new_stream().unwrap();
+            buffers.upload(&plan, &stream).unwrap();
+            let layers = [&there, &back].map(|args| cuda.bind(&buffers, args, &workspace).unwrap());
+            let layers: Vec<&BoundRun> = layers.iter().cycle().take(LAYERS).collect();
+            let mut graph = Graph::capture(layers.iter().map(|&run| run.clone()).collect()).unwrap();
+            let uploaded = buffers.uploaded().unwrap();
+            let mut step = |run: &mut dyn FnMut()| {
+                memory.q.write(0, &queries).unwrap();
+                memory.poison().unwrap();
+                run();
+                stream.synchronize().unwrap();
+                let mut last = queries.clone();
+                memory.q.read(0, &mut last).unwrap();
+                (last, memory.output().unwrap())
+            };
+            let expected = [LAYERS - 2, LAYERS].map(|count| {
+                step(&mut || {
+                    for run in &layers[..count] {
+                        run.run(uploaded, &stream).unwrap();
+                        stream.synchronize().unwrap();
+                    }
+                })
+            });
+            assert!(expected[0] != expected[1], "{variant:?}, {mode:?}: the layers came to a standstill");
+            for round in 0..20 {
+                let launched = step(&mut || layers.iter().for_each(|run| run.run(uploaded, &stream).unwrap()));
+                assert!(launched == expected[1], "{variant:?}, {mode:?}, round {round}: launched one behind the other");
+                let replayed = step(&mut || graph.replay(uploaded, &stream).unwrap());
+                assert!(replayed == expected[1], "{variant:?}, {mode:?}, round {round}: a graph");
+            }
+        }
     }
 }
 
@@ -549,6 +609,7 @@ fn main() -> ExitCode {
         device_test!(q_and_o_may_move_between_runs),
         device_test!(a_run_on_another_stream_waits_for_the_upload),
         device_test!(an_upload_waits_for_runs_on_other_streams),
+        device_test!(a_run_waits_for_the_one_before),
         device_test!(threads_with_engines_of_their_own_do_not_meet),
         device_test!(the_current_context_of_a_thread_stays_what_it_was),
         device_test!(runs_and_graphs_move_to_other_threads),

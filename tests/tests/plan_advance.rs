@@ -299,6 +299,21 @@ fn a_plan_of_another_step_is_planned_from_scratch() {
 }
 
 #[test]
+fn a_pool_of_another_size_is_planned_from_scratch() {
+    let spec = RaggedGroups { sequences: 8, groups: 2, shared_pages: 2, private_pages: 3, page_size: 16, seed: 1 };
+    let before = spec.batch();
+    for (changed_rows, num_pages) in [(None, POOL), (Some(&[][..]), POOL), (None, before.num_pages + 1)] {
+        let after = OwnedBatch { num_pages, ..before.clone() };
+        let mut planner = planner(PlanMode::Auto, 16);
+        let mut plan = from_scratch(&mut planner, &before);
+        assert_eq!(advance(&mut planner, &after, changed_rows, &mut plan), PlanChange::Forest);
+        // Launches are checked against the pool that the plan names.
+        assert_eq!(plan.num_pages(), num_pages);
+        check(&plan, &after, plan.shape());
+    }
+}
+
+#[test]
 fn a_refused_step_leaves_the_plan_as_it_was() {
     let batch = RaggedGroups { sequences: 4, groups: 1, shared_pages: 2, private_pages: 3, page_size: 16, seed: 1 };
     let batch = batch.batch();

@@ -11,6 +11,8 @@ mod dependencies;
 mod dist;
 mod doctor;
 mod error_doc;
+#[cfg(test)]
+mod findings;
 mod fuzz;
 mod gpu_bundle;
 mod lint_kernels;

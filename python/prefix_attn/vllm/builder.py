@@ -159,7 +159,7 @@ class Builder(FlashAttentionMetadataBuilder):
         """Tokens of each decode row in this rank's cache."""
         if tables.is_dummy:
             return np.zeros(rows, dtype=np.int32)
-        lengths = batch.seq_lens_cpu_upper_bound[:rows].numpy()
+        lengths = batch.seq_lens_cpu_upper_bound.numpy()[:rows]
         if self.dcp_world_size > 1:
             # The new token's own K and V come from the layer, not from the cache.
             lengths = local_lengths(
@@ -210,11 +210,15 @@ class Builder(FlashAttentionMetadataBuilder):
                 f"prefix_attn: lengths on the host {lengths.tolist()}, on the device {batch.seq_lens[:rows].tolist()}"
             )
         device = batch.block_table_tensor[:rows].cpu().numpy()
+        window, queries = eligibility.window_of(self.kv_cache_spec), np.diff(batch.query_start_loc_cpu[: rows + 1].numpy())
         for row, request in enumerate(tables.requests[:rows]):
-            used = -(-int(lengths[row]) // (self.block_size * self.dcp_world_size))
-            host = tables.mirror.ids[request, :used]
-            if not np.array_equal(device[row, :used], host):
-                raise RuntimeError(f"prefix_attn: table of row {row}: host {host}, device {device[row, :used]}")
+            tokens = int(lengths[row])
+            # Entries in front of what the row's first query token sees are 0 on the device from vLLM 0.33 on.
+            first = 0 if window is None else max(tokens - int(queries[row]) + 1 - window, 0) // self.block_size
+            used = slice(first, -(-tokens // (self.block_size * self.dcp_world_size)))
+            host = tables.mirror.ids[request, used]
+            if not np.array_equal(device[row, used], host):
+                raise RuntimeError(f"prefix_attn: table of row {row}: host {host}, device {device[row, used]}")
 
 
 def _query_tokens(vllm_config) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import prefix_attn as pa
-from prefix_attn.vllm.tables import RowTables
+from prefix_attn.vllm.tables import StepTables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,18 +55,17 @@ class DecodeRows:
 
     def __init__(self, group: Group):
         self.group = group
-        self._tables = RowTables(group.max_rows, group.max_row_pages)
         self._capacities: dict[int, _Capacity] = {}
         self._current: _Capacity | None = None
         self._templates: dict[tuple, torch.Tensor] = {}
         self._workspace: pa.Workspace | None = None
         self._lse: torch.Tensor | None = None
 
-    def plan(self, tables, lengths: np.ndarray, query_tokens: np.ndarray | None = None, room: int = 0) -> "pa.Plan":
+    def plan(self, tables: StepTables, lengths: np.ndarray, query_tokens: np.ndarray | None = None, room: int = 0) -> "pa.Plan":
         """Make this step's plan and enqueue its upload on torch's current stream.
 
         Args:
-            tables: the step's :class:`~prefix_attn.vllm.tables.StepTables`.
+            tables: the step's.
             lengths: int32 tokens of each row, its query tokens included; 0 where there is none.
             query_tokens: int32 query tokens of each row; by default 1.
             room: query tokens of the step's graph: the plan is one of a capacity for so many.
@@ -75,16 +74,15 @@ class DecodeRows:
             ValueError: a table names a page outside the pool, or there are more rows, or longer ones, than the group has.
             CudaError: the device has no memory for the plan.
         """
-        pages = -(-int(lengths.max(initial=0)) // self.group.page_size)
+        pages = -(-int(lengths.max()) // self.group.page_size) if len(lengths) else 0
         if len(lengths) > self.group.max_rows or pages > self.group.max_row_pages:
             raise ValueError(
                 f"prefix_attn: a step of {len(lengths)} rows, the longest of {pages} pages; plans are sized for "
                 f"{self.group.max_rows} rows of {self.group.max_row_pages} pages"
             )
-        rows = tables.rows(lengths, self._tables)
         tokens = len(lengths) if query_tokens is None else int(query_tokens.sum())
         capacity = self._capacity(max(tokens, room))
-        plan = capacity.advance(rows, lengths, query_tokens)
+        plan = capacity.advance(tables, lengths, query_tokens)
         self._current = capacity
         return plan
 
@@ -156,12 +154,13 @@ class _Capacity:
         self.planner = planner(owner.group, rows)
         self.plan = None
 
-    def advance(self, tables: np.ndarray, lengths: np.ndarray, query_tokens: np.ndarray | None) -> "pa.Plan":
+    def advance(self, tables: StepTables, lengths: np.ndarray, query_tokens: np.ndarray | None) -> "pa.Plan":
+        ids, rows = tables.mirror.ids, tables.rows(len(lengths))
         if self.plan is None:
             pool = self.group.page_size, self.group.num_pages
-            self.plan = self.planner.plan(tables, lengths, *pool, query_tokens=query_tokens)
+            self.plan = self.planner.plan(ids, lengths, *pool, query_tokens=query_tokens, table_rows=rows)
         else:
-            self.planner.advance(self.plan, tables, lengths, query_tokens=query_tokens)
+            self.planner.advance(self.plan, ids, lengths, query_tokens=query_tokens, table_rows=rows)
         return self.plan
 
 
@@ -178,7 +177,7 @@ class _DeviceCapacity(_Capacity):
         self.buffers = pa.PlanBuffers(self.planner, self.group.page_size, self.group.num_pages)
         self.layers: dict[str, _BoundLayer] = {}
 
-    def advance(self, tables: np.ndarray, lengths: np.ndarray, query_tokens: np.ndarray | None) -> "pa.Plan":
+    def advance(self, tables: StepTables, lengths: np.ndarray, query_tokens: np.ndarray | None) -> "pa.Plan":
         plan = super().advance(tables, lengths, query_tokens)
         self.buffers.upload(plan)
         return plan

@@ -13,8 +13,8 @@ import weakref
 
 from prefix_attn.vllm.tables import StepTables, TableMirror
 
-#: Mirrors by the ``BlockTables`` they belong to.
-_mirrors: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()
+#: The ``BlockTables`` of this process.
+_owners: "weakref.WeakSet" = weakref.WeakSet()
 
 
 def install() -> str | None:
@@ -54,8 +54,9 @@ def _mirroring(original):
         for table, block_size in zip(self.block_tables, block_sizes):
             mirrors.append(mirror := TableMirror(*table.gpu.shape, block_size))
             table.stage_write = _writing_both(table.stage_write, mirror)
-        _mirrors[self] = mirrors
+        self.prefix_attn_mirrors = mirrors
         self.prefix_attn_is_dummy = True
+        _owners.add(self)
 
     return init
 
@@ -104,16 +105,18 @@ def _announcing(original):
 
 def _tell_builders(input_batch, block_tables, attn_groups) -> list:
     """Give each of our builders the tables of its group."""
-    owner = next((tables for tables in _mirrors if _gave(tables, block_tables)), None)
+    owner = next((tables for tables in _owners if _gave(tables, block_tables)), None)
     if owner is None:
         return []
     told = []
-    for mirror, groups in zip(_mirrors[owner], attn_groups):
-        tables = StepTables(mirror, input_batch.idx_mapping_np, owner.prefix_attn_is_dummy)
-        for builder in (builder for group in groups for builder in group.metadata_builders):
-            if hasattr(builder, "step_tables"):
-                builder.step_tables = tables
-                told.append(builder)
+    requests, is_dummy = input_batch.idx_mapping_np, owner.prefix_attn_is_dummy
+    for mirror, groups in zip(owner.prefix_attn_mirrors, attn_groups):
+        tables = StepTables(mirror, requests, is_dummy)
+        for group in groups:
+            for builder in group.metadata_builders:
+                if hasattr(builder, "step_tables"):
+                    builder.step_tables = tables
+                    told.append(builder)
     return told
 
 

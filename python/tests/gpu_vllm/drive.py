@@ -16,9 +16,9 @@ Tasks, run in order:
   time:PROMPTSxSHARED+OWN:OUT             median time of the steps in which every prompt yields a token
   profile:PROMPTSxSHARED+OWN              kernels and idle time of a few such steps
   host:PROMPTSxSHARED+OWN                 what Python's time goes to in 30 such steps
-  oom:PROMPTSxSHARED+OWN                  the device has no memory for our workspace: the engine's step must raise CudaError
   restart:[PROMPTSxSHARED+OWN]            this engine goes, in the middle of such requests; another one does the tasks behind
-  kill:PROMPTSxSHARED+OWN                 a worker process is killed (--tp 2 or more): the engine must say so, within a minute
+  fail:HOW:PROMPTSxSHARED+OWN:OUT         when each request has OUT tokens, HOW happens: the engine must say so, within a minute, in the
+                                          words of `FAULTS`; the tokens that came are those of the task `tokens`
 """
 
 import argparse
@@ -160,6 +160,7 @@ class Requests:
     def __init__(self, engine, logprobs):
         self.engine, self.logprobs = engine, logprobs
         self.made, self.result, self.order, self.cached = {}, {}, [], 0
+        self.newest = {}
 
     def add(self, name, prompt, out):
         from vllm import SamplingParams
@@ -178,6 +179,7 @@ class Requests:
             completion = output.outputs[0]
             came += len(completion.token_ids) > self.made.get(output.request_id, 0)
             self.made[output.request_id] = len(completion.token_ids)
+            self.newest[output.request_id] = completion
             if output.finished:
                 self.cached += output.num_cached_tokens or 0
                 self.result[output.request_id] = dict(tokens=list(completion.token_ids), top=self.top(completion))
@@ -197,6 +199,11 @@ class Requests:
     def drain(self):
         while self.engine.has_unfinished_requests():
             self.step()
+
+    def so_far(self):
+        """What each has got until now."""
+        newest = (self.newest[name] for name in self.order)
+        return [dict(tokens=list(completion.token_ids), top=self.top(completion)) for completion in newest]
 
     def in_order(self):
         return [self.result.get(name) for name in self.order]
@@ -439,31 +446,90 @@ def forced(engine, vocab, text, save_as):
     return {}
 
 
-def begin_decoding(engine, vocab, text, tag):
-    """Requests that all decode, with many tokens to go."""
+def begin_decoding(engine, vocab, text, tag, out=1):
+    """Requests that all decode, each with `out` tokens or more, and many to go."""
     count, shared, own = read_size(text)
-    requests = Requests(engine, None)
+    requests = Requests(engine, 2)
     for i, prompt in enumerate(prompts(count, shared, own, tag, vocab)):
         requests.add("%s-%d" % (tag, i), prompt, 800)
-    while len(requests.made) < count:
+    while len(requests.made) < count or min(requests.made.values()) < out:
         requests.step()
     return requests
 
 
-def out_of_memory(engine, vocab, text):
-    """Few prompts, so that plans of a size come that the engine's own warm-up has not made room for."""
-    import prefix_attn as pa
-    from prefix_attn.vllm import decoder
+#: By what happens: words of the exception that a step raises. An engine in a process of its own ends, and logs them there.
+FAULTS = {
+    "memory": "out of memory",
+    "rows": "plans are sized for",
+    "plan": "expected at most capacity.max_",
+    "upload": "expected at most the capacity's 1",
+    "kill": None,
+}
 
-    right = decoder.DecodeRows.workspace
-    decoder.DecodeRows.workspace = lambda self: pa.Workspace(1 << 46, self.group.device)
+
+def arrange(worker, how):
+    """In the process of a worker: the next step meets the fault. Returns the process's id."""
+    import dataclasses
+
+    import prefix_attn as pa
+    from prefix_attn.vllm.decoder import DecodeRows, _Capacity
+
+    advance, plan = _Capacity.advance, DecodeRows.plan
+
+    def least(group):
+        capacity = pa.Capacity(1, 1, group.device)
+        return pa.Planner(group.shape, group.device, capacity=capacity, **group.visible)
+
+    def without_memory(self, *args):
+        # A batch size that the engine has not had, which needs a workspace: there is no device with so much memory.
+        self._capacities.clear()
+        self._workspace = None
+        return plan(self, *args)
+
+    def of_short_rows(self, *args):
+        self.group = dataclasses.replace(self.group, max_row_pages=1)
+        return plan(self, *args)
+
+    def with_least_planner(self, *args):
+        self.planner, self.plan = least(self.group), None
+        return advance(self, *args)
+
+    def with_least_buffers(self, *args):
+        self.buffers = pa.PlanBuffers(least(self.group), self.group.page_size, self.group.num_pages)
+        return own_advance(self, *args)
+
+    if how == "memory":
+        DecodeRows.plan = without_memory
+        DecodeRows.workspace = lambda self: pa.Workspace(1 << 46, self.group.device)
+    elif how == "rows":
+        DecodeRows.plan = of_short_rows
+    elif how == "plan":
+        _Capacity.advance = with_least_planner
+    elif how == "upload":
+        from prefix_attn.vllm.decoder import _DeviceCapacity
+
+        own_advance, _DeviceCapacity.advance = _DeviceCapacity.advance, with_least_buffers
+    return os.getpid()
+
+
+def fail(engine, vocab, text):
+    """Returns what came before the fault, and the engine's own error."""
+    import signal
+
+    how, size, out = text.split(":")
+    requests = begin_decoding(engine, vocab, size, "tokens", int(out))
+    worker = engine.collective_rpc(arrange, args=(how,))[-1]
+    assert worker != os.getpid(), "a fault in this process would stay"
+    if how == "kill":
+        os.kill(worker, signal.SIGKILL)
+    start = time.time()
     try:
-        begin_decoding(engine, vocab, text, "oom").step()
-    except pa.CudaError as error:
-        return dict(error=str(error))
-    finally:
-        decoder.DecodeRows.workspace = right
-    raise AssertionError("no error without a workspace")
+        requests.drain()
+    except Exception as error:
+        seconds = time.time() - start
+        assert seconds < 60, seconds
+        return dict(error=repr(error)[:300], seconds=seconds, fault=how, words=FAULTS[how] or "", requests=requests.so_far())
+    raise AssertionError("the engine went on")
 
 
 def restart(engine, vocab, text, again):
@@ -476,27 +542,9 @@ def restart(engine, vocab, text, again):
     return again()
 
 
-def process_id(worker):
-    return os.getpid()
-
-
-def kill_worker(engine, vocab, text):
-    import signal
-
-    requests = begin_decoding(engine, vocab, text, "kill")
-    os.kill(engine.collective_rpc(process_id)[-1], signal.SIGKILL)
-    start = time.time()
-    try:
-        requests.drain()
-    except Exception as error:
-        return dict(error=repr(error)[:300], seconds=time.time() - start)
-    raise AssertionError("the engine went on without a worker")
-
-
 TASKS = dict(
-    tokens=tokens, again=tokens, broken=broken, churn=churn, time=time_steps, profile=profile, oom=out_of_memory,
-    restart=restart, kill=kill_worker, layers=layers, forced=forced, float32=exact_tokens,
-    host=host_profile,
+    tokens=tokens, again=tokens, broken=broken, churn=churn, time=time_steps, profile=profile, fail=fail, layers=layers,
+    forced=forced, float32=exact_tokens, host=host_profile,
 )  # fmt: skip
 
 
@@ -544,7 +592,7 @@ def main():
             while behind >= 0 and not os.path.exists("%s.%d" % (a.turns[1], behind)):
                 time.sleep(0.02)
         kind, _, text = task.partition(":")
-        if kind == "kill":
+        if kind == "fail":
             count(record, a, engine)
         if a.known:
             know(a.known, "tokens:" + text)

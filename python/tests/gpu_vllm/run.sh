@@ -5,7 +5,8 @@
 #   big     3 minutes, one GPU: step times of the 8B shape, profile
 #   exact   2 minutes, one GPU: FULL graphs beside float32 attention: the 8B shape layer by layer and by log-probs; small models with
 #           drafts and with gpt-oss's attention layer by layer
-#   tokens  2 minutes, one GPU: tokens of a small model in PIECEWISE graphs; restart, no memory
+#   tokens  2 minutes, one GPU: tokens of a small model in PIECEWISE graphs; an engine that is restarted
+#   faults  2 minutes, one GPU: no memory, plans larger than their capacity, a killed engine, restarts in the middle
 #   drafts  2.5 minutes, one GPU: speculative decoding with 3 drafts: tokens, step times of the 8B shape
 #   more    2 minutes, one GPU: 200 requests with preemption and aborts: Qwen3, Llama, gpt-oss's attention (MODELS)
 #   gpt_oss 1.5 minutes, one GPU: windows and sinks: layers beside float32, tokens, 200 requests
@@ -80,7 +81,7 @@ smoke() {
 
 big() {
     local big="--shape 8b --mode graph --seqs 256 --sizes 8,32,64,112,128,256"
-    local times="time:64x2496+528:48 time:128x2496+528:40 time:256x2496+528:36 profile:64x2496+528"
+    local times="time:64x2496+528:48 time:128x2496+528:40 time:256x2496+528:36 profile:64x2496+528 profile:256x2496+528"
     times="$times time:64x0+3000:40 time:112x0+3000:80"
     drive 8b-fa $big --backend FLASH_ATTN $times
     drive 8b-ours $big $times
@@ -131,15 +132,56 @@ tokens() {
     drive piecewise-triton $piecewise --backend TRITON_ATTN $t &
     drive piecewise-ours $piecewise $t broken:${t#*:} &
     drive eager-fa $eager --backend FLASH_ATTN $t $t:16 &
-    drive eager-restarts $eager $t restart:5x100+20 oom:3x100+20 restart: again:${t#*:} &
+    drive eager-restarts $eager $t restart:5x100+20 again:${t#*:} &
     wait
     failed_in_background "$out"/piecewise-{fa,triton,ours}.json "$out"/eager-{fa,restarts}.json
     local noise="--noise $out/piecewise-triton.json $t --noise $out/piecewise-fa.json $t:16"
     judge "small, PIECEWISE graphs: as stock in PIECEWISE graphs?" "$out"/piecewise-fa.json "$out"/piecewise-ours.json $t $noise
     judge "small, PIECEWISE, one token left out of every row: must be found" \
         "$out"/piecewise-fa.json "$out"/piecewise-ours.json $t $noise --task-of-ours broken:${t#*:} --expect-different
-    judge "small, eager, behind two restarts and a step without memory: as stock?" \
+    judge "small, eager, behind a restart in the middle: as stock?" \
         "$out"/eager-fa.json "$out"/eager-restarts.json $t --task-of-ours again:${t#*:} --noise "$out"/eager-fa.json $t:16
+}
+
+faults() {
+    local t=32x600+77:24 fault=32x600+77:16 how engine
+    local small="--shape small --kv-gib 1 --seqs 32 --tokens 4096 --max-len 2048" graph="--mode graph --sizes 8,32"
+    declare -A faults=([eager]="memory rows" [graph]="plan upload" [killed]="kill")
+    # Some of them alone: FAULTS="upload kill".
+    for engine in ${!faults[@]}; do
+        faults[$engine]=$(for how in ${faults[$engine]}; do [[ " ${FAULTS:-$how} " != *" $how "* ]] || echo $how; done)
+    done
+    drive faults-fa $small --backend FLASH_ATTN tokens:$t tokens:$t:8 &
+    drive faults-triton $small --backend TRITON_ATTN tokens:$t &
+    for engine in eager graph killed; do
+        drive faults-$engine $small --apart $([ $engine = eager ] || echo $graph) \
+            $(for how in ${faults[$engine]}; do echo fail:$how:$fault restart:; done) \
+            $([ $engine != eager ] || echo restart:5x100+20) again:$t &
+    done
+    wait
+    failed_in_background "$out"/faults-{fa,triton,eager,graph,killed}.json
+    local noise="--noise $out/faults-triton.json tokens:$t --noise $out/faults-fa.json tokens:$t:8"
+    for engine in eager graph killed; do
+        for how in ${faults[$engine]}; do
+            judge "$how, $engine: what came before it as stock?" "$out"/faults-fa.json "$out"/faults-$engine.json tokens:$t $noise \
+                --task-of-ours fail:$how:$fault
+            said "$out"/faults-$engine $how
+        done
+        judge "$engine, behind faults and restarts: as stock?" "$out"/faults-fa.json "$out"/faults-$engine.json tokens:$t $noise \
+            --task-of-ours again:$t
+    done
+}
+
+said() { # record and log, what happened: the engine's log has our error
+    python3 - "$@" << 'EOF' || failed=1
+import json, sys
+
+faults = [task for task in json.load(open(sys.argv[1] + ".json"))["tasks"].values() if task.get("fault") == sys.argv[2]]
+log = open(sys.argv[1] + ".log").read()
+for fault in faults:
+    print("   after %.1f s: %s" % (fault["seconds"], fault["error"][:120]))
+sys.exit(not faults or any(fault["words"] not in log for fault in faults))
+EOF
 }
 
 one_by_one() { # "engines that run beside each other", stock, ours: the last two wait for a file each, so that neither is disturbed
@@ -386,7 +428,7 @@ tp() {
     drive tp-fa $graph --backend FLASH_ATTN $t $t:16 & local small=$!
     sleep 1; drive tp-triton $graph --backend TRITON_ATTN $t & small="$small $!"
     # A killed worker is the same whatever the number of ranks.
-    sleep 1; drive tp-ours $graph $t $([ "$ranks" = 4 ] || echo kill:16x100+20) & small="$small $!"
+    sleep 1; drive tp-ours $graph $t $([ "$ranks" = 4 ] || echo fail:kill:64x1000+77:20) & small="$small $!"
     sleep 1; drive shared-fa $shared --backend FLASH_ATTN $t $t:16 & small="$small $!"
     sleep 1; drive dcp-fa $shared --dcp 2 --backend FLASH_ATTN $t & small="$small $!"
     sleep 1; drive dcp-ours $shared --dcp 2 $t & small="$small $!"
@@ -404,6 +446,11 @@ tp() {
     failed_in_background "$out"/{tp-fa,tp-triton,tp-ours,shared-fa,dcp-fa,dcp-ours,dcp-graph,8b-tp-fa,8b-tp-ours}.json
     judge "TP $ranks, FULL graphs: as stock?" "$out"/tp-fa.json "$out"/tp-ours.json $t \
         --noise "$out"/tp-fa.json $t:16 --noise "$out"/tp-triton.json $t
+    if [ "$ranks" != 4 ]; then
+        judge "TP $ranks, before a worker is killed: as stock?" "$out"/tp-fa.json "$out"/tp-ours.json $t \
+            --noise "$out"/tp-fa.json $t:16 --noise "$out"/tp-triton.json $t --task-of-ours fail:kill:64x1000+77:20
+        said "$out"/tp-ours kill
+    fi
     judge "DCP 2, eager: as stock with DCP 2?" "$out"/dcp-fa.json "$out"/dcp-ours.json $t --noise "$out"/shared-fa.json $t
     judge "DCP 2, eager: as stock without DCP?" "$out"/shared-fa.json "$out"/dcp-ours.json $t \
         --noise "$out"/dcp-fa.json $t --noise "$out"/shared-fa.json $t:16

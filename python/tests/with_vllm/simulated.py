@@ -166,7 +166,9 @@ class Engine:
         request.computed += self.rng.randint(1, chunk) if is_decode else chunk
 
 
-def prepare(tables: BlockTables, scheduled, attn_groups, pad_to=0, mode=CUDAGraphMode.NONE, is_dummy=False, each=1):
+def prepare(
+    tables: BlockTables, scheduled, attn_groups, pad_to=0, mode=CUDAGraphMode.NONE, is_dummy=False, each=1, for_capture=False
+):
     """The runner's preparation of a step, padded to `pad_to` rows of `each` tokens; of a dummy run, which has no requests, with
     `is_dummy`.
 
@@ -219,5 +221,6 @@ def prepare(tables: BlockTables, scheduled, attn_groups, pad_to=0, mode=CUDAGrap
         max_model_len=1024, supports_mm_inputs=False, encoder_cache=None, model_config=SimpleNamespace(is_mm_prefix_lm=False)
     )
     groups = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=g[0].kv_cache_spec) for g in attn_groups])
-    metadata = DefaultModelState.prepare_attn(state, batch, mode, block_tables, slot_mappings, attn_groups, groups)
+    step = batch, mode, block_tables, slot_mappings, attn_groups, groups
+    metadata = DefaultModelState.prepare_attn(state, *step, for_capture=for_capture)
     return metadata, slot_mappings[0], batch

@@ -9,7 +9,7 @@ import simulated
 
 from prefix_attn.vllm import hooks
 from prefix_attn.vllm.builder import local_lengths
-from prefix_attn.vllm.tables import RowTables, StepTables, TableMirror
+from prefix_attn.vllm.tables import StepTables, TableMirror
 
 
 class Probe:
@@ -23,7 +23,6 @@ class Probe:
 def test_rows_equal_the_device_tables(monkeypatch, seed):
     tables = simulated.make_tables(monkeypatch, requests=24, width=64)
     engine = simulated.Engine(tables, seed, blocks=400, longest=900)
-    out = RowTables(24, 64)
     seen = 0
     for _ in range(60):
         scheduled = engine.step()
@@ -36,7 +35,7 @@ def test_rows_equal_the_device_tables(monkeypatch, seed):
         told = hooks._tell_builders(SimpleNamespace(idx_mapping_np=slots), device, groups)
         assert told == [probe] and not probe.step_tables.is_dummy
         lengths = np.array([request.computed + chunk for request, chunk in scheduled], dtype=np.int32)
-        rows = probe.step_tables.rows(lengths, out)
+        rows = probe.step_tables.mirror.ids[probe.step_tables.rows(len(lengths))]
         for row, (request, chunk) in enumerate(scheduled):
             used = -(-int(lengths[row]) // simulated.BLOCK)
             assert rows[row, :used].tolist() == device[0][row, :used].tolist() == request.blocks[:used]
@@ -62,34 +61,19 @@ def test_tables_of_another_owner_are_not_taken(monkeypatch):
     assert probe.step_tables is None
 
 
-def test_padded_rows_and_partial_pages():
+def test_padded_rows():
     mirror = TableMirror(4, 6, 16)
     mirror.write(2, 0, [9, 8, 7])
     mirror.write(0, 0, [5])
-    step = StepTables(mirror, np.array([2, 0]), is_dummy=False)
-    tables = RowTables(8, 6)
-    rows = step.rows(np.array([33, 1, 0, 0], dtype=np.int32), tables)
-    assert rows.shape == (4, 3)
-    assert rows[0].tolist() == [9, 8, 7] and rows[1, 0] == 5
-
-
-def test_rows_that_stay_are_not_copied():
-    mirror = TableMirror(4, 6, 16)
-    mirror.write(2, 0, [9, 8, 7])
-    mirror.write(0, 0, [5])
-    lengths, tables = np.array([48, 16], dtype=np.int32), RowTables(2, 6)
-    StepTables(mirror, np.array([2, 0]), is_dummy=False).rows(lengths, tables)
-    # What nobody wrote is not looked at.
-    mirror.ids[2, 0] = mirror.ids[0, 0] = 1
+    mirror.write(0, 1, [])
     mirror.write(0, 1, [6])
-    rows = StepTables(mirror, np.array([2, 0]), is_dummy=False).rows(lengths, tables)
-    assert rows.tolist() == [[9, 8, 7], [1, 6, 0]]
-    rows = StepTables(mirror, np.array([0, 2]), is_dummy=False).rows(lengths, tables)
-    assert rows.tolist() == [[1, 6, 0], [1, 8, 7]]
-    dummy = StepTables(mirror, np.array([3, 3]), is_dummy=True)
-    assert dummy.rows(np.zeros(2, dtype=np.int32), tables).shape == (2, 0)
-    rows = StepTables(mirror, np.array([0, 2]), is_dummy=False).rows(lengths, tables)
-    assert rows.tolist() == [[1, 6, 0], [1, 8, 7]]
+    step = StepTables(mirror, np.array([2, 0, 3]), is_dummy=False)
+    rows = step.rows(2)
+    assert rows.dtype == np.int32 and mirror.ids[rows].tolist() == [[9, 8, 7, 0, 0, 0], [5, 6, 0, 0, 0, 0]]
+    padded = step.rows(5)
+    assert padded.dtype == np.int32 and padded[:3].tolist() == [2, 0, 3] and len(padded) == 5 and padded.max() < 4
+    dummy = StepTables(mirror, np.array([7, 7]), is_dummy=True)
+    assert dummy.rows(2).tolist() == [0, 0]
 
 
 def test_hooks_are_installed_once():
@@ -110,13 +94,3 @@ def test_local_lengths_are_vllms(ranks, interleave):
         assert ours.tolist() == get_dcp_local_seq_lens(torch.from_numpy(lengths), ranks, rank, interleave).tolist()
         total = total + ours
     assert np.array_equal(total, lengths)
-
-
-def test_rows_are_copied_anew_from_another_mirror():
-    """Requests and counts of writes are equal there, the ids are not."""
-    out, lengths, requests = RowTables(2, 8), np.array([32, 32], dtype=np.int32), np.arange(2)
-    for ids in ([3, 4], [5, 6], [3, 4]):
-        mirror = TableMirror(2, 8, 16)
-        for request in requests:
-            mirror.write(request, 0, ids)
-        assert StepTables(mirror, requests, False).rows(lengths, out).tolist() == [ids] * 2

@@ -143,7 +143,8 @@ pub(crate) fn max_grid(spec: &KernelSpec, sm_count: u32) -> u32 {
     }
 }
 
-/// Lets a launch begin while the one before it drains.
+/// Lets a launch begin while the one before it drains: of kernels that wait (`griddepcontrol.wait`) before they touch what
+/// kernels write.
 fn overlapping() -> sys::CUlaunchAttribute {
     sys::CUlaunchAttribute {
         id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
@@ -173,6 +174,12 @@ fn with_log(error: Error, log: &[u8]) -> Error {
     }
 }
 
+/// Whether launches of a kernel may overlap the end of the one before: forward and merge kernels of sm_90a wait for its memory
+/// on their own, having read the plan alone, which is copied and so complete before any kernel behind it starts.
+fn waits(spec: &KernelSpec) -> bool {
+    spec.arch == Arch::Sm90a
+}
+
 /// Launches a forward kernel over its share of a prepared run's launches, once for each part of a group.
 pub(crate) fn launch_forward(
     kernel: &Kernel,
@@ -192,22 +199,20 @@ pub(crate) fn launch_forward(
         // SAFETY: the manifest says that this family takes ForwardParams and `tensor_maps` maps. The run was checked against
         // the memory its addresses name, and the plan it points to was validated against the pool when it was made. Kernel and
         // stream are of the bound run's device.
-        unsafe { kernel.launch(grid, &mut params.0[..params.1], false, stream) }
+        unsafe { kernel.launch(grid, &mut params.0[..params.1], waits(kernel.spec), stream) }
     })
 }
 
-/// Launches a merge kernel. The sm_90a ones wait (`griddepcontrol.wait`) for the launch before them on their own, so that
-/// theirs may overlap its end; the others must not start before it has finished.
+/// Launches a merge kernel.
 pub(crate) fn launch_merge(kernel: &Kernel, run: &PreparedRun, stream: &CurrentStream<'_>) -> Result<()> {
     if kernel.spec.family != Family::Merge {
         return Err(Error::invalid("kernel", kernel.spec.entry, "a merge kernel"));
     }
-    let programmatic = kernel.spec.arch == Arch::Sm90a;
     let grid = run.merge_rows as u32;
     let mut params = [(&raw const run.merge).cast_mut().cast::<c_void>()];
     // SAFETY: merge kernels take MergeParams alone; the driver reads, never writes, parameters. Addresses as in
     // `launch_forward`. The grid fits: `RunArgs::prepare` keeps `merge_rows` below 2^31.
-    unsafe { kernel.launch(grid, &mut params, programmatic, stream) }
+    unsafe { kernel.launch(grid, &mut params, waits(kernel.spec), stream) }
 }
 
 /// Launches a fill kernel.
@@ -281,7 +286,7 @@ impl<'a> BareLaunch<'a> {
         let launch = |forward| {
             let forward = Box::new(forward);
             let (params, _) = parameter_pointers(&*forward, maps);
-            let bare = Self::new(kernel, launches.grids[variant.index()], params, false, stream);
+            let bare = Self::new(kernel, launches.grids[variant.index()], params, waits(kernel.spec), stream);
             Self { _forward: Some(forward), ..bare }
         };
         launches.of_variant(variant).map(launch).collect()
@@ -289,9 +294,8 @@ impl<'a> BareLaunch<'a> {
 
     pub(crate) fn merge(kernel: &'a Kernel, run: &'a PreparedRun, stream: &CurrentStream<'_>) -> Option<Self> {
         let (params, _) = parameter_pointers(&run.merge, &[]);
-        let programmatic = kernel.spec.arch == Arch::Sm90a;
         (kernel.spec.family == Family::Merge)
-            .then(|| Self::new(kernel, run.merge_rows as u32, params, programmatic, stream))
+            .then(|| Self::new(kernel, run.merge_rows as u32, params, waits(kernel.spec), stream))
     }
 
     fn new(
