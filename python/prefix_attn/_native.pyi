@@ -5,7 +5,6 @@ The compiled part of prefix_attn.
 """
 
 import torch
-from _typeshed import SupportsGetItem
 from typing import Any, SupportsIndex, final
 
 __all__ = ["AttentionShape", "BoundRun", "Capacity", "DeviceProfile", "Plan", "PlanBuffers", "PlanFuture", "Planner", "Workspace", "append_kv", "calibrate", "doctor", "merge_states", "run", "supports"]
@@ -159,7 +158,7 @@ class DeviceProfile:
             CudaUnavailable: there is no such device, or no driver.
         """
     @staticmethod
-    def from_json(text: str) -> DeviceProfile:
+    def from_json(text: "str") -> DeviceProfile:
         """
         A profile that was written by :meth:`to_json` or by ``pat calibrate --output``.
 
@@ -172,7 +171,7 @@ class DeviceProfile:
         The driver's name of the device.
         """
     @staticmethod
-    def named(name: str) -> DeviceProfile:
+    def named(name: "str") -> DeviceProfile:
         """
         The profile of a known device.
 
@@ -255,7 +254,7 @@ class PlanBuffers:
     """
     def __new__(cls, /, planner: "Planner", page_size: SupportsIndex, num_pages: SupportsIndex) -> PlanBuffers: ...
     def __repr__(self, /) -> str: ...
-    def bind(self, /, k_cache: "torch.Tensor", v_cache: "torch.Tensor", q: "torch.Tensor", out: "torch.Tensor", lse: "torch.Tensor | None" = None, *, scale: "float | None" = None, softcap: "float | None" = None, sinks: "torch.Tensor | None" = None, k_scale: "float | torch.Tensor | None" = None, v_scale: "float | torch.Tensor | None" = None, kv_layout: str = "NHD", workspace: "Workspace | None" = None) -> "BoundRun":
+    def bind(self, /, k_cache: "torch.Tensor", v_cache: "torch.Tensor", q: "torch.Tensor", out: "torch.Tensor", lse: "torch.Tensor | None" = None, *, scale: "float | None" = None, softcap: "float | None" = None, sinks: "torch.Tensor | None" = None, k_scale: "float | torch.Tensor | None" = None, v_scale: "float | torch.Tensor | None" = None, kv_layout: "str" = "NHD", workspace: "Workspace | None" = None) -> "BoundRun":
         """
         A run of one layer whose arguments are checked here, once, and whose tensors are kept alive.
 
@@ -329,7 +328,7 @@ class Planner:
         ValueError: a mode or variant that is not known, or not possible on the device.
         CudaUnavailable: the device is not there.
     """
-    def __new__(cls, /, shape: "AttentionShape", device: "DeviceProfile | torch.device | str | None" = None, *, mode: str = "auto", capacity: "Capacity | None" = None, variants: SupportsGetItem[int, str] | None = None, softcap: "float | None" = None, window: "int | None" = None, chunk: "int | None" = None, query_tree: bool = False, page_runs: bool = False) -> Planner: ...
+    def __new__(cls, /, shape: "AttentionShape", device: "DeviceProfile | torch.device | str | None" = None, *, mode: "str" = "auto", capacity: "Capacity | None" = None, variants: "list[str] | None" = None, softcap: "float | None" = None, window: "int | None" = None, chunk: "int | None" = None, query_tree: "bool" = False, page_runs: "bool" = False) -> Planner: ...
     def __repr__(self, /) -> str: ...
     def advance(self, /, plan: "Plan", block_tables: Any, lengths: Any, changed_rows: Any | None = None, *, query_tokens: Any | None = None, parents: Any | None = None, table_rows: Any | None = None) -> "str":
         """
@@ -390,7 +389,8 @@ class Planner:
         """
     def plan_async(self, /, block_tables: Any, lengths: Any, page_size: SupportsIndex, num_pages: SupportsIndex, *, query_tokens: Any | None = None, parents: Any | None = None, table_rows: Any | None = None) -> "PlanFuture":
         """
-        As :meth:`plan`, on a thread of its own. The arguments are read before this returns, and may be changed then.
+        As :meth:`plan`, on a thread of its own. The arguments are read before this returns, and may be changed then. A fork of
+        the process (``os.fork``, multiprocessing) waits for it: the child has the plan, too.
 
         Returns:
             An object with ``done()`` and ``result()``; ``result()`` waits, and raises what planning raised.
@@ -444,7 +444,7 @@ class Workspace:
             CudaError: the driver cannot allocate.
         """
 
-def append_kv(k_new: "torch.Tensor", v_new: "torch.Tensor", k_cache: "torch.Tensor", v_cache: "torch.Tensor", slots: "torch.Tensor", *, kv_dtype: "torch.dtype | str | None" = None, k_scale: "float | torch.Tensor | None" = None, v_scale: "float | torch.Tensor | None" = None, kv_layout: str = "NHD", stream: "int | None" = None) -> None:
+def append_kv(k_new: "torch.Tensor", v_new: "torch.Tensor", k_cache: "torch.Tensor", v_cache: "torch.Tensor", slots: "torch.Tensor", *, kv_dtype: "torch.dtype | str | None" = None, k_scale: "float | torch.Tensor | None" = None, v_scale: "float | torch.Tensor | None" = None, kv_layout: "str" = "NHD", stream: "int | None" = None) -> None:
     """
     Writes new rows of K and V into their slots of a paged cache, in place.
 
@@ -454,7 +454,7 @@ def append_kv(k_new: "torch.Tensor", v_new: "torch.Tensor", k_cache: "torch.Tens
 
     Args:
         k_new, v_new: ``[rows, kv_heads, head_dim]``, float16 or bfloat16.
-        k_cache, v_cache: as in :func:`run`, of the same type, or of 8 bits; v_cache may lie inside k_cache's rows.
+        k_cache, v_cache: as in :func:`run`, of the same type, or of 8 bits. They may share storage, but no element.
         slots: int64 ``[rows]`` beside the tensors: ``page * page_size + token in the page``. Rows with a negative slot are
             not written. A slot beyond the cache is refused on the CPU; on CUDA, where the host cannot look at it, the row is
             not written. No two rows have the same slot.
@@ -520,7 +520,7 @@ def merge_states(out_a: "torch.Tensor", lse_a: "torch.Tensor", out_b: "torch.Ten
         CudaError: the driver refuses the launch.
     """
 
-def run(plan: "Plan", q: "torch.Tensor", k_cache: "torch.Tensor", v_cache: "torch.Tensor", out: "torch.Tensor | None" = None, lse: "torch.Tensor | None" = None, *, scale: "float | None" = None, softcap: "float | None" = None, sinks: "torch.Tensor | None" = None, k_scale: "float | torch.Tensor | None" = None, v_scale: "float | torch.Tensor | None" = None, return_lse: bool = False, kv_layout: str = "NHD", workspace: "Workspace | None" = None, stream: SupportsIndex | None = None) -> "torch.Tensor | tuple[torch.Tensor, torch.Tensor]":
+def run(plan: "Plan", q: "torch.Tensor", k_cache: "torch.Tensor", v_cache: "torch.Tensor", out: "torch.Tensor | None" = None, lse: "torch.Tensor | None" = None, *, scale: "float | None" = None, softcap: "float | None" = None, sinks: "torch.Tensor | None" = None, k_scale: "float | torch.Tensor | None" = None, v_scale: "float | torch.Tensor | None" = None, return_lse: "bool" = False, kv_layout: "str" = "NHD", workspace: "Workspace | None" = None, stream: SupportsIndex | None = None) -> "torch.Tensor | tuple[torch.Tensor, torch.Tensor]":
     """
     Decode attention of one layer: for row b, query head h and KV head g = h / (q_heads / kv_heads),
     ``out[b, h] = sum_t softmax_t(scale * q[b, h] . k[t, g]) v[t, g]`` over the tokens that the plan's block table of b names.
@@ -562,7 +562,7 @@ def run(plan: "Plan", q: "torch.Tensor", k_cache: "torch.Tensor", v_cache: "torc
         CudaError: the driver refuses a launch.
     """
 
-def supports(shape: "AttentionShape", page_size: SupportsIndex, *, window: "int | None" = None, softcap: "float | None" = None, sinks: bool = False, kv_dtype: "torch.dtype | str | None" = None, query_tokens: SupportsIndex | None = None, alibi: bool = False, value_head_dim: "int | None" = None, chunk: "int | None" = None, query_tree: bool = False) -> "str | None":
+def supports(shape: "AttentionShape", page_size: SupportsIndex, *, window: "int | None" = None, softcap: "float | None" = None, sinks: "bool" = False, kv_dtype: "torch.dtype | str | None" = None, query_tokens: SupportsIndex | None = None, alibi: "bool" = False, value_head_dim: "int | None" = None, chunk: "int | None" = None, query_tree: "bool" = False) -> "str | None":
     """
     Whether the kernels compute a model's attention. Asks no device.
 

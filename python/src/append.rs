@@ -2,7 +2,7 @@
 
 use crate::apart::{check_distinct_elements, check_elements_apart};
 use crate::device::{self, Device};
-use crate::errors::{Integer, Result, invalid, wrong_type};
+use crate::errors::{Integer, Result, argument, invalid, wrong_type};
 use crate::foreign;
 use crate::operands::{KvLayout, Scale, Span, check_strides};
 use crate::scores::Scores;
@@ -37,36 +37,43 @@ use pyo3::prelude::*;
 ///         been written.
 ///     CudaError: the driver refuses the launch.
 #[pyfunction]
-#[pyo3(signature = (k_new: "torch.Tensor", v_new: "torch.Tensor", k_cache: "torch.Tensor", v_cache: "torch.Tensor", slots: "torch.Tensor", *, kv_dtype: "torch.dtype | str | None" = None, k_scale: "float | torch.Tensor | None" = None, v_scale: "float | torch.Tensor | None" = None, kv_layout = "NHD", stream: "int | None" = None))]
+#[pyo3(signature = (k_new: "torch.Tensor", v_new: "torch.Tensor", k_cache: "torch.Tensor", v_cache: "torch.Tensor", slots: "torch.Tensor", *, kv_dtype: "torch.dtype | str | None" = None, k_scale: "float | torch.Tensor | None" = None, v_scale: "float | torch.Tensor | None" = None, kv_layout: "str" = "NHD", stream: "int | None" = None))]
 #[expect(clippy::too_many_arguments, reason = "the Python signature")]
-pub(crate) fn append_kv(
-    py: Python<'_>,
-    k_new: &Bound<'_, PyAny>,
-    v_new: &Bound<'_, PyAny>,
-    k_cache: &Bound<'_, PyAny>,
-    v_cache: &Bound<'_, PyAny>,
-    slots: &Bound<'_, PyAny>,
-    kv_dtype: Option<&Bound<'_, PyAny>>,
-    k_scale: Option<&Bound<'_, PyAny>>,
-    v_scale: Option<&Bound<'_, PyAny>>,
-    kv_layout: &str,
+pub(crate) fn append_kv<'py>(
+    py: Python<'py>,
+    k_new: &Bound<'py, PyAny>,
+    v_new: &Bound<'py, PyAny>,
+    k_cache: &Bound<'py, PyAny>,
+    v_cache: &Bound<'py, PyAny>,
+    slots: &Bound<'py, PyAny>,
+    kv_dtype: Option<&Bound<'py, PyAny>>,
+    k_scale: Option<&Bound<'py, PyAny>>,
+    v_scale: Option<&Bound<'py, PyAny>>,
+    #[pyo3(from_py_with = argument::kv_layout)] kv_layout: &str,
     stream: Option<Integer>,
 ) -> Result<()> {
     let layout = KvLayout::parse(kv_layout)?;
     let stream = stream.map(|stream| stream.unsigned("stream")).transpose()?;
-    let k_new = Tensor::read("k_new", k_new, stream)?;
-    let handle = torch::stream_of(py, k_new.device, stream)?;
-    let read = |name, object| Tensor::read(name, object, Some(handle));
     let kv_dtype = kv_dtype.map(|dtype| parse_stored("kv_dtype", dtype)).transpose()?;
-    let (scores, of_heads) = Scores::read(None, None)?.with_kv_scales(k_scale, v_scale)?;
-    let (k_cache, v_cache) = (read("k_cache", k_cache)?, read("v_cache", v_cache)?);
-    let [k_of_heads, v_of_heads] = of_heads;
-    let scales = [
-        read_scale("k_scale", (scores.k_scale, k_of_heads), handle, &k_new)?,
-        read_scale("v_scale", (scores.v_scale, v_of_heads), handle, &k_new)?,
+    let (scores, [k_of_heads, v_of_heads]) = Scores::read(None, None)?.with_kv_scales(k_scale, v_scale)?;
+    let mut k_new = Tensor::read("k_new", k_new, stream)?;
+    let handle = torch::stream_of(py, k_new.device, stream)?;
+    let read = |name, object| Tensor::read(name, object, Some(handle.raw()));
+    let [mut v_new, mut k_cache, mut v_cache, mut slots] =
+        [read("v_new", v_new)?, read("k_cache", k_cache)?, read("v_cache", v_cache)?, read("slots", slots)?];
+    let mut of_heads = [
+        k_of_heads.map(|scale| read("k_scale", scale)).transpose()?,
+        v_of_heads.map(|scale| read("v_scale", scale)).transpose()?,
     ];
-    let tensors =
-        Append { scales, v_new: read("v_new", v_new)?, k_cache, v_cache, slots: read("slots", slots)?, k_new };
+    let all = [&mut k_new, &mut v_new, &mut k_cache, &mut v_cache, &mut slots];
+    Tensor::settle(all.into_iter().chain(of_heads.iter_mut().flatten()))?;
+    let heads = u32::try_from(k_new.sizes[1]).unwrap_or(0);
+    let [k_of_heads, v_of_heads] = of_heads;
+    let scale = |of_all, of_heads: Option<Tensor<'py>>| -> Result<_> {
+        Ok((Scale::new(of_all, of_heads.as_ref(), (k_new.device, "as k_new"), heads)?, of_heads))
+    };
+    let scales = [scale(scores.k_scale, k_of_heads)?, scale(scores.v_scale, v_of_heads)?];
+    let tensors = Append { scales, v_new, k_cache, v_cache, slots, k_new };
     let args = tensors.check(kv_dtype, layout)?;
     match tensors.k_new.device {
         Device::Cpu => match (args.dtype, args.kv_dtype) {
@@ -82,18 +89,6 @@ pub(crate) fn append_kv(
             Ok(engine.append_kv(&args, &foreign::stream(engine.device(), handle)?)?)
         }
     }
-}
-
-/// A factor, and the tensor that holds it where heads have their own.
-fn read_scale<'py>(
-    name: &'static str,
-    (of_all, of_heads): (Option<f32>, Option<&Bound<'py, PyAny>>),
-    handle: u64,
-    k_new: &Tensor<'_>,
-) -> Result<(Scale, Option<Tensor<'py>>)> {
-    let of_heads = of_heads.map(|of_heads| Tensor::read(name, of_heads, Some(handle))).transpose()?;
-    let heads = u32::try_from(k_new.sizes[1]).unwrap_or(0);
-    Ok((Scale::new(of_all, of_heads.as_ref(), (k_new.device, "as k_new"), heads)?, of_heads))
 }
 
 /// The tensors of a call.

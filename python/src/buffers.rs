@@ -1,14 +1,14 @@
 //! `PlanBuffers` and `BoundRun`: fixed memory that plans are uploaded into, and runs whose arguments were checked once.
 
 use crate::device::{self, Device};
-use crate::errors::{Integer, Result, invalid};
+use crate::errors::{Integer, Result, argument, expect, invalid};
 use crate::foreign;
 use crate::operands::{Facts, KvLayout, Operands, Tensors};
 use crate::plan::PyPlan;
-use crate::planner::{PyPlanner, expect_plan, read_pages};
+use crate::planner::{PyPlanner, read_pages};
 use crate::scores::Scores;
 use crate::tensor::Tensor;
-use crate::torch;
+use crate::torch::{self, Handle};
 use crate::workspace::PyWorkspace;
 use pat_rs::cuda::{BoundRun, CudaEngine, PlanBuffers, Stream, Uploaded};
 use pat_rs::{Plan, Visibility};
@@ -47,9 +47,9 @@ enum Memory {
 impl PyPlanBuffers {
     #[new]
     #[pyo3(signature = (planner: "Planner", page_size, num_pages))]
-    fn new(planner: &Bound<'_, PyPlanner>, page_size: Integer, num_pages: Integer) -> Result<Self> {
+    fn new(planner: &Bound<'_, PyAny>, page_size: Integer, num_pages: Integer) -> Result<Self> {
         let (page_size, num_pages) = read_pages(page_size, num_pages)?;
-        let planner = planner.get();
+        let planner = expect::<PyPlanner>("planner", planner)?.get();
         let (capacity, device) = (planner.fixed_capacity()?, planner.fixed_device()?);
         let variants = planner.tile_variants(page_size)?;
         let shape = planner.shape.inner;
@@ -82,7 +82,7 @@ impl PyPlanBuffers {
     #[pyo3(signature = (plan: "Plan", stream = None))]
     fn upload(&self, py: Python<'_>, plan: &Bound<'_, PyAny>, stream: Option<Integer>) -> Result<()> {
         let stream = stream.map(|stream| stream.unsigned("stream")).transpose()?;
-        let plan: &PyPlan = expect_plan(plan)?.get();
+        let plan = expect::<PyPlan>("plan", plan)?.get();
         let handle = torch::stream_of(py, self.device(), stream)?;
         let state = plan.lock();
         self.check(&state.plan)?;
@@ -108,7 +108,7 @@ impl PyPlanBuffers {
     ///
     /// Raises:
     ///     TypeError, ValueError: as :func:`run`.
-    #[pyo3(signature = (k_cache: "torch.Tensor", v_cache: "torch.Tensor", q: "torch.Tensor", out: "torch.Tensor", lse: "torch.Tensor | None" = None, *, scale: "float | None" = None, softcap: "float | None" = None, sinks: "torch.Tensor | None" = None, k_scale: "float | torch.Tensor | None" = None, v_scale: "float | torch.Tensor | None" = None, kv_layout = "NHD", workspace: "Workspace | None" = None) -> "BoundRun")]
+    #[pyo3(signature = (k_cache: "torch.Tensor", v_cache: "torch.Tensor", q: "torch.Tensor", out: "torch.Tensor", lse: "torch.Tensor | None" = None, *, scale: "float | None" = None, softcap: "float | None" = None, sinks: "torch.Tensor | None" = None, k_scale: "float | torch.Tensor | None" = None, v_scale: "float | torch.Tensor | None" = None, kv_layout: "str" = "NHD", workspace: "Workspace | None" = None) -> "BoundRun")]
     #[expect(clippy::too_many_arguments, reason = "the Python signature")]
     fn bind(
         &self,
@@ -122,10 +122,11 @@ impl PyPlanBuffers {
         sinks: Option<&Bound<'_, PyAny>>,
         k_scale: Option<&Bound<'_, PyAny>>,
         v_scale: Option<&Bound<'_, PyAny>>,
-        kv_layout: &str,
-        workspace: Option<&Bound<'_, PyWorkspace>>,
+        #[pyo3(from_py_with = argument::kv_layout)] kv_layout: &str,
+        workspace: Option<&Bound<'_, PyAny>>,
     ) -> Result<PyBoundRun> {
         let layout = KvLayout::parse(kv_layout)?;
+        let workspace = workspace.map(|workspace| expect::<PyWorkspace>("workspace", workspace)).transpose()?;
         let (scores, [k_scale, v_scale]) = Scores::read(scale, softcap)?.with_kv_scales(k_scale, v_scale)?;
         let objects = [
             ("q", Some(q)),
@@ -141,7 +142,7 @@ impl PyPlanBuffers {
             .into_iter()
             .filter_map(|(name, object)| object.map(|object| (name, object.clone().unbind())))
             .collect();
-        let tensors = Tensors {
+        let mut tensors = Tensors {
             q: Tensor::read("q", q, None)?,
             k: Tensor::read("k_cache", k_cache, None)?,
             v: Tensor::read("v_cache", v_cache, None)?,
@@ -151,6 +152,7 @@ impl PyPlanBuffers {
             k_scale: k_scale.map(|scale| Tensor::read("k_scale", scale, None)).transpose()?,
             v_scale: v_scale.map(|scale| Tensor::read("v_scale", scale, None)).transpose()?,
         };
+        tensors.settle()?;
         let operands = Operands::new(&self.facts, &tensors, layout, scores)?;
         operands.check_outputs_are_apart()?;
         let on_device = match (&*self.memory, workspace) {
@@ -292,7 +294,7 @@ impl PyBoundRun {
         let (Memory::Cuda { ordinal, engine, buffers }, Some(run)) = (&*self.memory, &self.on_device) else {
             return Err(nothing_uploaded());
         };
-        let stream = foreign::stream(engine.device(), torch::current_stream(py, *ordinal)?)?;
+        let stream = foreign::stream(engine.device(), Handle::Current(torch::current_stream(py, *ordinal)?))?;
         let buffers = buffers.read().unwrap_or_else(PoisonError::into_inner);
         launch(run, buffers.uploaded().map_err(|_| nothing_uploaded())?, &stream)
     }
@@ -322,7 +324,10 @@ impl PyBoundRun {
         let optional = |name| self.held.iter().position(|held| held.0 == name).map(read).transpose();
         let (lse, sinks, k_scale, v_scale) =
             (optional("lse")?, optional("sinks")?, optional("k_scale")?, optional("v_scale")?);
-        Ok(Tensors { q: read(0)?, k: read(1)?, v: read(2)?, out: read(3)?, lse, sinks, k_scale, v_scale })
+        let mut tensors =
+            Tensors { q: read(0)?, k: read(1)?, v: read(2)?, out: read(3)?, lse, sinks, k_scale, v_scale };
+        tensors.settle()?;
+        Ok(tensors)
     }
 }
 

@@ -1,11 +1,12 @@
 //! Errors of the library as Python exceptions.
 
-use pyo3::exceptions::{PyOverflowError, PyRuntimeError, PyTypeError, PyValueError};
+use pyo3::PyClass;
+use pyo3::exceptions::{PyException, PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::inspect::PyStaticExpr;
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::PyType;
+use pyo3::types::{PyInt, PyString, PyType};
 
 /// An exception that is about to be raised. Stands between the errors of `pat-rs` and `PyErr`, neither of which is ours.
 #[derive(Debug)]
@@ -47,8 +48,12 @@ impl From<&pat_rs::Error> for Failure {
 
 /// A message with the names that arguments have here.
 pub(crate) fn in_python(message: &str) -> String {
-    const NAMES: [(&str, &str); 3] =
-        [("v_head_dim: ", "value_head_dim: "), ("soft_cap: ", "softcap: "), ("softmax_scale: ", "scale: ")];
+    const NAMES: [(&str, &str); 4] = [
+        ("v_head_dim: ", "value_head_dim: "),
+        ("soft_cap: ", "softcap: "),
+        ("a soft_cap", "a softcap"),
+        ("softmax_scale: ", "scale: "),
+    ];
     NAMES.iter().fold(message.to_owned(), |message, (name, here)| message.replace(name, here))
 }
 
@@ -70,9 +75,48 @@ impl Failure {
     }
 }
 
-/// The name of a value's type, for errors.
+/// The name of a value's type, for errors; a class is named itself.
 pub(crate) fn type_name(value: &Bound<'_, PyAny>) -> String {
-    value.get_type().name().map_or_else(|_| "an object".into(), |name| name.to_string())
+    let name = |class: &Bound<'_, PyType>| class.name().map_or_else(|_| "an object".into(), |name| name.to_string());
+    match value.cast::<PyType>() {
+        Ok(class) => format!("the class {}", name(class)),
+        Err(_) => name(&value.get_type()),
+    }
+}
+
+/// An argument that is an object of one of this package's classes.
+pub(crate) fn expect<'a, 'py, T: PyClass>(name: &str, value: &'a Bound<'py, PyAny>) -> Result<&'a Bound<'py, T>> {
+    let class = value.py().get_type::<T>();
+    value.cast::<T>().map_err(|_| {
+        let wanted = class.name().map_or_else(|_| "another object".into(), |class| format!("an object of {class}"));
+        wrong_type(name, type_name(value), &wanted)
+    })
+}
+
+/// Arguments of Python's own types, whose name pyo3's errors do not give: a function for each argument of that name, for
+/// `from_py_with`.
+pub(crate) mod argument {
+    use super::{type_name, wrong_type};
+    use pyo3::prelude::*;
+
+    macro_rules! switches {
+        ($($name:ident)*) => {
+            $(pub(crate) fn $name(value: &Bound<'_, PyAny>) -> PyResult<bool> {
+                value.extract().map_err(|_| wrong_type(stringify!($name), type_name(value), "True or False").into())
+            })*
+        };
+    }
+
+    macro_rules! texts {
+        ($($name:ident)*) => {
+            $(pub(crate) fn $name<'a>(value: &'a Bound<'_, PyAny>) -> PyResult<&'a str> {
+                value.extract().map_err(|_| wrong_type(stringify!($name), type_name(value), "a string").into())
+            })*
+        };
+    }
+
+    switches! { alibi page_runs query_tree return_lse sinks }
+    texts! { kv_layout mode name text }
 }
 
 /// An exception class of `prefix_attn._errors`.
@@ -93,8 +137,8 @@ pub(crate) enum Integer {
     Unsigned(u64),
     /// Its text.
     Other(String),
-    /// Its type's name.
-    OfType(String),
+    /// What it is, and what it raised when it was asked for its number.
+    OfType(String, Option<PyErr>),
 }
 
 impl<'py> FromPyObject<'_, 'py> for Integer {
@@ -102,16 +146,64 @@ impl<'py> FromPyObject<'_, 'py> for Integer {
     const INPUT_TYPE: PyStaticExpr = <u64 as FromPyObject<'_, '_>>::INPUT_TYPE;
 
     fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
-        match object.extract() {
-            Ok(number) => Ok(Self::Unsigned(number)),
-            Err(error) if error.is_instance_of::<PyOverflowError>(object.py()) => {
-                Ok(Self::Other(object.str()?.to_string()))
-            }
-            // Not what its own `__index__` raises.
-            Err(_) if !object.hasattr(intern!(object.py(), "__index__"))? => Ok(Self::OfType(type_name(&object))),
-            Err(error) => Err(error),
-        }
+        Ok(match index_of(&object)? {
+            Index::Is(number) => match number.extract() {
+                Ok(number) => Self::Unsigned(number),
+                Err(_) => Self::Other(number.to_string()),
+            },
+            Index::IsNot(what, cause) => Self::OfType(what, cause),
+        })
     }
+}
+
+/// What an object is as an integer.
+pub(crate) enum Index<'py> {
+    Is(Bound<'py, PyInt>),
+    /// What it is, and what it raised when it was asked.
+    IsNot(String, Option<PyErr>),
+}
+
+/// The integer that an object is. Tensors and arrays are if they have no dimensions: of one element they may be a list of one.
+pub(crate) fn index_of<'py>(object: &Bound<'py, PyAny>) -> PyResult<Index<'py>> {
+    if let Ok(number) = object.cast::<PyInt>() {
+        return Ok(Index::Is(number.clone()));
+    }
+    let py = object.py();
+    let what = match dimensions(object) {
+        0 => type_name(object),
+        some => with_dimensions(object, some),
+    };
+    // A class has the method of its objects.
+    if dimensions(object) > 0 || object.is_instance_of::<PyType>() || !has(object, intern!(py, "__index__"))? {
+        return Ok(Index::IsNot(what, None));
+    }
+    match object.call_method0(intern!(py, "__index__")) {
+        Ok(number) => Ok(match number.cast_into::<PyInt>() {
+            Ok(number) => Index::Is(number),
+            Err(_) => Index::IsNot(what, None),
+        }),
+        Err(error) => own_error(py, error).map(|error| Index::IsNot(what, Some(error))),
+    }
+}
+
+/// A tensor or array, for errors.
+pub(crate) fn with_dimensions(object: &Bound<'_, PyAny>, dimensions: usize) -> String {
+    format!("{} of {dimensions} dimension{}", type_name(object), if dimensions == 1 { "" } else { "s" })
+}
+
+/// Dimensions of a tensor or array; 0 of everything else.
+pub(crate) fn dimensions(object: &Bound<'_, PyAny>) -> usize {
+    object.getattr(intern!(object.py(), "ndim")).and_then(|dimensions| dimensions.extract()).unwrap_or(0)
+}
+
+/// Whether an object has an attribute. One that cannot be asked has none.
+pub(crate) fn has(object: &Bound<'_, PyAny>, name: &Bound<'_, PyString>) -> PyResult<bool> {
+    object.hasattr(name).or_else(|error| own_error(object.py(), error).map(|_| false))
+}
+
+/// An error that a refusal may take for its cause: what ends a program (Ctrl-C, `sys.exit`) goes on instead.
+pub(crate) fn own_error(py: Python<'_>, error: PyErr) -> PyResult<PyErr> {
+    if error.is_instance_of::<PyException>(py) { Ok(error) } else { Err(error) }
 }
 
 impl Integer {
@@ -123,7 +215,7 @@ impl Integer {
                 Err(_) => number.to_string(),
             },
             Self::Other(text) => text,
-            Self::OfType(what) => return Err(wrong_type(argument, what, "an integer")),
+            Self::OfType(what, cause) => return Err(no_integer(argument, what, cause, "an integer")),
         };
         Err(invalid(argument, got, format!("{least} to 2^32 - 1")))
     }
@@ -141,7 +233,16 @@ impl Integer {
         match self {
             Self::Unsigned(number) => Ok(number),
             Self::Other(text) => Err(invalid(argument, text, "0 to 2^64 - 1")),
-            Self::OfType(what) => Err(wrong_type(argument, what, "an integer")),
+            Self::OfType(what, cause) => Err(no_integer(argument, what, cause, "an integer")),
         }
+    }
+}
+
+/// What is said of an object that is no integer.
+pub(crate) fn no_integer(argument: &str, what: String, cause: Option<PyErr>, expected: &str) -> Failure {
+    let refusal = wrong_type(argument, what, expected);
+    match cause {
+        Some(cause) => Python::attach(|py| refusal.caused_by(py, cause)),
+        None => refusal,
     }
 }

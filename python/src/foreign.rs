@@ -7,11 +7,11 @@
 
 use crate::append::Append;
 use crate::device::Device;
-use crate::errors::{Failure, Result, invalid, type_name, wrong_type};
+use crate::errors::{Failure, Result, has, invalid, own_error, type_name, wrong_type};
 use crate::merge;
 use crate::operands::{Operands, Scale, Span};
 use crate::tensor::{Element, MAX_RANK, Tensor, check_rank};
-use crate::torch;
+use crate::torch::{self, Handle};
 use bytemuck::Pod;
 use pat_rs::cpu::{CacheLayout, NewRows, State, append_rounded_rows, append_rows, merge_states};
 use pat_rs::cuda::{AppendArgs, BoundRun, CudaDevice, DeviceSpan, Stream, Uploaded};
@@ -20,7 +20,7 @@ use pyo3::exceptions::PyBufferError;
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::{PyCapsule, PyDict};
+use pyo3::types::{PyCapsule, PyDict, PyType};
 use std::cell::Cell;
 use std::ffi::{CStr, c_void};
 use std::mem::MaybeUninit;
@@ -187,10 +187,14 @@ pub(crate) fn device_span(span: Span) -> DeviceSpan {
 }
 
 /// A stream of torch's (or of another library that uses the device's primary context).
-pub(crate) fn stream(device: &CudaDevice, handle: u64) -> Result<Stream> {
-    // SAFETY: torch's streams live as long as the process; a caller who names another library's stream keeps it as long as
-    // plans that were uploaded on it are used, and replays graphs in the order of uploads (documented at the argument).
-    Ok(unsafe { device.stream_from_raw(handle) }?)
+pub(crate) fn stream(device: &CudaDevice, handle: Handle) -> Result<Stream> {
+    Ok(match handle {
+        // SAFETY: torch's streams live as long as the process.
+        Handle::Current(handle) => unsafe { device.stream_from_raw(handle) }?,
+        // SAFETY: a caller who names a stream keeps it as long as plans that were uploaded on it are used, and replays graphs in
+        // the order of uploads (documented at the argument).
+        Handle::Named(handle) => unsafe { device.named_stream_from_raw(handle) }?,
+    })
 }
 
 /// A bound run with other memory for Q and O.
@@ -250,13 +254,37 @@ const VERSIONED_CAPSULE: &CStr = c"dltensor_versioned";
 pub(crate) fn read_dlpack<'py>(name: &'py str, object: &Bound<'py, PyAny>, stream: Option<u64>) -> Result<Tensor<'py>> {
     let py = object.py();
     let expected = "a torch tensor or a producer of DLPack (numpy, cupy, jax)";
-    if !object.hasattr(intern!(py, "__dlpack__"))? {
-        return Err(wrong_type(name, object.get_type().name()?, expected));
+    // A class has the methods of its objects.
+    if object.is_instance_of::<PyType>() || !has(object, intern!(py, "__dlpack__"))? {
+        return Err(wrong_type(name, type_name(object), expected));
     }
+    let refuse = |what: String| wrong_type(name, format!("{} {what}", type_name(object)), expected);
+    // Producers raise whatever they like.
+    let raised = |method: &str, error: PyErr| -> Result<Failure> {
+        let error = own_error(py, error)?;
+        let what = if error.is_instance_of::<PyBufferError>(py) {
+            "of what DLPack cannot describe".into()
+        } else {
+            format!("whose {method} raised {error}")
+        };
+        Ok(refuse(what).caused_by(py, error))
+    };
+    let announced = match object.call_method0(intern!(py, "__dlpack_device__")) {
+        Ok(announced) => announced,
+        Err(error) => return Err(raised("__dlpack_device__", error)?),
+    };
+    let Ok((kind, id)) = announced.extract::<(i32, i32)>() else {
+        return Err(refuse("whose __dlpack_device__ is no pair of integers".into()));
+    };
+    let announced = device_of(name, kind, id)?;
     let options = PyDict::new(py);
-    let (kind, id): (i32, i32) = object.call_method0(intern!(py, "__dlpack_device__"))?.extract()?;
-    if kind == DL_CUDA {
-        let handle = stream.map_or_else(|| torch::current_stream(py, usize::try_from(id).unwrap_or(0)), Ok)?;
+    if let Device::Cuda(ordinal) = announced {
+        let handle = match stream {
+            Some(handle) => handle,
+            None => torch::current_stream(py, ordinal).map_err(|failure| {
+                refuse(format!("on {announced}, of which torch has no stream")).caused_by(py, failure.into())
+            })?,
+        };
         // The protocol's name of the legacy default stream is 1.
         options.set_item("stream", if handle == 0 { 1 } else { handle })?;
     }
@@ -269,14 +297,12 @@ pub(crate) fn read_dlpack<'py>(name: &'py str, object: &Bound<'py, PyAny>, strea
         }
         object.call_method(intern!(py, "__dlpack__"), (), Some(&unversioned))
     });
-    let capsule = capsule.map_err(|error| {
-        if !error.is_instance_of::<PyBufferError>(py) {
-            return error.into();
-        }
-        wrong_type(name, format!("{} of what DLPack cannot describe", type_name(object)), expected).caused_by(py, error)
-    })?;
+    let capsule = match capsule {
+        Ok(capsule) => capsule,
+        Err(error) => return Err(raised("__dlpack__", error)?),
+    };
     let Ok(capsule) = capsule.cast::<PyCapsule>() else {
-        return Err(wrong_type(name, "a producer whose __dlpack__ returns no capsule", expected));
+        return Err(refuse("whose __dlpack__ returns no capsule".into()));
     };
     let is_versioned = capsule.is_valid_checked(Some(VERSIONED_CAPSULE));
     let mut is_writable = true;
@@ -293,12 +319,28 @@ pub(crate) fn read_dlpack<'py>(name: &'py str, object: &Bound<'py, PyAny>, strea
         }
         is_writable = managed.flags & READ_ONLY == 0;
         &managed.tensor
+    } else if !capsule.is_valid_checked(Some(CAPSULE)) {
+        return Err(refuse("whose capsule was used before, or holds no tensor".into()));
     } else {
         let pointer = capsule.pointer_checked(Some(CAPSULE))?.cast::<DlTensor>();
         // SAFETY: a capsule of this name holds a `DLManagedTensor`, whose first member is the tensor; lifetime as above.
         unsafe { pointer.as_ref() }
     };
-    tensor.read(name, is_writable, capsule.as_any())
+    let read = tensor.read(name, is_writable, capsule.as_any())?;
+    if read.device != announced {
+        return Err(refuse(format!("that says {announced} and gives memory on {}", read.device)));
+    }
+    Ok(read)
+}
+
+/// A device in DLPack's terms.
+fn device_of(name: &str, kind: i32, id: i32) -> Result<Device> {
+    match (kind, usize::try_from(id)) {
+        // 1 is the CPU, 3 pinned host memory.
+        (1 | 3, _) => Ok(Device::Cpu),
+        (DL_CUDA, Ok(ordinal)) => Ok(Device::Cuda(ordinal)),
+        _ => Err(invalid(name, format!("memory of DLPack device ({kind}, {id})"), "one on cpu or cuda")),
+    }
 }
 
 impl DlTensor {
@@ -306,12 +348,7 @@ impl DlTensor {
     fn read<'py>(&self, name: &'py str, is_writable: bool, owner: &Bound<'py, PyAny>) -> Result<Tensor<'py>> {
         let rank = usize::try_from(self.ndim).unwrap_or(usize::MAX);
         check_rank(name, rank)?;
-        let device = match self.device.kind {
-            // 1 is the CPU, 3 pinned host memory.
-            1 | 3 => Device::Cpu,
-            DL_CUDA => Device::Cuda(usize::try_from(self.device.id).unwrap_or(0)),
-            other => return Err(invalid(name, format!("memory of DLPack device {other}"), "one on cpu or cuda")),
-        };
+        let device = device_of(name, self.device.kind, self.device.id)?;
         let element = match (self.dtype.code, self.dtype.bits, self.dtype.lanes) {
             (2, 16, 1) => Element::F16,
             (4, 16, 1) => Element::Bf16,
@@ -329,26 +366,33 @@ impl DlTensor {
         };
         let mut read = Tensor {
             name,
-            address: self.data as u64 + self.byte_offset,
+            address: (self.data as u64).wrapping_add(self.byte_offset),
             element,
             device,
             is_writable,
             rank,
             sizes: [0; MAX_RANK],
             strides: [0; MAX_RANK],
-            _owner: owner.clone(),
+            runs_code: true,
+            owner: owner.clone(),
         };
         if rank == 0 {
             return Ok(read);
         }
+        if self.shape.is_null() {
+            return Err(invalid(name, "a DLPack tensor without a shape", "one with as many sizes as dimensions"));
+        }
         // SAFETY: `shape` has `ndim` entries (the protocol), which the owner keeps.
         read.sizes[..rank].copy_from_slice(unsafe { slice::from_raw_parts(self.shape, rank) });
+        if read.sizes.iter().any(|&size| size < 0) {
+            return Err(invalid(name, format!("shape {}", read.shape()), "no size below 0"));
+        }
         if self.strides.is_null() {
             // Compact and row-major.
-            let mut stride = 1;
+            let mut stride = 1i64;
             for dim in (0..rank).rev() {
                 read.strides[dim] = stride;
-                stride *= read.sizes[dim].max(1);
+                stride = stride.saturating_mul(read.sizes[dim].max(1));
             }
         } else {
             // SAFETY: so has `strides` where it is there.

@@ -67,11 +67,10 @@ fn after_fork() {
 }
 
 /// Has Python call these around its forks.
-pub(crate) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
-    let py = module.py();
+pub(crate) fn register(py: Python<'_>) -> PyResult<()> {
     let hooks = PyDict::new(py);
-    let after = wrap_pyfunction!(after_fork, module)?;
-    hooks.set_item("before", wrap_pyfunction!(before_fork, module)?)?;
+    let after = wrap_pyfunction!(after_fork, py)?;
+    hooks.set_item("before", wrap_pyfunction!(before_fork, py)?)?;
     hooks.set_item("after_in_parent", &after)?;
     hooks.set_item("after_in_child", after)?;
     py.import("os")?.call_method("register_at_fork", (), Some(&hooks)).map(drop)

@@ -34,8 +34,8 @@ mod _native {
     use pyo3::prelude::*;
 
     #[pymodule_init]
-    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
-        super::fork::register(module)
+    fn init(py: Python<'_>) -> PyResult<()> {
+        super::fork::register(py)
     }
 
     #[pymodule_export]

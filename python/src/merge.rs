@@ -45,14 +45,35 @@ pub(crate) fn merge_states<'py>(
     let stream = stream.map(|stream| stream.unsigned("stream")).transpose()?;
     let first = Tensor::read("out_a", out_a, stream)?;
     let handle = torch::stream_of(py, first.device, stream)?;
-    let out = out.map_or_else(|| torch::empty_like(out_a), Ok)?;
-    let lse = lse.map_or_else(|| torch::empty_lse(out_a, &first), Ok)?;
-    let read = |name, object: &Bound<'py, PyAny>| Tensor::read(name, object, Some(handle));
-    let states = [
+    let read = |name, object: &Bound<'py, PyAny>| Tensor::read(name, object, Some(handle.raw()));
+    let (out, read_out) = match out {
+        Some(out) => {
+            let read_out = read("out", &out)?;
+            (out, read_out)
+        }
+        None => {
+            let out = torch::empty_like(out_a)?;
+            let read_out = Tensor::read_own("out", &out)?;
+            (out, read_out)
+        }
+    };
+    let (lse, read_lse) = match lse {
+        Some(lse) => {
+            let read_lse = read("lse", &lse)?;
+            (lse, read_lse)
+        }
+        None => {
+            let lse = torch::empty_lse(out_a, &first)?;
+            let read_lse = Tensor::read_own("lse", &lse)?;
+            (lse, read_lse)
+        }
+    };
+    let mut states = [
         State { out: first, lse: read("lse_a", lse_a)? },
         State { out: read("out_b", out_b)?, lse: read("lse_b", lse_b)? },
-        State { out: read("out", &out)?, lse: read("lse", &lse)? },
+        State { out: read_out, lse: read_lse },
     ];
+    Tensor::settle(states.iter_mut().flat_map(|State { out, lse }| [out, lse]))?;
     let sizes = check(&states)?;
     let [a, b, merged] = &states;
     match a.out.device {

@@ -95,6 +95,16 @@ pub(crate) struct Tensors<'py> {
 }
 
 impl Tensors<'_> {
+    /// See [`Tensor::settle`].
+    pub(crate) fn settle(&mut self) -> Result<()> {
+        let Self { q, k, v, out, lse, sinks, k_scale, v_scale } = self;
+        let optional = [lse, sinks, k_scale, v_scale];
+        if [&q, &k, &v, &out].iter().all(|tensor| !tensor.runs_code) && optional.iter().all(|tensor| tensor.is_none()) {
+            return Ok(());
+        }
+        Tensor::settle([q, k, v, out].into_iter().chain(optional.into_iter().flatten()))
+    }
+
     pub(crate) fn all(&self) -> Vec<&Tensor<'_>> {
         [&self.q, &self.k, &self.v, &self.out]
             .into_iter()

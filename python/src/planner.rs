@@ -2,18 +2,19 @@
 
 use crate::capacity::PyCapacity;
 use crate::device::Device;
-use crate::errors::{Integer, Result, invalid, type_name, wrong_type};
+use crate::errors::{Integer, Result, argument, expect, invalid, type_name, wrong_type};
 use crate::fork;
 use crate::plan::{Origin, PyPlan};
 use crate::profile::PyProfile;
 use crate::resident::Pool;
 use crate::scores::read_positive;
 use crate::shape::PyShape;
-use crate::tables::{Given, Queries, Tables, read_integers};
+use crate::tables::{Given, Integers, Queries, Tables};
 use pat_rs::plan::{PageRuns, PlanCapacity, PlanChange, PlanMode};
 use pat_rs::{Plan, PlanOptions, Planner, Problem, Reach, TileVariant};
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
+use pyo3::types::{PyList, PyTuple};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -56,21 +57,23 @@ pub(crate) struct PyPlanner {
 #[pymethods]
 impl PyPlanner {
     #[new]
-    #[pyo3(signature = (shape: "AttentionShape", device: "DeviceProfile | torch.device | str | None" = None, *, mode = "auto", capacity: "Capacity | None" = None, variants = None, softcap: "float | None" = None, window: "int | None" = None, chunk: "int | None" = None, query_tree = false, page_runs = false))]
+    #[pyo3(signature = (shape: "AttentionShape", device: "DeviceProfile | torch.device | str | None" = None, *, mode: "str" = "auto", capacity: "Capacity | None" = None, variants: "list[str] | None" = None, softcap: "float | None" = None, window: "int | None" = None, chunk: "int | None" = None, query_tree: "bool" = false, page_runs: "bool" = false))]
     #[expect(clippy::too_many_arguments, reason = "the Python signature")]
     fn new(
         py: Python<'_>,
-        shape: &Bound<'_, PyShape>,
+        shape: &Bound<'_, PyAny>,
         device: Option<&Bound<'_, PyAny>>,
-        mode: &str,
-        capacity: Option<&Bound<'_, PyCapacity>>,
-        variants: Option<Vec<String>>,
+        #[pyo3(from_py_with = argument::mode)] mode: &str,
+        capacity: Option<&Bound<'_, PyAny>>,
+        variants: Option<&Bound<'_, PyAny>>,
         softcap: Option<&Bound<'_, PyAny>>,
         window: Option<Integer>,
         chunk: Option<Integer>,
-        query_tree: bool,
-        page_runs: bool,
+        #[pyo3(from_py_with = argument::query_tree)] query_tree: bool,
+        #[pyo3(from_py_with = argument::page_runs)] page_runs: bool,
     ) -> Result<Self> {
+        let shape = *expect::<PyShape>("shape", shape)?.get();
+        let capacity = capacity.map(|capacity| expect::<PyCapacity>("capacity", capacity)).transpose()?;
         let reach = read_reach(window, chunk)?;
         let soft_cap = read_positive("softcap", softcap)?;
         let (device, profile) = match device.map(|device| (device, device.cast::<PyProfile>())) {
@@ -80,12 +83,10 @@ impl PyPlanner {
                 (Some(device), PyProfile::of(device)?.inner)
             }
         };
-        let variants: Option<Vec<_>> =
-            variants.map(|names| names.iter().map(|name| parse_variant(name)).collect()).transpose()?;
+        let variants = variants.map(read_variants).transpose()?;
         let runs = if page_runs { PageRuns::WhereFree } else { PageRuns::Never };
         let options = PlanOptions::from(parse_mode(mode)?).with_runs(runs);
         let options = variants.into_iter().fold(options, PlanOptions::with_variants);
-        let shape = *shape.get();
         let capacity = capacity.map(|capacity| capacity.get().inner);
         let origin = Origin { shape: shape.inner, soft_cap, reach, query_tree, profile, options, capacity };
         let origin = Arc::new(origin);
@@ -162,7 +163,7 @@ impl PyPlanner {
     fn advance(
         &self,
         py: Python<'_>,
-        plan: &Bound<'_, PyPlan>,
+        plan: &Bound<'_, PyAny>,
         block_tables: &Bound<'_, PyAny>,
         lengths: &Bound<'_, PyAny>,
         changed_rows: Option<&Bound<'_, PyAny>>,
@@ -170,7 +171,7 @@ impl PyPlanner {
         parents: Option<&Bound<'_, PyAny>>,
         table_rows: Option<&Bound<'_, PyAny>>,
     ) -> Result<&'static str> {
-        let plan = plan.get();
+        let plan = expect::<PyPlan>("plan", plan)?.get();
         if plan.origin.shape != self.shape.inner {
             return Err(invalid("plan", format!("one for {:?}", plan.origin.shape), "a plan of this planner's shape"));
         }
@@ -180,7 +181,10 @@ impl PyPlanner {
         let spare = std::mem::take(&mut plan.lock().spare);
         let tables = Tables::read(spare, given, page_size, num_pages)?;
         // They name sequences; the rows of the batch are query tokens.
-        let changed_rows = changed_rows.map(|rows| read_rows(rows)).transpose()?.filter(|_| !tables.has_query_tokens());
+        let changed_rows = changed_rows
+            .map(|rows| read_rows(rows, tables.sequences()))
+            .transpose()?
+            .filter(|_| !tables.has_query_tokens());
         let is_short = tables.are_few();
         let advance = || -> pat_rs::Result<PlanChange> {
             let mut planner = self.lock();
@@ -386,6 +390,23 @@ fn parse_mode(text: &str) -> Result<PlanMode> {
     })
 }
 
+fn read_variants(names: &Bound<'_, PyAny>) -> Result<Vec<TileVariant>> {
+    let expected = "a list of names";
+    if !names.is_instance_of::<PyList>() && !names.is_instance_of::<PyTuple>() {
+        return Err(wrong_type("variants", type_name(names), expected));
+    }
+    names
+        .try_iter()?
+        .map(|name| {
+            let name = name?;
+            let text: String = name
+                .extract()
+                .map_err(|_| wrong_type("variants", format!("a list with {}", type_name(&name)), expected))?;
+            parse_variant(&text)
+        })
+        .collect()
+}
+
 fn parse_variant(name: &str) -> Result<TileVariant> {
     TileVariant::ALL.into_iter().find(|variant| variant.name() == name).ok_or_else(|| {
         let names: Vec<_> = TileVariant::ALL.iter().map(|variant| variant.name()).collect();
@@ -393,8 +414,16 @@ fn parse_variant(name: &str) -> Result<TileVariant> {
     })
 }
 
-fn read_rows(rows: &Bound<'_, PyAny>) -> Result<Vec<u32>> {
-    read_integers("changed_rows", rows)?
+fn read_rows(rows: &Bound<'_, PyAny>, sequences: usize) -> Result<Vec<u32>> {
+    let rows = Integers::of("changed_rows", rows, "None, or a list of integers or a 1-D int32 tensor or array")?;
+    if rows.count() > sequences {
+        return Err(invalid(
+            "changed_rows",
+            format!("{} rows", rows.count()),
+            format!("at most all {sequences}, each once"),
+        ));
+    }
+    rows.read(0..rows.count())?
         .into_iter()
         .enumerate()
         .map(|(i, row)| {
@@ -445,9 +474,4 @@ impl PyPlanFuture {
             None => Err(PyRuntimeError::new_err("the planning thread ended without a plan").into()),
         }
     }
-}
-
-/// Refuses what is no plan.
-pub(crate) fn expect_plan<'a, 'py>(plan: &'a Bound<'py, PyAny>) -> Result<&'a Bound<'py, PyPlan>> {
-    plan.cast::<PyPlan>().map_err(|_| wrong_type("plan", type_name(plan), "a Plan"))
 }

@@ -1,7 +1,7 @@
 //! `DeviceProfile`.
 
 use crate::device::{self, Device};
-use crate::errors::{Result, invalid};
+use crate::errors::{Result, argument, invalid};
 use pyo3::prelude::*;
 
 /// What the planner's cost model knows of a device.
@@ -32,7 +32,8 @@ impl PyProfile {
     /// Raises:
     ///     ValueError: the name is none of these; the message lists them.
     #[staticmethod]
-    fn named(name: &str) -> Result<Self> {
+    #[pyo3(signature = (name: "str"))]
+    fn named(#[pyo3(from_py_with = argument::name)] name: &str) -> Result<Self> {
         Ok(Self { inner: pat_rs::DeviceProfile::by_name(name)? })
     }
 
@@ -41,7 +42,8 @@ impl PyProfile {
     /// Raises:
     ///     ValueError: the text is no profile, or its numbers are those of no device.
     #[staticmethod]
-    fn from_json(text: &str) -> Result<Self> {
+    #[pyo3(signature = (text: "str"))]
+    fn from_json(#[pyo3(from_py_with = argument::text)] text: &str) -> Result<Self> {
         let inner: pat_rs::DeviceProfile =
             serde_json::from_str(text).map_err(|error| invalid("text", error, "a device profile as JSON"))?;
         inner.validate()?;

@@ -5,6 +5,7 @@ use crate::device;
 use crate::errors::Result;
 use crate::foreign;
 use crate::operands::Operands;
+use crate::torch::Handle;
 use pat_rs::Plan;
 use pat_rs::cuda::{CudaEngine, PlanBuffers, Workspace};
 use pat_rs::plan::PlanGeneration;
@@ -45,7 +46,7 @@ impl Resident {
         plan: &Plan,
         operands: &Operands,
         workspace: Option<&Workspace>,
-        handle: u64,
+        handle: Handle,
     ) -> Result<()> {
         let stream = foreign::stream(self.engine.device(), handle)?;
         if self.uploaded != Some(plan.generation()) {
@@ -89,7 +90,7 @@ pub(crate) fn run(
     pool: &Pool,
     plan: &Plan,
     operands: &Operands,
-    (ordinal, workspace, handle): (usize, Option<&Workspace>, u64),
+    (ordinal, workspace, handle): (usize, Option<&Workspace>, Handle),
 ) -> Result<()> {
     if let Some(former) = resident.take_if(|resident| !resident.holds(ordinal, plan)) {
         pool.give_back(former);

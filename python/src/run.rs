@@ -1,9 +1,9 @@
 //! `run`: one layer of one decode step.
 
 use crate::device::Device;
-use crate::errors::{Integer, Result};
+use crate::errors::{Integer, Result, argument, expect};
 use crate::operands::{Facts, KvLayout, Operands, Tensors};
-use crate::planner::expect_plan;
+use crate::plan::PyPlan;
 use crate::resident;
 use crate::scores::Scores;
 use crate::tensor::Tensor;
@@ -50,7 +50,7 @@ use pyo3::prelude::*;
 ///         has been written.
 ///     CudaError: the driver refuses a launch.
 #[pyfunction]
-#[pyo3(signature = (plan: "Plan", q: "torch.Tensor", k_cache: "torch.Tensor", v_cache: "torch.Tensor", out: "torch.Tensor | None" = None, lse: "torch.Tensor | None" = None, *, scale: "float | None" = None, softcap: "float | None" = None, sinks: "torch.Tensor | None" = None, k_scale: "float | torch.Tensor | None" = None, v_scale: "float | torch.Tensor | None" = None, return_lse = false, kv_layout = "NHD", workspace: "Workspace | None" = None, stream = None) -> "torch.Tensor | tuple[torch.Tensor, torch.Tensor]")]
+#[pyo3(signature = (plan: "Plan", q: "torch.Tensor", k_cache: "torch.Tensor", v_cache: "torch.Tensor", out: "torch.Tensor | None" = None, lse: "torch.Tensor | None" = None, *, scale: "float | None" = None, softcap: "float | None" = None, sinks: "torch.Tensor | None" = None, k_scale: "float | torch.Tensor | None" = None, v_scale: "float | torch.Tensor | None" = None, return_lse: "bool" = false, kv_layout: "str" = "NHD", workspace: "Workspace | None" = None, stream = None) -> "torch.Tensor | tuple[torch.Tensor, torch.Tensor]")]
 #[expect(clippy::too_many_arguments, reason = "the Python signature")]
 pub(crate) fn run<'py>(
     py: Python<'py>,
@@ -65,33 +65,53 @@ pub(crate) fn run<'py>(
     sinks: Option<&Bound<'py, PyAny>>,
     k_scale: Option<&Bound<'py, PyAny>>,
     v_scale: Option<&Bound<'py, PyAny>>,
-    return_lse: bool,
-    kv_layout: &str,
-    workspace: Option<&Bound<'py, PyWorkspace>>,
+    #[pyo3(from_py_with = argument::return_lse)] return_lse: bool,
+    #[pyo3(from_py_with = argument::kv_layout)] kv_layout: &str,
+    workspace: Option<&Bound<'py, PyAny>>,
     stream: Option<Integer>,
 ) -> Result<Bound<'py, PyAny>> {
-    let plan = expect_plan(plan)?.get();
+    let plan = expect::<PyPlan>("plan", plan)?.get();
+    let workspace = workspace.map(|workspace| expect::<PyWorkspace>("workspace", workspace)).transpose()?;
     let layout = KvLayout::parse(kv_layout)?;
     let stream = stream.map(|stream| stream.unsigned("stream")).transpose()?;
     let (scores, [k_scale, v_scale]) = Scores::read(scale, softcap)?.with_kv_scales(k_scale, v_scale)?;
     let read_q = Tensor::read("q", q, stream)?;
     let handle = torch::stream_of(py, read_q.device, stream)?;
-    let read_v = Tensor::read("v_cache", v_cache, Some(handle))?;
-    let out = out.map_or_else(|| torch::empty_out(q, &read_q, &read_v), Ok)?;
-    let lse = match lse {
-        None if return_lse && read_q.rank >= 2 => Some(torch::empty_lse(q, &read_q)?),
-        lse => lse,
+    let read = |name, object: &Bound<'py, PyAny>| Tensor::read(name, object, Some(handle.raw()));
+    let (k, v) = (read("k_cache", k_cache)?, read("v_cache", v_cache)?);
+    let (out, read_out) = match out {
+        Some(out) => {
+            let read_out = read("out", &out)?;
+            (out, read_out)
+        }
+        None => {
+            let out = torch::empty_out(q, &read_q, &v)?;
+            let read_out = Tensor::read_own("out", &out)?;
+            (out, read_out)
+        }
     };
-    let tensors = Tensors {
-        k: Tensor::read("k_cache", k_cache, Some(handle))?,
-        v: read_v,
-        out: Tensor::read("out", &out, Some(handle))?,
-        lse: lse.as_ref().map(|lse| Tensor::read("lse", lse, Some(handle))).transpose()?,
-        sinks: sinks.map(|sinks| Tensor::read("sinks", sinks, Some(handle))).transpose()?,
-        k_scale: k_scale.map(|scale| Tensor::read("k_scale", scale, Some(handle))).transpose()?,
-        v_scale: v_scale.map(|scale| Tensor::read("v_scale", scale, Some(handle))).transpose()?,
+    let (lse, read_lse) = match lse {
+        None if return_lse && read_q.rank >= 2 => {
+            let lse = torch::empty_lse(q, &read_q)?;
+            let read_lse = Tensor::read_own("lse", &lse)?;
+            (Some(lse), Some(read_lse))
+        }
+        lse => {
+            let read_lse = lse.as_ref().map(|lse| read("lse", lse)).transpose()?;
+            (lse, read_lse)
+        }
+    };
+    let mut tensors = Tensors {
         q: read_q,
+        k,
+        v,
+        out: read_out,
+        lse: read_lse,
+        sinks: sinks.map(|sinks| read("sinks", sinks)).transpose()?,
+        k_scale: k_scale.map(|scale| read("k_scale", scale)).transpose()?,
+        v_scale: v_scale.map(|scale| read("v_scale", scale)).transpose()?,
     };
+    tensors.settle()?;
     let mut state = plan.lock();
     let facts = Facts::of(&state.plan, plan.device);
     let operands = Operands::new(&facts, &tensors, layout, scores)?;

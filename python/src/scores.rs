@@ -1,8 +1,9 @@
 //! What becomes of the scores of a call, and factors of 8-bit caches: the arguments `scale`, `softcap`, `k_scale` and `v_scale`.
 
-use crate::errors::{Result, invalid, type_name, wrong_type};
+use crate::errors::{Result, dimensions, invalid, own_error, type_name, with_dimensions, wrong_type};
 use pat_rs::Problem;
-use pyo3::exceptions::PyOverflowError;
+use pyo3::exceptions::{PyOverflowError, PyTypeError};
+use pyo3::intern;
 use pyo3::prelude::*;
 
 /// As the caller gives them.
@@ -46,9 +47,9 @@ impl Scores {
 
 /// Whether this is a tensor, be it of one element: where that lies on a device, reading it as a number would wait.
 fn is_tensor(value: &Bound<'_, PyAny>) -> bool {
-    let dimensions = value.getattr("ndim").and_then(|ndim| ndim.extract::<usize>());
-    let is_on_a_device = || value.getattr("is_cuda").and_then(|is_cuda| is_cuda.is_truthy()).unwrap_or(false);
-    dimensions.is_ok_and(|dimensions| dimensions > 0) || is_on_a_device()
+    let is_on_a_device =
+        || value.getattr(intern!(value.py(), "is_cuda")).and_then(|is_cuda| is_cuda.is_truthy()).unwrap_or(false);
+    dimensions(value) > 0 || is_on_a_device()
 }
 
 /// A positive number as Python gives it.
@@ -62,12 +63,21 @@ pub(crate) fn read_positive(name: &str, value: Option<&Bound<'_, PyAny>>) -> Res
     }
 }
 
-/// A number as Python gives it.
+/// A number as Python gives it. Tensors and arrays are one if they have no dimensions.
 pub(crate) fn read_number(name: &str, value: &Bound<'_, PyAny>) -> Result<f32> {
-    value.extract::<f64>().map(|number| number as f32).map_err(|error| {
-        if error.is_instance_of::<PyOverflowError>(value.py()) {
-            return invalid(name, "a number above all floating point ones", "a positive finite number");
-        }
-        wrong_type(name, type_name(value), "a number")
-    })
+    let py = value.py();
+    match dimensions(value) {
+        0 => {}
+        some => return Err(wrong_type(name, with_dimensions(value, some), "a number")),
+    }
+    let error = match value.extract::<f64>() {
+        Ok(number) => return Ok(number as f32),
+        Err(error) => own_error(py, error)?,
+    };
+    if error.is_instance_of::<PyOverflowError>(py) {
+        return Err(invalid(name, "a number above all floating point ones", "a positive finite number"));
+    }
+    let refusal = wrong_type(name, type_name(value), "a number");
+    // Python's own error for what is no number says nothing more.
+    Err(if error.is_instance_of::<PyTypeError>(py) { refusal } else { refusal.caused_by(py, error) })
 }

@@ -1,6 +1,6 @@
 //! `supports`.
 
-use crate::errors::{Integer, Result, in_python, invalid};
+use crate::errors::{Integer, Result, argument, expect, in_python, invalid};
 use crate::planner::read_reach;
 use crate::scores::read_number;
 use crate::shape::{PyShape, parse_stored};
@@ -25,22 +25,22 @@ use pyo3::prelude::*;
 /// Returns:
 ///     None if it can, else the reason why not.
 #[pyfunction]
-#[pyo3(signature = (shape: "AttentionShape", page_size, *, window: "int | None" = None, softcap: "float | None" = None, sinks = false, kv_dtype: "torch.dtype | str | None" = None, query_tokens = None, alibi = false, value_head_dim: "int | None" = None, chunk: "int | None" = None, query_tree = false) -> "str | None")]
+#[pyo3(signature = (shape: "AttentionShape", page_size, *, window: "int | None" = None, softcap: "float | None" = None, sinks: "bool" = false, kv_dtype: "torch.dtype | str | None" = None, query_tokens = None, alibi: "bool" = false, value_head_dim: "int | None" = None, chunk: "int | None" = None, query_tree: "bool" = false) -> "str | None")]
 #[expect(clippy::too_many_arguments, reason = "the Python signature")]
 pub(crate) fn supports(
-    shape: &Bound<'_, PyShape>,
+    shape: &Bound<'_, PyAny>,
     page_size: Integer,
     window: Option<Integer>,
     softcap: Option<&Bound<'_, PyAny>>,
-    sinks: bool,
+    #[pyo3(from_py_with = argument::sinks)] sinks: bool,
     kv_dtype: Option<&Bound<'_, PyAny>>,
     query_tokens: Option<Integer>,
-    alibi: bool,
+    #[pyo3(from_py_with = argument::alibi)] alibi: bool,
     value_head_dim: Option<Integer>,
     chunk: Option<Integer>,
-    query_tree: bool,
+    #[pyo3(from_py_with = argument::query_tree)] query_tree: bool,
 ) -> Result<Option<String>> {
-    let shape = shape.get();
+    let shape = expect::<PyShape>("shape", shape)?.get();
     let (page_size, query_tokens) =
         (page_size.count("page_size", 1)?, query_tokens.map_or(Ok(1), |tokens| tokens.count("query_tokens", 1))?);
     if query_tokens == 0 {

@@ -1,13 +1,15 @@
 //! Block tables and lengths, copied out of what Python hands over, so that planning needs no Python.
 
-use crate::errors::{Failure, Integer, Result, invalid, type_name, wrong_type};
+use crate::errors::{
+    Failure, Index, Integer, Result, has, index_of, invalid, no_integer, own_error, type_name, wrong_type,
+};
 use crate::foreign;
 use crate::tensor::{Element, Tensor, is_torch};
 use pat_rs::{DecodeBatch, QueryTokens};
-use pyo3::exceptions::PyOverflowError;
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{PyList, PyTuple};
+use pyo3::types::{PyList, PySequence, PyTuple, PyType};
+use std::ops::Range;
 
 /// The used part of a batch's block tables.
 #[derive(Clone, Debug, Default)]
@@ -55,20 +57,39 @@ impl Tables {
         let Self { mut ids, mut ends, .. } = spare;
         ids.clear();
         ends.clear();
-        let (lengths, query_tokens) = (read_lengths(given.lengths)?, given.queries.read()?);
-        let mut tables = Self { ids, ends, lengths, query_tokens, page_size, num_pages };
-        let Given { block_tables, table_rows, .. } = given;
-        let are_ragged = block_tables.is_instance_of::<PyList>() || block_tables.is_instance_of::<PyTuple>();
-        if table_rows.is_some() && are_ragged {
-            return Err(invalid("table_rows", "some", "None, but for block_tables that are a 2-D tensor or array"));
+        let expected = "a list of integers or a 1-D int32 tensor or array";
+        let lengths = Integers::of("lengths", given.lengths, expected)?;
+        let table_rows = given.table_rows.map(|rows| Integers::of("table_rows", rows, expected)).transpose()?;
+        let source = Source::of(given.block_tables)?;
+        // Counted before anything is read: a tensor of any number of elements may take no memory (`expand`).
+        let (rows, expected) = (lengths.count(), format!("one per length ({})", lengths.count()));
+        match (&table_rows, &source) {
+            (None, _) if source.rows() == rows => {}
+            (None, _) => return Err(invalid("block_tables", format!("{} rows", source.rows()), expected)),
+            (Some(given), Source::Padded(..)) if given.count() == rows => {}
+            (Some(given), Source::Padded(..)) => {
+                return Err(invalid("table_rows", format!("{} rows", given.count()), expected));
+            }
+            (Some(_), _) => {
+                return Err(invalid("table_rows", "some", "None, but for block_tables that are a 2-D tensor or array"));
+            }
         }
-        if let Ok(rows) = block_tables.cast::<PyList>() {
-            tables.read_rows(rows.len(), rows.iter())?;
-        } else if let Ok(pair) = block_tables.cast::<PyTuple>() {
-            tables.read_csr(pair)?;
-        } else {
-            let table_rows = table_rows.map(|rows| read_integers("table_rows", rows)).transpose()?;
-            tables.read_padded(&Tensor::read("block_tables", block_tables, None)?, table_rows.as_deref())?;
+        let lengths = read_lengths(&lengths)?;
+        let query_tokens = given.queries.read(lengths.len())?;
+        let mut tables = Self { ids, ends, lengths, query_tokens, page_size, num_pages };
+        match source {
+            Source::Rows(rows) => tables.read_rows(rows.iter())?,
+            Source::Csr(indptr, ids) => tables.read_csr(&indptr, &ids)?,
+            Source::Padded(object, rows) => {
+                let table_rows = table_rows.map(|given| given.read(0..given.count())).transpose()?;
+                // Anew: reading the others may have run code of theirs.
+                let tensor = Tensor::read("block_tables", &object, None)?;
+                if tensor.rank != 2 || tensor.sizes[0] != rows as i64 {
+                    let expected = format!("{rows} rows, as before");
+                    return Err(invalid("block_tables", format!("shape {}", tensor.shape()), expected));
+                }
+                tables.read_padded(&tensor, table_rows.as_deref())?;
+            }
         }
         Ok(tables)
     }
@@ -76,6 +97,11 @@ impl Tables {
     /// Whether rows are query tokens, of which a sequence may have any number.
     pub(crate) fn has_query_tokens(&self) -> bool {
         !matches!(self.query_tokens, Counts::One)
+    }
+
+    /// Sequences of the batch.
+    pub(crate) fn sequences(&self) -> usize {
+        self.lengths.len()
     }
 
     /// Whether planning takes no longer than handing the interpreter to other threads, and waiting to get it back, may.
@@ -113,22 +139,15 @@ impl Tables {
         needed.min(available)
     }
 
-    fn check_rows(&self, rows: usize) -> Result<()> {
-        if rows == self.lengths.len() {
-            return Ok(());
-        }
-        Err(invalid("block_tables", format!("{rows} rows"), format!("one per length ({})", self.lengths.len())))
-    }
-
-    fn read_rows<'py>(&mut self, count: usize, rows: impl Iterator<Item = Bound<'py, PyAny>>) -> Result<()> {
-        self.check_rows(count)?;
-        for (row, entries) in rows.enumerate() {
+    fn read_rows<'py>(&mut self, rows: impl Iterator<Item = Bound<'py, PyAny>>) -> Result<()> {
+        let count = self.lengths.len();
+        // A list may grow where an entry's own code runs.
+        for (row, entries) in rows.take(count).enumerate() {
             if entries.is_instance_of::<PyList>() || entries.is_instance_of::<PyTuple>() {
                 let needed = self.needed(row, entries.len()?);
                 for position in 0..needed {
-                    let id = entries.get_item(position)?;
-                    let id: i64 = id.extract().map_err(|error| {
-                        no_integer(&format!("block_tables[{row}][{position}]"), &id, &error, "an integer")
+                    let id = integer(&entries.get_item(position)?, "an integer", || {
+                        format!("block_tables[{row}][{position}]")
                     })?;
                     self.ids.push(self.page_id(row, position, id)?);
                 }
@@ -158,13 +177,6 @@ impl Tables {
         let (available, columns) = (tensor.sizes[0] as usize, tensor.sizes[1] as usize);
         let (row_stride, stride) = (tensor.strides[0] as usize, tensor.strides[1] as usize);
         let rows = self.lengths.len();
-        match table_rows {
-            None => self.check_rows(available)?,
-            Some(given) if given.len() == rows => {}
-            Some(given) => {
-                return Err(invalid("table_rows", format!("{} rows", given.len()), format!("one per length ({rows})")));
-            }
-        }
         self.ids.reserve((0..rows).map(|row| self.needed(row, columns)).sum());
         for row in 0..rows {
             let table_row = match table_rows {
@@ -193,26 +205,26 @@ impl Tables {
         Ok(())
     }
 
-    fn read_csr(&mut self, pair: &Bound<'_, PyTuple>) -> Result<()> {
-        if pair.len() != 2 {
-            return Err(wrong_type("block_tables", format!("a tuple of {}", pair.len()), FORMS));
-        }
-        let indptr = read_integers("block_tables[0]", &pair.get_item(0)?)?;
-        let ids = read_integers("block_tables[1]", &pair.get_item(1)?)?;
+    fn read_csr(&mut self, indptr: &Integers<'_>, ids: &Integers<'_>) -> Result<()> {
+        let indptr = indptr.read(0..indptr.count())?;
         if indptr.first() != Some(&0) {
             let got = indptr.first().map_or("nothing".into(), ToString::to_string);
             return Err(invalid("block_tables[0] (indptr)", got, "a first entry of 0"));
         }
-        self.check_rows(indptr.len() - 1)?;
         for (row, pair) in indptr.windows(2).enumerate() {
             let (begin, end) = (pair[0], pair[1]);
-            if end < begin || end > ids.len() as i64 {
-                let expected = format!("{begin} to the number of ids, {}", ids.len());
+            if end < begin || end > ids.count() as i64 {
+                let expected = format!("{begin} to the number of ids, {}", ids.count());
                 return Err(invalid(format!("block_tables[0][{}] (indptr)", row + 1), end, expected));
             }
-            let needed = self.needed(row, (end - begin) as usize);
-            for position in 0..needed {
-                let id = self.page_id(row, position, ids[begin as usize + position])?;
+        }
+        // What lies behind the last row may be anything, of any length.
+        let ids = ids.read(0..indptr.last().copied().unwrap_or(0) as usize)?;
+        for (row, pair) in indptr.windows(2).enumerate() {
+            let (begin, end) = (pair[0] as usize, pair[1] as usize);
+            let needed = self.needed(row, end - begin);
+            for (position, &id) in ids[begin..][..needed].iter().enumerate() {
+                let id = self.page_id(row, position, id)?;
                 self.ids.push(id);
             }
             self.ends.push(self.ids.len());
@@ -228,6 +240,46 @@ impl Tables {
     }
 }
 
+/// Where block tables are read from.
+enum Source<'py> {
+    Rows(Bound<'py, PyList>),
+    Csr(Integers<'py>, Integers<'py>),
+    /// A tensor of two dimensions, and its rows.
+    Padded(Bound<'py, PyAny>, usize),
+}
+
+impl<'py> Source<'py> {
+    fn of(block_tables: &Bound<'py, PyAny>) -> Result<Self> {
+        if let Ok(rows) = block_tables.cast::<PyList>() {
+            return Ok(Self::Rows(rows.clone()));
+        }
+        if let Ok(pair) = block_tables.cast::<PyTuple>() {
+            if pair.len() != 2 {
+                return Err(wrong_type("block_tables", format!("a tuple of {}", pair.len()), FORMS));
+            }
+            let expected = "a list of integers or a 1-D int32 tensor or array";
+            let indptr = Integers::of("block_tables[0]", &pair.get_item(0)?, expected)?;
+            return Ok(Self::Csr(indptr, Integers::of("block_tables[1]", &pair.get_item(1)?, expected)?));
+        }
+        if !is_array(block_tables)? {
+            return Err(wrong_type("block_tables", type_name(block_tables), FORMS));
+        }
+        let tensor = Tensor::read("block_tables", block_tables, None)?;
+        if tensor.rank != 2 {
+            return Err(invalid("block_tables", format!("shape {}", tensor.shape()), FORMS));
+        }
+        Ok(Self::Padded(block_tables.clone(), tensor.sizes[0] as usize))
+    }
+
+    fn rows(&self) -> usize {
+        match self {
+            Self::Rows(rows) => rows.len(),
+            Self::Csr(indptr, _) => indptr.count().saturating_sub(1),
+            Self::Padded(_, rows) => *rows,
+        }
+    }
+}
+
 /// What a call says of query tokens.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Queries<'a, 'py> {
@@ -240,11 +292,11 @@ pub(crate) struct Queries<'a, 'py> {
 }
 
 impl Queries<'_, '_> {
-    fn read(self) -> Result<Counts> {
+    fn read(self, sequences: usize) -> Result<Counts> {
         match (self.tokens, self.parents) {
             (None, None) => Ok(Counts::One),
-            (Some(counts), None) => Counts::read(counts),
-            (None, Some(parents)) if self.may_be_trees => Counts::read_parents(parents),
+            (Some(counts), None) => Counts::read(counts, sequences),
+            (None, Some(parents)) if self.may_be_trees => Counts::read_parents(parents, sequences),
             (None, Some(_)) => Err(invalid("parents", "some", "None: the planner was made without query_tree=True")),
             (Some(_), Some(_)) => {
                 Err(invalid("parents", "some", "None beside query_tokens: parents say how many there are"))
@@ -254,12 +306,19 @@ impl Queries<'_, '_> {
 }
 
 impl Counts {
-    fn read_parents(parents: &Bound<'_, PyAny>) -> Result<Self> {
+    fn read_parents(parents: &Bound<'_, PyAny>, sequences: usize) -> Result<Self> {
+        let check_trees = |trees: usize| {
+            let expected = format!("one per sequence ({sequences})");
+            if trees == sequences { Ok(()) } else { Err(invalid("parents", format!("{trees} trees"), expected)) }
+        };
         if is_array(parents)? {
             let tensor = Tensor::read("parents", parents, None)?;
             return match tensor.rank {
                 1 => Ok(Self::Tree(read_tree_array(&tensor)?)),
-                2 => Ok(Self::Trees(read_tree_rows(&tensor)?)),
+                2 => {
+                    check_trees(tensor.sizes[0] as usize)?;
+                    Ok(Self::Trees(read_tree_rows(&tensor)?))
+                }
                 _ => Err(invalid(
                     "parents",
                     format!("shape {}", tensor.shape()),
@@ -267,15 +326,19 @@ impl Counts {
                 )),
             };
         }
-        let items = read_items("parents", parents)?;
-        let is_one_tree = items.first().is_some_and(|first| first.is_none() || first.extract::<i64>().is_ok());
+        let items = read_items("parents", parents, sequences)?;
+        let is_one_tree = match items.first() {
+            Some(first) => first.is_none() || matches!(index_of(first)?, Index::Is(_)),
+            None => false,
+        };
         if is_one_tree {
             return Ok(Self::Tree(read_tree("parents", &items)?));
         }
+        check_trees(items.len())?;
         let trees = items.iter().enumerate().map(|(sequence, tree)| {
             let name = format!("parents[{sequence}]");
             if !is_array(tree)? {
-                return read_tree(&name, &read_items(&name, tree)?);
+                return read_tree(&name, &read_items(&name, tree, 0)?);
             }
             let tensor = Tensor::read(&name, tree, None)?;
             match tensor.rank {
@@ -286,35 +349,64 @@ impl Counts {
         Ok(Self::Trees(trees.collect::<Result<_>>()?))
     }
 
-    fn read(counts: &Bound<'_, PyAny>) -> Result<Self> {
-        let count = |name: String, count: i64| {
-            u32::try_from(count).map_err(|_| invalid(name, count, format!("0 to {}", DecodeBatch::MAX_TOKENS)))
-        };
-        if let Ok(tokens @ (Integer::Unsigned(_) | Integer::Other(_))) = counts.extract() {
+    fn read(counts: &Bound<'_, PyAny>, sequences: usize) -> Result<Self> {
+        if let tokens @ (Integer::Unsigned(_) | Integer::Other(_)) = counts.extract::<Integer>()? {
             return Ok(Self::Uniform(tokens.count("query_tokens", 1)?));
         }
-        let counts = read_integers("query_tokens", counts)?.into_iter().enumerate();
-        Ok(Self::Ragged(
-            counts.map(|(row, tokens)| count(format!("query_tokens[{row}]"), tokens)).collect::<Result<_>>()?,
-        ))
+        let expected = "an integer, or a list of integers or a 1-D int32 tensor or array";
+        let counts = Integers::of("query_tokens", counts, expected)?;
+        if counts.count() != sequences {
+            let expected = format!("one per sequence ({sequences})");
+            return Err(invalid("query_tokens", format!("{} counts", counts.count()), expected));
+        }
+        let count = |(row, count): (usize, i64)| {
+            let name = || format!("query_tokens[{row}]");
+            u32::try_from(count).map_err(|_| invalid(name(), count, format!("0 to {}", DecodeBatch::MAX_TOKENS)))
+        };
+        Ok(Self::Ragged(counts.read(0..sequences)?.into_iter().enumerate().map(count).collect::<Result<_>>()?))
     }
 }
 
-/// What a list of parents, or of trees, holds.
-fn read_items<'py>(name: &str, list: &Bound<'py, PyAny>) -> Result<Vec<Bound<'py, PyAny>>> {
+/// What a list of parents, or of `trees` trees, holds.
+fn read_items<'py>(name: &str, list: &Bound<'py, PyAny>, trees: usize) -> Result<Vec<Bound<'py, PyAny>>> {
     let expected = "a list of parents, or one such list for each sequence";
-    let items = list.try_iter().and_then(Iterator::collect);
-    items.map_err(|_: PyErr| wrong_type(name, type_name(list), expected))
+    let Ok(list) = list.cast::<PySequence>() else { return Err(wrong_type(name, type_name(list), expected)) };
+    let unreadable = |error: PyErr| -> Result<Failure> {
+        let error = own_error(list.py(), error)?;
+        Ok(wrong_type(name, format!("{} that cannot be read", type_name(list)), expected).caused_by(list.py(), error))
+    };
+    let read = || -> PyResult<std::result::Result<Vec<_>, usize>> {
+        let count = list.len()?;
+        // Neither a tree nor so many trees.
+        if count > QueryTokens::MAX_OF_TREE.max(trees) {
+            return Ok(Err(count));
+        }
+        (0..count).map(|position| list.get_item(position)).collect::<PyResult<_>>().map(Ok)
+    };
+    match read() {
+        Ok(Ok(items)) => Ok(items),
+        Ok(Err(count)) => Err(too_large_a_tree(name, count)),
+        Err(error) => Err(unreadable(error)?),
+    }
+}
+
+fn too_large_a_tree(name: &str, tokens: usize) -> Failure {
+    let expected = format!("at most {} in a tree", QueryTokens::MAX_OF_TREE);
+    invalid(name, format!("{tokens} query tokens"), expected)
 }
 
 /// Whether these are integers in memory, which are read at once.
 fn is_array(values: &Bound<'_, PyAny>) -> Result<bool> {
-    Ok(is_torch(values)? || values.hasattr(intern!(values.py(), "__dlpack__"))?)
+    let py = values.py();
+    Ok(!values.is_instance_of::<PyType>() && (is_torch(values)? || has(values, intern!(py, "__dlpack__"))?))
 }
 
 /// Parents of a tree in a tensor of one dimension.
 fn read_tree_array(tensor: &Tensor<'_>) -> Result<Parents> {
     let (tokens, stride) = (tensor.sizes[0] as usize, tensor.strides[0] as usize);
+    if tokens > QueryTokens::MAX_OF_TREE {
+        return Err(too_large_a_tree(tensor.name, tokens));
+    }
     let parents = ParentElements::read(tensor)?;
     (0..tokens).map(|token| parent_of(format!("{}[{token}]", tensor.name), parents.at(token * stride))).collect()
 }
@@ -323,6 +415,9 @@ fn read_tree_array(tensor: &Tensor<'_>) -> Result<Parents> {
 fn read_tree_rows(tensor: &Tensor<'_>) -> Result<Vec<Parents>> {
     let [trees, tokens] = [0, 1].map(|dim| tensor.sizes[dim] as usize);
     let [tree_stride, stride] = [0, 1].map(|dim| tensor.strides[dim] as usize);
+    if tokens > QueryTokens::MAX_OF_TREE {
+        return Err(too_large_a_tree(&format!("{}[0]", tensor.name), tokens));
+    }
     let parents = ParentElements::read(tensor)?;
     let parent = |tree, token| {
         let parent = parents.at(tree * tree_stride + token * stride);
@@ -357,11 +452,11 @@ impl<'a> ParentElements<'a> {
 /// Parents of a tree, as integers, where -1 and None are none.
 fn read_tree(name: &str, parents: &[Bound<'_, PyAny>]) -> Result<Parents> {
     let parent = |(token, parent): (usize, &Bound<'_, PyAny>)| {
-        let name = format!("{name}[{token}]");
-        match parent.extract::<Option<i64>>() {
-            Ok(parent) => parent.map_or(Ok(None), |parent| parent_of(name, parent)),
-            Err(error) => Err(no_integer(&name, parent, &error, "an integer or None")),
+        if parent.is_none() {
+            return Ok(None);
         }
+        let name = || format!("{name}[{token}]");
+        parent_of(name(), integer(parent, "an integer or None", name)?)
     };
     parents.iter().enumerate().map(parent).collect()
 }
@@ -374,8 +469,9 @@ fn parent_of(name: String, parent: i64) -> Result<Option<u32>> {
     }
 }
 
-fn read_lengths(lengths: &Bound<'_, PyAny>) -> Result<Vec<u32>> {
-    read_integers("lengths", lengths)?
+fn read_lengths(lengths: &Integers<'_>) -> Result<Vec<u32>> {
+    lengths
+        .read(0..lengths.count())?
         .into_iter()
         .enumerate()
         .map(|(row, length)| {
@@ -387,33 +483,61 @@ fn read_lengths(lengths: &Bound<'_, PyAny>) -> Result<Vec<u32>> {
         .collect()
 }
 
-/// A list or tuple of integers, or a 1-D int32 tensor.
-pub(crate) fn read_integers(name: &'static str, values: &Bound<'_, PyAny>) -> Result<Vec<i64>> {
-    if values.is_instance_of::<PyList>() || values.is_instance_of::<PyTuple>() {
-        let count = values.len()?;
-        let mut read = Vec::with_capacity(count);
-        for position in 0..count {
-            let value = values.get_item(position)?;
-            let refused = |error| no_integer(&format!("{name}[{position}]"), &value, &error, "an integer");
-            read.push(value.extract().map_err(refused)?);
-        }
-        return Ok(read);
-    }
-    let tensor = Tensor::read(name, values, None)?;
-    if tensor.rank != 1 {
-        return Err(invalid(name, format!("shape {}", tensor.shape()), "one dimension"));
-    }
-    let elements = foreign::elements::<i32>(&tensor, &Element::I32)?;
-    let stride = tensor.strides[0] as usize;
-    Ok((0..tensor.sizes[0] as usize).map(|index| i64::from(elements[index * stride])).collect())
+/// A list or tuple of integers, or a 1-D int32 tensor, counted but not yet read.
+pub(crate) struct Integers<'py> {
+    name: &'static str,
+    values: Bound<'py, PyAny>,
+    count: usize,
+    is_list: bool,
 }
 
-/// What is said of a value that is no integer, or one of more than 64 bits.
-fn no_integer(name: &str, value: &Bound<'_, PyAny>, error: &PyErr, expected: &str) -> Failure {
-    match value.str() {
-        Ok(text) if error.is_instance_of::<PyOverflowError>(value.py()) => {
-            invalid(name, text, format!("{expected} of at most 64 bits"))
+impl<'py> Integers<'py> {
+    pub(crate) fn of(name: &'static str, values: &Bound<'py, PyAny>, expected: &str) -> Result<Self> {
+        let is_list = values.is_instance_of::<PyList>() || values.is_instance_of::<PyTuple>();
+        if !is_list && !is_array(values)? {
+            return Err(wrong_type(name, type_name(values), expected));
         }
-        _ => wrong_type(name, type_name(value), expected),
+        let count = if is_list { values.len()? } else { Self::array(name, values)?.sizes[0] as usize };
+        Ok(Self { name, values: values.clone(), count, is_list })
+    }
+
+    fn array(name: &'static str, values: &Bound<'py, PyAny>) -> Result<Tensor<'py>> {
+        let tensor = Tensor::read(name, values, None)?;
+        if tensor.rank != 1 {
+            return Err(invalid(name, format!("shape {}", tensor.shape()), "one dimension"));
+        }
+        Ok(tensor)
+    }
+
+    pub(crate) fn count(&self) -> usize {
+        self.count
+    }
+
+    /// Those of a range below the count.
+    pub(crate) fn read(&self, range: Range<usize>) -> Result<Vec<i64>> {
+        let Self { name, values, .. } = self;
+        if self.is_list {
+            return range
+                .map(|position| integer(&values.get_item(position)?, "an integer", || format!("{name}[{position}]")))
+                .collect();
+        }
+        // Anew: other arguments' code may have run since it was counted.
+        let tensor = Self::array(name, values)?;
+        if range.end > tensor.sizes[0] as usize {
+            return Err(invalid(*name, format!("shape {}", tensor.shape()), format!("[{}], as before", self.count)));
+        }
+        let elements = foreign::elements::<i32>(&tensor, &Element::I32)?;
+        let stride = tensor.strides[0] as usize;
+        Ok(range.map(|index| i64::from(elements[index * stride])).collect())
+    }
+}
+
+/// An element of a list.
+fn integer(value: &Bound<'_, PyAny>, expected: &str, name: impl Fn() -> String) -> Result<i64> {
+    match index_of(value)? {
+        Index::Is(number) => {
+            number.extract().map_err(|_| invalid(name(), &number, format!("{expected} of at most 64 bits")))
+        }
+        Index::IsNot(what, cause) => Err(no_integer(&name(), what, cause, expected)),
     }
 }

@@ -1,7 +1,7 @@
 //! Reading the tensors of other libraries: torch's by their attributes, everybody else's by DLPack.
 
 use crate::device::Device;
-use crate::errors::{Failure, Result, invalid, type_name, wrong_type};
+use crate::errors::{Failure, Result, invalid, own_error, type_name, wrong_type};
 use crate::foreign;
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::intern;
@@ -68,7 +68,7 @@ impl fmt::Display for Element {
     }
 }
 
-/// A tensor as it was when it was read. It stays what it is as long as this lives and no other Python code runs: `_owner` holds
+/// A tensor as it was when it was read. It stays what it is as long as this lives and no other Python code runs: `owner` holds
 /// the memory, and only Python code can resize it.
 #[derive(Debug)]
 pub(crate) struct Tensor<'py> {
@@ -82,8 +82,10 @@ pub(crate) struct Tensor<'py> {
     pub(crate) sizes: [i64; MAX_RANK],
     /// In elements.
     pub(crate) strides: [i64; MAX_RANK],
+    /// Whether reading it runs code of others: a DLPack producer's, or that of a class below torch's.
+    pub(crate) runs_code: bool,
     /// The tensor, or the DLPack capsule that holds it.
-    pub(crate) _owner: Bound<'py, PyAny>,
+    pub(crate) owner: Bound<'py, PyAny>,
 }
 
 impl<'py> Tensor<'py> {
@@ -95,11 +97,50 @@ impl<'py> Tensor<'py> {
         } else {
             foreign::read_dlpack(name, object, stream)?
         };
-        if read.address == 0 && !read.sizes[..read.rank].contains(&0) {
-            let got = format!("a {} without memory (its address is 0)", type_name(object));
-            return Err(invalid(name, got, "a tensor whose elements are in memory"));
-        }
+        read.check_address(object)?;
         Ok(read)
+    }
+
+    /// Reads a tensor that torch has just made for this call: none that has to be refused.
+    pub(crate) fn read_own(name: &'py str, object: &Bound<'py, PyAny>) -> Result<Self> {
+        match foreign::TorchExchange::get(object.py())? {
+            Some(exchange) => match exchange.read(name, object)? {
+                Some(read) => Ok(Self { runs_code: false, ..read }),
+                None => Self::read(name, object, None),
+            },
+            None => Self::read(name, object, None),
+        }
+    }
+
+    /// Refuses memory that is not there.
+    fn check_address(&self, object: &Bound<'py, PyAny>) -> Result<()> {
+        if self.sizes[..self.rank].contains(&0) {
+            return Ok(());
+        }
+        if self.address == 0 {
+            let got = format!("a {} without memory (its address is 0)", type_name(object));
+            return Err(invalid(self.name, got, "a tensor whose elements are in memory"));
+        }
+        let bytes = self.span_elements()? * self.element.bytes();
+        if self.address.checked_add(bytes).is_none() {
+            let got = format!("{bytes} bytes at address {:#x}", self.address);
+            return Err(invalid(self.name, got, "a tensor whose elements are in memory"));
+        }
+        Ok(())
+    }
+
+    /// Reads torch's tensors of a call anew where reading others has run code that may have resized them.
+    pub(crate) fn settle<'a>(tensors: impl IntoIterator<Item = &'a mut Self>) -> Result<()>
+    where
+        'py: 'a,
+    {
+        let tensors: Vec<_> = tensors.into_iter().collect();
+        if tensors.iter().any(|tensor| tensor.runs_code) {
+            for tensor in tensors.into_iter().filter(|tensor| !tensor.runs_code) {
+                *tensor = Self::read(tensor.name, &tensor.owner.clone(), None)?;
+            }
+        }
+        Ok(())
     }
 
     fn read_torch(name: &'py str, tensor: &Bound<'py, PyAny>) -> Result<Self> {
@@ -121,6 +162,7 @@ impl<'py> Tensor<'py> {
             Some(read) => read,
             None => Self::read_attributes(name, tensor).map_err(|failure| without_memory(name, tensor, failure))?,
         };
+        let read = Self { runs_code: !is_plain_torch(tensor), ..read };
         read.check_storage(tensor)?;
         Ok(read)
     }
@@ -150,7 +192,8 @@ impl<'py> Tensor<'py> {
             rank,
             sizes: [0; MAX_RANK],
             strides: [0; MAX_RANK],
-            _owner: tensor.clone(),
+            runs_code: true,
+            owner: tensor.clone(),
         };
         for dim in 0..rank {
             read.sizes[dim] = shape.get_item(dim)?.extract()?;
@@ -257,14 +300,26 @@ pub(crate) fn check_rank(name: &str, rank: usize) -> Result<()> {
     Err(invalid(name, format!("{rank} dimensions"), format!("at most {MAX_RANK}")))
 }
 
+/// `torch.Tensor`, once torch is in use.
+static TENSOR: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+
 /// Whether it is a `torch.Tensor`. torch is not imported for it.
 pub(crate) fn is_torch(object: &Bound<'_, PyAny>) -> Result<bool> {
-    static TENSOR: PyOnceLock<Py<PyType>> = PyOnceLock::new();
     let py = object.py();
     if TENSOR.get(py).is_none() && !torch_is_imported(py)? {
         return Ok(false);
     }
-    Ok(object.is_instance(TENSOR.import(py, "torch", "Tensor")?)?)
+    let class = TENSOR.import(py, "torch", "Tensor")?;
+    if object.get_type().is(class) {
+        return Ok(true);
+    }
+    // A class below torch's may lie about its objects.
+    Ok(object.is_instance(class).or_else(|error| own_error(py, error).map(|_| false))?)
+}
+
+/// Whether it is of torch's class itself, none below that.
+fn is_plain_torch(object: &Bound<'_, PyAny>) -> bool {
+    TENSOR.get(object.py()).is_some_and(|class| object.get_type().is(class))
 }
 
 /// Whether the program has imported torch.

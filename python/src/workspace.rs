@@ -1,7 +1,7 @@
 //! `Workspace`: memory for partial results.
 
 use crate::device::{self, Device};
-use crate::errors::{Integer, Result, invalid};
+use crate::errors::{Integer, Result, expect, invalid};
 use crate::planner::PyPlanner;
 use pat_rs::cuda::Workspace;
 use pyo3::prelude::*;
@@ -38,8 +38,8 @@ impl PyWorkspace {
     ///     CudaError: the driver cannot allocate.
     #[staticmethod]
     #[pyo3(signature = (planner: "Planner"))]
-    fn for_planner(planner: &Bound<'_, PyPlanner>) -> Result<Self> {
-        let planner = planner.get();
+    fn for_planner(planner: &Bound<'_, PyAny>) -> Result<Self> {
+        let planner = expect::<PyPlanner>("planner", planner)?.get();
         let (capacity, device) = (planner.fixed_capacity()?, planner.fixed_device()?);
         Self::with_bytes(capacity.partial_bytes(planner.shape.inner), device)
     }

@@ -331,3 +331,138 @@ def test_a_table_that_is_none_is_named(argument, name, called_before):
         with pytest.raises(TypeError, match=message):
             prefix_attn_with_kvcache(q, k, v, *tables[:argument], value, *tables[argument + 1 :], 0.125, out)
         assert bool((out == 7).all())
+
+
+class Stub:
+    """What no argument of PAT's is."""
+
+
+MANY = 2**31 - 1
+BAD_TABLES = [
+    ("num_split_per_seq", ValueError, 0, torch.zeros(1, dtype=torch.int32).expand(MANY)),
+    ("num_split_per_seq", TypeError, 0, torch.ones(2)),
+    ("num_split_per_seq", TypeError, 0, torch.ones(2, dtype=torch.bool)),
+    ("num_split_per_seq", ValueError, 0, torch.ones(2, 1, dtype=torch.int32)),
+    ("num_split_per_seq", TypeError, 0, torch.ones(2, dtype=torch.int32).to_sparse()),
+    ("num_split_per_seq", ValueError, 0, torch.ones(2, dtype=torch.int32, device="meta")),
+    ("num_split_per_seq", TypeError, 0, [1, 1]),
+    ("query_tables[0]", TypeError, 1, lambda table: table.float()),
+    ("query_tables[0]", TypeError, 1, lambda table: table.to_sparse()),
+    ("query_tables[0]", ValueError, 1, lambda table: table.to("meta")),
+    ("query_tables", ValueError, 1, lambda table: table[:, :1].expand(-1, MANY)),
+    ("block_tables[0]", TypeError, 2, lambda table: table.bool()),
+    ("block_tables[0]", TypeError, 2, lambda table: table.float()),
+    ("block_tables[0]", ValueError, 2, lambda table: table[None]),
+    ("block_tables[0]", ValueError, 2, lambda table: table[0]),
+    ("block_tables", ValueError, 2, lambda table: table.long() + 2**62),
+    ("block_tables", ValueError, 2, lambda table: table - 9),
+    ("block_tables", ValueError, 2, lambda table: table[:, :1].expand(-1, MANY)),
+    ("num_seqs_per_CTAs[0]", TypeError, 3, lambda table: table.double()),
+    ("num_seqs_per_CTAs", ValueError, 3, lambda table: table.long() + 2**62),
+    ("CTA_ranks[0]", TypeError, 4, lambda table: table.bool()),
+    ("CTA_ranks", ValueError, 4, lambda table: table.long() + 2**62),
+    ("kv_in_CTAs[0]", ValueError, 5, lambda table: table[:, None]),
+    ("kv_in_CTAs", ValueError, 5, lambda table: table.long() + 2**62),
+    ("tables of", ValueError, 5, lambda table: table[:-1]),
+    ("query_tables", TypeError, 1, "ab"),
+    ("query_tables", TypeError, 1, torch.tensor(1)),
+    ("CTA_ranks", TypeError, 4, 3),
+    ("MNW", TypeError, 6, 3),
+]
+
+
+@pytest.mark.parametrize(("name", "error", "position", "bad"), BAD_TABLES, ids=map(str, range(len(BAD_TABLES))))
+def test_tables_of_another_kind_are_refused_by_name(name, error, position, bad):
+    q, k, v = tensors_of(2, 4, 16)
+    out = torch.full_like(q, 7)
+    tables = tables_of(tree_of([20, 30], [[0, 1], [0, 2]], 16).kernel_info)
+    tables[position] = [bad(table) for table in tables[position]] if callable(bad) else bad
+    with pytest.raises(error) as raised:
+        prefix_attn_with_kvcache(q, k, v, *tables, 0.125, out)
+    text = str(raised.value)
+    assert text.startswith(name) or (position == 0 and name in text)
+    assert bool((out == 7).all())
+
+
+@pytest.mark.parametrize("form", ["tree", "tables"])
+@pytest.mark.parametrize("name", ["q", "k_cache_paged", "v_cache_paged", "out"])
+def test_tensors_of_another_kind_are_refused_by_name(form, name):
+    q, k, v = tensors_of(2, 4, 16)
+    given = dict(q=q, k_cache_paged=k, v_cache_paged=v, out=torch.zeros_like(q))
+    tree = tree_of([20, 30], [[0, 1], [0, 2]], 16)
+    rest = [tree, 0.125] if form == "tree" else [*tables_of(tree.kernel_info), 0.125]
+    right = given[name]
+    for bad in (None, Stub(), torch.Tensor, [1], right.to_sparse(), right.to("meta"), right[0], right.requires_grad_()):
+        arguments = given | {name: bad}
+        out = arguments.pop("out")
+        with pytest.raises((TypeError, ValueError)) as raised:
+            prefix_attn_with_kvcache(*arguments.values(), *rest, out)
+        # `run` calls the caches by its own names.
+        assert str(raised.value).startswith(name.removesuffix("_paged"))
+
+
+@pytest.mark.parametrize("tree", [None, 3, Stub(), PrefixTreeCPP, [torch.zeros(1)]])
+def test_what_is_no_tree_is_refused_by_name(tree):
+    q, k, v = tensors_of(2, 4, 16)
+    with pytest.raises(TypeError, match="^tree: "):
+        prefix_attn_with_kvcache(q, k, v, tree, 0.125, torch.zeros_like(q))
+
+
+TABLE = torch.zeros(1, 2, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("block_size", lambda: PrefixTreeCPP(None)),
+        ("block_size", lambda: PrefixTreeCPP(True)),
+        ("block_size", lambda: PrefixTreeCPP(16.0)),
+        ("block_size", lambda: PrefixTreeCPP(torch.tensor([16]))),
+        ("seq_lens", lambda: PrefixTreeCPP(16).build_radix_tree(None, TABLE)),
+        ("seq_lens", lambda: PrefixTreeCPP(16).build_radix_tree("a", TABLE)),
+        ("seq_lens", lambda: PrefixTreeCPP(16).build_radix_tree((n for n in [1]), TABLE)),
+        ("seq_lens", lambda: PrefixTreeCPP(16).build_radix_tree(torch.zeros(1, dtype=torch.int32).expand(MANY), TABLE)),
+        ("seq_lens", lambda: PrefixTreeCPP(16).build_radix_tree(torch.ones(1, dtype=torch.int32, device="meta"), TABLE)),
+        ("seq_lens[0]", lambda: PrefixTreeCPP(16).build_radix_tree([1.5], TABLE)),
+        ("seq_lens[0]", lambda: PrefixTreeCPP(16).build_radix_tree([None], TABLE)),
+        ("seq_lens[0]", lambda: PrefixTreeCPP(16).build_radix_tree([2**62], TABLE)),
+        ("block_table", lambda: PrefixTreeCPP(16).build_radix_tree([1], None)),
+        ("block_table", lambda: PrefixTreeCPP(16).build_radix_tree([1], TABLE.to_sparse())),
+        ("block_table", lambda: PrefixTreeCPP(16).build_radix_tree([1], TABLE.to("meta"))),
+        ("block_table", lambda: PrefixTreeCPP(16).build_radix_tree([1], TABLE[0])),
+        ("HRatio", lambda: PrefixTreeCPP(16).pack_schedule(None, 0, 2)),
+        ("HRatio", lambda: PrefixTreeCPP(16).pack_schedule(None, None, 2)),
+        ("HRatio", lambda: PrefixTreeCPP(16).pack_schedule(None, 1.5, 2)),
+        ("kvHead", lambda: PrefixTreeCPP(16).pack_schedule(None, 4, "2")),
+        ("MNWs", lambda: PrefixTreeCPP(16).pack_schedule(3, 4, 2)),
+        ("MNWs", lambda: PrefixTreeCPP(16).pack_schedule("abc", 4, 2)),
+        ("MNWs[0]", lambda: PrefixTreeCPP(16).pack_schedule([3], 4, 2)),
+        ("MNWs[0]", lambda: PrefixTreeCPP(16).pack_schedule([[16, 64]], 4, 2)),
+        ("MNWs[0][1]", lambda: PrefixTreeCPP(16).pack_schedule([[16, "a", 1]], 4, 2)),
+        ("device", lambda: PrefixTreeCPP(16).kernel_info.to_gpu("xyz")),
+        ("device", lambda: PrefixTreeCPP(16).kernel_info.to_gpu("meta")),
+        ("device", lambda: PrefixTreeCPP(16).kernel_info.to_gpu(None)),
+        ("device", lambda: PrefixTreeCPP(16).kernel_info.to_gpu(-1)),
+        ("device", lambda: PrefixTreeCPP(16).kernel_info.to_gpu(1 << 40)),
+        ("table", lambda: AsyncTree(16, [1], None, None, 4, 2, "cpu")),
+        ("table", lambda: AsyncTree(16, [1], TABLE.float(), None, 4, 2, "cpu")),
+        ("seq_lens", lambda: AsyncTree(16, None, TABLE, None, 4, 2, "cpu")),
+        ("HRatio", lambda: AsyncTree(16, [1], TABLE, None, 0, 2, "cpu")),
+        ("device", lambda: AsyncTree(16, [1], TABLE, None, 4, 2, "xyz")),
+        ("tree", lambda: generate_tree_seqs(None, 32)),
+        ("block_size", lambda: generate_tree_seqs("1_32", None)),
+    ],
+)
+def test_what_trees_are_not_made_of_is_refused_by_name(name, make):
+    with pytest.raises((TypeError, ValueError)) as raised:
+        make()
+    assert str(raised.value).startswith(f"{name}:")
+
+
+def test_a_table_of_any_width_is_taken_over_as_far_as_it_is_needed():
+    wide = torch.zeros(1, 1, dtype=torch.int32).expand(1, MANY)
+    tree = AsyncTree(16, [20], wide, None, 4, 2, "cpu").tree
+    q, k, v = tensors_of(1, 4, 16)
+    out = torch.zeros_like(q)
+    prefix_attn_with_kvcache(q, k, v, tree, 64**-0.5, out)
+    torch.testing.assert_close(out.double(), expected_of(q, k, v, [20], [[0, 0]]), atol=2e-3, rtol=0)

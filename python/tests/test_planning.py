@@ -373,7 +373,7 @@ def test_a_step_with_query_tokens_advances(planner):
         with pytest.raises(ValueError, match="query_tokens"):
             planner.plan(batch.block_tables, batch.lengths, 16, batch.num_pages, query_tokens=bad)
     with pytest.raises(TypeError, match="query_tokens"):
-        planner.plan(batch.block_tables, batch.lengths, 16, batch.num_pages, query_tokens=["two"])
+        planner.plan(batch.block_tables, batch.lengths, 16, batch.num_pages, query_tokens=["two"] * len(batch.lengths))
 
 
 def test_a_plan_explains_itself(planner):

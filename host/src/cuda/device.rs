@@ -3,13 +3,13 @@
 use super::driver::{self, CurrentContext, DriverCall, Kernel, Stream, attempt, attempt_for};
 use super::ptx;
 use crate::profile::{Datasheet, H200_DATASHEET};
-use crate::{DeviceProfile, Error, Result};
+use crate::{AttentionShape, DeviceProfile, Error, Result};
 use cudarc::driver::sys::{CUDA_VERSION, CUdevice_attribute as Attribute};
 use cudarc::driver::{CudaContext, CudaStream};
-use pat_abi::{KERNELS, KernelSpec, Switches};
-use std::collections::BTreeMap;
+use pat_abi::{KERNELS, KernelSpec, Switches, TileVariant};
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, LazyLock, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 /// Oldest driver that has every entry point used here: CUDA 12.0 (cuLaunchKernelEx, cuTensorMapEncodeTiled). Bindings of
 /// CUDA 13, which only a build with the feature `yield-cuda-linking` can have, read event times by an entry point of 12.8.
@@ -30,8 +30,24 @@ struct Inner {
     sm_count: u32,
     /// One per entry of the manifest and combination of switches.
     kernels: Vec<[KernelSlot; Switches::ALL.len()]>,
+    /// Those that were asked for: the manifest has hundreds, and a run that is not bound asks for its own in every layer.
+    found: RwLock<HashMap<KernelQuery, &'static Kernel>>,
     /// Held for writing by a capture of ours, for reading by what waits for the whole device: a wait would spoil the capture.
     capturing: RwLock<()>,
+}
+
+/// What a run asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct KernelQuery {
+    pub(super) shape: AttentionShape,
+    pub(super) role: KernelRole,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum KernelRole {
+    Forward(TileVariant, Switches),
+    /// Behind one of these variants at least: a set of bits.
+    Merge(u32),
 }
 
 /// A kernel is compiled by the driver when a plan first names it; meanwhile only those wait that want the same one.
@@ -40,6 +56,10 @@ struct KernelSlot {
     kernel: OnceLock<Kernel>,
     compiling: Mutex<()>,
 }
+
+/// Where each entry of the manifest stands in it: it has hundreds.
+static INDICES: LazyLock<HashMap<&str, usize>> =
+    LazyLock::new(|| KERNELS.iter().enumerate().map(|(index, kernel)| (kernel.entry, index)).collect());
 
 /// The devices that were opened.
 static OPEN: Mutex<BTreeMap<usize, CudaDevice>> = Mutex::new(BTreeMap::new());
@@ -116,7 +136,8 @@ impl Inner {
         }
         let sm_count = attribute(&context, Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         let kernels = KERNELS.iter().map(|_| Default::default()).collect();
-        Ok(Self { context, name, compute_capability, sm_count, kernels, capturing: RwLock::new(()) })
+        let (found, capturing) = (RwLock::default(), RwLock::new(()));
+        Ok(Self { context, name, compute_capability, sm_count, kernels, found, capturing })
     }
 }
 
@@ -234,10 +255,42 @@ impl CudaDevice {
         Ok(Stream::borrowed(*self, handle))
     }
 
+    /// As [`Self::stream_from_raw`], where a user names the stream: asks the driver whether it is one of this device.
+    ///
+    /// # Safety
+    /// As for [`Self::stream_from_raw`], but that the stream may be another device's.
+    ///
+    /// # Errors
+    /// As [`Self::stream_from_raw`]; the stream is another context's.
+    #[allow(unsafe_code, reason = "the caller vouches for a raw handle")]
+    pub unsafe fn named_stream_from_raw(&self, handle: u64) -> Result<Stream> {
+        // SAFETY: what the caller vouches for.
+        let stream = unsafe { self.stream_from_raw(handle) }?;
+        stream.check_context()?;
+        Ok(stream)
+    }
+
+    /// The kernel that `find` names, which is asked once for each query.
+    pub(super) fn kernel_for(
+        &self,
+        query: KernelQuery,
+        find: impl FnOnce() -> Result<(&'static KernelSpec, Switches)>,
+    ) -> Result<&'static Kernel> {
+        // Entries are written whole: what a panic elsewhere leaves is right.
+        let found = self.inner.found.read().unwrap_or_else(PoisonError::into_inner).get(&query).copied();
+        if let Some(kernel) = found {
+            return Ok(kernel);
+        }
+        let (spec, switches) = find()?;
+        let kernel = self.kernel(spec, switches)?;
+        self.inner.found.write().unwrap_or_else(PoisonError::into_inner).insert(query, kernel);
+        Ok(kernel)
+    }
+
     /// The loaded kernel, compiled now if this is its first use.
     pub(super) fn kernel(&self, spec: &'static KernelSpec, switches: Switches) -> Result<&'static Kernel> {
-        let slots = KERNELS.iter().zip(&self.inner.kernels).find(|(known, _)| known.entry == spec.entry);
-        let slot = slots.and_then(|(_, slots)| slots.iter().zip(Switches::ALL).find(|(_, known)| *known == switches));
+        let slots = INDICES.get(spec.entry).map(|index| &self.inner.kernels[*index]);
+        let slot = slots.and_then(|slots| slots.iter().zip(Switches::ALL).find(|(_, known)| *known == switches));
         let Some((slot, _)) = slot else {
             return Err(Error::invalid("kernel", spec.entry, "an entry of the manifest"));
         };

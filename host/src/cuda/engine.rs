@@ -3,6 +3,7 @@
 use super::CudaDevice;
 use super::args::{PreparedRun, RunArgs};
 use super::bound_run::{BoundRun, RunKernels};
+use super::device::{KernelQuery, KernelRole};
 use super::driver::{self, Stream};
 use super::plan_buffers::{PlanBuffers, Workspace};
 use crate::arguments::check_features;
@@ -102,16 +103,21 @@ impl CudaEngine {
         let mut kernels = RunKernels { maps: None, forward: [[None; TileVariant::ALL.len()]; 2], merge: None };
         for (launches, kernels_of) in run.forward.iter().zip(&mut kernels.forward) {
             for variant in TileVariant::ALL.into_iter().filter(|variant| launches.grids[variant.index()] > 0) {
-                let spec = forward_kernel(variant, run.shape, switches)?;
-                if spec.tensor_maps > 0 && kernels.maps.is_none() {
+                let query = KernelQuery { shape: run.shape, role: KernelRole::Forward(variant, switches) };
+                let find = || Ok((forward_kernel(variant, run.shape, switches)?, switches));
+                let kernel = self.device.kernel_for(query, find)?;
+                if kernel.takes_tensor_maps() && kernels.maps.is_none() {
                     kernels.maps = Some(driver::encode_tensor_maps(self.device, &args.tensor_maps()?)?);
                 }
-                kernels_of[variant.index()] = Some(self.device.kernel(spec, switches)?);
+                kernels_of[variant.index()] = Some(kernel);
             }
         }
         if run.merge_rows > 0 {
-            let merge = merge_kernel(run.shape, |variant| run.launches(variant))?;
-            kernels.merge = Some(self.device.kernel(merge, Switches::OFF)?);
+            let launched = TileVariant::ALL.into_iter().filter(|variant| run.launches(*variant));
+            let behind = launched.map(|variant| 1 << variant.index()).sum();
+            let query = KernelQuery { shape: run.shape, role: KernelRole::Merge(behind) };
+            let find = || Ok((merge_kernel(run.shape, |variant| run.launches(variant))?, Switches::OFF));
+            kernels.merge = Some(self.device.kernel_for(query, find)?);
         }
         Ok(kernels)
     }

@@ -8,7 +8,10 @@ import torch
 
 import prefix_attn
 
-from .tree import PrefixTreeCPP
+from .tree import PrefixTreeCPP, kind
+
+#: More than any schedule of a cache has in a group; what is larger would take the host's memory when it is read.
+MOST_TABLE_ENTRIES = 1 << 28
 
 
 def prefix_attn_with_kvcache(q, k_cache_paged, v_cache_paged, *args, **kwargs) -> None:
@@ -32,25 +35,44 @@ def prefix_attn_with_kvcache(q, k_cache_paged, v_cache_paged, *args, **kwargs) -
     Raises:
         TypeError, ValueError: An argument has another type, shape, dtype or device, or the tables are not a schedule.
     """
-    is_tree = isinstance(args[0] if args else kwargs.get("tree"), PrefixTreeCPP)
-    (_tree_form if is_tree else _table_form)(q, k_cache_paged, v_cache_paged, *args, **kwargs)
+    what = args[0] if args else kwargs.get("tree", kwargs.get("num_split_per_seq"))
+    if isinstance(what, PrefixTreeCPP):
+        _tree_form(q, k_cache_paged, v_cache_paged, *args, **kwargs)
+    elif isinstance(what, torch.Tensor):
+        _table_form(q, k_cache_paged, v_cache_paged, *args, **kwargs)
+    else:
+        raise TypeError(f"tree: {kind(what)}, expected a PrefixTreeCPP, or the tensor num_split_per_seq and the tables behind it")
 
 
 def _tree_form(q, k_cache_paged, v_cache_paged, tree: PrefixTreeCPP, softmax_scale: float, out: torch.Tensor) -> None:
-    for name, tensor in (("q", q), ("k_cache_paged", k_cache_paged), ("v_cache_paged", v_cache_paged), ("out", out)):
-        if not isinstance(tensor, torch.Tensor) or tensor.dim() != 4:
-            raise ValueError(f"{name}: expected a tensor of 4 dimensions")
+    _check_tensors(q=q, k_cache_paged=k_cache_paged, v_cache_paged=v_cache_paged, out=out)
     if q.shape[1] != 1 or out.shape != q.shape:
         raise ValueError(f"q, out: {list(q.shape)} and {list(out.shape)}, expected both [B, 1, Hq, D]")
     if q.shape[0] != len(tree._lengths):
         raise ValueError(f"q: {q.shape[0]} sequences, expected the tree's {len(tree._lengths)}")
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        raise TypeError(f"q: {q.dtype}, expected torch.float16 or torch.bfloat16")
     num_blocks, block_size, kv_heads, head_dim = k_cache_paged.shape
     if block_size != tree.block_size:
         raise ValueError(f"k_cache_paged: blocks of {block_size} tokens, expected the tree's {tree.block_size}")
+    if not q.shape[2] or not kv_heads or q.shape[2] % kv_heads:
+        raise ValueError(f"q: {q.shape[2]} heads, expected a positive multiple of the cache's {kv_heads}")
     plan = tree._plan(q.shape[2], kv_heads, head_dim, q.dtype, q.device, num_blocks)
     prefix_attn.run(plan, q[:, 0], k_cache_paged, v_cache_paged, out=out[:, 0], scale=softmax_scale)
+
+
+def _check_tensors(**tensors: object) -> None:
+    """Tensors of four dimensions that are where something can be computed; the call itself checks the rest."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}: {kind(tensor)}, expected a tensor of 4 dimensions")
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            raise TypeError(f"{name}: {tensor.layout}, expected a dense tensor")
+        if tensor.dim() != 4:
+            raise ValueError(f"{name}: {tensor.dim()} dimensions, expected 4")
+        if tensor.device.type not in ("cpu", "cuda"):
+            raise ValueError(f"{name}: on {tensor.device}, expected on cuda or the CPU")
+        # Before it is planned for: the planner's error would not name the tensor.
+        if name == "q" and tensor.dtype not in (torch.float16, torch.bfloat16):
+            raise TypeError(f"q: {tensor.dtype}, expected torch.float16 or torch.bfloat16")
 
 
 def _table_form(
@@ -71,8 +93,11 @@ def _table_form(
     out: torch.Tensor,
     timing_: object = None,
 ) -> None:
-    if not isinstance(num_split_per_seq, torch.Tensor):
-        raise TypeError(f"{type(num_split_per_seq).__name__}, expected a PrefixTreeCPP or the tensor num_split_per_seq")
+    _check_tensors(q=q, k_cache_paged=k_cache_paged, v_cache_paged=v_cache_paged, out=out)
+    # Ahead of anything that reads it: a tensor of any number of elements may take no memory.
+    _check_table("num_split_per_seq", num_split_per_seq, 1)
+    if num_split_per_seq.shape[0] != q.shape[0]:
+        raise ValueError(f"num_split_per_seq: {num_split_per_seq.shape[0]} sequences, expected the {q.shape[0]} of q")
     tables = {
         "query_tables": query_tables,
         "block_tables": block_tables,
@@ -81,8 +106,8 @@ def _table_form(
         "kv_in_CTAs": kv_in_CTAs,
     }
     for name, groups in (tables | {"MNW": MNW}).items():
-        if not hasattr(groups, "__len__"):
-            raise TypeError(f"{name}: {type(groups).__name__}, expected a sequence with one entry per group of packs")
+        if not isinstance(groups, Sequence) or isinstance(groups, str):
+            raise TypeError(f"{name}: {kind(groups)}, expected a sequence with one entry per group of packs")
     counts = {name: len(groups) for name, groups in tables.items()} | {"MNW": len(MNW)}
     if len(set(counts.values())) != 1:
         raise ValueError(f"tables of {counts} groups, expected as many in each")
@@ -91,13 +116,38 @@ def _table_form(
     if tree is None:
         for name, groups in tables.items():
             for group, table in enumerate(groups):
-                if not isinstance(table, torch.Tensor):
-                    raise TypeError(f"{name}[{group}]: {type(table).__name__}, expected a tensor")
+                _check_table(f"{name}[{group}]", table, 2 if name in ("query_tables", "block_tables") else 1)
+        _check_pack_counts(tables, q.shape[0])
         tree = _tree_of_own_tables(num_split_per_seq, tables) or _tree_of_tables(
             num_split_per_seq.tolist(), {name: [t.tolist() for t in groups] for name, groups in tables.items()}, k_cache_paged
         )
         num_split_per_seq._prefix_attn_schedule = ([(part, part._version) for part in parts], tree)
     _tree_form(q, k_cache_paged, v_cache_paged, tree, softmax_scale, out)
+
+
+def _check_table(name: str, table: object, dims: int) -> None:
+    if not isinstance(table, torch.Tensor):
+        raise TypeError(f"{name}: {kind(table)}, expected a tensor")
+    if table.layout is not torch.strided or table.is_nested:
+        raise TypeError(f"{name}: {table.layout}, expected a dense tensor")
+    if table.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: {table.dtype}, expected torch.int32")
+    if table.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{name}: on {table.device}, expected on cuda or the CPU")
+    if table.dim() != dims:
+        raise ValueError(f"{name}: {table.dim()} dimensions, expected {dims}")
+
+
+def _check_pack_counts(tables: dict, sequences: int) -> None:
+    """Before the tables are read: as many packs in each table of a group, and no more than can have a partial."""
+    for group in zip(*tables.values()):
+        counts = [table.shape[0] for table in group]
+        if len(set(counts)) != 1:
+            raise ValueError(f"tables of {counts} packs in a group, expected as many in each")
+        if group[0].shape[1] > sequences:
+            raise ValueError(f"query_tables: {group[0].shape[1]} queries in a pack, expected at most the {sequences} of q")
+        if any(table.numel() > MOST_TABLE_ENTRIES for table in group):
+            raise ValueError(f"block_tables: {group[1].numel()} entries in a group, expected at most {MOST_TABLE_ENTRIES}")
 
 
 def _tree_of_same(parts: list[torch.Tensor]) -> PrefixTreeCPP | None:
@@ -121,12 +171,10 @@ def _tree_of_own_tables(num_split_per_seq: torch.Tensor, tables: dict) -> Prefix
 
 def _tree_of_tables(num_splits: list[int], tables: dict[str, list], k_cache_paged: torch.Tensor) -> PrefixTreeCPP:
     """A batch with what each query of a schedule reads: attention does not depend on the order of the keys."""
-    block_size = k_cache_paged.shape[1]
+    num_blocks, block_size = k_cache_paged.shape[:2]
     read: list[list[tuple]] = [[] for _ in num_splits]
     index = 0
     for group in zip(*tables.values()):
-        if len(set(map(len, group))) != 1:
-            raise ValueError(f"tables of {[len(table) for table in group]} packs in a group, expected as many in each")
         for queries, blocks, query_count, rank, kv_tokens in zip(*group):
             if not 0 < query_count <= len(queries):
                 raise ValueError(f"num_seqs_per_CTAs: {query_count}, expected 1 to {len(queries)}, a row of query_tables")
@@ -138,7 +186,10 @@ def _tree_of_tables(num_splits: list[int], tables: dict[str, list], k_cache_page
                 # A partial block comes last; before it, what most others read too, so that it is found to be shared.
                 is_partial = kv_tokens % block_size != 0
                 key = (is_partial, -query_count, index)
-                read[query].append((key, rank, blocks[: -(-kv_tokens // block_size)], kv_tokens))
+                used = blocks[: -(-kv_tokens // block_size)]
+                if not all(0 <= block < num_blocks for block in used):
+                    raise ValueError(f"block_tables: {used}, expected blocks of the cache, 0 to {num_blocks - 1}")
+                read[query].append((key, rank, used, kv_tokens))
             index += 1
     lengths, rows = [], []
     for query, (splits, packs) in enumerate(zip(num_splits, read)):

@@ -6,6 +6,8 @@ import random
 
 import torch
 
+from .tree import count_of, kind
+
 
 def generate_tree_seqs(tree: str, block_size: int, seed: int | None = None) -> tuple[list[int], torch.Tensor, int]:
     """A batch with the prefix tree ``nodes_tokens``: nodes by level, then tokens of each node by level, as in
@@ -18,6 +20,9 @@ def generate_tree_seqs(tree: str, block_size: int, seed: int | None = None) -> t
         ValueError: ``tree`` is not in the notation, a level has fewer nodes than the one above or not a multiple of it, or its
             tokens are not a positive multiple of ``block_size``.
     """
+    block_size = count_of("block_size", block_size)
+    if not isinstance(tree, str):
+        raise TypeError(f"tree: {kind(tree)}, expected a string like '1,10_4096,416'")
     try:
         nodes, tokens = ([int(part) for part in side.split(",")] for side in tree.split("_"))
     except ValueError:

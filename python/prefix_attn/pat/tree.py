@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
+import operator
 import os
 import threading
 from collections.abc import Sequence
@@ -27,9 +27,7 @@ class PrefixTreeCPP:
     """A decode batch over a paged KV cache with blocks of ``block_size`` tokens."""
 
     def __init__(self, block_size: int):
-        if not isinstance(block_size, int) or block_size < 1:
-            raise ValueError(f"block_size: {block_size!r}, expected a positive number of tokens")
-        self.block_size = block_size
+        self.block_size = count_of("block_size", block_size)
         self.kernel_info = KernelInfo(self)
         self._lengths: list[int] = []
         self._block_table = torch.empty(0, 0, dtype=torch.int32)
@@ -47,18 +45,22 @@ class PrefixTreeCPP:
         Raises:
             TypeError, ValueError: Other types, shapes or devices; a negative length; a row with too few blocks.
         """
-        if isinstance(seq_lens, torch.Tensor):
-            _check_host_int32("seq_lens", seq_lens, 1)
+        self._take(seq_lens, "block_table", block_table)
+
+    def _take(self, seq_lens: Sequence[int] | torch.Tensor, name: str, table: torch.Tensor) -> None:
+        _check_host_int32(name, table, 2)
+        _check_lengths(seq_lens)
+        if len(seq_lens) != table.shape[0]:
+            raise ValueError(f"seq_lens: {len(seq_lens)} lengths, expected one per row of {name} ({table.shape[0]})")
+        if hasattr(seq_lens, "tolist"):
             seq_lens = seq_lens.tolist()
-        _check_host_int32("block_table", block_table, 2)
-        if len(seq_lens) != block_table.shape[0]:
-            raise ValueError(f"seq_lens: {len(seq_lens)} lengths, expected one per row of block_table ({block_table.shape[0]})")
-        most = block_table.shape[1] * self.block_size
-        for sequence, length in enumerate(seq_lens):
+        most = table.shape[1] * self.block_size
+        lengths = [integer(f"seq_lens[{sequence}]", length) for sequence, length in enumerate(seq_lens)]
+        for sequence, length in enumerate(lengths):
             if not 0 <= length <= most:
-                raise ValueError(f"seq_lens[{sequence}]: {length}, expected 0 to {most}, what a row of block_table holds")
-        self._lengths = list(seq_lens)
-        self._block_table = block_table.clone()
+                raise ValueError(f"seq_lens[{sequence}]: {length}, expected 0 to {most}, what a row of {name} holds")
+        self._lengths = lengths
+        self._block_table = table[:, : -(-max(lengths, default=0) // self.block_size)].clone()
         self._forget()
 
     def pack_schedule(
@@ -72,13 +74,13 @@ class PrefixTreeCPP:
 
         ``MNWs`` (M, N, warps) restricts the tiles that ``kernel_info`` names; ``use_compute_model`` is ignored, as in PAT's
         compiled scheduler. Neither changes what runs.
+
+        Raises:
+            TypeError, ValueError: A number is not positive, or ``MNWs`` is no list of triples of such numbers.
         """
-        if HRatio < 1 or kvHead < 1:
-            raise ValueError(f"HRatio, kvHead: {HRatio}, {kvHead}, expected positive numbers of heads")
-        self._tiles = [tuple(tile) for tile in MNWs] if MNWs else list(DEFAULT_TILES)
-        if any(len(tile) != 3 or min(tile) < 1 for tile in self._tiles):
-            raise ValueError(f"MNWs: {MNWs!r}, expected [M, N, warps] triples of positive numbers")
-        self._group, self._kv_heads = HRatio, kvHead
+        group, kv_heads = count_of("HRatio", HRatio), count_of("kvHead", kvHead)
+        self._tiles = _tiles(MNWs)
+        self._group, self._kv_heads = group, kv_heads
         self._forget()
 
     def _forget(self) -> None:
@@ -131,8 +133,12 @@ class KernelInfo:
         self._device = torch.device("cpu")
 
     def to_gpu(self, device: torch.device | str | int) -> None:
-        """Plans the batch for ``device`` (a CPU is one too), as far as it is known what for, and moves the tables there."""
-        device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+        """Plans the batch for ``device`` (a CPU is one too), as far as it is known what for, and moves the tables there.
+
+        Raises:
+            TypeError, ValueError: ``device`` names no CUDA device and no CPU.
+        """
+        device = _device(device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         if device != self._device:
@@ -184,7 +190,16 @@ class KernelInfo:
 
 
 class AsyncTree:
-    """A tree that is built and planned in the background, beside what the GPU does. The batch is taken over at once."""
+    """A tree that is planned in the background, beside what the GPU does. The batch is checked and taken over at once.
+
+    Args:
+        block_size, seq_lens, table: As :class:`PrefixTreeCPP` and its ``build_radix_tree`` take them.
+        MNWs, HRatio, kvHead: As ``pack_schedule`` takes them.
+        device: Where it is going to run, as ``kernel_info.to_gpu`` takes it.
+
+    Raises:
+        TypeError, ValueError: What these raise.
+    """
 
     def __init__(
         self,
@@ -196,29 +211,23 @@ class AsyncTree:
         kvHead: int,
         device: torch.device | str | int,
     ):
-        lengths = seq_lens.clone() if isinstance(seq_lens, torch.Tensor) else list(seq_lens)
-        self._build = functools.partial(_built, block_size, lengths, table.clone(), MNWs, HRatio, kvHead, device)
+        self._tree, self._device = PrefixTreeCPP(block_size), _device(device)
+        self._tree._take(seq_lens, "table", table)
+        self._tree.pack_schedule(MNWs, HRatio, kvHead)
         self._start()
 
     def _start(self) -> None:
         self._process = os.getpid()
-        self._future: Future[PrefixTreeCPP] = _executor().submit(self._build)
+        self._future: Future[None] = _executor().submit(self._tree.kernel_info.to_gpu, self._device)
 
     @property
     def tree(self) -> PrefixTreeCPP:
-        """The tree; waits for it, and raises what building it raised. A forked child builds a tree of its own."""
+        """The tree; waits until it is planned. A forked child plans it again."""
         if self._process != os.getpid():
-            # The thread that builds it is the parent's, and so are the locks that it held at the fork.
+            # The thread that plans it is the parent's, and so are the locks that it held at the fork.
             self._start()
-        return self._future.result()
-
-
-def _built(block_size: int, lengths, table, MNWs, HRatio, kvHead, device) -> PrefixTreeCPP:
-    tree = PrefixTreeCPP(block_size)
-    tree.build_radix_tree(lengths, table)
-    tree.pack_schedule(MNWs, HRatio, kvHead)
-    tree.kernel_info.to_gpu(device)
-    return tree
+        self._future.result()
+        return self._tree
 
 
 def _executor() -> ThreadPoolExecutor:
@@ -237,9 +246,71 @@ def _forget_other_threads() -> None:
 os.register_at_fork(after_in_child=_forget_other_threads)
 
 
-def _check_host_int32(name: str, tensor: torch.Tensor, dims: int) -> None:
+def kind(value: object) -> str:
+    """What a value is, for errors; a class is named itself."""
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+
+
+def integer(name: str, value: object) -> int:
+    """An integer, also numpy's, or a tensor's of no dimensions."""
+    if not isinstance(value, type) and not getattr(value, "ndim", 0) and not isinstance(value, bool):
+        with contextlib.suppress(Exception):
+            return operator.index(value)
+    raise TypeError(f"{name}: {kind(value)}, expected an integer")
+
+
+def count_of(name: str, value: object) -> int:
+    number = integer(name, value)
+    if not 0 < number < 1 << 32:
+        raise ValueError(f"{name}: {number}, expected a positive number below 2^32")
+    return number
+
+
+def _tiles(MNWs: Sequence[Sequence[int]] | None) -> list[tuple[int, ...]]:
+    if MNWs is None:
+        return list(DEFAULT_TILES)
+    expected = "expected [M, N, warps] triples of positive numbers"
+    if not isinstance(MNWs, Sequence) or isinstance(MNWs, str):
+        raise TypeError(f"MNWs: {kind(MNWs)}, {expected}")
+    tiles = []
+    for index, tile in enumerate(MNWs):
+        if not isinstance(tile, Sequence) or isinstance(tile, str):
+            raise TypeError(f"MNWs[{index}]: {kind(tile)}, {expected}")
+        if len(tile) != 3:
+            raise ValueError(f"MNWs[{index}]: {len(tile)} numbers, {expected}")
+        tiles.append(tuple(count_of(f"MNWs[{index}][{position}]", number) for position, number in enumerate(tile)))
+    return tiles or list(DEFAULT_TILES)
+
+
+def _device(device: torch.device | str | int) -> torch.device:
+    if isinstance(device, bool) or not isinstance(device, (torch.device, str, int)):
+        raise TypeError(f"device: {kind(device)}, expected a torch.device, a string like 'cuda:0', or a number")
+    # torch takes the last byte of a larger one.
+    if isinstance(device, int) and not 0 <= device < 128:
+        raise ValueError(f"device: {device}, expected the number of a CUDA device")
+    try:
+        found = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    except (RuntimeError, ValueError, OverflowError) as error:
+        raise ValueError(f"device: {device!r}, expected 'cpu', 'cuda', 'cuda:N' or N") from error
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: {device!r}, expected 'cpu', 'cuda', 'cuda:N' or N")
+    return found
+
+
+def _check_lengths(seq_lens: object) -> None:
+    if isinstance(seq_lens, torch.Tensor):
+        _check_host_int32("seq_lens", seq_lens, 1)
+        return
+    is_array = getattr(seq_lens, "ndim", 0) == 1 and hasattr(seq_lens, "tolist")
+    if isinstance(seq_lens, str) or not (is_array or isinstance(seq_lens, Sequence)):
+        raise TypeError(f"seq_lens: {kind(seq_lens)}, expected a list of integers or an int32 CPU tensor")
+
+
+def _check_host_int32(name: str, tensor: object, dims: int) -> None:
     if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name}: {type(tensor).__name__}, expected an int32 CPU tensor of {dims} dimensions")
+        raise TypeError(f"{name}: {kind(tensor)}, expected an int32 CPU tensor of {dims} dimensions")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        raise TypeError(f"{name}: {tensor.layout}, expected a dense tensor")
     if tensor.dtype != torch.int32:
         raise TypeError(f"{name}: {tensor.dtype}, expected torch.int32")
     if tensor.device.type != "cpu":

@@ -515,6 +515,12 @@ def two_devices(no_tf32):
         pa.run(plans[1], moved[0], k, moved[2])
     with pytest.raises(ValueError, match="^workspace: got one on"):
         pa.run(plans[0], q, k, v, workspace=pa.Workspace(1 << 20, other))
+    stream = torch.cuda.Stream(other)
+    with pytest.raises(ValueError, match="^stream: got 0x[0-9a-f]+, a stream of another device"):
+        pa.run(plans[0], q, k, v, stream=stream.cuda_stream)
+    there = pa.run(plans[1], *moved, stream=stream.cuda_stream)
+    stream.synchronize()
+    assert torch.equal(there.cpu(), here.cpu())
 
 
 def bound_runs_and_graphs_on_the_other_device(no_tf32):
@@ -531,7 +537,8 @@ def bound_runs_and_graphs_on_the_other_device(no_tf32):
     with torch.cuda.device(other):
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # torch's own stream for captures is one of the device that was current at the first capture of the process.
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream(other)):
             for *_, bound in far.layers:
                 bound.run()
     for seed in range(5, 10):

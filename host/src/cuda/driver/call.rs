@@ -36,6 +36,7 @@ pub(crate) enum DriverCall {
     StreamCreate,
     StreamEndCapture,
     StreamGetCaptureInfo,
+    StreamGetCtx,
     StreamIsCapturing,
     StreamSynchronize,
     StreamWaitEvent,

@@ -35,6 +35,11 @@ unsafe impl Send for Kernel {}
 unsafe impl Sync for Kernel {}
 
 impl Kernel {
+    /// Whether it reads K and V by tensor maps.
+    pub(crate) fn takes_tensor_maps(&self) -> bool {
+        self.spec.tensor_maps > 0
+    }
+
     /// Compiles a module of one kernel (see `ptx::cut`) for the device.
     pub(crate) fn load(device: CudaDevice, spec: &'static KernelSpec, ptx: String, sm_count: u32) -> Result<Self> {
         let _current = make_current(device)?;

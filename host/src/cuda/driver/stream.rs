@@ -81,6 +81,24 @@ impl Stream {
         Self { device, handle, origin: Origin::Raw }
     }
 
+    /// Refuses another library's stream that is not of this device's primary context.
+    pub(crate) fn check_context(&self) -> Result<()> {
+        // 0 and 1 name the default stream of whatever context is current.
+        if self.handle <= 1 {
+            return Ok(());
+        }
+        let _current = make_current(self.device)?;
+        let mut context = std::ptr::null_mut();
+        // SAFETY: whoever made this vouches that the handle names a live stream; the call writes one pointer.
+        attempt(DriverCall::StreamGetCtx, || unsafe { sys::cuStreamGetCtx(raw(self.handle), &mut context) }.result())?;
+        if context == self.device.context().cu_ctx() {
+            return Ok(());
+        }
+        let (got, ordinal) =
+            (format!("{:#x}, a stream of another device or context", self.handle), self.device.ordinal());
+        Err(Error::invalid("stream", got, format!("one of the primary context of device {ordinal}")))
+    }
+
     /// The `CUstream`, as an integer.
     pub fn handle(&self) -> u64 {
         self.handle
