@@ -44,6 +44,7 @@ NO_INTEGERS = {
     "text": (lambda: "16", "str"),
     "nothing": (lambda: None, "NoneType"),
 }
+TABLE = numpy.zeros((2, 1), numpy.int32)
 INTEGER_ARGUMENTS = {
     "page_size": lambda planner, value: planner.plan([[0]], [5], value, 1),
     "num_pages": lambda planner, value: planner.plan_async([[0]], [5], 16, value),
@@ -51,6 +52,7 @@ INTEGER_ARGUMENTS = {
     "block_tables[0][0]": lambda planner, value: planner.plan([[value]], [5], 16, 1),
     "block_tables[0][1]": lambda planner, value: planner.plan(([0, value], [0]), [5], 16, 1),
     "query_tokens[0]": lambda planner, value: planner.plan([[0]], [5], 16, 1, query_tokens=[value]),
+    "table_rows[0]": lambda planner, value: planner.plan(TABLE, [5], 16, 1, table_rows=[value]),
     "q_heads": lambda planner, value: pa.AttentionShape(value, 2, 64, HALF),
     "bytes": lambda planner, value: pa.Workspace(value, "cpu"),
     "max_sequences": lambda planner, value: pa.Capacity(value, 16, "cpu"),
@@ -147,6 +149,7 @@ def expanded(*size):
 
 MANY = 2**31 - 1
 LARGE = {
+    "table_rows": dict(block_tables=TABLE, table_rows=expanded(MANY)),
     "parents": dict(parents=expanded(MANY)),
     "parents[0]": dict(parents=expanded(1, MANY)),
     "parents, trees": dict(parents=expanded(MANY, 2)),
