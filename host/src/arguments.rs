@@ -200,6 +200,18 @@ mod tests {
     }
 
     #[test]
+    fn features_that_the_plans_kernels_have_not_are_refused() {
+        let capped = Switches { soft_cap: true, window: false };
+        let error = check_features(TileVariant::Wgmma128, capped).unwrap_err().to_string();
+        assert!(error.contains("wgmma128") && error.contains("soft_cap"), "{error}");
+        check_features(TileVariant::Wgmma64, capped).unwrap();
+        let windowed = Switches { soft_cap: false, window: true };
+        let error = check_features(TileVariant::Wgmma64, windowed).unwrap_err().to_string();
+        assert!(error.contains("wgmma64") && error.contains("part of their pages"), "{error}");
+        check_features(TileVariant::Mma64, windowed).unwrap();
+    }
+
+    #[test]
     fn what_is_accessed_is_what_sizes_and_strides_span() {
         let accessed = Accessed { q: 1280, k: 6144, v: 6144, out: 1280, lse: 20 };
         assert_eq!(good().check(good().problem.planned()).unwrap(), accessed);

@@ -253,3 +253,22 @@ impl Planned {
         same(&format!("the visibility of {what}"), self.visibility, call.visibility)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pat_abi::Dtype;
+
+    #[test]
+    fn kernels_multiply_by_the_scale_and_the_cap() {
+        let shape = AttentionShape::new(4, 2, 64, Dtype::F16).expect("a valid shape");
+        let plain = Problem::new(shape, 16).with_scale(0.5);
+        assert_eq!((plain.scale_log2(), plain.soft_cap_scale()), (0.5 * std::f32::consts::LOG2_E, 0.0));
+        let capped = plain.with_soft_cap(20.0);
+        assert_eq!(capped.scale_log2(), 20.0 * std::f32::consts::LOG2_E);
+        assert_eq!(capped.soft_cap_scale(), 0.05 * std::f32::consts::LOG2_E);
+        let reaches = [Reach::Full, Reach::Window(7), Reach::Chunk(8)];
+        assert_eq!(reaches.map(Reach::name), ["full", "window", "chunk"]);
+        assert_eq!(reaches.map(Reach::tokens), [None, Some(7), Some(8)]);
+    }
+}

@@ -1,4 +1,5 @@
-//! How the mma.sync kernels read K and V, whose elements are of Q's type or have 8 bits and factors.
+//! How the mma.sync kernels read K and V, whose elements are of Q's type or have 8 bits and factors. What wgmma kernels need of
+//! it, too, stands here as well.
 
 use core::borrow::Borrow;
 use core::marker::PhantomData;
@@ -13,12 +14,34 @@ use crate::ptx::mma::{ldmatrix_x4, ldmatrix_x4_transposed};
 use crate::ptx::{math, shuffle, special, switches};
 use crate::tile::fragment::{self, Accumulator, Operand, Queries};
 
-/// What the forward kernels do differently by the elements of K and V.
-pub trait Cache: Copy {
-    /// What a kernel is launched with.
-    type Params;
+/// Single elements of K and V, as rows that are computed once more take them ([`crate::isolation`]).
+pub trait Rows: Copy {
     /// Bytes of an element.
     const BYTES: u32;
+
+    /// Four elements of a row.
+    type Four: Copy;
+
+    /// The four elements of a key that stand beside those of the query `query_bytes` behind its first.
+    ///
+    /// # Safety
+    /// They lie there; the row and `query_bytes` are multiples of four elements.
+    unsafe fn load_four(row: u64, query_bytes: u32) -> Self::Four;
+
+    /// The first or the last two of four elements, without K's factor.
+    fn two_of_four<E: Element>(four: Self::Four, half: usize) -> [f32; 2];
+
+    /// Two elements of a token's values, with their factor; the address is that of the first.
+    ///
+    /// # Safety
+    /// They lie there; the address is a multiple of two elements.
+    unsafe fn two_of_value<E: Element>(self, address: u64) -> [f32; 2];
+}
+
+/// What the mma.sync kernels do differently by the elements of K and V.
+pub trait Cache: Rows {
+    /// What a kernel is launched with.
+    type Params;
 
     /// Which four elements of 16 of a query lane `l` holds for a product: two at `l % 4` times as many bytes,
     const QUERY_LANE_BYTES: u64;
@@ -61,24 +84,6 @@ pub trait Cache: Copy {
 
     /// What [`Self::accumulate`] has made becomes the output. Convergent.
     fn finish<const STEPS: usize>(self, accumulator: &mut Accumulator<STEPS>, lane: u32);
-
-    /// Four elements of a row.
-    type Four: Copy;
-
-    /// The four elements of a key that stand beside those of the query `query_bytes` behind its first.
-    ///
-    /// # Safety
-    /// They lie there; the row and `query_bytes` are multiples of four elements.
-    unsafe fn load_four(row: u64, query_bytes: u32) -> Self::Four;
-
-    /// The first or the last two of four elements, without K's factor.
-    fn two_of_four<E: Element>(four: Self::Four, half: usize) -> [f32; 2];
-
-    /// Two elements of a token's values, with their factor; the address is that of the first.
-    ///
-    /// # Safety
-    /// They lie there; the address is a multiple of two elements.
-    unsafe fn two_of_value<E: Element>(self, address: u64) -> [f32; 2];
 }
 
 /// K and V of Q's type.
@@ -87,7 +92,6 @@ pub struct Plain;
 
 impl Cache for Plain {
     type Params = ForwardParams;
-    const BYTES: u32 = 2;
     const QUERY_LANE_BYTES: u64 = 4;
     const QUERY_HALF_BYTES: u64 = 16;
 
@@ -129,6 +133,10 @@ impl Cache for Plain {
 
     #[inline(always)]
     fn finish<const STEPS: usize>(self, _: &mut Accumulator<STEPS>, _: u32) {}
+}
+
+impl Rows for Plain {
+    const BYTES: u32 = 2;
 
     type Four = [u32; 2];
 
@@ -172,9 +180,61 @@ const fn transposed(words: [u32; 2]) -> [u32; 2] {
     [words[0] & 0xffff | words[1] << 16, words[0] >> 16 | words[1] & 0xffff_0000]
 }
 
+/// What a KV head's factors make of a kernel's parameters.
+pub struct ScaledHead {
+    /// K's factor is part of the scores' scale.
+    pub forward: ForwardParams,
+    /// What sums of products with elements of V are multiplied with.
+    pub v_scale: f32,
+}
+
+impl ScaledHead {
+    /// Of numbers that are to be multiplied with `factor` besides.
+    ///
+    /// # Safety
+    /// Where `params` names factors, there is one for this KV head.
+    #[inline(always)]
+    pub unsafe fn new(params: &ScaledForwardParams, kv_head: u32, factor: f32) -> Self {
+        // SAFETY: the caller's contract.
+        let of_head = |factors: u64| unsafe { factor_of_head(factors, kv_head) } * factor;
+        let k_scale = params.k_scale * of_head(params.k_scales);
+        let mut forward = params.forward;
+        // A cap is of what comes behind the scale, and without one its factor is not used.
+        forward.soft_cap_scale *= k_scale;
+        forward.scale_log2 *= switches::one_under_cap(k_scale);
+        Self { forward, v_scale: params.v_scale * of_head(params.v_scales) }
+    }
+}
+
+/// Puts row `row` (0 or 1) of a lane's A operands into binary16; returns what scores with it are to be multiplied with.
+/// Convergent.
+#[inline(always)]
+pub fn row_to_f16<E: Element>(queries: &mut [[u32; 4]], row: usize) -> f32 {
+    let halves = [row, row + 2];
+    let mut largest = 0.0;
+    for step in queries.iter() {
+        for half in halves {
+            let [a, b] = E::unpack(step[half]).map(f32::abs);
+            largest = math::max(largest, math::max(a, b));
+        }
+    }
+    largest = math::max(largest, shuffle::xor_f32(largest, 1));
+    largest = math::max(largest, shuffle::xor_f32(largest, 2));
+    // Neither power of 2 below is infinite or subnormal.
+    let exponent = largest.to_bits() >> 23;
+    let exponent = if exponent < 15 { 15 } else { exponent };
+    let scale = f32::from_bits((268 - exponent) << 23);
+    for step in queries.iter_mut() {
+        for half in halves {
+            let [a, b] = E::unpack(step[half]).map(|element| element * scale);
+            step[half] = F16::pack(a, b);
+        }
+    }
+    f32::from_bits((exponent - 14) << 23)
+}
+
 impl<C: Code> Cache for EightBit<C> {
     type Params = ScaledForwardParams;
-    const BYTES: u32 = 1;
     const QUERY_LANE_BYTES: u64 = 8;
     const QUERY_HALF_BYTES: u64 = 4;
 
@@ -182,42 +242,16 @@ impl<C: Code> Cache for EightBit<C> {
     unsafe fn of(params: &ScaledForwardParams) -> (Self, impl Borrow<ForwardParams>) {
         let (_, kv_head) = params.forward.kv_heads_divisor.divide_remainder(special::cta_index());
         // SAFETY: the caller's contract.
-        let of_head = |factors: u64| unsafe { factor_of_head(factors, kv_head) } * (1.0 / C::FACTOR);
-        // K's factor is part of the scores' scale.
-        let k_scale = params.k_scale * of_head(params.k_scales);
-        let mut forward = params.forward;
-        // A cap is of what comes behind the scale, and without one its factor is not used.
-        forward.soft_cap_scale *= k_scale;
-        forward.scale_log2 *= switches::one_under_cap(k_scale);
-        (Self { v_scale: params.v_scale * of_head(params.v_scales), code: PhantomData }, forward)
+        let ScaledHead { forward, v_scale } = unsafe { ScaledHead::new(params, kv_head, 1.0 / C::FACTOR) };
+        (Self { v_scale, code: PhantomData }, forward)
     }
 
     #[inline(always)]
     fn arrange<E: Element, const STEPS: usize>(queries: &mut Operand<STEPS>) -> [f32; 2] {
         let mut scales = [1.0; 2];
         for row in 0..2 {
-            let halves = [row, row + 2];
             if !E::IS_F16 {
-                let mut largest = 0.0;
-                for step in 0..STEPS {
-                    for half in halves {
-                        let [a, b] = E::unpack(queries[step][half]).map(f32::abs);
-                        largest = math::max(largest, math::max(a, b));
-                    }
-                }
-                largest = math::max(largest, shuffle::xor_f32(largest, 1));
-                largest = math::max(largest, shuffle::xor_f32(largest, 2));
-                // Neither power of 2 below is infinite or subnormal.
-                let exponent = largest.to_bits() >> 23;
-                let exponent = if exponent < 15 { 15 } else { exponent };
-                let scale = f32::from_bits((268 - exponent) << 23);
-                for step in 0..STEPS {
-                    for half in halves {
-                        let [a, b] = E::unpack(queries[step][half]).map(|element| element * scale);
-                        queries[step][half] = F16::pack(a, b);
-                    }
-                }
-                scales[row] = f32::from_bits((exponent - 14) << 23);
+                scales[row] = row_to_f16::<E>(queries, row);
             }
             // Even elements of four beside even ones, as widened keys are.
             for step in 0..STEPS {
@@ -313,6 +347,10 @@ impl<C: Code> Cache for EightBit<C> {
             }
         }
     }
+}
+
+impl<C: Code> Rows for EightBit<C> {
+    const BYTES: u32 = 1;
 
     type Four = u32;
 

@@ -10,7 +10,7 @@
 //! The other way, numbers are rounded to nearest even, and what is too large becomes the largest finite number, as
 //! `cvt.rn.satfinite` does (PTX ISA, "cvt"), which architectures before sm_89 do not have.
 
-use crate::ptx::bytes::{permute, scale_f16x2};
+use crate::ptx::bytes::{e4m3_to_f16, permute, scale_f16x2};
 use crate::ptx::ldst::load_global_u32;
 use crate::ptx::math;
 
@@ -21,6 +21,9 @@ pub trait Code: Copy {
 
     /// The even and the odd bytes of a word as two binary16 each, times [`Self::FACTOR`].
     fn widen(word: u32) -> [u32; 2];
+
+    /// The four numbers of a word as two binary16 each, exactly, the first two first; NaN for NaN. From sm_89 on.
+    fn exact(word: u32) -> [u32; 2];
 
     /// A number that sums of products with widened numbers have made: where it is infinite for NaN, it becomes NaN.
     fn settle(value: f32) -> f32;
@@ -89,6 +92,8 @@ pub struct E5m2;
 // Which two bytes of a word go to the upper bytes of its halves.
 const EVEN: u32 = 0x2404;
 const ODD: u32 = 0x3414;
+const FIRST: u32 = 0x1404;
+const LAST: u32 = 0x3424;
 
 impl Code for E4m3 {
     const FRACTION_BITS: u32 = 3;
@@ -108,6 +113,11 @@ impl Code for E4m3 {
     }
 
     #[inline(always)]
+    fn exact(word: u32) -> [u32; 2] {
+        e4m3_to_f16(word)
+    }
+
+    #[inline(always)]
     fn settle(value: f32) -> f32 {
         math::fma(value, 0.0, value)
     }
@@ -123,6 +133,11 @@ impl Code for E5m2 {
     #[inline(always)]
     fn widen(word: u32) -> [u32; 2] {
         [permute::<EVEN>(word), permute::<ODD>(word)]
+    }
+
+    #[inline(always)]
+    fn exact(word: u32) -> [u32; 2] {
+        [permute::<FIRST>(word), permute::<LAST>(word)]
     }
 
     #[inline(always)]

@@ -8,7 +8,7 @@
 use pat_abi::ForwardParams;
 use pat_abi::reader::Stream;
 
-use crate::cache::Cache;
+use crate::cache::Rows;
 use crate::element::Element;
 use crate::epilogue::{Columns, Row};
 use crate::item::strided;
@@ -45,7 +45,7 @@ impl RowSoftmax {
 /// even and below the elements of a token's values.
 #[inline(always)]
 #[allow(clippy::too_many_arguments, reason = "the place of two columns, by parts")]
-pub unsafe fn attend_pair<E: Element, C: Cache, const CAPS_SCORES: bool, const HAS_WINDOWS: bool>(
+pub unsafe fn attend_pair<E: Element, C: Rows, const CAPS_SCORES: bool, const HAS_WINDOWS: bool>(
     params: &ForwardParams,
     cache: C,
     stream: Stream,
@@ -121,7 +121,7 @@ pub unsafe fn attend_pair<E: Element, C: Cache, const CAPS_SCORES: bool, const H
 /// says where a tile row's result goes.
 #[inline(always)]
 #[allow(clippy::too_many_arguments, reason = "the rows of one warp, by parts")]
-pub unsafe fn restore_rows<E: Element, C: Cache, const CAPS_SCORES: bool, const HAS_WINDOWS: bool>(
+pub unsafe fn restore_rows<E: Element, C: Rows, const CAPS_SCORES: bool, const HAS_WINDOWS: bool>(
     params: &ForwardParams,
     cache: C,
     stream: Stream,

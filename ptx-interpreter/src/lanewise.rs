@@ -98,6 +98,7 @@ fn bits(opcode: &str) -> Option<(usize, Lanewise)> {
         "shf.l.wrap.b32" => lanes!(|a: u32, b: u32, c: u32| (join(a, b) << (c % 32)) >> 32),
         "shf.r.wrap.b32" => lanes!(|a: u32, b: u32, c: u32| (join(a, b) >> (c % 32)) as u32),
         "bfe.u32" => lanes!(|a: u32, b: u32, c: u32| bit_field(a, b & 0xff, c & 0xff)),
+        "bfe.s32" => lanes!(|a: u32, b: u32, c: u32| signed_bit_field(a, b & 0xff, c & 0xff)),
         "prmt.b32" => lanes!(|a: u32, b: u32, c: u32| permute_bytes(join(a, b), c)),
         "popc.b32" => lanes!(|a: u32| a.count_ones()),
         "popc.b64" => lanes!(|a: u64| a.count_ones()),
@@ -114,6 +115,12 @@ fn join(low: u32, high: u32) -> u64 {
 fn bit_field(a: u32, begin: u32, length: u32) -> u32 {
     let mask = if length < 32 { (1 << length) - 1 } else { u32::MAX };
     if begin < 32 { a >> begin & mask } else { 0 }
+}
+
+/// With the field's uppermost bit in all bits above it.
+fn signed_bit_field(a: u32, begin: u32, length: u32) -> u32 {
+    let above = 32 - length.clamp(1, 32);
+    if length == 0 { 0 } else { ((bit_field(a, begin, length) << above) as i32 >> above) as u32 }
 }
 
 /// PTX ISA, "prmt", the default mode: a nibble selects a byte of the eight, or (bit 3) its sign in every bit.
@@ -149,6 +156,7 @@ fn float(opcode: &str) -> Option<(usize, Lanewise)> {
         // The first source becomes the high half.
         "cvt.rn.f16x2.f32" => lanes!(|a: f32, b: f32| Pair(f16::from_f32(b), f16::from_f32(a))),
         "cvt.rn.bf16x2.f32" => lanes!(|a: f32, b: f32| Pair(bf16::from_f32(b), bf16::from_f32(a))),
+        "cvt.rn.f16x2.e4m3x2" => lanes!(|a: u16| Pair(e4m3(a as u8), e4m3((a >> 8) as u8))),
         "cvt.rn.f16.f32" => lanes!(|a: f32| f16::from_f32(a)),
         "cvt.rn.bf16.f32" => lanes!(|a: f32| bf16::from_f32(a)),
         "cvt.f32.f16" => lanes!(|a: f16| Float16::to_f32(a)),
@@ -162,6 +170,17 @@ fn float(opcode: &str) -> Option<(usize, Lanewise)> {
 /// A subnormal number becomes 0 with its sign.
 fn flush(x: f32) -> f32 {
     if x.is_subnormal() { 0f32.copysign(x) } else { x }
+}
+
+/// A number of 4 bits of exponent and 3 of fraction; where all are set, NaN.
+fn e4m3(code: u8) -> f16 {
+    let (exponent, fraction) = (i32::from(code >> 3 & 15), f64::from(code & 7));
+    let magnitude = match code & 0x7f {
+        0x7f => f64::NAN,
+        _ if exponent == 0 => fraction * 2f64.powi(-9),
+        _ => (8.0 + fraction) * 2f64.powi(exponent - 10),
+    };
+    f16::from_f64(if code & 0x80 == 0 { magnitude } else { -magnitude })
 }
 
 fn comparison(opcode: &str) -> Option<(usize, Lanewise)> {
@@ -272,11 +291,16 @@ mod tests {
         assert_eq!(compute("shr.s32", &[0x8000_0000, 40]), 0xffff_ffff);
         assert_eq!(compute("shr.u64", &[1 << 40, 40]), 1);
         assert_eq!(compute("bfe.u32", &[0xabcd, 4, 8]), 0xbc);
+        assert_eq!(compute("bfe.s32", &[0xabcd, 4, 8]), 0xffff_ffbc);
+        assert_eq!(compute("bfe.s32", &[0xabcd, 4, 5]), 0xffff_fffc);
         assert_eq!(compute("bfe.u32", &[0xabcd_0123, 0, 32]), 0xabcd_0123);
         assert_eq!(compute("shf.l.wrap.b32", &[0x8000_0000, 1, 1]), 3);
         assert_eq!(compute("shf.r.wrap.b32", &[0x8000_0000, 1, 31]), 3);
         assert_eq!(compute("prmt.b32", &[0x8382_8180, 0x0706_0504, 0x7430]), 0x0704_8380);
         assert_eq!(compute("prmt.b32", &[0x8382_8180, 0x0706_0504, 0xf8f8]), 0x00ff_00ff);
+        // 1 and -448, then the smallest numbers.
+        assert_eq!(compute("cvt.rn.f16x2.e4m3x2", &[0xfe38]), 0xdf00_3c00);
+        assert_eq!(compute("cvt.rn.f16x2.e4m3x2", &[0x8101]), 0x9800_1800);
         assert_eq!(compute("not.pred", &[1]), 0);
         assert_eq!(compute("not.b32", &[1]), 0xffff_fffe);
     }

@@ -8,7 +8,11 @@ use crate::global::GlobalMemory;
 /// Bytes of a row of a box under the 128-byte swizzle.
 const ROW_BYTES: usize = 128;
 
-/// A tensor of four dimensions in global memory, copied in boxes under the 128-byte swizzle, zeros out of range.
+/// Bytes of a row of a box without swizzle, the one other kind that there is.
+const SHORT_ROW_BYTES: usize = 64;
+
+/// A tensor of four dimensions in global memory, copied in boxes, zeros out of range: rows of 128 bytes under the 128-byte
+/// swizzle, rows of 64 as they are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TensorMap {
     /// Address of the first element, a multiple of 16.
@@ -27,10 +31,11 @@ impl TensorMap {
     /// # Errors
     /// What `cuTensorMapEncodeTiled` refuses.
     pub(crate) fn check(&self) -> Result<(), String> {
-        let row_bytes = u64::from(self.box_dims[0]) * self.element_bytes;
-        if row_bytes != ROW_BYTES as u64 {
+        let row_bytes = self.row_bytes();
+        if ![SHORT_ROW_BYTES, ROW_BYTES].contains(&row_bytes) {
             return Err(format!(
-                "a box row of {row_bytes} bytes: the interpreter knows {ROW_BYTES}, one row of the swizzle"
+                "a box row of {row_bytes} bytes: the interpreter knows {ROW_BYTES}, one row of the swizzle, and \
+                 {SHORT_ROW_BYTES} without"
             ));
         }
         if !self.address.is_multiple_of(16) || self.strides_bytes.iter().any(|stride| !stride.is_multiple_of(16)) {
@@ -42,13 +47,17 @@ impl TensorMap {
         Ok(())
     }
 
+    fn row_bytes(&self) -> usize {
+        self.box_dims[0] as usize * self.element_bytes as usize
+    }
+
     /// Bytes of a box.
     pub(crate) fn box_bytes(&self) -> usize {
         self.box_dims.iter().map(|&elements| elements as usize).product::<usize>() * self.element_bytes as usize
     }
 
-    /// The box at these coordinates, as it lies in shared memory from `address` on: its rows one behind the other, their 16-byte
-    /// chunks swizzled by the address.
+    /// The box at these coordinates, as it lies in shared memory from `address` on: its rows one behind the other, the 16-byte
+    /// chunks of long ones swizzled by the address.
     pub(crate) fn read_box(
         &self,
         lane: usize,
@@ -59,6 +68,7 @@ impl TensorMap {
         let mut copy = vec![0; self.box_bytes()];
         let [elements, rows, planes, cubes] = self.box_dims.map(i64::from);
         let at = coordinates.map(i64::from);
+        let row_bytes = self.row_bytes();
         let mut row_begin = 0;
         for cube in at[3]..at[3] + cubes {
             for plane in at[2]..at[2] + planes {
@@ -77,12 +87,13 @@ impl TensorMap {
                             + plane as u64 * of_plane
                             + cube as u64 * of_cube;
                         memory.read_into(lane, from, 16, &mut values[place..place + length])?;
-                        for (chunk, bytes) in values.chunks_exact(16).enumerate() {
-                            let to = swizzled(address + (row_begin + 16 * chunk) as u64) - address;
+                        for (chunk, bytes) in values[..row_bytes].chunks_exact(16).enumerate() {
+                            let place = address + (row_begin + 16 * chunk) as u64;
+                            let to = if row_bytes == ROW_BYTES { swizzled(place) } else { place } - address;
                             copy[to as usize..][..16].copy_from_slice(bytes);
                         }
                     }
-                    row_begin += ROW_BYTES;
+                    row_begin += row_bytes;
                 }
             }
         }
@@ -169,9 +180,20 @@ mod tests {
     }
 
     #[test]
+    fn short_rows_lie_one_behind_the_other() {
+        let (memory, map) = tensor();
+        let short = TensorMap { box_dims: [32, 16, 1, 1], ..map };
+        short.check().unwrap();
+        let copy = short.read_box(0, &memory, [32, 0, 0, 0], 0x400).unwrap();
+        let numbers: Vec<u8> =
+            (0..16u16).flat_map(|row| (64 * row + 32..64 * row + 64).flat_map(u16::to_le_bytes)).collect();
+        assert_eq!(copy, numbers);
+    }
+
+    #[test]
     fn maps_that_the_driver_refuses_are_refused() {
         let (_, map) = tensor();
-        assert!(TensorMap { box_dims: [32, 16, 1, 1], ..map }.check().is_err());
+        assert!(TensorMap { box_dims: [16, 16, 1, 1], ..map }.check().is_err());
         assert!(TensorMap { address: map.address + 8, ..map }.check().is_err());
         assert!(TensorMap { box_dims: [64, 257, 1, 1], ..map }.check().is_err());
     }

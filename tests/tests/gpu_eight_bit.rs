@@ -80,7 +80,7 @@ fn run_forest<T: Element, C: EightBit>(
     let mut rng = ChaCha8Rng::seed_from_u64(index);
     let case = loop {
         let case = random_case(&mut rng, T::DTYPE);
-        if case.shape.group() <= variant.rows() {
+        if case.shape.group() <= variant.rows() && variant.supports_page_size(case.batch.page_size) {
             break case;
         }
     };
@@ -109,7 +109,8 @@ fn run_forest<T: Element, C: EightBit>(
     if rng.random_bool(0.3) {
         problem = problem.with_soft_cap(2.0);
     }
-    if alone.is_none() && rng.random_bool(0.3) {
+    let has_windows = variant.serves(Switches { window: true, ..Switches::OFF });
+    if alone.is_none() && rng.random_bool(0.3) && has_windows {
         problem = problem.with_window(*[1, 20, 100].choose(&mut rng).unwrap());
     }
     let sinks = draw_sinks(&mut rng, plain);
@@ -156,7 +157,7 @@ fn run_all(executor: &(impl Executor + Sync)) {
         })
         .flat_map(|(kernel, variant)| (0..FORESTS).map(move |index| (kernel, variant, index)))
         .collect();
-    assert_eq!(runs.len() as u64, 3 * 2 * 2 * 2 * FORESTS);
+    assert_eq!(runs.len() as u64, 4 * 2 * 2 * 2 * FORESTS);
     runs.into_par_iter().for_each(|(kernel, variant, index)| match (kernel.dtype, kernel.kv_dtype) {
         (Dtype::F16, Dtype::E4m3) => run_forest::<f16, E4m3>(executor, kernel, variant, index),
         (Dtype::F16, Dtype::E5m2) => run_forest::<f16, E5m2>(executor, kernel, variant, index),
@@ -190,7 +191,7 @@ fn codes_through<T: Element, C: EightBit>(executor: &impl Executor, code: impl F
     let k = vec![code(0); 16 * 2 * DIM];
     let mut v = vec![code(0x7f); 16 * 2 * DIM];
     (0..=u8::MAX).for_each(|byte| v[usize::from(byte)] = code(byte));
-    for variant in [TileVariant::Mma16, TileVariant::Mma32, TileVariant::Mma64] {
+    for variant in DeviceProfile::h200().variants(&problem) {
         let options = PlanOptions::default().with_variants([variant]);
         let plan = Planner::new(problem, DeviceProfile::h200(), options).unwrap().plan(&batch).unwrap();
         for v_scale in [1.0, 0.25] {
@@ -222,7 +223,7 @@ fn what_has_no_kernel_is_refused(_: &Engine) {
     let refusal = |problem: Problem| supports(&problem, None, None).unwrap_err().to_string();
     assert_eq!(refusal(Problem::new(shape(256), 16)), "head_dim: got 256, expected 64 or 128 with K and V of e4m3");
     supports(&Problem::new(shape(128), 16).with_window(5).with_soft_cap(3.0), None, None).unwrap();
-    for variant in DeviceProfile::h200().variants(&Problem::new(shape(64), 16)) {
+    for variant in DeviceProfile::h200().variants(&Problem::new(shape(64), 16).with_window(5)) {
         assert!(variant.serves(Switches { window: true, ..Switches::OFF }), "{variant:?}");
     }
 }

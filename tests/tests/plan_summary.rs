@@ -19,10 +19,14 @@ fn planner(problem: Problem, profile: &str, mode: PlanMode, variants: Option<&[T
 
 /// The summary of a batch's plan and all kinds of shared nodes.
 fn explain(planner: &mut Planner, batch: &OwnedBatch) -> (PlanSummary, Vec<SharedNodes>) {
-    let rows = batch.rows();
-    let plan = planner.plan(&batch.view(&rows).expect("a valid batch")).expect("a plan");
+    let plan = plan_of(planner, batch);
     let nodes = planner.shared_nodes(&plan, usize::MAX).expect("its last plan");
     (plan.summary(), nodes)
+}
+
+fn plan_of(planner: &mut Planner, batch: &OwnedBatch) -> pat_rs::Plan {
+    let rows = batch.rows();
+    planner.plan(&batch.view(&rows).expect("a valid batch")).expect("a plan")
 }
 
 fn tree(spec: &str) -> OwnedBatch {
@@ -148,4 +152,25 @@ fn only_the_last_plan_is_explained() {
     assert_eq!(planner.shared_nodes(&last, 0).expect("the last plan"), []);
     let message = planner.shared_nodes(&former, 1).expect_err("refused").to_string();
     assert!(message.contains("the planner's last plan"), "{message}");
+}
+
+#[test]
+fn plans_are_equal_where_all_is_that_runs_and_figures_depend_on() {
+    let batch = tree("1,4_64,32");
+    let of = |problem: Problem, profile: &str, batch: &OwnedBatch| {
+        let mode = PlanMode::FixedChunk { tokens: 32 };
+        let mut planner = planner(problem, profile, mode, Some(&[TileVariant::Mma64]));
+        plan_of(&mut planner, batch)
+    };
+    let problem = batch.problem(shape(16, 4));
+    let plan = of(problem, "h200", &batch);
+    assert_eq!(plan, of(problem, "h200", &batch));
+    assert!(plan.generation() < of(problem, "h200", &batch).generation());
+    assert_eq!(plan.generation().to_string(), plan.generation().number().to_string());
+    assert_ne!(plan, of(problem.with_scale(2.0), "h200", &batch));
+    assert_ne!(plan, of(problem, "h100-sxm", &batch));
+    assert_ne!(plan, of(problem, "h200", &OwnedBatch { num_pages: batch.num_pages + 1, ..batch.clone() }));
+    let slots = u64::from(plan.header().slot_count);
+    assert_eq!(plan.partial_bytes(), slots * 16 * (128 + 1) * 4);
+    assert!(slots > 0);
 }

@@ -1,14 +1,15 @@
 //! What a tensor map of a KV pool says: pure arithmetic, encoded by `driver`.
 //!
-//! Four dimensions, innermost first: element of the head, token of the page, KV head, page. A box is 64 elements (the 128
-//! bytes that one swizzle row spans) of up to 64 tokens of one head of one page. Page `num_pages` is out of range, so a
+//! Four dimensions, innermost first: element of the head, token of the page, KV head, page. A box is 128 bytes
+//! (64 elements, or 128 of 8 bits: what one swizzle row spans) of up to 64 tokens of one head of one page. Rows of 64 bytes (head
+//! dimension 64 in 8 bits) are copied as they are. Page `num_pages` is out of range, so a
 //! kernel that names it gets zeros.
 
 use crate::eligibility::{accepted_strides, is_stride};
 use crate::{AttentionShape, Dtype, Error, KvStrides, Result};
 
-/// Elements per box row: the 128-byte swizzle spans this much.
-const BOX_ELEMENTS: u32 = 64;
+/// Most bytes per box row: the 128-byte swizzle spans this much.
+const BOX_ROW_BYTES: u32 = 128;
 /// Most tokens per box.
 const MAX_BOX_TOKENS: u32 = 64;
 
@@ -59,8 +60,15 @@ impl TensorMapSpec {
                 stride_bytes("head", strides.head)?,
                 stride_bytes("page", strides.page)?,
             ],
-            box_dims: [BOX_ELEMENTS, page_size.min(MAX_BOX_TOKENS), 1, 1],
+            box_dims: [shape.head_dim().min(BOX_ROW_BYTES / element_bytes), page_size.min(MAX_BOX_TOKENS), 1, 1],
         })
+    }
+}
+
+impl TensorMapSpec {
+    /// Whether boxes lie in shared memory under the 128-byte swizzle: where their rows are so long.
+    pub(super) fn is_swizzled(&self) -> bool {
+        self.box_dims[0] * self.dtype.bytes() == BOX_ROW_BYTES
     }
 }
 
@@ -78,6 +86,11 @@ mod tests {
         let map = TensorMapSpec::new("k", 0x1000, KvStrides::hnd(256, 8, 128), shape, (7, 256)).unwrap();
         assert_eq!(map.strides_bytes, [128 * 2, 256 * 128 * 2, 256 * 8 * 128 * 2]);
         assert_eq!(map.box_dims[1], 64);
+        for (head_dim, is_swizzled) in [(128, true), (64, false)] {
+            let shape = AttentionShape::new(32, 8, head_dim, Dtype::F16).unwrap().with_kv_dtype(Dtype::E4m3);
+            let map = TensorMapSpec::new("k", 0x1000, KvStrides::nhd(32, 8, head_dim), shape, (7, 32)).unwrap();
+            assert_eq!((map.box_dims, map.is_swizzled()), ([head_dim, 32, 1, 1], is_swizzled));
+        }
     }
 
     #[test]

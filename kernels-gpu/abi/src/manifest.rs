@@ -327,10 +327,11 @@ macro_rules! scaled_kernel_shapes {
 }
 
 /// Forward kernels that read 8-bit K and V.
-const SCALED: [&[KernelSpec]; 3] = [
+const SCALED: [&[KernelSpec]; 4] = [
     scaled_kernel_shapes!(forward_kernels! { Mma16, "pat_forward_mma16" }),
     scaled_kernel_shapes!(forward_kernels! { Mma32, "pat_forward_mma32" }),
     scaled_kernel_shapes!(forward_kernels! { Mma64, "pat_forward_mma64" }),
+    scaled_kernel_shapes!(forward_kernels! { Wgmma64, "pat_forward_wgmma64" }),
 ];
 
 /// Forward kernels whose warps split V's columns.
@@ -375,7 +376,7 @@ const fn forward(
     (dtype, kv_dtype): (Dtype, Dtype),
     (head_dim, v_head_dim): (u32, u32),
 ) -> KernelSpec {
-    let config = variant.config(head_dim);
+    let config = variant.config(head_dim).of_elements(kv_dtype.bytes());
     KernelSpec {
         entry,
         arch: variant.arch(),

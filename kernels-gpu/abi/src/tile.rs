@@ -35,6 +35,8 @@ pub struct TileConfig {
     pub rings: u32,
     /// Tiles of K and of V in a ring.
     pub stages: u32,
+    /// Tiles of 8-bit K and V that are copied before they are widened into those of the ring; 0 where none are.
+    pub narrow_stages: u32,
     /// Warps that copy and do not compute; 0 where all warps do both.
     pub producer_warps: u32,
     /// Registers per thread of the producers after `setmaxnreg`, where there are producers.
@@ -66,9 +68,12 @@ pub struct SmemLayout {
     pub v: u32,
     /// Queries.
     pub q: u32,
-    /// Transaction barriers: four per stage, then two per query slot, 8 bytes each.
+    /// K of the first stage of 8-bit tiles that are widened; V and the next stage stand behind it as in the ring, half as large.
+    pub narrow: u32,
+    /// Transaction barriers: four per stage, then two per query slot, then four per narrow stage, 8 bytes each.
     pub barriers: u32,
-    /// Which rows attend to which keys: of each stage, 2 bytes per token, or 16 per 64 tokens in the persistent kernels.
+    /// Which rows attend to which keys: of each stage, then of each narrow stage, 2 bytes per token, or 16 per 64 tokens in the
+    /// persistent kernels.
     pub masks: u32,
     /// From the masks of one stage to those of the next.
     pub mask_bytes: u32,
@@ -91,6 +96,7 @@ impl TileVariant {
             column_splits: 1,
             rings: 1,
             stages: 2,
+            narrow_stages: 0,
             producer_warps: 0,
             producer_registers: 0,
             consumer_registers: 0,
@@ -162,6 +168,20 @@ impl TileVariant {
 }
 
 impl TileConfig {
+    /// The shape of CTAs whose K and V have elements of so many bytes. Those that wgmma multiplies are widened to 16 bits: where
+    /// 16-bit tiles have three stages, two of these and two of narrow ones take as much shared memory. Producers that widen need
+    /// registers for it.
+    pub const fn of_elements(self, element_bytes: u32) -> Self {
+        if self.producer_warps == 0 || element_bytes > 1 {
+            return self;
+        }
+        let producer_registers = 72;
+        let launched = self.threads() * register_limit(self.threads(), self.min_ctas_per_sm);
+        let left = launched - 32 * self.producer_warps * producer_registers;
+        let consumer_registers = left / (32 * self.computing_warps()) / 8 * 8;
+        Self { stages: 2, narrow_stages: 2, producer_registers, consumer_registers, ..self }
+    }
+
     /// Warps that hold different rows.
     pub const fn row_warps(&self) -> u32 {
         self.rows / WARP_ROWS
@@ -183,8 +203,10 @@ impl TileConfig {
     }
 
     /// The shared memory of a CTA whose keys have `head_dim` elements of `element_bytes` bytes, and so have queries that stay
-    /// there; values have `v_head_dim`.
+    /// there; values have `v_head_dim`. Persistent kernels have 16-bit ones there in any case ([`Self::of_elements`]).
     pub const fn smem(&self, head_dim: u32, v_head_dim: u32, element_bytes: u32) -> SmemLayout {
+        let is_persistent = self.producer_warps > 0;
+        let element_bytes = if is_persistent { 2 } else { element_bytes };
         let k_tile_bytes = self.tile_keys() * head_dim * element_bytes;
         let v_tile_bytes = self.tile_keys() * v_head_dim * element_bytes;
         let stage_bytes = k_tile_bytes + v_tile_bytes;
@@ -196,11 +218,12 @@ impl TileConfig {
         let queries_end = q + self.query_slots * WARP_ROWS * head_dim * element_bytes;
         // In a ring that all warps share, the states take the place of tiles and queries.
         let states_end = if self.key_splits > 1 { self.row_warps() * self.key_splits * warp_state_bytes } else { 0 };
-        let barriers = max(queries_end, states_end);
-        let is_persistent = self.producer_warps > 0;
-        let masks = barriers + if is_persistent { 8 * (4 * self.stages + 2 * self.query_slots) } else { 0 };
+        let narrow = max(queries_end, states_end);
+        let barriers = narrow + self.narrow_stages * stage_bytes / 2;
+        let barrier_count = 4 * self.stages + 2 * self.query_slots + 4 * self.narrow_stages;
+        let masks = barriers + if is_persistent { 8 * barrier_count } else { 0 };
         let mask_bytes = if is_persistent { self.tile_keys() / 64 * 16 } else { 2 * self.tile_keys() };
-        let total = masks + self.rings * self.stages * mask_bytes;
+        let total = masks + (self.rings * self.stages + self.narrow_stages) * mask_bytes;
         SmemLayout {
             k_tile_bytes,
             v_tile_bytes,
@@ -209,6 +232,7 @@ impl TileConfig {
             k: 0,
             v: k_tile_bytes,
             q,
+            narrow,
             barriers,
             masks,
             mask_bytes,
@@ -248,15 +272,20 @@ mod tests {
         for kernel in crate::KERNELS {
             if let Family::Forward(variant) = kernel.family {
                 let head_dim = kernel.head_dim;
-                let config = variant.config(head_dim);
+                let config = variant.config(head_dim).of_elements(kernel.kv_dtype.bytes());
                 let layout = config.smem(head_dim, kernel.v_head_dim, kernel.kv_dtype.bytes());
                 assert_eq!(layout.v, layout.k + layout.k_tile_bytes);
                 assert_eq!(layout.stage_bytes, layout.v + layout.v_tile_bytes);
-                assert!(layout.v < layout.q && layout.q <= layout.barriers && layout.barriers <= layout.masks);
+                assert!(
+                    layout.v < layout.q
+                        && layout.q <= layout.narrow
+                        && layout.narrow <= layout.barriers
+                        && layout.barriers <= layout.masks
+                );
                 assert!(layout.masks < layout.total && layout.total <= variant.arch().max_smem_bytes(), "{variant:?}");
                 // What TMA writes and wgmma reads is aligned to the swizzle's 1024 bytes.
                 assert!(
-                    [layout.k_tile_bytes, layout.v_tile_bytes, layout.q].iter().all(|at| at % 1024 == 0),
+                    [layout.k_tile_bytes, layout.v_tile_bytes, layout.q, layout.narrow].iter().all(|at| at % 1024 == 0),
                     "{variant:?}"
                 );
                 assert!(config.rows % WARP_ROWS == 0 && config.keys % config.rings == 0);

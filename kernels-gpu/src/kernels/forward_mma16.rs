@@ -10,7 +10,7 @@ use pat_abi::layout::common_row_lanes;
 use pat_abi::tile::warp_state_bytes;
 use pat_abi::{ForwardParams, TileConfig, TileVariant, mma_kernel_shapes, scaled_kernel_shapes};
 
-use crate::cache::{Cache, EightBit, Plain};
+use crate::cache::{Cache, EightBit, Plain, Rows};
 use crate::eight_bit::{E4m3, E5m2};
 use crate::element::{Bf16, Element, F16};
 use crate::item::Item;
@@ -194,7 +194,7 @@ macro_rules! entry {
     ($head_dim:literal $v_head_dim:literal $element:ident $cache:ty, $name:literal) => {
         const _: () = {
             const CONFIG: TileConfig = TileVariant::Mma16.config($head_dim);
-            const BYTES: u32 = <$cache as Cache>::BYTES;
+            const BYTES: u32 = <$cache as Rows>::BYTES;
             const LANES: u32 = common_row_lanes($head_dim, $v_head_dim, BYTES);
             const UNIT_TOKENS: u32 = CONFIG.tile_keys();
             const KEY_STEPS: usize = UNIT_TOKENS as usize / 16;

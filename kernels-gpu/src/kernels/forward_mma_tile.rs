@@ -14,7 +14,7 @@ use pat_abi::{
     split_kernel_shapes,
 };
 
-use crate::cache::{Cache, EightBit, Plain};
+use crate::cache::{Cache, EightBit, Plain, Rows};
 use crate::eight_bit::{E4m3, E5m2};
 use crate::element::{Bf16, Element, F16};
 use crate::epilogue::{Columns, Written, write_rows};
@@ -257,7 +257,7 @@ macro_rules! entry {
         const _: () = {
             const VARIANT: TileVariant = TileVariant::$variant;
             const CONFIG: TileConfig = VARIANT.config($head_dim);
-            const BYTES: u32 = <$cache as Cache>::BYTES;
+            const BYTES: u32 = <$cache as Rows>::BYTES;
             const LANES: u32 = common_row_lanes($head_dim, $v_head_dim, BYTES);
             const ROW_WARPS: u32 = CONFIG.row_warps();
             const SPLITS: u32 = CONFIG.key_splits;

@@ -25,3 +25,15 @@ pub fn scale_f16x2(values: u32, factor: u32) -> u32 {
     }
     result
 }
+
+/// `cvt.rn.f16x2.e4m3x2` (sm_89), twice: the four numbers of a word in the format E4M3 as two binary16 each, the first two first.
+#[inline(always)]
+pub fn e4m3_to_f16(word: u32) -> [u32; 2] {
+    let (first, last): (u32, u32);
+    // SAFETY: register arithmetic.
+    unsafe {
+        asm!("{{ .reg .b16 l, h; mov.b32 {{l, h}}, {2}; cvt.rn.f16x2.e4m3x2 {0}, l; cvt.rn.f16x2.e4m3x2 {1}, h; }}",
+            out(reg32) first, out(reg32) last, in(reg32) word, options(pure, nomem, nostack, preserves_flags));
+    }
+    [first, last]
+}

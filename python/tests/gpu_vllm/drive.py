@@ -17,8 +17,8 @@ Tasks, run in order:
   profile:PROMPTSxSHARED+OWN              kernels and idle time of a few such steps
   host:PROMPTSxSHARED+OWN                 what Python's time goes to in 30 such steps
   restart:[PROMPTSxSHARED+OWN]            this engine goes, in the middle of such requests; another one does the tasks behind
-  fail:HOW:PROMPTSxSHARED+OWN:OUT         when each request has OUT tokens, HOW happens: the engine must say so, within a minute, in the
-                                          words of `FAULTS`; the tokens that came are those of the task `tokens`
+  fail:HOW:PROMPTSxSHARED+OWN:OUT         when each request has OUT tokens, HOW happens: the engine must say so, within a
+                                          minute, in the words of `FAULTS`; its prompts are those of the task `tokens`
 """
 
 import argparse

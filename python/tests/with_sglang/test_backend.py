@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import sglang
 import torch
+from sglang.srt.beam_search import batch_tail, fork
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.radix_attention import RadixAttention
@@ -150,3 +151,54 @@ def test_cuda_graphs_and_mla_are_refused_at_start():
     mla.use_mla_backend = True
     with pytest.raises(ValueError, match="MLA"):
         ATTENTION_BACKENDS["prefix_attn"](mla)
+
+
+def test_beams_that_share_a_prompt_and_change_parents():
+    """SGLang's beam search forks rows behind a prompt, puts them behind the batch's, and gives survivors their parents' slots."""
+    width, prompt, steps = 6, 24, 4
+    leader, members, other = 1, torch.arange(2, 1 + width), 7
+    results = []
+    for stock in (True, False):
+        runner = runner_of(1)
+        table = runner.req_to_token_pool.req_to_token
+        made = TorchNativeAttnBackend(runner) if stock else backend.backend_over(TorchNativeAttnBackend)(runner)
+        free = iter(torch.randperm(PAGES, generator=torch.Generator().manual_seed(1)).add(1).tolist())
+        group = SimpleNamespace(member_rows=members, member_rows_cpu=members, num_member_rows=width - 1, retired=False)
+        for row, length in ((leader, prompt), (other, 5)):
+            table[row, :length] = torch.tensor([next(free) for _ in range(length)], dtype=torch.int32)
+        fork.alias_members_prompt_kv(table, members, leader, prompt)
+        rows = torch.cat([torch.tensor([leader]), members])
+        outs, parents = [], torch.Generator().manual_seed(2)
+        for step in range(steps):
+            lengths = torch.tensor([prompt + step + 1, 5 + step + 1])
+            batch = SimpleNamespace(
+                reqs=[SimpleNamespace(beam_group=group), SimpleNamespace(beam_group=None)],
+                beam_tail=None,
+                device="cpu",
+                req_pool_indices=torch.tensor([leader, other]),
+                req_pool_indices_cpu=torch.tensor([leader, other]),
+                seq_lens=lengths,
+                seq_lens_cpu=lengths,
+                orig_seq_lens=lengths,
+                forward_mode=ForwardMode.DECODE,
+                encoder_lens=None,
+                spec_info=None,
+            )
+            batch_tail.append_beam_tail(batch)
+            batch.batch_size = len(batch.seq_lens)
+            assert batch.batch_size == width + 1
+            for row, length in zip(batch.req_pool_indices, batch.seq_lens):
+                table[row, length - 1] = next(free)
+            batch.out_cache_loc = table[batch.req_pool_indices, batch.seq_lens - 1].long()
+            outs += [decode(made, layer_of(layer_id), batch, seed=2 * step + layer_id) for layer_id in range(2)]
+            survivors = torch.randint(width, (width,), generator=parents)
+            fork.remap_kv_mapping(table, rows, survivors, prompt, prompt + step + 1)
+        results.append(outs)
+        if not stock:
+            [plan] = made._plans.values()
+            summary = plan.summary()
+            # The prompt counts once for the six rows.
+            assert summary["unique_kv_bytes"] < 0.5 * summary["flat_kv_bytes"]
+    for one, other_out in zip(*results, strict=True):
+        torch.testing.assert_close(one, other_out, atol=2e-2, rtol=0)
+    assert backend.stats == {"decode_batches": 2 * steps, "kernel_calls": 2 * steps}

@@ -328,6 +328,29 @@ def test_check_mode_finds_a_length_that_is_too_long(monkeypatch, model_folder, s
         world.step([(running[0], 1)])
 
 
+def test_check_mode_compares_the_entries_that_rows_see(monkeypatch, model_folder, stock_kernels, seeded):
+    """vLLM 0.33 gives the device 0 for entries wholly in front of a row's window."""
+    from prefix_attn.vllm import builder
+
+    monkeypatch.setattr(builder, "IS_CHECKING", True)
+    monkeypatch.setattr(eligibility, "MIN_WINDOW", 1)
+    world = World(monkeypatch, model_folder, per_layer_sliding_window=64)
+    running = world.joined(200)
+    world.step([(running[0], 200)])
+    gather, zeros = simulated.Gather.__call__, 0
+
+    def without_front(self, idx_mapping, addresses, *args, **kwargs):
+        gather(self, idx_mapping, addresses, *args, **kwargs)
+        simulated.by_address[addresses.tolist()[0]].input_block_tables[0][0, :zeros] = 0
+
+    monkeypatch.setattr(simulated.Gather, "__call__", without_front)
+    zeros = (201 - 64) // simulated.BLOCK
+    world.step([(running[0], 1)])
+    zeros += 1
+    with pytest.raises(RuntimeError, match="table of row 0"):
+        world.step([(running[0], 1)])
+
+
 def test_a_page_outside_the_pool_is_refused_before_anything_runs(monkeypatch, model_folder, stock_kernels, seeded):
     world = World(monkeypatch, model_folder, pages=64)
     running = world.joined(40)

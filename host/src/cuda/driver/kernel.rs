@@ -335,7 +335,7 @@ fn parameter_pointers<P: NoUninit>(record: &P, maps: &[TensorMap]) -> ([*mut c_v
     (params, 1 + maps.len())
 }
 
-/// Encodes the tensor maps of K and V: 128-byte swizzle, no L2 promotion (measured to be slower), zeros out of range.
+/// Encodes the tensor maps of K and V: 128-byte swizzle of rows so long, no L2 promotion (measured to be slower), zeros out of range.
 pub(crate) fn encode_tensor_maps(device: CudaDevice, [k, v]: &[TensorMapSpec; 2]) -> Result<[TensorMap; 2]> {
     // It uses no device, but the driver refuses it without a context.
     let _current = make_current(device)?;
@@ -347,7 +347,13 @@ fn encode_tensor_map(spec: &TensorMapSpec) -> Result<TensorMap> {
     let dtype = match spec.dtype {
         Dtype::F16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
         Dtype::Bf16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-        other => return Err(Error::invalid("kv_dtype", other.name(), "f16 or bf16 (tensor maps)")),
+        Dtype::E4m3 | Dtype::E5m2 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT8,
+        other => return Err(Error::invalid("kv_dtype", other.name(), "f16, bf16, e4m3 or e5m2 (tensor maps)")),
+    };
+    let swizzle = if spec.is_swizzled() {
+        sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B
+    } else {
+        sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_NONE
     };
     attempt_for(
         DriverCall::TensorMapEncode,
@@ -366,7 +372,7 @@ fn encode_tensor_map(spec: &TensorMapSpec) -> Result<TensorMap> {
                     spec.box_dims.as_ptr(),
                     [1u32; 4].as_ptr(),
                     sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-                    sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                    swizzle,
                     sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_NONE,
                     sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
                 )

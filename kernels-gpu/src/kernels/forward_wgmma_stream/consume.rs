@@ -1,10 +1,10 @@
 //! The consumer warpgroups: scores, weights, outputs.
 
+use super::format::Format;
 use super::masks::{ALL_VALUES, KeyMask, TileMasks, all_full, all_keys, load_masks, values_ends};
 use super::smem::{QSlots, Ring, Smem, tile_offset};
 use super::work::{Batch, query_of_row, work_index};
 use super::{GROUP_ROWS, PRODUCER_WARPS, SPAN_KEYS};
-use crate::cache::Plain;
 use crate::element::Element;
 use crate::epilogue::{Columns, Row, Written, write_rows};
 use crate::isolation::restore_rows;
@@ -17,36 +17,41 @@ use crate::ptx::shuffle::any;
 use crate::ptx::special::{thread_index, thread_index_here};
 use crate::ptx::wgmma::{self, HeadDim, WgmmaOps};
 use crate::softmax::{OnlineSoftmax, cap_scores, rescale, value_of_row};
+use core::borrow::Borrow;
+use pat_abi::NamedBarrier;
 use pat_abi::reader::PlanView;
-use pat_abi::{ForwardParams, NamedBarrier};
 
-/// Consumer warpgroup `consumer`.
+/// Consumer warpgroup `consumer`. Q and O are of type `E`; what is multiplied is of type `M`.
 ///
 /// # Safety
 /// One whole, aligned warpgroup; barriers initialised.
 #[inline(always)]
 pub(super) unsafe fn consume<
     E: Element,
+    M: Element,
+    F: Format,
     const HEAD_DIM: u32,
     const GROUPS: u32,
+    const BYTES: u32,
     const Q_REGS: usize,
     const O_REGS: usize,
     const SPANS: usize,
 >(
-    p: &ForwardParams,
+    params: &F::Params,
     plan: PlanView,
-    smem: Smem<HEAD_DIM, GROUPS>,
+    smem: Smem<HEAD_DIM, GROUPS, BYTES>,
     consumer: u32,
 ) where
-    (E, HeadDim<HEAD_DIM>): WgmmaOps<Q_REGS, O_REGS, SPANS>,
+    (M, HeadDim<HEAD_DIM>): WgmmaOps<Q_REGS, O_REGS, SPANS>,
 {
+    let p = F::forward(params);
     // SAFETY: records of the plan.
     let words = unsafe { AtOnce::new() };
-    let splits = Smem::<HEAD_DIM, GROUPS>::COLUMN_SPLITS;
+    let splits = Smem::<HEAD_DIM, GROUPS, BYTES>::COLUMN_SPLITS;
     let (group, part) = (consumer / splits, consumer % splits);
     let warp = (thread_index() & 127) >> 5;
-    let (lane, rows) = consumer_rows::<HEAD_DIM, GROUPS>(thread_index());
-    let mut ring = Ring::<GROUPS> { stage: 0, phase: 0 };
+    let (lane, rows) = consumer_rows::<HEAD_DIM, GROUPS, BYTES>(thread_index());
+    let mut ring = Ring { stage: 0, phase: 0 };
     let mut q_slots = QSlots::<GROUPS> { next: 0, phases: 0 };
     let mut round = 0;
     let mut index = work_index(round);
@@ -67,6 +72,8 @@ pub(super) unsafe fn consume<
             in_batch += 1;
             round += 1;
             index = work_index(round);
+            let (_, of_head) = F::of_head(params, work.kv_head);
+            let p = of_head.borrow();
             let destinations = rows.map(|row| query_of_row(p, plan, &work, row).0.token_and_slot(words));
 
             let mut q = [0u32; Q_REGS];
@@ -89,6 +96,7 @@ pub(super) unsafe fn consume<
             for i in 0..slot_count {
                 release(smem.q_empty(slot + i), lane);
             }
+            let factors = F::arrange::<E>(q.as_chunks_mut().0);
 
             let mut o = [0f32; O_REGS];
             let mut s = [[0f32; 32]; SPANS];
@@ -98,63 +106,67 @@ pub(super) unsafe fn consume<
             // Scores of the first tile; in the loop, the scores of a tile are computed while the values of the tile
             // before it are accumulated.
             mbarrier::wait(smem.k_full(ring.stage), ring.phase);
-            <(E, HeadDim<HEAD_DIM>)>::scores(&mut s, &q, smem.k(ring.stage));
+            <(M, HeadDim<HEAD_DIM>)>::scores(&mut s, &q, smem.k(ring.stage));
             let masks = load_masks(smem, ring.stage);
             wgmma::wait_scores::<0, SPANS>(&mut s);
             release(smem.k_empty(ring.stage), lane);
             let mut ends = values_ends(masks);
-            if Smem::<HEAD_DIM, GROUPS>::CAPS_SCORES {
+            F::scale::<E>(s.as_flattened_mut(), factors);
+            if Smem::<HEAD_DIM, GROUPS, BYTES>::CAPS_SCORES {
                 cap_scores(p, s.as_flattened_mut());
             }
-            mask_scores::<HEAD_DIM, GROUPS, SPANS>(&mut s, masks);
+            mask_scores::<HEAD_DIM, GROUPS, BYTES, SPANS>(&mut s, masks);
             softmax.update::<true, _>(&mut s, p.scale_log2);
-            pack_weights::<E, SPANS>(&s, &mut weights);
+            pack_weights::<M, SPANS>(&s, &mut weights);
             let mut previous = ring;
-            ring.advance();
-            let mut token = Smem::<HEAD_DIM, GROUPS>::KEYS;
+            ring.advance(Smem::<HEAD_DIM, GROUPS, BYTES>::STAGES);
+            let mut token = Smem::<HEAD_DIM, GROUPS, BYTES>::KEYS;
             while token < work.token_count {
                 mbarrier::wait(smem.k_full(ring.stage), ring.phase);
                 if ends != [ALL_VALUES; SPANS] {
                     mbarrier::wait(smem.v_full(previous.stage), previous.phase);
-                    zero_values::<HEAD_DIM, GROUPS, SPANS>(smem.v(previous.stage), ends);
+                    zero_values::<HEAD_DIM, GROUPS, BYTES, SPANS>(smem.v(previous.stage), ends);
                 }
                 let masks = load_masks(smem, ring.stage);
-                <(E, HeadDim<HEAD_DIM>)>::scores(&mut s, &q, smem.k(ring.stage));
+                <(M, HeadDim<HEAD_DIM>)>::scores(&mut s, &q, smem.k(ring.stage));
                 mbarrier::wait(smem.v_full(previous.stage), previous.phase);
-                <(E, HeadDim<HEAD_DIM>)>::accumulate(&mut o, &weights, smem.v_columns(previous.stage, part));
+                <(M, HeadDim<HEAD_DIM>)>::accumulate(&mut o, &weights, smem.v_columns(previous.stage, part));
                 wgmma::wait_scores::<1, SPANS>(&mut s);
                 release(smem.k_empty(ring.stage), lane);
                 ends = values_ends(masks);
-                if Smem::<HEAD_DIM, GROUPS>::CAPS_SCORES {
+                F::scale::<E>(s.as_flattened_mut(), factors);
+                if Smem::<HEAD_DIM, GROUPS, BYTES>::CAPS_SCORES {
                     cap_scores(p, s.as_flattened_mut());
                 }
-                mask_scores::<HEAD_DIM, GROUPS, SPANS>(&mut s, masks);
+                mask_scores::<HEAD_DIM, GROUPS, BYTES, SPANS>(&mut s, masks);
                 let correction = softmax.update::<true, _>(&mut s, p.scale_log2);
-                <(E, HeadDim<HEAD_DIM>)>::wait_output(&mut o, &mut weights);
+                <(M, HeadDim<HEAD_DIM>)>::wait_output(&mut o, &mut weights);
                 release(smem.v_empty(previous.stage), lane);
                 if let Some(correction) = correction {
                     rescale(&mut o, correction);
                 }
-                pack_weights::<E, SPANS>(&s, &mut weights);
+                pack_weights::<M, SPANS>(&s, &mut weights);
                 previous = ring;
-                ring.advance();
-                token += Smem::<HEAD_DIM, GROUPS>::KEYS;
+                ring.advance(Smem::<HEAD_DIM, GROUPS, BYTES>::STAGES);
+                token += Smem::<HEAD_DIM, GROUPS, BYTES>::KEYS;
             }
             mbarrier::wait(smem.v_full(previous.stage), previous.phase);
             if ends != [ALL_VALUES; SPANS] {
-                zero_values::<HEAD_DIM, GROUPS, SPANS>(smem.v(previous.stage), ends);
+                zero_values::<HEAD_DIM, GROUPS, BYTES, SPANS>(smem.v(previous.stage), ends);
             }
-            <(E, HeadDim<HEAD_DIM>)>::accumulate(&mut o, &weights, smem.v_columns(previous.stage, part));
-            <(E, HeadDim<HEAD_DIM>)>::wait_output(&mut o, &mut weights);
+            <(M, HeadDim<HEAD_DIM>)>::accumulate(&mut o, &weights, smem.v_columns(previous.stage, part));
+            <(M, HeadDim<HEAD_DIM>)>::wait_output(&mut o, &mut weights);
             release(smem.v_empty(previous.stage), lane);
 
             softmax.finish();
+            let (format, _) = F::of_head(params, work.kv_head);
+            format.finish(&mut o);
             let has_masks = work.has_masks();
             // Registers are short: not kept through the main loop.
-            let (lane, rows) = consumer_rows::<HEAD_DIM, GROUPS>(thread_index_here());
+            let (lane, rows) = consumer_rows::<HEAD_DIM, GROUPS, BYTES>(thread_index_here());
             let exists = |half: usize| rows[half] < work.row_count;
-            let begin = part * Smem::<HEAD_DIM, GROUPS>::COLUMNS;
-            let end = begin + Smem::<HEAD_DIM, GROUPS>::COLUMNS;
+            let begin = part * Smem::<HEAD_DIM, GROUPS, BYTES>::COLUMNS;
+            let end = begin + Smem::<HEAD_DIM, GROUPS, BYTES>::COLUMNS;
             let columns = Columns { begin, end, head_dim: HEAD_DIM, v_head_dim: HEAD_DIM };
             let Written { not_finite, softmaxes } =
                 write_rows::<E>(p, &o, columns, &softmax, exists, has_masks, lane, |half| {
@@ -164,18 +176,18 @@ pub(super) unsafe fn consume<
             if has_masks && any(not_finite[0] || not_finite[1]) {
                 // Registers are short: nothing that only this needs is kept through the main loop.
                 let thread = thread_index_here();
-                let (lane, first_row) = (thread % 32, consumer_warp::<HEAD_DIM, GROUPS>(thread) * 16);
-                let plan = PlanView::load(words, p.plan, Smem::<HEAD_DIM, GROUPS>::VARIANT, p.kv_heads);
+                let (lane, first_row) = (thread % 32, consumer_warp::<HEAD_DIM, GROUPS, BYTES>(thread) * 16);
+                let plan = PlanView::load(words, p.plan, Smem::<HEAD_DIM, GROUPS, BYTES>::VARIANT, p.kv_heads);
                 let work = plan.work(words, work_index(round - 1), p.kv_heads_divisor);
                 let locate = |row| {
                     let (query, head) = query_of_row(p, plan, &work, row);
                     Row::new(p, query, head, words)
                 };
                 let stream = plan.stream(&work);
-                if Smem::<HEAD_DIM, GROUPS>::CAPS_SCORES {
-                    restore_rows::<E, Plain, true, false>(
+                if Smem::<HEAD_DIM, GROUPS, BYTES>::CAPS_SCORES {
+                    restore_rows::<E, F, true, false>(
                         p,
-                        Plain,
+                        format,
                         stream,
                         work.kv_head,
                         first_row,
@@ -186,9 +198,9 @@ pub(super) unsafe fn consume<
                         locate,
                     );
                 } else {
-                    restore_rows::<E, Plain, false, false>(
+                    restore_rows::<E, F, false, false>(
                         p,
-                        Plain,
+                        format,
                         stream,
                         work.kv_head,
                         first_row,
@@ -216,29 +228,29 @@ pub(super) unsafe fn release(empty: u32, lane: u32) {
 
 /// Which 16 rows a consumer thread's warp has.
 #[inline(always)]
-fn consumer_warp<const HEAD_DIM: u32, const GROUPS: u32>(thread: u32) -> u32 {
+fn consumer_warp<const HEAD_DIM: u32, const GROUPS: u32, const BYTES: u32>(thread: u32) -> u32 {
     let warp = thread / 32 - PRODUCER_WARPS;
-    if Smem::<HEAD_DIM, GROUPS>::COLUMN_SPLITS == 1 { warp } else { warp % (GROUPS * GROUP_ROWS / 16) }
+    if Smem::<HEAD_DIM, GROUPS, BYTES>::COLUMN_SPLITS == 1 { warp } else { warp % (GROUPS * GROUP_ROWS / 16) }
 }
 
 /// The lane of a consumer thread, and the two tile rows it holds scores of.
 #[inline(always)]
-pub(super) fn consumer_rows<const HEAD_DIM: u32, const GROUPS: u32>(thread: u32) -> (u32, [u32; 2]) {
-    let (warp, lane) = (consumer_warp::<HEAD_DIM, GROUPS>(thread), thread % 32);
+pub(super) fn consumer_rows<const HEAD_DIM: u32, const GROUPS: u32, const BYTES: u32>(thread: u32) -> (u32, [u32; 2]) {
+    let (warp, lane) = (consumer_warp::<HEAD_DIM, GROUPS, BYTES>(thread), thread % 32);
     let row = warp * 16 + lane / 4;
     (lane, [row, row + 8])
 }
 
 /// Sets the scores of keys that a row does not attend to to -inf.
 #[inline(always)]
-pub(super) fn mask_scores<const HEAD_DIM: u32, const GROUPS: u32, const SPANS: usize>(
+pub(super) fn mask_scores<const HEAD_DIM: u32, const GROUPS: u32, const BYTES: u32, const SPANS: usize>(
     s: &mut [[f32; 32]; SPANS],
     masks: TileMasks<SPANS>,
 ) {
     if all_full(masks) {
         return;
     }
-    let (lane, rows) = consumer_rows::<HEAD_DIM, GROUPS>(thread_index_here());
+    let (lane, rows) = consumer_rows::<HEAD_DIM, GROUPS, BYTES>(thread_index_here());
     if all_keys(masks) {
         // Nearly all tiles of private pages: a choice per row, not per key.
         for (span, step) in spans_and_steps::<SPANS>() {
@@ -276,29 +288,29 @@ fn spans_and_steps<const SPANS: usize>() -> impl Iterator<Item = (usize, usize)>
 /// # Safety
 /// All consumers; the V tile is complete.
 #[inline(always)]
-pub(super) unsafe fn zero_values<const HEAD_DIM: u32, const GROUPS: u32, const SPANS: usize>(
+pub(super) unsafe fn zero_values<const HEAD_DIM: u32, const GROUPS: u32, const BYTES: u32, const SPANS: usize>(
     tile: u32,
     ends: [u32; SPANS],
 ) {
     let thread = thread_index_here() - 32 * PRODUCER_WARPS;
     let chunks_per_row = HEAD_DIM / 8;
     let mut row = thread / chunks_per_row;
-    while row < Smem::<HEAD_DIM, GROUPS>::KEYS {
+    while row < Smem::<HEAD_DIM, GROUPS, BYTES>::KEYS {
         let of_span = if row < SPAN_KEYS { ends[0] } else { ends[SPANS - 1] };
         let end = of_span >> (row % SPAN_KEYS / KeyMask::KEYS * 8) & 0xff;
         if row % KeyMask::KEYS >= end {
             // SAFETY: the row lies in the tile.
             unsafe {
                 store_shared_u32x4(
-                    tile + tile_offset(Smem::<HEAD_DIM, GROUPS>::KEYS, row, thread % chunks_per_row),
+                    tile + tile_offset(Smem::<HEAD_DIM, GROUPS, BYTES>::KEYS, row, thread % chunks_per_row),
                     [0; 4],
                 )
             };
         }
-        row += 32 * Smem::<HEAD_DIM, GROUPS>::CONSUMER_WARPS / chunks_per_row;
+        row += 32 * Smem::<HEAD_DIM, GROUPS, BYTES>::CONSUMER_WARPS / chunks_per_row;
     }
     mbarrier::fence_async_proxy();
-    sync_named(NamedBarrier::Consumers, 32 * Smem::<HEAD_DIM, GROUPS>::CONSUMER_WARPS);
+    sync_named(NamedBarrier::Consumers, 32 * Smem::<HEAD_DIM, GROUPS, BYTES>::CONSUMER_WARPS);
 }
 
 /// Rounds the weights to the 16-bit type: accumulator layout and A-operand layout coincide.

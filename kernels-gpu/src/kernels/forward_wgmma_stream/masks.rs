@@ -106,8 +106,8 @@ pub(super) type TileMasks<const SPANS: usize> = [[KeyMask; 4]; SPANS];
 /// # Safety
 /// The stage's K has arrived.
 #[inline(always)]
-pub(super) unsafe fn load_masks<const HEAD_DIM: u32, const GROUPS: u32, const SPANS: usize>(
-    smem: Smem<HEAD_DIM, GROUPS>,
+pub(super) unsafe fn load_masks<const HEAD_DIM: u32, const GROUPS: u32, const BYTES: u32, const SPANS: usize>(
+    smem: Smem<HEAD_DIM, GROUPS, BYTES>,
     stage: u32,
 ) -> TileMasks<SPANS> {
     let mut masks = [[KeyMask(0); 4]; SPANS];

@@ -1,7 +1,8 @@
 //! The producer warps: one copies K, one V, the others queries.
 
 use super::masks::{KeyMask, PageWindow};
-use super::smem::{QSlots, Ring, Smem, tile_offset};
+use super::smem::{QSlots, Ring, Smem, Stage, Tensor, tile_offset};
+use super::widen::WIDENING_WARPS;
 use super::work::{Batch, query_of_row, work_index};
 use super::{GROUP_ROWS, PRODUCER_WARPS, SPAN_KEYS};
 use crate::item::strided;
@@ -14,32 +15,25 @@ use crate::ptx::{cp_async, mbarrier, tma};
 use pat_abi::reader::PlanView;
 use pat_abi::{ForwardParams, NamedBarrier};
 
-/// What a KV producer copies.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Tensor {
-    /// Keys, and with them the masks.
-    K,
-    V,
-}
-
-/// A KV producer: one warp that issues the tensor copies of K or V for all items. The page ids of an item are loaded while the
+/// A KV producer: one warp that issues the tensor copies of K or V, or of both, for all items. The maps are
+/// those of `tensor` and, where the warp copies V behind K, of V. The page ids of an item are loaded while the
 /// item before it is served. A warp issues one copy after the other, some 70 cycles each, whichever lane asks for it: with
 /// pages of 16 tokens one warp for both tensors is slower than memory.
 ///
 /// # Safety
 /// One whole warp; barriers initialised; maps as `abi` describes them.
 #[inline(always)]
-pub(super) unsafe fn produce_kv<const HEAD_DIM: u32, const GROUPS: u32>(
+pub(super) unsafe fn produce_kv<const HEAD_DIM: u32, const GROUPS: u32, const BYTES: u32>(
     p: &ForwardParams,
     plan: PlanView,
-    smem: Smem<HEAD_DIM, GROUPS>,
-    tensor: Tensor,
-    map: u64,
+    smem: Smem<HEAD_DIM, GROUPS, BYTES>,
+    (tensor, map): (Tensor, u64),
+    map_of_v_too: Option<u64>,
 ) {
     let lane = thread_index() & 31;
     let box_keys = if p.page_size.divisor < SPAN_KEYS { p.page_size.divisor } else { SPAN_KEYS };
     let in_page_bits = p.page_size.divisor - 1;
-    let mut ring = Ring::<GROUPS> { stage: 0, phase: 1 };
+    let mut ring = Ring { stage: 0, phase: 1 };
     let mut first = true;
     let mut round = 0;
     let mut index = work_index(round);
@@ -70,10 +64,12 @@ pub(super) unsafe fn produce_kv<const HEAD_DIM: u32, const GROUPS: u32>(
                     window = PageWindow::load(p, plan, &work, tile_page, lane);
                 }
                 // Lane `l` issues box `l / blocks` of the tile, block `l % blocks`. Registers are short: not kept.
-                let (blocks, place) = (HEAD_DIM / 64, thread_index_here() & 31);
+                let (blocks, place) =
+                    (HEAD_DIM / Smem::<HEAD_DIM, GROUPS, BYTES>::BOX_ELEMENTS, thread_index_here() & 31);
                 let (box_row, block) = (place / blocks * box_keys, place % blocks);
-                let issues = box_row < Smem::<HEAD_DIM, GROUPS>::KEYS;
-                let box_offset = block * Smem::<HEAD_DIM, GROUPS>::BLOCK_BYTES + box_row * 128;
+                let issues = box_row < Smem::<HEAD_DIM, GROUPS, BYTES>::KEYS;
+                let box_offset = block * Smem::<HEAD_DIM, GROUPS, BYTES>::BLOCK_BYTES
+                    + box_row * Smem::<HEAD_DIM, GROUPS, BYTES>::BOX_ROW_BYTES;
                 let (page, in_page) = p.page_size.divide_remainder(token + box_row);
                 let id = from_lane_u32(window.lane_id, page & 31);
                 let id = if token + box_row < work.token_count { id } else { p.num_pages };
@@ -81,40 +77,48 @@ pub(super) unsafe fn produce_kv<const HEAD_DIM: u32, const GROUPS: u32>(
                 // Pages of some rows only are read once; the others should still be in L2 when the next tile reads them.
                 let read_once = work.has_masks() && !page_mask.is_for_all_rows();
 
-                let (tile, full, empty) = match tensor {
-                    Tensor::K => (smem.k(ring.stage), smem.k_full(ring.stage), smem.k_empty(ring.stage)),
-                    Tensor::V => (smem.v(ring.stage), smem.v_full(ring.stage), smem.v_empty(ring.stage)),
-                };
+                let Stage { tile, full, empty } = smem.arriving(tensor, ring.stage);
                 mbarrier::wait(empty, ring.phase);
+                let first_element = block * Smem::<HEAD_DIM, GROUPS, BYTES>::BOX_ELEMENTS;
+                let coordinates = [first_element, in_page, work.kv_head, id];
                 if issues {
-                    let coordinates = [block * 64, in_page, work.kv_head, id];
                     load_box(tile + box_offset, map, coordinates, full, read_once);
                 }
                 // The copies are under way; the phase ends when they have landed and lane 0 has arrived.
                 if tensor == Tensor::K {
-                    let words = 4 * Smem::<HEAD_DIM, GROUPS>::SPANS;
+                    let words = 4 * Smem::<HEAD_DIM, GROUPS, BYTES>::SPANS;
                     let mask = window.key_mask(p, &work, token + (lane & (words - 1)) * KeyMask::KEYS);
                     let is_full = !any(mask.0 != KeyMask::FULL);
-                    for span in 0..Smem::<HEAD_DIM, GROUPS>::SPANS {
+                    for span in 0..Smem::<HEAD_DIM, GROUPS, BYTES>::SPANS {
                         let mut masks = [0, 1, 2, 3].map(|word| from_lane_u32(mask.0, 4 * span + word));
                         if span == 0 && is_full {
                             masks[0] = KeyMask::TILE_IS_FULL;
                         }
                         if lane == 0 {
                             // Written by the lane that arrives: its arrival publishes them.
-                            store_shared_u32x4(smem.masks(ring.stage) + 16 * span, masks);
+                            store_shared_u32x4(smem.arriving_masks(ring.stage) + 16 * span, masks);
                         }
                     }
                 }
                 if lane == 0 {
-                    mbarrier::arrive_expect_bytes(full, Smem::<HEAD_DIM, GROUPS>::TILE_BYTES);
+                    mbarrier::arrive_expect_bytes(full, Smem::<HEAD_DIM, GROUPS, BYTES>::ARRIVING_BYTES);
                 }
                 if first && tensor == Tensor::K {
                     queries_requested();
                     first = false;
                 }
-                ring.advance();
-                token += Smem::<HEAD_DIM, GROUPS>::KEYS;
+                if let Some(map) = map_of_v_too {
+                    let Stage { tile, full, empty } = smem.arriving(Tensor::V, ring.stage);
+                    mbarrier::wait(empty, ring.phase);
+                    if issues {
+                        load_box(tile + box_offset, map, coordinates, full, read_once);
+                    }
+                    if lane == 0 {
+                        mbarrier::arrive_expect_bytes(full, Smem::<HEAD_DIM, GROUPS, BYTES>::ARRIVING_BYTES);
+                    }
+                }
+                ring.advance(Smem::<HEAD_DIM, GROUPS, BYTES>::ARRIVING_STAGES);
+                token += Smem::<HEAD_DIM, GROUPS, BYTES>::KEYS;
             }
         }
     }
@@ -134,9 +138,14 @@ pub(super) unsafe fn load_box(destination: u32, map: u64, coordinates: [u32; 4],
     }
 }
 
-/// Producer warps that copy Q rows: of a CTA's first item all but the one that copies K, of the others one less, which copies V.
+/// Producer warps that copy Q rows of a CTA's first item: all but the one that copies K. Of the others one less, which copies V;
+/// where tiles are widened, those less that widen them.
 pub(super) const FIRST_Q_WARPS: u32 = PRODUCER_WARPS - 1;
-const Q_WARPS: u32 = FIRST_Q_WARPS - 1;
+
+/// Those that stay for the others.
+pub(super) const fn q_warps(widens: bool) -> u32 {
+    if widens { FIRST_Q_WARPS - WIDENING_WARPS } else { FIRST_Q_WARPS - 1 }
+}
 
 /// Where the producer warps meet once: the queries of a CTA's first item are requested right behind the first keys, the rest
 /// after them. Memory serves requests in about the order in which they are made, and nothing begins without the queries.
@@ -146,18 +155,19 @@ pub(super) fn queries_requested() {
 }
 
 /// The Q producers: warps that copy the items' Q rows to the Q slots. The first item of a CTA has nothing to hide behind:
-/// one warp would take longer for 64 rows than the first keys take to arrive. The last warp ([`Q_WARPS`]) returns behind it.
+/// one warp would take longer for 64 rows than the first keys take to arrive. The warps from [`q_warps`] on return behind it.
 ///
 /// # Safety
 /// Warp `warp` of [`FIRST_Q_WARPS`], whole; barriers initialised.
 #[inline(always)]
-pub(super) unsafe fn produce_q<const HEAD_DIM: u32, const GROUPS: u32>(
+pub(super) unsafe fn produce_q<const HEAD_DIM: u32, const GROUPS: u32, const BYTES: u32>(
     p: &ForwardParams,
     plan: PlanView,
-    smem: Smem<HEAD_DIM, GROUPS>,
+    smem: Smem<HEAD_DIM, GROUPS, BYTES>,
     warp: u32,
 ) {
     let lane = thread_index() & 31;
+    let staying = const { q_warps(Smem::<HEAD_DIM, GROUPS, BYTES>::WIDENS) };
     // SAFETY: records of the plan.
     let words = unsafe { AtOnce::new() };
     let mut slots = QSlots::<GROUPS> { next: 0, phases: u32::MAX };
@@ -202,21 +212,24 @@ pub(super) unsafe fn produce_q<const HEAD_DIM: u32, const GROUPS: u32>(
                     }
                 }
                 let rows = (first_row, work.row_count);
-                let warps = (warp, if round == 0 { FIRST_Q_WARPS } else { Q_WARPS });
-                copy_q::<HEAD_DIM, GROUPS>(smem, rows, sources, slot * QSlots::<GROUPS>::ROWS, warps, lane);
+                let warps = (warp, if round == 0 { FIRST_Q_WARPS } else { staying });
+                copy_q::<HEAD_DIM, GROUPS, BYTES>(smem, rows, sources, slot * QSlots::<GROUPS>::ROWS, warps, lane);
             }
             if round == 0 {
                 queries_requested();
             }
             for i in 0..slot_count {
                 mbarrier::arrive_on_copies(smem.q_full(slot + i));
-                // For the warp that is not there any more.
+                // For the warps that are not there any more.
                 if round > 0 && warp == 0 {
                     mbarrier::arrive_on_copies(smem.q_full(slot + i));
+                    for _ in staying + 1..FIRST_Q_WARPS {
+                        mbarrier::arrive_on_copies(smem.q_full(slot + i));
+                    }
                 }
             }
         }
-        if warp == Q_WARPS {
+        if warp == staying || Smem::<HEAD_DIM, GROUPS, BYTES>::WIDENS && warp > staying {
             break;
         }
         round += 1;
@@ -233,8 +246,8 @@ pub(super) unsafe fn produce_q<const HEAD_DIM: u32, const GROUPS: u32>(
 /// # Safety
 /// One whole warp; the addresses are Q rows; the Q slots are free.
 #[inline(always)]
-pub(super) unsafe fn copy_q<const HEAD_DIM: u32, const GROUPS: u32>(
-    smem: Smem<HEAD_DIM, GROUPS>,
+pub(super) unsafe fn copy_q<const HEAD_DIM: u32, const GROUPS: u32, const BYTES: u32>(
+    smem: Smem<HEAD_DIM, GROUPS, BYTES>,
     (first_row, row_count): (u32, u32),
     sources: [u64; 2],
     first_tile_row: u32,

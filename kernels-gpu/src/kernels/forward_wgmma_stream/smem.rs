@@ -9,22 +9,38 @@ const BLOCK_ROW_BYTES: u32 = 128;
 /// Elements of it.
 const BLOCK_ELEMENTS: u32 = 64;
 
-/// Shared-memory addresses of one CTA whose rows are those of `GROUPS` warpgroups.
+/// What a tile is part of.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Tensor {
+    /// Keys, and with them the masks.
+    K,
+    V,
+}
+
+/// A stage of K or V: where the tile lies, and the barriers that say that it is complete, and that it has been read.
 #[derive(Clone, Copy)]
-pub(super) struct Smem<const HEAD_DIM: u32, const GROUPS: u32> {
+pub(super) struct Stage {
+    pub(super) tile: u32,
+    pub(super) full: u32,
+    pub(super) empty: u32,
+}
+
+/// Shared-memory addresses of one CTA whose rows are those of `GROUPS` warpgroups, and whose K and V have elements of `BYTES`
+/// bytes.
+#[derive(Clone, Copy)]
+pub(super) struct Smem<const HEAD_DIM: u32, const GROUPS: u32, const BYTES: u32> {
     pub(super) base: u32,
 }
 
-impl<const HEAD_DIM: u32, const GROUPS: u32> Smem<HEAD_DIM, GROUPS> {
+impl<const HEAD_DIM: u32, const GROUPS: u32, const BYTES: u32> Smem<HEAD_DIM, GROUPS, BYTES> {
     pub(super) const VARIANT: TileVariant = if GROUPS == 1 { TileVariant::Wgmma64 } else { TileVariant::Wgmma128 };
     pub(super) const CAPS_SCORES: bool = Self::VARIANT.serves(Switches { soft_cap: true, ..Switches::OFF });
-    const CONFIG: TileConfig = Self::VARIANT.config(HEAD_DIM);
+    const CONFIG: TileConfig = Self::VARIANT.config(HEAD_DIM).of_elements(BYTES);
     const LAYOUT: SmemLayout = {
         let config = Self::CONFIG;
         assert!(config.rows == GROUPS * GROUP_ROWS && config.key_splits == 1 && config.rings == 1);
-        assert!(config.stages == Self::VARIANT.config(64).stages, "rings count them at any head dimension");
         assert!(config.query_slots == 4 * GROUPS && config.producer_warps == PRODUCER_WARPS);
-        config.smem(HEAD_DIM, HEAD_DIM, 2)
+        config.smem(HEAD_DIM, HEAD_DIM, BYTES)
     };
     pub(super) const STAGES: u32 = Self::CONFIG.stages;
     /// Spans of 64 keys in a main-loop step. Two CTAs share a multiprocessor where each has one consumer; else one has all of it,
@@ -39,8 +55,16 @@ impl<const HEAD_DIM: u32, const GROUPS: u32> Smem<HEAD_DIM, GROUPS> {
     pub(super) const Q_SLOTS: u32 = Self::CONFIG.query_slots;
     /// Of 64 elements of the keys of a tile.
     pub(super) const BLOCK_BYTES: u32 = Self::KEYS * BLOCK_ROW_BYTES;
-    /// Of K or of V.
-    pub(super) const TILE_BYTES: u32 = Self::LAYOUT.k_tile_bytes;
+    /// Bytes of a row of what a tensor copy brings, and elements of it.
+    pub(super) const BOX_ROW_BYTES: u32 =
+        if HEAD_DIM * BYTES < BLOCK_ROW_BYTES { HEAD_DIM * BYTES } else { BLOCK_ROW_BYTES };
+    pub(super) const BOX_ELEMENTS: u32 = Self::BOX_ROW_BYTES / BYTES;
+    /// Of K or of V, as it arrives.
+    pub(super) const ARRIVING_BYTES: u32 = Self::LAYOUT.k_tile_bytes * BYTES / 2;
+    /// Whether tiles arrive in 8 bits, in stages of their own, and are widened.
+    pub(super) const WIDENS: bool = Self::CONFIG.narrow_stages > 0;
+    /// Stages in which tiles arrive.
+    pub(super) const ARRIVING_STAGES: u32 = if Self::WIDENS { Self::CONFIG.narrow_stages } else { Self::CONFIG.stages };
 
     pub(super) fn k(self, stage: u32) -> u32 {
         self.base + Self::LAYOUT.k + stage * Self::LAYOUT.stage_bytes
@@ -72,6 +96,29 @@ impl<const HEAD_DIM: u32, const GROUPS: u32> Smem<HEAD_DIM, GROUPS> {
     pub(super) fn masks(self, stage: u32) -> u32 {
         self.base + Self::LAYOUT.masks + stage * Self::LAYOUT.mask_bytes
     }
+    /// The stage of the 16-bit tile that is multiplied.
+    pub(super) fn stage(self, tensor: Tensor, stage: u32) -> Stage {
+        match tensor {
+            Tensor::K => Stage { tile: self.k(stage), full: self.k_full(stage), empty: self.k_empty(stage) },
+            Tensor::V => Stage { tile: self.v(stage), full: self.v_full(stage), empty: self.v_empty(stage) },
+        }
+    }
+    /// The stage into which a tile is copied.
+    pub(super) fn arriving(self, tensor: Tensor, stage: u32) -> Stage {
+        if !Self::WIDENS {
+            return self.stage(tensor, stage);
+        }
+        let tile = self.base + Self::LAYOUT.narrow + stage * (Self::LAYOUT.stage_bytes / 2);
+        let full = self.q_full(Self::Q_SLOTS) + stage * 32;
+        match tensor {
+            Tensor::K => Stage { tile, full, empty: full + 16 },
+            Tensor::V => Stage { tile: tile + Self::ARRIVING_BYTES, full: full + 8, empty: full + 24 },
+        }
+    }
+    /// As [`Self::masks`], of a stage into which a tile is copied.
+    pub(super) fn arriving_masks(self, stage: u32) -> u32 {
+        self.masks(if Self::WIDENS { Self::STAGES + stage } else { stage })
+    }
     pub(super) fn q_full(self, slot: u32) -> u32 {
         self.base + Self::LAYOUT.barriers + Self::STAGES * 32 + slot * 16
     }
@@ -80,23 +127,24 @@ impl<const HEAD_DIM: u32, const GROUPS: u32> Smem<HEAD_DIM, GROUPS> {
     }
 }
 
-impl<const HEAD_DIM: u32, const GROUPS: u32> RegisterSplit for Smem<HEAD_DIM, GROUPS> {
+impl<const HEAD_DIM: u32, const GROUPS: u32, const BYTES: u32> RegisterSplit for Smem<HEAD_DIM, GROUPS, BYTES> {
     const PRODUCERS: u32 = Self::CONFIG.producer_registers;
     const CONSUMERS: u32 = Self::CONFIG.consumer_registers;
 }
 
 /// Position in the ring of stages: the stage and the parity of its current phase.
 #[derive(Clone, Copy)]
-pub(super) struct Ring<const GROUPS: u32> {
+pub(super) struct Ring {
     pub(super) stage: u32,
     pub(super) phase: u32,
 }
 
-impl<const GROUPS: u32> Ring<GROUPS> {
+impl Ring {
+    /// To the next of `stages`.
     #[inline(always)]
-    pub(super) fn advance(&mut self) {
+    pub(super) fn advance(&mut self, stages: u32) {
         self.stage += 1;
-        if self.stage == Smem::<64, GROUPS>::STAGES {
+        if self.stage == stages {
             self.stage = 0;
             self.phase ^= 1;
         }
@@ -113,7 +161,7 @@ pub(super) struct QSlots<const GROUPS: u32> {
 }
 
 impl<const GROUPS: u32> QSlots<GROUPS> {
-    pub(super) const COUNT: u32 = Smem::<64, GROUPS>::Q_SLOTS;
+    pub(super) const COUNT: u32 = Smem::<64, GROUPS, 2>::Q_SLOTS;
     pub(super) const PER_GROUP: u32 = 4;
     pub(super) const ROWS: u32 = 16;
 
