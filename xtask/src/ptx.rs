@@ -241,14 +241,20 @@ mod tests {
 
     #[test]
     fn a_thread_that_has_not_waited_neither_writes_nor_ends() {
-        let unwaited = |code: &str| Module::parse(&format!("{ENTRY}k(\n)\n{{\n{code}\nret;\n}}\n")).entries[0].unwaited();
+        let unwaited =
+            |code: &str| Module::parse(&format!("{ENTRY}k(\n)\n{{\n{code}\nret;\n}}\n")).entries[0].unwaited();
         let around = |inner: &str| format!("ld.global.b32 %r1, [%rd1];\n@%p1 bra $L__BB0_2;\n{inner}\n$L__BB0_2:");
         assert!(unwaited("ld.global.b32 %r1, [%rd1];\ngriddepcontrol.wait;\nst.global.b32 [%rd1], %r1;").is_empty());
-        assert!(unwaited("@%p1 bra $L__BB0_1;\ngriddepcontrol.wait;\nret;\n$L__BB0_1:\ngriddepcontrol.wait;").is_empty());
+        assert!(
+            unwaited("@%p1 bra $L__BB0_1;\ngriddepcontrol.wait;\nret;\n$L__BB0_1:\ngriddepcontrol.wait;").is_empty()
+        );
         assert_eq!(unwaited("").len(), 1, "a kernel without a wait");
         assert_eq!(unwaited(&around("griddepcontrol.wait;")), ["`ret;` ahead of griddepcontrol.wait"]);
-        for access in ["st.global.b32 [%rd1], %r1;", "cp.async.bulk.tensor.4d [%r1], [%rd1];", "@%p2 red.global.add.u32 [%rd1], 1;"]
-        {
+        for access in [
+            "st.global.b32 [%rd1], %r1;",
+            "cp.async.bulk.tensor.4d [%r1], [%rd1];",
+            "@%p2 red.global.add.u32 [%rd1], 1;",
+        ] {
             let code = format!("{access}\ngriddepcontrol.wait;");
             assert_eq!(unwaited(&code).len(), 1, "{access}");
             assert_eq!(unwaited(&format!("{}\ngriddepcontrol.wait;", around(access))).len(), 1, "{access} in a branch");
