@@ -5,7 +5,7 @@ use crate::sysroot::{self, CoreSource};
 use crate::toolchain::Toolchain;
 use crate::{build_ptx, ptxas, workspace};
 use anyhow::{Context, Result, bail};
-use pat_abi::{Arch, Family, KERNELS, KernelSpec, Switches};
+use pat_abi::{Arch, KERNELS, KernelSpec, Switches};
 use std::collections::BTreeMap;
 use std::fs;
 
@@ -67,10 +67,6 @@ pub(crate) fn run(args: &Args) -> Result<()> {
                     let resources = assembled.resources.get(kernel.entry).copied().unwrap_or_default();
                     let mut violations = entry.violations();
                     violations.extend(limits(kernel, resources, entry.barriers()));
-                    // Merges wait when a warp first has a row: by a flag, which no reading of the text follows.
-                    if kernel.arch == Arch::Sm90a && matches!(kernel.family, Family::Forward(_)) {
-                        violations.extend(entry.unwaited());
-                    }
                     let code = |module: &ptxas::Assembled| module.code.get(kernel.entry).cloned().unwrap_or_default();
                     let is_widened = kernel.kv_dtype != kernel.dtype;
                     if switches == Switches::OFF && !costs_no_more(&code(&assembled), &code(&plain), is_widened) {

@@ -114,43 +114,6 @@ impl Entry {
         }
         found
     }
-
-    /// Of a kernel that is launched over the end of the one before (`griddepcontrol.wait`): what a thread does without having
-    /// waited. It may read, which is for the plan, that no kernel writes. It must not write or copy, nor end: the next launch
-    /// waits for this grid alone, and would begin while the one before still runs.
-    pub(crate) fn unwaited(&self) -> Vec<String> {
-        let lines: Vec<&str> = self.text.lines().collect();
-        let label = |name: &str| lines.iter().position(|line| line.strip_suffix(':') == Some(name));
-        let (mut found, mut seen, mut ahead) = (Vec::new(), vec![false; lines.len()], vec![0]);
-        while let Some(at) = ahead.pop() {
-            if at >= lines.len() || std::mem::replace(&mut seen[at], true) {
-                continue;
-            }
-            let (predicate, operation) = match lines[at].strip_prefix('@') {
-                Some(rest) => rest.split_once(' ').map_or((true, ""), |(_, operation)| (true, operation)),
-                None => (false, lines[at]),
-            };
-            if operation.starts_with("griddepcontrol.wait") {
-                continue;
-            }
-            let is_end = ["ret", "exit"].iter().any(|name| operation.starts_with(name));
-            let acts = ["st.global", "red.", "atom.", "cp.async", "cp.reduce"];
-            if is_end || acts.iter().any(|name| operation.starts_with(name)) {
-                found.push(format!("`{operation}` ahead of griddepcontrol.wait"));
-            }
-            let target = operation.strip_prefix("bra").and_then(|rest| rest.rsplit([' ', '\t']).next());
-            if let Some(target) = target {
-                match label(target.trim_end_matches(';')) {
-                    Some(place) => ahead.push(place),
-                    None => found.push(format!("`{operation}`: to nowhere in the kernel")),
-                }
-            }
-            if predicate || !(is_end || target.is_some()) {
-                ahead.push(at + 1);
-            }
-        }
-        found
-    }
 }
 
 /// Inserts the launch bounds between an entry's parameter list and its body, and raises the alignment of tensor maps to
@@ -237,42 +200,6 @@ mod tests {
         let expected = module(&[kernel("a", 0, "trap"), kernel("b", 1, "exit"), kernel("c", 1, "exit")]);
         assert_eq!(with_labels_of(&built, &former), expected);
         assert_eq!(with_labels_of(&built, ""), built);
-    }
-
-    #[test]
-    fn a_thread_that_has_not_waited_neither_writes_nor_ends() {
-        let unwaited =
-            |code: &str| Module::parse(&format!("{ENTRY}k(\n)\n{{\n{code}\nret;\n}}\n")).entries[0].unwaited();
-        let around = |inner: &str| format!("ld.global.b32 %r1, [%rd1];\n@%p1 bra $L__BB0_2;\n{inner}\n$L__BB0_2:");
-        assert!(unwaited("ld.global.b32 %r1, [%rd1];\ngriddepcontrol.wait;\nst.global.b32 [%rd1], %r1;").is_empty());
-        assert!(
-            unwaited("@%p1 bra $L__BB0_1;\ngriddepcontrol.wait;\nret;\n$L__BB0_1:\ngriddepcontrol.wait;").is_empty()
-        );
-        assert_eq!(unwaited("").len(), 1, "a kernel without a wait");
-        assert_eq!(unwaited(&around("griddepcontrol.wait;")), ["`ret;` ahead of griddepcontrol.wait"]);
-        for access in [
-            "st.global.b32 [%rd1], %r1;",
-            "cp.async.bulk.tensor.4d [%r1], [%rd1];",
-            "@%p2 red.global.add.u32 [%rd1], 1;",
-        ] {
-            let code = format!("{access}\ngriddepcontrol.wait;");
-            assert_eq!(unwaited(&code).len(), 1, "{access}");
-            assert_eq!(unwaited(&format!("{}\ngriddepcontrol.wait;", around(access))).len(), 1, "{access} in a branch");
-        }
-    }
-
-    #[test]
-    fn the_kernels_of_hopper_wait_for_the_launch_before() {
-        let text = std::fs::read_to_string(crate::workspace::ptx_file(Arch::Sm90a)).unwrap();
-        let (forward, other): (Vec<_>, Vec<_>) =
-            Module::parse(&text).entries.into_iter().partition(|entry| entry.name.starts_with("pat_forward"));
-        assert!(!forward.is_empty() && !other.is_empty());
-        for entry in forward {
-            assert_eq!(entry.unwaited(), [""; 0], "{}", entry.name);
-        }
-        for entry in other {
-            assert!(entry.text.contains("griddepcontrol.wait"), "{}", entry.name);
-        }
     }
 
     #[test]
