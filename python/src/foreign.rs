@@ -193,7 +193,7 @@ pub(crate) fn stream(device: &CudaDevice, handle: Handle) -> Result<Stream> {
         Handle::Current(handle) => unsafe { device.stream_from_raw(handle) }?,
         // SAFETY: a caller who names a stream keeps it as long as plans that were uploaded on it are used, and replays graphs in
         // the order of uploads (documented at the argument).
-        Handle::Named(handle) => unsafe { device.named_stream_from_raw(handle) }?,
+        Handle::Named(handle) => unsafe { device.checked_stream_from_raw(handle) }?,
     })
 }
 

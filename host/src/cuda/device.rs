@@ -255,16 +255,17 @@ impl CudaDevice {
         Ok(Stream::borrowed(*self, handle))
     }
 
-    /// As [`Self::stream_from_raw`], where a user names the stream: asks the driver whether it is one of this device.
+    /// As [`Self::stream_from_raw`], of a stream that may be another device's: asks the driver for its context.
     ///
     /// # Safety
-    /// As for [`Self::stream_from_raw`], but that the stream may be another device's.
+    /// The handle names a live stream of whatever context. If it is of this device's, as for [`Self::stream_from_raw`].
     ///
     /// # Errors
-    /// As [`Self::stream_from_raw`]; the stream is another context's.
+    /// As [`Self::stream_from_raw`]; the stream is not of this device's primary context.
     #[allow(unsafe_code, reason = "the caller vouches for a raw handle")]
-    pub unsafe fn named_stream_from_raw(&self, handle: u64) -> Result<Stream> {
-        // SAFETY: what the caller vouches for.
+    pub unsafe fn checked_stream_from_raw(&self, handle: u64) -> Result<Stream> {
+        // SAFETY: nothing is enqueued on it before `check_context` has seen that it is of this device's primary context; the
+        // caller vouches for the rest.
         let stream = unsafe { self.stream_from_raw(handle) }?;
         stream.check_context()?;
         Ok(stream)

@@ -33,8 +33,8 @@
 //! another stream, two events are exchanged, under a lock of the buffers).
 //!
 //! All `unsafe` of the host is in `driver`: the rest of this module hands it values it has checked. A caller's raw
-//! pointer enters through [`DeviceSpan::from_raw`], [`CudaDevice::stream_from_raw`] or [`BoundRun::run_with`], which are `unsafe`
-//! for that reason.
+//! pointer enters through [`DeviceSpan::from_raw`], [`CudaDevice::stream_from_raw`] (or its checked form) or
+//! [`BoundRun::run_with`], which are `unsafe` for that reason.
 
 mod args;
 pub mod bench_support;
