@@ -109,6 +109,8 @@ fn runs_with_failures_are_left_out_and_counted() {
         "status": "error", "error_log": "no server"}));
     let latency = texts(ServePicture::Latency, &figures(&records), Theme::Dark);
     assert!(latency.iter().any(|text| text.contains("3 runs with failures are left out")), "{latency:?}");
+    let latency = texts(ServePicture::Latency, &figures(&records[1..records.len() - 1]), Theme::Dark);
+    assert!(latency.iter().any(|text| text.contains("1 run with failures is left out")), "{latency:?}");
 }
 
 #[test]

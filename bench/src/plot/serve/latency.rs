@@ -53,6 +53,7 @@ impl<'a> Latency<'a> {
         let mut subtitle = self.figures.source.clone();
         match self.figures.with_failures() {
             0 => {}
+            1 => subtitle += "; 1 run with failures is left out",
             count => subtitle += &format!("; {count} runs with failures are left out"),
         }
         Header {
