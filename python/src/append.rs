@@ -212,8 +212,8 @@ fn cache_layout(cache: &Tensor<'_>, layout: KvLayout) -> Result<CacheLayout> {
     }
     check_strides(cache, true)?;
     let size = |dim: usize| {
-        let what = format!("shape {}", cache.shape());
-        u32::try_from(cache.sizes[dim]).map_err(|_| invalid(cache.name, what, "sizes below 2^32"))
+        u32::try_from(cache.sizes[dim])
+            .map_err(|_| invalid(cache.name, format!("shape {}", cache.shape()), "sizes below 2^32"))
     };
     let [page, second, third, _] = cache.strides;
     let (token_dim, head_dim) = match layout {

@@ -133,8 +133,8 @@ fn check(states: &[State<'_>; 3]) -> Result<(u32, u32, u32)> {
         return Err(invalid(first.name, format!("shape {}", first.shape()), "[rows, heads, head_dim]"));
     }
     let size = |dim: usize| {
-        let got = format!("shape {}", first.shape());
-        u32::try_from(first.sizes[dim]).map_err(|_| invalid(first.name, got, "sizes below 2^32"))
+        u32::try_from(first.sizes[dim])
+            .map_err(|_| invalid(first.name, format!("shape {}", first.shape()), "sizes below 2^32"))
     };
     let (rows, heads, head_dim) = (size(0)?, size(1)?, size(2)?);
     for State { out, lse } in states {

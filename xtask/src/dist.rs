@@ -50,7 +50,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         }
     };
     check_versions(root, version)?;
-    public_api::check_since_release(root, version)?;
+    public_api::check_since_release(root, version, !args.draft)?;
     if out.exists() {
         fs::remove_dir_all(&out)?;
     }

@@ -2,6 +2,7 @@
 //! then shows what it changes for them. What has gone since the last release needs a version that allows it.
 
 use crate::dist::PUBLISHED;
+use crate::toolchain::Toolchain;
 use crate::workspace::{self, Generated};
 use anyhow::{Context, Result, bail};
 use std::collections::BTreeSet;
@@ -14,7 +15,7 @@ pub(crate) fn run(listing: &Generated) -> Result<()> {
         println!("{name}: {} public items", text.lines().count());
         listing.put(&file(name), &text, "public-api")?;
     }
-    check_since_release(workspace::root(), env!("CARGO_PKG_VERSION"))
+    check_since_release(workspace::root(), env!("CARGO_PKG_VERSION"), false)
 }
 
 fn file(name: &str) -> String {
@@ -23,13 +24,14 @@ fn file(name: &str) -> String {
 
 /// Items of a crate with its default features. What every type has by a blanket implementation is left out.
 fn list(name: &str) -> Result<String> {
-    // Of its own: build scripts of dependencies run again where `RUSTC_BOOTSTRAP` has changed.
+    // Of its own: build scripts of dependencies run again where `RUSTC_BOOTSTRAP` has changed, without which no stable rustdoc
+    // writes JSON.
     let target = workspace::target_dir().join("public-api");
-    let mut command = Command::new("cargo");
+    // That of the device code: another one's rustdoc may write JSON of another format, or name items in another way.
+    let mut command = Toolchain::find()?.command("cargo");
     command.args(["rustdoc", "--quiet", "--locked", "--lib", "--package", name, "--target-dir"]).arg(&target);
-    // JSON is what a stable rustdoc writes with this variable only.
     command.args(["--", "-Z", "unstable-options", "--output-format", "json", "--cap-lints", "allow"]);
-    workspace::run(command.env("RUSTC_BOOTSTRAP", "1").current_dir(workspace::root()))?;
+    workspace::run(&mut command)?;
     let json = target.join("doc").join(name.replace('-', "_")).with_extension("json");
     let api = public_api::Builder::from_rustdoc_json(&json).omit_blanket_impls(true).build();
     let api = api.with_context(|| format!("{}: its format is that of rustdoc 1.95", json.display()))?;
@@ -45,20 +47,26 @@ fn has_by_itself(item: &str, name: &str) -> bool {
     item.starts_with("impl") && before.contains("core::") && before.ends_with(name)
 }
 
-/// Items that have gone since the last release are an error where the version promises that none has.
-pub(crate) fn check_since_release(root: &Path, version: &str) -> Result<()> {
-    let mut tag = Command::new("git");
-    tag.args(["describe", "--tags", "--abbrev=0", "--match", "v[0-9]*"]).current_dir(root);
-    let Ok(tag) = workspace::output(&mut tag) else {
-        println!("no release yet whose callers could be broken");
-        return Ok(());
+/// Items that have gone since the last release are an error where the version promises that none has. A clone without the
+/// history that has the release cannot say, which `for_release` makes an error.
+pub(crate) fn check_since_release(root: &Path, version: &str, for_release: bool) -> Result<()> {
+    let git = |args: &[&str]| -> Result<String> {
+        let output = workspace::output(Command::new("git").args(args).current_dir(root))?;
+        Ok(String::from_utf8(output.stdout)?.trim().to_owned())
     };
-    let tag = String::from_utf8(tag.stdout)?.trim().to_owned();
+    let is_shallow = git(&["rev-parse", "--is-shallow-repository"]);
+    if for_release && is_shallow.as_deref().ok() != Some("false") {
+        bail!("got {is_shallow:?} for a shallow clone, expected one with all tags: git fetch --unshallow --tags");
+    }
+    // A source tree without git is none that a release is made of.
+    if is_shallow.is_err() || git(&["tag", "--list", "v[0-9]*"])?.is_empty() {
+        println!("no release is known here whose callers could be broken");
+        return Ok(());
+    }
+    let tag = git(&["describe", "--tags", "--abbrev=0", "--match", "v[0-9]*"])?;
     let mut gone = Vec::new();
     for name in PUBLISHED {
-        let mut show = Command::new("git");
-        show.arg("show").arg(format!("{tag}:{}", file(name))).current_dir(root);
-        let before = String::from_utf8(workspace::output(&mut show)?.stdout)?;
+        let before = git(&["show", &format!("{tag}:{}", file(name))])?;
         let now = std::fs::read_to_string(root.join(file(name)))?;
         gone.extend(missing(&before, &now));
     }

@@ -95,7 +95,8 @@ impl Kernel {
 
     /// # Safety
     /// `params` point to values of the types that the kernel takes, in order, and every address in them is valid for
-    /// what the kernel does with it until it has finished. The stream is one of the kernel's device.
+    /// what the kernel does with it until it has finished. The stream is one of the kernel's device. Where `programmatic`, every
+    /// thread of the kernel waits (`griddepcontrol.wait`) before it writes or ends, and reads the plan alone before that.
     unsafe fn launch(
         &self,
         grid: u32,
@@ -179,10 +180,12 @@ fn with_log(error: Error, log: &[u8]) -> Error {
     }
 }
 
-/// Whether launches of a kernel may overlap the end of the one before: forward and merge kernels of sm_90a wait for its memory
-/// on their own, having read the plan alone, which is copied and so complete before any kernel behind it starts.
+/// Whether launches of a kernel may overlap the end of the one before: merges of sm_90a read the plan meanwhile, which is copied
+/// and so complete before any kernel behind it starts, then wait, and read partials past the caches. Forward kernels wait, too,
+/// but read sinks, factors and rows that are not finite through the cache of memory that no kernel writes, whose lines could be
+/// older than what the kernel before has written.
 fn waits(spec: &KernelSpec) -> bool {
-    spec.arch == Arch::Sm90a
+    spec.arch == Arch::Sm90a && spec.family == Family::Merge
 }
 
 /// Launches a forward kernel over its share of a prepared run's launches, once for each part of a group.
