@@ -5,7 +5,7 @@ use super::cost::Prediction;
 use super::{PlanMode, PlanOptions};
 use crate::eligibility::{Part, variant_supports};
 use crate::{DeviceProfile, Error, Problem, Result, supports};
-use pat_abi::{Arch, GroupParts, TileVariant};
+use pat_abi::{GroupParts, TileVariant};
 use std::cmp::Reverse;
 
 /// Part of the forward pass that the tensor cores must take before wider tiles are looked at (docs/planner-quality.md).
@@ -13,17 +13,6 @@ const LEAST_TENSOR_PART: f64 = 0.6;
 
 /// Memory time that wider tiles may take, in parts of what the usual ones take.
 const MOST_WIDE_MEMORY: f64 = 0.95;
-
-/// Whether 8-bit K and V are served by the wgmma stream, which widens them, where it can. No device has run it yet: it is taken
-/// where it is asked for.
-const PREFERS_WIDENING_STREAM: bool = false;
-
-/// The variants that are chosen from where none are asked for: of those that can serve a problem on a device.
-pub(super) fn preferred(problem: &Problem, profile: &DeviceProfile) -> Vec<TileVariant> {
-    let widens = |variant: &TileVariant| variant.arch() == Arch::Sm90a && problem.shape().kv_dtype().bytes() == 1;
-    let possible = profile.variants(problem).into_iter();
-    possible.filter(|variant| PREFERS_WIDENING_STREAM || !widens(variant)).collect()
-}
 
 /// What tiles a batch may be cut into.
 #[derive(Clone, Debug)]
@@ -52,7 +41,6 @@ impl TileChoices {
         if let Some(forced) = &options.variants {
             return Self::check_forced(forced, &possible, problem, profile).map(|()| only(forced));
         }
-        let possible = preferred(problem, profile);
         // The wgmma stream serves leaves as fast as the narrow tiles do, and shared nodes in the same launch.
         if possible.contains(&TileVariant::Wgmma64) {
             // No other mode has a choice.
@@ -211,6 +199,8 @@ mod tests {
         let problem = |head_dim| Problem::new(AttentionShape::new(32, 8, head_dim, Dtype::Bf16).unwrap(), 16);
         assert_eq!(variants(problem(128)), [TileVariant::Wgmma64, TileVariant::Wgmma128]);
         assert_eq!(variants(problem(256)), [TileVariant::Wgmma64]);
+        let eight_bit = Problem::new(problem(128).shape().with_kv_dtype(Dtype::E4m3), 16);
+        assert_eq!(variants(eight_bit), [TileVariant::Wgmma64]);
         let mma = [TileVariant::Mma16, TileVariant::Mma32, TileVariant::Mma64];
         assert_eq!(variants(problem(256).with_window(1024)), mma);
         // Its tiles of 64 rows do not hold this group, the wide ones do, and mma.sync's as wide.

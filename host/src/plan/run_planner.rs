@@ -1,7 +1,6 @@
 //! Plans for pages of one token, most of which lie in runs: the runs are planned as pages of 16 tokens, what is in no run page by
 //! page, and the two plans become one.
 
-use super::choice::preferred;
 use super::run_tables::{Look, RunTables};
 use super::{PageRuns, Plan, PlanChange, PlanMode, PlanOptions, Planner};
 use crate::eligibility::{Part, variant_supports};
@@ -152,10 +151,10 @@ impl RunPlanner {
 
 /// The wgmma stream where it serves runs, whose pages overlap in its tensor maps; else what serves pages of one token.
 fn variants_of_runs(problem: &Problem, in_runs: &Problem, profile: &DeviceProfile) -> Vec<TileVariant> {
-    if preferred(in_runs, profile).contains(&TileVariant::Wgmma64) {
+    if profile.variants(in_runs).contains(&TileVariant::Wgmma64) {
         return vec![TileVariant::Wgmma64];
     }
-    preferred(problem, profile)
+    profile.variants(problem)
 }
 
 /// The options with those variants alone that serve such pages, if there are any: others may be meant for runs.
