@@ -32,6 +32,9 @@ _numbers = itertools.count()
 class PlanSlot:
     """Where compiled code finds the plan of the step.
 
+    A copy, also a deep one, is a slot of its own that holds the same plan until it is given another: a copied model runs its
+    own plans. A pickled slot comes back as a new one without a plan: plans stay in their process.
+
     Attributes:
         number: what the operators are called with; no two slots of a process share it.
         plan: the plan that the next runs use. Setting it recompiles nothing.
@@ -41,6 +44,15 @@ class PlanSlot:
         self.number = next(_numbers)
         self.plan = plan
         _slots[self.number] = self
+
+    def __copy__(self) -> PlanSlot:
+        return type(self)(self.plan)
+
+    def __deepcopy__(self, memo: dict) -> PlanSlot:
+        return type(self)(self.plan)
+
+    def __reduce__(self):
+        return type(self), ()
 
 
 def _plan(number: int) -> _native.Plan:
@@ -59,9 +71,27 @@ def _joined(k_scale: float | None, k_scales: Tensor | None, v_scale: float | Non
 
 def _parted(k_scale: float | Tensor | None, v_scale: float | Tensor | None) -> list:
     """Factors as operators take them: both numbers, then both tensors."""
-    scales = (k_scale, v_scale)
-    numbers = [None if isinstance(scale, Tensor) else scale for scale in scales]
-    return numbers + [scale if isinstance(scale, Tensor) else None for scale in scales]
+    scales = dict(k_scale=k_scale, v_scale=v_scale)
+    numbers = [None if isinstance(scale, Tensor) else _number(name, scale) for name, scale in scales.items()]
+    return numbers + [scale if isinstance(scale, Tensor) else None for scale in scales.values()]
+
+
+def _check(kind: type, **values: object) -> None:
+    """Ahead of the operators, whose schemas do not refuse by the names of the functions here."""
+    for name, value in values.items():
+        if not isinstance(value, kind):
+            raise TypeError(f"{name}: got {type(value).__name__}, expected {kind.__name__}")
+
+
+def _number(name: str, value: object) -> float | Tensor | None:
+    """A number if there is one; arrays and tensors are numbers without dimensions only. A schema takes any of one element."""
+    if value is None or isinstance(value, (int, float)):
+        return value
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        # A tensor stays one: to read it would break a graph.
+        if isinstance(value, Tensor) or isinstance(value.item(), (int, float)):
+            return value if isinstance(value, Tensor) else value.item()
+    raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
 
 
 @torch.library.custom_op("prefix_attn::decode", mutates_args=())
@@ -142,6 +172,16 @@ def _(k_new, v_new, k_cache, v_cache, slots, *options):
     return None
 
 
+def _options(slot, scale, softcap, sinks, k_scale, v_scale, kv_layout) -> list:
+    """What both decoding operators take behind their tensors."""
+    _check(PlanSlot, slot=slot)
+    _check(str, kv_layout=kv_layout)
+    if sinks is not None:
+        _check(Tensor, sinks=sinks)
+    numbers = _number("scale", scale), kv_layout, _number("softcap", softcap)
+    return [slot.number, *numbers, sinks, *_parted(k_scale, v_scale)]
+
+
 def decode(
     q: Tensor,
     k_cache: Tensor,
@@ -167,12 +207,12 @@ def decode(
         out, or ``(out, lse)``.
 
     Raises:
+        TypeError: an argument has another type.
         ValueError: the slot has no plan; and what :func:`prefix_attn.run` raises.
     """
-    scales = _parted(k_scale, v_scale)
-    out, lse = torch.ops.prefix_attn.decode(
-        q, k_cache, v_cache, slot.number, scale, kv_layout, softcap, sinks, *scales
-    )
+    _check(Tensor, q=q, k_cache=k_cache, v_cache=v_cache)
+    options = _options(slot, scale, softcap, sinks, k_scale, v_scale, kv_layout)
+    out, lse = torch.ops.prefix_attn.decode(q, k_cache, v_cache, *options)
     return (out, lse) if return_lse else out
 
 
@@ -194,12 +234,13 @@ def decode_out(
     """As :func:`decode`, into memory that is there: ``out`` as q and perhaps ``lse``, float32 ``[rows, q_heads]``.
 
     Raises:
-        ValueError: as :func:`decode`.
+        TypeError, ValueError: as :func:`decode`.
     """
-    scales = _parted(k_scale, v_scale)
-    torch.ops.prefix_attn.decode_out(
-        q, k_cache, v_cache, out, lse, slot.number, scale, kv_layout, softcap, sinks, *scales
-    )
+    _check(Tensor, q=q, k_cache=k_cache, v_cache=v_cache, out=out)
+    if lse is not None:
+        _check(Tensor, lse=lse)
+    options = _options(slot, scale, softcap, sinks, k_scale, v_scale, kv_layout)
+    torch.ops.prefix_attn.decode_out(q, k_cache, v_cache, out, lse, *options)
 
 
 def append_kv(
@@ -217,7 +258,9 @@ def append_kv(
     """:func:`prefix_attn.append_kv` for compiled code, with the same arguments.
 
     Raises:
-        ValueError: as :func:`prefix_attn.append_kv`.
+        TypeError, ValueError: as :func:`prefix_attn.append_kv`.
     """
+    _check(Tensor, k_new=k_new, v_new=v_new, k_cache=k_cache, v_cache=v_cache, slots=slots)
+    _check(str, kv_layout=kv_layout)
     stored, scales = None if kv_dtype is None else str(kv_dtype), _parted(k_scale, v_scale)
     torch.ops.prefix_attn.append_kv(k_new, v_new, k_cache, v_cache, slots, kv_layout, stored, *scales)

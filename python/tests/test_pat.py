@@ -466,3 +466,29 @@ def test_a_table_of_any_width_is_taken_over_as_far_as_it_is_needed():
     out = torch.zeros_like(q)
     prefix_attn_with_kvcache(q, k, v, tree, 64**-0.5, out)
     torch.testing.assert_close(out.double(), expected_of(q, k, v, [20], [[0, 0]]), atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("made_inside", [False, True])
+@pytest.mark.parametrize("foreign", [False, True])
+def test_tables_are_read_in_the_mode_of_inference(made_inside, foreign):
+    """Its tensors do not count how often they were written to: what changed must be read again all the same."""
+    q, k, v = tensors_of(2, 4, 16)
+    out = torch.empty_like(q)
+
+    def tables():
+        made = tables_of(tree_of([20, 30], [[0, 1], [0, 2]], 16).kernel_info)
+        if foreign:
+            made = [made[0].clone(), *([part.clone() for part in group] for group in made[1:6]), *made[6:]]
+        return made
+
+    given = None if made_inside else tables()
+    with torch.inference_mode():
+        given = given or tables()
+        for lengths, rows in (([20, 30], [[0, 1], [0, 2]]), ([20, 30], [[3, 1], [3, 2]])):
+            for _ in range(2):
+                prefix_attn_with_kvcache(q, k, v, *given, 64**-0.5, out)
+                expected = expected_of(q, k, v, lengths, rows)
+                torch.testing.assert_close(out.double(), expected, atol=2e-3, rtol=0)
+            # The block that both read.
+            for table in given[2]:
+                table[table == 0] = 3

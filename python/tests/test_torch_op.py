@@ -1,5 +1,10 @@
 """The custom operators, eager and under torch.compile."""
 
+import copy
+import functools
+import pickle
+
+import numpy as np
 import pytest
 import torch
 from support import SHAPE, caches, queries, random_forest, reference
@@ -114,3 +119,81 @@ def test_8_bit_caches_are_written_and_read_by_one_graph(of_heads):
     expected = reference(batch, q, *read)[0]
     for result in (out, returned):
         torch.testing.assert_close(result.double(), expected, atol=6e-3, rtol=0)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_copied_model_runs_plans_of_its_own(planner, copied, compiled):
+    """Of a slot that kept its number, the copy would run the plan of the original."""
+    slot = torch_op.PlanSlot()
+    steps = [a_step(planner, seed) for seed in (5, 6)]
+    slot.plan = steps[0][1]
+    copied_slot = copied(slot)
+    slots = [slot, copied_slot]
+    assert slot.number != copied_slot.number
+    assert copied_slot.plan is (slot.plan if copied in (copy.copy, copy.deepcopy) else None)
+    copied_slot.plan = steps[1][1]
+    for one, (batch, _, q, k, v) in zip(slots, steps):
+        layer = torch.compile(Layer(one), fullgraph=True) if compiled else Layer(one)
+        out = layer(q, k, v)
+        torch.testing.assert_close(out.double(), reference(batch, q, k, v)[0] + q.double(), atol=6e-3, rtol=0)
+
+
+def test_layers_that_share_a_slot_share_one_in_a_copy():
+    slot = torch_op.PlanSlot()
+    first, second = copy.deepcopy(torch.nn.ModuleList([Layer(slot), Layer(slot)]))
+    assert first.slot is second.slot and first.slot is not slot
+
+
+ARRAY = np.ones(2, dtype=np.float32)
+WRONG_TYPES = [
+    *((name, bad) for name in ("q", "k_cache", "v_cache") for bad in (None, "a", ARRAY, [1.0])),
+    *(("slot", bad) for bad in (None, 5, "a", torch_op.PlanSlot)),
+    *((name, bad) for name in ("scale", "softcap") for bad in ("x", [0.5], torch.tensor([0.5]), ARRAY[:1], 1j, float)),
+    *((name, bad) for name in ("k_scale", "v_scale") for bad in ("x", ARRAY, [1.0, 1.0])),
+    *(("kv_layout", bad) for bad in (3, None)),
+    *(("sinks", bad) for bad in ([1.0] * 4, 1.0, ARRAY)),
+]
+
+
+@pytest.mark.parametrize(("name", "bad"), WRONG_TYPES, ids=map(str, range(len(WRONG_TYPES))))
+def test_decode_refuses_other_types_by_name(planner, name, bad):
+    _, plan, q, k, v = a_step(planner, 3)
+    right = dict(q=q, k_cache=k, v_cache=v, slot=torch_op.PlanSlot(plan))
+    out = torch.full_like(q, 7)
+    for call in (torch_op.decode, functools.partial(torch_op.decode_out, out=out)):
+        with pytest.raises(TypeError, match=f"^{name}: got {type(bad).__name__}, expected"):
+            call(**right | {name: bad})
+    assert bool((out == 7).all())
+
+
+@pytest.mark.parametrize("name", ["out", "lse"])
+def test_decode_out_refuses_other_types_by_name(planner, name):
+    _, plan, q, k, v = a_step(planner, 3)
+    right = dict(out=torch.empty_like(q), lse=None)
+    with pytest.raises(TypeError, match=f"^{name}: got list"):
+        torch_op.decode_out(q, k, v, slot=torch_op.PlanSlot(plan), **right | {name: [1.0]})
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [
+        *((name, bad) for name in ("k_new", "v_new", "k_cache", "v_cache", "slots") for bad in (None, [3, -1], ARRAY)),
+        ("kv_layout", 3),
+        ("k_scale", ARRAY),
+        ("v_scale", "x"),
+    ],
+)
+def test_append_kv_refuses_other_types_by_name(name, bad):
+    new, caches = torch.ones(2, 2, 64, dtype=torch.float16), torch.zeros(2, 1, 16, 2, 64, dtype=torch.float16)
+    right = dict(k_new=new, v_new=new, k_cache=caches[0], v_cache=caches[1], slots=torch.tensor([3, -1]))
+    with pytest.raises(TypeError, match=f"^{name}: got {type(bad).__name__}, expected"):
+        torch_op.append_kv(**right | {name: bad})
+    assert not caches.any()
+
+
+@pytest.mark.parametrize("scale", [1, np.float32(0.5), np.array(0.5), torch.tensor(0.5)])
+def test_numbers_without_dimensions_are_taken_as_run_takes_them(planner, scale):
+    _, plan, q, k, v = a_step(planner, 3)
+    out = torch_op.decode(q, k, v, torch_op.PlanSlot(plan), scale=scale)
+    assert torch.equal(out, pa.run(plan, q, k, v, scale=float(scale)))

@@ -8,7 +8,7 @@ import torch
 
 import prefix_attn
 
-from .tree import PrefixTreeCPP, kind
+from .tree import PrefixTreeCPP, kind, version_of
 
 #: More than any schedule of a cache has in a group; what is larger would take the host's memory when it is read.
 MOST_TABLE_ENTRIES = 1 << 28
@@ -121,7 +121,7 @@ def _table_form(
         tree = _tree_of_own_tables(num_split_per_seq, tables) or _tree_of_tables(
             num_split_per_seq.tolist(), {name: [t.tolist() for t in groups] for name, groups in tables.items()}, k_cache_paged
         )
-        num_split_per_seq._prefix_attn_schedule = ([(part, part._version) for part in parts], tree)
+        num_split_per_seq._prefix_attn_schedule = ([(part, version_of(part)) for part in parts], tree)
     _tree_form(q, k_cache_paged, v_cache_paged, tree, softmax_scale, out)
 
 
@@ -153,18 +153,21 @@ def _check_pack_counts(tables: dict, sequences: int) -> None:
 def _tree_of_same(parts: list[torch.Tensor]) -> PrefixTreeCPP | None:
     """The tree of the layer before: where the tensors are the same ones, unchanged."""
     known, tree = getattr(parts[0], "_prefix_attn_schedule", ([], None))
-    same = len(known) == len(parts) and all(a is b and b._version == version for (a, version), b in zip(known, parts))
+    # Without a version, nothing says that it is unchanged.
+    same = len(known) == len(parts) and all(
+        a is b and version is not None and version == version_of(b) for (a, version), b in zip(known, parts)
+    )
     return tree if same else None
 
 
 def _tree_of_own_tables(num_split_per_seq: torch.Tensor, tables: dict) -> PrefixTreeCPP | None:
     """The tree whose ``kernel_info`` the tables are, if they are as it made them."""
     tree = getattr(num_split_per_seq, "_prefix_attn_tree", None)
-    if tree is None or tree.kernel_info.num_split_per_seq is not num_split_per_seq or num_split_per_seq._version:
+    if tree is None or tree.kernel_info.num_split_per_seq is not num_split_per_seq or version_of(num_split_per_seq) != 0:
         return None
     for name, groups in tables.items():
         own = getattr(tree.kernel_info, name)
-        if len(own) != len(groups) or any(mine is not given or given._version for mine, given in zip(own, groups)):
+        if len(own) != len(groups) or any(mine is not given or version_of(given) != 0 for mine, given in zip(own, groups)):
             return None
     return tree
 

@@ -182,7 +182,9 @@ class KernelInfo:
         self.num_split_per_seq._prefix_attn_tree = tree
 
     def _table(self, rows: list) -> torch.Tensor:
-        return torch.tensor(rows, dtype=torch.int32).to(self._device)
+        # Of the mode of inference, they would not show whether a program changes them.
+        with torch.inference_mode(False):
+            return torch.tensor(rows, dtype=torch.int32).to(self._device)
 
     def _padded(self, rows: list[list[int]]) -> torch.Tensor:
         width = max(map(len, rows))
@@ -249,6 +251,11 @@ os.register_at_fork(after_in_child=_forget_other_threads)
 def kind(value: object) -> str:
     """What a value is, for errors; a class is named itself."""
     return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+
+
+def version_of(tensor: torch.Tensor) -> int | None:
+    """How often it was written to; None of a tensor of the mode of inference, which does not count that."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def integer(name: str, value: object) -> int:
