@@ -33,6 +33,7 @@ class FlashAttention3:
     """vLLM's build of FlashAttention 3: paged decode."""
 
     name = "fa3"
+    sums_in_float32 = True
     HEAD_DIMS = (64, 96, 128, 192, 256)
     MOST_HEADS_WITH_SINKS = 64
 
@@ -91,6 +92,8 @@ class FlashInfer:
     its own that takes a minute or more to compile."""
 
     name = "flashinfer"
+    sums_in_float32 = False
+    """Log-sum-exps are those of weights that are rounded to 16 bits: they are counted, and do not make a case wrong."""
     WORKSPACE_BYTES = 1 << 30
     """Partial outputs of a decode batch with several query tokens and large groups take more than the 128 MiB of its examples."""
     MODULES = (

@@ -117,8 +117,7 @@ unsafe fn forward<
             tma::prefetch_map(maps.1);
         }
         let plan = PlanView::load(AtOnce::new(), p.plan, Smem::<HEAD_DIM, GROUPS, BYTES>::VARIANT, p.kv_heads);
-        // So far the plan alone has been read, which no kernel writes. Returns at once while the host launches forward kernels in
-        // order (see `waits` in its driver's `kernel.rs`).
+        // The plan alone has been read, which no kernel writes. Behind an ordinary launch there is nothing to wait for.
         pdl::wait_for_prerequisite_grids();
         sync_cta();
         pdl::launch_dependents();
