@@ -185,22 +185,22 @@ impl PyPlanner {
             .map(|rows| read_rows(rows, tables.sequences()))
             .transpose()?
             .filter(|_| !tables.has_query_tokens());
-        let is_short = tables.are_few();
-        let advance = || -> pat_rs::Result<PlanChange> {
-            let mut planner = self.lock();
+        // What another thread plans for long is not waited for with the interpreter.
+        let free = if tables.are_few() { self.planner.try_lock().ok() } else { None };
+        let advance = |mut planner: MutexGuard<'_, PagedPlanner>| -> pat_rs::Result<PlanChange> {
             let mut state = plan.lock();
             let planner = planner.for_pages(page_size)?;
             let change = tables.with_batch(|batch| planner.advance(batch, changed_rows.as_deref(), &mut state.plan))?;
             state.spare = std::mem::replace(&mut state.tables, tables);
             Ok(change)
         };
-        let change = if is_short {
+        let change = if let Some(planner) = free {
             // Nor does another thread fork while this one has the interpreter.
-            advance()
+            advance(planner)
         } else {
             py.detach(|| {
                 let _no_fork = fork::hold_off();
-                advance()
+                advance(self.lock())
             })
         }?;
         Ok(match change {

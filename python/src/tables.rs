@@ -106,7 +106,14 @@ impl Tables {
 
     /// Whether planning takes no longer than handing the interpreter to other threads, and waiting to get it back, may.
     pub(crate) fn are_few(&self) -> bool {
-        self.ids.len() <= 1 << 16
+        let most_tokens = match &self.query_tokens {
+            Counts::One => 1,
+            Counts::Uniform(tokens) => *tokens as usize,
+            Counts::Ragged(tokens) => tokens.iter().max().map_or(1, |&tokens| tokens as usize),
+            Counts::Tree(parents) => parents.len(),
+            Counts::Trees(trees) => trees.iter().map(Vec::len).max().unwrap_or(1),
+        };
+        self.ids.len().saturating_mul(most_tokens) <= 1 << 16
     }
 
     /// Hands the batch, a row per query token, to `use_it`; borrows only what is here.

@@ -17,8 +17,7 @@ pub struct NewRows<'a, T: Element> {
 }
 
 impl<T: Element> NewRows<'_, T> {
-    /// Refuses what writing them into this cache would: K and V go into caches of their own, and neither is to be written
-    /// where the other is refused.
+    /// Refuses what [`append_rows`] refuses, and writes nothing: K and V are both checked before either is written.
     ///
     /// # Errors
     /// As [`append_rows`].
