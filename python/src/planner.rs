@@ -176,6 +176,13 @@ impl PyPlanner {
             return Err(invalid("plan", format!("one for {:?}", plan.origin.shape), "a plan of this planner's shape"));
         }
         let (page_size, num_pages) = plan.pages();
+        if plan.origin.problem(page_size) != self.problem(page_size) {
+            return Err(invalid(
+                "plan",
+                "one for another window, chunk, soft cap or query tree",
+                "a plan of this planner's problem",
+            ));
+        }
         let given = Given { block_tables, table_rows, lengths, queries: self.queries(query_tokens, parents) };
         // The memory of the tables before the last ones: no step of a batch that does not grow asks the system for some.
         let spare = std::mem::take(&mut plan.lock().spare);

@@ -114,6 +114,17 @@ def test_rows_of_tables_that_are_not_there(planner, rows, message):
     assert planner.advance(plan, every[:2], [20, 20]) == "nothing"
 
 
+@pytest.mark.parametrize("other", [{"window": 64}, {"chunk": 128}, {"query_tree": True}, {"softcap": 30.0}])
+def test_advance_refuses_the_plan_of_another_problem(planner, other):
+    batch = random_forest(3)
+    pool = batch.page_size, batch.num_pages
+    plan = planner.plan(batch.block_tables, batch.lengths, *pool)
+    stranger = pa.Planner(pa.AttentionShape(**SHAPE, dtype=torch.float16), device="cpu", **other)
+    with pytest.raises(ValueError, match="^plan: got one for another window"):
+        stranger.advance(plan, batch.block_tables, batch.lengths)
+    assert planner.advance(plan, batch.block_tables, batch.lengths) == "nothing"
+
+
 def test_advance_takes_the_rows_that_changed(planner):
     tables, lengths = [[0, 1], [0, 2]], [20, 20]
     plan = planner.plan(tables, lengths, 16, 8)
