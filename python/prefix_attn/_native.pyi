@@ -537,10 +537,11 @@ def run(plan: "Plan", q: "torch.Tensor", k_cache: "torch.Tensor", v_cache: "torc
             may be given as uint8.
         out: memory for the output, as q; by default new.
         lse: memory for the log-sum-exps, float32 ``[rows, q_heads]``, natural logarithm.
-        scale: factor on the scores; by default ``head_dim ** -0.5``.
+        scale: factor on the scores; by default ``head_dim ** -0.5``. Scores beyond float32's range can give NaN.
         softcap: caps the scaled scores: ``softcap * tanh(score / softcap)``; the planner must know that there is a cap.
         sinks: float32 ``[q_heads]``: for each query head one more score, neither scaled nor capped, that adds to the
             denominator and has no value. The log-sum-exps contain it: rows of length 0 get 0 and the sink.
+            A sink that is NaN or +inf gives NaN.
         k_scale, v_scale: what the elements of 8-bit caches are multiplied with: a number, or float32 ``[kv_heads]``. Numbers in
             device memory are not looked at; others are finite and above 0.
         return_lse: return ``(out, lse)``; lse is new where it is not given.

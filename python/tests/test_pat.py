@@ -11,7 +11,14 @@ import torch
 import torch.nn.functional as F
 
 import prefix_attn
-from prefix_attn import AsyncTree, PrefixTree, PrefixTreeCPP, generate_tree_seqs, prefix_attn_with_kvcache
+from prefix_attn import (
+    AsyncTree,
+    PrefixTree,
+    PrefixTreeCPP,
+    generate_random_kv_cache,
+    generate_tree_seqs,
+    prefix_attn_with_kvcache,
+)
 from prefix_attn.pat.schedule import DEFAULT_TILES, packs, tile_of
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -266,7 +273,13 @@ def test_bad_input_names_the_argument():
         ("out", {"out": out.bfloat16()}),
         ("q: torch.float32", {"q": q.float(), "out": out.float()}),
         ("q: torch.float32", {"q": q.float(), "k": k.float(), "v": v.float(), "out": out.float()}),
-        ("v_cache", {"v": v[..., :32]}),
+        ("v_cache_paged", {"v": v[..., :32]}),
+        ("v_cache_paged", {"v": v.float()}),
+        ("k_cache_paged", {"k": k.float()}),
+        ("out: got memory of k_cache_paged", {"out": k.flatten()[: q.numel()].view(q.shape)}),
+        ("softmax_scale", {"scale": "x"}),
+        ("softmax_scale", {"scale": torch.tensor([0.5])}),
+        ("softmax_scale", {"scale": float("nan")}),
         ("block_tables", {"k": k[:2], "v": v[:2]}),
     ]:
         out.fill_(7)
@@ -397,8 +410,16 @@ def test_tensors_of_another_kind_are_refused_by_name(form, name):
         out = arguments.pop("out")
         with pytest.raises((TypeError, ValueError)) as raised:
             prefix_attn_with_kvcache(*arguments.values(), *rest, out)
-        # `run` calls the caches by its own names.
-        assert str(raised.value).startswith(name.removesuffix("_paged"))
+        assert str(raised.value).startswith(f"{name}:")
+
+
+@pytest.mark.parametrize("form", ["tree", "tables"])
+def test_missing_arguments_are_those_of_pats_function(form):
+    q, k, v = tensors_of(2, 4, 16)
+    tree = tree_of([20, 30], [[0, 1], [0, 2]], 16)
+    rest = [tree] if form == "tree" else tables_of(tree.kernel_info)
+    with pytest.raises(TypeError, match=r"^prefix_attn_with_kvcache\(\) missing 2 .*'softmax_scale' and 'out'"):
+        prefix_attn_with_kvcache(q, k, v, *rest)
 
 
 @pytest.mark.parametrize("tree", [None, 3, Stub(), PrefixTreeCPP, [torch.zeros(1)]])
@@ -451,6 +472,21 @@ TABLE = torch.zeros(1, 2, dtype=torch.int32)
         ("device", lambda: AsyncTree(16, [1], TABLE, None, 4, 2, "xyz")),
         ("tree", lambda: generate_tree_seqs(None, 32)),
         ("block_size", lambda: generate_tree_seqs("1_32", None)),
+        ("seed", lambda: generate_tree_seqs("1_32", 32, seed={})),
+        ("seed", lambda: generate_tree_seqs("1_32", 32, seed="a")),
+        ("tree", lambda: generate_tree_seqs(f"1_{2**62}", 32)),
+        ("tree", lambda: generate_tree_seqs(f"{2**62}_32", 32)),
+        ("tree", lambda: generate_tree_seqs(f"1,{2**20}_{2**20},32", 32)),
+        ("num_blocks", lambda: generate_random_kv_cache("a", 16, 2, 64, device="cpu")),
+        ("num_blocks", lambda: generate_random_kv_cache(-1, 16, 2, 64, device="cpu")),
+        ("block_size", lambda: generate_random_kv_cache(4, 0, 2, 64, device="cpu")),
+        ("nheads_kv", lambda: generate_random_kv_cache(4, 16, None, 64, device="cpu")),
+        ("head_dim", lambda: generate_random_kv_cache(4, 16, 2, 2**62, device="cpu")),
+        ("num_blocks, block_size, nheads_kv, head_dim", lambda: generate_random_kv_cache(*[2**31] * 4, device="cpu")),
+        ("dtype", lambda: generate_random_kv_cache(4, 16, 2, 64, "float16", "cpu")),
+        ("dtype", lambda: generate_random_kv_cache(4, 16, 2, 64, torch.int32, "cpu")),
+        ("device", lambda: generate_random_kv_cache(4, 16, 2, 64, device="xyz")),
+        ("device", lambda: generate_random_kv_cache(4, 16, 2, 64, device=None)),
     ],
 )
 def test_what_trees_are_not_made_of_is_refused_by_name(name, make):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -29,7 +30,7 @@ def prefix_attn_with_kvcache(q, k_cache_paged, v_cache_paged, *args, **kwargs) -
         k_cache_paged, v_cache_paged: as q, [num_blocks, block_size, Hkv, D], each with strides of its own.
         tree: The batch; its tables as ``kernel_info`` has them are the second form. Tables of another origin are read back
             from the device once per schedule, which waits for it.
-        softmax_scale: Factor on the scores, usually ``D ** -0.5``.
+        softmax_scale: Factor on the scores, usually ``D ** -0.5``. Scores beyond float32's range can give NaN.
         out: as q.
 
     Raises:
@@ -56,7 +57,15 @@ def _tree_form(q, k_cache_paged, v_cache_paged, tree: PrefixTreeCPP, softmax_sca
     if not q.shape[2] or not kv_heads or q.shape[2] % kv_heads:
         raise ValueError(f"q: {q.shape[2]} heads, expected a positive multiple of the cache's {kv_heads}")
     plan = tree._plan(q.shape[2], kv_heads, head_dim, q.dtype, q.device, num_blocks)
-    prefix_attn.run(plan, q[:, 0], k_cache_paged, v_cache_paged, out=out[:, 0], scale=softmax_scale)
+    try:
+        prefix_attn.run(plan, q[:, 0], k_cache_paged, v_cache_paged, out=out[:, 0], scale=softmax_scale)
+    except (TypeError, ValueError) as error:
+        raise type(error)(_RUN_NAMES.sub(lambda name: _PAT_NAMES[name[0]], str(error))) from error
+
+
+#: What `run` calls its arguments, by the start of its messages or, the caches, anywhere.
+_RUN_NAMES = re.compile(r"^scale\b|\b[kv]_cache\b")
+_PAT_NAMES = {"scale": "softmax_scale", "k_cache": "k_cache_paged", "v_cache": "v_cache_paged"}
 
 
 def _check_tensors(**tensors: object) -> None:
@@ -123,6 +132,10 @@ def _table_form(
         )
         num_split_per_seq._prefix_attn_schedule = ([(part, version_of(part)) for part in parts], tree)
     _tree_form(q, k_cache_paged, v_cache_paged, tree, softmax_scale, out)
+
+
+# Errors about missing arguments name the function that was called.
+_tree_form.__qualname__ = _table_form.__qualname__ = prefix_attn_with_kvcache.__qualname__
 
 
 def _check_table(name: str, table: object, dims: int) -> None:

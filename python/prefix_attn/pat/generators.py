@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import torch
 
-from .tree import count_of, kind
+from .tree import count_of, device_of, integer, kind
+
+#: Most entries of a block table that is made.
+MOST_BLOCKS = 1 << 28
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def generate_tree_seqs(tree: str, block_size: int, seed: int | None = None) -> tuple[list[int], torch.Tensor, int]:
@@ -17,10 +22,12 @@ def generate_tree_seqs(tree: str, block_size: int, seed: int | None = None) -> t
     the cache needs.
 
     Raises:
-        ValueError: ``tree`` is not in the notation, a level has fewer nodes than the one above or not a multiple of it, or its
-            tokens are not a positive multiple of ``block_size``.
+        TypeError: ``tree`` is no string; ``block_size`` or ``seed`` is no integer.
+        ValueError: ``tree`` is not in the notation, a level has fewer nodes than the one above or not a multiple of it, its
+            tokens are not a positive multiple of ``block_size``, or the block table or the cache has more than 2^28 blocks.
     """
     block_size = count_of("block_size", block_size)
+    seed = None if seed is None else integer("seed", seed)
     if not isinstance(tree, str):
         raise TypeError(f"tree: {kind(tree)}, expected a string like '1,10_4096,416'")
     try:
@@ -35,6 +42,10 @@ def generate_tree_seqs(tree: str, block_size: int, seed: int | None = None) -> t
     if any(count <= 0 or count % block_size for count in tokens):
         raise ValueError(f"tree: levels of {tokens} tokens in {tree!r}, expected positive multiples of {block_size}")
     batch = nodes[-1]
+    # Also the blocks of the cache, which are no more.
+    entries = batch * sum(tokens) // block_size
+    if entries > MOST_BLOCKS:
+        raise ValueError(f"tree: {tree!r} is a block table of too many entries, expected at most {MOST_BLOCKS}")
     levels, first = [], 0
     for node_count, token_count in zip(nodes, tokens):
         blocks = token_count // block_size
@@ -54,6 +65,18 @@ def generate_random_kv_cache(
     dtype: torch.dtype = torch.float16,
     device: torch.device | str = "cuda",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V of normally distributed elements, each [num_blocks, block_size, nheads_kv, head_dim]."""
-    shape = (num_blocks, block_size, nheads_kv, head_dim)
+    """K and V of normally distributed elements, each [num_blocks, block_size, nheads_kv, head_dim].
+
+    Raises:
+        TypeError, ValueError: A size is not a positive integer, ``dtype`` is none of float16, bfloat16, float32 and float64,
+            ``device`` names no CUDA device and no CPU, or a cache has 2^60 elements or more.
+    """
+    sizes = dict(num_blocks=num_blocks, block_size=block_size, nheads_kv=nheads_kv, head_dim=head_dim)
+    shape = [count_of(name, size) for name, size in sizes.items()]
+    # torch counts bytes in 64 bits.
+    if math.prod(shape) >= 1 << 60:
+        raise ValueError(f"num_blocks, block_size, nheads_kv, head_dim: {shape}, expected fewer than 2^60 elements")
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype: {dtype!r}, expected one of {', '.join(map(str, DTYPES))}")
+    device = device_of(device)
     return torch.randn(shape, dtype=dtype, device=device), torch.randn(shape, dtype=dtype, device=device)

@@ -138,7 +138,7 @@ class KernelInfo:
         Raises:
             TypeError, ValueError: ``device`` names no CUDA device and no CPU.
         """
-        device = _device(device)
+        device = device_of(device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         if device != self._device:
@@ -213,7 +213,7 @@ class AsyncTree:
         kvHead: int,
         device: torch.device | str | int,
     ):
-        self._tree, self._device = PrefixTreeCPP(block_size), _device(device)
+        self._tree, self._device = PrefixTreeCPP(block_size), device_of(device)
         self._tree._take(seq_lens, "table", table)
         self._tree.pack_schedule(MNWs, HRatio, kvHead)
         self._start()
@@ -289,7 +289,7 @@ def _tiles(MNWs: Sequence[Sequence[int]] | None) -> list[tuple[int, ...]]:
     return tiles or list(DEFAULT_TILES)
 
 
-def _device(device: torch.device | str | int) -> torch.device:
+def device_of(device: torch.device | str | int) -> torch.device:
     if isinstance(device, bool) or not isinstance(device, (torch.device, str, int)):
         raise TypeError(f"device: {kind(device)}, expected a torch.device, a string like 'cuda:0', or a number")
     # torch takes the last byte of a larger one.
