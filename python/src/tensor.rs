@@ -84,7 +84,7 @@ pub(crate) struct Tensor<'py> {
     pub(crate) strides: [i64; MAX_RANK],
     /// Whether reading it runs code of others: a DLPack producer's, or that of a class below torch's.
     pub(crate) runs_code: bool,
-    /// The tensor, or the DLPack capsule that holds it.
+    /// The tensor (torch's, numpy's), or the DLPack capsule that holds it.
     pub(crate) owner: Bound<'py, PyAny>,
 }
 
@@ -95,7 +95,9 @@ impl<'py> Tensor<'py> {
         let read = if is_torch(object)? {
             Self::read_torch(name, object)?
         } else {
-            foreign::read_dlpack(name, object, stream)?
+            let read = foreign::read_dlpack(name, object, stream)?;
+            // The array owns its memory, without its capsule, too.
+            if is_plain_numpy(object) { Self { runs_code: false, owner: object.clone(), ..read } } else { read }
         };
         read.check_address(object)?;
         Ok(read)
@@ -129,7 +131,7 @@ impl<'py> Tensor<'py> {
         Ok(())
     }
 
-    /// Reads torch's tensors of a call anew where reading others has run code that may have resized them.
+    /// Reads torch's tensors and numpy's arrays of a call anew where reading others has run code that may have resized them.
     pub(crate) fn settle<'a>(tensors: impl IntoIterator<Item = &'a mut Self>) -> Result<()>
     where
         'py: 'a,
@@ -320,6 +322,16 @@ pub(crate) fn is_torch(object: &Bound<'_, PyAny>) -> Result<bool> {
 /// Whether it is of torch's class itself, none below that.
 fn is_plain_torch(object: &Bound<'_, PyAny>) -> bool {
     TENSOR.get(object.py()).is_some_and(|class| object.get_type().is(class))
+}
+
+/// Whether it is of numpy's class itself, none below that.
+fn is_plain_numpy(object: &Bound<'_, PyAny>) -> bool {
+    let py = object.py();
+    let class = || -> PyResult<Bound<'_, PyAny>> {
+        let modules = py.import(intern!(py, "sys"))?.getattr(intern!(py, "modules"))?;
+        modules.get_item(intern!(py, "numpy"))?.getattr(intern!(py, "ndarray"))
+    };
+    class().is_ok_and(|class| object.get_type().is(&class))
 }
 
 /// Whether the program has imported torch.

@@ -255,6 +255,27 @@ def test_memory_that_another_arguments_code_takes_away_is_missed():
         pa.Planner(SHAPE_64, "cpu").plan(tables, lengths, 16, 1)
 
 
+class ResizesArray(Resizes):
+    def __dlpack__(self, **options):
+        self.victim.resize(0, refcheck=False)
+        return self.tensor.__dlpack__(**options)
+
+
+def test_an_array_that_another_arguments_code_resizes_is_missed():
+    k = torch.zeros(1, 16, 2, 64, dtype=HALF)
+    for name in ("q", "out"):
+        arrays = {one: numpy.zeros((1, 8, 64), dtype=numpy.float16) for one in ("q", "out")}
+        with pytest.raises(ValueError, match=f"^{name}: "):
+            run(k_cache=k, v_cache=ResizesArray(torch.zeros_like(k), arrays[name]), **arrays)
+    new, cache = torch.zeros(1, 2, 64, dtype=HALF), numpy.zeros((1, 16, 2, 64), dtype=numpy.float16)
+    with pytest.raises(ValueError, match="^k_cache: "):
+        pa.append_kv(new, new, cache, ResizesArray(torch.zeros_like(k), cache), torch.tensor([0]))
+    lengths = numpy.full(4, 5, dtype=numpy.int32)
+    tables = ResizesArray(torch.zeros(4, 1, dtype=torch.int32), lengths)
+    with pytest.raises(ValueError, match="^(lengths|block_tables): "):
+        pa.Planner(SHAPE_64, "cpu").plan(tables, lengths, 16, 1)
+
+
 def test_a_cap_that_a_plan_has_not_says_softcap():
     planner = pa.Planner(SHAPE_64, pa.DeviceProfile.named("h100-sxm"), variants=["wgmma128"])
     with pytest.raises(ValueError, match="softcap"):
