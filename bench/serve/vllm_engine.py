@@ -62,7 +62,9 @@ def model_folder(config):
     text = json.dumps(config)
     key = hashlib.sha256(text.encode()).hexdigest()[:12]
     folder = os.path.join(tempfile.gettempdir(), f"pat-serve-{os.getuid()}-{key}")
-    os.makedirs(folder, exist_ok=True)
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    if os.stat(folder).st_uid != os.getuid():
+        raise PermissionError(f"{folder}: another user's folder, expected one of this process's user")
     with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
         file.write(text)
     os.replace(file.name, os.path.join(folder, "config.json"))  # another process may read it now

@@ -349,6 +349,27 @@ impl<C: Code> Cache for EightBit<C> {
     }
 }
 
+/// [`Rows::load_four`] of codes.
+///
+/// # Safety
+/// As there.
+#[inline(always)]
+pub(crate) unsafe fn four_codes(row: u64, query_bytes: u32) -> u32 {
+    // SAFETY: the caller's contract.
+    unsafe { load_global_u32(row + query_bytes as u64 / 2) }
+}
+
+/// The codes that [`Rows::two_of_value`] is asked for, in the lower half of a word: words are loaded whole.
+///
+/// # Safety
+/// As there.
+#[inline(always)]
+pub(crate) unsafe fn two_codes(address: u64) -> u32 {
+    let shift = (address & 2) as u32 * 8;
+    // SAFETY: the caller's contract; rows are multiples of four bytes.
+    unsafe { load_global_u32(address & !3) >> shift }
+}
+
 impl<C: Code> Rows for EightBit<C> {
     const BYTES: u32 = 1;
 
@@ -357,7 +378,7 @@ impl<C: Code> Rows for EightBit<C> {
     #[inline(always)]
     unsafe fn load_four(row: u64, query_bytes: u32) -> u32 {
         // SAFETY: the caller's contract.
-        unsafe { load_global_u32(row + query_bytes as u64 / 2) }
+        unsafe { four_codes(row, query_bytes) }
     }
 
     #[inline(always)]
@@ -368,10 +389,8 @@ impl<C: Code> Rows for EightBit<C> {
 
     #[inline(always)]
     unsafe fn two_of_value<E: Element>(self, address: u64) -> [f32; 2] {
-        // Words are loaded whole.
-        let shift = (address & 2) as u32 * 8;
-        // SAFETY: the caller's contract; rows are multiples of four bytes.
-        let word = unsafe { load_global_u32(address & !3) } >> shift;
+        // SAFETY: the caller's contract.
+        let word = unsafe { two_codes(address) };
         C::widen(word).map(|pair| C::settle(F16::unpack(pair)[0]) * self.v_scale)
     }
 }

@@ -327,16 +327,19 @@ fn is_plain_torch(object: &Bound<'_, PyAny>) -> bool {
 /// Whether it is of numpy's class itself, none below that.
 fn is_plain_numpy(object: &Bound<'_, PyAny>) -> bool {
     let py = object.py();
-    let class = || -> PyResult<Bound<'_, PyAny>> {
-        let modules = py.import(intern!(py, "sys"))?.getattr(intern!(py, "modules"))?;
-        modules.get_item(intern!(py, "numpy"))?.getattr(intern!(py, "ndarray"))
-    };
-    class().is_ok_and(|class| object.get_type().is(&class))
+    let class =
+        imported(py).and_then(|modules| modules.get_item(intern!(py, "numpy"))?.getattr(intern!(py, "ndarray")));
+    class.is_ok_and(|class| object.get_type().is(&class))
 }
 
 /// Whether the program has imported torch.
 pub(crate) fn torch_is_imported(py: Python<'_>) -> Result<bool> {
-    Ok(py.import(intern!(py, "sys"))?.getattr(intern!(py, "modules"))?.contains(intern!(py, "torch"))?)
+    Ok(imported(py)?.contains(intern!(py, "torch"))?)
+}
+
+/// The modules that the program has imported, by name.
+fn imported(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
+    py.import(intern!(py, "sys"))?.getattr(intern!(py, "modules"))
 }
 
 /// torch has one object for each of its dtypes.

@@ -5,10 +5,9 @@ use core::marker::PhantomData;
 
 use super::smem::Smem;
 use super::widen::widen;
-use crate::cache::{Plain, Rows, ScaledHead, row_to_f16};
+use crate::cache::{Plain, Rows, ScaledHead, four_codes, row_to_f16, two_codes};
 use crate::eight_bit::Code;
 use crate::element::{Element, F16};
-use crate::ptx::ldst::load_global_u32;
 use pat_abi::reader::PlanView;
 use pat_abi::{ForwardParams, ScaledForwardParams};
 
@@ -143,7 +142,7 @@ impl<C: Code> Rows for Widened<C> {
     #[inline(always)]
     unsafe fn load_four(row: u64, query_bytes: u32) -> u32 {
         // SAFETY: the caller's contract.
-        unsafe { load_global_u32(row + query_bytes as u64 / 2) }
+        unsafe { four_codes(row, query_bytes) }
     }
 
     #[inline(always)]
@@ -153,10 +152,8 @@ impl<C: Code> Rows for Widened<C> {
 
     #[inline(always)]
     unsafe fn two_of_value<E: Element>(self, address: u64) -> [f32; 2] {
-        // Words are loaded whole.
-        let half = (address & 2) as u32 * 8;
-        // SAFETY: the caller's contract; rows are multiples of four bytes.
-        let word = unsafe { load_global_u32(address & !3) } >> half;
+        // SAFETY: the caller's contract.
+        let word = unsafe { two_codes(address) };
         F16::unpack(C::exact(word)[0]).map(|value| value * self.v_scale)
     }
 }
