@@ -26,6 +26,16 @@ for name, record in (("stock", stock), ("ours", ours)):
         )
         for kernel, calls, ns in p["kernels"][:7]:
             print("    %6d calls %9.2f us each  %s" % (calls, ns / calls / 1e3, kernel))
+for task, a in stock["tasks"].items():
+    if not task.startswith("host"):
+        continue
+    seconds = [{f[0]: f[2] for f in record["tasks"][task]["functions"]} for record in (stock, ours)]
+    print("host, 30 steps of %s: %.1f ms of functions with stock, %.1f with ours; what differs most:" % (
+        task[5:], *(1e3 * sum(own.values()) for own in seconds)
+    ))  # fmt: skip
+    more = {name: seconds[1].get(name, 0) - seconds[0].get(name, 0) for own in seconds for name in own}
+    for name in sorted(more, key=lambda name: -abs(more[name]))[:10]:
+        print("    %+8.2f ms  %s" % (1e3 * more[name], name))
 own = [k for t, p in ours["tasks"].items() if t.startswith("profile") for k in p["kernels"]]
 our_kernels = [k for k in own if k[0].startswith("pat_forward")]
 stock_kernels = [k for k in own if "FlashAttn" in k[0] or "flash::" in k[0]]
