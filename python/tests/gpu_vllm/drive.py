@@ -336,20 +336,22 @@ def profile(engine, vocab, text):
         for begin, end, name in spans:
             calls, ns = names.get(name, (0, 0))
             names[name] = calls + 1, ns + end - begin
-        # Idle: between the first and the last activity, what no activity covers; gaps under 2 us lie inside graphs.
-        idle = longest = 0
-        reach = spans[0][1]
+        # Idle: between the first and the last activity, what no activity covers; gaps under 2 us lie inside graphs, those over
+        # 20 us are where the device waits for the host.
+        first, reach, before = spans[0][0], spans[0][1], spans[0][2]
         gaps = []
-        for begin, end, _ in spans:
+        for begin, end, name in spans:
             if begin > reach:
-                gaps.append(begin - reach)
-            reach = max(reach, end)
-        idle = sum(gap for gap in gaps if gap > 2000)
-        longest = max(gaps, default=0)
-        span = reach - spans[0][0]
+                gaps.append((begin - reach, reach - first, before, name))
+            if end > reach:
+                reach, before = end, name
+        idle = sum(gap for gap, *_ in gaps if gap > 2000)
+        waits = [gap for gap in gaps if gap[0] > 20000]
         found.update(
-            wall_ms=1e3 * wall, span_ms=span / 1e6, idle_ms=idle / 1e6, longest_gap_us=longest / 1e3,
-            gaps_over_20us=sum(gap > 20000 for gap in gaps), small_gaps_ms=sum(g for g in gaps if g <= 2000) / 1e6,
+            wall_ms=1e3 * wall, span_ms=(reach - first) / 1e6, idle_ms=idle / 1e6,
+            longest_gap_us=max((gap for gap, *_ in gaps), default=0) / 1e3, gaps_over_20us=len(waits),
+            waits_ms=sum(gap for gap, *_ in waits) / 1e6, small_gaps_ms=sum(gap for gap, *_ in gaps if gap <= 2000) / 1e6,
+            waits=[(gap / 1e3, at / 1e6, before[:60], behind[:60]) for gap, at, before, behind in waits],
             kernels=sorted(([name[:90], *calls] for name, calls in names.items()), key=lambda k: -k[2])[:25],
         )  # fmt: skip
         return True

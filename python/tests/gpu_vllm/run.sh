@@ -3,6 +3,7 @@
 # and beside it vllm026/ (parts of a reduced vLLM with setup.py and env.sh). Logs and JSON under $OUT/vllm-JOB/.
 #   smoke   2 minutes, one GPU: tokens of a small model, eager and in FULL graphs
 #   big     3 minutes, one GPU: step times of the 8B shape, profile
+#   idle    1.5 minutes, one GPU: how long the device waits for the host in steps of the 8B shape, two engines in turn
 #   exact   2 minutes, one GPU: FULL graphs beside float32 attention: the 8B shape layer by layer and by log-probs; small models with
 #           drafts and with gpt-oss's attention layer by layer
 #   tokens  2 minutes, one GPU: tokens of a small model in PIECEWISE graphs; an engine that is restarted
@@ -88,6 +89,11 @@ big() {
     drive 8b-fa $big --backend FLASH_ATTN $times
     drive 8b-ours $big $times
     python3 table.py "$out"/8b-fa.json "$out"/8b-ours.json || failed=1
+}
+
+idle() {
+    local big="--shape 8b --mode graph --kv-gib 24 --seqs 256 --sizes 64,256"
+    in_turn idle "$big" time:64x2496+528:40 profile:64x2496+{528,529,530} profile:256x2496+528
 }
 
 exact() {
@@ -299,21 +305,23 @@ gpt_oss() {
     judge_churn gpt-oss
 }
 
+oss="--shape oss --model gpt-oss --mode graph --kv-gib 6 --seqs 256 --sizes 8,64,256"
+
 gpt_oss_times() {
     local once="time:64x2496+528:40 time:256x2496+528:40" again="time:64x2496+528:41 time:256x2496+528:41"
-    gpt_oss_in_turn oss "" $once $again {profile,host}:{64,256}x2496+528
+    in_turn oss "$oss" $once $again {profile,host}:{64,256}x2496+528
 }
 
 gpt_oss_apart() { # the engine in a process of its own, as in a server
-    gpt_oss_in_turn oss-apart --apart time:64x2496+528:40 time:256x2496+528:40
+    in_turn oss-apart "$oss --apart" time:64x2496+528:40 time:256x2496+528:40
 }
 
-gpt_oss_in_turn() { # name, further argument, tasks
-    local name=$1 big="--shape oss --model gpt-oss --mode graph --kv-gib 6 --seqs 256 --sizes 8,64,256 $2 --wait $out/go-$1"
+in_turn() { # name, arguments of both engines, tasks: stock does one, then ours
+    local name=$1 both="$2 --wait $out/go-$1"
     shift 2
     rm -f "$out"/go-* "$out"/turn-*
-    drive $name-fa $big --turns "$out"/turn-{fa,ours} 0 --backend FLASH_ATTN "$@" & local stock=$!
-    drive $name-ours $big --turns "$out"/turn-{ours,fa} 1 "$@" & local ours=$!
+    drive $name-fa $both --turns "$out"/turn-{fa,ours} 0 --backend FLASH_ATTN "$@" & local stock=$!
+    drive $name-ours $both --turns "$out"/turn-{ours,fa} 1 "$@" & local ours=$!
     # An engine that is being made disturbs those that measure.
     until_up $name-fa
     until_up $name-ours

@@ -18,12 +18,14 @@ for name, record in (("stock", stock), ("ours", ours)):
             continue
         print(
             "%s, 6 steps of %s: wall %.2f ms, device span %.2f ms, idle %.3f ms (gaps over 2 us), %.3f ms in smaller gaps, "
-            "longest gap %.1f us, %d gaps over 20 us"
+            "longest gap %.1f us, %d gaps over 20 us, together %.3f ms"
             % (
                 name, task[8:], p["wall_ms"], p["span_ms"], p["idle_ms"], p["small_gaps_ms"], p["longest_gap_us"],
-                p["gaps_over_20us"],
+                p["gaps_over_20us"], p["waits_ms"],
             )  # fmt: skip
         )
+        for microseconds, at_ms, before, behind in p["waits"]:
+            print("    %9.1f us at %8.2f ms, between %s and %s" % (microseconds, at_ms, before, behind))
         for kernel, calls, ns in p["kernels"][:7]:
             print("    %6d calls %9.2f us each  %s" % (calls, ns / calls / 1e3, kernel))
 for task, a in stock["tasks"].items():
