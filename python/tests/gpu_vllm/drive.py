@@ -62,7 +62,9 @@ def arguments(given=None):
     parser.add_argument("--shape", default="small", choices=list(SHAPES))
     parser.add_argument("--model", default="qwen3", choices=["qwen3", "llama", "gpt-oss", "gemma"])
     parser.add_argument("--kv-heads", type=int)
-    parser.add_argument("--mode", default="eager", choices=["eager", "graph", "piecewise"])
+    parser.add_argument("--mode", default="eager", choices=["eager", "graph", "piecewise", "both"], help="CUDA graphs: FULL ones of "
+                        "decode steps, PIECEWISE ones, or both as vLLM has it by default")
+    parser.add_argument("--no-inductor", action="store_true", help="the pieces between attention run as torch has them: no compiler")
     parser.add_argument("--sizes", default="8,64", help="captured batch sizes")
     parser.add_argument("--seqs", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=8192, help="max_num_batched_tokens")
@@ -116,7 +118,10 @@ def engine_arguments(a, c):
     elif a.mode == "graph":
         more["compilation_config"] = dict(mode=0, cudagraph_mode="FULL_DECODE_ONLY", cudagraph_capture_sizes=sizes)
     else:
-        more["compilation_config"] = dict(cudagraph_mode="PIECEWISE", cudagraph_capture_sizes=sizes)
+        kinds = "PIECEWISE" if a.mode == "piecewise" else "FULL_AND_PIECEWISE"
+        more["compilation_config"] = dict(cudagraph_mode=kinds, cudagraph_capture_sizes=sizes)
+        if a.no_inductor:
+            more["compilation_config"]["backend"] = "eager"
     if a.kv_gib:
         more["kv_cache_memory_bytes"] = int(a.kv_gib * 2**30)
     if a.kv_dtype != "auto":

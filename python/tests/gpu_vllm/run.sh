@@ -6,6 +6,7 @@
 #   idle    1.5 minutes, one GPU: how long the device waits for the host in steps of the 8B shape, two engines in turn
 #   exact   2 minutes, one GPU: FULL graphs beside float32 attention: the 8B shape layer by layer and by log-probs; small models with
 #           drafts and with gpt-oss's attention layer by layer
+#   modes   2 minutes, one GPU, 100 GB: the 8B shape eager, in PIECEWISE graphs and in both kinds: log-probs beside float32, tokens
 #   tokens  2 minutes, one GPU: tokens of a small model in PIECEWISE graphs; an engine that is restarted
 #   faults  2 minutes, one GPU: no memory, plans larger than their capacity, restarts in the middle
 #   killed  1.5 minutes, one GPU: the engine's process is killed, behind the server's front end and behind `LLM`; a new engine
@@ -130,6 +131,32 @@ exact() {
     judge "8B shape, greedy tokens, one token left out of every row: must be found" \
         "$out"/exact-fa.json "$out"/exact.json tokens:$t $noise --task-of-ours broken:$t --expect-different
     rm "$out"/*.pt
+}
+
+modes() {
+    local t=64x1500+100:16 mode
+    local big="--shape 8b --kv-gib 2.5 --seqs 64 --tokens 4096 --max-len 2048 --sizes 8,64 --no-inductor"
+    for mode in eager piecewise; do
+        drive 8b-$mode $big --mode $mode forced:$t:{ours,stock,float32,broken} {tokens,float32,broken}:$t &
+        drive 8b-$mode-fa $big --mode $mode --backend FLASH_ATTN tokens:$t tokens:$t:32 &
+    done
+    drive 8b-both $big --mode both tokens:$t &
+    wait
+    failed_in_background "$out"/8b-{eager,piecewise}{,-fa}.json "$out"/8b-both.json
+    for mode in eager piecewise; do
+        local forced="--exact forced:$t:float32 --stock forced:$t:stock"
+        exactness "8B shape, $mode, log-probs of given tokens: as near to float32 attention as stock?" \
+            scores "$out"/8b-$mode.json forced:$t:ours $forced
+        exactness "8B shape, $mode, log-probs, one token left out of every row: must be found" \
+            scores "$out"/8b-$mode.json forced:$t:broken $forced --expect-different
+        local noise="--noise $out/8b-$mode.json float32:$t --noise $out/8b-$mode-fa.json tokens:$t:32"
+        judge "8B shape, $mode, greedy tokens: as stock?" "$out"/8b-$mode-fa.json "$out"/8b-$mode.json tokens:$t $noise
+        judge "8B shape, $mode, greedy tokens, one token left out of every row: must be found" \
+            "$out"/8b-$mode-fa.json "$out"/8b-$mode.json tokens:$t $noise --task-of-ours broken:$t --expect-different
+    done
+    judge "8B shape, FULL_AND_PIECEWISE, greedy tokens: as stock in PIECEWISE graphs?" \
+        "$out"/8b-piecewise-fa.json "$out"/8b-both.json tokens:$t $noise
+    rm -f "$out"/*.pt
 }
 
 tokens() {
