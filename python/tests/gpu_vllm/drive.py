@@ -293,23 +293,26 @@ def full_steps(engine, vocab, text, tag, at_full=None):
     requests = Requests(engine, None)
     for i, prompt in enumerate(prompts(count, shared, own, tag, vocab)):
         requests.add("%s-%s-%d" % (tag, text, i), prompt, int(out or 40))
-    times = []
+    times, marks = [], []
     while engine.has_unfinished_requests():
         took, came = requests.step()
         if came == count:
             times.append(took)
+            marks.append((time.perf_counter(), sum(requests.made.values()) / count))
             if at_full and at_full(len(times), requests):
                 at_full = None
     engine.reset_prefix_cache()
-    return count, times
+    return count, times, marks
 
 
 def time_steps(engine, vocab, text):
-    count, times = full_steps(engine, vocab, text, "time")
-    times = times[4:]
+    count, times, marks = full_steps(engine, vocab, text, "time")
+    times, (begin, *_, end) = times[4:], marks[3:]
     median = statistics.median(times)
     spread = sorted(times)[len(times) // 10], sorted(times)[len(times) * 9 // 10]
     result = dict(sequences=count, steps=len(times), step_ms=1e3 * median, p10_ms=1e3 * spread[0], p90_ms=1e3 * spread[1])
+    # By the clock, too: a step may return without tokens, and another with those of two.
+    result["token_ms"] = 1e3 * (end[0] - begin[0]) / (end[1] - begin[1])
     if "probe" in sys.modules:
         # Those of the steps that were timed, about.
         result["build_us"] = 1e6 * statistics.median(sys.modules["probe"].STATE.built[-len(times) :])
