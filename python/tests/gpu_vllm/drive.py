@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """One engine, several tasks: tokens with log-probs, step times, a profile. Writes JSON; `compare.py` judges.
 
-  drive.py OUT.json --backend CUSTOM --shape small --mode eager|graph|piecewise TASK ...
+  drive.py OUT.json --backend CUSTOM --shape small --mode eager|graph|piecewise|compiled TASK ...
 
 Tasks, run in order:
   tokens:PROMPTSxSHARED+OWN:OUT[:BATCH]   greedy tokens with their log-probs; BATCH prompts at a time (default: all)
@@ -62,7 +62,7 @@ def arguments(given=None):
     parser.add_argument("--shape", default="small", choices=list(SHAPES))
     parser.add_argument("--model", default="qwen3", choices=["qwen3", "llama", "gpt-oss", "gemma"])
     parser.add_argument("--kv-heads", type=int)
-    parser.add_argument("--mode", default="eager", choices=["eager", "graph", "piecewise"])
+    parser.add_argument("--mode", default="eager", choices=["eager", "graph", "piecewise", "compiled"])
     parser.add_argument("--sizes", default="8,64", help="captured batch sizes")
     parser.add_argument("--seqs", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=8192, help="max_num_batched_tokens")
@@ -116,7 +116,9 @@ def engine_arguments(a, c):
     elif a.mode == "graph":
         more["compilation_config"] = dict(mode=0, cudagraph_mode="FULL_DECODE_ONLY", cudagraph_capture_sizes=sizes)
     else:
-        more["compilation_config"] = dict(cudagraph_mode="PIECEWISE", cudagraph_capture_sizes=sizes)
+        # "compiled" is vLLM's default: its compiler, full graphs of decode steps, piecewise graphs of steps with prompts.
+        graphs = "PIECEWISE" if a.mode == "piecewise" else "FULL_AND_PIECEWISE"
+        more["compilation_config"] = dict(cudagraph_mode=graphs, cudagraph_capture_sizes=sizes)
     if a.kv_gib:
         more["kv_cache_memory_bytes"] = int(a.kv_gib * 2**30)
     if a.kv_dtype != "auto":
