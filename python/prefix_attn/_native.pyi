@@ -453,7 +453,8 @@ def append_kv(k_new: "torch.Tensor", v_new: "torch.Tensor", k_cache: "torch.Tens
     On CUDA it enqueues one launch on torch's current stream.
 
     Args:
-        k_new, v_new: ``[rows, kv_heads, head_dim]``, float16 or bfloat16.
+        k_new, v_new: ``[rows, kv_heads, head_dim]``, float16 or bfloat16. V may have another head dim than K; each is a multiple
+            of 8.
         k_cache, v_cache: as in :func:`run`, of the same type, or of 8 bits. They may share storage, but no element.
         slots: int64 ``[rows]`` beside the tensors: ``page * page_size + token in the page``. Rows with a negative slot are
             not written. A slot beyond the cache is refused on the CPU; on CUDA, where the host cannot look at it, the row is

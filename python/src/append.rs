@@ -21,7 +21,8 @@ use pyo3::prelude::*;
 /// On CUDA it enqueues one launch on torch's current stream.
 ///
 /// Args:
-///     k_new, v_new: ``[rows, kv_heads, head_dim]``, float16 or bfloat16.
+///     k_new, v_new: ``[rows, kv_heads, head_dim]``, float16 or bfloat16. V may have another head dim than K; each is a multiple
+///         of 8.
 ///     k_cache, v_cache: as in :func:`run`, of the same type, or of 8 bits. They may share storage, but no element.
 ///     slots: int64 ``[rows]`` beside the tensors: ``page * page_size + token in the page``. Rows with a negative slot are
 ///         not written. A slot beyond the cache is refused on the CPU; on CUDA, where the host cannot look at it, the row is
@@ -142,8 +143,9 @@ impl Append<'_> {
             tensor.expect_device(k_new.device, "as k_new")?;
         }
         let (k_layout, v_layout) = (cache_layout(k_cache, layout)?, cache_layout(v_cache, layout)?);
-        if (CacheLayout { strides: k_layout.strides, ..v_layout }) != k_layout {
-            let expected = format!("that of k_cache, {}", k_cache.shape());
+        let CacheLayout { num_pages, page_size, kv_heads: heads, .. } = k_layout;
+        if [v_layout.num_pages, v_layout.page_size, v_layout.kv_heads] != [num_pages, page_size, heads] {
+            let expected = format!("that of k_cache, {}, but for the last dimension", k_cache.shape());
             return Err(invalid("v_cache", format!("shape {}", v_cache.shape()), expected));
         }
         let factors = scales.iter().zip(["k_scale", "v_scale"]);
@@ -170,8 +172,7 @@ impl Append<'_> {
         if rows > 1 && slots.strides[0] != 1 {
             return Err(invalid("slots", format!("stride {}", slots.strides[0]), "a contiguous tensor"));
         }
-        let (heads, dim) = (k_layout.kv_heads, k_layout.head_dim);
-        for tensor in [k_new, v_new] {
+        for (tensor, dim) in [(k_new, k_layout.head_dim), (v_new, v_layout.head_dim)] {
             if tensor.rank != 3 || tensor.sizes[1..3] != [i64::from(heads), i64::from(dim)] {
                 let expected = format!("[rows, {heads}, {dim}]");
                 return Err(invalid(tensor.name, format!("shape {}", tensor.shape()), expected));

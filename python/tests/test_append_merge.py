@@ -10,11 +10,12 @@ import prefix_attn as pa
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
-def test_rows_go_to_their_slots(dtype, layout):
+@pytest.mark.parametrize("dims", [(64, 64), (192, 128), (8, 512)])
+def test_rows_go_to_their_slots(dtype, layout, dims):
     batch = random_forest(1)
-    k, v = caches(batch, dtype, layout)
+    k, v = caches(batch, dtype, layout, head_dim=dims[0], value_head_dim=dims[1])
     before = k.clone(), v.clone()
-    new = [torch.randn(5, 2, 64).to(dtype) for _ in range(2)]
+    new = [torch.randn(5, 2, dim).to(dtype) for dim in dims]
     slots = torch.tensor([17, -1, 0, 35, -100], dtype=torch.int64)
     pa.append_kv(*new, k, v, slots, kv_layout=layout)
     for cache, old, rows in zip((k, v), before, new):
@@ -75,6 +76,34 @@ def test_what_was_appended_is_what_run_reads():
     assert torch.allclose(pa.run(plan, q, k, v, **scales).float(), expected.float(), atol=tolerance(torch.bfloat16))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_was_appended_of_two_head_dims_is_what_run_reads(dtype):
+    shape = pa.AttentionShape(8, 2, 192, dtype, value_head_dim=128)
+    batch = random_forest(4)
+    filled = caches(batch, dtype, head_dim=192, value_head_dim=128)
+    written = [torch.full_like(cache, float("nan")) for cache in filled]
+    slots = torch.randperm(batch.num_pages * 16)
+    pa.append_kv(*(cache.flatten(0, 1)[slots] for cache in filled), *written, slots)
+    plan = pa.Planner(shape, "cpu").plan(batch.block_tables, batch.lengths, 16, batch.num_pages)
+    q = queries(len(batch.lengths), dtype, head_dim=192)
+    out, lse = pa.run(plan, q, *written, return_lse=True)
+    expected, expected_lse = reference(batch, q, *filled)
+    torch.testing.assert_close(out.double(), expected, atol=tolerance(dtype), rtol=0)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=1e-3, rtol=0)
+
+
+def test_rows_of_two_head_dims_are_rounded():
+    new = [torch.randn(4, 2, dim).bfloat16() for dim in (192, 128)]
+    codes = [torch.full((2, 16, 2, dim), 0x55, dtype=torch.uint8) for dim in (192, 128)]
+    slots = torch.tensor([30, 0, -1, 7])
+    pa.append_kv(*new, *codes, slots, kv_dtype=torch.float8_e5m2, k_scale=0.25, v_scale=torch.tensor([2.0, 3.0]))
+    for cache, rows, factor in zip(codes, new, (0.25, torch.tensor([[2.0], [3.0]]))):
+        expected = torch.full_like(cache, 0x55).flatten(0, 1)
+        written = slots >= 0
+        expected[slots[written]] = rounded(rows, factor, torch.float8_e5m2)[written]
+        assert torch.equal(cache.flatten(0, 1), expected)
+
+
 def append(**changes):
     new = torch.ones(2, 2, 64, dtype=torch.float16)
     cache = torch.zeros(4, 16, 2, 64, dtype=torch.float16)
@@ -101,6 +130,10 @@ EIGHT_BIT["kv_dtype"] = "float8_e4m3fn"
         ("k_new", TypeError, dict(k_new=torch.ones(2, 2, 64))),
         ("k_new", ValueError, dict(k_new=torch.ones(2, 2, 32, dtype=torch.float16))),
         ("v_new", ValueError, dict(v_new=torch.ones(3, 2, 64, dtype=torch.float16))),
+        ("v_new", ValueError, dict(v_new=torch.ones(2, 2, 32, dtype=torch.float16))),
+        ("v_new", ValueError, dict(v_cache=torch.zeros(4, 16, 2, 32, dtype=torch.float16))),
+        ("v_cache", ValueError, dict(v_cache=torch.zeros(4, 16, 1, 64, dtype=torch.float16))),
+        ("v_cache", ValueError, dict(v_cache=torch.zeros(4, 16, 2, 60, dtype=torch.float16))),
         ("v_cache", ValueError, dict(v_cache=torch.zeros(5, 16, 2, 64, dtype=torch.float16))),
         ("k_cache", ValueError, dict(k_cache=torch.zeros(4, 16, 128, dtype=torch.float16))),
         ("k_cache", TypeError, dict(k_cache=torch.zeros(4, 16, 2, 64, dtype=torch.float64))),

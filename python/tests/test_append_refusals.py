@@ -166,24 +166,26 @@ def test_random_layouts_are_judged_by_their_elements():
         for dim in order:
             strides[dim] = step
             step *= size[dim] + draw(0, 0, 1)
-        size, strides = (*size, 16), (*strides, 1)
+        strides, k_dim, v_dim = (*strides, 1), 16, draw(16, 16, 8)
         offset = 8 * int(torch.randint(40, (), generator=generator))
+        views = [((*size, k_dim), strides, 0), ((*size, v_dim), strides, offset)]
+        if draw(False, True):
+            # The narrower one first.
+            views = [((*size, v_dim), strides, 0), ((*size, k_dim), strides, offset)]
         elements = torch.arange(1 << 12)
-        k_elements, v_elements = (
-            set(torch.as_strided(elements, size, strides, start).flatten().tolist()) for start in (0, offset)
-        )
+        k_elements, v_elements = (set(torch.as_strided(elements, *view).flatten().tolist()) for view in views)
         overlap = bool(k_elements & v_elements)
         judged[overlap] += 1
         storage = torch.zeros(1 << 12, dtype=torch.float16)
-        k, v = (torch.as_strided(storage, size, strides, start) for start in (0, offset))
-        new = torch.ones(1, size[2], 16, dtype=torch.float16)
+        k, v = (torch.as_strided(storage, *view) for view in views)
+        new = [torch.ones(1, size[2], cache.shape[-1], dtype=torch.float16) for cache in (k, v)]
         try:
-            pa.append_kv(new, new, k, v, torch.tensor([0]))
+            pa.append_kv(*new, k, v, torch.tensor([0]))
             accepted = True
         except ValueError as error:
             assert "elements of k_cache" in str(error)
             accepted = False
-        assert accepted != overlap, (size, strides, offset)
+        assert accepted != overlap, views
     assert min(judged.values()) > 50
 
 

@@ -83,6 +83,23 @@ def test_a_step_that_writes_is_not_reordered(planner):
     assert before == 0 and after == out.sum()
 
 
+def test_one_graph_writes_and_reads_values_of_another_head_dim():
+    shape = pa.AttentionShape(8, 2, 192, "float16", value_head_dim=128)
+    batch = random_forest(9)
+    slot = torch_op.PlanSlot(pa.Planner(shape, "cpu").plan(batch.block_tables, batch.lengths, 16, batch.num_pages))
+    q, filled = queries(len(batch.lengths), head_dim=192), caches(batch, head_dim=192, value_head_dim=128)
+    written = [torch.full_like(cache, float("nan")) for cache in filled]
+    slots = torch.arange(batch.num_pages * 16)
+
+    @torch.compile(fullgraph=True)
+    def step(q, k_new, v_new, k, v):
+        torch_op.append_kv(k_new, v_new, k, v, slots)
+        return torch_op.decode(q, k, v, slot)
+
+    out = step(q, *(cache[:-1].flatten(0, 1) for cache in filled), *written)
+    torch.testing.assert_close(out.double(), reference(batch, q, *filled)[0], atol=3e-3, rtol=0)
+
+
 def test_slots_without_a_plan_are_refused(planner):
     batch, plan, q, k, v = a_step(planner, 3)
     with pytest.raises(ValueError, match="^slot: got a PlanSlot without a plan"):

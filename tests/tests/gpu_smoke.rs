@@ -1,14 +1,21 @@
 //! The CUDA engine on a device: against the CPU executor and the oracle, on streams, in graphs, with bad arguments.
 
 use half::{bf16, f16};
-use pat_rs::cuda::{DeviceBuffer, DeviceSpan, Graph, LaunchGeometry, PlanBuffers, Workspace, bench_support};
+use pat_rs::cpu::{CacheLayout, E4m3, E5m2, NewRows, append_rounded_rows, append_rows};
+use pat_rs::cuda::{
+    AppendArgs, DeviceBuffer, DeviceKvScale, DeviceSpan, Graph, LaunchGeometry, PlanBuffers, Workspace, bench_support,
+};
 use pat_rs::plan::PlanMode;
-use pat_rs::{AttentionShape, Dtype, Element, Engine, Error, PlanOptions, Problem, TileVariant};
+use pat_rs::{
+    AttentionShape, Dtype, Element, Engine, Error, KvElement, KvScale, KvStrides, PlanOptions, Problem, RowStrides,
+    TileVariant,
+};
 use pat_tests::on_device::{OnDevice, plan};
 use pat_tests::{Case, Output, device_test, judge, random_case, run_cpu, softmax_scale};
 use pat_workloads::{OwnedBatch, PoolLayout, Tensors};
-use rand::SeedableRng;
+use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use std::cell::Cell;
 use std::process::ExitCode;
 
 const SEED: u32 = 5;
@@ -210,6 +217,74 @@ fn the_device_draws_what_the_cpu_draws(engine: &Engine) {
     }
 }
 
+/// Rows that are appended on the device are what `on_cpu` writes.
+fn appended<T: Element, C: KvElement>(
+    engine: &Engine,
+    dims: [u32; 2],
+    on_cpu: impl Fn(&NewRows<'_, T>, &CacheLayout, &[Cell<C>]) -> pat_rs::Result<()>,
+) {
+    let (num_pages, page_size, kv_heads) = (5, 16, 3);
+    let slots: Vec<i64> = vec![5, -1, 79, 0, 33, 17, i64::MIN, 40];
+    let engine = engine.as_cuda().unwrap();
+    let device = engine.device();
+    let stream = device.new_stream().unwrap();
+    let mut rng = ChaCha8Rng::seed_from_u64(u64::from(dims[0]));
+    let new = dims.map(|dim| -> Vec<T> {
+        (0..slots.len() as u32 * kv_heads * dim).map(|_| T::from_f32(rng.random_range(-9.0..9.0))).collect()
+    });
+    let cache = |dim| vec![C::from_f32(0.25); (num_pages * page_size * kv_heads * dim) as usize];
+    let layout = |head_dim| {
+        let strides = KvStrides::nhd(page_size, kv_heads, head_dim);
+        CacheLayout { num_pages, page_size, kv_heads, head_dim, strides }
+    };
+    let on_device = new.each_ref().map(|rows| DeviceBuffer::from_slice(device, rows).unwrap());
+    let caches = dims.map(|dim| DeviceBuffer::from_slice(device, &cache(dim)).unwrap());
+    let slots_on_device = DeviceBuffer::from_slice(device, &slots).unwrap();
+    let args = AppendArgs {
+        dtype: T::DTYPE,
+        kv_dtype: C::DTYPE,
+        k_scale: DeviceKvScale::Tensor(1.0),
+        v_scale: DeviceKvScale::Tensor(1.0),
+        rows: slots.len() as u32,
+        k_new: on_device[0].span(),
+        k_new_strides: RowStrides::contiguous(kv_heads, dims[0]),
+        v_new: on_device[1].span(),
+        v_new_strides: RowStrides::contiguous(kv_heads, dims[1]),
+        k_cache: caches[0].span(),
+        k_layout: layout(dims[0]),
+        v_cache: caches[1].span(),
+        v_layout: layout(dims[1]),
+        slots: slots_on_device.span(),
+    };
+    engine.append_kv(&args, &stream).unwrap();
+    stream.synchronize().unwrap();
+    for ((dim, new), written) in dims.into_iter().zip(&new).zip(&caches) {
+        let new: Vec<Cell<T>> = new.iter().copied().map(Cell::new).collect();
+        let expected: Vec<Cell<C>> = cache(dim).into_iter().map(Cell::new).collect();
+        let strides = RowStrides::contiguous(kv_heads, dim);
+        on_cpu(&NewRows { rows: &new, strides, slots: &slots }, &layout(dim), &expected).unwrap();
+        let expected: Vec<C> = expected.into_iter().map(Cell::into_inner).collect();
+        let mut actual = cache(dim);
+        written.read(0, &mut actual).unwrap();
+        assert!(bytes_of(&actual) == bytes_of(&expected), "{} by head dims {dims:?}", C::DTYPE.name());
+        assert!(bytes_of(&actual) != bytes_of(&cache(dim)), "nothing was written by head dims {dims:?}");
+    }
+}
+
+fn bytes_of<C: KvElement>(cache: &[C]) -> &[u8] {
+    bytemuck::cast_slice(cache)
+}
+
+fn new_rows_are_written_as_on_the_cpu(engine: &Engine) {
+    let rounded = KvScale::Tensor(1.0);
+    for dims in [[64, 64], [192, 128], [128, 256], [16, 512]] {
+        appended::<f16, f16>(engine, dims, append_rows);
+        appended::<bf16, bf16>(engine, dims, append_rows);
+        appended::<f16, E4m3>(engine, dims, |new, layout, cache| append_rounded_rows(new, layout, cache, rounded));
+        appended::<bf16, E5m2>(engine, dims, |new, layout, cache| append_rounded_rows(new, layout, cache, rounded));
+    }
+}
+
 fn main() -> ExitCode {
     pat_tests::device_tests::main([
         device_test!(every_variant_agrees_with_the_oracle),
@@ -219,5 +294,6 @@ fn main() -> ExitCode {
         device_test!(a_captured_run_serves_later_plans),
         device_test!(bad_arguments_are_named_and_nothing_is_launched),
         device_test!(the_device_draws_what_the_cpu_draws),
+        device_test!(new_rows_are_written_as_on_the_cpu),
     ])
 }

@@ -231,13 +231,16 @@ fn strides_of_q_o_and_lse_are_followed() {
 
 /// New rows of K and V in caches of several pages: in interpreted PTX and on the CPU, whose caches are given.
 fn append<T: Element, C: KvElement>(
+    [k_dim, v_dim]: [u32; 2],
     (new, caches): (&[Vec<T>; 2], [Vec<C>; 2]),
     factors: [&[f32]; 2],
     on_cpu: impl Fn(&NewRows<'_, T>, &CacheLayout, &[Cell<C>], &[f32]),
 ) {
-    let (num_pages, page_size, kv_heads, head_dim) = (4, 16, APPEND_HEADS, APPEND_DIM);
-    let layouts = [KvStrides::nhd(page_size, kv_heads, head_dim), KvStrides::hnd(page_size, kv_heads, head_dim)]
-        .map(|strides| CacheLayout { num_pages, page_size, kv_heads, head_dim, strides });
+    let (num_pages, page_size, kv_heads) = (4, 16, APPEND_HEADS);
+    let layouts =
+        [(k_dim, KvStrides::nhd(page_size, kv_heads, k_dim)), (v_dim, KvStrides::hnd(page_size, kv_heads, v_dim))]
+            .map(|(head_dim, strides)| CacheLayout { num_pages, page_size, kv_heads, head_dim, strides });
+    let new_strides = [k_dim, v_dim].map(append_strides);
     // The host cannot look at slots: those that are negative or beyond the cache are skipped.
     let slots: Vec<i64> = vec![5, -1, 63, 0, 64, 17, i64::MAX, 40, i64::MIN];
 
@@ -256,9 +259,9 @@ fn append<T: Element, C: KvElement>(
         v_scale,
         rows: slots.len() as u32,
         k_new,
-        k_new_strides: APPEND_STRIDES,
+        k_new_strides: new_strides[0],
         v_new,
-        v_new_strides: APPEND_STRIDES,
+        v_new_strides: new_strides[1],
         k_cache: k_cache.clone(),
         k_layout: layouts[0],
         v_cache: v_cache.clone(),
@@ -270,39 +273,68 @@ fn append<T: Element, C: KvElement>(
         let new: Vec<Cell<T>> = new[index].iter().copied().map(Cell::new).collect();
         let expected: Vec<Cell<C>> = cache.into_iter().map(Cell::new).collect();
         let inside: Vec<i64> = slots.iter().map(|&slot| if slot < 64 { slot } else { -1 }).collect();
-        let rows = NewRows { rows: &new, strides: APPEND_STRIDES, slots: &inside };
+        let rows = NewRows { rows: &new, strides: new_strides[index], slots: &inside };
         on_cpu(&rows, &layouts[index], &expected, factors[index]);
         let expected: Vec<C> = expected.into_iter().map(Cell::into_inner).collect();
         let actual = memory.read::<C>(&span);
         let bytes = [&actual, &expected].map(|cache| bytemuck::cast_slice::<C, u8>(cache));
         let differing = bytes[0].iter().zip(bytes[1]).position(|(actual, expected)| actual != expected);
-        assert_eq!(differing, None, "{} in {} by {factors:?}", T::DTYPE.name(), C::DTYPE.name());
+        let of = [T::DTYPE.name(), C::DTYPE.name()];
+        assert_eq!(differing, None, "{of:?} by {factors:?}, head dims {k_dim} and {v_dim}");
     }
 }
 
 const APPEND_HEADS: u32 = 3;
 const APPEND_DIM: u32 = 64;
-const APPEND_STRIDES: RowStrides = RowStrides { sequence: 3 * 64 + 16, head: 64 };
-const APPEND_NEW: usize = 9 * APPEND_STRIDES.sequence as usize;
+/// Head dims of K and of V.
+const APPEND_DIMS: [[u32; 2]; 4] = [[64, 64], [192, 128], [64, 512], [8, 24]];
+const APPEND_NEW: usize = 9 * append_strides(APPEND_DIM).sequence as usize;
 const APPEND_CACHE: usize = 4 * 16 * (APPEND_HEADS * APPEND_DIM) as usize;
+
+/// Of new rows, which lie apart.
+const fn append_strides(head_dim: u32) -> RowStrides {
+    RowStrides { sequence: (APPEND_HEADS * head_dim + 16) as i64, head: head_dim as i64 }
+}
 
 #[test]
 fn new_rows_are_appended_as_on_the_cpu() {
     let mut rng = ChaCha8Rng::seed_from_u64(1);
     let mut draw =
-        |count: usize| -> Vec<f16> { (0..count).map(|_| f16::from_f32(rng.random_range(-1.0..1.0))).collect() };
-    let (new, caches) = ([draw(APPEND_NEW), draw(APPEND_NEW)], [draw(APPEND_CACHE), draw(APPEND_CACHE)]);
-    append((&new, caches), [&[1.0], &[1.0]], |rows, layout, cache, _| {
-        pat_rs::cpu::append_rows(rows, layout, cache).unwrap();
-    });
+        |count: u32| -> Vec<f16> { (0..count).map(|_| f16::from_f32(rng.random_range(-1.0..1.0))).collect() };
+    for dims in APPEND_DIMS {
+        let new = dims.map(|dim| draw(9 * append_strides(dim).sequence as u32));
+        let caches = dims.map(|dim| draw(4 * 16 * APPEND_HEADS * dim));
+        append(dims, (&new, caches), [&[1.0], &[1.0]], |rows, layout, cache, _| {
+            pat_rs::cpu::append_rows(rows, layout, cache).unwrap();
+        });
+    }
+}
+
+#[test]
+fn new_rows_of_any_head_dims_are_rounded_as_on_the_cpu() {
+    let mut rng = ChaCha8Rng::seed_from_u64(3);
+    let mut draw =
+        |count: u32| -> Vec<bf16> { (0..count).map(|_| bf16::from_f32(rng.random_range(-500.0..500.0))).collect() };
+    // Heads of 8-bit caches begin at multiples of 16 bytes.
+    for dims in APPEND_DIMS.into_iter().filter(|dims| dims.iter().all(|dim| dim.is_multiple_of(16))) {
+        let new = dims.map(|dim| draw(9 * append_strides(dim).sequence as u32));
+        let caches = dims.map(|dim| vec![E4m3(0x55); (4 * 16 * APPEND_HEADS * dim) as usize]);
+        append(dims, (&new, caches), [&[0.5], &[1.0, 3.0, 0.7]], append_rounded_on_cpu);
+    }
+}
+
+fn append_rounded_on_cpu<T: Element, C: KvElement>(
+    rows: &NewRows<'_, T>,
+    layout: &CacheLayout,
+    cache: &[Cell<C>],
+    factors: &[f32],
+) {
+    let scale = if let [all] = factors { KvScale::Tensor(*all) } else { KvScale::Heads(factors) };
+    pat_rs::cpu::append_rounded_rows(rows, layout, cache, scale).unwrap();
 }
 
 /// All 65,536 numbers of a 16-bit type, in as many launches as it takes, divided by factors and rounded to 8 bits.
 fn append_all_numbers<T: Element, C: KvElement>() {
-    let on_cpu = |rows: &NewRows<'_, T>, layout: &CacheLayout, cache: &[Cell<C>], factors: &[f32]| {
-        let scale = if let [all] = factors { KvScale::Tensor(*all) } else { KvScale::Heads(factors) };
-        pat_rs::cpu::append_rounded_rows(rows, layout, cache, scale).unwrap();
-    };
     let numbers: Vec<T> = (0..=u16::MAX).map(|bits| bytemuck::pod_read_unaligned(&bits.to_ne_bytes())).collect();
     let factors: [[&[f32]; 2]; 3] = [[&[1.0], &[0.037]], [&[1.0, 3.0, 0.7], &[512.0]], [&[1e-3], &[1e3, 0.01, 5e-8]]];
     // Of nine rows, five are written.
@@ -311,14 +343,15 @@ fn append_all_numbers<T: Element, C: KvElement>() {
     for (launch, chunk) in numbers.chunks(per_launch).enumerate() {
         let mut new = [vec![T::zeroed(); APPEND_NEW], vec![T::zeroed(); APPEND_NEW]];
         for (at, row) in chunk.chunks((APPEND_HEADS * APPEND_DIM) as usize).enumerate() {
-            let begin = written[at / 2] * APPEND_STRIDES.sequence as usize;
+            let begin = written[at / 2] * append_strides(APPEND_DIM).sequence as usize;
             new[at % 2][begin..][..row.len()].copy_from_slice(row);
         }
         for factors in factors {
             // Both orders: each number is divided by each factor.
             for factors in [factors, [factors[1], factors[0]]] {
                 let code = C::from_f32(launch as f32);
-                append((&new, [vec![code; APPEND_CACHE], vec![code; APPEND_CACHE]]), factors, on_cpu);
+                let caches = [vec![code; APPEND_CACHE], vec![code; APPEND_CACHE]];
+                append([APPEND_DIM; 2], (&new, caches), factors, append_rounded_on_cpu);
             }
         }
     }

@@ -61,6 +61,11 @@ impl CacheLayout {
     pub fn slots(&self) -> u64 {
         u64::from(self.num_pages) * u64::from(self.page_size)
     }
+
+    /// Whether it has as many pages, tokens per page and heads as another one: K and V of a cache do, whatever their head dims.
+    pub(crate) fn has_slots_and_heads_of(&self, other: &Self) -> bool {
+        Self { head_dim: other.head_dim, strides: other.strides, ..*self } == *other
+    }
 }
 
 /// Copies each row to its slot, later rows over earlier ones. Memory is given as cells, so that the caches of K and V may lie

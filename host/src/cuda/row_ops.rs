@@ -19,7 +19,8 @@ use pat_abi::{
 const ELEMENT_BYTES: i64 = 2;
 const SLOT_BYTES: u32 = 8;
 
-/// New rows of K and V, `[rows, kv_heads, head_dim]`, and the caches they go to.
+/// New rows of K and V, `[rows, kv_heads, head_dim]`, and the caches they go to. K and V may have different head dims, each a
+/// multiple of 8.
 #[derive(Clone, Debug)]
 pub struct AppendArgs {
     /// Type of the new rows, of 16 bits.
@@ -45,7 +46,7 @@ pub struct AppendArgs {
     pub k_cache: DeviceSpan,
     /// Its extent and layout.
     pub k_layout: CacheLayout,
-    /// V cache, of the same extent; may lie inside the rows of the K cache.
+    /// V cache, of as many pages, tokens and heads; may lie inside the rows of the K cache.
     pub v_cache: DeviceSpan,
     /// Its extent and layout.
     pub v_layout: CacheLayout,
@@ -138,27 +139,31 @@ impl CheckedAppend {
             let expected = format!("{}, or a type of 8 bits", args.dtype.name());
             Error::invalid("k_cache", args.kv_dtype.name(), expected)
         })?;
-        let CacheLayout { num_pages, page_size, kv_heads, head_dim, strides: k } = args.k_layout;
-        let v = args.v_layout.strides;
-        if (CacheLayout { strides: k, ..args.v_layout }) != args.k_layout {
+        let CacheLayout { num_pages, page_size, kv_heads, head_dim: k_dim, strides: k } = args.k_layout;
+        let CacheLayout { head_dim: v_dim, strides: v, .. } = args.v_layout;
+        if !args.v_layout.has_slots_and_heads_of(&args.k_layout) {
             let extent = |layout: &CacheLayout| {
-                format!("[{}, {}, {}, {}]", layout.num_pages, layout.page_size, layout.kv_heads, layout.head_dim)
+                let CacheLayout { num_pages, page_size, kv_heads, .. } = layout;
+                format!("{num_pages} pages of {page_size} tokens and {kv_heads} heads")
             };
             return Err(Error::invalid("v_cache", extent(&args.v_layout), extent(&args.k_layout)));
         }
-        let chunks = head_chunks(head_dim)?;
+        let (k_chunks, v_chunks) = (head_chunks(k_dim)?, head_chunks(v_dim)?);
+        let chunks = k_chunks.max(v_chunks);
         if page_size == 0 || kv_heads == 0 {
             return Err(Error::invalid("page_size, kv_heads", format!("{page_size}, {kv_heads}"), "at least 1"));
         }
         let slots_end = below_2_31("num_pages * page_size", args.k_layout.slots())?;
         let work = below_2_31("rows * kv_heads * head_dim / 8", product([args.rows, kv_heads, chunks]))?;
-        for (name, span, strides) in
-            [("k_new", &args.k_new, args.k_new_strides), ("v_new", &args.v_new, args.v_new_strides)]
+        for (name, span, strides, head_dim) in
+            [("k_new", &args.k_new, args.k_new_strides, k_dim), ("v_new", &args.v_new, args.v_new_strides, v_dim)]
         {
             let dims = [("sequence", args.rows, strides.sequence), ("head", kv_heads, strides.head)];
             check_span(name, span, &dims, head_dim, args.dtype)?;
         }
-        for (name, span, strides) in [("k_cache", &args.k_cache, k), ("v_cache", &args.v_cache, v)] {
+        for (name, span, strides, head_dim) in
+            [("k_cache", &args.k_cache, k, k_dim), ("v_cache", &args.v_cache, v, v_dim)]
+        {
             let dims = [
                 ("page", num_pages, strides.page),
                 ("token", page_size, strides.token),
@@ -197,6 +202,8 @@ impl CheckedAppend {
             page_size: FastDivisor::new(page_size),
             heads: FastDivisor::new(kv_heads),
             chunks: FastDivisor::new(chunks),
+            k_chunks,
+            v_chunks,
             rows: args.rows,
             slots_end,
         };
@@ -306,6 +313,14 @@ mod tests {
         assert_eq!((params.k_page_stride, params.k_head_stride, params.v_new_row_stride), (16 * 256, 128, 256));
         assert_eq!((params.slots_end, params.chunks.divisor, ctas, kernel.entry), (64, 8, 1, "pat_append_kv"));
 
+        let narrow = CacheLayout { head_dim: 48, ..append().k_layout };
+        for (k_layout, v_layout, chunks) in
+            [(append().k_layout, narrow, [8, 8, 6]), (narrow, append().k_layout, [8, 6, 8])]
+        {
+            let params = CheckedAppend::new(&AppendArgs { k_layout, v_layout, ..append() }).unwrap().params.append;
+            assert_eq!([params.chunks.divisor, params.k_chunks, params.v_chunks], chunks);
+        }
+
         let eight_bit = AppendArgs { dtype: Dtype::Bf16, kv_dtype: Dtype::E5m2, ..append() };
         let CheckedAppend { kernel, params, .. } = CheckedAppend::new(&eight_bit).unwrap();
         assert_eq!((params.append.k_page_stride, params.append.k_head_stride), (16 * 128, 64));
@@ -315,12 +330,15 @@ mod tests {
     #[test]
     fn bad_arguments_of_append_are_named() {
         type Change = fn(&mut AppendArgs);
-        let cases: [(&str, Change); 15] = [
+        let cases: [(&str, Change); 18] = [
             ("k_new: got", |a| a.k_new = DeviceSpan::of_nothing(0x1000, 3 * 128 * 2 - 2)),
             ("v_new: got", |a| a.v_new = DeviceSpan::of_nothing(0x2008, 1 << 20)),
             ("k_new_strides.head", |a| a.k_new_strides.head = 65),
             ("k_cache: got", |a| a.k_cache = DeviceSpan::of_nothing(0x10_0000, 64)),
-            ("v_cache: got", |a| a.v_layout.num_pages = 5),
+            ("v_cache: got 5 pages", |a| a.v_layout.num_pages = 5),
+            ("v_cache: got 4 pages of 16 tokens and 1 heads, expected 4", |a| a.v_layout.kv_heads = 1),
+            ("head_dim: got 36", |a| a.v_layout.head_dim = 36),
+            ("v_new: got", |a| a.v_layout.head_dim = 72),
             ("slots: got", |a| a.slots = DeviceSpan::of_nothing(0x3000, 16)),
             ("slots: got", |a| a.slots = DeviceSpan::of_nothing(0x3004, 1 << 10)),
             ("num_pages * page_size", |a| {

@@ -6,7 +6,7 @@ use crate::params::FastDivisor;
 use bytemuck::{Pod, Zeroable};
 
 /// Parameter of the append kernel: 16-byte chunks of `[rows, heads, chunks]` of K and V, dealt to threads. Any grid of 256-thread
-/// CTAs.
+/// CTAs. A thread takes a chunk of each; where heads of one have fewer elements, of the other alone.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
 pub struct AppendParams {
@@ -44,8 +44,12 @@ pub struct AppendParams {
     pub page_size: FastDivisor,
     /// KV heads.
     pub heads: FastDivisor,
-    /// 16-byte chunks of a head. `rows * heads * chunks` is below 2^31.
+    /// 16-byte chunks of a head of K or of V, whichever has more. `rows * heads * chunks` is below 2^31.
     pub chunks: FastDivisor,
+    /// 16-byte chunks of a head of K.
+    pub k_chunks: u32,
+    /// 16-byte chunks of a head of V.
+    pub v_chunks: u32,
     /// Rows.
     pub rows: u32,
     /// Pages times tokens per page, below 2^31.
@@ -105,7 +109,7 @@ pub struct MergeStatesParams {
 }
 
 const _: () = {
-    assert!(size_of::<AppendParams>() == 176);
-    assert!(size_of::<ScaledAppendParams>() == 200);
+    assert!(size_of::<AppendParams>() == 184);
+    assert!(size_of::<ScaledAppendParams>() == 208);
     assert!(size_of::<MergeStatesParams>() == 168);
 };

@@ -23,7 +23,7 @@ unsafe fn for_each_chunk<const CACHE_BYTES: u64>(
     copy_k: impl Fn(u32, u64, u64),
     copy_v: impl Fn(u32, u64, u64),
 ) {
-    let AppendParams { heads, chunks, page_size, .. } = *params;
+    let AppendParams { heads, chunks, k_chunks, v_chunks, page_size, .. } = *params;
     let total = params.rows * heads.divisor * chunks.divisor;
     let step = special::cta_count() * THREADS;
     let mut index = special::cta_index() * THREADS + special::thread_index();
@@ -45,20 +45,24 @@ unsafe fn for_each_chunk<const CACHE_BYTES: u64>(
                 let at_token = strided(cache, page, page_of, token, token_of);
                 (from, strided(at_token, head, head_of, 0, 0) + offset / (2 / CACHE_BYTES))
             };
-        let (from, to) = addresses(
-            params.k_new,
-            [params.k_new_row_stride, params.k_new_head_stride],
-            params.k_cache,
-            [params.k_page_stride, params.k_token_stride, params.k_head_stride],
-        );
-        copy_k(head, from, to);
-        let (from, to) = addresses(
-            params.v_new,
-            [params.v_new_row_stride, params.v_new_head_stride],
-            params.v_cache,
-            [params.v_page_stride, params.v_token_stride, params.v_head_stride],
-        );
-        copy_v(head, from, to);
+        if chunk < k_chunks {
+            let (from, to) = addresses(
+                params.k_new,
+                [params.k_new_row_stride, params.k_new_head_stride],
+                params.k_cache,
+                [params.k_page_stride, params.k_token_stride, params.k_head_stride],
+            );
+            copy_k(head, from, to);
+        }
+        if chunk < v_chunks {
+            let (from, to) = addresses(
+                params.v_new,
+                [params.v_new_row_stride, params.v_new_head_stride],
+                params.v_cache,
+                [params.v_page_stride, params.v_token_stride, params.v_head_stride],
+            );
+            copy_v(head, from, to);
+        }
     }
 }
 

@@ -200,6 +200,22 @@ def test_advance_reaches_the_device(no_tf32):
 
 @pytest.mark.parametrize("kv_dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dims", [(192, 128), (16, 64)])
+def test_8_bit_caches_of_two_head_dims_are_written_as_on_the_cpu(dtype, kv_dtype, dims):
+    new = [torch.randn(50, 2, dim).to(dtype) for dim in dims]
+    slots = torch.randperm(80)[:50] - 10
+    written = []
+    for device in ("cpu", DEVICE):
+        stored = [torch.full((5, 16, 2, dim), 0x55, dtype=torch.uint8, device=device) for dim in dims]
+        scales = dict(k_scale=torch.tensor([0.5, 3.0], device=device), v_scale=0.37)
+        pa.append_kv(*(rows.to(device) for rows in new), *stored, slots.to(device), kv_dtype=kv_dtype, **scales)
+        written.append([cache.cpu() for cache in stored])
+    assert all(torch.equal(*pair) for pair in zip(*written))
+    assert all((cache != 0x55).any() for cache in written[1])
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_8_bit_caches_are_written_as_on_the_cpu_and_read(dtype, kv_dtype, no_tf32):
     """All 65,536 numbers are rounded to the CPU's codes; a forest over such caches is what it is over their numbers."""
     numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).reshape(-1, 2, 64)
@@ -404,11 +420,11 @@ def test_a_cpu_plan_refuses_device_tensors():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_append_kv_equals_the_cpu(dtype, layout, head_dim):
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 128), (64, 512), (8, 24)])
+def test_append_kv_equals_the_cpu(dtype, layout, dims):
     batch = Batch([], [], 16, 40)
-    k, v = caches(batch, dtype, layout, 0, 4, head_dim)
-    new = [torch.randn(100, 4, head_dim).to(dtype) for _ in range(2)]
+    k, v = caches(batch, dtype, layout, 0, 4, dims[0], value_head_dim=dims[1])
+    new = [torch.randn(100, 4, dim).to(dtype) for dim in dims]
     slots = torch.randperm(40 * 16)[:100] - 20
     on_device = [tensor.to(DEVICE) for tensor in (*new, k, v, slots)]
     pa.append_kv(*new, k, v, slots, kv_layout=layout)

@@ -157,6 +157,47 @@ def test_query_trees(dims):
         check(rows, q, k, v, pa.run(plan, q, k, v, return_lse=True), visible=list(seen_by(batch, trees)))
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dims", VARIANTS)
+def test_appended_rows_are_what_is_attended_to(dims, dtype):
+    """A decode step that is captured: the new rows of K and V, whose slots come with the plan, and attention to them."""
+    shape = shape_of(8, 2, dims, dtype)
+    planner = pa.Planner(shape, DEVICE, capacity=pa.Capacity(40, 40 * 128, DEVICE))
+    batch = deep_forest(12)
+    steps = 4
+    full = [min(length, len(ids) * 16 - steps) for ids, length in zip(batch.block_tables, batch.lengths)]
+    q, k, v = drawn(batch, shape)
+    expected_k, expected_v = k.clone(), v.clone()
+    rows = len(batch.lengths)
+    new = [torch.zeros((rows, 2, dim), dtype=q.dtype, device=DEVICE) for dim in dims]
+    slots = torch.full((rows,), -1, device=DEVICE)
+    out, lse = torch.zeros((rows, 8, dims[1]), dtype=q.dtype, device=DEVICE), torch.zeros((rows, 8), device=DEVICE)
+    buffers = pa.PlanBuffers(planner, 16, batch.num_pages)
+    bound = buffers.bind(k, v, q, out, lse, workspace=pa.Workspace.for_planner(planner))
+
+    def step():
+        pa.append_kv(*new, k, v, slots)
+        bound.run()
+
+    buffers.upload(planner.plan(batch.block_tables, full, 16, batch.num_pages))
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for index in range(steps):
+        lengths = [length + index + 1 for length in full]
+        at = [ids[(length - 1) // 16] * 16 + (length - 1) % 16 for ids, length in zip(batch.block_tables, lengths)]
+        slots.copy_(torch.tensor(at))
+        for rows_, cache in zip(new, (expected_k, expected_v)):
+            rows_.normal_()
+            cache.flatten(0, 1)[slots] = rows_
+        buffers.upload(planner.plan(batch.block_tables, lengths, 16, batch.num_pages))
+        graph.replay()
+        written = Batch(batch.block_tables, lengths, 16, batch.num_pages)
+        check(written, q, expected_k, expected_v, (out, lse))
+
+
 @pytest.mark.parametrize("kv_dtype", FLOAT8)
 def test_8_bit_caches_with_windows_query_tokens_and_trees(kv_dtype):
     shape = shape_of(32, 4, (128, 128), "bfloat16", kv_dtype)
