@@ -62,7 +62,9 @@ def arguments(given=None):
     parser.add_argument("--shape", default="small", choices=list(SHAPES))
     parser.add_argument("--model", default="qwen3", choices=["qwen3", "llama", "gpt-oss", "gemma"])
     parser.add_argument("--kv-heads", type=int)
-    parser.add_argument("--mode", default="eager", choices=["eager", "graph", "piecewise"])
+    parser.add_argument("--mode", default="eager", choices=["eager", "graph", "piecewise", "both"], help="CUDA graphs: FULL ones of "
+                        "decode steps, PIECEWISE ones, or both as vLLM has it by default")
+    parser.add_argument("--no-inductor", action="store_true", help="the pieces between attention run as torch has them: no compiler")
     parser.add_argument("--sizes", default="8,64", help="captured batch sizes")
     parser.add_argument("--seqs", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=8192, help="max_num_batched_tokens")
@@ -116,7 +118,10 @@ def engine_arguments(a, c):
     elif a.mode == "graph":
         more["compilation_config"] = dict(mode=0, cudagraph_mode="FULL_DECODE_ONLY", cudagraph_capture_sizes=sizes)
     else:
-        more["compilation_config"] = dict(cudagraph_mode="PIECEWISE", cudagraph_capture_sizes=sizes)
+        kinds = "PIECEWISE" if a.mode == "piecewise" else "FULL_AND_PIECEWISE"
+        more["compilation_config"] = dict(cudagraph_mode=kinds, cudagraph_capture_sizes=sizes)
+        if a.no_inductor:
+            more["compilation_config"]["backend"] = "eager"
     if a.kv_gib:
         more["kv_cache_memory_bytes"] = int(a.kv_gib * 2**30)
     if a.kv_dtype != "auto":
@@ -288,23 +293,26 @@ def full_steps(engine, vocab, text, tag, at_full=None):
     requests = Requests(engine, None)
     for i, prompt in enumerate(prompts(count, shared, own, tag, vocab)):
         requests.add("%s-%s-%d" % (tag, text, i), prompt, int(out or 40))
-    times = []
+    times, marks = [], []
     while engine.has_unfinished_requests():
         took, came = requests.step()
         if came == count:
             times.append(took)
+            marks.append((time.perf_counter(), sum(requests.made.values()) / count))
             if at_full and at_full(len(times), requests):
                 at_full = None
     engine.reset_prefix_cache()
-    return count, times
+    return count, times, marks
 
 
 def time_steps(engine, vocab, text):
-    count, times = full_steps(engine, vocab, text, "time")
-    times = times[4:]
+    count, times, marks = full_steps(engine, vocab, text, "time")
+    times, (begin, *_, end) = times[4:], marks[3:]
     median = statistics.median(times)
     spread = sorted(times)[len(times) // 10], sorted(times)[len(times) * 9 // 10]
     result = dict(sequences=count, steps=len(times), step_ms=1e3 * median, p10_ms=1e3 * spread[0], p90_ms=1e3 * spread[1])
+    # By the clock, too: a step may return without tokens, and another with those of two.
+    result["token_ms"] = 1e3 * (end[0] - begin[0]) / (end[1] - begin[1])
     if "probe" in sys.modules:
         # Those of the steps that were timed, about.
         result["build_us"] = 1e6 * statistics.median(sys.modules["probe"].STATE.built[-len(times) :])

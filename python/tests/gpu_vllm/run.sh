@@ -6,10 +6,13 @@
 #   idle    1.5 minutes, one GPU: how long the device waits for the host in steps of the 8B shape, two engines in turn
 #   exact   2 minutes, one GPU: FULL graphs beside float32 attention: the 8B shape layer by layer and by log-probs; small models with
 #           drafts and with gpt-oss's attention layer by layer
+#   modes   2 minutes, one GPU, 100 GB: the 8B shape eager, in PIECEWISE graphs and in both kinds: log-probs beside float32, tokens
 #   tokens  2 minutes, one GPU: tokens of a small model in PIECEWISE graphs; an engine that is restarted
 #   faults  2 minutes, one GPU: no memory, plans larger than their capacity, restarts in the middle
 #   killed  1.5 minutes, one GPU: the engine's process is killed, behind the server's front end and behind `LLM`; a new engine
 #   drafts  2.5 minutes, one GPU: speculative decoding with 3 drafts: tokens, step times of the 8B shape
+#   compiled 2 minutes, one GPU: vLLM's default mode (compiler, FULL_AND_PIECEWISE graphs), as serving is measured: tokens of the 8B
+#           shape and of a small model, 200 requests whose prompts come beside others' decode rows
 #   more    2 minutes, one GPU: 200 requests with preemption and aborts: Qwen3, Llama, gpt-oss's attention (MODELS)
 #   gpt_oss 1.5 minutes, one GPU: windows and sinks: layers beside float32, tokens, 200 requests
 #   gpt_oss_times, gpt_oss_apart  1.5 minutes, one GPU: step times of gpt-oss-20b's attention, two engines in turn; Python's time
@@ -130,6 +133,32 @@ exact() {
     judge "8B shape, greedy tokens, one token left out of every row: must be found" \
         "$out"/exact-fa.json "$out"/exact.json tokens:$t $noise --task-of-ours broken:$t --expect-different
     rm "$out"/*.pt
+}
+
+modes() {
+    local t=64x1500+100:16 mode
+    local big="--shape 8b --kv-gib 2.5 --seqs 64 --tokens 4096 --max-len 2048 --sizes 8,64 --no-inductor"
+    for mode in eager piecewise; do
+        drive 8b-$mode $big --mode $mode forced:$t:{ours,stock,float32,broken} {tokens,float32,broken}:$t &
+        drive 8b-$mode-fa $big --mode $mode --backend FLASH_ATTN tokens:$t tokens:$t:32 &
+    done
+    drive 8b-both $big --mode both tokens:$t &
+    wait
+    failed_in_background "$out"/8b-{eager,piecewise}{,-fa}.json "$out"/8b-both.json
+    for mode in eager piecewise; do
+        local forced="--exact forced:$t:float32 --stock forced:$t:stock"
+        exactness "8B shape, $mode, log-probs of given tokens: as near to float32 attention as stock?" \
+            scores "$out"/8b-$mode.json forced:$t:ours $forced
+        exactness "8B shape, $mode, log-probs, one token left out of every row: must be found" \
+            scores "$out"/8b-$mode.json forced:$t:broken $forced --expect-different
+        local noise="--noise $out/8b-$mode.json float32:$t --noise $out/8b-$mode-fa.json tokens:$t:32"
+        judge "8B shape, $mode, greedy tokens: as stock?" "$out"/8b-$mode-fa.json "$out"/8b-$mode.json tokens:$t $noise
+        judge "8B shape, $mode, greedy tokens, one token left out of every row: must be found" \
+            "$out"/8b-$mode-fa.json "$out"/8b-$mode.json tokens:$t $noise --task-of-ours broken:$t --expect-different
+    done
+    judge "8B shape, FULL_AND_PIECEWISE, greedy tokens: as stock in PIECEWISE graphs?" \
+        "$out"/8b-piecewise-fa.json "$out"/8b-both.json tokens:$t $noise
+    rm -f "$out"/*.pt
 }
 
 tokens() {
@@ -283,6 +312,27 @@ more() {
     failed_in_background "$out"/piecewise-{fa,triton,ours}.json
     judge "200 requests, PIECEWISE graphs: as stock in PIECEWISE graphs?" "$out"/piecewise-fa.json "$out"/piecewise-ours.json $churn \
         --noise "$out"/piecewise-fa.json churn:40:2 --noise "$out"/piecewise-triton.json $churn
+}
+
+compiled() {
+    local t=tokens:32x1500+100:32
+    # Graphs of all steps up to the token budget: those that mix prompts and decode rows, too.
+    local big="--shape 8b --mode both --kv-gib 2.5 --seqs 32 --tokens 2048 --max-len 2048 --sizes 8,16,32,64,128,256,512,1024,2048"
+    local small="--shape small --mode both --kv-gib 0.12 --seqs 48 --tokens 1024 --sizes 8,16,32,48,64,128,256,512,1024"
+    drive compiled-8b-fa $big --backend FLASH_ATTN $t $t:8 &
+    drive compiled-8b-triton $big --backend TRITON_ATTN $t &
+    drive compiled-8b-ours $big $t broken:${t#*:} &
+    drive compiled-fa $small --backend FLASH_ATTN $churn churn:40:2 &
+    drive compiled-triton $small --backend TRITON_ATTN $churn &
+    drive compiled-ours $small $churn &
+    wait
+    failed_in_background "$out"/compiled-{8b-fa,8b-triton,8b-ours,fa,triton,ours}.json
+    local noise="--noise $out/compiled-8b-triton.json $t --noise $out/compiled-8b-fa.json $t:8"
+    judge "8B shape, FULL_AND_PIECEWISE: as stock in the same mode?" "$out"/compiled-8b-fa.json "$out"/compiled-8b-ours.json $t $noise
+    judge "8B shape, FULL_AND_PIECEWISE, one token left out of every row: must be found" \
+        "$out"/compiled-8b-fa.json "$out"/compiled-8b-ours.json $t $noise --task-of-ours broken:${t#*:} --expect-different
+    judge "200 requests, FULL_AND_PIECEWISE: as stock in the same mode?" "$out"/compiled-fa.json "$out"/compiled-ours.json $churn \
+        --noise "$out"/compiled-fa.json churn:40:2 --noise "$out"/compiled-triton.json $churn
 }
 
 gpt_oss() {

@@ -5,13 +5,15 @@ import json
 import sys
 
 stock, ours = (json.load(open(name)) for name in sys.argv[1:3])
-print("sequences x (shared + own)   stock ms (p10-p90)        ours ms (p10-p90)         ours / stock   us of the builders")
+print("sequences x (shared + own)   stock ms (p10-p90)        ours ms (p10-p90)         ours / stock   us of the builders   ms a token")
 for task, a in stock["tasks"].items():
     if task.startswith("time"):
         b = ours["tasks"][task]
         cells = ["%8.3f" % t["step_ms"] + (" (%.3f-%.3f)" % (t["p10_ms"], t["p90_ms"]) if "p10_ms" in t else "") for t in (a, b)]
         built = "%.0f %.0f" % (a["build_us"], b["build_us"]) if "build_us" in a else ""
-        print("%-26s %-25s %-25s %.3f          %s" % (task.split(":")[1], *cells, b["step_ms"] / a["step_ms"], built))
+        clock = "%.3f %.3f" % (a["token_ms"], b["token_ms"]) if "token_ms" in a else ""
+        cells += "%.3f" % (b["step_ms"] / a["step_ms"]), built, clock
+        print("%-28s %-25s %-25s %-14s %-20s %s" % (task.split(":")[1], *cells))
 for name, record in (("stock", stock), ("ours", ours)):
     for task, p in record["tasks"].items():
         if not task.startswith("profile"):
