@@ -53,6 +53,7 @@ def parse(argv):
     add("--time-limit", type=float, metavar="SECONDS", help="begin no rate that may end later")
     add("--max-model-len", type=int, default=8192, metavar="TOKENS", help="longer requests are refused (default 8192)")
     add("--memory", type=float, default=0.9, metavar="PART", help="part of the GPU's memory (default 0.9)")
+    add("--kv-memory", type=float, metavar="GIB", help="K and V get so much of each GPU (default: what the model leaves of --memory)")
     arguments = parser.parse_args(argv)
     arguments.rates = floats(parser, "--rates", arguments.rates, ",") if arguments.rates else []
     arguments.knee = [floats(parser, "--knee", text, ":", 3) for text in arguments.knee or []]
@@ -71,6 +72,8 @@ def parse(argv):
         value = getattr(arguments, option)
         if value is not None and value < 1:
             parser.error(f"--{option.replace('_', '-')}: got {value}, expected at least 1")
+    if arguments.kv_memory is not None and arguments.kv_memory <= 0:
+        parser.error(f"--kv-memory: got {arguments.kv_memory:g}, expected more than 0")
     for option in ("warm_up", "measured", "patience", "tail"):
         if getattr(arguments, option) < 0 or option == "measured" and arguments.measured == 0:
             parser.error(f"--{option.replace('_', '-')}: got {getattr(arguments, option):g}, expected more")
@@ -93,7 +96,8 @@ def vllm_engine(arguments):
     from vllm_engine import SHAPES, VllmEngine
 
     engine = VllmEngine(arguments.model, arguments.backend, arguments.mode, max_model_len=arguments.max_model_len,
-                        layers=arguments.layers, tensor_parallel=arguments.tensor_parallel, memory=arguments.memory)
+                        layers=arguments.layers, tensor_parallel=arguments.tensor_parallel, memory=arguments.memory,
+                        kv_gib=arguments.kv_memory)
     engine.warm_up(min(100_000, SHAPES[arguments.model]["vocab_size"]))
     return engine
 

@@ -311,6 +311,7 @@ class Command(unittest.TestCase):
             (("--rates", "1", "--measured", "0"), "--measured: got 0"),
             (("--rates", "1", "--layers", "0"), "--layers: got 0, expected at least 1"),
             (("--rates", "1", "--tensor-parallel", "0"), "--tensor-parallel: got 0"),
+            (("--rates", "1", "--kv-memory", "-1"), "--kv-memory: got -1, expected more than 0"),
         ]:
             text = io.StringIO()
             with self.assertRaises(SystemExit) as raised, contextlib.redirect_stderr(text):

@@ -95,16 +95,17 @@ class Vllm(unittest.TestCase):
         self.assertEqual(self.made["compilation_config"]["cudagraph_capture_sizes"][-2:], [80, 96])
         self.assertTrue(self.made["enable_prefix_caching"] and self.made["enable_chunked_prefill"])
         self.assertEqual(self.made["config"]["num_hidden_layers"], 36)
-        self.assertNotIn("tensor_parallel_size", self.made)
+        self.assertFalse({"tensor_parallel_size", "kv_cache_memory_bytes"} & set(self.made))
         self.assertEqual(engine.describe()["kv_tokens"], 1600)
         folder = self.made["model"]
         vllm_engine.VllmEngine("qwen3-8b", "CUSTOM", "compiled", max_model_len=8192)
         self.assertEqual(self.made["compilation_config"]["cudagraph_mode"], "FULL_AND_PIECEWISE")
         self.assertEqual(self.made["compilation_config"]["cudagraph_capture_sizes"][-1], 2048)
         self.assertEqual(self.made["model"], folder, "what was compiled for a model is found by its path, too")
-        vllm_engine.VllmEngine("llama3-8b", "FLASH_ATTN", "eager", max_model_len=64, tensor_parallel=2, layers=3)
+        vllm_engine.VllmEngine("llama3-8b", "FLASH_ATTN", "eager", max_model_len=64, tensor_parallel=2, layers=3, kv_gib=1.5)
         self.assertTrue(self.made["enforce_eager"])
         self.assertEqual((self.made["tensor_parallel_size"], self.made["config"]["num_hidden_layers"]), (2, 3))
+        self.assertEqual(self.made["kv_cache_memory_bytes"], 3 * 2**29)
 
     def test_steps_are_noted_and_tokens_handed_on(self):
         engine = self.engine()

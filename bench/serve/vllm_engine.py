@@ -84,7 +84,7 @@ class VllmEngine:
     """What `loop.run` drives."""
 
     def __init__(self, shape, backend, mode, *, max_model_len, layers=None, tensor_parallel=1, max_sequences=1024, batched_tokens=8192,
-                 memory=0.9, block_size=16):
+                 memory=0.9, kv_gib=None, block_size=16):
         # The scheduler stays in this process, whatever number of workers there is: its steps are noted here.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
@@ -105,6 +105,8 @@ class VllmEngine:
             options["enforce_eager"] = True
         if tensor_parallel > 1:
             options["tensor_parallel_size"] = tensor_parallel
+        if kv_gib:
+            options["kv_cache_memory_bytes"] = int(kv_gib * 2**30)
         self.engine = LLM(
             model=model_folder(config), skip_tokenizer_init=True, load_format="dummy", dtype="bfloat16", seed=0, block_size=block_size,
             enable_prefix_caching=True, enable_chunked_prefill=True, max_model_len=max_model_len, max_num_seqs=max_sequences,

@@ -6,42 +6,20 @@ use pat_abi::GroupParts;
 use pat_rs::{
     AttentionShape, DeviceProfile, Dtype, Element, HostTensors, KvStrides, PlanOptions, Planner, Problem, supports,
 };
+use pat_tests::forests::far_apart;
 use pat_tests::invariants::{self, modes};
 use pat_tests::{Case, Output, judge, run_tensors, softmax_scale};
-use pat_workloads::{Oracle, OwnedBatch, PoolLayout, RowSample, Tensors, check};
+use pat_workloads::{Oracle, PoolLayout, RowSample, Tensors, check};
 use rayon::prelude::*;
 
 const SEED: u32 = 23;
-
-/// Sequences that share, with lengths before, on and behind the ends of pages, and one without tokens. Page ids are far apart.
-fn forest(page_size: u32, num_pages: u32) -> OwnedBatch {
-    let lengths = vec![
-        3 * page_size + 1,
-        3 * page_size,
-        2 * page_size + page_size.div_ceil(2),
-        2 * page_size,
-        0,
-        page_size,
-        1,
-        4 * page_size - page_size / 3,
-    ];
-    // Five sequences begin with two pages, one of them and another with the third; the rest is their own.
-    let tables: [&[u32]; 8] = [&[0, 1, 2, 3], &[0, 1, 2], &[0, 1, 4], &[0, 1], &[], &[0], &[5], &[0, 1, 6, 7]];
-    let spread = (num_pages - 1) / 7;
-    let table = |(table, &length): (&&[u32], &u32)| {
-        let needed = length.div_ceil(page_size) as usize;
-        table[..needed].iter().map(|page| (7 - page) * spread).collect()
-    };
-    let block_tables = tables.iter().zip(&lengths).map(table).collect();
-    OwnedBatch { page_size, num_pages, lengths, block_tables }
-}
 
 /// At head dimension 192 with 128 elements per value, else with as many as per key.
 fn verify<T: Element>(q_heads: u32, kv_heads: u32, head_dim: u32, page_size: u32) {
     let v_head_dim = if head_dim == 192 { 128 } else { head_dim };
     let shape = AttentionShape::new(q_heads, kv_heads, head_dim, T::DTYPE).expect("a valid shape");
     let shape = shape.with_v_head_dim(v_head_dim).expect("a valid shape");
-    let case = Case { batch: forest(page_size, 40), shape, layout: PoolLayout::Nhd };
+    let case = Case { batch: far_apart(page_size, 40), shape, layout: PoolLayout::Nhd };
     let sample = RowSample::for_batch(&case.batch, shape);
     let oracle = Oracle::compute::<T>(&case.batch, shape, SEED, softmax_scale(shape), sample).expect("a valid case");
     let tensors = Tensors::<T>::draw(&case.batch, shape, case.layout, SEED).expect("a valid case");
@@ -89,7 +67,7 @@ fn groups_that_no_tile_holds_agree_with_the_oracle() {
 fn plans_of_groups_that_no_tile_holds_keep_their_invariants() {
     for (group, kv_heads, head_dim) in [(65, 2, 256), (129, 1, 128), (131, 3, 64), (256, 1, 128), (65_535, 1, 128)] {
         let shape = AttentionShape::new(group * kv_heads, kv_heads, head_dim, Dtype::F16).expect("a valid shape");
-        let batch = forest(16, 40);
+        let batch = far_apart(16, 40);
         let rows = batch.rows();
         assert_eq!(supports(&batch.problem(shape), None, None), Ok(()));
         for mode in modes(16) {
@@ -115,7 +93,7 @@ fn plans_of_groups_that_no_tile_holds_keep_their_invariants() {
 #[test]
 fn kv_heads_at_the_same_place_make_a_group_of_256() {
     let shape = AttentionShape::new(256, 1, 128, Dtype::F16).expect("a valid shape");
-    let case = Case { batch: forest(16, 40), shape, layout: PoolLayout::Nhd };
+    let case = Case { batch: far_apart(16, 40), shape, layout: PoolLayout::Nhd };
     let tensors = Tensors::<f16>::draw(&case.batch, shape, case.layout, SEED).expect("a valid case");
     let twice = AttentionShape::new(256, 2, 128, Dtype::F16).expect("a valid shape");
     let problem = Problem::new(twice, 16);
@@ -148,7 +126,7 @@ fn pools_of_more_than_2_to_the_31_elements_agree_with_the_oracle() {
         let shape = AttentionShape::new(8, 2, 128, Dtype::F16).expect("a valid shape");
         let page_elements = page_size as usize * 2 * 128;
         let num_pages = (1usize << 31).div_ceil(page_elements) as u32 + 100;
-        let sparse = forest(page_size, num_pages);
+        let sparse = far_apart(page_size, num_pages);
         let compact = Case { batch: sparse.compacted(), shape, layout };
         let drawn = Tensors::<f16>::draw(&compact.batch, shape, layout, SEED).expect("a valid case");
         // Zeroed memory: the system backs only what is touched.
@@ -197,7 +175,7 @@ fn plans_of_the_largest_pools_keep_their_invariants() {
     let most = pat_rs::DecodeBatch::MAX_TOKENS;
     for (page_size, num_pages) in [(1, most), (8, most), (784, most), (1056, most), (Problem::MAX_PAGE_SIZE, most)] {
         let shape = AttentionShape::new(64, 8, 128, Dtype::Bf16).expect("a valid shape");
-        let batch = forest(page_size, num_pages);
+        let batch = far_apart(page_size, num_pages);
         let rows = batch.rows();
         assert!(rows.iter().flat_map(|row| row.iter()).any(|&page| page > most - 8));
         for mode in modes(page_size) {

@@ -79,6 +79,7 @@ section() {
         tests_like 'gpu_eight_bit'
         tests_like 'gpu_trees'
         tests_like 'gpu_models'
+        tests_like 'gpu_shapes'
         tests_like 'gpu_steps'
         ;;
     # On a device that nothing else uses: its free memory is judged.

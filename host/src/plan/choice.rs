@@ -5,7 +5,7 @@ use super::cost::Prediction;
 use super::{PlanMode, PlanOptions};
 use crate::eligibility::{Part, variant_supports};
 use crate::{DeviceProfile, Error, Problem, Result, supports};
-use pat_abi::{GroupParts, TileVariant};
+use pat_abi::{Arch, GroupParts, TileVariant};
 use std::cmp::Reverse;
 
 /// Part of the forward pass that the tensor cores must take before wider tiles are looked at (docs/planner-quality.md).
@@ -14,14 +14,54 @@ const LEAST_TENSOR_PART: f64 = 0.6;
 /// Memory time that wider tiles may take, in parts of what the usual ones take.
 const MOST_WIDE_MEMORY: f64 = 0.95;
 
+/// Time that mma.sync tiles over 8-bit K and V may take, in parts of what the usual ones take: of short items the model knows less.
+const MOST_UNSHARED_TIME: f64 = 0.95;
+
 /// What tiles a batch may be cut into.
 #[derive(Clone, Debug)]
 pub(super) struct TileChoices {
     pub(super) usual: TileChoice,
-    /// Tiles with more rows, for batches whose tensor cores are the limit.
-    wide: Option<TileChoice>,
-    /// Whether the plan made last has wide ones.
-    is_wide_in_use: bool,
+    /// Other tiles, for batches whose tensor cores are the limit.
+    special: Option<Special>,
+    /// Whether the plan made last has these.
+    is_special_in_use: bool,
+}
+
+/// Tiles for some batches whose tensor cores are the limit.
+#[derive(Clone, Debug)]
+pub(super) struct Special {
+    pub(super) choice: TileChoice,
+    purpose: Purpose,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Purpose {
+    /// More rows: what is shared is read less often.
+    Wide,
+    /// mma.sync over 8-bit K and V, where nothing is shared: its narrow tiles multiply less, and widen as much.
+    Unshared,
+}
+
+impl Special {
+    /// Sequences per tile that are tried.
+    pub(super) fn widths(&self) -> impl Iterator<Item = u32> {
+        let (widest, narrowest) = match self.purpose {
+            Purpose::Wide => (self.choice.widest(), None),
+            Purpose::Unshared => (1, Some(1)),
+        };
+        widths(widest).chain(narrowest)
+    }
+
+    /// Whether a plan in these tiles is to be preferred to one in the usual ones. Wide ones must be faster and read clearly less:
+    /// where they read as much, they are slower than predicted (docs/planner-quality.md).
+    pub(super) fn is_better(&self, special: &Prediction, usual: &Prediction) -> bool {
+        match self.purpose {
+            Purpose::Wide => {
+                special.total_us() < usual.total_us() && special.memory_us <= MOST_WIDE_MEMORY * usual.memory_us
+            }
+            Purpose::Unshared => special.total_us() <= MOST_UNSHARED_TIME * usual.total_us(),
+        }
+    }
 }
 
 impl TileChoices {
@@ -36,17 +76,24 @@ impl TileChoices {
             // Kernels sum in different orders: which one computes a sequence must not depend on those beside it.
             let is_fixed = matches!(options.mode, PlanMode::FixedChunk { .. });
             let usual = if is_fixed { TileChoice::new(&[usual.variant(1)], group, page_size) } else { usual };
-            Self { usual, wide: None, is_wide_in_use: false }
+            Self { usual, special: None, is_special_in_use: false }
         };
         if let Some(forced) = &options.variants {
             return Self::check_forced(forced, &possible, problem, profile).map(|()| only(forced));
         }
         // The wgmma stream serves leaves as fast as the narrow tiles do, and shared nodes in the same launch.
         if possible.contains(&TileVariant::Wgmma64) {
+            let mma: Vec<_> = possible.iter().copied().filter(|variant| variant.arch() == Arch::Sm80).collect();
+            let (variants, purpose) = if problem.shape().kv_dtype().bytes() == 1 {
+                (&mma[..], Purpose::Unshared)
+            } else {
+                (&[TileVariant::Wgmma128][..], Purpose::Wide)
+            };
             // No other mode has a choice.
-            let has_wide = possible.contains(&TileVariant::Wgmma128) && options.mode == PlanMode::Auto;
-            let wide = has_wide.then(|| TileChoice::new(&[TileVariant::Wgmma128], group, page_size));
-            return Ok(Self { wide, ..only(&[TileVariant::Wgmma64]) });
+            let has_special =
+                variants.iter().all(|variant| possible.contains(variant)) && options.mode == PlanMode::Auto;
+            let special = || Special { choice: TileChoice::new(variants, group, page_size), purpose };
+            return Ok(Self { special: has_special.then(special), ..only(&[TileVariant::Wgmma64]) });
         }
         Ok(only(&possible))
     }
@@ -74,44 +121,43 @@ impl TileChoices {
         }
     }
 
-    /// Without wide tiles.
-    pub(super) fn without_wide(self) -> Self {
-        Self { wide: None, is_wide_in_use: false, ..self }
+    /// The usual ones alone.
+    pub(super) fn without_special(self) -> Self {
+        Self { special: None, is_special_in_use: false, ..self }
     }
 
-    /// Takes the usual tiles or the wide ones.
-    pub(super) fn take(&mut self, wide: bool) {
-        self.is_wide_in_use = wide;
+    /// Takes the usual tiles or the special ones.
+    pub(super) fn take(&mut self, special: bool) {
+        self.is_special_in_use = special;
     }
 
-    /// Whether the plan made last has wide tiles.
-    pub(super) fn is_wide_in_use(&self) -> bool {
-        self.is_wide_in_use
+    /// Whether the plan made last has special tiles.
+    pub(super) fn is_special_in_use(&self) -> bool {
+        self.is_special_in_use
     }
 
-    /// The wide tiles, where they may help a batch whose plan in the usual ones is predicted so.
-    pub(super) fn wide_for(&self, usual: &Prediction) -> Option<&TileChoice> {
-        self.wide.as_ref().filter(|_| usual.tensor_us >= LEAST_TENSOR_PART * usual.busy_us)
+    /// The special tiles, where they may help a batch with so many shared pages whose plan in the usual ones is predicted so.
+    pub(super) fn special_for(&self, usual: &Prediction, shared_pages: u64) -> Option<&Special> {
+        let may_help = |special: &&Special| {
+            usual.tensor_us >= LEAST_TENSOR_PART * usual.busy_us
+                && (special.purpose == Purpose::Wide || shared_pages == 0)
+        };
+        self.special.as_ref().filter(may_help)
     }
 
     /// Those that the plan made last has.
     pub(super) fn in_use(&self) -> &TileChoice {
-        self.wide.as_ref().filter(|_| self.is_wide_in_use).unwrap_or(&self.usual)
+        let special = self.special.as_ref().filter(|_| self.is_special_in_use);
+        special.map_or(&self.usual, |special| &special.choice)
     }
 
     /// Every variant that a plan may use, in the order of [`TileVariant::ALL`].
     pub(super) fn variants(&self) -> Vec<TileVariant> {
         let mut variants: Vec<_> =
-            self.usual.variants().chain(self.wide.iter().flat_map(TileChoice::variants)).collect();
+            self.usual.variants().chain(self.special.iter().flat_map(|special| special.choice.variants())).collect();
         variants.sort_unstable();
         variants
     }
-}
-
-/// Whether a plan in wide tiles is to be preferred: it must be faster, and read clearly less. (Where it reads as much, wide
-/// tiles are slower than predicted: docs/planner-quality.md.)
-pub(super) fn is_wide_better(wide: &Prediction, usual: &Prediction) -> bool {
-    wide.total_us() < usual.total_us() && wide.memory_us <= MOST_WIDE_MEMORY * usual.memory_us
 }
 
 /// Sequences per tile that are tried, where more than one. Wide ones first: what they take spares looking at narrower ones that
@@ -200,8 +246,8 @@ mod tests {
         assert_eq!(variants(problem(128)), [TileVariant::Wgmma64, TileVariant::Wgmma128]);
         assert_eq!(variants(problem(256)), [TileVariant::Wgmma64]);
         let eight_bit = Problem::new(problem(128).shape().with_kv_dtype(Dtype::E4m3), 16);
-        assert_eq!(variants(eight_bit), [TileVariant::Wgmma64]);
         let mma = [TileVariant::Mma16, TileVariant::Mma32, TileVariant::Mma64];
+        assert_eq!(variants(eight_bit), [&mma[..], &[TileVariant::Wgmma64]].concat());
         assert_eq!(variants(problem(256).with_window(1024)), mma);
         // Its tiles of 64 rows do not hold this group, the wide ones do, and mma.sync's as wide.
         let group_of_100 = Problem::new(AttentionShape::new(100, 1, 128, Dtype::F16).unwrap(), 16);

@@ -5,7 +5,7 @@ use super::Plan;
 use super::choice::TileChoice;
 use super::deal::Deal;
 use super::tiling::{TileClass, TilingRule};
-use crate::{AttentionShape, DeviceProfile};
+use crate::{AttentionShape, DeviceProfile, Dtype};
 use pat_abi::{Arch, GroupParts, TileVariant, WorkItem};
 use serde::Serialize;
 
@@ -74,6 +74,18 @@ const WIDE_STEP_LATENCY: f64 = 2.3;
 /// What `wgmma128` multiplies in the time in which `wgmma64` multiplies 1 (likewise, on shared nodes).
 const WIDE_TENSOR_RATE: f64 = 1.35;
 
+/// What kernels multiply over 8-bit K and V in the time in which they multiply 1 over 16-bit ones: every 16 rows of an mma.sync tile
+/// convert the codes anew, `wgmma64` widens a tile once. Fitted to 174 measurements on an H200 (docs/performance-log.md, 254df84 and
+/// 5f53cd9).
+fn conversion_rate(arch: Arch, kv_dtype: Dtype) -> f64 {
+    match (arch, kv_dtype) {
+        (_, Dtype::F16 | Dtype::Bf16) => 1.0,
+        (Arch::Sm90a, _) => 0.8,
+        (Arch::Sm80, Dtype::E5m2) => 0.5,
+        (Arch::Sm80, _) => 0.42,
+    }
+}
+
 // What `pat calibrate` does not measure: fitted to 686 measured plans of 130 batches, together (docs/planner-quality.md).
 
 /// What masks add to the forward pass.
@@ -97,6 +109,7 @@ impl VariantTerms {
                 _ if variant.arch() == Arch::Sm90a => profile.wgmma_flop_per_us,
                 _ => profile.mma_flop_per_us,
             };
+            let rate = rate * conversion_rate(variant.arch(), shape.kv_dtype());
             let step_latency = if variant == TileVariant::Wgmma128 { WIDE_STEP_LATENCY } else { 1.0 };
             let row_flop = 2.0 * f64::from(shape.head_dim() + shape.v_head_dim());
             let flop = row_flop * f64::from(variant.rows()) * f64::from(variant.keys());

@@ -29,7 +29,7 @@ use crate::{DecodeBatch, DeviceProfile, Error, Problem, Reach, Result, Visibilit
 pub use buffer::Plan;
 use buffer::{Records, TokenCounts};
 pub use capacity::PlanCapacity;
-use choice::{TileChoices, is_wide_better, widths};
+use choice::{TileChoices, widths};
 use cost::{CostModel, Prediction, VariantTerms};
 use emit::Emitter;
 use forest::Forest;
@@ -230,14 +230,21 @@ impl Planner {
     }
 
     /// Plans within `capacity` only: larger batches are refused, and among the tilings of a batch that fits those are
-    /// chosen from that fit. At least the uncut ones do. Beside `wgmma64`, `wgmma128` is then used only where
-    /// it is forced ([`PlanOptions::variants`]): a captured graph would launch both kernels at every step.
+    /// chosen from that fit. At least the uncut ones do. Beside `wgmma64`, `wgmma128` (of 8-bit K and V the mma.sync tiles) is then
+    /// used only where it is forced ([`PlanOptions::variants`]): a captured graph would launch both kernels at every step.
     ///
     /// # Errors
     /// `max_items` is below `max_sequences`.
     pub fn with_capacity(self, capacity: PlanCapacity) -> Result<Self> {
         let capacity = Some(capacity.validated()?);
-        Ok(Self { capacity, choices: self.choices.without_wide(), newest: None, runs: None, is_in_runs: false, ..self })
+        Ok(Self {
+            capacity,
+            choices: self.choices.without_special(),
+            newest: None,
+            runs: None,
+            is_in_runs: false,
+            ..self
+        })
     }
 
     /// What plans are made for.
@@ -579,15 +586,11 @@ impl Planner {
         };
         let tried = widths(from).chain([1]).filter(|width| (to..=from).contains(width));
         let is_beaten = search.is_beaten(limit_us, |_| true, tried, search_scratch);
-        let is_wide_better = |wide: &Prediction| choices.is_wide_in_use() || is_wide_better(wide, &prediction);
         let is_slow = is_beaten
-            || choices.wide_for(&prediction).is_some_and(|wide| {
-                Search { choice: wide, ..search }.is_beaten(
-                    limit_us,
-                    is_wide_better,
-                    widths(wide.widest()),
-                    search_scratch,
-                )
+            || choices.special_for(&prediction, pages.shared).is_some_and(|special| {
+                let counts = |other: &Prediction| choices.is_special_in_use() || special.is_better(other, &prediction);
+                let search = Search { choice: &special.choice, ..search };
+                search.is_beaten(limit_us, counts, special.widths(), search_scratch)
             });
         if is_slow { Step::Slow } else { Step::Done }
     }
@@ -625,16 +628,16 @@ impl Planner {
             PlanMode::PerNode | PlanMode::Packed => search.best([widest], search_scratch),
             PlanMode::Auto => search.best(std::iter::once(1).chain(widths(widest)), search_scratch),
         };
-        let mut takes_wide = false;
-        if let Some(wide) = choices.wide_for(&prediction) {
-            let (wide_rule, wide_prediction) =
-                Search { choice: wide, ..search }.best(widths(wide.widest()), search_scratch);
-            takes_wide = is_wide_better(&wide_prediction, &prediction);
-            if takes_wide {
-                (rule, prediction) = (wide_rule, wide_prediction);
+        let mut takes_special = false;
+        if let Some(special) = choices.special_for(&prediction, pages.shared) {
+            let (other_rule, other) =
+                Search { choice: &special.choice, ..search }.best(special.widths(), search_scratch);
+            takes_special = special.is_better(&other, &prediction);
+            if takes_special {
+                (rule, prediction) = (other_rule, other);
             }
         }
-        choices.take(takes_wide);
+        choices.take(takes_special);
         let choice = choices.in_use();
         tiles.clear();
         tiles.reserve(extents.len());

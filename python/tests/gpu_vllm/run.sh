@@ -3,17 +3,23 @@
 # and beside it vllm026/ (parts of a reduced vLLM with setup.py and env.sh). Logs and JSON under $OUT/vllm-JOB/.
 #   smoke   2 minutes, one GPU: tokens of a small model, eager and in FULL graphs
 #   big     3 minutes, one GPU: step times of the 8B shape, profile
+#   idle    1.5 minutes, one GPU: how long the device waits for the host in steps of the 8B shape, two engines in turn
 #   exact   2 minutes, one GPU: FULL graphs beside float32 attention: the 8B shape layer by layer and by log-probs; small models with
 #           drafts and with gpt-oss's attention layer by layer
+#   modes   2 minutes, one GPU, 100 GB: the 8B shape eager, in PIECEWISE graphs and in both kinds: log-probs beside float32, tokens
 #   tokens  2 minutes, one GPU: tokens of a small model in PIECEWISE graphs; an engine that is restarted
-#   faults  2 minutes, one GPU: no memory, plans larger than their capacity, a killed engine, restarts in the middle
+#   faults  2 minutes, one GPU: no memory, plans larger than their capacity, restarts in the middle
+#   killed  1.5 minutes, one GPU: the engine's process is killed, behind the server's front end and behind `LLM`; a new engine
 #   drafts  2.5 minutes, one GPU: speculative decoding with 3 drafts: tokens, step times of the 8B shape
+#   compiled 2 minutes, one GPU: vLLM's default mode (compiler, FULL_AND_PIECEWISE graphs), as serving is measured: tokens of the 8B
+#           shape and of a small model, 200 requests whose prompts come beside others' decode rows
 #   more    2 minutes, one GPU: 200 requests with preemption and aborts: Qwen3, Llama, gpt-oss's attention (MODELS)
 #   gpt_oss 1.5 minutes, one GPU: windows and sinks: layers beside float32, tokens, 200 requests
-#   gpt_oss_times 2 minutes, one GPU: step times of gpt-oss-20b's attention, two engines in turn
+#   gpt_oss_times, gpt_oss_apart  1.5 minutes, one GPU: step times of gpt-oss-20b's attention, two engines in turn; Python's time
 #   fp8     2.5 minutes, one GPU: FP8 KV: layers beside float32, log-probs, tokens, step times of the 8B shape
 #   shapes  2.5 minutes, one GPU: 2, 3 and 5 query tokens a row; head dim 256 with soft cap and windows: layers, tokens, step times
 #   ranks   2 minutes, two GPUs: data parallel 2, decode context parallel 2 in graphs
+#   tp_tokens 1.5 minutes, two GPUs: tensor parallel and decode context parallel, eager and in graphs: tokens alone
 #   tp      3 minutes, TP GPUs (2, or 4): tensor parallel, decode context parallel 2, step times of the 8B shape, a killed worker
 set -u
 job=$1
@@ -88,6 +94,11 @@ big() {
     python3 table.py "$out"/8b-fa.json "$out"/8b-ours.json || failed=1
 }
 
+idle() {
+    local big="--shape 8b --mode graph --kv-gib 24 --seqs 256 --sizes 64,256"
+    in_turn idle "$big" time:64x2496+528:40 profile:64x2496+{528,529,530} profile:256x2496+528
+}
+
 exact() {
     local t=64x1500+100:24 s=64x1000+77:32
     local small="--shape small --kv-gib 1 --seqs 64 --tokens 4096 --max-len 2048" known="--drafts 3 --known $out/plain-fa.json"
@@ -124,6 +135,32 @@ exact() {
     rm "$out"/*.pt
 }
 
+modes() {
+    local t=64x1500+100:16 mode
+    local big="--shape 8b --kv-gib 2.5 --seqs 64 --tokens 4096 --max-len 2048 --sizes 8,64 --no-inductor"
+    for mode in eager piecewise; do
+        drive 8b-$mode $big --mode $mode forced:$t:{ours,stock,float32,broken} {tokens,float32,broken}:$t &
+        drive 8b-$mode-fa $big --mode $mode --backend FLASH_ATTN tokens:$t tokens:$t:32 &
+    done
+    drive 8b-both $big --mode both tokens:$t &
+    wait
+    failed_in_background "$out"/8b-{eager,piecewise}{,-fa}.json "$out"/8b-both.json
+    for mode in eager piecewise; do
+        local forced="--exact forced:$t:float32 --stock forced:$t:stock"
+        exactness "8B shape, $mode, log-probs of given tokens: as near to float32 attention as stock?" \
+            scores "$out"/8b-$mode.json forced:$t:ours $forced
+        exactness "8B shape, $mode, log-probs, one token left out of every row: must be found" \
+            scores "$out"/8b-$mode.json forced:$t:broken $forced --expect-different
+        local noise="--noise $out/8b-$mode.json float32:$t --noise $out/8b-$mode-fa.json tokens:$t:32"
+        judge "8B shape, $mode, greedy tokens: as stock?" "$out"/8b-$mode-fa.json "$out"/8b-$mode.json tokens:$t $noise
+        judge "8B shape, $mode, greedy tokens, one token left out of every row: must be found" \
+            "$out"/8b-$mode-fa.json "$out"/8b-$mode.json tokens:$t $noise --task-of-ours broken:$t --expect-different
+    done
+    judge "8B shape, FULL_AND_PIECEWISE, greedy tokens: as stock in PIECEWISE graphs?" \
+        "$out"/8b-piecewise-fa.json "$out"/8b-both.json tokens:$t $noise
+    rm -f "$out"/*.pt
+}
+
 tokens() {
     local t=tokens:64x1000+77:32
     local piecewise="--shape small --mode piecewise --kv-gib 0.7 --seqs 64 --tokens 4096 --sizes 8,16,64"
@@ -146,22 +183,22 @@ tokens() {
 faults() {
     local t=32x600+77:24 fault=32x600+77:16 how engine
     local small="--shape small --kv-gib 1 --seqs 32 --tokens 4096 --max-len 2048" graph="--mode graph --sizes 8,32"
-    declare -A faults=([eager]="memory rows" [graph]="plan upload" [killed]="kill")
+    declare -A faults=([eager]="memory rows" [graph]="plan upload")
     # Some of them alone: FAULTS="upload kill".
     for engine in ${!faults[@]}; do
         faults[$engine]=$(for how in ${faults[$engine]}; do [[ " ${FAULTS:-$how} " != *" $how "* ]] || echo $how; done)
     done
     drive faults-fa $small --backend FLASH_ATTN tokens:$t tokens:$t:8 &
     drive faults-triton $small --backend TRITON_ATTN tokens:$t &
-    for engine in eager graph killed; do
+    for engine in eager graph; do
         drive faults-$engine $small --apart $([ $engine = eager ] || echo $graph) \
             $(for how in ${faults[$engine]}; do echo fail:$how:$fault restart:; done) \
             $([ $engine != eager ] || echo restart:5x100+20) again:$t &
     done
     wait
-    failed_in_background "$out"/faults-{fa,triton,eager,graph,killed}.json
+    failed_in_background "$out"/faults-{fa,triton,eager,graph}.json
     local noise="--noise $out/faults-triton.json tokens:$t --noise $out/faults-fa.json tokens:$t:8"
-    for engine in eager graph killed; do
+    for engine in eager graph; do
         for how in ${faults[$engine]}; do
             judge "$how, $engine: what came before it as stock?" "$out"/faults-fa.json "$out"/faults-$engine.json tokens:$t $noise \
                 --task-of-ours fail:$how:$fault
@@ -169,6 +206,30 @@ faults() {
         done
         judge "$engine, behind faults and restarts: as stock?" "$out"/faults-fa.json "$out"/faults-$engine.json tokens:$t $noise \
             --task-of-ours again:$t
+    done
+}
+
+killed() {
+    local t=32x600+77:24 fault=32x600+77:16 name
+    local small="--shape small --kv-gib 1 --seqs 32 --tokens 4096 --max-len 2048 --mode graph --sizes 8,32"
+    # As vLLM starts engines unless told otherwise: their processes need not import it once more.
+    local -x VLLM_WORKER_MULTIPROC_METHOD=${VLLM_WORKER_MULTIPROC_METHOD:-fork} LIMIT=${LIMIT:-90}
+    local server="--ranks 1 $small" behind="fail:kill:$fault restart: again:$t"
+    PROGRAM=parallel.py drive server-fa $server --backend FLASH_ATTN tokens:$t tokens:$t:8 $behind &
+    PROGRAM=parallel.py drive server-ours $server tokens:$t $behind &
+    drive client-fa $small --apart --backend FLASH_ATTN tokens:$t fail:core:$fault &
+    drive client-ours $small --apart tokens:$t fail:core:$fault restart: again:$t &
+    wait
+    failed_in_background "$out"/{server-fa,server-ours,client-fa,client-ours}.json
+    for name in server client; do
+        judge "killed, $name: what came before it as stock?" "$out"/server-fa.json "$out"/$name-ours.json tokens:$t \
+            --noise "$out"/server-fa.json tokens:$t:8 --task-of-ours fail:$([ $name = server ] && echo kill || echo core):$fault
+        judge "killed, $name: a new engine behind it as stock?" "$out"/server-fa.json "$out"/$name-ours.json tokens:$t \
+            --noise "$out"/server-fa.json tokens:$t:8 --task-of-ours again:$t
+    done
+    for name in fa ours; do
+        said "$out"/server-$name kill
+        said "$out"/client-$name core
     done
 }
 
@@ -253,6 +314,27 @@ more() {
         --noise "$out"/piecewise-fa.json churn:40:2 --noise "$out"/piecewise-triton.json $churn
 }
 
+compiled() {
+    local t=tokens:32x1500+100:32
+    # Graphs of all steps up to the token budget: those that mix prompts and decode rows, too.
+    local big="--shape 8b --mode both --kv-gib 2.5 --seqs 32 --tokens 2048 --max-len 2048 --sizes 8,16,32,64,128,256,512,1024,2048"
+    local small="--shape small --mode both --kv-gib 0.12 --seqs 48 --tokens 1024 --sizes 8,16,32,48,64,128,256,512,1024"
+    drive compiled-8b-fa $big --backend FLASH_ATTN $t $t:8 &
+    drive compiled-8b-triton $big --backend TRITON_ATTN $t &
+    drive compiled-8b-ours $big $t broken:${t#*:} &
+    drive compiled-fa $small --backend FLASH_ATTN $churn churn:40:2 &
+    drive compiled-triton $small --backend TRITON_ATTN $churn &
+    drive compiled-ours $small $churn &
+    wait
+    failed_in_background "$out"/compiled-{8b-fa,8b-triton,8b-ours,fa,triton,ours}.json
+    local noise="--noise $out/compiled-8b-triton.json $t --noise $out/compiled-8b-fa.json $t:8"
+    judge "8B shape, FULL_AND_PIECEWISE: as stock in the same mode?" "$out"/compiled-8b-fa.json "$out"/compiled-8b-ours.json $t $noise
+    judge "8B shape, FULL_AND_PIECEWISE, one token left out of every row: must be found" \
+        "$out"/compiled-8b-fa.json "$out"/compiled-8b-ours.json $t $noise --task-of-ours broken:${t#*:} --expect-different
+    judge "200 requests, FULL_AND_PIECEWISE: as stock in the same mode?" "$out"/compiled-fa.json "$out"/compiled-ours.json $churn \
+        --noise "$out"/compiled-fa.json churn:40:2 --noise "$out"/compiled-triton.json $churn
+}
+
 gpt_oss() {
     local t=64x1000+77:32 engines=""
     local small="--shape small --model gpt-oss --kv-gib 0.5 --seqs 64 --tokens 4096 --max-len 2048"
@@ -273,27 +355,31 @@ gpt_oss() {
     judge_churn gpt-oss
 }
 
+oss="--shape oss --model gpt-oss --mode graph --kv-gib 6 --seqs 256 --sizes 8,64,256"
+
 gpt_oss_times() {
-    local big="--shape oss --model gpt-oss --mode graph --kv-gib 6 --seqs 256 --sizes 8,64,256"
     local once="time:64x2496+528:40 time:256x2496+528:40" again="time:64x2496+528:41 time:256x2496+528:41"
-    local here="profile:64x2496+528 profile:256x2496+528 host:64x2496+528" name
+    in_turn oss "$oss" $once $again {profile,host}:{64,256}x2496+528
+}
+
+gpt_oss_apart() { # the engine in a process of its own, as in a server
+    in_turn oss-apart "$oss --apart" time:64x2496+528:40 time:256x2496+528:40
+}
+
+in_turn() { # name, arguments of both engines, tasks: stock does one, then ours
+    local name=$1 both="$2 --wait $out/go-$1"
+    shift 2
     rm -f "$out"/go-* "$out"/turn-*
-    # In this process; then in one of its own, as in a server.
-    drive oss-fa $big --wait "$out"/go-fa --turns "$out"/turn-{fa,ours} 0 --backend FLASH_ATTN $once $again $here & local stock=$!
-    drive oss-ours $big --wait "$out"/go-fa --turns "$out"/turn-{ours,fa} 1 $once $again $here & local ours=$!
-    big="$big --apart --wait $out/go-ours"
-    drive oss-apart-fa $big --turns "$out"/turn-{afa,aours} 0 --backend FLASH_ATTN $once & local apart=$!
-    drive oss-apart-ours $big --turns "$out"/turn-{aours,afa} 1 $once & apart="$apart $!"
+    drive $name-fa $both --turns "$out"/turn-{fa,ours} 0 --backend FLASH_ATTN "$@" & local stock=$!
+    drive $name-ours $both --turns "$out"/turn-{ours,fa} 1 "$@" & local ours=$!
     # An engine that is being made disturbs those that measure.
-    for name in oss-fa oss-ours oss-apart-fa oss-apart-ours; do until_up $name; done
-    touch "$out"/go-fa
+    until_up $name-fa
+    until_up $name-ours
+    touch "$out"/go-$name
     wait $stock $ours
-    touch "$out"/go-ours
-    wait $apart
     rm -f "$out"/go-*
-    failed_in_background "$out"/oss-{fa,ours}.json "$out"/oss-apart-{fa,ours}.json
-    python3 table.py "$out"/oss-fa.json "$out"/oss-ours.json || failed=1
-    python3 table.py "$out"/oss-apart-fa.json "$out"/oss-apart-ours.json || failed=1
+    failed_in_background "$out"/$name-{fa,ours}.json
+    python3 table.py "$out"/$name-fa.json "$out"/$name-ours.json || failed=1
 }
 
 until_up() { # name: an engine has been made, or has failed
@@ -413,6 +499,28 @@ EOF
 logged() { # log
     grep -E "prefix_attn: .*: [0-9]+ steps: [0-9]+ on plans, .* on FlashAttention; plans read .* fewer KV bytes" "$1" | tail -1 | \
         cut -c1-260 | grep . || { failed=1; echo "  no line in the log: $1"; }
+}
+
+tp_tokens() {
+    local t=tokens:64x1000+77:32 name mode
+    local small="--shape small --kv-gib 1 --seqs 64 --tokens 4096 --tp 2" graph="--mode graph --sizes 8,16,64"
+    # As in `killed`.
+    local -x VLLM_WORKER_MULTIPROC_METHOD=${VLLM_WORKER_MULTIPROC_METHOD:-fork} LIMIT=${LIMIT:-100}
+    # A second apart: each looks for a free port. Ranks that share a KV head are what decode context parallelism asks for.
+    drive tp-fa $small --backend FLASH_ATTN $t $t:16 &
+    sleep 1; drive tp-eager $small $t &
+    sleep 1; drive tp-graph $small $graph $t &
+    small="$small --kv-heads 1"
+    sleep 1; drive dcp-fa $small --backend FLASH_ATTN --dcp 2 $t $t:16 &
+    sleep 1; drive dcp-eager $small --dcp 2 $t &
+    sleep 1; drive dcp-graph $small $graph --dcp 2 $t &
+    wait
+    failed_in_background "$out"/{tp,dcp}-{fa,eager,graph}.json
+    for name in tp dcp; do
+        for mode in eager graph; do
+            judge "$name 2, $mode: as stock with $name 2?" "$out"/$name-fa.json "$out"/$name-$mode.json $t --noise "$out"/$name-fa.json $t:16
+        done
+    done
 }
 
 tp() {
