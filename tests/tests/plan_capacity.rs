@@ -95,7 +95,7 @@ fn what_exceeds_the_capacity_is_refused() {
     }
     // A fixed chunk leaves no choice.
     let message = refusal(PlanMode::FixedChunk { tokens: 80 }, fits);
-    assert!(message.starts_with("capacity.max_items: got 3, expected at least 5 for this batch"), "{message}");
+    assert!(message.starts_with("capacity.max_items: got 3, expected at least 4 for this batch"), "{message}");
     let message = refusal(PlanMode::FixedChunk { tokens: 80 }, PlanCapacity { max_items: 9, ..fits });
     assert!(message.starts_with("capacity.max_slots: got 0, expected at least 4 for this batch"), "{message}");
 
