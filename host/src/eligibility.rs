@@ -420,6 +420,12 @@ mod tests {
                 usual.with_soft_cap(f32::INFINITY),
                 "soft_cap: got inf, expected none or a positive number, finite also beside the scale",
             ),
+            // Scores divided by it are 0.
+            (
+                usual.with_scale(1e-10).with_soft_cap(1e38),
+                "soft_cap: got 100000000000000000000000000000000000000, expected none or a positive number, finite also \
+                 beside the scale",
+            ),
             (usual.with_window(0), "window: got 0, expected 1 or more"),
             (usual.with_chunk(0), "chunk: got 0, expected 1 or more"),
             (usual.with_query_tokens(0), "query_tokens: got 0, expected 1 or more"),
@@ -459,6 +465,10 @@ mod tests {
         assert_eq!(reason, "page_size: got 48, expected a power of two from 16 to 65536");
         assert_eq!(of(TileVariant::Wgmma64, wide, 90).unwrap_err().part, Part::Group);
         assert_eq!(of(TileVariant::Wgmma128, wide, 90), Ok(()));
+        for variant in TileVariant::ALL {
+            // A group that fills a tile.
+            assert_eq!(of(variant, problem(variant.rows(), 1, 128, Dtype::F16, 16), 90), Ok(()), "{variant:?}");
+        }
         let wider = problem(256, 1, 128, Dtype::F16, 16);
         let reason = of(TileVariant::Mma64, wider, 90).unwrap_err().to_string();
         assert_eq!(reason, "q_heads / kv_heads: got 256, expected 1 to 64");
@@ -475,6 +485,10 @@ mod tests {
         assert_eq!(of(TileVariant::Mma16, tree, 90), Ok(()));
         let reason = of(TileVariant::Wgmma64, tree, 90).unwrap_err().to_string();
         assert_eq!(reason, "query tree: got yes, expected none");
+        let reason = of(TileVariant::Wgmma64, usual().with_window(40), 90).unwrap_err().to_string();
+        assert_eq!(reason, "window: got 40, expected none");
+        let reason = of(TileVariant::Wgmma64, usual().with_chunk(40), 90).unwrap_err().to_string();
+        assert_eq!(reason, "chunk: got 40, expected none or a multiple of page_size = 16");
         let reason = supports(&usual().with_query_tree(257), None, None).unwrap_err().to_string();
         assert_eq!(reason, "query_tokens: got 257, expected 1 to 256");
         let reason = of(TileVariant::Wgmma64, usual(), 80).unwrap_err().to_string();

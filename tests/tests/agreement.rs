@@ -80,7 +80,9 @@ fn execute<T: Element, C: KvElement>(
     let sinks = vec![f32::NEG_INFINITY; shape.q_heads() as usize];
     let pool = vec![one_of_cache; elements];
     let mut tensors = HostTensors::new(called, &q, &pool, &pool);
-    tensors.sinks = called.has_sinks().then_some(&sinks[..]);
+    if called.has_sinks() {
+        tensors = tensors.with_sinks(&sinks);
+    }
     tensors.k_strides.page = page_stride.unwrap_or(tensors.k_strides.page);
     let mut out = vec![T::from_f32(0.0); q.len()];
     pat_rs::cpu::run(&plan, &tensors, &mut out, None)?;

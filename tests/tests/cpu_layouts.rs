@@ -54,9 +54,8 @@ fn strided_rows_give_the_same_bits_and_gaps_keep_theirs() {
         for (place, &value) in places(q_strides, sequences, heads, head_dim).zip(&tensors.q) {
             q[place] = value;
         }
-        let mut host = tensors.host(scale);
-        host.q = &q;
-        (host.q_strides, host.out_strides, host.lse_strides) = (q_strides, out_strides, lse_strides);
+        let mut host = tensors.host(scale).with_row_strides(q_strides, out_strides);
+        (host.q, host.lse_strides) = (&q, lse_strides);
         let mut out = vec![f16::from_f32(CANARY); out_len + 5];
         let mut lse = vec![CANARY; lse_len + 5];
         let plan = plan(&case, mode.into()).expect("a plan");

@@ -212,3 +212,19 @@ fn more_tokens_than_an_item_counts() {
     refusal(plan(PlanMode::Packed), &["plan tokens of an item: got 4294967296", "fewer than 2^31"]);
     assert_eq!(plan(PlanMode::Auto).expect("one sequence per item").items().len(), 4);
 }
+
+#[test]
+fn more_work_than_is_counted() {
+    // One item of a sequence for each of the most heads that there may be.
+    let shape = AttentionShape::new(65_535, 65_535, 128, Dtype::F16).expect("a valid shape");
+    let tables: Vec<[u32; 1]> = (0..32_769).map(|page| [page]).collect();
+    let plan = |rows: &[[u32; 1]]| {
+        let rows: Vec<&[u32]> = rows.iter().map(|row| &row[..]).collect();
+        let lengths = vec![1; rows.len()];
+        let batch = DecodeBatch::from_block_tables(&rows, &lengths, 16, 32_769).expect("valid");
+        let options = PlanOptions::from(PlanMode::Flat);
+        Planner::new(Problem::new(shape, 16), DeviceProfile::h200(), options).expect("a planner").plan(&batch)
+    };
+    assert_eq!(plan(&tables[..32_768]).expect("2^31 - 2^15").items().len(), 32_768);
+    refusal(plan(&tables), &["plan items times KV heads: got 2147516415", "fewer than 2^31"]);
+}

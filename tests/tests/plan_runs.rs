@@ -331,3 +331,55 @@ fn launches_cover_both_parts_and_bad_ids_are_refused() {
     let small = DecodeBatch::from_block_tables(&tables, &[5], 1, 5).expect("valid");
     assert!(!has_runs(&planner.plan(&small).expect("a plan")));
 }
+
+/// Each part has fewer items than are counted, both together more.
+#[test]
+fn the_work_of_both_parts_is_counted_together() {
+    let shape = AttentionShape::new(65_535, 65_535, 128, Dtype::F16).expect("a valid shape");
+    let plan = |row_count: u32| {
+        // A run, and one token that is behind it in no pool.
+        let tables: Vec<Vec<u32>> =
+            (0..row_count).map(|row| (34 * row..34 * row + 16).chain([34 * row + 17]).collect()).collect();
+        let rows: Vec<&[u32]> = tables.iter().map(Vec::as_slice).collect();
+        let lengths = vec![17; rows.len()];
+        let batch = DecodeBatch::from_block_tables(&rows, &lengths, 1, 34 * row_count).expect("valid");
+        let options = PlanOptions::from(PlanMode::Flat).with_runs(PageRuns::Always);
+        Planner::new(Problem::new(shape, 1), DeviceProfile::h200(), options).expect("a planner").plan(&batch)
+    };
+    let most = plan(16_384).expect("2^31 - 2^15");
+    assert!(has_runs(&most) && most.items().len() == 32_768, "{} items", most.items().len());
+    let message = plan(16_385).unwrap_err().to_string();
+    assert_eq!(message, "plan items times KV heads: got 2147581950, expected fewer than 2^31");
+}
+
+#[test]
+fn a_pool_that_grows_is_planned_anew() {
+    let tables: [&[u32]; 2] = [&(0..64).collect::<Vec<_>>(), &(32..100).collect::<Vec<_>>()];
+    let view = |num_pages| DecodeBatch::from_block_tables(&tables, &[64, 68], 1, num_pages).expect("valid");
+    let mut planner = planner(runs_always(), 1);
+    let mut plan = planner.plan(&view(100)).expect("a plan");
+    assert!(has_runs(&plan));
+    for (num_pages, changed_rows) in [(200, Some(&[][..])), (150, None), (100, Some(&[1][..]))] {
+        planner.advance(&view(num_pages), changed_rows, &mut plan).expect("a plan");
+        assert_eq!(plan.num_pages(), num_pages);
+        assert_eq!(planner.batch_of_runs().expect("in runs").num_pages(), num_pages - RUN_PAGES + 1);
+    }
+}
+
+/// What a planner has made without a capacity is no step of the one that has it.
+#[test]
+fn a_capacity_begins_with_a_plan_of_its_own() {
+    let tables: [&[u32]; 1] = [&(0..20_000).collect::<Vec<_>>()];
+    let [first, next] = [&[19_000], &[19_001]]
+        .map(|lengths| DecodeBatch::from_block_tables(&tables, lengths, 1, 20_000).expect("valid"));
+    for options in [runs_always(), PlanOptions::default()] {
+        let mut planner = planner(options, 1);
+        let mut plan = planner.plan(&first).expect("a plan");
+        assert!(plan.header().slot_count > 0, "a long sequence is cut");
+        let capacity = PlanCapacity { max_sequences: 1, max_pages: 20_000, max_items: 1, max_slots: 0 };
+        let mut planner = planner.with_capacity(capacity).expect("a valid capacity");
+        planner.advance(&next, None, &mut plan).expect("a plan");
+        assert!(!has_runs(&plan) && plan.items().len() == 1 && plan.header().slot_count == 0, "{plan:?}");
+        assert_eq!(plan.bytes(), planner.plan(&next).expect("a plan").bytes());
+    }
+}

@@ -202,3 +202,27 @@ fn what_is_no_tree_is_refused() {
     assert!(refused.contains("query tree: got yes, expected none"), "{refused}");
     assert_eq!(supports(&plain.with_query_tree(4), None, None), Ok(()));
 }
+
+#[test]
+fn the_largest_trees_that_are_accepted() {
+    let chain = |count: u32| (0..count).map(|token| token.checked_sub(1)).collect::<Vec<Option<u32>>>();
+    let tables: [&[u32]; 1] = [&[0; 32]];
+    let view = DecodeBatch::from_block_tables(&tables, &[300], 16, 1).unwrap();
+    assert_eq!(QueryTokens::tree(&view, &chain(256)).unwrap().batch().sequence_count(), 256);
+    QueryTokens::tree(&view, &chain(257)).unwrap_err();
+
+    // Each page that a row sees a part of counts as whole: 32,766 of 65,536 tokens, and the drafts behind the first.
+    let table = vec![0; 32_767];
+    let refusal = |drafts: u32| {
+        let (tables, lengths) = ([&table[..]], [32_766 * 65_536 + drafts - 1]);
+        let view = DecodeBatch::from_block_tables(&tables, &lengths, 1 << 16, 1).unwrap();
+        let queries = QueryTokens::tree(&view, &chain(drafts)).unwrap();
+        let problem =
+            Problem::new(AttentionShape::new(8, 2, 128, Dtype::F16).unwrap(), 1 << 16).with_query_tree(drafts);
+        let plan = planner(problem, PlanOptions::default()).plan(&queries.batch());
+        plan.map(|_| ()).map_err(|error| error.to_string())
+    };
+    assert_eq!(refusal(2), Ok(()));
+    let message = refusal(3).unwrap_err();
+    assert!(message.starts_with("query tree of sequence 0: got 32768, expected pages and drafts"), "{message}");
+}

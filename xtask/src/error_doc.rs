@@ -51,7 +51,17 @@ const INTRODUCTION: &str = "# Errors
 
 An error names the argument or the place, its value and what is accepted. Bad input is refused before anything is launched or
 written. The tool prints an error on one line, after the option that is wrong, and ends with status 2. Status 1 means that a
-result failed verification or became slower. In Rust, `Error::code` tells the classes of the library apart.
+result failed verification or became slower. The messages of the library are the same everywhere, with the names that arguments
+have there; its classes are
+
+| What is wrong | `Error::code` | In Python | In C |
+|---|---|---|---|
+| an argument | `invalid_argument` | `ValueError`; `TypeError` for an object of another kind | `PAT_STATUS_INVALID_ARGUMENT` |
+| a plan and a call that do not fit | `plan_mismatch` | `ValueError` | `PAT_STATUS_PLAN_MISMATCH` |
+| a problem that no kernel computes | `unsupported` | `ValueError` | `PAT_STATUS_UNSUPPORTED` |
+| no usable CUDA device | `cuda_unavailable` | `prefix_attn.CudaUnavailable` | `PAT_STATUS_CUDA_UNAVAILABLE` |
+| a call of the CUDA driver | `cuda` | `prefix_attn.CudaError` | `PAT_STATUS_CUDA` |
+| pat-rs itself: please report it | - | `RuntimeError` or `PanicException` | `PAT_STATUS_INTERNAL` |
 
 `{...}` stands for what a message fills in. `cargo xtask error-doc` writes this page from the error types; do not edit it.
 ";

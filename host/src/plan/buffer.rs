@@ -662,3 +662,18 @@ impl Plan {
         bytemuck::cast_slice(bytes)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_are_below_2_to_the_31() {
+        let most = (1 << 31) - 1;
+        assert_eq!(checked_count("items", u64::from(most)).unwrap(), most);
+        for more in [1 << 31, 1 << 32] {
+            let message = checked_count("items", more).unwrap_err().to_string();
+            assert_eq!(message, format!("plan items: got {more}, expected fewer than 2^31"));
+        }
+    }
+}

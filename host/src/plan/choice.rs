@@ -253,4 +253,22 @@ mod tests {
         let group_of_100 = Problem::new(AttentionShape::new(100, 1, 128, Dtype::F16).unwrap(), 16);
         assert_eq!(variants(group_of_100), [TileVariant::Wgmma128]);
     }
+
+    #[test]
+    fn variants_that_are_asked_for_serve_the_problem() {
+        let forced = |problem: Problem, variants: &[TileVariant]| {
+            let options = PlanOptions::default().with_variants(variants);
+            let choices = TileChoices::new(&problem, &DeviceProfile::h200(), &options);
+            choices.map(|choices| choices.variants()).map_err(|error| error.to_string())
+        };
+        let group_of_32 = Problem::new(AttentionShape::new(32, 1, 128, Dtype::F16).unwrap(), 16);
+        // Too few rows for one sequence: no error beside a variant that has enough.
+        assert_eq!(forced(group_of_32, &[TileVariant::Mma16, TileVariant::Mma64]), Ok(vec![TileVariant::Mma64]));
+        let message = forced(group_of_32, &[TileVariant::Mma16]).unwrap_err();
+        assert!(message.starts_with("variants: got mma16,"), "{message}");
+        // What a variant does not compute is an error also there.
+        let in_a_window = group_of_32.with_window(40);
+        let message = forced(in_a_window, &[TileVariant::Wgmma64, TileVariant::Mma64]).unwrap_err();
+        assert!(message.starts_with("variants: got wgmma64,") && message.contains("window: got 40"), "{message}");
+    }
 }
