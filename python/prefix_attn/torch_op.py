@@ -85,12 +85,15 @@ def _check(kind: type, **values: object) -> None:
 
 def _number(name: str, value: object) -> float | Tensor | None:
     """A number if there is one; arrays and tensors are numbers without dimensions only. A schema takes any of one element."""
-    if value is None or isinstance(value, (int, float)):
+    if value is None or isinstance(value, (int, float)) and not isinstance(value, bool):
         return value
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         # A tensor stays one: to read it would break a graph.
-        if isinstance(value, Tensor) or isinstance(value.item(), (int, float)):
-            return value if isinstance(value, Tensor) else value.item()
+        if isinstance(value, Tensor):
+            if value.dtype is not torch.bool:
+                return value
+        elif isinstance(value.item(), (int, float)) and not isinstance(value.item(), bool):
+            return value.item()
     raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
 
 

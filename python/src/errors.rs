@@ -6,7 +6,7 @@ use pyo3::inspect::PyStaticExpr;
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::{PyInt, PyString, PyType};
+use pyo3::types::{PyBool, PyFloat, PyInt, PyString, PyType};
 
 /// An exception that is about to be raised. Stands between the errors of `pat-rs` and `PyErr`, neither of which is ours.
 #[derive(Debug)]
@@ -165,6 +165,10 @@ pub(crate) enum Index<'py> {
 
 /// The integer that an object is. Tensors and arrays are if they have no dimensions: of one element they may be a list of one.
 pub(crate) fn index_of<'py>(object: &Bound<'py, PyAny>) -> PyResult<Index<'py>> {
+    // Python takes True for 1; as a count or a page it is a slip.
+    if let Some(what) = truth_value(object) {
+        return Ok(Index::IsNot(what, None));
+    }
     if let Ok(number) = object.cast::<PyInt>() {
         return Ok(Index::Is(number.clone()));
     }
@@ -184,6 +188,23 @@ pub(crate) fn index_of<'py>(object: &Bound<'py, PyAny>) -> PyResult<Index<'py>> 
         }),
         Err(error) => own_error(py, error).map(|error| Index::IsNot(what, Some(error))),
     }
+}
+
+/// What a truth value is, for errors: Python's, numpy's, a tensor or array of them. None of everything else.
+pub(crate) fn truth_value(object: &Bound<'_, PyAny>) -> Option<String> {
+    if object.is_exact_instance_of::<PyInt>() || object.is_exact_instance_of::<PyFloat>() {
+        return None;
+    }
+    if object.is_instance_of::<PyBool>() {
+        return Some("bool".into());
+    }
+    let dtype = object.getattr(intern!(object.py(), "dtype")).ok()?.str().ok()?;
+    let is_bool = dtype.to_string_lossy().trim_start_matches("torch.") == "bool";
+    is_bool.then(|| match type_name(object) {
+        // numpy's own, whose name tells enough.
+        name if name.starts_with("bool") => name,
+        name => format!("{name} of bool"),
+    })
 }
 
 /// A tensor or array, for errors.

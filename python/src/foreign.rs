@@ -10,7 +10,7 @@ use crate::device::Device;
 use crate::errors::{Failure, Result, has, invalid, own_error, type_name, wrong_type};
 use crate::merge;
 use crate::operands::{Operands, Scale, Span};
-use crate::tensor::{Element, MAX_RANK, Tensor, check_rank};
+use crate::tensor::{Element, MAX_RANK, Tensor, check_rank, imported};
 use crate::torch::{self, Handle};
 use bytemuck::Pod;
 use pat_rs::cpu::{CacheLayout, NewRows, State, append_rounded_rows, append_rows, merge_states};
@@ -258,6 +258,10 @@ pub(crate) fn read_dlpack<'py>(name: &'py str, object: &Bound<'py, PyAny>, strea
     if object.is_instance_of::<PyType>() || !has(object, intern!(py, "__dlpack__"))? {
         return Err(wrong_type(name, type_name(object), expected));
     }
+    if is_masked(object) {
+        let expected = "an array without a mask, which DLPack does not hand over (array.filled(...))";
+        return Err(wrong_type(name, format!("a {}", type_name(object)), expected));
+    }
     let refuse = |what: String| wrong_type(name, format!("{} {what}", type_name(object)), expected);
     // Producers raise whatever they like.
     let raised = |method: &str, error: PyErr| -> Result<Failure> {
@@ -333,6 +337,16 @@ pub(crate) fn read_dlpack<'py>(name: &'py str, object: &Bound<'py, PyAny>, strea
     Ok(read)
 }
 
+/// Whether it is one of numpy's masked arrays.
+fn is_masked(object: &Bound<'_, PyAny>) -> bool {
+    let py = object.py();
+    // Whoever has one has imported them.
+    let class = imported(py)
+        .and_then(|modules| modules.get_item(intern!(py, "numpy.ma"))?.getattr(intern!(py, "MaskedArray")))
+        .ok();
+    class.is_some_and(|class| object.is_instance(&class).unwrap_or(false))
+}
+
 /// A device in DLPack's terms.
 fn device_of(name: &str, kind: i32, id: i32) -> Result<Device> {
     match (kind, usize::try_from(id)) {
@@ -364,9 +378,15 @@ impl DlTensor {
             (6, 8, 1) => Element::Other("bool".into()),
             (code, bits, lanes) => Element::Other(format!("DLPack type {code} of {bits} bits in {lanes} lanes")),
         };
+        // Nothing lies behind no memory.
+        let offset = if self.data.is_null() { 0 } else { self.byte_offset };
+        let Some(address) = (self.data as u64).checked_add(offset) else {
+            let got = format!("a DLPack tensor {offset} bytes behind address {:#x}", self.data as u64);
+            return Err(invalid(name, got, "one whose elements are in memory"));
+        };
         let mut read = Tensor {
             name,
-            address: (self.data as u64).wrapping_add(self.byte_offset),
+            address,
             element,
             device,
             is_writable,

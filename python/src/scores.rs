@@ -1,6 +1,6 @@
 //! What becomes of the scores of a call, and factors of 8-bit caches: the arguments `scale`, `softcap`, `k_scale` and `v_scale`.
 
-use crate::errors::{Result, dimensions, invalid, own_error, type_name, with_dimensions, wrong_type};
+use crate::errors::{Result, dimensions, invalid, own_error, truth_value, type_name, with_dimensions, wrong_type};
 use pat_rs::Problem;
 use pyo3::exceptions::{PyOverflowError, PyTypeError};
 use pyo3::intern;
@@ -69,6 +69,9 @@ pub(crate) fn read_number(name: &str, value: &Bound<'_, PyAny>) -> Result<f32> {
     match dimensions(value) {
         0 => {}
         some => return Err(wrong_type(name, with_dimensions(value, some), "a number")),
+    }
+    if let Some(what) = truth_value(value) {
+        return Err(wrong_type(name, what, "a number"));
     }
     let error = match value.extract::<f64>() {
         Ok(number) => return Ok(number as f32),

@@ -338,7 +338,7 @@ pub(crate) fn torch_is_imported(py: Python<'_>) -> Result<bool> {
 }
 
 /// The modules that the program has imported, by name.
-fn imported(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
+pub(crate) fn imported(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
     py.import(intern!(py, "sys"))?.getattr(intern!(py, "modules"))
 }
 

@@ -429,6 +429,35 @@ def test_what_is_no_tree_is_refused_by_name(tree):
         prefix_attn_with_kvcache(q, k, v, tree, 0.125, torch.zeros_like(q))
 
 
+def written_as_numpy(table):
+    array = table.numpy()
+    array[array == 0] = 3
+
+
+def written_as_data(table):
+    table.data[table == 0] = 3
+
+
+@pytest.mark.parametrize("write", [written_as_numpy, written_as_data])
+@pytest.mark.parametrize("foreign", [False, True])
+@pytest.mark.parametrize("called_before", [False, True])
+def test_tables_that_change_unseen_by_torch_are_read_again(write, foreign, called_before):
+    q, k, v = tensors_of(2, 4, 16)
+    out = torch.empty_like(q)
+    given = tables_of(tree_of([20, 30], [[0, 1], [0, 2]], 16).kernel_info)
+    if foreign:
+        given = [given[0].clone(), *([part.clone() for part in group] for group in given[1:6]), *given[6:]]
+    if called_before:
+        prefix_attn_with_kvcache(q, k, v, *given, 64**-0.5, out)
+    versions = [table._version for table in given[2]]
+    for table in given[2]:
+        write(table)
+    assert [table._version for table in given[2]] == versions
+    prefix_attn_with_kvcache(q, k, v, *given, 64**-0.5, out)
+    expected = expected_of(q, k, v, [20, 30], [[3, 1], [3, 2]])
+    torch.testing.assert_close(out.double(), expected, atol=2e-3, rtol=0)
+
+
 TABLE = torch.zeros(1, 2, dtype=torch.int32)
 
 
@@ -437,6 +466,8 @@ TABLE = torch.zeros(1, 2, dtype=torch.int32)
     [
         ("block_size", lambda: PrefixTreeCPP(None)),
         ("block_size", lambda: PrefixTreeCPP(True)),
+        ("block_size", lambda: PrefixTreeCPP(torch.tensor(True))),
+        ("seq_lens[0]", lambda: PrefixTreeCPP(16).build_radix_tree([True], TABLE)),
         ("block_size", lambda: PrefixTreeCPP(16.0)),
         ("block_size", lambda: PrefixTreeCPP(torch.tensor([16]))),
         ("seq_lens", lambda: PrefixTreeCPP(16).build_radix_tree(None, TABLE)),

@@ -1,5 +1,6 @@
 """What no argument may be, of every kind: errors name the argument, are TypeError or ValueError, and come before anything is read."""
 
+import ctypes
 import itertools
 
 import numpy
@@ -43,6 +44,10 @@ NO_INTEGERS = {
     "one that gives text": (NoNumber, "NoNumber"),
     "text": (lambda: "16", "str"),
     "nothing": (lambda: None, "NoneType"),
+    "a truth value": (lambda: True, "bool"),
+    "numpy's truth value": (lambda: numpy.True_, "bool"),
+    "a tensor of a truth value": (lambda: torch.tensor(True), "Tensor of bool"),
+    "an array of a truth value": (lambda: numpy.array(True), "ndarray of bool"),
 }
 TABLE = numpy.zeros((2, 1), numpy.int32)
 INTEGER_ARGUMENTS = {
@@ -99,13 +104,20 @@ def test_one_element_is_one_sequences_number(planner):
         planner.plan([[0], [0]], [5, 5], 16, 1, query_tokens=one)
 
 
-@pytest.mark.parametrize("value", [torch.tensor([4.0]), numpy.array([4.0]), Raises(), "4", float])
+@pytest.mark.parametrize("value", [torch.tensor([4.0]), numpy.array([4.0]), Raises(), "4", float, True, torch.tensor(True)])
 @pytest.mark.parametrize("name", ["scale", "softcap"])
 def test_what_is_no_number_is_refused_by_name(planner, name, value):
     plan = planner.plan([[0]], [5], 16, 1)
     q, cache = torch.zeros(1, 8, 64, dtype=HALF), torch.zeros(1, 16, 2, 64, dtype=HALF)
     with pytest.raises(TypeError, match=f"^{name}: got .*, expected a number"):
         pa.run(plan, q, cache, cache, **{name: value})
+
+
+@pytest.mark.parametrize("value", [True, numpy.True_, numpy.array(True), torch.tensor(True)])
+@pytest.mark.parametrize("name", ["k_scale", "v_scale"])
+def test_a_truth_value_is_no_factor(name, value):
+    with pytest.raises(TypeError, match=f"^{name}: got .*bool.*, expected a number"):
+        run(**{name: value})
 
 
 OBJECTS = {
@@ -140,6 +152,25 @@ def test_objects_of_another_type_are_refused_by_name(argument, value):
     with pytest.raises(TypeError) as raised:
         OBJECTS[argument](value)
     assert str(raised.value).startswith(f"{argument.split(',')[0]}: got ")
+
+
+MASKED = numpy.ma.array([[0, 1]], mask=[[0, 1]], dtype=numpy.int32)
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("block_tables", lambda planner: planner.plan(MASKED, [20], 16, 2)),
+        ("block_tables", lambda planner: planner.plan([MASKED[0]], [20], 16, 2)),
+        ("lengths", lambda planner: planner.plan([[0], [1]], MASKED[0], 16, 2)),
+        ("query_tokens", lambda planner: planner.plan([[0], [1]], [5, 5], 16, 2, query_tokens=MASKED[0])),
+        ("q", lambda planner: run(q=numpy.ma.zeros((1, 8, 64), numpy.float16), out=torch.zeros(1, 8, 64, dtype=HALF))),
+    ],
+)
+def test_masked_arrays_are_refused(planner, name, call):
+    """DLPack hands over what is behind the mask, too."""
+    with pytest.raises(TypeError, match=f"^{name}: got a MaskedArray, expected an array without a mask"):
+        call(planner)
 
 
 def expanded(*size):
@@ -226,6 +257,34 @@ PRODUCERS = {
 def test_producers_that_raise_or_lie_are_refused_by_name(argument, what):
     with pytest.raises((TypeError, ValueError), match=f"^{argument}: got "):
         run(**{argument: PRODUCERS[what]()})
+
+
+class DlTensor(ctypes.Structure):
+    """The first member of what a capsule holds."""
+
+    _fields_ = [
+        ("data", ctypes.c_uint64),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("dtype", ctypes.c_uint32),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("byte_offset", ctypes.c_uint64),
+    ]
+
+
+@pytest.mark.parametrize(("data", "offset"), [(1 << 63, 1 << 63), (1 << 20, (1 << 64) - 16), (0, 4096), (0, 0)])
+@pytest.mark.parametrize("argument", ["q", "k_cache", "v_cache"])
+def test_memory_that_is_behind_its_end_is_refused(argument, data, offset):
+    """An offset that takes an address around to one that might be there, and one from no address."""
+    capsule = torch.zeros(1, 16, 2, 64, dtype=HALF).__dlpack__()
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    tensor = DlTensor.from_address(pointer(capsule, b"dltensor"))
+    tensor.data, tensor.byte_offset = data, offset
+    with pytest.raises(ValueError, match=f"^{argument}: got a (DLPack tensor|Producer without memory)"):
+        run(**{argument: Producer(capsule)})
 
 
 class Resizes:

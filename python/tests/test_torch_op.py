@@ -198,6 +198,7 @@ def test_decode_out_refuses_other_types_by_name(planner, name):
         *((name, bad) for name in ("k_new", "v_new", "k_cache", "v_cache", "slots") for bad in (None, [3, -1], ARRAY)),
         ("kv_layout", 3),
         ("k_scale", ARRAY),
+        ("k_scale", True),
         ("v_scale", "x"),
     ],
 )

@@ -80,8 +80,14 @@ fn what_exceeds_the_capacity_is_refused() {
     assert_eq!(plan.header().slot_count, 0);
     let before = plan.clone();
     for (capacity, parts) in [
-        (PlanCapacity { max_sequences: 2, ..fits }, ["batch rows: got 3", "max_sequences = 2"]),
-        (PlanCapacity { max_pages: 19, ..fits }, ["pages of the batch: got 20", "max_pages = 19"]),
+        (
+            PlanCapacity { max_sequences: 2, ..fits },
+            ["lengths: got those of 3 rows, expected", "at most capacity.max_sequences = 2"],
+        ),
+        (
+            PlanCapacity { max_pages: 19, ..fits },
+            ["lengths: got those of 20 pages, expected", "at most capacity.max_pages = 19"],
+        ),
         (PlanCapacity { max_items: 2, ..fits }, ["capacity.max_items: got 2", "at least max_sequences = 3"]),
     ] {
         let message = refusal(PlanMode::Auto, capacity);
@@ -89,9 +95,9 @@ fn what_exceeds_the_capacity_is_refused() {
     }
     // A fixed chunk leaves no choice.
     let message = refusal(PlanMode::FixedChunk { tokens: 80 }, fits);
-    assert!(message.contains("max_items = 3"), "{message}");
+    assert!(message.starts_with("capacity.max_items: got 3, expected at least 4 for this batch"), "{message}");
     let message = refusal(PlanMode::FixedChunk { tokens: 80 }, PlanCapacity { max_items: 9, ..fits });
-    assert_eq!(message, "plan slots: got 4, expected at most capacity.max_slots = 0");
+    assert!(message.starts_with("capacity.max_slots: got 0, expected at least 4 for this batch"), "{message}");
 
     // A step that no longer fits leaves the plan as it was, and the next one that fits is planned.
     let more = OwnedBatch {

@@ -61,22 +61,33 @@ impl PlanCapacity {
         let sequences = batch.sequence_count();
         let pages: u64 =
             (0..sequences).map(|sequence| u64::from(batch.length(sequence).div_ceil(batch.page_size()))).sum();
-        check("batch rows", sequences as u64, "max_sequences", self.max_sequences)?;
-        check("pages of the batch", pages, "max_pages", self.max_pages)
+        let limits = [
+            ("rows", sequences as u64, "max_sequences", self.max_sequences),
+            ("pages", pages, "max_pages", self.max_pages),
+        ];
+        match limits.into_iter().find(|(_, count, _, limit)| *count > u64::from(*limit)) {
+            None => Ok(()),
+            Some((of, count, field, limit)) => {
+                let expected = format!("at most capacity.{field} = {limit}");
+                Err(Error::invalid("lengths", format!("those of {count} {of}"), expected))
+            }
+        }
     }
 
     /// Refuses a plan that is too large: one of a mode that leaves no choice.
     pub(super) fn check_records(&self, records: &Records) -> Result<()> {
-        check("plan items", records.items.len() as u64, "max_items", self.max_items)?;
-        check("plan slots", u64::from(records.slot_count), "max_slots", self.max_slots)
+        let counts = [
+            ("max_items", records.items.len() as u64, self.max_items),
+            ("max_slots", u64::from(records.slot_count), self.max_slots),
+        ];
+        match counts.into_iter().find(|(_, count, limit)| *count > u64::from(*limit)) {
+            None => Ok(()),
+            Some((field, count, limit)) => {
+                let expected = format!("at least {count} for this batch, whose mode leaves no choice");
+                Err(Error::invalid(format!("capacity.{field}"), limit, expected))
+            }
+        }
     }
-}
-
-fn check(what: &str, n: u64, field: &str, limit: u32) -> Result<()> {
-    if n <= u64::from(limit) {
-        return Ok(());
-    }
-    Err(Error::invalid(what, n, format!("at most capacity.{field} = {limit}")))
 }
 
 #[cfg(test)]

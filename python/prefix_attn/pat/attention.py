@@ -9,7 +9,7 @@ import torch
 
 import prefix_attn
 
-from .tree import PrefixTreeCPP, kind, version_of
+from .tree import PrefixTreeCPP, is_unchanged, kind, mark_of
 
 #: More than any schedule of a cache has in a group; what is larger would take the host's memory when it is read.
 MOST_TABLE_ENTRIES = 1 << 28
@@ -29,7 +29,9 @@ def prefix_attn_with_kvcache(q, k_cache_paged, v_cache_paged, *args, **kwargs) -
         q: fp16 or bf16 [B, 1, Hq, D].
         k_cache_paged, v_cache_paged: as q, [num_blocks, block_size, Hkv, D], each with strides of its own.
         tree: The batch; its tables as ``kernel_info`` has them are the second form. Tables of another origin are read back
-            from the device once per schedule, which waits for it.
+            from the device once per schedule, which waits for it. A program may write into tables between calls: on the CPU
+            they are compared with what they were; on a device, where that would wait for it, torch counts writes, but not
+            those by way of ``.data`` or of another library, after which the tables are to be passed as other tensors.
         softmax_scale: Factor on the scores, usually ``D ** -0.5``. Scores beyond float32's range can give NaN.
         out: as q.
 
@@ -130,7 +132,7 @@ def _table_form(
         tree = _tree_of_own_tables(num_split_per_seq, tables) or _tree_of_tables(
             num_split_per_seq.tolist(), {name: [t.tolist() for t in groups] for name, groups in tables.items()}, k_cache_paged
         )
-        num_split_per_seq._prefix_attn_schedule = ([(part, version_of(part)) for part in parts], tree)
+        num_split_per_seq._prefix_attn_schedule = ([(part, mark_of(part)) for part in parts], tree)
     _tree_form(q, k_cache_paged, v_cache_paged, tree, softmax_scale, out)
 
 
@@ -166,23 +168,24 @@ def _check_pack_counts(tables: dict, sequences: int) -> None:
 def _tree_of_same(parts: list[torch.Tensor]) -> PrefixTreeCPP | None:
     """The tree of the layer before: where the tensors are the same ones, unchanged."""
     known, tree = getattr(parts[0], "_prefix_attn_schedule", ([], None))
-    # Without a version, nothing says that it is unchanged.
-    same = len(known) == len(parts) and all(
-        a is b and version is not None and version == version_of(b) for (a, version), b in zip(known, parts)
-    )
+    same = len(known) == len(parts) and all(a is b and is_unchanged(b, mark) for (a, mark), b in zip(known, parts))
     return tree if same else None
 
 
 def _tree_of_own_tables(num_split_per_seq: torch.Tensor, tables: dict) -> PrefixTreeCPP | None:
     """The tree whose ``kernel_info`` the tables are, if they are as it made them."""
     tree = getattr(num_split_per_seq, "_prefix_attn_tree", None)
-    if tree is None or tree.kernel_info.num_split_per_seq is not num_split_per_seq or version_of(num_split_per_seq) != 0:
+    if tree is None or not _is_as_made(tree.kernel_info.num_split_per_seq, num_split_per_seq):
         return None
     for name, groups in tables.items():
         own = getattr(tree.kernel_info, name)
-        if len(own) != len(groups) or any(mine is not given or version_of(given) != 0 for mine, given in zip(own, groups)):
+        if len(own) != len(groups) or not all(map(_is_as_made, own, groups)):
             return None
     return tree
+
+
+def _is_as_made(own: torch.Tensor, given: torch.Tensor) -> bool:
+    return own is given and is_unchanged(own, own._prefix_attn_mark)
 
 
 def _tree_of_tables(num_splits: list[int], tables: dict[str, list], k_cache_paged: torch.Tensor) -> PrefixTreeCPP:

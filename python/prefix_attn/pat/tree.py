@@ -178,13 +178,15 @@ class KernelInfo:
         self.num_seqs_per_CTAs = [self._table([len(pack.queries) for pack in group]) for group in grouped]
         self.CTA_ranks = [self._table([pack.rank for pack in group]) for group in grouped]
         self.kv_in_CTAs = [self._table([pack.kv_tokens for pack in group]) for group in grouped]
-        # A program passes the tables on: the tree is found by them again.
+        # A program passes the tables on: the tree is found by them again, if they are as they are now.
         self.num_split_per_seq._prefix_attn_tree = tree
 
     def _table(self, rows: list) -> torch.Tensor:
         # Of the mode of inference, they would not show whether a program changes them.
         with torch.inference_mode(False):
-            return torch.tensor(rows, dtype=torch.int32).to(self._device)
+            table = torch.tensor(rows, dtype=torch.int32).to(self._device)
+        table._prefix_attn_mark = mark_of(table)
+        return table
 
     def _padded(self, rows: list[list[int]]) -> torch.Tensor:
         width = max(map(len, rows))
@@ -253,14 +255,26 @@ def kind(value: object) -> str:
     return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
-def version_of(tensor: torch.Tensor) -> int | None:
-    """How often it was written to; None of a tensor of the mode of inference, which does not count that."""
-    return None if tensor.is_inference() else tensor._version
+def mark_of(table: torch.Tensor) -> torch.Tensor | int | None:
+    """What says later whether a table is as it is now. On the CPU a copy: what writes by way of ``.numpy()`` or ``.data`` leaves
+    no other trace. On a device, where a comparison would wait for it, torch's count of writes; None of a tensor of the mode of
+    inference, whose writes are not counted."""
+    if table.device.type == "cpu":
+        return table.clone()
+    return None if table.is_inference() else table._version
+
+
+def is_unchanged(table: torch.Tensor, mark: torch.Tensor | int | None) -> bool:
+    """Whether a table is as it was when it was marked."""
+    if isinstance(mark, torch.Tensor):
+        return table.device == mark.device and table.dtype == mark.dtype and torch.equal(table, mark)
+    return mark is not None and table.device.type != "cpu" and not table.is_inference() and table._version == mark
 
 
 def integer(name: str, value: object) -> int:
-    """An integer, also numpy's, or a tensor's of no dimensions."""
-    if not isinstance(value, type) and not getattr(value, "ndim", 0) and not isinstance(value, bool):
+    """An integer, also numpy's, or a tensor's of no dimensions; no truth value, which Python takes for one."""
+    is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("torch.bool", "bool")
+    if not isinstance(value, type) and not getattr(value, "ndim", 0) and not is_bool:
         with contextlib.suppress(Exception):
             return operator.index(value)
     raise TypeError(f"{name}: {kind(value)}, expected an integer")
