@@ -100,6 +100,16 @@ fn pictures_name_backends_workloads_and_sources() {
 }
 
 #[test]
+fn rates_close_to_each_other_have_short_labels() {
+    let records =
+        [record("FLASH_ATTN", "unshared", 8.0, [200.0, 40.0]), record("FLASH_ATTN", "unshared", 8.6, [300.0, 90.0])];
+    let texts = texts(ServePicture::Latency, &figures(&records), Theme::Light);
+    assert!(texts.contains(&"8.2".to_owned()), "{texts:?}");
+    let numbers = texts.iter().filter(|text| text.parse::<f64>().is_ok());
+    assert!(numbers.clone().all(|text| text.len() <= 5), "{:?}", numbers.collect::<Vec<_>>());
+}
+
+#[test]
 fn runs_with_failures_are_left_out_and_counted() {
     let mut records = records();
     for record in &mut records[..2] {

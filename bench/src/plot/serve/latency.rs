@@ -124,7 +124,8 @@ fn draw_panel<DB: DrawingBackend>(
         .axis_desc_style(font(17).color(&text))
         .x_desc(if is_last { "requests per second" } else { "" })
         .y_desc(row.label)
-        .x_label_formatter(&|value| value.to_string())
+        // Ticks are sums of steps, 8.200000000000001 among them.
+        .x_label_formatter(&|rate| ((rate * 100.0).round() / 100.0).to_string())
         .y_label_formatter(&|value| value.to_string())
         .draw()?;
     for &limit in row.limits {
