@@ -61,6 +61,12 @@ async fn a_sweep_is_measured_recorded_and_resumed() {
     assert_eq!(status, Some(0), "{said}");
     assert!(said.contains("2 of 3 runs are in"), "{said}");
     assert_eq!(std::fs::read_to_string(&output).expect("written").lines().count(), 3);
+    let (status, said) = text(&serve(&[&common[..], &["--quick", "--force"]].concat()));
+    assert_eq!(status, Some(0), "{said}");
+    let records = std::fs::read_to_string(&output).expect("written");
+    let rates: Vec<&str> =
+        records.split("\"request_rate\":\"").skip(1).filter_map(|rest| rest.split('"').next()).collect();
+    assert_eq!(rates, ["7", "9"], "{records}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,6 +1,8 @@
 """PAT's API: its examples of schedules, its cases against torch in float64, and what PAT gets wrong."""
 
+import copy
 import os
+import pickle
 import random
 import subprocess
 import sys
@@ -427,6 +429,33 @@ def test_what_is_no_tree_is_refused_by_name(tree):
     q, k, v = tensors_of(2, 4, 16)
     with pytest.raises(TypeError, match="^tree: "):
         prefix_attn_with_kvcache(q, k, v, tree, 0.125, torch.zeros_like(q))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda tables: pickle.loads(pickle.dumps(tables)), copy.copy])
+@pytest.mark.parametrize("called_before", [False, True])
+def test_tables_are_copied_and_sent_as_any_tensors(copied, called_before):
+    q, k, v = tensors_of(2, 4, 16)
+    out = torch.empty_like(q)
+    info = tree_of([20, 30], [[0, 1], [0, 2]], 16).kernel_info
+    if called_before:
+        prefix_attn_with_kvcache(q, k, v, *tables_of(info), 64**-0.5, out)
+    given = copied(tables_of(info))
+    for change in (False, True):
+        for table in given[2] if change else []:
+            table[table == 0] = 3
+        prefix_attn_with_kvcache(q, k, v, *given, 64**-0.5, out)
+        expected = expected_of(q, k, v, [20, 30], [[3, 1], [3, 2]] if change else [[0, 1], [0, 2]])
+        torch.testing.assert_close(out.double(), expected, atol=2e-3, rtol=0)
+
+
+def test_tables_of_kernel_info_may_be_replaced():
+    q, k, v = tensors_of(2, 4, 16)
+    out = torch.empty_like(q)
+    info = tree_of([20, 30], [[0, 1], [0, 2]], 16).kernel_info
+    info.block_tables = [torch.where(table == 0, 3, table) for table in info.block_tables]
+    prefix_attn_with_kvcache(q, k, v, *tables_of(info), 64**-0.5, out)
+    expected = expected_of(q, k, v, [20, 30], [[3, 1], [3, 2]])
+    torch.testing.assert_close(out.double(), expected, atol=2e-3, rtol=0)
 
 
 def written_as_numpy(table):

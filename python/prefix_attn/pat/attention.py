@@ -9,7 +9,7 @@ import torch
 
 import prefix_attn
 
-from .tree import PrefixTreeCPP, is_unchanged, kind, mark_of
+from .tree import PrefixTreeCPP, is_unchanged, kind, known_of, mark_of
 
 #: More than any schedule of a cache has in a group; what is larger would take the host's memory when it is read.
 MOST_TABLE_ENTRIES = 1 << 28
@@ -132,7 +132,7 @@ def _table_form(
         tree = _tree_of_own_tables(num_split_per_seq, tables) or _tree_of_tables(
             num_split_per_seq.tolist(), {name: [t.tolist() for t in groups] for name, groups in tables.items()}, k_cache_paged
         )
-        num_split_per_seq._prefix_attn_schedule = ([(part, mark_of(part)) for part in parts], tree)
+        known_of(num_split_per_seq).schedule = ([(part, mark_of(part)) for part in parts], tree)
     _tree_form(q, k_cache_paged, v_cache_paged, tree, softmax_scale, out)
 
 
@@ -167,14 +167,14 @@ def _check_pack_counts(tables: dict, sequences: int) -> None:
 
 def _tree_of_same(parts: list[torch.Tensor]) -> PrefixTreeCPP | None:
     """The tree of the layer before: where the tensors are the same ones, unchanged."""
-    known, tree = getattr(parts[0], "_prefix_attn_schedule", ([], None))
+    known, tree = known_of(parts[0]).schedule
     same = len(known) == len(parts) and all(a is b and is_unchanged(b, mark) for (a, mark), b in zip(known, parts))
     return tree if same else None
 
 
 def _tree_of_own_tables(num_split_per_seq: torch.Tensor, tables: dict) -> PrefixTreeCPP | None:
     """The tree whose ``kernel_info`` the tables are, if they are as it made them."""
-    tree = getattr(num_split_per_seq, "_prefix_attn_tree", None)
+    tree = known_of(num_split_per_seq).tree
     if tree is None or not _is_as_made(tree.kernel_info.num_split_per_seq, num_split_per_seq):
         return None
     for name, groups in tables.items():
@@ -185,7 +185,7 @@ def _tree_of_own_tables(num_split_per_seq: torch.Tensor, tables: dict) -> Prefix
 
 
 def _is_as_made(own: torch.Tensor, given: torch.Tensor) -> bool:
-    return own is given and is_unchanged(own, own._prefix_attn_mark)
+    return own is given and is_unchanged(own, known_of(own).mark)
 
 
 def _tree_of_tables(num_splits: list[int], tables: dict[str, list], k_cache_paged: torch.Tensor) -> PrefixTreeCPP:

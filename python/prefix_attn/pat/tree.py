@@ -179,13 +179,13 @@ class KernelInfo:
         self.CTA_ranks = [self._table([pack.rank for pack in group]) for group in grouped]
         self.kv_in_CTAs = [self._table([pack.kv_tokens for pack in group]) for group in grouped]
         # A program passes the tables on: the tree is found by them again, if they are as they are now.
-        self.num_split_per_seq._prefix_attn_tree = tree
+        known_of(self.num_split_per_seq).tree = tree
 
     def _table(self, rows: list) -> torch.Tensor:
         # Of the mode of inference, they would not show whether a program changes them.
         with torch.inference_mode(False):
             table = torch.tensor(rows, dtype=torch.int32).to(self._device)
-        table._prefix_attn_mark = mark_of(table)
+        known_of(table).mark = mark_of(table)
         return table
 
     def _padded(self, rows: list[list[int]]) -> torch.Tensor:
@@ -253,6 +253,34 @@ os.register_at_fork(after_in_child=_forget_other_threads)
 def kind(value: object) -> str:
     """What a value is, for errors; a class is named itself."""
     return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+
+
+class Known:
+    """What is known of a table, kept at the table itself. Its copies, and what another process gets of it, are other tables.
+
+    Attributes:
+        mark: Of a table of ``kernel_info``, as it was made; see :func:`mark_of`.
+        tree: The tree that the tables beside it were made of.
+        schedule: The tables that were last passed beside it with their marks, and the tree that was read from them.
+    """
+
+    def __init__(self):
+        self.mark: torch.Tensor | int | None = None
+        self.tree: PrefixTreeCPP | None = None
+        self.schedule: tuple[list, PrefixTreeCPP | None] = ([], None)
+
+    def __deepcopy__(self, memo: dict) -> Known:
+        return Known()
+
+    def __reduce__(self):
+        return Known, ()
+
+
+def known_of(table: torch.Tensor) -> Known:
+    known = getattr(table, "_prefix_attn_known", None)
+    if known is None:
+        known = table._prefix_attn_known = Known()
+    return known
 
 
 def mark_of(table: torch.Tensor) -> torch.Tensor | int | None:

@@ -9,7 +9,7 @@
 #   modes   2 minutes, one GPU, 100 GB: the 8B shape eager, in PIECEWISE graphs and in both kinds: log-probs beside float32, tokens
 #   tokens  2 minutes, one GPU: tokens of a small model in PIECEWISE graphs; an engine that is restarted
 #   faults  2 minutes, one GPU: no memory, plans larger than their capacity, restarts in the middle
-#   killed  1.5 minutes, one GPU: the engine's process is killed, behind the server's front end and behind `LLM`; a new engine
+#   killed  1.5 minutes, one GPU: the engine's process is killed behind the server's front end; a new engine
 #   drafts  2.5 minutes, one GPU: speculative decoding with 3 drafts: tokens, step times of the 8B shape
 #   compiled 2 minutes, one GPU: vLLM's default mode (compiler, FULL_AND_PIECEWISE graphs), as serving is measured: tokens of the 8B
 #           shape and of a small model, 200 requests whose prompts come beside others' decode rows
@@ -210,27 +210,21 @@ faults() {
 }
 
 killed() {
-    local t=32x600+77:24 fault=32x600+77:16 name
-    local small="--shape small --kv-gib 1 --seqs 32 --tokens 4096 --max-len 2048 --mode graph --sizes 8,32"
+    local t=32x600+77:24 fault=32x600+77:16
+    local small="--ranks 1 --shape small --kv-gib 1 --seqs 32 --tokens 4096 --max-len 2048 --mode graph --sizes 8,32"
     # As vLLM starts engines unless told otherwise: their processes need not import it once more.
-    local -x VLLM_WORKER_MULTIPROC_METHOD=${VLLM_WORKER_MULTIPROC_METHOD:-fork} LIMIT=${LIMIT:-90}
-    local server="--ranks 1 $small" behind="fail:kill:$fault restart: again:$t"
-    PROGRAM=parallel.py drive server-fa $server --backend FLASH_ATTN tokens:$t tokens:$t:8 $behind &
-    PROGRAM=parallel.py drive server-ours $server tokens:$t $behind &
-    drive client-fa $small --apart --backend FLASH_ATTN tokens:$t fail:core:$fault &
-    drive client-ours $small --apart tokens:$t fail:core:$fault restart: again:$t &
+    local -x PROGRAM=parallel.py VLLM_WORKER_MULTIPROC_METHOD=${VLLM_WORKER_MULTIPROC_METHOD:-fork} LIMIT=${LIMIT:-90}
+    drive killed-fa $small --backend FLASH_ATTN tokens:$t tokens:$t:8 fail:kill:$fault &
+    drive killed-ours $small tokens:$t fail:kill:$fault restart: again:$t &
     wait
-    failed_in_background "$out"/{server-fa,server-ours,client-fa,client-ours}.json
-    for name in server client; do
-        judge "killed, $name: what came before it as stock?" "$out"/server-fa.json "$out"/$name-ours.json tokens:$t \
-            --noise "$out"/server-fa.json tokens:$t:8 --task-of-ours fail:$([ $name = server ] && echo kill || echo core):$fault
-        judge "killed, $name: a new engine behind it as stock?" "$out"/server-fa.json "$out"/$name-ours.json tokens:$t \
-            --noise "$out"/server-fa.json tokens:$t:8 --task-of-ours again:$t
-    done
-    for name in fa ours; do
-        said "$out"/server-$name kill
-        said "$out"/client-$name core
-    done
+    failed_in_background "$out"/killed-{fa,ours}.json
+    local noise="--noise $out/killed-fa.json tokens:$t:8"
+    judge "killed: what came before it as stock?" "$out"/killed-fa.json "$out"/killed-ours.json tokens:$t $noise \
+        --task-of-ours fail:kill:$fault
+    judge "killed: a new engine behind it as stock?" "$out"/killed-fa.json "$out"/killed-ours.json tokens:$t $noise \
+        --task-of-ours again:$t
+    said "$out"/killed-fa kill
+    said "$out"/killed-ours kill
 }
 
 said() { # record and log, what happened: the engine's log has our error
