@@ -14,8 +14,14 @@ const LEAST_TENSOR_PART: f64 = 0.6;
 /// Memory time that wider tiles may take, in parts of what the usual ones take.
 const MOST_WIDE_MEMORY: f64 = 0.95;
 
-/// Time that mma.sync tiles over 8-bit K and V may take, in parts of what the usual ones take: of short items the model knows less.
-const MOST_UNSHARED_TIME: f64 = 0.95;
+/// Time that mma.sync tiles over 8-bit K and V may take, in parts of what the usual ones take.
+const MOST_UNSHARED_TIME: f64 = 0.92;
+
+/// What they take longer than the model says: of short items it knows less (docs/performance-log.md, 29 November 2026).
+const UNSHARED_LATENCY_US: f64 = 2.0;
+
+/// Of so many distinct pages one may be read once more where they serve.
+const PAGES_PER_REPEATED: u64 = 16;
 
 /// What tiles a batch may be cut into.
 #[derive(Clone, Debug)]
@@ -38,7 +44,7 @@ pub(super) struct Special {
 enum Purpose {
     /// More rows: what is shared is read less often.
     Wide,
-    /// mma.sync over 8-bit K and V, where nothing is shared: its narrow tiles multiply less, and widen as much.
+    /// mma.sync over 8-bit K and V, where next to nothing is shared: its narrow tiles multiply less, and widen as much.
     Unshared,
 }
 
@@ -59,7 +65,7 @@ impl Special {
             Purpose::Wide => {
                 special.total_us() < usual.total_us() && special.memory_us <= MOST_WIDE_MEMORY * usual.memory_us
             }
-            Purpose::Unshared => special.total_us() <= MOST_UNSHARED_TIME * usual.total_us(),
+            Purpose::Unshared => special.total_us() + UNSHARED_LATENCY_US <= MOST_UNSHARED_TIME * usual.total_us(),
         }
     }
 }
@@ -136,11 +142,12 @@ impl TileChoices {
         self.is_special_in_use
     }
 
-    /// The special tiles, where they may help a batch with so many shared pages whose plan in the usual ones is predicted so.
-    pub(super) fn special_for(&self, usual: &Prediction, shared_pages: u64) -> Option<&Special> {
+    /// The special tiles, where they may help a batch of so many distinct and repeated pages whose plan in the usual ones is
+    /// predicted so.
+    pub(super) fn special_for(&self, usual: &Prediction, (unique, repeated): (u64, u64)) -> Option<&Special> {
         let may_help = |special: &&Special| {
             usual.tensor_us >= LEAST_TENSOR_PART * usual.busy_us
-                && (special.purpose == Purpose::Wide || shared_pages == 0)
+                && (special.purpose == Purpose::Wide || repeated <= unique / PAGES_PER_REPEATED)
         };
         self.special.as_ref().filter(may_help)
     }

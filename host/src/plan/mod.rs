@@ -587,7 +587,7 @@ impl Planner {
         let tried = widths(from).chain([1]).filter(|width| (to..=from).contains(width));
         let is_beaten = search.is_beaten(limit_us, |_| true, tried, search_scratch);
         let is_slow = is_beaten
-            || choices.special_for(&prediction, pages.shared).is_some_and(|special| {
+            || choices.special_for(&prediction, (pages.unique, pages.repeated)).is_some_and(|special| {
                 let counts = |other: &Prediction| choices.is_special_in_use() || special.is_better(other, &prediction);
                 let search = Search { choice: &special.choice, ..search };
                 search.is_beaten(limit_us, counts, special.widths(), search_scratch)
@@ -629,7 +629,7 @@ impl Planner {
             PlanMode::Auto => search.best(std::iter::once(1).chain(widths(widest)), search_scratch),
         };
         let mut takes_special = false;
-        if let Some(special) = choices.special_for(&prediction, pages.shared) {
+        if let Some(special) = choices.special_for(&prediction, (pages.unique, pages.repeated)) {
             let (other_rule, other) =
                 Search { choice: &special.choice, ..search }.best(special.widths(), search_scratch);
             takes_special = special.is_better(&other, &prediction);
