@@ -190,6 +190,15 @@ pub(crate) fn index_of<'py>(object: &Bound<'py, PyAny>) -> PyResult<Index<'py>> 
     }
 }
 
+/// A tensor that wants a gradient, which nobody would compute.
+pub(crate) fn has_gradient(name: &str) -> Failure {
+    invalid(
+        name,
+        "a tensor with requires_grad=True",
+        "a tensor without gradient (tensor.detach()): there is no backward pass",
+    )
+}
+
 /// What a truth value is, for errors: Python's, numpy's, a tensor or array of them. None of everything else.
 pub(crate) fn truth_value(object: &Bound<'_, PyAny>) -> Option<String> {
     if object.is_exact_instance_of::<PyInt>() || object.is_exact_instance_of::<PyFloat>() {

@@ -1,10 +1,13 @@
 //! What becomes of the scores of a call, and factors of 8-bit caches: the arguments `scale`, `softcap`, `k_scale` and `v_scale`.
 
-use crate::errors::{Result, dimensions, invalid, own_error, truth_value, type_name, with_dimensions, wrong_type};
+use crate::errors::{
+    Result, dimensions, has_gradient, invalid, own_error, truth_value, type_name, with_dimensions, wrong_type,
+};
 use pat_rs::Problem;
 use pyo3::exceptions::{PyOverflowError, PyTypeError};
 use pyo3::intern;
 use pyo3::prelude::*;
+use pyo3::types::{PyFloat, PyInt};
 
 /// As the caller gives them.
 #[derive(Clone, Copy, Debug)]
@@ -72,6 +75,11 @@ pub(crate) fn read_number(name: &str, value: &Bound<'_, PyAny>) -> Result<f32> {
     }
     if let Some(what) = truth_value(value) {
         return Err(wrong_type(name, what, "a number"));
+    }
+    // Python's own numbers, of which each call has some, are not asked.
+    let is_plain = value.is_exact_instance_of::<PyFloat>() || value.is_exact_instance_of::<PyInt>();
+    if !is_plain && value.getattr(intern!(py, "requires_grad")).is_ok_and(|wanted| wanted.is_truthy().unwrap_or(true)) {
+        return Err(has_gradient(name));
     }
     let error = match value.extract::<f64>() {
         Ok(number) => return Ok(number as f32),

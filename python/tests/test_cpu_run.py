@@ -231,6 +231,21 @@ def test_tensors_without_elements_have_no_address(planner):
     assert not out.any() and lse.isneginf().all()
 
 
+def test_slices_of_a_fused_projection_may_have_no_rows(planner):
+    """They begin behind the end of a storage of no bytes."""
+    plan = planner.plan(torch.zeros((0, 8), dtype=torch.int32)[:, 2:], torch.zeros(0, dtype=torch.int32), 16, 2)
+    k = torch.zeros(2, 16, 2, 64, dtype=torch.float16)
+    v = k.clone()
+    qkv = torch.zeros(0, (8 + 2 + 2) * 64, dtype=torch.float16)
+    q, k_new, v_new = (part.view(0, -1, 64) for part in qkv.split([512, 128, 128], dim=1))
+    assert pa.run(plan, q, k, v).shape == (0, 8, 64)
+    pa.append_kv(k_new, v_new, k, v, torch.zeros(0, dtype=torch.int64))
+    partials = torch.zeros(0, 3, 72, dtype=torch.float16)[:, 1:, 8:]
+    merged, _ = pa.merge_states(partials, torch.zeros(0, 2), partials, torch.zeros(0, 2))
+    assert merged.shape == (0, 2, 64)
+    assert not k.any() and not v.any()
+
+
 def test_a_forked_process_executes_what_its_parent_did(planner):
     batch = random_forest(5)
     plan = planner.plan(batch.block_tables, batch.lengths, 16, batch.num_pages)

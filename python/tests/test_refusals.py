@@ -113,6 +113,15 @@ def test_what_is_no_number_is_refused_by_name(planner, name, value):
         pa.run(plan, q, cache, cache, **{name: value})
 
 
+@pytest.mark.parametrize("name", ["scale", "softcap"])
+def test_a_number_that_wants_a_gradient_is_refused_by_name(planner, name):
+    plan = planner.plan([[0]], [5], 16, 1)
+    q, cache = torch.zeros(1, 8, 64, dtype=HALF), torch.zeros(1, 16, 2, 64, dtype=HALF)
+    with pytest.raises(ValueError, match=f"^{name}: got a tensor with requires_grad=True, expected .*detach"):
+        pa.run(plan, q, cache, cache, **{name: torch.tensor(0.5, requires_grad=True)})
+    pa.run(plan, q, cache, cache, scale=torch.tensor(0.5))
+
+
 @pytest.mark.parametrize("value", [True, numpy.True_, numpy.array(True), torch.tensor(True)])
 @pytest.mark.parametrize("name", ["k_scale", "v_scale"])
 def test_a_truth_value_is_no_factor(name, value):
