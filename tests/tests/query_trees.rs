@@ -148,7 +148,7 @@ fn capacities_count_an_entry_for_each_draft() {
     let fits = plan(11).unwrap();
     assert!(fits.bytes().len() <= PlanCapacity::for_batches(3, 11, &DeviceProfile::h200()).plan_bytes());
     let message = plan(10).unwrap_err().to_string();
-    assert_eq!(message, "pages of the batch: got 11, expected at most capacity.max_pages = 10");
+    assert_eq!(message, "lengths: got those of 11 pages, expected at most capacity.max_pages = 10");
 }
 
 #[test]
