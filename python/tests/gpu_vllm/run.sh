@@ -184,7 +184,7 @@ faults() {
     local t=32x600+77:24 fault=32x600+77:16 how engine
     local small="--shape small --kv-gib 1 --seqs 32 --tokens 4096 --max-len 2048" graph="--mode graph --sizes 8,32"
     declare -A faults=([eager]="memory rows" [graph]="plan upload")
-    # Some of them alone: FAULTS="upload kill".
+    # Some of them alone: FAULTS="memory upload".
     for engine in ${!faults[@]}; do
         faults[$engine]=$(for how in ${faults[$engine]}; do [[ " ${FAULTS:-$how} " != *" $how "* ]] || echo $how; done)
     done
