@@ -420,7 +420,7 @@ mod tests {
                 usual.with_soft_cap(f32::INFINITY),
                 "soft_cap: got inf, expected none or a positive number, finite also beside the scale",
             ),
-            // Scores divided by it are 0.
+            // Scores that are divided by it are 0.
             (
                 usual.with_scale(1e-10).with_soft_cap(1e38),
                 "soft_cap: got 100000000000000000000000000000000000000, expected none or a positive number, finite also \
@@ -434,6 +434,7 @@ mod tests {
         for (problem, message) in cases {
             assert_eq!(refusal(problem, None), message);
         }
+        assert_eq!(supports(&usual.with_soft_cap(30.0), None, None), Ok(()));
         for scale in [0.0, -1.0, f32::NAN, f32::INFINITY, f32::MAX] {
             let message = refusal(usual.with_scale(scale), None);
             assert!(message.starts_with(&format!("softmax_scale: got {scale}, expected a positive")), "{message}");

@@ -271,4 +271,18 @@ mod tests {
         assert_eq!(reaches.map(Reach::name), ["full", "window", "chunk"]);
         assert_eq!(reaches.map(Reach::tokens), [None, Some(7), Some(8)]);
     }
+
+    #[test]
+    fn a_plan_serves_problems_that_differ_in_scores_and_query_tokens() {
+        let problem = |dtype| Problem::new(AttentionShape::new(4, 2, 64, dtype).expect("a valid shape"), 16);
+        let planned = problem(Dtype::F16).planned();
+        for other in [problem(Dtype::F16).with_query_tokens(3), problem(Dtype::F16).with_scale(0.5).with_soft_cap(20.0)]
+        {
+            assert_eq!(other.planned(), planned);
+        }
+        for other in [problem(Dtype::Bf16), problem(Dtype::F16).with_window(5), problem(Dtype::F16).with_query_tree(3)]
+        {
+            assert_ne!(other.planned(), planned);
+        }
+    }
 }

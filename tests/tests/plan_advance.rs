@@ -333,16 +333,18 @@ fn a_refused_step_leaves_the_plan_as_it_was() {
 fn rows_that_move_up_are_followed() {
     let spec = RaggedGroups { sequences: 80, groups: 2, shared_pages: 8, private_pages: 20, page_size: 16, seed: 3 };
     let before = spec.batch();
-    for leaving in [&[0u32][..], &[79], &[40], &[3, 4, 5], &[2, 30, 31, 77]] {
-        for hinted in [false, true] {
+    for leaving in [&[0u32][..], &[79], &[40], &[3, 4, 5], &[2, 30, 31, 77], &[1, 78, 79]] {
+        for (hinted, joins) in [(false, true), (true, true), (false, false), (true, false)] {
             let mut batch = before.clone();
             for &row in leaving.iter().rev() {
                 batch.block_tables.remove(row as usize);
                 batch.lengths.remove(row as usize);
             }
-            // One joins, behind the others.
-            batch.block_tables.push(before.block_tables[7][..9].to_vec());
-            batch.lengths.push(9 * 16 - 3);
+            if joins {
+                // One, behind the others.
+                batch.block_tables.push(before.block_tables[7][..9].to_vec());
+                batch.lengths.push(9 * 16 - 3);
+            }
             let [mut planner, mut scratch] = [(); 2].map(|()| self::planner(PlanMode::Auto, 16));
             let mut plan = from_scratch(&mut planner, &before);
             let rows = changed_rows(&before, &batch);
@@ -351,5 +353,24 @@ fn rows_that_move_up_are_followed() {
             let expected = from_scratch(&mut scratch, &batch);
             held_against(&plan, &planner, &batch, &expected, &scratch);
         }
+    }
+}
+
+#[test]
+fn rows_that_join_may_be_named() {
+    let spec = RaggedGroups { sequences: 8, groups: 2, shared_pages: 8, private_pages: 20, page_size: 16, seed: 3 };
+    let after = spec.batch();
+    for count in [5, 7] {
+        let before = OwnedBatch {
+            block_tables: after.block_tables[..count].to_vec(),
+            lengths: after.lengths[..count].to_vec(),
+            ..after.clone()
+        };
+        let [mut planner, mut scratch] = [(); 2].map(|()| self::planner(PlanMode::Auto, 16));
+        let mut plan = from_scratch(&mut planner, &before);
+        let joined: Vec<u32> = (count as u32..8).collect();
+        assert_eq!(advance(&mut planner, &after, Some(&joined), &mut plan), PlanChange::Forest);
+        let expected = from_scratch(&mut scratch, &after);
+        held_against(&plan, &planner, &after, &expected, &scratch);
     }
 }

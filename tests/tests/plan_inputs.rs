@@ -227,4 +227,16 @@ fn more_work_than_is_counted() {
     };
     assert_eq!(plan(&tables[..32_768]).expect("2^31 - 2^15").items().len(), 32_768);
     refusal(plan(&tables), &["plan items times KV heads: got 2147516415", "fewer than 2^31"]);
+
+    // A step to as many is refused likewise, and its plan is the one before.
+    let rows: Vec<&[u32]> = tables.iter().map(|row| &row[..]).collect();
+    let lengths = vec![1; rows.len()];
+    let view =
+        |count: usize| DecodeBatch::from_block_tables(&rows[..count], &lengths[..count], 16, 32_769).expect("valid");
+    let options = PlanOptions::from(PlanMode::Flat);
+    let mut planner = Planner::new(Problem::new(shape, 16), DeviceProfile::h200(), options).expect("a planner");
+    let mut plan = planner.plan(&view(32_768)).expect("2^31 - 2^15");
+    let before = plan.clone();
+    refusal(planner.advance(&view(32_769), None, &mut plan), &["plan items times KV heads: got 2147516415"]);
+    assert_eq!((&plan, plan.generation()), (&before, before.generation()));
 }
