@@ -236,5 +236,13 @@ fn cache_layout(cache: &Tensor<'_>, layout: KvLayout) -> Result<CacheLayout> {
     if layout.page_size == 0 || layout.kv_heads == 0 || layout.head_dim == 0 {
         return Err(invalid(cache.name, format!("shape {}", cache.shape()), "no dimension of 0"));
     }
+    // Strides do not say: of a slice they are those of the whole.
+    if !layout.head_dim.is_multiple_of(8) {
+        return Err(invalid(
+            cache.name,
+            format!("shape {}", cache.shape()),
+            "a last dimension that is a multiple of 8",
+        ));
+    }
     Ok(layout)
 }
