@@ -343,7 +343,7 @@ mod tests {
             ("num_pages * page_size", |a| {
                 (a.k_layout.num_pages, a.v_layout.num_pages) = (1 << 30, 1 << 30);
             }),
-            ("head_dim", |a| (a.k_layout.head_dim, a.v_layout.head_dim) = (60, 60)),
+            ("k_layout.head_dim: got 60", |a| (a.k_layout.head_dim, a.v_layout.head_dim) = (60, 60)),
             ("k_new: got e4m3", |a| a.dtype = Dtype::E4m3),
             ("k_cache: got bf16, expected f16, or a type of 8 bits", |a| a.kv_dtype = Dtype::Bf16),
             ("k_scale: got 2, expected 1 where", |a| a.k_scale = DeviceKvScale::Tensor(2.0)),
