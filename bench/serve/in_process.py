@@ -53,7 +53,7 @@ def parse(argv):
     add("--time-limit", type=float, metavar="SECONDS", help="begin no rate that may end later")
     add("--max-model-len", type=int, default=8192, metavar="TOKENS", help="longer requests are refused (default 8192)")
     add("--memory", type=float, default=0.9, metavar="PART", help="part of the GPU's memory (default 0.9)")
-    add("--kv-memory", type=float, metavar="GIB", help="K and V get so much of each GPU (default: what the model leaves of --memory)")
+    add("--kv-memory", type=float, metavar="GIB", help="K and V get so much of each GPU (default: what is left of --memory)")
     arguments = parser.parse_args(argv)
     arguments.rates = floats(parser, "--rates", arguments.rates, ",") if arguments.rates else []
     arguments.knee = [floats(parser, "--knee", text, ":", 3) for text in arguments.knee or []]

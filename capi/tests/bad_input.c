@@ -294,7 +294,7 @@ static void devices(PatPlanner *planner) {
     const int32_t lengths[9] = {1, 1, 1, 1, 1, 1, 1, 1, 1}, ids[9] = {0};
     const PatPaddedTables tables = {.page_ids = ids, .page_id_count = 9, .row_stride = 1, .lengths = lengths,
                                     .sequence_count = 9, .num_pages = 1};
-    REFUSED(pat_planner_plan_padded(bounded, &tables, &plan), "batch rows: got 9, expected at most");
+    REFUSED(pat_planner_plan_padded(bounded, &tables, &plan), "lengths: got those of 9 rows, expected at most");
     pat_planner_free(bounded);
 }
 

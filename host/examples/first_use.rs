@@ -1,7 +1,7 @@
-//! How long the driver takes to compile kernels when they are first needed: those of each tile variant, head dimension and type of K
-//! and V, each with its merge kernel, plain and with the features that are compiled in.
-//! `CUDA_CACHE_DISABLE=1 cargo run --release -p pat-rs --example first_use [SECONDS]`, on a machine with a GPU; without the variable
-//! the driver may find what it has compiled before. No kernel is begun behind so many seconds.
+//! How long the driver takes to compile kernels when they are first needed: those of each tile variant, head dimension and type of
+//! K and V, each with its merge kernel, plain and with the features that are compiled in.
+//! `CUDA_CACHE_DISABLE=1 cargo run --release -p pat-rs --example first_use [SECONDS]`, on a machine with a GPU; without the
+//! variable the driver may find what it has compiled before. After so many seconds, 600 unless given, no kernel is begun.
 
 use pat_abi::{Family, KERNELS};
 use pat_rs::cuda::CudaEngine;
@@ -43,9 +43,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 left += 1;
                 times.push("no time".to_owned());
             } else {
-                let begin = Instant::now();
+                let called = Instant::now();
                 engine.prepare_variants(&problem, &[variant])?;
-                let ms = begin.elapsed().as_secs_f64() * 1e3;
+                let ms = called.elapsed().as_secs_f64() * 1e3;
                 (slowest, compiled) = (slowest.max(ms), compiled + 1);
                 times.push(format!("{ms:.0}"));
             }

@@ -449,8 +449,9 @@ def append_kv(k_new: "torch.Tensor", v_new: "torch.Tensor", k_cache: "torch.Tens
     Writes new rows of K and V into their slots of a paged cache, in place.
 
     Into an 8-bit cache, elements are divided by their factor (in float32) and rounded to nearest even. What is too large,
-    infinities among it, becomes the largest finite element, NaN the code 0x7f: what vLLM's ``reshape_and_cache_flash`` writes. So a
-    factor of 1, the default, keeps elements up to 448 of float8_e4m3fn and 57344 of float8_e5m2; larger ones ask for a factor.
+    infinities among it, becomes the largest finite element, NaN the code 0x7f: what vLLM's ``reshape_and_cache_flash`` writes.
+    So a factor of 1, the default, keeps elements up to 448 of float8_e4m3fn and 57344 of float8_e5m2; larger ones ask for a
+    factor.
     On CUDA it enqueues one launch on torch's current stream.
 
     Args:

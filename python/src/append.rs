@@ -17,8 +17,9 @@ use pyo3::prelude::*;
 /// Writes new rows of K and V into their slots of a paged cache, in place.
 ///
 /// Into an 8-bit cache, elements are divided by their factor (in float32) and rounded to nearest even. What is too large,
-/// infinities among it, becomes the largest finite element, NaN the code 0x7f: what vLLM's ``reshape_and_cache_flash`` writes. So a
-/// factor of 1, the default, keeps elements up to 448 of float8_e4m3fn and 57344 of float8_e5m2; larger ones ask for a factor.
+/// infinities among it, becomes the largest finite element, NaN the code 0x7f: what vLLM's ``reshape_and_cache_flash`` writes.
+/// So a factor of 1, the default, keeps elements up to 448 of float8_e4m3fn and 57344 of float8_e5m2; larger ones ask for a
+/// factor.
 /// On CUDA it enqueues one launch on torch's current stream.
 ///
 /// Args:
@@ -235,6 +236,14 @@ fn cache_layout(cache: &Tensor<'_>, layout: KvLayout) -> Result<CacheLayout> {
     };
     if layout.page_size == 0 || layout.kv_heads == 0 || layout.head_dim == 0 {
         return Err(invalid(cache.name, format!("shape {}", cache.shape()), "no dimension of 0"));
+    }
+    // Strides do not say: of a slice they are those of the whole.
+    if !layout.head_dim.is_multiple_of(8) {
+        return Err(invalid(
+            cache.name,
+            format!("shape {}", cache.shape()),
+            "a last dimension that is a multiple of 8",
+        ));
     }
     Ok(layout)
 }

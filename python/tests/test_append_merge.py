@@ -134,6 +134,7 @@ EIGHT_BIT["kv_dtype"] = "float8_e4m3fn"
         ("v_new", ValueError, dict(v_cache=torch.zeros(4, 16, 2, 32, dtype=torch.float16))),
         ("v_cache", ValueError, dict(v_cache=torch.zeros(4, 16, 1, 64, dtype=torch.float16))),
         ("v_cache", ValueError, dict(v_cache=torch.zeros(4, 16, 2, 60, dtype=torch.float16))),
+        ("v_cache", ValueError, dict(v_cache=torch.zeros(4, 16, 2, 64, dtype=torch.float16)[..., :60])),
         ("v_cache", ValueError, dict(v_cache=torch.zeros(5, 16, 2, 64, dtype=torch.float16))),
         ("k_cache", ValueError, dict(k_cache=torch.zeros(4, 16, 128, dtype=torch.float16))),
         ("k_cache", TypeError, dict(k_cache=torch.zeros(4, 16, 2, 64, dtype=torch.float64))),

@@ -490,12 +490,21 @@ def test_tables_that_change_unseen_by_torch_are_read_again(write, foreign, calle
 TABLE = torch.zeros(1, 2, dtype=torch.int32)
 
 
+class Unreadable:
+    """Raises where it is asked what it holds."""
+
+    @property
+    def dtype(self):
+        raise RuntimeError("nobody may look")
+
+
 @pytest.mark.parametrize(
     ("name", "make"),
     [
         ("block_size", lambda: PrefixTreeCPP(None)),
         ("block_size", lambda: PrefixTreeCPP(True)),
         ("block_size", lambda: PrefixTreeCPP(torch.tensor(True))),
+        ("block_size", lambda: PrefixTreeCPP(Unreadable())),
         ("seq_lens[0]", lambda: PrefixTreeCPP(16).build_radix_tree([True], TABLE)),
         ("block_size", lambda: PrefixTreeCPP(16.0)),
         ("block_size", lambda: PrefixTreeCPP(torch.tensor([16]))),

@@ -1,5 +1,5 @@
-//! Page sizes and pools that random forests do not have: pages of 2 to 1,056 tokens, K and V of more than 2^31 elements each, whose
-//! page ids are far apart. On a device, against the f64 oracle; page sizes in interpreted PTX, too.
+//! Page sizes and pools that random forests do not have: pages of 2 to 1,056 tokens, K and V of more than 2^31 elements each,
+//! whose page ids are far apart. On a device, against the f64 oracle; page sizes in interpreted PTX, too.
 
 use half::{bf16, f16};
 use pat_rs::cpu::E4m3;

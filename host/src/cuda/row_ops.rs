@@ -148,7 +148,7 @@ impl CheckedAppend {
             };
             return Err(Error::invalid("v_cache", extent(&args.v_layout), extent(&args.k_layout)));
         }
-        let (k_chunks, v_chunks) = (head_chunks(k_dim)?, head_chunks(v_dim)?);
+        let (k_chunks, v_chunks) = (head_chunks("k_layout.head_dim", k_dim)?, head_chunks("v_layout.head_dim", v_dim)?);
         let chunks = k_chunks.max(v_chunks);
         if page_size == 0 || kv_heads == 0 {
             return Err(Error::invalid("page_size, kv_heads", format!("{page_size}, {kv_heads}"), "at least 1"));
@@ -219,7 +219,7 @@ pub(super) struct CheckedMergeStates(pub(super) MergeStatesParams, pub(super) u3
 impl CheckedMergeStates {
     pub(super) fn new((rows, heads, head_dim): (u32, u32, u32), states: [&DeviceState; 3]) -> Result<Self> {
         const NAMES: [[&str; 2]; 3] = [["out_a", "lse_a"], ["out_b", "lse_b"], ["out", "lse"]];
-        let chunks = head_chunks(head_dim)?;
+        let chunks = head_chunks("head_dim", head_dim)?;
         let warps = below_2_31("rows * heads", product([rows, heads, 1]))?;
         for (state, [out, lse]) in states.into_iter().zip(NAMES) {
             let dims = |strides: RowStrides| [("sequence", rows, strides.sequence), ("head", heads, strides.head)];
@@ -255,12 +255,11 @@ fn check_span(name: &str, span: &DeviceSpan, dims: &[Dimension], head_dim: u32, 
     }
 }
 
-fn head_chunks(head_dim: u32) -> Result<u32> {
-    match head_dim {
-        0 => Err(Error::invalid("head_dim", 0, "a positive multiple of 8")),
-        dim if !dim.is_multiple_of(8) => Err(Error::invalid("head_dim", dim, "a positive multiple of 8")),
-        dim => Ok(dim / 8),
+fn head_chunks(name: &str, head_dim: u32) -> Result<u32> {
+    if head_dim == 0 || !head_dim.is_multiple_of(8) {
+        return Err(Error::invalid(name, head_dim, "a positive multiple of 8"));
     }
+    Ok(head_dim / 8)
 }
 
 fn product(factors: [u32; 3]) -> u64 {
@@ -337,14 +336,14 @@ mod tests {
             ("k_cache: got", |a| a.k_cache = DeviceSpan::of_nothing(0x10_0000, 64)),
             ("v_cache: got 5 pages", |a| a.v_layout.num_pages = 5),
             ("v_cache: got 4 pages of 16 tokens and 1 heads, expected 4", |a| a.v_layout.kv_heads = 1),
-            ("head_dim: got 36", |a| a.v_layout.head_dim = 36),
+            ("v_layout.head_dim: got 36", |a| a.v_layout.head_dim = 36),
             ("v_new: got", |a| a.v_layout.head_dim = 72),
             ("slots: got", |a| a.slots = DeviceSpan::of_nothing(0x3000, 16)),
             ("slots: got", |a| a.slots = DeviceSpan::of_nothing(0x3004, 1 << 10)),
             ("num_pages * page_size", |a| {
                 (a.k_layout.num_pages, a.v_layout.num_pages) = (1 << 30, 1 << 30);
             }),
-            ("head_dim", |a| (a.k_layout.head_dim, a.v_layout.head_dim) = (60, 60)),
+            ("k_layout.head_dim: got 60", |a| (a.k_layout.head_dim, a.v_layout.head_dim) = (60, 60)),
             ("k_new: got e4m3", |a| a.dtype = Dtype::E4m3),
             ("k_cache: got bf16, expected f16, or a type of 8 bits", |a| a.kv_dtype = Dtype::Bf16),
             ("k_scale: got 2, expected 1 where", |a| a.k_scale = DeviceKvScale::Tensor(2.0)),

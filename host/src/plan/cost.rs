@@ -74,9 +74,9 @@ const WIDE_STEP_LATENCY: f64 = 2.3;
 /// What `wgmma128` multiplies in the time in which `wgmma64` multiplies 1 (likewise, on shared nodes).
 const WIDE_TENSOR_RATE: f64 = 1.35;
 
-/// What kernels multiply over 8-bit K and V in the time in which they multiply 1 over 16-bit ones: every 16 rows of an mma.sync tile
-/// convert the codes anew, `wgmma64` widens a tile once. Fitted to 174 measurements on an H200 (docs/performance-log.md, 254df84 and
-/// 5f53cd9).
+/// What kernels multiply over 8-bit K and V in the time in which they multiply 1 over 16-bit ones: every 16 rows of an mma.sync
+/// tile convert the codes anew, `wgmma64` widens a tile once. Fitted to 174 measurements on an H200 (docs/performance-log.md,
+/// 254df84 and 5f53cd9).
 fn conversion_rate(arch: Arch, kv_dtype: Dtype) -> f64 {
     match (arch, kv_dtype) {
         (_, Dtype::F16 | Dtype::Bf16) => 1.0,

@@ -230,8 +230,8 @@ impl Planner {
     }
 
     /// Plans within `capacity` only: larger batches are refused, and among the tilings of a batch that fits those are
-    /// chosen from that fit. At least the uncut ones do. Beside `wgmma64`, `wgmma128` (of 8-bit K and V the mma.sync tiles) is then
-    /// used only where it is forced ([`PlanOptions::variants`]): a captured graph would launch both kernels at every step.
+    /// chosen from that fit. At least the uncut ones do. Beside `wgmma64`, `wgmma128` (of 8-bit K and V the mma.sync tiles) is
+    /// then used only where it is forced ([`PlanOptions::variants`]): a captured graph would launch both kernels at every step.
     ///
     /// # Errors
     /// `max_items` is below `max_sequences`.

@@ -301,9 +301,10 @@ def is_unchanged(table: torch.Tensor, mark: torch.Tensor | int | None) -> bool:
 
 def integer(name: str, value: object) -> int:
     """An integer, also numpy's, or a tensor's of no dimensions; no truth value, which Python takes for one."""
-    is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("torch.bool", "bool")
-    if not isinstance(value, type) and not getattr(value, "ndim", 0) and not is_bool:
-        with contextlib.suppress(Exception):
+    # Whatever it raises while it is looked at, it is no integer.
+    with contextlib.suppress(Exception):
+        is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("torch.bool", "bool")
+        if not isinstance(value, type) and not getattr(value, "ndim", 0) and not is_bool:
             return operator.index(value)
     raise TypeError(f"{name}: {kind(value)}, expected an integer")
 

@@ -63,9 +63,10 @@ def arguments(given=None):
     parser.add_argument("--shape", default="small", choices=list(SHAPES))
     parser.add_argument("--model", default="qwen3", choices=["qwen3", "llama", "gpt-oss", "gemma"])
     parser.add_argument("--kv-heads", type=int)
-    parser.add_argument("--mode", default="eager", choices=["eager", "graph", "piecewise", "both"], help="CUDA graphs: FULL ones of "
-                        "decode steps, PIECEWISE ones, or both as vLLM has it by default")
-    parser.add_argument("--no-inductor", action="store_true", help="the pieces between attention run as torch has them: no compiler")
+    parser.add_argument("--mode", default="eager", choices=["eager", "graph", "piecewise", "both"],
+                        help="CUDA graphs: FULL ones of decode steps, PIECEWISE ones, or both as vLLM has it by default")
+    parser.add_argument("--no-inductor", action="store_true",
+                        help="the pieces between attention run as torch has them: no compiler")
     parser.add_argument("--sizes", default="8,64", help="captured batch sizes")
     parser.add_argument("--seqs", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=8192, help="max_num_batched_tokens")

@@ -7,8 +7,8 @@ Tasks, as those of drive.py; requests go to the ranks in turn:
   tokens:PROMPTSxSHARED+OWN:OUT[:BATCH]   greedy tokens with their log-probs
   again:... (as tokens)                   the same once more
   time:PROMPTSxSHARED+OWN:OUT             time per token while all decode: that of OUT tokens less that of one, prompts cached
-  fail:kill:PROMPTSxSHARED+OWN:OUT        when each request has OUT tokens, the engine's process is killed: each request must end in
-                                          the engine's error within 30 s; its prompts are those of the task `tokens`
+  fail:kill:PROMPTSxSHARED+OWN:OUT        when each request has OUT tokens, the engine's process is killed: each request must end
+                                          in the engine's error within 30 s; its prompts are those of the task `tokens`
   restart:                                another engine does the tasks behind
 """
 

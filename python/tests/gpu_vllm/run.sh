@@ -6,13 +6,13 @@
 #   idle    1.5 minutes, one GPU: how long the device waits for the host in steps of the 8B shape, two engines in turn
 #   exact   2 minutes, one GPU: FULL graphs beside float32 attention: the 8B shape layer by layer and by log-probs; small models with
 #           drafts and with gpt-oss's attention layer by layer
-#   modes   2 minutes, one GPU, 100 GB: the 8B shape eager, in PIECEWISE graphs and in both kinds: log-probs beside float32, tokens
+#   modes   2 minutes, one GPU, 100 GB: the 8B shape eager, in PIECEWISE graphs and in both: log-probs beside float32, tokens
 #   tokens  2 minutes, one GPU: tokens of a small model in PIECEWISE graphs; an engine that is restarted
 #   faults  2 minutes, one GPU: no memory, plans larger than their capacity, restarts in the middle
 #   killed  1.5 minutes, one GPU: the engine's process is killed behind the server's front end; a new engine
 #   drafts  2.5 minutes, one GPU: speculative decoding with 3 drafts: tokens, step times of the 8B shape
-#   compiled 2 minutes, one GPU: vLLM's default mode (compiler, FULL_AND_PIECEWISE graphs), as serving is measured: tokens of the 8B
-#           shape and of a small model, 200 requests whose prompts come beside others' decode rows
+#   compiled 2 minutes, one GPU: vLLM's default mode (compiler, FULL_AND_PIECEWISE graphs), as serving is measured: tokens of the
+#           8B shape, 200 requests of a small model whose prompts come beside others' decode rows
 #   more    2 minutes, one GPU: 200 requests with preemption and aborts: Qwen3, Llama, gpt-oss's attention (MODELS)
 #   gpt_oss 1.5 minutes, one GPU: windows and sinks: layers beside float32, tokens, 200 requests
 #   gpt_oss_times, gpt_oss_apart  1.5 minutes, one GPU: step times of gpt-oss-20b's attention, two engines in turn; Python's time
@@ -184,7 +184,7 @@ faults() {
     local t=32x600+77:24 fault=32x600+77:16 how engine
     local small="--shape small --kv-gib 1 --seqs 32 --tokens 4096 --max-len 2048" graph="--mode graph --sizes 8,32"
     declare -A faults=([eager]="memory rows" [graph]="plan upload")
-    # Some of them alone: FAULTS="upload kill".
+    # Some of them alone: FAULTS="memory upload".
     for engine in ${!faults[@]}; do
         faults[$engine]=$(for how in ${faults[$engine]}; do [[ " ${FAULTS:-$how} " != *" $how "* ]] || echo $how; done)
     done
@@ -311,8 +311,9 @@ more() {
 compiled() {
     local t=tokens:32x1500+100:32
     # Graphs of all steps up to the token budget: those that mix prompts and decode rows, too.
-    local big="--shape 8b --mode both --kv-gib 2.5 --seqs 32 --tokens 2048 --max-len 2048 --sizes 8,16,32,64,128,256,512,1024,2048"
-    local small="--shape small --mode both --kv-gib 0.12 --seqs 48 --tokens 1024 --sizes 8,16,32,48,64,128,256,512,1024"
+    local sizes=64,128,256,512,1024
+    local big="--shape 8b --mode both --kv-gib 2.5 --seqs 32 --tokens 2048 --max-len 2048 --sizes 8,16,32,$sizes,2048"
+    local small="--shape small --mode both --kv-gib 0.12 --seqs 48 --tokens 1024 --sizes 8,16,32,48,$sizes"
     drive compiled-8b-fa $big --backend FLASH_ATTN $t $t:8 &
     drive compiled-8b-triton $big --backend TRITON_ATTN $t &
     drive compiled-8b-ours $big $t broken:${t#*:} &
@@ -322,10 +323,12 @@ compiled() {
     wait
     failed_in_background "$out"/compiled-{8b-fa,8b-triton,8b-ours,fa,triton,ours}.json
     local noise="--noise $out/compiled-8b-triton.json $t --noise $out/compiled-8b-fa.json $t:8"
-    judge "8B shape, FULL_AND_PIECEWISE: as stock in the same mode?" "$out"/compiled-8b-fa.json "$out"/compiled-8b-ours.json $t $noise
+    judge "8B shape, FULL_AND_PIECEWISE: as stock in the same mode?" \
+        "$out"/compiled-8b-fa.json "$out"/compiled-8b-ours.json $t $noise
     judge "8B shape, FULL_AND_PIECEWISE, one token left out of every row: must be found" \
         "$out"/compiled-8b-fa.json "$out"/compiled-8b-ours.json $t $noise --task-of-ours broken:${t#*:} --expect-different
-    judge "200 requests, FULL_AND_PIECEWISE: as stock in the same mode?" "$out"/compiled-fa.json "$out"/compiled-ours.json $churn \
+    judge "200 requests, FULL_AND_PIECEWISE: as stock in the same mode?" \
+        "$out"/compiled-fa.json "$out"/compiled-ours.json $churn \
         --noise "$out"/compiled-fa.json churn:40:2 --noise "$out"/compiled-triton.json $churn
 }
 

@@ -5,7 +5,8 @@ import json
 import sys
 
 stock, ours = (json.load(open(name)) for name in sys.argv[1:3])
-print("sequences x (shared + own)   stock ms (p10-p90)        ours ms (p10-p90)         ours / stock   us of the builders   ms a token")
+titles = "sequences x (shared + own)", "stock ms (p10-p90)", "ours ms (p10-p90)", "ours / stock", "us of the builders", "ms a token"
+print("%-28s %-25s %-25s %-14s %-20s %s" % titles)
 for task, a in stock["tasks"].items():
     if task.startswith("time"):
         b = ours["tasks"][task]
