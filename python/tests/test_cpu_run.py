@@ -237,7 +237,7 @@ def test_slices_of_a_fused_projection_may_have_no_rows(planner):
     k = torch.zeros(2, 16, 2, 64, dtype=torch.float16)
     v = k.clone()
     qkv = torch.zeros(0, (8 + 2 + 2) * 64, dtype=torch.float16)
-    q, k_new, v_new = (part.view(0, -1, 64) for part in qkv.split([512, 128, 128], dim=1))
+    q, k_new, v_new = (part.view(0, part.shape[1] // 64, 64) for part in qkv.split([512, 128, 128], dim=1))
     assert pa.run(plan, q, k, v).shape == (0, 8, 64)
     pa.append_kv(k_new, v_new, k, v, torch.zeros(0, dtype=torch.int64))
     partials = torch.zeros(0, 3, 72, dtype=torch.float16)[:, 1:, 8:]
