@@ -58,6 +58,11 @@ def expected_of(q, k, v, lengths, rows):
     return out
 
 
+def foreign_copies(tables):
+    """The same numbers in tensors that no tree has made."""
+    return [tables[0].clone(), *([part.clone() for part in group] for group in tables[1:6]), *tables[6:]]
+
+
 def tables_of(info):
     return [
         info.num_split_per_seq,
@@ -193,7 +198,7 @@ def test_ragged_batches_in_all_forms(seed, block_size, form):
     else:
         tables = tables_of(tree.kernel_info)
         if form == "foreign tables":
-            tables = [tables[0].clone(), *([part.clone() for part in group] for group in tables[1:6]), *tables[6:]]
+            tables = foreign_copies(tables)
         for _ in range(2):
             prefix_attn_with_kvcache(q, k, v, *tables, 64**-0.5, out, timing_=None)
     tolerance = 1e-2 if dtype == torch.bfloat16 else 2e-3
@@ -475,7 +480,7 @@ def test_tables_that_change_unseen_by_torch_are_read_again(write, foreign, calle
     out = torch.empty_like(q)
     given = tables_of(tree_of([20, 30], [[0, 1], [0, 2]], 16).kernel_info)
     if foreign:
-        given = [given[0].clone(), *([part.clone() for part in group] for group in given[1:6]), *given[6:]]
+        given = foreign_copies(given)
     if called_before:
         prefix_attn_with_kvcache(q, k, v, *given, 64**-0.5, out)
     versions = [table._version for table in given[2]]
@@ -583,7 +588,7 @@ def test_tables_are_read_in_the_mode_of_inference(made_inside, foreign):
     def tables():
         made = tables_of(tree_of([20, 30], [[0, 1], [0, 2]], 16).kernel_info)
         if foreign:
-            made = [made[0].clone(), *([part.clone() for part in group] for group in made[1:6]), *made[6:]]
+            made = foreign_copies(made)
         return made
 
     given = None if made_inside else tables()
