@@ -163,7 +163,7 @@ class Benchmark:
         begin = time.monotonic()
         a = self.arguments
         window = Window(a.warm_up, a.measured, a.warm_up + a.measured + a.tail, a.patience)
-        result = run(self.engine, workload, rate, window, clock=self.make_clock(self.arguments.clock == "virtual"), admission=self.admission(),
+        result = run(self.engine, workload, rate, window, clock=self.make_clock(self.arguments.clock == "virtual"), admission=self.admission(workload),
                      seed=self.arguments.seed)
         counted = self.engine.backend_counters()
         tables, begun = {}, []
@@ -181,9 +181,9 @@ class Benchmark:
         print(row(record), flush=True)
         return record
 
-    def admission(self):
+    def admission(self, workload):
         name, _, most = self.arguments.admission.partition(":")
-        return PrefixGrouped(int(most)) if name == "prefix-grouped" else Fcfs()
+        return PrefixGrouped(int(most), workload) if name == "prefix-grouped" else Fcfs()
 
     def config(self, workload, rate):
         """The record before the run."""

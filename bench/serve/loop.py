@@ -10,6 +10,7 @@ import heapq
 import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from workload import arrival_times
 
@@ -104,34 +105,36 @@ class Fcfs:
 
 class PrefixGrouped:
     """At most `most` requests are in the engine; next comes one of the prefix that most of them have, unless one has waited longer than
-    `patience` seconds."""
+    `patience` seconds. A prefix is the beginning of a prompt that other requests of the workload have in theirs."""
 
     name = "prefix-grouped"
 
-    def __init__(self, most, patience=0.5):
+    def __init__(self, most, workload, patience=0.5):
         self.most, self.patience = most, patience
-        self.waiting, self.running = [], Counter()
+        times = Counter(identity for request in workload.requests for identity, _ in request.prompt)
+        self.shared = {identity for identity, count in times.items() if count > 1}
+        self.waiting, self.prefixes, self.running = [], {}, Counter()
 
-    @staticmethod
-    def prefix(sent):
-        return sent.request.prompt[:-1] or sent.request.prompt
+    def prefix(self, request):
+        return tuple(takewhile(lambda segment: segment[0] in self.shared, request.prompt)) or request.prompt
 
     def put(self, sent):
         self.waiting.append(sent)
+        self.prefixes[sent.name] = self.prefix(sent.request)
 
     def take(self, now):
         ready = []
         while self.waiting and self.running.total() < self.most:
             place = 0  # the oldest
             if now - self.waiting[0].arrived <= self.patience:
-                place = max(range(len(self.waiting)), key=lambda i: (self.running[self.prefix(self.waiting[i])], -i))
+                place = max(range(len(self.waiting)), key=lambda i: (self.running[self.prefixes[self.waiting[i].name]], -i))
             sent = self.waiting.pop(place)
-            self.running[self.prefix(sent)] += 1
+            self.running[self.prefixes[sent.name]] += 1
             ready.append(sent)
         return ready
 
     def ended(self, sent):
-        self.running[self.prefix(sent)] -= 1
+        self.running[self.prefixes.pop(sent.name)] -= 1
 
 
 def run(engine, workload, rate, window, *, clock=None, admission=None, seed=0):

@@ -207,12 +207,20 @@ class Loop(unittest.TestCase):
         more = ((index % 2, 400) for index in range(2000))
         lines = [{"arrival": i, "prompt": [list(head), [100 + i, 50]], "output_tokens": 50} for i, head in enumerate(more)]
         work = Workload(HEADER, [Request(line) for line in lines])
-        result, engine, _ = self.run_at(60.0, work, admission=PrefixGrouped(12, patience=60.0))
+        result, engine, _ = self.run_at(60.0, work, admission=PrefixGrouped(12, work, patience=60.0))
         self.assertEqual(engine.most, 12)
         self.assertGreater(self.run_at(60.0, work, admission=Fcfs())[1].most, 12)
         begun = sorted((sent for sent in result.sent if sent.chunks), key=lambda sent: sent.chunks[0][0])
         changes = sum(a.request.prompt[0] != b.request.prompt[0] for a, b in zip(begun, begun[1:]))
         self.assertLess(changes, len(begun) / 4, "neighbours have the same prefix")
+
+    def test_a_prefix_is_what_other_requests_have_too(self):
+        # Private text of one block, of two, of none; nothing shared.
+        prompts = [[[0, 512], [1, 512], [10, 512]], [[0, 512], [1, 512], [11, 512], [12, 512]], [[0, 512], [1, 512]], [[13, 512], [14, 512]]]
+        work = Workload(HEADER, [Request({"arrival": i, "prompt": prompt, "output_tokens": 5}) for i, prompt in enumerate(prompts)])
+        grouped = PrefixGrouped(4, work)
+        found = [grouped.prefix(request) for request in work.requests]
+        self.assertEqual(found, [((0, 512), (1, 512))] * 3 + [((13, 512), (14, 512))])
 
 
 class Figures(unittest.TestCase):
