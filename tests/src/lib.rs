@@ -4,6 +4,7 @@ pub mod device_tests;
 pub mod executor;
 pub mod forests;
 pub mod fuzzing;
+pub mod grids;
 pub mod interpreted;
 pub mod invariants;
 pub mod models;

@@ -41,16 +41,21 @@ impl RowSample {
     /// Every row if that is at most [`FULL_CHECK_FLOP`], else as many as fit, evenly spread; the sample always contains
     /// the first and the last pair, and at least one.
     pub fn for_batch(batch: &OwnedBatch, shape: AttentionShape) -> Self {
+        Self::within(batch, shape, FULL_CHECK_FLOP)
+    }
+
+    /// As [`Self::for_batch`], with another bound of the work.
+    pub fn within(batch: &OwnedBatch, shape: AttentionShape, most_flop: f64) -> Self {
         let pairs = batch.lengths.len() as u64 * u64::from(shape.kv_heads());
         let tokens: f64 = batch.lengths.iter().map(|&length| f64::from(length)).sum();
         let row_flop = 2.0 * f64::from(shape.head_dim() + shape.v_head_dim());
         let flop = row_flop * tokens * f64::from(shape.q_heads());
         let pair =
             |index: u64| ((index / u64::from(shape.kv_heads())) as u32, (index % u64::from(shape.kv_heads())) as u32);
-        if flop <= FULL_CHECK_FLOP {
+        if flop <= most_flop {
             return Self { name: "all rows".into(), pairs: (0..pairs).map(pair).collect() };
         }
-        let count = ((pairs as f64 * FULL_CHECK_FLOP / flop) as u64).clamp(2, pairs.max(2));
+        let count = ((pairs as f64 * most_flop / flop) as u64).clamp(2, pairs.max(2));
         let mut indices: Vec<u64> = (0..count).map(|i| i * (pairs - 1) / (count - 1)).collect();
         indices.dedup();
         Self {
