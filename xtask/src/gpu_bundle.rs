@@ -30,12 +30,15 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     for (name, file) in executables(&build, &commit)? {
         install(&file, &folder.join(name))?;
     }
-    let faults = ["--features", "pat-tests/fault-injection"];
-    let tests =
-        ["test", "--release", "--no-run", "--package", "pat-tests", "--package", "pat-rs", faults[0], faults[1]];
-    // The others need no GPU.
-    let wanted = |name: &str| name.starts_with("gpu_") || name == "pat_rs" || name == "soak";
-    for (name, file) in executables(&tests, &commit)?.into_iter().filter(|(name, _)| wanted(name)) {
+    let tests = [
+        ["test", "--release", "--no-run"].as_slice(),
+        &["--package", "pat-tests", "--package", "pat-rs", "--features", "pat-tests/fault-injection"],
+        // The others need no GPU, or measure what the tool measures.
+        &["--lib", "--test", "gpu_*", "--example", "soak", "--example", "first_use"],
+    ]
+    .concat();
+    // The support of the tests has tests of its own.
+    for (name, file) in executables(&tests, &commit)?.into_iter().filter(|(name, _)| name != "pat_tests") {
         install(&file, &folder.join("tests").join(name))?;
     }
     let ptx = folder.join("ptx");

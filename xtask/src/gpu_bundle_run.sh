@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Tests and measures pat-rs on a machine with a GPU and without cargo.
-#   ./run.sh [section ...]     sections: unit forests features soak grid sanitizer timing (default: all)
+#   ./run.sh [section ...]     sections: unit forests features grids soak grid first_use sanitizer timing (default: all)
 # A finished section leaves .done-SECTION behind and is skipped next time; FORCE=1 runs it again.
 set -u
 cd "$(dirname "$0")"
@@ -87,10 +87,14 @@ section() {
         tests_like 'gpu_shapes'
         tests_like 'gpu_steps'
         ;;
+    # What the suites of other libraries cover; PAT_GPU_GRIDS sets how many combinations of each.
+    grids) tests_like 'gpu_grids' ;;
     # On a device that nothing else uses: its free memory is judged.
     soak) step soak tests/soak ;;
     # Verified before they are timed; a run that was cut off goes on where it stopped.
     grid) step grid ./pat bench kernels --device cuda --output grid.json --resume ;;
+    # How long the driver compiles each kernel, without what it has compiled before; FIRST_USE_SECONDS bounds it.
+    first_use) CUDA_CACHE_DISABLE=1 step first_use tests/first_use "${FIRST_USE_SECONDS:-300}" ;;
     sanitizer)
         if ! command -v compute-sanitizer >/dev/null; then
             echo "== sanitizer: skipped, compute-sanitizer is not on the PATH"
@@ -118,7 +122,7 @@ section() {
     esac
 }
 
-[ $# -gt 0 ] || set -- unit forests features soak grid sanitizer timing
+[ $# -gt 0 ] || set -- unit forests features grids soak grid first_use sanitizer timing
 for name in "$@"; do
     if [ -e ".done-$name" ] && [ -z "${FORCE:-}" ]; then
         echo "== $name: done earlier (FORCE=1 runs it again)"
