@@ -5,9 +5,16 @@ use crate::sysroot::{self, CoreSource};
 use crate::toolchain::Toolchain;
 use crate::{build_ptx, ptxas, workspace};
 use anyhow::{Context, Result, bail};
+use flate2::Compression;
+use flate2::write::GzEncoder;
 use pat_abi::{Arch, KERNELS, KernelSpec, Switches};
 use std::collections::BTreeMap;
+use std::fmt;
 use std::fs;
+use std::io::Write;
+
+/// Of both files of PTX together, compressed: what they add to a package or a wheel.
+const MAX_COMPRESSED_BYTES: usize = 6_000_000;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -94,11 +101,51 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     for warning in &warnings {
         eprintln!("{warning}");
     }
+    let size = Size::of_committed()?;
+    if !args.json {
+        println!("{size}");
+    }
+    if size.compressed_bytes > MAX_COMPRESSED_BYTES {
+        bail!("{size}: expected at most {MAX_COMPRESSED_BYTES} bytes compressed");
+    }
     let bad = rows.iter().filter(|row| !row.violations.is_empty()).count();
     if bad > 0 || !warnings.is_empty() {
         bail!("{bad} kernels break a rule, ptxas gave {} warnings", warnings.len());
     }
     Ok(())
+}
+
+/// What the embedded PTX adds to a program and to what it is sent as.
+#[derive(Clone, Copy, Debug)]
+struct Size {
+    entries: usize,
+    text_bytes: usize,
+    /// By gzip.
+    compressed_bytes: usize,
+}
+
+impl Size {
+    /// Of both files.
+    fn of_committed() -> Result<Self> {
+        let mut size = Self { entries: 0, text_bytes: 0, compressed_bytes: 0 };
+        for arch in Arch::ALL {
+            let file = workspace::ptx_file(arch);
+            let text = fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))?;
+            let mut compressed = GzEncoder::new(Vec::new(), Compression::best());
+            compressed.write_all(text.as_bytes())?;
+            size.entries += Module::parse(&text).entries.len();
+            size.text_bytes += text.len();
+            size.compressed_bytes += compressed.finish()?.len();
+        }
+        Ok(size)
+    }
+}
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { entries, text_bytes, compressed_bytes } = self;
+        write!(f, "{entries} entries, {text_bytes} bytes of PTX, {compressed_bytes} by gzip")
+    }
 }
 
 /// Whether a kernel costs no more than a build without the switches, which are off: it has the same instructions. Around what
@@ -170,6 +217,14 @@ fn print_table(rows: &[Row]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_embedded_ptx_is_small() {
+        let size = Size::of_committed().unwrap();
+        println!("{size}");
+        assert_eq!(size.entries, KERNELS.len(), "{size}");
+        assert!(size.compressed_bytes < MAX_COMPRESSED_BYTES, "{size}");
+    }
 
     #[test]
     fn kernels_are_alike_up_to_registers_order_and_a_few_operations() {
