@@ -1,10 +1,13 @@
 //! Plans of PAT's 80 configurations beside those of its scheduler and beside no sharing (docs/planner-quality.md).
 
+use pat_bench::result::Record;
+use pat_bench::suites;
 use pat_rs::plan::cost::Pack;
 use pat_rs::plan::{PlanCapacity, PlanMode, PlanSummary};
 use pat_rs::{AttentionShape, DeviceProfile, Dtype, PlanOptions, Planner, Problem, TileVariant};
 use pat_tests::pat_schedule::{BLOCK_TOKENS, PatSchedule};
-use pat_workloads::{FIGURE_10_HEADS, FIGURE_10_TREES, OwnedBatch, RaggedGroups, TreeSpec};
+use pat_workloads::{ElementParts, FIGURE_10_HEADS, FIGURE_10_TREES, OwnedBatch, RaggedGroups, TreeSpec};
+use std::path::Path;
 
 fn summary(batch: &OwnedBatch, shape: AttentionShape, profile: &str, mode: PlanMode) -> PlanSummary {
     let rows = batch.rows();
@@ -218,4 +221,91 @@ fn masks_and_a_small_l2_cost_time() {
         planned(&batch, profile, PlanMode::Flat).1.memory_us
     };
     assert!(memory_us(1 << 24) > 1.5 * memory_us(1 << 32), "{} us, {} us", memory_us(1 << 24), memory_us(1 << 32));
+}
+
+/// How far measured times are from predicted ones: `measured / predicted`.
+#[derive(Debug)]
+struct Fit {
+    geometric_mean: f64,
+    /// Root mean square of the logarithms.
+    spread: f64,
+    least: f64,
+    largest: f64,
+}
+
+impl Fit {
+    fn of(ratios: &[f64]) -> Self {
+        let mean = |of: fn(f64) -> f64| ratios.iter().map(|ratio| of(ratio.ln())).sum::<f64>() / ratios.len() as f64;
+        Self {
+            geometric_mean: mean(|logarithm| logarithm).exp(),
+            spread: mean(|logarithm| logarithm * logarithm).sqrt(),
+            least: ratios.iter().copied().fold(f64::INFINITY, f64::min),
+            largest: ratios.iter().copied().fold(0.0, f64::max),
+        }
+    }
+}
+
+/// The cost model's constants and the profiles of two devices, held against the times of two result files: the 135 configurations
+/// that need no trace. The plans of some have changed since.
+#[test]
+fn measured_times_of_the_suites_are_predicted() {
+    let configurations: Vec<_> =
+        [suites::figure10(), suites::realistic(), suites::unshared(), suites::sweeps()].into_iter().flatten().collect();
+    for (file, profile) in [("2026-11-24-h200-1528e5d", "h200"), ("2026-11-25-h100-ff54cb6", "h100-sxm")] {
+        let path = format!("{}/../bench/results/{file}.json", env!("CARGO_MANIFEST_DIR"));
+        let measured = pat_bench::result::read(Path::new(&path)).expect("a result file");
+        let mut ratios = Vec::new();
+        for configuration in &configurations {
+            let of_it = |record: &&Record| {
+                let heads = (record.nheads_q, record.nheads_kv);
+                record.suite == configuration.suite
+                    && record.tree == configuration.name
+                    && heads == (configuration.q_heads, configuration.kv_heads)
+            };
+            let record = measured.records.iter().find(of_it).unwrap_or_else(|| panic!("{}", configuration.label()));
+            let shape = configuration.shape(ElementParts::default()).expect("a shape");
+            let batch = configuration.batch().expect("a batch");
+            let predicted_us = summary(&batch, shape, profile, PlanMode::Auto).predicted_us;
+            ratios.push(record.cold_us / predicted_us);
+        }
+        let fit = Fit::of(&ratios);
+        assert_eq!(ratios.len(), 135);
+        assert!((fit.geometric_mean - 1.0).abs() < 0.03 && fit.spread < 0.075, "{file}: {fit:?}");
+        assert!(fit.least > 0.85 && fit.largest < 1.3, "{file}: {fit:?}");
+    }
+}
+
+/// The factors for 8-bit K and V, held against times in docs/performance-log.md (2026-11-29, 83e305c; H200, cold L2, 32/8 heads,
+/// head dim 128): a tree, and the us of `e4m3` and `e5m2`, each by `wgmma64` and by mma.sync.
+#[test]
+fn measured_times_over_8_bit_caches_are_predicted() {
+    let measured = [
+        ("256_4096", [[615.1, 570.0], [619.9, 507.5]]),
+        ("256_1024", [[166.6, 168.6], [168.2, 153.5]]),
+        ("64_2048", [[86.6, 82.2], [87.0, 73.1]]),
+        ("1,64_64,1984", [[84.9, 80.3], [86.0, 71.9]]),
+        ("1_32768", [[29.3, 30.7], [29.5, 28.1]]),
+        ("32_512", [[18.2, 22.4], [18.1, 19.5]]),
+    ];
+    let shape = AttentionShape::new(32, 8, 128, Dtype::F16).expect("a valid shape");
+    let ratio = |tree: &str, kv_dtype, variant, measured_us: f64| {
+        let batch = tree.parse::<TreeSpec>().expect("a tree").batch(BLOCK_TOKENS, Some(1)).expect("a batch");
+        let options = PlanOptions::default().with_variants([variant]);
+        let problem = batch.problem(shape.with_kv_dtype(kv_dtype));
+        let mut planner = Planner::new(problem, DeviceProfile::h200(), options).expect("a planner");
+        let rows = batch.rows();
+        measured_us / planner.plan(&batch.view(&rows).expect("a valid batch")).expect("a plan").prediction().total_us()
+    };
+    // What is short takes mma.sync longer than predicted: 1.4 times for 32 sequences of 512 tokens.
+    let expected = [[(0.97, 1.1), (1.1, 1.45)], [(0.98, 1.1), (1.14, 1.45)]];
+    for (dtype, kv_dtype) in [Dtype::E4m3, Dtype::E5m2].into_iter().enumerate() {
+        for (kernel, variant) in [TileVariant::Wgmma64, TileVariant::Mma16].into_iter().enumerate() {
+            let (mean, most) = expected[dtype][kernel];
+            let ratios: Vec<_> =
+                measured.iter().map(|(tree, times)| ratio(tree, kv_dtype, variant, times[dtype][kernel])).collect();
+            let fit = Fit::of(&ratios);
+            assert!((fit.geometric_mean - mean).abs() < 0.03, "{kv_dtype:?}, {variant:?}: {fit:?}");
+            assert!(fit.least > 0.9 && fit.largest < most, "{kv_dtype:?}, {variant:?}: {fit:?}");
+        }
+    }
 }
