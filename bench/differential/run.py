@@ -177,7 +177,7 @@ def main():
     others = peers.installed([name for name in args.peers.split(",") if name], device)
     tallies = {name: Tally() for name in [ours.name, *(other.name for other in others)]}
     seen = collections.Counter()
-    begin = time.monotonic()
+    begin = said = time.monotonic()
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     print(f"device {where}, torch {torch.__version__}, features {found or 'none'}, head dims {head_dims}", flush=True)
     for index in itertools.count(args.first):
@@ -217,6 +217,11 @@ def main():
                 tally.wrong += 1
                 if implementation is ours or args.verbose:
                     print(f"{implementation.name}: WRONG: {ratio:.3f} of the allowance: {case}", flush=True)
+        # A run that is ended from outside has said what it came to.
+        if time.monotonic() - said > 20:
+            said = time.monotonic()
+            for name, tally in tallies.items():
+                print(f"after {said - begin:.0f} s, {tally.line(name)}", flush=True)
     for name, tally in tallies.items():
         print(tally.line(name))
     for kind, count in sorted(seen.items(), key=str):
