@@ -30,16 +30,18 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     for (name, file) in executables(&build, &commit)? {
         install(&file, &folder.join(name))?;
     }
-    let tests = [
-        ["test", "--release", "--no-run"].as_slice(),
-        &["--package", "pat-tests", "--package", "pat-rs", "--features", "pat-tests/fault-injection"],
-        // The others need no GPU, or measure what the tool measures.
-        &["--lib", "--test", "gpu_*", "--example", "soak", "--example", "first_use"],
-    ]
-    .concat();
-    // The support of the tests has tests of its own.
-    for (name, file) in executables(&tests, &commit)?.into_iter().filter(|(name, _)| name != "pat_tests") {
-        install(&file, &folder.join("tests").join(name))?;
+    let of_device =
+        ["--release", "--package", "pat-tests", "--package", "pat-rs", "--features", "pat-tests/fault-injection"];
+    // The others need no GPU, or measure what the tool measures.
+    let tests = ["test", "--no-run", "--lib", "--test", "gpu_*"];
+    // `cargo test --example` builds a harness without tests, which passes.
+    let examples = ["build", "--example", "soak", "--example", "first_use"];
+    for what in [tests.as_slice(), examples.as_slice()] {
+        // The support of the tests has tests of its own.
+        let of_what = executables(&[what, &of_device].concat(), &commit)?;
+        for (name, file) in of_what.into_iter().filter(|(name, _)| name != "pat_tests") {
+            install(&file, &folder.join("tests").join(name))?;
+        }
     }
     let ptx = folder.join("ptx");
     fs::create_dir_all(&ptx)?;
