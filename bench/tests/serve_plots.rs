@@ -100,6 +100,30 @@ fn pictures_name_backends_workloads_and_sources() {
 }
 
 #[test]
+fn figures_above_neighbouring_bars_do_not_overlap() {
+    let backends = ["CUSTOM", "A", "B", "C", "D", "E", "F"];
+    let mut records: Vec<Value> =
+        backends.iter().map(|backend| record(backend, "conversation", 17.5, [200.0, 40.0])).collect();
+    records.push(record("F", "toolagent", 13.5, [200.0, 40.0]));
+    let svg = draw(ServePicture::Capacity, &figures(&records), Theme::Light, Format::Svg).expect("drawn");
+    let svg = String::from_utf8(svg).expect("UTF-8");
+    let document = Document::parse(&svg).expect("valid XML");
+    let places = |label: &str| {
+        let texts = document.descendants().filter(|node| node.tag_name().name() == "text");
+        let texts = texts.filter(|node| node.text().is_some_and(|text| text.trim() == label));
+        texts.map(|node| node.attribute("x").expect("a place").parse().expect("a number")).collect::<Vec<i32>>()
+    };
+    let bars = places("> 17.5");
+    assert_eq!(bars.len(), 2 * backends.len(), "of two limits");
+    // Six characters of 16 pixels, of which digits take about half.
+    assert!(bars.windows(2).all(|pair| pair[1] - pair[0] >= 40), "{bars:?}");
+    // A workload that one backend alone has been run with has its bar in the middle.
+    let (bar, middle) = (places("> 13.5"), places("qwen3-8b, toolagent"));
+    assert_eq!(bar.len(), 2);
+    assert!(bar.iter().zip(&middle).all(|(bar, middle)| bar.abs_diff(*middle) <= 2), "{bar:?} {middle:?}");
+}
+
+#[test]
 fn rates_close_to_each_other_have_short_labels() {
     let records =
         [record("FLASH_ATTN", "unshared", 8.0, [200.0, 40.0]), record("FLASH_ATTN", "unshared", 8.6, [300.0, 90.0])];

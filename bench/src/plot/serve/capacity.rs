@@ -10,7 +10,11 @@ use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 const CHART_HEIGHT: i32 = 340;
-const GROUP_WIDTH: u32 = 250;
+const LEAST_GROUP_WIDTH: u32 = 250;
+/// Of a bar, so that what stands above it does not run into its neighbours' figures.
+const BAR_WIDTH: u32 = 42;
+/// Of a group's width.
+const BARS_SHARE: f64 = 0.88;
 const LEAST_WIDTH: u32 = 900;
 /// Left of the chart.
 const LEFT: i32 = 64;
@@ -26,8 +30,8 @@ pub(in super::super) struct Bars<'a> {
 struct Group<'a> {
     title: &'a str,
     limit: Limit,
-    /// By series.
-    capacities: Vec<Option<Capacity>>,
+    /// Of the series that have runs here, by number.
+    capacities: Vec<(usize, Capacity)>,
 }
 
 impl<'a> Bars<'a> {
@@ -35,17 +39,25 @@ impl<'a> Bars<'a> {
         let group = |panel: &'a super::Panel, limit| Group {
             title: &panel.title,
             limit,
-            capacities: panel.runs.iter().map(|runs| capacity(runs, limit)).collect(),
+            capacities: (panel.runs.iter().enumerate())
+                .filter_map(|(series, runs)| Some((series, capacity(runs, limit)?)))
+                .collect(),
         };
         let groups: Vec<_> = figures.panels.iter().flat_map(|panel| LIMITS.map(|limit| group(panel, limit))).collect();
-        if groups.iter().flat_map(|group| &group.capacities).all(Option::is_none) {
+        if groups.iter().all(|group| group.capacities.is_empty()) {
             return Err(PlotError::Empty("the files have no runs"));
         }
         Ok(Self { figures, groups })
     }
 
+    /// Of the group that has most.
+    fn most_bars(&self) -> usize {
+        self.groups.iter().map(|group| group.capacities.len()).max().unwrap_or(0)
+    }
+
     pub(in super::super) fn size(&self) -> (u32, u32) {
-        let width = (self.groups.len() as u32 * GROUP_WIDTH + LEFT as u32).max(LEAST_WIDTH);
+        let group = ((self.most_bars() as u32 * BAR_WIDTH) as f64 / BARS_SHARE) as u32;
+        let width = (self.groups.len() as u32 * group.max(LEAST_GROUP_WIDTH) + LEFT as u32).max(LEAST_WIDTH);
         (width, (self.header().height(width as i32) + 30 + CHART_HEIGHT + LABELS_HEIGHT + MARGIN) as u32)
     }
 
@@ -69,8 +81,8 @@ impl<'a> Bars<'a> {
             Capacity::Reached(rate) | Capacity::AtLeast(rate) => rate,
             Capacity::Below(_) => 0.0,
         };
-        let all = self.groups.iter().flat_map(|group| group.capacities.iter().flatten());
-        let most = all.map(value).fold(1.0, f64::max);
+        let all = self.groups.iter().flat_map(|group| &group.capacities);
+        let most = all.map(|(_, capacity)| value(capacity)).fold(1.0, f64::max);
         let step = [1.0, 2.0, 5.0, 10.0, 20.0, 50.0].into_iter().find(|step| most / step <= 8.0).unwrap_or(100.0);
         let y = |rate: f64| bottom - (rate / most * f64::from(CHART_HEIGHT)) as i32;
         let end = Pos::new(HPos::Right, VPos::Center);
@@ -81,7 +93,7 @@ impl<'a> Bars<'a> {
             area.draw_text(&rate.to_string(), &font(18).color(&text).pos(end), (left - 8, y(rate)))?;
         }
         let group_width = f64::from(right - left) / self.groups.len() as f64;
-        let bar_width = group_width * 0.8 / self.figures.series.len() as f64;
+        let bar_width = group_width * BARS_SHARE / self.most_bars() as f64;
         for (index, group) in self.groups.iter().enumerate() {
             let group_left = f64::from(left) + group_width * index as f64;
             let centre = (group_left + group_width / 2.0) as i32;
@@ -89,11 +101,11 @@ impl<'a> Bars<'a> {
             area.draw_text(group.title, &below, (centre, bottom + 8))?;
             let Limit { ttft_ms, tpot_ms } = group.limit;
             area.draw_text(&format!("TTFT {} s, TPOT {tpot_ms} ms", ttft_ms / 1e3), &below, (centre, bottom + 32))?;
-            for (series, capacity) in group.capacities.iter().enumerate() {
-                let Some(capacity) = capacity else { continue };
-                let bar_left = group_left + group_width * 0.1 + bar_width * series as f64;
+            let bars_left = group_left + (group_width - bar_width * group.capacities.len() as f64) / 2.0;
+            for (place, (series, capacity)) in group.capacities.iter().enumerate() {
+                let bar_left = bars_left + bar_width * place as f64;
                 let (from, to) = (bar_left.round() as i32, (bar_left + bar_width).round() as i32 - 2);
-                area.draw(&Rectangle::new([(from, y(value(capacity))), (to, bottom)], theme.series(series).filled()))?;
+                area.draw(&Rectangle::new([(from, y(value(capacity))), (to, bottom)], theme.series(*series).filled()))?;
                 let label = match *capacity {
                     Capacity::Reached(rate) => format!("{rate:.1}"),
                     Capacity::AtLeast(rate) => format!("> {rate:.1}"),
