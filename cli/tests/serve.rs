@@ -81,6 +81,25 @@ async fn failures_show_in_the_status() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_command_that_found_no_server_can_be_given_again() {
+    let folder = TempDir::new().expect("a temporary folder");
+    let (workload, output) = files(folder.path());
+    // Nobody listens at this port.
+    let nobody = "http://127.0.0.1:1";
+    for _ in 0..2 {
+        let (status, said) =
+            text(&serve(&["--url", nobody, "--workload", &workload, "--output", &output, "--rates", "20"]));
+        assert_eq!(status, Some(2));
+        assert!(said.contains("--url: http://127.0.0.1:1/v1/models: "), "{said}");
+    }
+    let mock = Mock::start(Fault::None, 1).await;
+    let (status, said) =
+        text(&serve(&["--url", &mock.url(), "--workload", &workload, "--output", &output, "--rates", "20"]));
+    assert_eq!(status, Some(0), "{said}");
+    assert_eq!(std::fs::read_to_string(&output).expect("written").lines().count(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_interrupted_sweep_keeps_what_was_made() {
     let mock = Mock::start(Fault::None, 1).await;
     let folder = TempDir::new().expect("a temporary folder");

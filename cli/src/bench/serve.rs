@@ -101,7 +101,9 @@ fn positive(text: &str) -> Result<f64, String> {
 /// Whether every run was without failures.
 pub(crate) fn run(args: &Args) -> Result<bool> {
     let mut sweep = args.sweep()?;
-    let former = match (args.output.exists(), args.resume, args.force) {
+    // What a command left that found no server holds nothing that could be lost.
+    let holds_records = args.output.metadata().is_ok_and(|file| file.len() > 0);
+    let former = match (holds_records, args.resume, args.force) {
         (true, true, _) => serve::read(&args.output).context("--resume")?,
         (true, false, false) => {
             bail!("{} exists: --resume continues it, --force overwrites it", args.output.display())
