@@ -57,7 +57,7 @@ pub(crate) struct PyPlanner {
 #[pymethods]
 impl PyPlanner {
     #[new]
-    #[pyo3(signature = (shape: "AttentionShape", device: "DeviceProfile | torch.device | str | None" = None, *, mode: "str" = "auto", capacity: "Capacity | None" = None, variants: "list[str] | None" = None, softcap: "float | None" = None, window: "int | None" = None, chunk: "int | None" = None, query_tree: "bool" = false, page_runs: "bool" = false))]
+    #[pyo3(signature = (shape: "AttentionShape", device: "DeviceProfile | torch.device | str | None" = None, *, mode: "str" = "auto", capacity: "Capacity | None" = None, variants: "list[str] | None" = None, softcap: "float | None" = None, window: "SupportsIndex | None" = None, chunk: "SupportsIndex | None" = None, query_tree: "bool" = false, page_runs: "bool" = false))]
     #[expect(clippy::too_many_arguments, reason = "the Python signature")]
     fn new(
         py: Python<'_>,
@@ -173,7 +173,8 @@ impl PyPlanner {
     ) -> Result<&'static str> {
         let plan = expect::<PyPlan>("plan", plan)?.get();
         if plan.origin.shape != self.shape.inner {
-            return Err(invalid("plan", format!("one for {:?}", plan.origin.shape), "a plan of this planner's shape"));
+            let got = format!("one for {}", PyShape { inner: plan.origin.shape }.__repr__());
+            return Err(invalid("plan", got, format!("one for {}", self.shape.__repr__())));
         }
         let (page_size, num_pages) = plan.pages();
         if plan.origin.problem(page_size) != self.problem(page_size) {
@@ -384,14 +385,15 @@ pub(crate) fn read_reach(window: Option<Integer>, chunk: Option<Integer>) -> Res
 }
 
 fn parse_mode(text: &str) -> Result<PlanMode> {
-    let expected = "auto, flat, per-node, packed or fixed-chunk:TOKENS";
+    let expected = "auto, flat, per-node, packed, or fixed-chunk:TOKENS with one token or more";
     Ok(match text {
         "auto" => PlanMode::Auto,
         "flat" => PlanMode::Flat,
         "per-node" => PlanMode::PerNode,
         "packed" => PlanMode::Packed,
         _ => match text.strip_prefix("fixed-chunk:").map(str::parse) {
-            Some(Ok(tokens)) => PlanMode::FixedChunk { tokens },
+            // What is no whole number of pages is refused with the batch, whose page size counts.
+            Some(Ok(tokens @ 1..)) => PlanMode::FixedChunk { tokens },
             _ => return Err(invalid("mode", format!("{text:?}"), expected)),
         },
     })
@@ -434,7 +436,9 @@ fn read_rows(rows: &Bound<'_, PyAny>, sequences: usize) -> Result<Vec<u32>> {
         .into_iter()
         .enumerate()
         .map(|(i, row)| {
-            u32::try_from(row).map_err(|_| invalid(format!("changed_rows[{i}]"), row, "a row of the batch"))
+            u32::try_from(row).ok().filter(|row| (*row as usize) < sequences).ok_or_else(|| {
+                invalid(format!("changed_rows[{i}]"), row, format!("a row of the batch, 0 to below {sequences}"))
+            })
         })
         .collect()
 }

@@ -139,6 +139,18 @@ def test_advance_takes_the_rows_that_changed(planner):
         other.advance(plan, tables, [22, 22])
 
 
+@pytest.mark.parametrize("how", ["newest", "older", "window", "query_tokens"])
+def test_rows_that_are_not_in_the_batch_have_not_changed(planner, how):
+    if how == "window":
+        planner = pa.Planner(planner.shape, "cpu", window=8)
+    more = {"query_tokens": 2} if how == "query_tokens" else {}
+    plan = planner.plan([[0], [1]], [3, 4], 16, 8, **more)
+    if how == "older":
+        planner.plan([[0]], [3], 16, 8)
+    with pytest.raises(ValueError, match=r"^changed_rows\[1\]: got 2, expected a row of the batch, 0 to below 2"):
+        planner.advance(plan, [[0], [1]], [4, 5], [1, 2], **more)
+
+
 def test_a_refused_step_leaves_the_plan(planner):
     plan = planner.plan([[0, 1], [0, 2]], [20, 20], 16, 8)
     before = plan.summary(), plan.generation

@@ -326,6 +326,11 @@ fn a_refused_step_leaves_the_plan_as_it_was() {
     assert!(error.contains("changed_rows") && error.contains("got 4") && error.contains("below 4"), "{error}");
     assert_eq!((&plan, plan.generation()), (&before, before.generation()));
     assert_eq!(advance(&mut planner, &batch, None, &mut plan), PlanChange::Nothing);
+    // An older plan is planned from scratch, and the rows are looked at all the same.
+    from_scratch(&mut planner, &batch);
+    let error = planner.advance(&view, Some(&[4]), &mut plan).unwrap_err().to_string();
+    assert!(error.contains("changed_rows") && error.contains("below 4"), "{error}");
+    assert_eq!((&plan, plan.generation()), (&before, before.generation()));
 }
 
 /// Rows that move up, as where an engine takes finished ones out of its lists, keep their tiles.

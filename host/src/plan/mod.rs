@@ -426,6 +426,10 @@ impl Planner {
         changed_rows: Option<&[u32]>,
         plan: &mut Plan,
     ) -> Result<PlanChange> {
+        if let Some(&row) = changed_rows.into_iter().flatten().find(|&&row| row as usize >= batch.sequence_count()) {
+            let expected = format!("rows of the batch, below {}", batch.sequence_count());
+            return Err(Error::invalid("changed_rows", row, expected));
+        }
         let Visibility { reach, is_tree, .. } = self.problem.visibility();
         let is_plain = reach == Reach::Full && !is_tree && batch.is_of_sequences();
         if self.newest != Some(plan.generation()) || !is_plain {
@@ -441,17 +445,11 @@ impl Planner {
         let room = if keeps_tiles { ROOM_TOKENS.div_ceil(self.problem.page_size()) } else { 0 };
         // From here on the members are changed in place: what ends in between leaves no plan to go on from.
         let newest = self.newest.take();
-        let known = match self.snapshot.update(batch, changed_rows, keeps_tiles) {
-            Ok(Some(PlanChange::Nothing)) => {
-                self.newest = newest;
-                return Ok(PlanChange::Nothing);
-            }
-            Ok(known) => known,
-            Err(error) => {
-                self.newest = newest;
-                return Err(error);
-            }
-        };
+        let known = self.snapshot.update(batch, changed_rows, keeps_tiles);
+        if known == Some(PlanChange::Nothing) {
+            self.newest = newest;
+            return Ok(PlanChange::Nothing);
+        }
         let change = known.unwrap_or(PlanChange::Forest);
         let mut step = if change < PlanChange::Forest { self.grow(plan) } else { Step::Impossible };
         // A few sequences that share nothing are planned anew in less time than it takes to keep their tiles and to look at

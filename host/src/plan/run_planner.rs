@@ -91,7 +91,7 @@ impl RunPlanner {
         changed_rows: Option<&[u32]>,
         plan: &mut Plan,
     ) -> Result<Option<PlanChange>> {
-        let is_known = self.tables.update(batch, changed_rows)?;
+        let is_known = self.tables.update(batch, changed_rows);
         let singles = self.tables.single_tokens();
         let tokens = self.runs.tiling.pages.unique * u64::from(RUN_PAGES) + singles;
         // A plan is not made anew for a little more.

@@ -5,8 +5,8 @@
 //! row's split depends on its ids alone, rows with equal beginnings are split alike (up to a run in which they part), and a
 //! row that grows changes at its end only.
 
+use crate::DecodeBatch;
 use crate::batch::PlacedRow;
-use crate::{DecodeBatch, Error, Result};
 use pat_abi::RUN_PAGES;
 
 /// Consecutive ids of a run.
@@ -180,23 +180,17 @@ impl RunTables {
     }
 
     /// Brings the split up to date: it is that of `batch` then. `changed_rows` are the rows whose entries in use may have
-    /// changed, `None` for all. Returns whether [`Self::changed`] says which rows have changed: otherwise all may have.
-    ///
-    /// # Errors
-    /// A changed row is not in the batch; the split is as before.
-    pub(super) fn update(&mut self, batch: &DecodeBatch<'_>, changed_rows: Option<&[u32]>) -> Result<bool> {
+    /// changed, rows of the batch, `None` for all. Returns whether [`Self::changed`] says which rows have changed: otherwise all
+    /// may have.
+    pub(super) fn update(&mut self, batch: &DecodeBatch<'_>, changed_rows: Option<&[u32]>) -> bool {
         let new_rows = batch.sequence_count();
-        if let Some(&row) = changed_rows.into_iter().flatten().find(|&&row| row as usize >= new_rows) {
-            let expected = format!("rows of the batch, below {new_rows}");
-            return Err(Error::invalid("changed_rows", row, expected));
-        }
         let Some(named) = changed_rows else {
             self.take(batch);
-            return Ok(false);
+            return false;
         };
         if self.num_pages != batch.num_pages() || self.runs.is_sparse() || self.singles.is_sparse() {
             self.take(batch);
-            return Ok(false);
+            return false;
         }
         self.changed.clear();
         self.changed.extend_from_slice(named);
@@ -222,7 +216,7 @@ impl RunTables {
         for row in known_rows..new_rows {
             self.push_row(batch, row);
         }
-        Ok(true)
+        true
     }
 
     /// The rows that the last update had named or that have changed otherwise than at their ends.
@@ -479,7 +473,7 @@ mod tests {
                 if tables.rows.is_empty() {
                     tables.take(&batch);
                 } else {
-                    tables.update(&batch, hint).unwrap();
+                    tables.update(&batch, hint);
                 }
                 for (row, ids) in rows.iter().enumerate() {
                     assert_eq!(of_row(tables, row), expected(&ids[..lengths[row] as usize]), "{ids:?}");
