@@ -30,7 +30,7 @@ class AttentionShape:
     def __eq__(self, value: object, /) -> bool: ...
     def __hash__(self, /) -> int: ...
     def __ne__(self, value: object, /) -> bool: ...
-    def __new__(cls, /, q_heads: SupportsIndex, kv_heads: SupportsIndex, head_dim: SupportsIndex, dtype: "torch.dtype | str", *, kv_dtype: "torch.dtype | str | None" = None, value_head_dim: "int | None" = None) -> AttentionShape: ...
+    def __new__(cls, /, q_heads: SupportsIndex, kv_heads: SupportsIndex, head_dim: SupportsIndex, dtype: "torch.dtype | str", *, kv_dtype: "torch.dtype | str | None" = None, value_head_dim: "SupportsIndex | None" = None) -> AttentionShape: ...
     def __repr__(self, /) -> str: ...
     @property
     def dtype(self, /) -> str:
@@ -328,7 +328,7 @@ class Planner:
         ValueError: a mode or variant that is not known, or not possible on the device.
         CudaUnavailable: the device is not there.
     """
-    def __new__(cls, /, shape: "AttentionShape", device: "DeviceProfile | torch.device | str | None" = None, *, mode: "str" = "auto", capacity: "Capacity | None" = None, variants: "list[str] | None" = None, softcap: "float | None" = None, window: "int | None" = None, chunk: "int | None" = None, query_tree: "bool" = False, page_runs: "bool" = False) -> Planner: ...
+    def __new__(cls, /, shape: "AttentionShape", device: "DeviceProfile | torch.device | str | None" = None, *, mode: "str" = "auto", capacity: "Capacity | None" = None, variants: "list[str] | None" = None, softcap: "float | None" = None, window: "SupportsIndex | None" = None, chunk: "SupportsIndex | None" = None, query_tree: "bool" = False, page_runs: "bool" = False) -> Planner: ...
     def __repr__(self, /) -> str: ...
     def advance(self, /, plan: "Plan", block_tables: Any, lengths: Any, changed_rows: Any | None = None, *, query_tokens: Any | None = None, parents: Any | None = None, table_rows: Any | None = None) -> "str":
         """
@@ -444,7 +444,7 @@ class Workspace:
             CudaError: the driver cannot allocate.
         """
 
-def append_kv(k_new: "torch.Tensor", v_new: "torch.Tensor", k_cache: "torch.Tensor", v_cache: "torch.Tensor", slots: "torch.Tensor", *, kv_dtype: "torch.dtype | str | None" = None, k_scale: "float | torch.Tensor | None" = None, v_scale: "float | torch.Tensor | None" = None, kv_layout: "str" = "NHD", stream: "int | None" = None) -> None:
+def append_kv(k_new: "torch.Tensor", v_new: "torch.Tensor", k_cache: "torch.Tensor", v_cache: "torch.Tensor", slots: "torch.Tensor", *, kv_dtype: "torch.dtype | str | None" = None, k_scale: "float | torch.Tensor | None" = None, v_scale: "float | torch.Tensor | None" = None, kv_layout: "str" = "NHD", stream: "SupportsIndex | None" = None) -> None:
     """
     Writes new rows of K and V into their slots of a paged cache, in place.
 
@@ -500,7 +500,7 @@ def doctor() -> "dict[str, object]":
         each; ``healthy``: whether nothing is broken (a machine without a GPU is a healthy one).
     """
 
-def merge_states(out_a: "torch.Tensor", lse_a: "torch.Tensor", out_b: "torch.Tensor", lse_b: "torch.Tensor", out: "torch.Tensor | None" = None, lse: "torch.Tensor | None" = None, *, stream: "int | None" = None) -> "tuple[torch.Tensor, torch.Tensor]":
+def merge_states(out_a: "torch.Tensor", lse_a: "torch.Tensor", out_b: "torch.Tensor", lse_b: "torch.Tensor", out: "torch.Tensor | None" = None, lse: "torch.Tensor | None" = None, *, stream: "SupportsIndex | None" = None) -> "tuple[torch.Tensor, torch.Tensor]":
     """
     Merges attention over two disjoint sets of tokens into attention over all of them, by the log-sum-exps.
 
@@ -566,7 +566,7 @@ def run(plan: "Plan", q: "torch.Tensor", k_cache: "torch.Tensor", v_cache: "torc
         CudaError: the driver refuses a launch.
     """
 
-def supports(shape: "AttentionShape", page_size: SupportsIndex, *, window: "int | None" = None, softcap: "float | None" = None, sinks: "bool" = False, kv_dtype: "torch.dtype | str | None" = None, query_tokens: SupportsIndex | None = None, alibi: "bool" = False, value_head_dim: "int | None" = None, chunk: "int | None" = None, query_tree: "bool" = False) -> "str | None":
+def supports(shape: "AttentionShape", page_size: SupportsIndex, *, window: "SupportsIndex | None" = None, softcap: "float | None" = None, sinks: "bool" = False, kv_dtype: "torch.dtype | str | None" = None, query_tokens: SupportsIndex | None = None, alibi: "bool" = False, value_head_dim: "SupportsIndex | None" = None, chunk: "SupportsIndex | None" = None, query_tree: "bool" = False) -> "str | None":
     """
     Whether the kernels compute a model's attention. Asks no device.
 

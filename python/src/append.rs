@@ -40,7 +40,7 @@ use pyo3::prelude::*;
 ///         been written.
 ///     CudaError: the driver refuses the launch.
 #[pyfunction]
-#[pyo3(signature = (k_new: "torch.Tensor", v_new: "torch.Tensor", k_cache: "torch.Tensor", v_cache: "torch.Tensor", slots: "torch.Tensor", *, kv_dtype: "torch.dtype | str | None" = None, k_scale: "float | torch.Tensor | None" = None, v_scale: "float | torch.Tensor | None" = None, kv_layout: "str" = "NHD", stream: "int | None" = None))]
+#[pyo3(signature = (k_new: "torch.Tensor", v_new: "torch.Tensor", k_cache: "torch.Tensor", v_cache: "torch.Tensor", slots: "torch.Tensor", *, kv_dtype: "torch.dtype | str | None" = None, k_scale: "float | torch.Tensor | None" = None, v_scale: "float | torch.Tensor | None" = None, kv_layout: "str" = "NHD", stream: "SupportsIndex | None" = None))]
 #[expect(clippy::too_many_arguments, reason = "the Python signature")]
 pub(crate) fn append_kv<'py>(
     py: Python<'py>,

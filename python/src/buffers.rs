@@ -7,6 +7,7 @@ use crate::operands::{Facts, KvLayout, Operands, Tensors};
 use crate::plan::PyPlan;
 use crate::planner::{PyPlanner, read_pages};
 use crate::scores::Scores;
+use crate::shape::PyShape;
 use crate::tensor::Tensor;
 use crate::torch::{self, Handle};
 use crate::workspace::PyWorkspace;
@@ -211,7 +212,8 @@ impl PyPlanBuffers {
                 let Facts { shape, page_size, reach, query_tree, num_pages, .. } = facts;
                 let reach = reach.tokens().map_or(String::new(), |tokens| format!(", {} {tokens}", reach.name()));
                 format!(
-                    "{shape:?}, page_size {page_size}, num_pages {num_pages}{reach}{}",
+                    "{}, page_size {page_size}, num_pages {num_pages}{reach}{}",
+                    PyShape { inner: *shape }.__repr__(),
                     if *query_tree { ", query trees" } else { "" }
                 )
             };

@@ -166,19 +166,23 @@ pub(crate) enum Index<'py> {
 /// The integer that an object is. Tensors and arrays are if they have no dimensions: of one element they may be a list of one.
 pub(crate) fn index_of<'py>(object: &Bound<'py, PyAny>) -> PyResult<Index<'py>> {
     // Python takes True for 1; as a count or a page it is a slip.
-    if let Some(what) = truth_value(object) {
+    let py = object.py();
+    let (truth, dimensions) = match truth_value(object).and_then(|truth| Ok((truth, dimensions(object)?))) {
+        Ok(asked) => asked,
+        Err(error) => return own_error(py, error).map(|error| Index::IsNot(type_name(object), Some(error))),
+    };
+    if let Some(what) = truth {
         return Ok(Index::IsNot(what, None));
     }
     if let Ok(number) = object.cast::<PyInt>() {
         return Ok(Index::Is(number.clone()));
     }
-    let py = object.py();
-    let what = match dimensions(object) {
+    let what = match dimensions {
         0 => type_name(object),
         some => with_dimensions(object, some),
     };
     // A class has the method of its objects.
-    if dimensions(object) > 0 || object.is_instance_of::<PyType>() || !has(object, intern!(py, "__index__"))? {
+    if dimensions > 0 || object.is_instance_of::<PyType>() || !has(object, intern!(py, "__index__"))? {
         return Ok(Index::IsNot(what, None));
     }
     match object.call_method0(intern!(py, "__index__")) {
@@ -200,20 +204,23 @@ pub(crate) fn has_gradient(name: &str) -> Failure {
 }
 
 /// What a truth value is, for errors: Python's, numpy's, a tensor or array of them. None of everything else.
-pub(crate) fn truth_value(object: &Bound<'_, PyAny>) -> Option<String> {
+///
+/// # Errors
+/// What the object raises when it is asked for its type.
+pub(crate) fn truth_value(object: &Bound<'_, PyAny>) -> PyResult<Option<String>> {
     if object.is_exact_instance_of::<PyInt>() || object.is_exact_instance_of::<PyFloat>() {
-        return None;
+        return Ok(None);
     }
     if object.is_instance_of::<PyBool>() {
-        return Some("bool".into());
+        return Ok(Some("bool".into()));
     }
-    let dtype = object.getattr(intern!(object.py(), "dtype")).ok()?.str().ok()?;
-    let is_bool = dtype.to_string_lossy().trim_start_matches("torch.") == "bool";
-    is_bool.then(|| match type_name(object) {
+    let Some(dtype) = object.getattr_opt(intern!(object.py(), "dtype"))? else { return Ok(None) };
+    let is_bool = dtype.str()?.to_string_lossy().trim_start_matches("torch.") == "bool";
+    Ok(is_bool.then(|| match type_name(object) {
         // numpy's own, whose name tells enough.
         name if name.starts_with("bool") => name,
         name => format!("{name} of bool"),
-    })
+    }))
 }
 
 /// A tensor or array, for errors.
@@ -222,8 +229,13 @@ pub(crate) fn with_dimensions(object: &Bound<'_, PyAny>, dimensions: usize) -> S
 }
 
 /// Dimensions of a tensor or array; 0 of everything else.
-pub(crate) fn dimensions(object: &Bound<'_, PyAny>) -> usize {
-    object.getattr(intern!(object.py(), "ndim")).and_then(|dimensions| dimensions.extract()).unwrap_or(0)
+///
+/// # Errors
+/// What the object raises when it is asked for them.
+pub(crate) fn dimensions(object: &Bound<'_, PyAny>) -> PyResult<usize> {
+    let dimensions = object.getattr_opt(intern!(object.py(), "ndim"))?;
+    // A class has the property of its objects.
+    Ok(dimensions.and_then(|dimensions| dimensions.extract().ok()).unwrap_or(0))
 }
 
 /// Whether an object has an attribute. One that cannot be asked has none.

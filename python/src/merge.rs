@@ -30,7 +30,7 @@ use pyo3::prelude::*;
 ///         been written.
 ///     CudaError: the driver refuses the launch.
 #[pyfunction]
-#[pyo3(signature = (out_a: "torch.Tensor", lse_a: "torch.Tensor", out_b: "torch.Tensor", lse_b: "torch.Tensor", out: "torch.Tensor | None" = None, lse: "torch.Tensor | None" = None, *, stream: "int | None" = None) -> "tuple[torch.Tensor, torch.Tensor]")]
+#[pyo3(signature = (out_a: "torch.Tensor", lse_a: "torch.Tensor", out_b: "torch.Tensor", lse_b: "torch.Tensor", out: "torch.Tensor | None" = None, lse: "torch.Tensor | None" = None, *, stream: "SupportsIndex | None" = None) -> "tuple[torch.Tensor, torch.Tensor]")]
 #[expect(clippy::too_many_arguments, reason = "the Python signature")]
 pub(crate) fn merge_states<'py>(
     py: Python<'py>,

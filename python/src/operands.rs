@@ -71,6 +71,13 @@ pub(crate) enum KvLayout {
 }
 
 impl KvLayout {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Nhd => "NHD",
+            Self::Hnd => "HND",
+        }
+    }
+
     pub(crate) fn parse(text: &str) -> Result<Self> {
         match text {
             "NHD" => Ok(Self::Nhd),
@@ -332,8 +339,12 @@ fn kv_strides(tensor: &Tensor<'_>, facts: &Facts, layout: KvLayout, head_dim: u3
     };
     if tensor.rank != 4 || tensor.sizes[1..] != wanted || tensor.sizes[0] < i64::from(facts.num_pages) {
         let expected = format!(
-            "[pages, {}, {}, {}] ({layout:?}) with at least the plan's {} pages",
-            wanted[0], wanted[1], wanted[2], facts.num_pages
+            "[pages, {}, {}, {}] ({}) with at least the plan's {} pages",
+            wanted[0],
+            wanted[1],
+            wanted[2],
+            layout.name(),
+            facts.num_pages
         );
         return Err(invalid(tensor.name, format!("shape {}", tensor.shape()), expected));
     }

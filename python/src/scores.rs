@@ -33,7 +33,7 @@ impl Scores {
     ) -> Result<(Self, [Option<&'a Bound<'py, PyAny>>; 2])> {
         let split = |name, value: Option<&'a Bound<'py, PyAny>>| -> Result<_> {
             match value {
-                Some(tensor) if is_tensor(tensor) => Ok((None, Some(tensor))),
+                Some(tensor) if is_tensor(name, tensor)? => Ok((None, Some(tensor))),
                 value => Ok((read_positive(name, value)?, None)),
             }
         };
@@ -49,10 +49,16 @@ impl Scores {
 }
 
 /// Whether this is a tensor, be it of one element: where that lies on a device, reading it as a number would wait.
-fn is_tensor(value: &Bound<'_, PyAny>) -> bool {
+fn is_tensor(name: &str, value: &Bound<'_, PyAny>) -> Result<bool> {
     let is_on_a_device =
         || value.getattr(intern!(value.py(), "is_cuda")).and_then(|is_cuda| is_cuda.is_truthy()).unwrap_or(false);
-    dimensions(value) > 0 || is_on_a_device()
+    Ok(dimensions(value).or_else(|error| no_number(name, value, error))? > 0 || is_on_a_device())
+}
+
+/// What an object raised when it was asked what it is, as the cause of its refusal.
+fn no_number<T>(name: &str, value: &Bound<'_, PyAny>, error: PyErr) -> Result<T> {
+    let error = own_error(value.py(), error)?;
+    Err(wrong_type(name, type_name(value), "a number").caused_by(value.py(), error))
 }
 
 /// A positive number as Python gives it.
@@ -69,11 +75,11 @@ pub(crate) fn read_positive(name: &str, value: Option<&Bound<'_, PyAny>>) -> Res
 /// A number as Python gives it. Tensors and arrays are one if they have no dimensions.
 pub(crate) fn read_number(name: &str, value: &Bound<'_, PyAny>) -> Result<f32> {
     let py = value.py();
-    match dimensions(value) {
+    match dimensions(value).or_else(|error| no_number(name, value, error))? {
         0 => {}
         some => return Err(wrong_type(name, with_dimensions(value, some), "a number")),
     }
-    if let Some(what) = truth_value(value) {
+    if let Some(what) = truth_value(value).or_else(|error| no_number(name, value, error))? {
         return Err(wrong_type(name, what, "a number"));
     }
     // Python's own numbers, of which each call has some, are not asked.

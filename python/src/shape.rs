@@ -27,7 +27,7 @@ pub(crate) struct PyShape {
 #[pymethods]
 impl PyShape {
     #[new]
-    #[pyo3(signature = (q_heads, kv_heads, head_dim, dtype: "torch.dtype | str", *, kv_dtype: "torch.dtype | str | None" = None, value_head_dim: "int | None" = None))]
+    #[pyo3(signature = (q_heads, kv_heads, head_dim, dtype: "torch.dtype | str", *, kv_dtype: "torch.dtype | str | None" = None, value_head_dim: "SupportsIndex | None" = None))]
     fn new(
         q_heads: Integer,
         kv_heads: Integer,

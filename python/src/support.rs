@@ -25,7 +25,7 @@ use pyo3::prelude::*;
 /// Returns:
 ///     None if it can, else the reason why not.
 #[pyfunction]
-#[pyo3(signature = (shape: "AttentionShape", page_size, *, window: "int | None" = None, softcap: "float | None" = None, sinks: "bool" = false, kv_dtype: "torch.dtype | str | None" = None, query_tokens = None, alibi: "bool" = false, value_head_dim: "int | None" = None, chunk: "int | None" = None, query_tree: "bool" = false) -> "str | None")]
+#[pyo3(signature = (shape: "AttentionShape", page_size, *, window: "SupportsIndex | None" = None, softcap: "float | None" = None, sinks: "bool" = false, kv_dtype: "torch.dtype | str | None" = None, query_tokens = None, alibi: "bool" = false, value_head_dim: "SupportsIndex | None" = None, chunk: "SupportsIndex | None" = None, query_tree: "bool" = false) -> "str | None")]
 #[expect(clippy::too_many_arguments, reason = "the Python signature")]
 pub(crate) fn supports(
     shape: &Bound<'_, PyAny>,

@@ -39,7 +39,8 @@ enum Counts {
 /// By query token of a sequence, its parent among them.
 type Parents = Vec<Option<u32>>;
 
-const FORMS: &str = "a list of lists of page ids, a 2-D int32 tensor or array, or a tuple (indptr, ids) of them";
+const FORMS: &str = "a list of lists of page ids, a 2-D int32 tensor or array, or a tuple (indptr, ids) of lists, 1-D int32 \
+                     tensors or arrays";
 
 /// What a call says of a batch.
 #[derive(Clone, Copy, Debug)]
@@ -153,9 +154,8 @@ impl Tables {
             if entries.is_instance_of::<PyList>() || entries.is_instance_of::<PyTuple>() {
                 let needed = self.needed(row, entries.len()?);
                 for position in 0..needed {
-                    let id = integer(&entries.get_item(position)?, "an integer", || {
-                        format!("block_tables[{row}][{position}]")
-                    })?;
+                    let name = || format!("block_tables[{row}][{position}]");
+                    let id = integer(&entry(&entries, position, name)?, "an integer", name)?;
                     self.ids.push(self.page_id(row, position, id)?);
                 }
             } else {
@@ -263,6 +263,10 @@ impl<'py> Source<'py> {
         if let Ok(pair) = block_tables.cast::<PyTuple>() {
             if pair.len() != 2 {
                 return Err(wrong_type("block_tables", format!("a tuple of {}", pair.len()), FORMS));
+            }
+            // Rows that a caller has as tuples, of which two are no pair.
+            if pair.iter().all(|entries| entries.is_instance_of::<PyTuple>()) {
+                return Err(wrong_type("block_tables", "a tuple of tuples", FORMS));
             }
             let expected = "a list of integers or a 1-D int32 tensor or array";
             let indptr = Integers::of("block_tables[0]", &pair.get_item(0)?, expected)?;
@@ -525,7 +529,10 @@ impl<'py> Integers<'py> {
         let Self { name, values, .. } = self;
         if self.is_list {
             return range
-                .map(|position| integer(&values.get_item(position)?, "an integer", || format!("{name}[{position}]")))
+                .map(|position| {
+                    let name = || format!("{name}[{position}]");
+                    integer(&entry(values, position, name)?, "an integer", name)
+                })
                 .collect();
         }
         // Anew: other arguments' code may have run since it was counted.
@@ -537,6 +544,14 @@ impl<'py> Integers<'py> {
         let stride = tensor.strides[0] as usize;
         Ok(range.map(|index| i64::from(elements[index * stride])).collect())
     }
+}
+
+/// An entry of a list or tuple, which may have lost some while another entry's own code ran.
+fn entry<'py>(list: &Bound<'py, PyAny>, position: usize, name: impl Fn() -> String) -> Result<Bound<'py, PyAny>> {
+    list.get_item(position).or_else(|error| {
+        let error = own_error(list.py(), error)?;
+        Err(invalid(name(), "nothing", "the entry that was there before").caused_by(list.py(), error))
+    })
 }
 
 /// An element of a list.

@@ -1,5 +1,7 @@
 """Bad input raises ValueError or TypeError that names the argument, and writes nothing."""
 
+import re
+
 import numpy
 import pytest
 import torch
@@ -46,7 +48,7 @@ RUNS = [
     ("lse", ValueError, "[rows, 8]", dict(lse=torch.full((ROWS, 4), 7.0))),
     ("k_cache", ValueError, "pages", dict(k_cache=lambda a: a["k_cache"][:1, :8])),
     ("k_cache", ValueError, "plan's", dict(k_cache=lambda a: a["k_cache"][: BATCH.num_pages - 1])),
-    ("v_cache", ValueError, "Hnd", dict(kv_layout="HND", k_cache=lambda a: a["k_cache"].transpose(1, 2))),
+    ("v_cache", ValueError, "(HND)", dict(kv_layout="HND", k_cache=lambda a: a["k_cache"].transpose(1, 2))),
     ("q", ValueError, "contiguous last", dict(q=queries(ROWS).transpose(1, 2).contiguous().transpose(1, 2))),
     ("k_cache", ValueError, "contiguous last", dict(k_cache=lambda a: torch.cat([a["k_cache"]] * 2, -1)[..., ::2])),
     ("q", ValueError, "multiples of 8", dict(q=torch.zeros(ROWS, 8, 68, dtype=torch.float16)[..., :64])),
@@ -148,6 +150,7 @@ PLANS = [
     ("block_tables", ValueError, "shape [4]", dict(block_tables=torch.zeros(4, dtype=T32))),
     ("block_tables", TypeError, "dict", dict(block_tables={})),
     ("block_tables", TypeError, "tuple of 3", dict(block_tables=([0], [1], [2]))),
+    ("block_tables", TypeError, "tuple of tuples", dict(block_tables=((0, 1, 2), (3, 4, 5)), lengths=[16, 16])),
     ("block_tables[0]", ValueError, "first entry of 0", dict(block_tables=([1, 2, 3], [0, 1, 2]))),
     ("block_tables[0][1]", ValueError, "number of ids", dict(block_tables=([0, 9, 9], [0, 1, 2]))),
     ("block_tables[0][2]", ValueError, "2 to", dict(block_tables=([0, 2, 1], [0, 1, 2]))),
@@ -184,6 +187,7 @@ OBJECTS = [
     ("text", ValueError, lambda: pa.DeviceProfile.from_json("{}")),
     ("max_items", ValueError, lambda: pa.Capacity(8, 64, pa.DeviceProfile.named("h200"), max_items=4)),
     ("mode", ValueError, lambda: pa.Planner(pa.AttentionShape(8, 2, 64, "float16"), "cpu", mode="best")),
+    ("mode", ValueError, lambda: pa.Planner(pa.AttentionShape(8, 2, 64, "float16"), "cpu", mode="fixed-chunk:0")),
     ("window", ValueError, lambda: pa.Planner(pa.AttentionShape(8, 2, 64, "float16"), "cpu", window=0)),
     ("chunk", ValueError, lambda: pa.Planner(pa.AttentionShape(8, 2, 64, "float16"), "cpu", chunk=0)),
     ("chunk", ValueError, lambda: pa.Planner(pa.AttentionShape(8, 2, 64, "float16"), "cpu", window=8, chunk=8)),
@@ -229,6 +233,66 @@ def test_errors_say_what_came_and_what_is_accepted(make, text):
     with pytest.raises((ValueError, TypeError)) as raised:
         make()
     assert str(raised.value).startswith(text)
+
+
+class Asked:
+    """Raises ``error`` when it is asked for ``attribute``."""
+
+    def __init__(self, attribute, error):
+        self.attribute, self.error = attribute, error
+
+    def __getattr__(self, name):
+        raise self.error if name == self.attribute else AttributeError(name)
+
+
+TAKEN = {
+    "page_size": lambda planner, value: planner.plan([[0]], [5], value, 1),
+    "lengths[0]": lambda planner, value: planner.plan([[0]], [value], 16, 1),
+    "softcap": lambda _, value: pa.Planner(SHAPE_64, "cpu", softcap=value),
+    "k_scale": lambda planner, value: call(planner, k_scale=value),
+}
+
+
+@pytest.mark.parametrize("attribute", ["dtype", "ndim"])
+@pytest.mark.parametrize("argument", TAKEN)
+def test_what_objects_raise_when_they_are_asked_what_they_are(planner, argument, attribute):
+    for error in (KeyboardInterrupt(), SystemExit(3)):
+        with pytest.raises(type(error)):
+            TAKEN[argument](planner, Asked(attribute, error))
+    cause = ValueError("no")
+    with pytest.raises(TypeError, match=f"^{re.escape(argument)}: got Asked, expected a") as raised:
+        TAKEN[argument](planner, Asked(attribute, cause))
+    assert raised.value.__cause__ is cause
+
+
+class Clears:
+    """Clears a list when it is asked for its number, 0."""
+
+    def __init__(self, entries):
+        self.entries = entries
+
+    def __index__(self):
+        self.entries.clear()
+        return 0
+
+
+def test_lists_that_become_shorter_while_they_are_read_are_refused_by_name(planner):
+    row, lengths = [], []
+    row += [Clears(row), 1]
+    with pytest.raises(ValueError, match=r"^block_tables\[0\]\[1\]: got nothing, expected the entry that was there before"):
+        planner.plan([row], [20], 16, 4)
+    lengths += [Clears(lengths), 1]
+    with pytest.raises(ValueError, match=r"^lengths\[1\]: got nothing, expected the entry that was there before"):
+        planner.plan([[0], [1]], lengths, 16, 4)
+
+
+def test_messages_have_the_names_of_the_interface(planner):
+    other = pa.Planner(pa.AttentionShape(4, 2, 64, "float16"), "cpu").plan([[0]], [5], 16, 4)
+    with pytest.raises(ValueError, match=r'^plan: got one for AttentionShape\(.*dtype="float16"\), expected one for Att.*'):
+        planner.advance(other, [[0]], [6])
+    buffers = pa.PlanBuffers(with_capacity(), 16, 4)
+    with pytest.raises(ValueError, match=r"^plan: got one for AttentionShape\(.*\), page_size 16, .*expected AttentionShape\("):
+        buffers.upload(other)
 
 
 def test_streams_below_0_are_refused_by_name(planner):

@@ -453,6 +453,23 @@ def test_tables_are_copied_and_sent_as_any_tensors(copied, called_before):
         torch.testing.assert_close(out.double(), expected, atol=2e-3, rtol=0)
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda tree: pickle.loads(pickle.dumps(tree)), copy.copy])
+@pytest.mark.parametrize("is_async", [False, True])
+def test_trees_are_copied_and_sent_without_their_plans(copied, is_async):
+    q, k, v = tensors_of(2, 4, 16)
+    tree = tree_of([20, 30], [[0, 1], [0, 2]], 16)
+    out = torch.empty_like(q)
+    prefix_attn_with_kvcache(q, k, v, tree, 64**-0.5, out)
+    if is_async:
+        tree = AsyncTree(16, [20, 30], table_of([[0, 1], [0, 2]]), None, 4, 2, "cpu")
+    given = copied(tree)
+    given = given.tree if is_async else given
+    expected = expected_of(q, k, v, [20, 30], [[0, 1], [0, 2]])
+    for arguments in ([given], tables_of(given.kernel_info)):
+        prefix_attn_with_kvcache(q, k, v, *arguments, 64**-0.5, out.zero_())
+        torch.testing.assert_close(out.double(), expected, atol=2e-3, rtol=0)
+
+
 def test_tables_of_kernel_info_may_be_replaced():
     q, k, v = tensors_of(2, 4, 16)
     out = torch.empty_like(q)

@@ -87,6 +87,10 @@ class PrefixTreeCPP:
         self._plans = {}
         self.kernel_info._forget()
 
+    def __getstate__(self) -> dict:
+        # A copy makes its own plans when it is run: they are this process's.
+        return {**self.__dict__, "_plans": {}}
+
     def _plan_ahead(self, device: torch.device) -> None:
         """Plans for the tensors of the last call, where there was one: a model's do not change from step to step."""
         geometry = _last_geometry.get((self.block_size, self._group, self._kv_heads, device))
@@ -223,6 +227,13 @@ class AsyncTree:
     def _start(self) -> None:
         self._process = os.getpid()
         self._future: Future[None] = _executor().submit(self._tree.kernel_info.to_gpu, self._device)
+
+    def __getstate__(self) -> dict:
+        return {"_tree": self.tree, "_device": self._device}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._start()
 
     @property
     def tree(self) -> PrefixTreeCPP:
