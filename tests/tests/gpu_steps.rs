@@ -332,6 +332,18 @@ settings! {
         by_head: true,
         ..Setting::new(eight_bit(Dtype::E4m3, problem(8, 2, 128, Dtype::F16, 16)))
     };
+    e4m3_wgmma, bf16, E4m3: Setting {
+        options: PlanOptions::default().with_variants([TileVariant::Wgmma64]),
+        scales: [halves, |_| 0.25],
+        by_head: true,
+        ..Setting::new(eight_bit(Dtype::E4m3, problem(8, 2, 128, Dtype::Bf16, 16)))
+    };
+    e5m2_wgmma, f16, E5m2: Setting {
+        options: PlanOptions::default().with_variants([TileVariant::Wgmma64]),
+        scales: [|_| 2.0, |_| 0.5],
+        layout: PoolLayout::Hnd,
+        ..Setting::new(eight_bit(Dtype::E5m2, problem(8, 2, 64, Dtype::F16, 32)))
+    };
     e5m2_capped, bf16, E5m2: Setting {
         scales: [|_| 2.0, |_| 0.5],
         layout: PoolLayout::Hnd,
