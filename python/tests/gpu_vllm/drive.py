@@ -138,7 +138,7 @@ def engine_arguments(a, c):
         model=folder, skip_tokenizer_init=True, load_format="dummy", dtype="bfloat16", seed=0, enable_prefix_caching=True,
         max_model_len=a.max_len, max_num_seqs=a.seqs, max_num_batched_tokens=a.tokens,
         # With a KV cache of a given size this is only what must be free at the start.
-        gpu_memory_utilization=0.85 if not a.kv_gib else 0.26 / a.tp if a.shape == "8b" else 0.02,
+        gpu_memory_utilization=0.85 if not a.kv_gib else 0.16 / a.tp if a.shape == "8b" else 0.02,
         attention_config={"backend": a.backend}, disable_log_stats=True, **more,
     )  # fmt: skip
 

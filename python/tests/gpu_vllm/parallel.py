@@ -144,6 +144,7 @@ async def run(a):
                 took.append(time.perf_counter() - start)
             result = dict(sequences=len(prompts), step_ms=1e3 * (took[2] - took[1]) / (int(out) - 1))
         record["tasks"][task] = result
+        drive.save(a.out, record)
         print(task, {key: value for key, value in result.items() if key != "requests"}, flush=True)
     await count_calls(record, a, engine)
     drive.save(a.out, record)

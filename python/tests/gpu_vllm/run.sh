@@ -16,7 +16,7 @@
 #   more    2 minutes, one GPU: 200 requests with preemption and aborts: Qwen3, Llama, gpt-oss's attention (MODELS)
 #   gpt_oss 1.5 minutes, one GPU: windows and sinks: layers beside float32, tokens, 200 requests
 #   gpt_oss_times, gpt_oss_apart  1.5 minutes, one GPU: step times of gpt-oss-20b's attention, two engines in turn; Python's time
-#   fp8     2.5 minutes, one GPU: FP8 KV: layers beside float32, log-probs, tokens, step times of the 8B shape
+#   fp8     2.5 minutes, one GPU: FP8 KV: layers beside float32, log-probs, tokens, step times of the 8B shape (NO_TIMES=1: without)
 #   shapes  2.5 minutes, one GPU: 2, 3 and 5 query tokens a row; head dim 256 with soft cap and windows: layers, tokens, step times
 #   ranks   2 minutes, two GPUs: data parallel 2, decode context parallel 2 in graphs
 #   tp_tokens 1.5 minutes, two GPUs: tensor parallel and decode context parallel, eager and in graphs: tokens alone
@@ -47,7 +47,9 @@ nvidia-smi -L
 drive() { # name, arguments...
     local name=$1
     shift
-    timeout "${LIMIT:-170}" python3 "${PROGRAM:-drive.py}" "$out/$name.json" "$@" > "$out/$name.log" 2>&1
+    # IMPORTED: socket of a `forked.py serve`, which has imported vLLM already.
+    timeout "${LIMIT:-170}" python3 ${IMPORTED:+forked.py run "$IMPORTED"} "${PROGRAM:-drive.py}" "$out/$name.json" "$@" \
+        > "$out/$name.log" 2>&1
     local rc=$?
     echo "== $name: $* (rc $rc)"
     grep -E "^(engine up|metrics|[a-z]+:.* s$)|prefix_attn" "$out/$name.log" | cut -c1-260 | sed 's/^/  /'
@@ -396,10 +398,15 @@ fp8() {
     drive fp8-ours $mid --compare layers:$t layers:$t:broken forced:$t:{ours,stock,float32,broken} {tokens,float32,broken}:$t & engines=$!
     drive fp8-fa $mid --backend FLASH_ATTN forced:$t:engine tokens:$t tokens:$t:32 & engines="$engines $!"
     drive fp8-eager ${mid/--mode graph/} tokens:$t & engines="$engines $!"
-    drive 8b-fp8-fa $big --wait "$out"/go-fa --backend FLASH_ATTN $times & local stock=$!
-    drive 8b-fp8-ours $big --wait "$out"/go-ours $times & local ours=$!
-    one_by_one "$engines" $stock $ours
-    failed_in_background "$out"/fp8-{ours,fa,eager}.json "$out"/8b-fp8-{fa,ours}.json
+    if [ -n "${NO_TIMES:-}" ]; then
+        wait $engines
+    else
+        drive 8b-fp8-fa $big --wait "$out"/go-fa --backend FLASH_ATTN $times & local stock=$!
+        drive 8b-fp8-ours $big --wait "$out"/go-ours $times & local ours=$!
+        one_by_one "$engines" $stock $ours
+        failed_in_background "$out"/8b-fp8-{fa,ours}.json
+    fi
+    failed_in_background "$out"/fp8-{ours,fa,eager}.json
     exactness "FP8 KV, 1.7B shape, FULL graphs, each layer: as near to float32 attention over the FP8 cache as with 16 bits?" \
         layers "$out"/fp8-ours.json layers:$t --at-most 3e-3
     exactness "FP8 KV, each layer, one token left out of every row: must be found" \
@@ -417,7 +424,7 @@ fp8() {
     judge "FP8 KV, greedy tokens, one token left out of every row: must be found" \
         "$out"/fp8-fa.json "$out"/fp8-ours.json tokens:$t $noise --task-of-ours broken:$t --expect-different
     rm -f "$out"/*.pt
-    python3 table.py "$out"/8b-fp8-fa.json "$out"/8b-fp8-ours.json || failed=1
+    [ -n "${NO_TIMES:-}" ] || python3 table.py "$out"/8b-fp8-fa.json "$out"/8b-fp8-ours.json || failed=1
 }
 
 shapes() {
