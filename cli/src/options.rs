@@ -8,7 +8,8 @@ use anyhow::{Context, Result, bail};
 use pat_rs::plan::PlanMode;
 use pat_rs::{DeviceProfile, Error, PlanOptions, TileVariant};
 use pat_workloads::{
-    MOONCAKE_BLOCK_TOKENS, ModelParts, OwnedBatch, TraceCut, TraceError, TreeSpec, count_requests, read_batch,
+    MOONCAKE_BLOCK_TOKENS, ModelError, ModelParts, OwnedBatch, TraceCut, TraceError, TreeSpec, count_requests,
+    read_batch,
 };
 use std::fs::File;
 use std::io::BufReader;
@@ -227,6 +228,9 @@ pub(crate) fn option_of(error: &anyhow::Error) -> Option<&'static str> {
     error.chain().find_map(|cause| {
         if let Some(error) = cause.downcast_ref::<Error>() {
             return option_of_argument(error);
+        }
+        if cause.is::<ModelError>() {
+            return Some("--model");
         }
         match cause.downcast_ref()? {
             TraceError::Cut { argument, .. } => option_named(argument),

@@ -127,10 +127,10 @@ fn options_that_contradict_the_model_are_refused() {
             "--value-head-dim: got 192, expected 128 or nothing, as --model mimo-v2-flash has it",
         ),
         (&["kimi-k2"], "--model kimi-k2: head_dim: got 576, expected 64 or 96 or 128 or 192 or 256 or 512"),
-        (&["qwen3-8b/window"], "--model: model: got \"qwen3-8b/window\", expected qwen3-8b/full"),
+        (&["qwen3-8b/window"], "--model: got \"qwen3-8b/window\", expected qwen3-8b/full"),
         (
             &["gpt-5"],
-            "--model: model: got \"gpt-5\", expected a name that `pat models` lists, such as gpt-oss-20b, \
+            "--model: got \"gpt-5\", expected a name that `pat models` lists, such as gpt-oss-20b, \
              gpt-oss-120b",
         ),
         (

@@ -8,7 +8,7 @@ use crate::tensor::{Element, Tensor, is_torch};
 use pat_rs::{DecodeBatch, QueryTokens};
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{PyList, PySequence, PyTuple, PyType};
+use pyo3::types::{PyBool, PyFloat, PyList, PySequence, PyTuple, PyType};
 use std::ops::Range;
 
 /// The used part of a batch's block tables.
@@ -339,6 +339,8 @@ impl Counts {
         }
         let items = read_items("parents", parents, sequences)?;
         let is_one_tree = match items.first() {
+            // What is no list is no tree: the parent is named that is none.
+            Some(first) if first.is_instance_of::<PyFloat>() || first.is_instance_of::<PyBool>() => true,
             Some(first) => first.is_none() || matches!(index_of(first)?, Index::Is(_)),
             None => false,
         };

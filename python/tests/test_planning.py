@@ -360,6 +360,8 @@ def test_rows_of_an_array_are_trees(make):
         (ValueError, {"parents": []}, "parents: got 0"),
         (ValueError, {"parents": [None], "query_tokens": 1}, "parents: got some, expected None beside query_tokens"),
         (TypeError, {"parents": 3}, "parents: got int, expected a list of parents"),
+        (TypeError, {"parents": [0.5]}, r"parents\[0\]: got float, expected an integer or None"),
+        (TypeError, {"parents": [True]}, r"parents\[0\]: got bool, expected an integer or None"),
         (TypeError, {"parents": [None, "a"]}, r"parents\[1\]: got str, expected an integer or None"),
         (TypeError, {"parents": [[None], 3]}, r"parents\[1\]: got int, expected a list"),
         (TypeError, {"parents": torch.tensor([-1.0])}, "parents: got a tensor of float32, expected int32 or int64"),

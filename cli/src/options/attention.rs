@@ -185,7 +185,7 @@ impl Attention {
 
     fn named(&self) -> Result<Option<Named>> {
         let Some(name) = &self.model else { return Ok(None) };
-        let (_, layer) = models::layer(name).context("--model")?;
+        let (_, layer) = models::layer(name)?;
         let mut named = Named { name: name.clone(), option: format!("--model {name}"), layer };
         if let Some(ranks) = self.tensor_parallel {
             named.layer = layer.of_rank(ranks).with_context(|| format!("--tensor-parallel {ranks}"))?;
