@@ -7,7 +7,7 @@ use crate::element::Element;
 use crate::finish::{Finish, natural, sink_of};
 use crate::isolation::RowSoftmax;
 use crate::item::strided;
-use crate::ptx::ldst::{store_global_f32, store_global_f32x2, store_global_u32, store_global_u32x4};
+use crate::ptx::ldst::{store_global_f32, store_global_f32x2, store_global_u32, store_global_u32x2};
 use crate::ptx::shuffle::{any, xor_u32};
 use crate::softmax::{OnlineSoftmax, value_of_row};
 
@@ -98,14 +98,17 @@ impl Row {
         unsafe { store_global_f32x2(row + column as u64 * 4, pair) };
     }
 
-    /// Writes the eight packed columns `column ..` of the final output.
+    /// Writes packed columns of the final output: four from `column` on, and as many of every 16 behind them.
     ///
     /// # Safety
-    /// `column` is a multiple of 8; the rest as [`Self::store_pair`]; the row is no partial.
+    /// `column` is a multiple of 4; the rest as [`Self::store_pair`]; the row is no partial.
     #[inline(always)]
-    pub unsafe fn store_octet(&self, params: &ForwardParams, column: u32, octet: [u32; 4]) {
-        // SAFETY: the caller's contract; base addresses and strides are multiples of 16 bytes.
-        unsafe { store_global_u32x4(self.output_address(params) + column as u64 * 2, octet) };
+    pub unsafe fn store_fours(&self, params: &ForwardParams, column: u32, fours: &[[u32; 2]]) {
+        let address = self.output_address(params) + column as u64 * 2;
+        for (i, &four) in fours.iter().enumerate() {
+            // SAFETY: the caller's contract; base addresses and strides are multiples of 16 bytes.
+            unsafe { store_global_u32x2(address + i as u64 * 32, four) };
+        }
     }
 
     #[inline(always)]
@@ -161,100 +164,119 @@ pub struct Written {
     pub softmaxes: [RowSoftmax; 2],
 }
 
+/// What is known of the two rows of a lane before their outputs are: where they go, and how they are normalised.
+#[derive(Clone, Copy)]
+pub struct Ends {
+    rows: [Row; 2],
+    /// Whether the item has them.
+    exist: [bool; 2],
+    /// Whether a row of the warp goes to the final output.
+    any_final: bool,
+    references: [f32; 2],
+    finishes: [Finish; 2],
+}
+
+impl Ends {
+    /// Of `rows`, of which the item has those that `exist` (somewhere, for others). Convergent.
+    ///
+    /// # Safety
+    /// A whole warp; `softmax` is finished; the rows' heads are of the launch of `params`.
+    #[inline(always)]
+    pub unsafe fn new(params: &ForwardParams, rows: [Row; 2], exist: [bool; 2], softmax: &OnlineSoftmax) -> Self {
+        let any_final = any(exist[0] && !rows[0].is_partial() || exist[1] && !rows[1].is_partial());
+        let OnlineSoftmax { references, sums } = *softmax;
+        // One branch, the same in all threads, says that there are no sinks.
+        let finishes = if params.sinks == 0 {
+            [0, 1].map(|row| Finish::without_sink(references[row], sums[row]))
+        } else {
+            // SAFETY: the sinks of the rows' heads.
+            [0, 1].map(|row| unsafe { Finish::new(references[row], sums[row], rows[row].sink(params)) })
+        };
+        Self { rows, exist, any_final, references, finishes }
+    }
+}
+
 /// Normalises and writes the two rows of a lane: `output` has [`crate::softmax`]'s layout, `columns` of the quad's rows; who
-/// has the first column writes the log-sum-exp. `exists` says which of the two the item has, `locate` where they go
-/// (somewhere, for rows that it does not have), and `has_masks` whether rows attend to different tokens. Convergent.
+/// has the first column writes the log-sum-exp. `has_masks` says whether rows attend to different tokens. Convergent.
 ///
 /// # Safety
-/// A whole warp, the only one that holds these columns of the rows; `softmax` is finished; the output buffers are as
-/// [`ForwardParams`] says.
+/// A whole warp, the only one that holds these columns of the rows; the output buffers are as [`ForwardParams`] says.
 #[inline(always)]
-#[allow(clippy::too_many_arguments, reason = "two rows of a lane, by parts")]
 pub unsafe fn write_rows<E: Element>(
     params: &ForwardParams,
     output: &[f32],
     columns: Columns,
-    softmax: &OnlineSoftmax,
-    exists: impl Fn(usize) -> bool,
+    ends: &Ends,
     has_masks: bool,
     lane: u32,
-    locate: impl Fn(usize) -> Row,
 ) -> Written {
-    let mut not_finite = [false; 2];
-    let mut softmaxes = [RowSoftmax { reference: 0.0, scale: 0.0 }; 2];
+    let Ends { rows, exist, any_final, references, finishes } = *ends;
+    let pair = |row: usize, i: usize| {
+        let first = value_of_row(row, 2 * i);
+        [output[first] * finishes[row].scale, output[first + 1] * finishes[row].scale]
+    };
+    let words = output.len() / 4;
+    let mut packed = [[0u32; MAX_WORDS]; 2];
     for row in 0..2 {
-        let target = locate(row);
-        // SAFETY: the sink of the row's head.
-        let Finish { scale, lse_log2 } =
-            unsafe { Finish::new(softmax.references[row], softmax.sums[row], target.sink(params)) };
-        softmaxes[row] = RowSoftmax { reference: softmax.references[row], scale };
-        let pair = |i: usize| {
-            let first = value_of_row(row, 2 * i);
-            [output[first] * scale, output[first + 1] * scale]
-        };
-        let exists = exists(row);
-        let packed = |i: usize| {
-            let [low, high] = pair(i);
-            E::pack(low, high)
-        };
-        // Four lanes hold a row, two columns of every eight each; after the exchange each holds eight neighbours of every 32. A
-        // warp that has partials alone, as where sequences are cut, needs none of it.
-        let mut octets = [[0u32; 4]; MAX_OCTETS];
-        if any(exists && !target.is_partial()) {
-            for i in 0..output.len() / 16 {
-                octets[i] = transpose_quad([0, 1, 2, 3].map(|block| packed(4 * i + block)), lane);
+        for i in 0..words {
+            let [low, high] = pair(row, i);
+            packed[row][i] = E::pack(low, high);
+        }
+    }
+    let mut not_finite = [false; 2];
+    if has_masks {
+        // Four sums at a time: one would be a chain of all words.
+        not_finite = packed.map(|packed| {
+            let mut sums = [0; 4];
+            for i in 0..words {
+                sums[i % 4] = E::add_zero_times(sums[i % 4], packed[i]);
             }
-        }
-        if !exists {
-            continue;
-        }
-        if has_masks {
-            let sum = (0..output.len() / 4).fold(0, |sum, i| E::add_zero_times(sum, packed(i)));
-            not_finite[row] = sum & 0x7fff_7fff != 0;
-        }
-        // SAFETY: the row exists, and each lane owns its columns.
-        unsafe {
-            if target.is_partial() {
-                for i in 0..output.len() / 4 {
-                    let column = columns.begin + 8 * i as u32 + 2 * (lane & 3);
-                    target.store_partial_pair(params, columns.v_head_dim, column, pair(i));
-                }
-            } else {
-                for i in 0..output.len() / 16 {
-                    target.store_octet(params, columns.begin + 32 * i as u32 + 8 * (lane & 3), octets[i]);
-                }
-            }
-            if columns.begin == 0 && lane & 3 == 0 {
-                target.store_lse(params, lse_log2);
+            let sum = [1, 2, 3].into_iter().fold(sums[0], |sum, i| E::add_zero_times(sum, sums[i]));
+            sum & 0x7fff_7fff != 0
+        });
+    }
+    // Four lanes hold a row, two columns of every eight each; after the exchange each holds four neighbours of every 16. A warp
+    // that has partials alone, as where sequences are cut, needs none of it.
+    if any_final {
+        for row in 0..2 {
+            for i in 0..words / 2 {
+                let [first, second] = exchange_pairs([packed[row][2 * i], packed[row][2 * i + 1]], lane);
+                (packed[row][2 * i], packed[row][2 * i + 1]) = (first, second);
             }
         }
     }
-    Written { not_finite, softmaxes }
+    for row in 0..2 {
+        if !exist[row] {
+            continue;
+        }
+        let target = rows[row];
+        // SAFETY: the row exists, and each lane owns its columns.
+        unsafe {
+            if target.is_partial() {
+                for i in 0..words {
+                    let column = columns.begin + 8 * i as u32 + 2 * (lane & 3);
+                    target.store_partial_pair(params, columns.v_head_dim, column, pair(row, i));
+                }
+            } else {
+                let column = columns.begin + 8 * (lane & 1) + 2 * (lane & 2);
+                target.store_fours(params, column, &packed[row].as_chunks().0[..words / 2]);
+            }
+            if columns.begin == 0 && lane & 3 == 0 {
+                target.store_lse(params, finishes[row].lse_log2);
+            }
+        }
+    }
+    let softmaxes = [0, 1].map(|row| RowSoftmax { reference: references[row], scale: finishes[row].scale });
+    Written { not_finite: [0, 1].map(|row| exist[row] && not_finite[row]), softmaxes }
 }
 
-/// Octets of a lane at head dimension 256.
-const MAX_OCTETS: usize = 8;
+/// Words of a lane's row at head dimension 256.
+const MAX_WORDS: usize = 32;
 
-/// Transposes a 4 x 4 matrix whose row `l` lane `l` of a quad holds. All lanes of a warp.
+/// Two words of lanes `l` and `l ^ 1`: the first ones to the lane whose `l` is even, the others to its neighbour. All lanes of a warp.
 #[inline(always)]
-fn transpose_quad(row: [u32; 4], lane: u32) -> [u32; 4] {
-    let [a, b, c, d] = row;
-    // Exchange 2 x 2 blocks across lane bit 1, then elements across lane bit 0.
-    let high = lane & 2 != 0;
-    let (keep, send) = if high { ([c, d], [a, b]) } else { ([a, b], [c, d]) };
-    let received = send.map(|word| xor_u32(word, 2));
-    let [e, f] = keep;
-    let [g, h] = received;
-    // Columns `2 * (lane / 2) ..` of rows `lane` and `lane ^ 2`.
-    let odd = lane & 1 != 0;
-    let (kept, sent) = if odd { ([f, h], [e, g]) } else { ([e, g], [f, h]) };
-    let [i, j] = sent.map(|word| xor_u32(word, 1));
-    // Column `lane` of rows lane, lane ^ 2, and of lane ^ 1, lane ^ 3.
-    let own = [kept[0], kept[1], i, j];
-    let at = |source: u32| {
-        let difference = source ^ lane & 3;
-        let low = if difference & 2 == 0 { [own[0], own[2]] } else { [own[1], own[3]] };
-        if difference & 1 == 0 { low[0] } else { low[1] }
-    };
-    [at(0), at(1), at(2), at(3)]
+fn exchange_pairs([first, second]: [u32; 2], lane: u32) -> [u32; 2] {
+    let is_odd = lane & 1 != 0;
+    let received = xor_u32(if is_odd { first } else { second }, 1);
+    if is_odd { [received, second] } else { [first, received] }
 }

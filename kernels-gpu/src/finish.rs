@@ -16,6 +16,12 @@ pub(crate) struct Finish {
 }
 
 impl Finish {
+    /// As [`Self::new`], of a head without a sink.
+    #[inline(always)]
+    pub(crate) fn without_sink(max: f32, sum: f32) -> Self {
+        Self { scale: normaliser(sum), lse_log2: max + math::log2(sum) }
+    }
+
     /// Of a row whose weights, relative to `2^max`, add up to `sum`. `sink` is the address of its head's sink where that joins the
     /// denominator now, 0 where it does not: a row's last step has it, not its parts.
     ///
@@ -24,7 +30,7 @@ impl Finish {
     #[inline(always)]
     pub(crate) unsafe fn new(max: f32, sum: f32, sink: u64) -> Self {
         if sink == 0 {
-            return Self { scale: normaliser(sum), lse_log2: max + math::log2(sum) };
+            return Self::without_sink(max, sum);
         }
         // SAFETY: the caller's contract.
         let sink = f32::from_bits(unsafe { request_global_u32(sink) }) * LOG2_E;

@@ -14,7 +14,7 @@ use crate::epilogue::{Columns, Row};
 use crate::item::strided;
 use crate::plan_words::WhenUsed;
 use crate::ptx::ldst::load_global_u32x2;
-use crate::ptx::special::run_time;
+use crate::ptx::special::{keep_loop, run_time};
 use crate::ptx::{barrier, math, shuffle};
 use crate::softmax::cap_scores;
 use crate::window::mask_in_window;
@@ -63,6 +63,7 @@ pub unsafe fn attend_pair<E: Element, C: Rows, const CAPS_SCORES: bool, const HA
     let mut pair = [0.0; 2];
     let mut first = 0;
     while first < stream.token_count {
+        keep_loop();
         let (page, in_page) = params.page_size.divide_remainder(first + lane);
         let (mut weight, mut page_id, mut attends) = (0.0, 0, false);
         if first + lane < stream.token_count {
@@ -81,13 +82,17 @@ pub unsafe fn attend_pair<E: Element, C: Rows, const CAPS_SCORES: bool, const HA
             let key = strided(keys, page_id, params.k_page_stride, in_page, params.k_token_stride);
             let (mut score, mut offset) = (0.0, 0);
             while offset < row_bytes {
-                // SAFETY: query and key are rows of `row_bytes / 2` elements, at multiples of 16 bytes.
-                let (q, k) = unsafe { (load_global_u32x2(query + offset as u64), C::load_four(key, offset)) };
-                for word in 0..2 {
-                    let (q, k) = (E::unpack(q[word]), C::two_of_four::<E>(k, word));
-                    score = math::fma(q[1], k[1], math::fma(q[0], k[0], score));
+                keep_loop();
+                // Loads of 16 elements are under way together.
+                for at in [0, 8, 16, 24].map(|bytes| offset + bytes) {
+                    // SAFETY: query and key are rows of `row_bytes / 2` elements, a multiple of 16, at multiples of 16 bytes.
+                    let (q, k) = unsafe { (load_global_u32x2(query + at as u64), C::load_four(key, at)) };
+                    for word in 0..2 {
+                        let (q, k) = (E::unpack(q[word]), C::two_of_four::<E>(k, word));
+                        score = math::fma(q[1], k[1], math::fma(q[0], k[0], score));
+                    }
                 }
-                offset += 8;
+                offset += 32;
             }
             if CAPS_SCORES {
                 cap_scores(params, [&mut score]);
@@ -96,6 +101,7 @@ pub unsafe fn attend_pair<E: Element, C: Rows, const CAPS_SCORES: bool, const HA
         }
         let mut source = 0;
         while source < lanes {
+            keep_loop();
             // The same answer in all lanes.
             if shuffle::from_lane_u32(attends as u32, source) != 0 {
                 let weight = shuffle::from_lane_f32(weight, source);
@@ -146,6 +152,7 @@ pub unsafe fn restore_rows<E: Element, C: Rows, const CAPS_SCORES: bool, const H
     let Columns { head_dim, v_head_dim, .. } = columns;
     let mut row = 0;
     while row < rows {
+        keep_loop();
         let (source, half) = (row % 8 * 4, row / 8);
         let softmax = if half == 0 { softmaxes[0] } else { softmaxes[1] };
         let softmax = RowSoftmax {
@@ -156,6 +163,7 @@ pub unsafe fn restore_rows<E: Element, C: Rows, const CAPS_SCORES: bool, const H
             let target = locate(first_row + row);
             let mut block = columns.begin;
             while block < end {
+                keep_loop();
                 let (of_row, own) = (first_row + row, block + 2 * lane);
                 // The last block may be narrower than the warp.
                 let exists = v_head_dim % 64 == 0 || own < v_head_dim;

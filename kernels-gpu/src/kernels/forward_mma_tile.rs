@@ -17,7 +17,7 @@ use pat_abi::{
 use crate::cache::{Cache, EightBit, Plain, Rows};
 use crate::eight_bit::{E4m3, E5m2};
 use crate::element::{Bf16, Element, F16};
-use crate::epilogue::{Columns, Written, write_rows};
+use crate::epilogue::{Columns, Ends, Written, write_rows};
 use crate::isolation::restore_rows;
 use crate::item::Item;
 use crate::ptx::{barrier, cp_async, special};
@@ -213,14 +213,14 @@ unsafe fn store<E: Element, C: Cache, const VALUE_STEPS: usize>(
     lane: u32,
 ) {
     let rows = [0, 8].map(|half| first_row + lane / 4 + half);
-    let exists = |half: usize| rows[half] < item.row_count;
+    let exist = rows.map(|row| row < item.row_count);
     // SAFETY: a row of the item: the first where it does not have this one.
     let locate = |row| unsafe { item.row(params, if row < item.row_count { row } else { 0 }) };
     let (output, has_masks) = (output.as_flattened().as_flattened(), item.stream.has_masks());
     // SAFETY: the caller's contract; the rows have been written ahead of their repair, and those marked are the item's.
     unsafe {
-        let Written { not_finite, softmaxes } =
-            write_rows::<E>(params, output, columns, softmax, exists, has_masks, lane, |half| locate(rows[half]));
+        let ends = Ends::new(params, rows.map(locate), exist, softmax);
+        let Written { not_finite, softmaxes } = write_rows::<E>(params, output, columns, &ends, has_masks, lane);
         if has_masks {
             restore_rows::<E, C, true, true>(
                 params,

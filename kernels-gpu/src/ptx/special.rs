@@ -53,6 +53,13 @@ pub fn run_time(value: u32) -> u32 {
     hidden
 }
 
+/// `.pragma "nounroll"`: ptxas does not unroll the loop that begins with this. For the same paths.
+#[inline(always)]
+pub fn keep_loop() {
+    // SAFETY: is no instruction.
+    unsafe { asm!(".pragma \"nounroll\";", options(nomem, nostack, preserves_flags)) };
+}
+
 /// Start of the dynamic shared memory of the CTA, as an address of the `.shared` window. A multiple of 1024 bytes.
 #[inline(always)]
 pub fn dynamic_smem() -> u32 {

@@ -6,7 +6,7 @@ use super::smem::{QSlots, Ring, Smem, tile_offset};
 use super::work::{Batch, query_of_row, work_index};
 use super::{GROUP_ROWS, PRODUCER_WARPS, SPAN_KEYS};
 use crate::element::Element;
-use crate::epilogue::{Columns, Row, Written, write_rows};
+use crate::epilogue::{Columns, Ends, Row, Written, write_rows};
 use crate::isolation::restore_rows;
 use crate::plan_words::AtOnce;
 use crate::ptx::barrier::sync_named;
@@ -61,159 +61,165 @@ pub(super) unsafe fn consume<
     // SAFETY: over the whole function, items come from the plan, addresses from the checked launch parameters; every branch on
     // item fields is uniform over the warpgroup.
     unsafe {
-        let mut batch = Batch::load(p, plan, round, lane);
-        let mut in_batch = 0;
-        while index < plan.work_count {
-            if in_batch == 32 {
-                in_batch = 0;
-                batch = Batch::load(p, plan, round, lane);
-            }
-            let work = batch.get(in_batch);
-            in_batch += 1;
-            round += 1;
-            index = work_index(round);
-            let (_, of_head) = F::of_head(params, work.kv_head);
-            let p = of_head.borrow();
-            let destinations = rows.map(|row| query_of_row(p, plan, &work, row).0.token_and_slot(words));
-
-            let mut q = [0u32; Q_REGS];
-            let (slot, slot_count) = q_slots.take(work.row_count);
-            for i in 0..slot_count {
-                mbarrier::wait(smem.q_full(slot + i), q_slots.parity(slot + i));
-            }
-            // With 16 rows or fewer, all warps compute the rows of the first: only it has something to store.
-            let q_slot = if slot_count == 1 { slot } else { group * QSlots::<GROUPS>::PER_GROUP + warp };
-            // Registers are short: offsets that do not change are not kept from item to item.
-            let q_lane = thread_index_here() & 31;
-            let q_row = q_slot % QSlots::<GROUPS>::PER_GROUP * QSlots::<GROUPS>::ROWS + (q_lane & 15);
-            let q_tile = smem.q(q_slot / QSlots::<GROUPS>::PER_GROUP);
-            for k in 0..Q_REGS / 4 {
-                let fragment = ldmatrix_x4(q_tile + tile_offset(GROUP_ROWS, q_row, 2 * k as u32 + (q_lane >> 4)));
-                for i in 0..4 {
-                    q[4 * k + i] = fragment[i];
+        // Rows are repaired outside the loop over items, whose code is then in one piece: the queue's state is all that goes there.
+        loop {
+            let mut batch = Batch::load(p, plan, round, lane);
+            let mut in_batch = 0;
+            let Written { not_finite, softmaxes } = loop {
+                if in_batch == 32 {
+                    in_batch = 0;
+                    batch = Batch::load(p, plan, round, lane);
                 }
-            }
-            for i in 0..slot_count {
-                release(smem.q_empty(slot + i), lane);
-            }
-            let factors = F::arrange::<E>(q.as_chunks_mut().0);
+                let work = batch.get(in_batch);
+                in_batch += 1;
+                round += 1;
+                index = work_index(round);
+                let (_, of_head) = F::of_head(params, work.kv_head);
+                let p = of_head.borrow();
+                let destinations = rows.map(|row| query_of_row(p, plan, &work, row).0.token_and_slot(words));
 
-            let mut o = [0f32; O_REGS];
-            let mut s = [[0f32; 32]; SPANS];
-            let mut weights = [[0u32; 16]; SPANS];
-            let mut softmax = OnlineSoftmax::EMPTY;
+                let mut q = [0u32; Q_REGS];
+                let (slot, slot_count) = q_slots.take(work.row_count);
+                for i in 0..slot_count {
+                    mbarrier::wait(smem.q_full(slot + i), q_slots.parity(slot + i));
+                }
+                // With 16 rows or fewer, all warps compute the rows of the first: only it has something to store.
+                let q_slot = if slot_count == 1 { slot } else { group * QSlots::<GROUPS>::PER_GROUP + warp };
+                // Registers are short: offsets that do not change are not kept from item to item.
+                let q_lane = thread_index_here() & 31;
+                let q_row = q_slot % QSlots::<GROUPS>::PER_GROUP * QSlots::<GROUPS>::ROWS + (q_lane & 15);
+                let q_tile = smem.q(q_slot / QSlots::<GROUPS>::PER_GROUP);
+                for k in 0..Q_REGS / 4 {
+                    let fragment = ldmatrix_x4(q_tile + tile_offset(GROUP_ROWS, q_row, 2 * k as u32 + (q_lane >> 4)));
+                    for i in 0..4 {
+                        q[4 * k + i] = fragment[i];
+                    }
+                }
+                for i in 0..slot_count {
+                    release(smem.q_empty(slot + i), lane);
+                }
+                let factors = F::arrange::<E>(q.as_chunks_mut().0);
 
-            // Scores of the first tile; in the loop, the scores of a tile are computed while the values of the tile
-            // before it are accumulated.
-            mbarrier::wait(smem.k_full(ring.stage), ring.phase);
-            <(M, HeadDim<HEAD_DIM>)>::scores(&mut s, &q, smem.k(ring.stage));
-            let masks = load_masks(smem, ring.stage);
-            wgmma::wait_scores::<0, SPANS>(&mut s);
-            release(smem.k_empty(ring.stage), lane);
-            let mut ends = values_ends(masks);
-            F::scale::<E>(s.as_flattened_mut(), factors);
-            if Smem::<HEAD_DIM, GROUPS, BYTES>::CAPS_SCORES {
-                cap_scores(p, s.as_flattened_mut());
-            }
-            mask_scores::<HEAD_DIM, GROUPS, BYTES, SPANS>(&mut s, masks);
-            softmax.update::<true, _>(&mut s, p.scale_log2);
-            pack_weights::<M, SPANS>(&s, &mut weights);
-            let mut previous = ring;
-            ring.advance(Smem::<HEAD_DIM, GROUPS, BYTES>::STAGES);
-            let mut token = Smem::<HEAD_DIM, GROUPS, BYTES>::KEYS;
-            while token < work.token_count {
+                let mut o = [0f32; O_REGS];
+                let mut s = [[0f32; 32]; SPANS];
+                let mut weights = [[0u32; 16]; SPANS];
+                let mut softmax = OnlineSoftmax::EMPTY;
+
+                // Scores of the first tile; in the loop, the scores of a tile are computed while the values of the tile
+                // before it are accumulated.
                 mbarrier::wait(smem.k_full(ring.stage), ring.phase);
-                if ends != [ALL_VALUES; SPANS] {
-                    mbarrier::wait(smem.v_full(previous.stage), previous.phase);
-                    zero_values::<HEAD_DIM, GROUPS, BYTES, SPANS>(smem.v(previous.stage), ends);
-                }
-                let masks = load_masks(smem, ring.stage);
                 <(M, HeadDim<HEAD_DIM>)>::scores(&mut s, &q, smem.k(ring.stage));
-                mbarrier::wait(smem.v_full(previous.stage), previous.phase);
-                <(M, HeadDim<HEAD_DIM>)>::accumulate(&mut o, &weights, smem.v_columns(previous.stage, part));
-                wgmma::wait_scores::<1, SPANS>(&mut s);
+                let masks = load_masks(smem, ring.stage);
+                wgmma::wait_scores::<0, SPANS>(&mut s);
                 release(smem.k_empty(ring.stage), lane);
-                ends = values_ends(masks);
+                let mut ends = values_ends(masks);
                 F::scale::<E>(s.as_flattened_mut(), factors);
                 if Smem::<HEAD_DIM, GROUPS, BYTES>::CAPS_SCORES {
                     cap_scores(p, s.as_flattened_mut());
                 }
                 mask_scores::<HEAD_DIM, GROUPS, BYTES, SPANS>(&mut s, masks);
-                let correction = softmax.update::<true, _>(&mut s, p.scale_log2);
+                softmax.update::<true, _>(&mut s, p.scale_log2);
+                pack_weights::<M, SPANS>(&s, &mut weights);
+                let mut previous = ring;
+                ring.advance(Smem::<HEAD_DIM, GROUPS, BYTES>::STAGES);
+                let mut token = Smem::<HEAD_DIM, GROUPS, BYTES>::KEYS;
+                while token < work.token_count {
+                    mbarrier::wait(smem.k_full(ring.stage), ring.phase);
+                    if ends != [ALL_VALUES; SPANS] {
+                        mbarrier::wait(smem.v_full(previous.stage), previous.phase);
+                        zero_values::<HEAD_DIM, GROUPS, BYTES, SPANS>(smem.v(previous.stage), ends);
+                    }
+                    let masks = load_masks(smem, ring.stage);
+                    <(M, HeadDim<HEAD_DIM>)>::scores(&mut s, &q, smem.k(ring.stage));
+                    mbarrier::wait(smem.v_full(previous.stage), previous.phase);
+                    <(M, HeadDim<HEAD_DIM>)>::accumulate(&mut o, &weights, smem.v_columns(previous.stage, part));
+                    wgmma::wait_scores::<1, SPANS>(&mut s);
+                    release(smem.k_empty(ring.stage), lane);
+                    ends = values_ends(masks);
+                    F::scale::<E>(s.as_flattened_mut(), factors);
+                    if Smem::<HEAD_DIM, GROUPS, BYTES>::CAPS_SCORES {
+                        cap_scores(p, s.as_flattened_mut());
+                    }
+                    mask_scores::<HEAD_DIM, GROUPS, BYTES, SPANS>(&mut s, masks);
+                    let correction = softmax.update::<true, _>(&mut s, p.scale_log2);
+                    <(M, HeadDim<HEAD_DIM>)>::wait_output(&mut o, &mut weights);
+                    release(smem.v_empty(previous.stage), lane);
+                    if let Some(correction) = correction {
+                        rescale(&mut o, correction);
+                    }
+                    pack_weights::<M, SPANS>(&s, &mut weights);
+                    previous = ring;
+                    ring.advance(Smem::<HEAD_DIM, GROUPS, BYTES>::STAGES);
+                    token += Smem::<HEAD_DIM, GROUPS, BYTES>::KEYS;
+                }
+                mbarrier::wait(smem.v_full(previous.stage), previous.phase);
+                if ends != [ALL_VALUES; SPANS] {
+                    zero_values::<HEAD_DIM, GROUPS, BYTES, SPANS>(smem.v(previous.stage), ends);
+                }
+                <(M, HeadDim<HEAD_DIM>)>::accumulate(&mut o, &weights, smem.v_columns(previous.stage, part));
+                let find_ends = |mut softmax: OnlineSoftmax| {
+                    softmax.finish();
+                    // Registers are short: not kept through the main loop.
+                    let (lane, rows) = consumer_rows::<HEAD_DIM, GROUPS, BYTES>(thread_index_here());
+                    let targets = [0, 1].map(|half| {
+                        let (_, head) = query_of_row(p, plan, &work, rows[half]);
+                        Row::of_query(p, destinations[half], head)
+                    });
+                    (lane, Ends::new(p, targets, rows.map(|row| row < work.row_count), &softmax))
+                };
+                // While the last values are multiplied, where registers suffice.
+                let early = if HEAD_DIM <= 128 { Some(find_ends(softmax)) } else { None };
                 <(M, HeadDim<HEAD_DIM>)>::wait_output(&mut o, &mut weights);
                 release(smem.v_empty(previous.stage), lane);
-                if let Some(correction) = correction {
-                    rescale(&mut o, correction);
-                }
-                pack_weights::<M, SPANS>(&s, &mut weights);
-                previous = ring;
-                ring.advance(Smem::<HEAD_DIM, GROUPS, BYTES>::STAGES);
-                token += Smem::<HEAD_DIM, GROUPS, BYTES>::KEYS;
-            }
-            mbarrier::wait(smem.v_full(previous.stage), previous.phase);
-            if ends != [ALL_VALUES; SPANS] {
-                zero_values::<HEAD_DIM, GROUPS, BYTES, SPANS>(smem.v(previous.stage), ends);
-            }
-            <(M, HeadDim<HEAD_DIM>)>::accumulate(&mut o, &weights, smem.v_columns(previous.stage, part));
-            <(M, HeadDim<HEAD_DIM>)>::wait_output(&mut o, &mut weights);
-            release(smem.v_empty(previous.stage), lane);
+                let (lane, item_ends) = early.unwrap_or_else(|| find_ends(softmax));
 
-            softmax.finish();
-            let (format, _) = F::of_head(params, work.kv_head);
-            format.finish(&mut o);
-            let has_masks = work.has_masks();
-            // Registers are short: not kept through the main loop.
-            let (lane, rows) = consumer_rows::<HEAD_DIM, GROUPS, BYTES>(thread_index_here());
-            let exists = |half: usize| rows[half] < work.row_count;
-            let begin = part * Smem::<HEAD_DIM, GROUPS, BYTES>::COLUMNS;
-            let end = begin + Smem::<HEAD_DIM, GROUPS, BYTES>::COLUMNS;
-            let columns = Columns { begin, end, head_dim: HEAD_DIM, v_head_dim: HEAD_DIM };
-            let Written { not_finite, softmaxes } =
-                write_rows::<E>(p, &o, columns, &softmax, exists, has_masks, lane, |half| {
-                    let (_, head) = query_of_row(p, plan, &work, rows[half]);
-                    Row::of_query(p, destinations[half], head)
-                });
-            if has_masks && any(not_finite[0] || not_finite[1]) {
-                // Registers are short: nothing that only this needs is kept through the main loop.
-                let thread = thread_index_here();
-                let (lane, first_row) = (thread % 32, consumer_warp::<HEAD_DIM, GROUPS, BYTES>(thread) * 16);
-                let plan = PlanView::load(words, p.plan, Smem::<HEAD_DIM, GROUPS, BYTES>::VARIANT, p.kv_heads);
-                let work = plan.work(words, work_index(round - 1), p.kv_heads_divisor);
-                let locate = |row| {
-                    let (query, head) = query_of_row(p, plan, &work, row);
-                    Row::new(p, query, head, words)
-                };
-                let stream = plan.stream(&work);
-                if Smem::<HEAD_DIM, GROUPS, BYTES>::CAPS_SCORES {
-                    restore_rows::<E, F, true, false>(
-                        p,
-                        format,
-                        stream,
-                        work.kv_head,
-                        first_row,
-                        not_finite,
-                        softmaxes,
-                        columns,
-                        lane,
-                        locate,
-                    );
-                } else {
-                    restore_rows::<E, F, false, false>(
-                        p,
-                        format,
-                        stream,
-                        work.kv_head,
-                        first_row,
-                        not_finite,
-                        softmaxes,
-                        columns,
-                        lane,
-                        locate,
-                    );
+                let (format, _) = F::of_head(params, work.kv_head);
+                format.finish(&mut o);
+                let has_masks = work.has_masks();
+                let columns = consumer_columns::<HEAD_DIM, GROUPS, BYTES>(part);
+                let written = write_rows::<E>(p, &o, columns, &item_ends, has_masks, lane);
+                if has_masks && any(written.not_finite[0] || written.not_finite[1]) {
+                    break written;
                 }
+                if index >= plan.work_count {
+                    return;
+                }
+            };
+            // Of the item before.
+            let thread = thread_index_here();
+            let (lane, first_row) = (thread % 32, consumer_warp::<HEAD_DIM, GROUPS, BYTES>(thread) * 16);
+            let plan = PlanView::load(words, p.plan, Smem::<HEAD_DIM, GROUPS, BYTES>::VARIANT, p.kv_heads);
+            let work = plan.work(words, work_index(round - 1), p.kv_heads_divisor);
+            let (format, of_head) = F::of_head(params, work.kv_head);
+            let p = of_head.borrow();
+            let columns = consumer_columns::<HEAD_DIM, GROUPS, BYTES>(part);
+            let locate = |row| {
+                let (query, head) = query_of_row(p, plan, &work, row);
+                Row::new(p, query, head, words)
+            };
+            let (stream, kv_head) = (plan.stream(&work), work.kv_head);
+            if Smem::<HEAD_DIM, GROUPS, BYTES>::CAPS_SCORES {
+                restore_rows::<E, F, true, false>(
+                    p, format, stream, kv_head, first_row, not_finite, softmaxes, columns, lane, locate,
+                );
+            } else {
+                restore_rows::<E, F, false, false>(
+                    p, format, stream, kv_head, first_row, not_finite, softmaxes, columns, lane, locate,
+                );
+            }
+            if index >= plan.work_count {
+                return;
             }
         }
     }
+}
+
+/// The columns that a consumer multiplies, the `part`-th.
+#[inline(always)]
+fn consumer_columns<const HEAD_DIM: u32, const GROUPS: u32, const BYTES: u32>(part: u32) -> Columns {
+    let begin = part * Smem::<HEAD_DIM, GROUPS, BYTES>::COLUMNS;
+    let end = begin + Smem::<HEAD_DIM, GROUPS, BYTES>::COLUMNS;
+    Columns { begin, end, head_dim: HEAD_DIM, v_head_dim: HEAD_DIM }
 }
 
 /// One arrival per consumer warp: the warp has finished with the stage.

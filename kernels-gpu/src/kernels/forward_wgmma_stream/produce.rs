@@ -16,8 +16,8 @@ use pat_abi::reader::PlanView;
 use pat_abi::{ForwardParams, NamedBarrier};
 
 /// A KV producer: one warp that issues the tensor copies of K or V, or of both, for all items. The maps are
-/// those of `tensor` and, where the warp copies V behind K, of V. The page ids of an item are loaded while the
-/// item before it is served. A warp issues one copy after the other, some 70 cycles each, whichever lane asks for it: with
+/// those of `tensor` and, where the warp copies V behind K, of V. The page ids of an item are asked for behind the
+/// first copies of the item before it. A warp issues one copy after the other, some 70 cycles each, whichever lane asks for it: with
 /// pages of 16 tokens one warp for both tensors is slower than memory.
 ///
 /// # Safety
@@ -49,14 +49,6 @@ pub(super) unsafe fn produce_kv<const HEAD_DIM: u32, const GROUPS: u32, const BY
             let (work, mut window) = (batch.get(in_batch), next_window);
             round += 1;
             index = work_index(round);
-            if index < plan.work_count {
-                in_batch += 1;
-                if in_batch == 32 {
-                    in_batch = 0;
-                    batch = Batch::load(p, plan, round, lane);
-                }
-                next_window = PageWindow::load(p, plan, &batch.get(in_batch), 0, lane);
-            }
             let mut token = 0;
             while token < work.token_count {
                 let tile_page = p.page_size.divide(token);
@@ -116,6 +108,15 @@ pub(super) unsafe fn produce_kv<const HEAD_DIM: u32, const GROUPS: u32, const BY
                     if lane == 0 {
                         mbarrier::arrive_expect_bytes(full, Smem::<HEAD_DIM, GROUPS, BYTES>::ARRIVING_BYTES);
                     }
+                }
+                // Behind the item's first copies, which would wait for these loads: ptxas keeps one account for them and the item's own.
+                if token == 0 && index < plan.work_count {
+                    in_batch += 1;
+                    if in_batch == 32 {
+                        in_batch = 0;
+                        batch = Batch::load(p, plan, round, lane);
+                    }
+                    next_window = PageWindow::load(p, plan, &batch.get(in_batch), 0, lane);
                 }
                 ring.advance(Smem::<HEAD_DIM, GROUPS, BYTES>::ARRIVING_STAGES);
                 token += Smem::<HEAD_DIM, GROUPS, BYTES>::KEYS;
@@ -184,7 +185,7 @@ pub(super) unsafe fn produce_q<const HEAD_DIM: u32, const GROUPS: u32, const BYT
                 batch = Batch::load(p, plan, round, lane);
                 lane_token = query_of_row(p, plan, &batch.lane_work, 0).0.query_token(words);
             }
-            let work = batch.get(in_batch);
+            let work = batch.queries(in_batch);
             // Rows of one query, a leaf's case, need no further load.
             let first_token = from_lane_u32(lane_token, in_batch);
             let one_query = work.row_count <= p.group.divisor;

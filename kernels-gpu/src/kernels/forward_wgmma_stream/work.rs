@@ -57,4 +57,17 @@ impl Batch {
             kv_head: broadcast(kv_head),
         }
     }
+
+    /// As [`Self::get`], of the queries alone: registers and exchanges are short where these are copied.
+    #[inline(always)]
+    pub(super) fn queries(&self, lane: u32) -> Work {
+        let Work { query_begin, row_count, kv_head, .. } = self.lane_work;
+        let broadcast = |value| from_lane_u32(value, lane);
+        Work {
+            query_begin: broadcast(query_begin),
+            row_count: broadcast(row_count),
+            kv_head: broadcast(kv_head),
+            ..Self::EMPTY.lane_work
+        }
+    }
 }
