@@ -9,7 +9,7 @@ use pat_abi::{ForwardParams, ScaledForwardParams};
 
 use crate::eight_bit::{Code, factor_of_head};
 use crate::element::{Element, F16};
-use crate::ptx::ldst::{load_global_u32, load_global_u32x2};
+use crate::ptx::ldst::{load_written_u32, load_written_u32x2};
 use crate::ptx::mma::{ldmatrix_x4, ldmatrix_x4_transposed};
 use crate::ptx::{math, shuffle, special, switches};
 use crate::tile::fragment::{self, Accumulator, Operand, Queries};
@@ -143,7 +143,7 @@ impl Rows for Plain {
     #[inline(always)]
     unsafe fn load_four(row: u64, query_bytes: u32) -> [u32; 2] {
         // SAFETY: the caller's contract.
-        unsafe { load_global_u32x2(row + query_bytes as u64) }
+        unsafe { load_written_u32x2(row + query_bytes as u64) }
     }
 
     #[inline(always)]
@@ -154,7 +154,7 @@ impl Rows for Plain {
     #[inline(always)]
     unsafe fn two_of_value<E: Element>(self, address: u64) -> [f32; 2] {
         // SAFETY: the caller's contract.
-        E::unpack(unsafe { load_global_u32(address) })
+        E::unpack(unsafe { load_written_u32(address) })
     }
 }
 
@@ -356,7 +356,7 @@ impl<C: Code> Cache for EightBit<C> {
 #[inline(always)]
 pub(crate) unsafe fn four_codes(row: u64, query_bytes: u32) -> u32 {
     // SAFETY: the caller's contract.
-    unsafe { load_global_u32(row + query_bytes as u64 / 2) }
+    unsafe { load_written_u32(row + query_bytes as u64 / 2) }
 }
 
 /// The codes that [`Rows::two_of_value`] is asked for, in the lower half of a word: words are loaded whole.
@@ -367,7 +367,7 @@ pub(crate) unsafe fn four_codes(row: u64, query_bytes: u32) -> u32 {
 pub(crate) unsafe fn two_codes(address: u64) -> u32 {
     let shift = (address & 2) as u32 * 8;
     // SAFETY: the caller's contract; rows are multiples of four bytes.
-    unsafe { load_global_u32(address & !3) >> shift }
+    unsafe { load_written_u32(address & !3) >> shift }
 }
 
 impl<C: Code> Rows for EightBit<C> {

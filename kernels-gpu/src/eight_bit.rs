@@ -11,7 +11,7 @@
 //! `cvt.rn.satfinite` does (PTX ISA, "cvt"), which architectures before sm_89 do not have.
 
 use crate::ptx::bytes::{e4m3_to_f16, permute, scale_f16x2};
-use crate::ptx::ldst::load_global_u32;
+use crate::ptx::ldst::load_written_u32;
 use crate::ptx::math;
 
 /// An 8-bit floating-point type.
@@ -78,7 +78,7 @@ pub unsafe fn factor_of_head(factors: u64, kv_head: u32) -> f32 {
         return 1.0;
     }
     // SAFETY: the caller's contract.
-    f32::from_bits(unsafe { load_global_u32(factors + kv_head as u64 * 4) })
+    f32::from_bits(unsafe { load_written_u32(factors + kv_head as u64 * 4) })
 }
 
 /// 4 bits of exponent, 3 of fraction; no infinities, NaN where all are set.

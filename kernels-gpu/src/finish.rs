@@ -2,7 +2,7 @@
 
 use core::f32::consts::{LN_2, LOG2_E};
 
-use crate::ptx::ldst::request_global_u32;
+use crate::ptx::ldst::load_global_l2_f32;
 use crate::ptx::math;
 use crate::softmax::{normaliser, subtrahend};
 
@@ -33,7 +33,7 @@ impl Finish {
             return Self::without_sink(max, sum);
         }
         // SAFETY: the caller's contract.
-        let sink = f32::from_bits(unsafe { request_global_u32(sink) }) * LOG2_E;
+        let sink = unsafe { load_global_l2_f32(sink) } * LOG2_E;
         let joint = math::max(max, sink);
         let reference = subtrahend(joint);
         let share = math::exp2(max - reference);

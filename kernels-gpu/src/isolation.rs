@@ -13,7 +13,7 @@ use crate::element::Element;
 use crate::epilogue::{Columns, Row};
 use crate::item::strided;
 use crate::plan_words::WhenUsed;
-use crate::ptx::ldst::load_global_u32x2;
+use crate::ptx::ldst::load_written_u32x2;
 use crate::ptx::special::{keep_loop, run_time};
 use crate::ptx::{barrier, math, shuffle};
 use crate::softmax::cap_scores;
@@ -86,7 +86,7 @@ pub unsafe fn attend_pair<E: Element, C: Rows, const CAPS_SCORES: bool, const HA
                 // Loads of 16 elements are under way together.
                 for at in [0, 8, 16, 24].map(|bytes| offset + bytes) {
                     // SAFETY: query and key are rows of `row_bytes / 2` elements, a multiple of 16, at multiples of 16 bytes.
-                    let (q, k) = unsafe { (load_global_u32x2(query + at as u64), C::load_four(key, at)) };
+                    let (q, k) = unsafe { (load_written_u32x2(query + at as u64), C::load_four(key, at)) };
                     for word in 0..2 {
                         let (q, k) = (E::unpack(q[word]), C::two_of_four::<E>(k, word));
                         score = math::fma(q[1], k[1], math::fma(q[0], k[0], score));

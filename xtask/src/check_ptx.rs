@@ -3,7 +3,7 @@
 use crate::ptx::Module;
 use crate::sysroot::{self, CoreSource};
 use crate::toolchain::Toolchain;
-use crate::{build_ptx, ptxas, workspace};
+use crate::{build_ptx, overlap, ptxas, workspace};
 use anyhow::{Context, Result, bail};
 use flate2::Compression;
 use flate2::write::GzEncoder;
@@ -74,6 +74,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
                     let resources = assembled.resources.get(kernel.entry).copied().unwrap_or_default();
                     let mut violations = entry.violations();
                     violations.extend(limits(kernel, resources, entry.barriers()));
+                    if kernel.waits() {
+                        violations.extend(overlap::violations(kernel, entry));
+                    }
                     let code = |module: &ptxas::Assembled| module.code.get(kernel.entry).cloned().unwrap_or_default();
                     let is_widened = kernel.kv_dtype != kernel.dtype;
                     if switches == Switches::OFF && !costs_no_more(&code(&assembled), &code(&plain), is_widened) {

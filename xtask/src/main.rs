@@ -16,6 +16,7 @@ mod findings;
 mod fuzz;
 mod gpu_bundle;
 mod lint_kernels;
+mod overlap;
 mod ptx;
 mod ptxas;
 mod public_api;

@@ -225,6 +225,13 @@ impl KernelSpec {
             _ => switches == Switches::OFF,
         }
     }
+
+    /// Whether its launches may begin while the one before ends: it reads the plan meanwhile, waits (`griddepcontrol.wait`) before it
+    /// touches anything that kernels write, and then reads it past the cache that no write invalidates. `cargo xtask check-ptx` proves
+    /// that.
+    pub const fn waits(&self) -> bool {
+        matches!(self.arch, Arch::Sm90a) && matches!(self.family, Family::Forward(_) | Family::Merge)
+    }
 }
 
 /// Which element types and head dimensions `wgmma128` has, whose registers do not suffice for more: calls a macro with what

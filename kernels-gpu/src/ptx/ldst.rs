@@ -50,6 +50,37 @@ pub unsafe fn load_global_u32x4(address: u64) -> [u32; 4] {
     [a, b, c, d]
 }
 
+/// `ld.global.u32` (sm_20): a word that a kernel before this one may have written. Of what is loaded by `ld.global.nc`, the cache may
+/// hold what it was before `griddepcontrol.wait`.
+///
+/// # Safety
+/// As [`load_global_u32`].
+#[inline(always)]
+pub unsafe fn load_written_u32(address: u64) -> u32 {
+    let value: u32;
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("ld.global.u32 {0}, [{1}];", out(reg32) value, in(reg64) address,
+            options(pure, readonly, nostack, preserves_flags));
+    }
+    value
+}
+
+/// `ld.global.v2.u32` (sm_20): as [`load_written_u32`], two words.
+///
+/// # Safety
+/// As [`load_global_u32x2`].
+#[inline(always)]
+pub unsafe fn load_written_u32x2(address: u64) -> [u32; 2] {
+    let (a, b): (u32, u32);
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("ld.global.v2.u32 {{{0}, {1}}}, [{2}];", out(reg32) a, out(reg32) b, in(reg64) address,
+            options(pure, readonly, nostack, preserves_flags));
+    }
+    [a, b]
+}
+
 /// `ld.global.cg.f32` (sm_20): a value another grid may just have written; cached in L2 only. Volatile, so that it is
 /// not moved above a `griddepcontrol.wait`.
 ///

@@ -11,7 +11,7 @@ use crate::cuda::tensor_map::TensorMapSpec;
 use crate::{Dtype, Error, Result};
 use bytemuck::NoUninit;
 use cudarc::driver::{result, sys};
-use pat_abi::{Arch, Family, KernelSpec, ScaledForwardParams};
+use pat_abi::{Family, KernelSpec, ScaledForwardParams};
 use std::ffi::{CString, c_void};
 
 /// An encoded tensor map: 128 bytes, aligned as the driver wants it.
@@ -180,14 +180,6 @@ fn with_log(error: Error, log: &[u8]) -> Error {
     }
 }
 
-/// Whether launches of a kernel may overlap the end of the one before: merges of sm_90a read the plan meanwhile, which is copied
-/// and so complete before any kernel behind it starts, then wait, and read partials past the caches. Forward kernels wait, too,
-/// but read sinks, factors and rows that are not finite through the cache of memory that no kernel writes, whose lines could be
-/// older than what the kernel before has written.
-fn waits(spec: &KernelSpec) -> bool {
-    spec.arch == Arch::Sm90a && spec.family == Family::Merge
-}
-
 /// Launches a forward kernel over its share of a prepared run's launches, once for each part of a group.
 pub(crate) fn launch_forward(
     kernel: &Kernel,
@@ -207,7 +199,7 @@ pub(crate) fn launch_forward(
         // SAFETY: the manifest says that this family takes ForwardParams and `tensor_maps` maps. The run was checked against
         // the memory its addresses name, and the plan it points to was validated against the pool when it was made. Kernel and
         // stream are of the bound run's device.
-        unsafe { kernel.launch(grid, &mut params.0[..params.1], waits(kernel.spec), stream) }
+        unsafe { kernel.launch(grid, &mut params.0[..params.1], kernel.spec.waits(), stream) }
     })
 }
 
@@ -220,7 +212,7 @@ pub(crate) fn launch_merge(kernel: &Kernel, run: &PreparedRun, stream: &CurrentS
     let mut params = [(&raw const run.merge).cast_mut().cast::<c_void>()];
     // SAFETY: merge kernels take MergeParams alone; the driver reads, never writes, parameters. Addresses as in
     // `launch_forward`. The grid fits: `RunArgs::prepare` keeps `merge_rows` below 2^31.
-    unsafe { kernel.launch(grid, &mut params, waits(kernel.spec), stream) }
+    unsafe { kernel.launch(grid, &mut params, kernel.spec.waits(), stream) }
 }
 
 /// Launches a fill kernel.
@@ -294,7 +286,7 @@ impl<'a> BareLaunch<'a> {
         let launch = |forward| {
             let forward = Box::new(forward);
             let (params, _) = parameter_pointers(&*forward, maps);
-            let bare = Self::new(kernel, launches.grids[variant.index()], params, waits(kernel.spec), stream);
+            let bare = Self::new(kernel, launches.grids[variant.index()], params, kernel.spec.waits(), stream);
             Self { _forward: Some(forward), ..bare }
         };
         launches.of_variant(variant).map(launch).collect()
@@ -303,7 +295,7 @@ impl<'a> BareLaunch<'a> {
     pub(crate) fn merge(kernel: &'a Kernel, run: &'a PreparedRun, stream: &CurrentStream<'_>) -> Option<Self> {
         let (params, _) = parameter_pointers(&run.merge, &[]);
         (kernel.spec.family == Family::Merge)
-            .then(|| Self::new(kernel, run.merge_rows as u32, params, waits(kernel.spec), stream))
+            .then(|| Self::new(kernel, run.merge_rows as u32, params, kernel.spec.waits(), stream))
     }
 
     fn new(
