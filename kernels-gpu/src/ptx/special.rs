@@ -53,6 +53,17 @@ pub fn run_time(value: u32) -> u32 {
     hidden
 }
 
+/// As [`run_time`], of an address: what is made of it on such a path is made there, and takes no register elsewhere.
+#[inline(always)]
+pub fn run_time_address(address: u64) -> u64 {
+    let hidden: u64;
+    // SAFETY: copies a register.
+    unsafe {
+        asm!("mov.u64 {0}, {1};", out(reg64) hidden, in(reg64) address, options(nomem, nostack, preserves_flags))
+    };
+    hidden
+}
+
 /// `.pragma "nounroll"`: ptxas does not unroll the loop that begins with this. For the same paths.
 #[inline(always)]
 pub fn keep_loop() {

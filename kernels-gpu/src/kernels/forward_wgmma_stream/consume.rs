@@ -14,7 +14,7 @@ use crate::ptx::ldst::store_shared_u32x4;
 use crate::ptx::mbarrier;
 use crate::ptx::mma::ldmatrix_x4;
 use crate::ptx::shuffle::any;
-use crate::ptx::special::{thread_index, thread_index_here};
+use crate::ptx::special::{run_time_address, thread_index, thread_index_here};
 use crate::ptx::wgmma::{self, HeadDim, WgmmaOps};
 use crate::softmax::{OnlineSoftmax, cap_scores, rescale, value_of_row};
 use core::borrow::Borrow;
@@ -188,7 +188,9 @@ pub(super) unsafe fn consume<
             // Of the item before.
             let thread = thread_index_here();
             let (lane, first_row) = (thread % 32, consumer_warp::<HEAD_DIM, GROUPS, BYTES>(thread) * 16);
-            let plan = PlanView::load(words, p.plan, Smem::<HEAD_DIM, GROUPS, BYTES>::VARIANT, p.kv_heads);
+            // At head dim 256 it is the other way round: with it registers do not suffice.
+            let address = if HEAD_DIM == 256 { p.plan } else { run_time_address(p.plan) };
+            let plan = PlanView::load(words, address, Smem::<HEAD_DIM, GROUPS, BYTES>::VARIANT, p.kv_heads);
             let work = plan.work(words, work_index(round - 1), p.kv_heads_divisor);
             let (format, of_head) = F::of_head(params, work.kv_head);
             let p = of_head.borrow();
