@@ -53,7 +53,7 @@ HEADS = {"8b": (32, 8), "tiny": (4, 1)}
 PROMPTS = {"8b": ((1500, 700, 333, 64), (3, 17, 90, 400)), "tiny": ((150, 70, 33, 8), (3, 9, 40))}
 #: Tokens of a block; blocks, fewer than all requests need at a time, so that some lose theirs; tokens of a batch, fewer than the
 #: longest prompt's.
-CACHES = {"8b": (32, 320, 1024), "tiny": (8, 80, 96)}
+CACHES = {"8b": (32, 200, 1024), "tiny": (8, 80, 96)}
 MODES = {
     "stock": (eager := dict(use_cuda_graph=(False, False), use_async_batching=False)),
     "eager": eager,
@@ -264,6 +264,8 @@ def serve(a, model, requests, mode, watch):
                 flow.run(a.limit)
             finally:
                 watch.flow = None
+            # What was aborted last may still run: a step is counted whole.
+            manager.stop(block=True, timeout=30)
             if is_cuda:
                 torch.cuda.synchronize()
             counts = dict(watch.counts, **prefix_attn.hf.stats())
