@@ -24,4 +24,6 @@ environment() { # name, packages of another environment or nothing, requirement 
 }
 
 environment engines "" requirements-vllm.txt requirements-sglang.txt
-environment transformers "$(packages_of engines)" requirements-transformers.txt
+# In a statement of its own, so that its failure ends this.
+base=$(packages_of engines)
+environment transformers "$base" requirements-transformers.txt

@@ -347,7 +347,8 @@ def judge(a, mode, result, requests, stock, yardstick):
     tokens = result["tokens"]
     faults = judge_counts(a, mode, result["counts"]) if mode not in ("stock", "broken") else []
     behind = sorted((yardstick.behind(requests[i][0], tokens[i]) for i in tokens), reverse=True)
-    beyond = sum(one > 2 for one in behind)
+    # NaN is beyond, too.
+    beyond = sum(not one <= 2 for one in behind)
     if mode == "broken" and beyond < len(behind) / 2:
         faults.append("a missing token was not found")
     elif mode != "broken" and beyond:

@@ -28,6 +28,7 @@ class Yardstick:
         if key not in self._seen:
             exact, rounded = (self._logits(one, request, generated) for one in (self.exact_model, self.model))
             noise = (exact - rounded).abs().max()
+            assert 0 < noise < float("inf"), noise
             chosen = torch.tensor(generated, device=exact.device)[:, None]
             behind = (exact.max(dim=1).values - exact.gather(1, chosen)[:, 0]).max()
             self.largest_noise = max(self.largest_noise, float(noise / exact.std()))
