@@ -463,8 +463,8 @@ fn bad_options_are_refused() {
     }
     refused(&["run", "--batch", "b.json", "--at-step", "3"], &["--trace"]);
     refused(&["run"], &["give --tree SPEC, --trace FILE [--batch N], or --batch FILE.json"]);
-    let odd_pages = ["plan", "--tree", "1,2_48,8", "--page-size", "24", "--variants", "wgmma64"];
-    refused(&odd_pages, &["(wgmma64: page_size: got 24, expected a power of two from 16 to 65536)"]);
+    let odd_pages = ["plan", "--tree", "1,2_48,8", "--page-size", "20", "--variants", "wgmma64"];
+    refused(&odd_pages, &["(wgmma64: page_size: got 20, expected a multiple of 8 to 65536)"]);
     for option in ["--svg", "--save-batch"] {
         let args = ["plan", "--tree", "1,2_32,8", option, "no/such/folder/file"];
         let output = pat(&args);

@@ -2,7 +2,7 @@
 
 use crate::eligibility::{STRIDE_BYTES_END, accepted_strides, is_stride};
 use crate::problem::Planned;
-use crate::{Dtype, Error, KvStrides, Problem, Result, RowStrides, supports};
+use crate::{AttentionShape, Dtype, Error, KvStrides, Problem, Result, RowStrides, supports};
 use pat_abi::{Switches, TileVariant};
 
 /// Bytes of an element of LSE.
@@ -91,8 +91,8 @@ pub(crate) fn same<T: PartialEq + std::fmt::Debug>(what: &str, plan: T, call: T)
 
 /// # Errors
 /// The variant, whose items a plan has, has no kernels with these features: the plan was made for a problem without them.
-pub(crate) fn check_features(variant: TileVariant, switches: Switches) -> Result<()> {
-    if variant.serves(switches) {
+pub(crate) fn check_features(variant: TileVariant, switches: Switches, shape: AttentionShape) -> Result<()> {
+    if variant.serves(switches, shape.kv_dtype(), shape.head_dim()) {
         return Ok(());
     }
     Err(Error::PlanMismatch {
@@ -201,14 +201,17 @@ mod tests {
 
     #[test]
     fn features_that_the_plans_kernels_have_not_are_refused() {
+        let shape = good().problem.shape();
+        let eight_bit = shape.with_kv_dtype(Dtype::E4m3);
         let capped = Switches { soft_cap: true, window: false };
-        let error = check_features(TileVariant::Wgmma128, capped).unwrap_err().to_string();
+        let error = check_features(TileVariant::Wgmma128, capped, shape).unwrap_err().to_string();
         assert!(error.contains("wgmma128") && error.contains("soft_cap"), "{error}");
-        check_features(TileVariant::Wgmma64, capped).unwrap();
+        check_features(TileVariant::Wgmma64, capped, shape).unwrap();
         let windowed = Switches { soft_cap: false, window: true };
-        let error = check_features(TileVariant::Wgmma64, windowed).unwrap_err().to_string();
+        let error = check_features(TileVariant::Wgmma64, windowed, eight_bit).unwrap_err().to_string();
         assert!(error.contains("wgmma64") && error.contains("part of their pages"), "{error}");
-        check_features(TileVariant::Mma64, windowed).unwrap();
+        check_features(TileVariant::Wgmma64, windowed, shape).unwrap();
+        check_features(TileVariant::Mma64, windowed, eight_bit).unwrap();
     }
 
     #[test]

@@ -176,10 +176,10 @@ impl Asked<'_> {
                 Part::QueryTokens,
                 !(1..=most_query_tokens(problem).unwrap_or(u32::MAX)).contains(&visibility.query_tokens),
             ),
-            (Part::QueryTree, !variant.serves(switches_of(problem, Part::QueryTree))),
-            (Part::Window, visibility.reach == Reach::Window(0) || !variant.serves(switches_of(problem, Part::Window))),
-            (Part::Chunk, visibility.reach == Reach::Chunk(0) || !variant.serves(switches_of(problem, Part::Chunk))),
-            (Part::SoftCap, !is_soft_cap(problem) || !variant.serves(switches_of(problem, Part::SoftCap))),
+            (Part::QueryTree, !kernel.serves(switches_of(problem, Part::QueryTree))),
+            (Part::Window, visibility.reach == Reach::Window(0) || !kernel.serves(switches_of(problem, Part::Window))),
+            (Part::Chunk, visibility.reach == Reach::Chunk(0) || !kernel.serves(switches_of(problem, Part::Chunk))),
+            (Part::SoftCap, !is_soft_cap(problem) || !kernel.serves(switches_of(problem, Part::SoftCap))),
             (Part::Alibi, score.has_alibi),
             // The kernels scale the running maximum, which only a positive factor keeps a maximum.
             (Part::Scale, ![scale_log2, score.scale].iter().all(|scale| scale.is_finite() && *scale > 0.0)),
@@ -271,17 +271,17 @@ fn accepted_by(problem: &Problem, kernel: &KernelSpec, variant: TileVariant, par
         Part::HeadDim => one(kernel.head_dim.to_string()),
         Part::VHeadDim => one(kernel.v_head_dim.to_string()),
         Part::QueryTokens => Accepted::Range(1, most_query_tokens(problem)),
-        Part::Window | Part::Chunk if variant.serves(switches_of(problem, part)) => Accepted::Range(1, None),
+        Part::Window | Part::Chunk if kernel.serves(switches_of(problem, part)) => Accepted::Range(1, None),
         Part::Chunk => one(format!("none or a multiple of page_size = {}", problem.page_size())),
         Part::QueryTree | Part::Window | Part::Alibi => one("none".into()),
-        Part::SoftCap if variant.serves(switches_of(problem, part)) => {
+        Part::SoftCap if kernel.serves(switches_of(problem, part)) => {
             one("a positive number, finite also beside the scale".into())
         }
         Part::SoftCap => one("none".into()),
         Part::Scale => one("a positive number, finite also where log2(e) multiplies it".into()),
         Part::Group => Accepted::Range(1, Some(variant.rows())),
         Part::PageSize if variant.supports_page_size(1) => Accepted::Range(1, Some(Problem::MAX_PAGE_SIZE)),
-        Part::PageSize => one(format!("a power of two from 16 to {}", Problem::MAX_PAGE_SIZE)),
+        Part::PageSize => one(format!("a multiple of 8 to {}", Problem::MAX_PAGE_SIZE)),
         Part::Stride { .. } => one(accepted_strides(kernel.kv_dtype.bytes())),
     }
 }
@@ -462,8 +462,11 @@ mod tests {
         let of = |variant, problem, compute_capability| variant_supports(variant, &problem, compute_capability);
         let [odd, wide] = [problem(8, 8, 128, Dtype::F16, 48), problem(71, 1, 64, Dtype::F16, 16)];
         assert_eq!(of(TileVariant::Mma16, odd, 90), Ok(()));
-        let reason = of(TileVariant::Wgmma64, odd, 90).unwrap_err().to_string();
-        assert_eq!(reason, "page_size: got 48, expected a power of two from 16 to 65536");
+        for page_size in [8, 24, 48, 784, 1056, 65_536] {
+            assert_eq!(of(TileVariant::Wgmma64, odd.with_page_size(page_size), 90), Ok(()), "{page_size}");
+        }
+        let reason = of(TileVariant::Wgmma64, odd.with_page_size(20), 90).unwrap_err().to_string();
+        assert_eq!(reason, "page_size: got 20, expected a multiple of 8 to 65536");
         assert_eq!(of(TileVariant::Wgmma64, wide, 90).unwrap_err().part, Part::Group);
         assert_eq!(of(TileVariant::Wgmma128, wide, 90), Ok(()));
         for variant in TileVariant::ALL {
@@ -482,13 +485,25 @@ mod tests {
         for capability in [80, 86, 89, 90, 120] {
             assert_eq!(supports(&problem(71, 1, 512, Dtype::F16, 16), None, Some(capability)), Ok(()), "{capability}");
         }
-        let tree = usual().with_query_tree(4);
-        assert_eq!(of(TileVariant::Mma16, tree, 90), Ok(()));
-        let reason = of(TileVariant::Wgmma64, tree, 90).unwrap_err().to_string();
+        let eight_bit = Problem::new(usual().shape().with_kv_dtype(Dtype::E4m3), 16);
+        // A kernel that is not compiled for windows would not see where they begin.
+        let of_256 = problem(8, 2, 256, Dtype::Bf16, 16);
+        for (variant, problem) in [(TileVariant::Wgmma64, of_256), (TileVariant::Wgmma128, usual())] {
+            let parts = [problem.with_window(40), problem.with_chunk(40), problem.with_query_tree(4)]
+                .map(|problem| of(variant, problem, 90).unwrap_err().part);
+            assert_eq!(parts, [Part::Window, Part::Chunk, Part::QueryTree], "{variant:?}");
+        }
+        let tree = |problem: Problem| problem.with_query_tree(4);
+        for problem in [tree(usual()), usual().with_window(40), usual().with_chunk(40)] {
+            assert_eq!(of(TileVariant::Mma16, problem, 90), Ok(()));
+            assert_eq!(of(TileVariant::Wgmma64, problem, 90), Ok(()));
+        }
+        assert_eq!(of(TileVariant::Mma16, tree(eight_bit), 90), Ok(()));
+        let reason = of(TileVariant::Wgmma64, tree(eight_bit), 90).unwrap_err().to_string();
         assert_eq!(reason, "query tree: got yes, expected none");
-        let reason = of(TileVariant::Wgmma64, usual().with_window(40), 90).unwrap_err().to_string();
+        let reason = of(TileVariant::Wgmma64, eight_bit.with_window(40), 90).unwrap_err().to_string();
         assert_eq!(reason, "window: got 40, expected none");
-        let reason = of(TileVariant::Wgmma64, usual().with_chunk(40), 90).unwrap_err().to_string();
+        let reason = of(TileVariant::Wgmma64, eight_bit.with_chunk(40), 90).unwrap_err().to_string();
         assert_eq!(reason, "chunk: got 40, expected none or a multiple of page_size = 16");
         let reason = supports(&usual().with_query_tree(257), None, None).unwrap_err().to_string();
         assert_eq!(reason, "query_tokens: got 257, expected 1 to 256");

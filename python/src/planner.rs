@@ -35,8 +35,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 ///     window: tokens that each sequence sees, the last ones, under a sliding window. Pages in front of it are neither planned
 ///         nor read; their entries in the block tables must still be page ids.
 ///     chunk: instead of a window, the tokens of a chunk: each sequence sees those since the last multiple of it (Llama 4).
-///     query_tree: whether batches may come with query trees (``parents=`` of :meth:`plan`). Such plans are for the mma.sync
-///         kernels.
+///     query_tree: whether batches may come with query trees (``parents=`` of :meth:`plan`).
 ///     page_runs: whether pages of one token, at least half of which lie in runs of consecutive ids, are planned as pages of 16
 ///         tokens where running the plan is predicted to take no longer. It changes nothing for other page sizes, under a capacity,
 ///         and with fixed chunks, windows, chunks or query trees.

@@ -47,7 +47,15 @@ pub struct Output<T> {
 /// # Panics
 /// Never: the shapes it draws are valid.
 pub fn random_case(rng: &mut impl Rng, dtype: Dtype) -> Case {
-    let page_size = *[1u32, 16, 32, 64, 128].choose(rng).expect("not empty");
+    random_case_of_pages(rng, dtype, &[1, 16, 32, 64, 128])
+}
+
+/// As [`random_case`], of pages of one of these sizes.
+///
+/// # Panics
+/// There are none.
+pub fn random_case_of_pages(rng: &mut impl Rng, dtype: Dtype, page_sizes: &[u32]) -> Case {
+    let page_size = *page_sizes.choose(rng).expect("not empty");
     let group = *[1u32, 2, 3, 4, 5, 7, 8, 16].choose(rng).expect("not empty");
     let kv_heads = rng.random_range(1..=2u32);
     let head_dim = *[64u32, 128, 256].choose(rng).expect("not empty");

@@ -144,7 +144,9 @@ fn verify<T: Element>(
         case.batch.block_tables.push(case.batch.block_tables[row].clone());
     }
     let mut problem = case.batch.problem(case.shape);
-    let serves = |switches| variants.is_none_or(|variant: TileVariant| variant.serves(switches));
+    let serves = |switches| {
+        variants.is_none_or(|variant: TileVariant| variant.serves(switches, case.shape.dtype(), case.shape.head_dim()))
+    };
     if serves(Switches { soft_cap: true, ..Switches::OFF }) && rng.random_bool(0.3) {
         problem = problem.with_soft_cap(2.0);
     }

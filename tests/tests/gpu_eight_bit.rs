@@ -109,7 +109,7 @@ fn run_forest<T: Element, C: EightBit>(
     if rng.random_bool(0.3) {
         problem = problem.with_soft_cap(2.0);
     }
-    let has_windows = variant.serves(Switches { window: true, ..Switches::OFF });
+    let has_windows = kernel.serves(Switches { window: true, ..Switches::OFF });
     if alone.is_none() && rng.random_bool(0.3) && has_windows {
         problem = problem.with_window(*[1, 20, 100].choose(&mut rng).unwrap());
     }
@@ -224,7 +224,7 @@ fn what_has_no_kernel_is_refused(_: &Engine) {
     assert_eq!(refusal(Problem::new(shape(256), 16)), "head_dim: got 256, expected 64 or 128 with K and V of e4m3");
     supports(&Problem::new(shape(128), 16).with_window(5).with_soft_cap(3.0), None, None).unwrap();
     for variant in DeviceProfile::h200().variants(&Problem::new(shape(64), 16).with_window(5)) {
-        assert!(variant.serves(Switches { window: true, ..Switches::OFF }), "{variant:?}");
+        assert!(variant.serves(Switches { window: true, ..Switches::OFF }, Dtype::E4m3, 64), "{variant:?}");
     }
 }
 

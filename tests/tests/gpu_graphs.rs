@@ -216,9 +216,10 @@ fn graphs_serve_other_models_and_pages(engine: &Engine) {
     serve::<bf16>(engine, Setting::new(32, 8, 128, Dtype::Bf16, 64), &options);
     serve::<f16>(engine, Setting::new(16, 2, 64, Dtype::F16, 32), &options);
     serve::<bf16>(engine, Setting::new(8, 8, 64, Dtype::Bf16, 16), &options);
-    // One token per page, and pages that are no power of two: the kernels without tensor maps.
+    // One token per page, and pages that TMA would have to fill up: the kernels without tensor maps. Pages in which tiles begin.
     serve::<f16>(engine, Setting::new(8, 1, 128, Dtype::F16, 1), &options);
     serve::<bf16>(engine, Setting::new(12, 4, 64, Dtype::Bf16, 24), &options);
+    serve::<bf16>(engine, Setting::new(12, 4, 64, Dtype::Bf16, 48), &options);
 }
 
 fn main() -> ExitCode {

@@ -2,8 +2,10 @@
 //! whose page ids are far apart. On a device, against the f64 oracle; page sizes in interpreted PTX, too.
 
 use half::{bf16, f16};
+use pat_abi::Arch;
 use pat_rs::cpu::E4m3;
 use pat_rs::cuda::{DeviceBuffer, RunArgs, Workspace};
+use pat_rs::plan::PlanMode;
 use pat_rs::{
     AttentionShape, Dtype, Element, Engine, HostTensors, KvElement, KvStrides, PlanOptions, Planner, Problem,
     RowStrides, TileVariant,
@@ -45,19 +47,35 @@ impl<T: Element, C: KvElement> Data<T, C> {
 }
 
 fn page_size<T: Element, C: KvElement>(executor: &impl Executor, heads: (u32, u32, u32), page_size: u32) {
-    let data = Data::<T, C>::new(far_apart(page_size, 15), heads, PoolLayout::Nhd);
+    batch_in_pages::<T, C>(executor, heads, far_apart(page_size, 15), &modes(page_size));
+}
+
+/// By default, and through each wgmma kernel that the device has.
+fn batch_in_pages<T: Element, C: KvElement>(
+    executor: &impl Executor,
+    heads: (u32, u32, u32),
+    batch: OwnedBatch,
+    modes: &[PlanMode],
+) {
+    let data = Data::<T, C>::new(batch, heads, PoolLayout::Nhd);
     let rows = data.batch.rows();
     let view = data.batch.view(&rows).expect("valid");
-    for mode in modes(page_size) {
-        let profile = executor.profile().expect("it can be asked");
-        let mut planner = Planner::new(data.problem, profile, mode.into()).expect("supported");
+    let profile = executor.profile().expect("it can be asked");
+    let of_tma = profile.variants(&data.problem).into_iter().filter(|variant| variant.arch() == Arch::Sm90a);
+    let choices: Vec<_> = [None].into_iter().chain(of_tma.map(Some)).collect();
+    for (mode, variant) in modes.iter().flat_map(|&mode| choices.iter().map(move |&choice| (mode, choice))) {
+        let mut options = PlanOptions::from(mode);
+        if let Some(variant) = variant {
+            options = options.with_variants([variant]);
+        }
+        let mut planner = Planner::new(data.problem, profile.clone(), options).expect("supported");
         let plan = planner.plan(&view).expect("a plan");
         let host = HostTensors::new(data.problem, &data.tensors.q, &data.codes, &data.codes[data.tensors.v_begin..])
             .with_kv_strides(data.tensors.k_strides, data.tensors.v_strides);
         let mut out = data.tensors.nan_out();
         let mut lse = vec![f32::NAN; data.batch.lengths.len() * heads.0 as usize];
         executor.run_host(&plan, &host, &mut out, Some(&mut lse)).expect("a run");
-        data.verify(&out, &lse, &format!("{}, {mode:?}", executor.name()));
+        data.verify(&out, &lse, &format!("{}, {mode:?}, {variant:?}", executor.name()));
     }
 }
 
@@ -70,10 +88,22 @@ fn page_sizes_of_engines(engine: &Engine) {
     }
 }
 
+/// A page that two sequences share, and one that is theirs alone each; one token, and none.
+fn two_of_one_page(page_size: u32) -> OwnedBatch {
+    let lengths = vec![page_size + page_size / 2 + 3, 2 * page_size - 7, 1, 0];
+    OwnedBatch { page_size, num_pages: 6, lengths, block_tables: vec![vec![4, 0], vec![4, 2], vec![5], vec![]] }
+}
+
 fn page_sizes_in_interpreted_ptx(_: &Engine) {
-    page_size::<bf16, bf16>(&Interpreter, (4, 1, 128), 24);
-    page_size::<f16, f16>(&Interpreter, (2, 1, 64), 784);
-    page_size::<bf16, E4m3>(&Interpreter, (4, 1, 64), 48);
+    for (index, page_size) in [8, 24, 48, 784, 1056].into_iter().enumerate() {
+        let batch = || if page_size < 64 { far_apart(page_size, 15) } else { two_of_one_page(page_size) };
+        let modes = &[PlanMode::Packed, PlanMode::Flat][index % 2..][..1];
+        batch_in_pages::<f16, f16>(&Interpreter, (4, 1, 64), batch(), modes);
+        batch_in_pages::<bf16, bf16>(&Interpreter, (3, 1, 128), batch(), modes);
+        batch_in_pages::<f16, f16>(&Interpreter, (2, 1, 256), batch(), modes);
+        batch_in_pages::<bf16, E4m3>(&Interpreter, (4, 1, 64), batch(), modes);
+        batch_in_pages::<f16, E4m3>(&Interpreter, (4, 1, 128), batch(), modes);
+    }
 }
 
 /// K and V in one buffer: V begins behind 4 GiB, and where elements have 16 bits pages of K do, too.

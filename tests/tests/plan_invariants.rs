@@ -144,7 +144,7 @@ fn options_that_cannot_be_are_refused() {
     assert!(error.starts_with("variants: got wgmma64, expected some of mma16, mma32"), "{error}");
     assert!(error.ends_with("(wgmma64: compute_capability: got 80, expected 90)"), "{error}");
     let error = refusal(Problem::new(shape, 1), h200(), wgmma.clone());
-    assert!(error.contains("(wgmma64: page_size: got 1, expected a power of two from 16"), "{error}");
+    assert!(error.contains("(wgmma64: page_size: got 1, expected a multiple of 8 to"), "{error}");
 
     let paged = OwnedBatch { page_size: 32, num_pages: 2, lengths: vec![20], block_tables: vec![vec![0]] };
     let rows = paged.rows();

@@ -197,7 +197,7 @@ fn what_is_no_tree_is_refused() {
         let message = refusal(QueryTokens::uniform(&batch, 1));
         assert_eq!(message, "batch: got rows that form query trees, expected a batch of sequences");
     }
-    let forced = PlanOptions::default().with_variants([pat_rs::TileVariant::Wgmma64]);
+    let forced = PlanOptions::default().with_variants([pat_rs::TileVariant::Wgmma128]);
     let refused = Planner::new(plain.with_query_tree(4), DeviceProfile::h200(), forced).unwrap_err().to_string();
     assert!(refused.contains("query tree: got yes, expected none"), "{refused}");
     assert_eq!(supports(&plain.with_query_tree(4), None, None), Ok(()));

@@ -189,7 +189,7 @@ pub(crate) fn check<T: Element, C: KvElement>(
     same("the element type of K and V", plan.shape().kv_dtype(), C::DTYPE)?;
     // The kernels could not, so that a program that is tried here runs there.
     for variant in TileVariant::ALL.into_iter().filter(|variant| !plan.variant_items(*variant).is_empty()) {
-        check_features(variant, tensors.problem.switches())?;
+        check_features(variant, tensors.problem.switches(), plan.shape())?;
     }
     let (kv_heads, is_eight_bit) = (plan.shape().kv_heads(), C::DTYPE.bytes() == 1);
     tensors.k_scale.check("k_scale", kv_heads, is_eight_bit)?;

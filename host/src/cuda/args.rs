@@ -392,6 +392,7 @@ impl RunArgs {
             kv_heads_divisor: FastDivisor::new(shape.kv_heads()),
             num_pages: self.num_pages,
             soft_cap_scale: self.problem.soft_cap_scale(),
+            page_keys: page_keys(self.problem.page_size()),
         };
         let merge = MergeParams {
             plan: plan_address,
@@ -420,6 +421,7 @@ impl RunArgs {
             k_token_stride: in_runs(self.k_strides).token * kv_bytes,
             v_token_stride: in_runs(self.v_strides).token * kv_bytes,
             page_size: FastDivisor::new(RUN_PAGES),
+            page_keys: page_keys(RUN_PAGES),
             num_pages: runs_of(self.num_pages),
             ..forward.forward
         };
@@ -499,6 +501,11 @@ impl RunArgs {
         };
         Ok([map("k", &self.k, self.k_strides)?, map("v", &self.v, self.v_strides)?])
     }
+}
+
+/// Of the kernels that have [`ForwardParams::page_keys`].
+fn page_keys(page_size: u32) -> FastDivisor {
+    FastDivisor::new(TileVariant::Wgmma64.page_keys(page_size))
 }
 
 /// # Errors

@@ -146,7 +146,7 @@ pub(super) fn forward_kernel(
     shape: AttentionShape,
     switches: Switches,
 ) -> Result<&'static KernelSpec> {
-    check_features(variant, switches)?;
+    check_features(variant, switches, shape)?;
     let (dtypes, head_dims) = ((shape.dtype(), shape.kv_dtype()), (shape.head_dim(), shape.v_head_dim()));
     manifest::find_forward(variant, dtypes, head_dims).ok_or_else(|| missing(Family::Forward(variant), shape))
 }

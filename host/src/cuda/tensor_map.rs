@@ -3,15 +3,15 @@
 //! Four dimensions, innermost first: element of the head, token of the page, KV head, page. A box is 128 bytes
 //! (64 elements, or 128 of 8 bits: what one swizzle row spans) of up to 64 tokens of one head of one page. Rows of 64 bytes (head
 //! dimension 64 in 8 bits) are copied as they are. Page `num_pages` is out of range, so a
-//! kernel that names it gets zeros.
+//! kernel that names it gets zeros. Where a page is no multiple of 16 tokens, its last box ends 8 tokens behind it, with zeros.
 
 use crate::eligibility::{accepted_strides, is_stride};
 use crate::{AttentionShape, Dtype, Error, KvStrides, Result};
+use pat_abi::TileVariant;
+use pat_abi::manifest::box_tokens;
 
 /// Most bytes per box row: the 128-byte swizzle spans this much.
 const BOX_ROW_BYTES: u32 = 128;
-/// Most tokens per box.
-const MAX_BOX_TOKENS: u32 = 64;
 
 /// The arguments of `cuTensorMapEncodeTiled` that vary, and the key under which an encoded map is cached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -60,7 +60,12 @@ impl TensorMapSpec {
                 stride_bytes("head", strides.head)?,
                 stride_bytes("page", strides.page)?,
             ],
-            box_dims: [shape.head_dim().min(BOX_ROW_BYTES / element_bytes), page_size.min(MAX_BOX_TOKENS), 1, 1],
+            box_dims: [
+                shape.head_dim().min(BOX_ROW_BYTES / element_bytes),
+                box_tokens(TileVariant::Wgmma64.page_keys(page_size)),
+                1,
+                1,
+            ],
         })
     }
 }
@@ -86,6 +91,13 @@ mod tests {
         let map = TensorMapSpec::new("k", 0x1000, KvStrides::hnd(256, 8, 128), shape, (7, 256)).unwrap();
         assert_eq!(map.strides_bytes, [128 * 2, 256 * 128 * 2, 256 * 8 * 128 * 2]);
         assert_eq!(map.box_dims[1], 64);
+        for (page_size, tokens) in
+            [(8, 16), (16, 16), (24, 32), (48, 16), (96, 32), (192, 64), (784, 16), (1056, 32), (1080, 64)]
+        {
+            let map =
+                TensorMapSpec::new("k", 0x1000, KvStrides::nhd(page_size, 8, 128), shape, (7, page_size)).unwrap();
+            assert_eq!((map.dims[1], map.box_dims[1]), (u64::from(page_size), tokens));
+        }
         for (head_dim, is_swizzled) in [(128, true), (64, false)] {
             let shape = AttentionShape::new(32, 8, head_dim, Dtype::F16).unwrap().with_kv_dtype(Dtype::E4m3);
             let map = TensorMapSpec::new("k", 0x1000, KvStrides::nhd(32, 8, head_dim), shape, (7, 32)).unwrap();

@@ -87,6 +87,8 @@ impl TileChoices {
         if let Some(forced) = &options.variants {
             return Self::check_forced(forced, &possible, problem, profile).map(|()| only(forced));
         }
+        let streams = is_for_streams(problem);
+        let possible: Vec<_> = possible.into_iter().filter(|variant| streams || variant.arch() == Arch::Sm80).collect();
         // The wgmma stream serves leaves as fast as the narrow tiles do, and shared nodes in the same launch.
         if possible.contains(&TileVariant::Wgmma64) {
             let mma: Vec<_> = possible.iter().copied().filter(|variant| variant.arch() == Arch::Sm80).collect();
@@ -167,6 +169,17 @@ impl TileChoices {
     }
 }
 
+/// Whether wgmma tiles, if they can serve the pages of a problem, are the usual ones. Where TMA fills pages up, mma.sync is faster over
+/// what is not shared, and up to head dim 128 over what is where pages are large and tiles begin and end within them
+/// (docs/performance-log.md, 29 November 2026).
+fn is_for_streams(problem: &Problem) -> bool {
+    const LARGE_PAGE: u32 = 256;
+    let (page_size, head_dim) = (problem.page_size(), problem.shape().head_dim());
+    let is_filled_up = TileVariant::Wgmma64.page_keys(page_size) > page_size;
+    let is_cut = !page_size.is_power_of_two() && page_size >= LARGE_PAGE && head_dim <= 128;
+    page_size == 1 || !is_filled_up && !is_cut
+}
+
 /// Sequences per tile that are tried, where more than one. Wide ones first: what they take spares looking at narrower ones that
 /// read more than that.
 pub(super) fn widths(widest: u32) -> impl Iterator<Item = u32> {
@@ -204,7 +217,7 @@ impl TileChoice {
         };
         let sequence_rows = parts.map_or(group, |parts| parts.rows);
         let distinct = by_sequences.chunk_by(|a, b| a == b).map(|equal| equal[0]).collect();
-        let key_tile_pages = TileVariant::ALL.map(|variant| (variant.keys() / page_size).max(1));
+        let key_tile_pages = TileVariant::ALL.map(|variant| (variant.keys() / variant.page_keys(page_size)).max(1));
         Self { page_size, sequence_rows, by_sequences, distinct, key_tile_pages }
     }
 
@@ -255,7 +268,13 @@ mod tests {
         let eight_bit = Problem::new(problem(128).shape().with_kv_dtype(Dtype::E4m3), 16);
         let mma = [TileVariant::Mma16, TileVariant::Mma32, TileVariant::Mma64];
         assert_eq!(variants(eight_bit), [&mma[..], &[TileVariant::Wgmma64]].concat());
+        assert_eq!(variants(problem(128).with_window(1024)), [TileVariant::Wgmma64]);
         assert_eq!(variants(problem(256).with_window(1024)), mma);
+        assert_eq!(variants(eight_bit.with_window(1024)), mma);
+        for (page_size, head_dim, streams) in [(48, 64, true), (784, 256, true), (784, 128, false), (24, 256, false)] {
+            let usual = variants(problem(head_dim).with_page_size(page_size));
+            assert_eq!(usual.contains(&TileVariant::Wgmma64), streams, "{page_size} tokens, {head_dim} elements");
+        }
         // Its tiles of 64 rows do not hold this group, the wide ones do, and mma.sync's as wide.
         let group_of_100 = Problem::new(AttentionShape::new(100, 1, 128, Dtype::F16).unwrap(), 16);
         assert_eq!(variants(group_of_100), [TileVariant::Wgmma128]);
@@ -274,7 +293,8 @@ mod tests {
         let message = forced(group_of_32, &[TileVariant::Mma16]).unwrap_err();
         assert!(message.starts_with("variants: got mma16,"), "{message}");
         // What a variant does not compute is an error also there.
-        let in_a_window = group_of_32.with_window(40);
+        let eight_bit = Problem::new(group_of_32.shape().with_kv_dtype(Dtype::E4m3), 16);
+        let in_a_window = eight_bit.with_window(40);
         let message = forced(in_a_window, &[TileVariant::Wgmma64, TileVariant::Mma64]).unwrap_err();
         assert!(message.starts_with("variants: got wgmma64,") && message.contains("window: got 40"), "{message}");
     }

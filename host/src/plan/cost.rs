@@ -143,9 +143,11 @@ impl CostModel<'_> {
     /// What a tiling that reads `page_count` pages in tiles of `choice` takes at least; `merged` says that there is a merge.
     pub(super) fn floor_us(&self, page_count: u64, choice: &TileChoice, merged: bool) -> f64 {
         let merge_us = if merged { self.profile.merge_us } else { 0.0 };
-        let tokens = page_count as f64 * f64::from(self.page_size) * f64::from(self.shape.kv_heads());
-        let tensor_us =
-            |variant: TileVariant| tokens / f64::from(variant.keys()) * self.terms(variant).tensor_per_step_us;
+        let pages = page_count as f64 * f64::from(self.shape.kv_heads());
+        let tensor_us = |variant: TileVariant| {
+            let steps = pages * f64::from(variant.page_keys(self.page_size)) / f64::from(variant.keys());
+            steps * self.terms(variant).tensor_per_step_us
+        };
         let tensor_us = choice.variants().map(tensor_us).fold(f64::INFINITY, f64::min);
         let forward_us = self.memory_us(page_count, 0.0, true).max(tensor_us);
         // Rounding must not put the floor above the sum it is the floor of.
@@ -175,8 +177,7 @@ impl CostModel<'_> {
             let chunks = rule.chunks(class.page_count, choice.key_tile_pages(variant));
             page_count += class.stream_pages() * u64::from(self.terms(variant).launches);
             partials += u64::from(class.partials(chunks)) * u64::from(class.count);
-            let chunk_tokens = u64::from(class.page_count.min(chunks.pages)) * u64::from(self.page_size);
-            let steps = chunk_tokens.div_ceil(u64::from(variant.keys())) as u32;
+            let steps = self.steps(variant, class.page_count.min(chunks.pages));
             let of_class = Work { variant, steps, items: u64::from(chunks.count) * u64::from(class.count) };
             masked_steps += if class.sequences > 1 { of_class.all_steps() } else { 0.0 };
             work.push(of_class);
@@ -207,8 +208,7 @@ impl CostModel<'_> {
         for variant in TileVariant::ALL {
             for item in plan.variant_items(variant) {
                 let pages = item.token_count.div_ceil(self.page_size);
-                let tokens = u64::from(pages) * u64::from(self.page_size);
-                let of_item = Work { variant, steps: tokens.div_ceil(u64::from(variant.keys())) as u32, items: 1 };
+                let of_item = Work { variant, steps: self.steps(variant, pages), items: 1 };
                 totals.page_count += u64::from(pages) * u64::from(self.terms(variant).launches);
                 totals.masked_steps += if has_masks(item) { of_item.all_steps() } else { 0.0 };
                 // Nearly in order: equal ones stand together.
@@ -226,8 +226,7 @@ impl CostModel<'_> {
     pub(super) fn predict_packs(&self, packs: &[Pack], partials: u64, choice: &TileChoice) -> Prediction {
         let item = |pack: &Pack| {
             let variant = choice.variant(pack.sequences);
-            let tokens = u64::from(pack.pages) * u64::from(self.page_size);
-            Work { variant, steps: tokens.div_ceil(u64::from(variant.keys())) as u32, items: 1 }
+            Work { variant, steps: self.steps(variant, pack.pages), items: 1 }
         };
         let read_pages =
             |pack: &Pack| u64::from(pack.pages) * u64::from(self.terms(choice.variant(pack.sequences)).launches);
@@ -340,6 +339,12 @@ impl CostModel<'_> {
     /// Main-loop steps of items, per KV head, in all launches of their variant.
     fn launched_steps(&self, work: &Work) -> f64 {
         work.all_steps() * f64::from(self.terms(work.variant).launches)
+    }
+
+    /// Main-loop steps over so many pages.
+    fn steps(&self, variant: TileVariant, pages: u32) -> u32 {
+        let keys = u64::from(pages) * u64::from(variant.page_keys(self.page_size));
+        keys.div_ceil(u64::from(variant.keys())) as u32
     }
 
     fn terms(&self, variant: TileVariant) -> &VariantTerms {

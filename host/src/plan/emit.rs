@@ -222,6 +222,10 @@ impl Emitter<'_> {
         }
         let token_count = buffer::checked_count("tokens of an item", token_count)?;
         let variant = self.choice.variant(row_count / sequence_rows);
+        buffer::checked_count(
+            "keys of an item",
+            u64::from(page_count + room) * u64::from(variant.page_keys(page_size)),
+        )?;
         let (mut first_token_begin, kv_limit_begin) = (NONE, NONE);
         // Kernels that are compiled for windows ask for those of every item that has masks, by the place of its masks.
         if !uniform && self.has_first_tokens {

@@ -13,6 +13,18 @@ pub const MERGE_COLUMNS: u32 = 128;
 /// Threads of a CTA of the kernels of tests and benchmarks.
 pub const SUPPORT_THREADS: u32 = 256;
 
+/// Keys of a mask of the wgmma kernels.
+pub const MASK_KEYS: u32 = 16;
+/// Most tokens of a TMA box: a box does not begin in one main-loop step and end in another.
+pub const MAX_BOX_TOKENS: u32 = 64;
+
+/// Tokens of the boxes in which pages come that take `page_keys` keys ([`TileVariant::page_keys`]): the largest power of two that
+/// divides both a page and a tile, so that wherever a page begins in a tile no box lies in two of either.
+pub const fn box_tokens(page_keys: u32) -> u32 {
+    let bits = page_keys | MAX_BOX_TOKENS;
+    bits & bits.wrapping_neg()
+}
+
 /// Element type of Q, K, V or O.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -99,9 +111,9 @@ pub enum TileVariant {
     Mma64 = 2,
     /// mma.sync, 128 rows. Any page size.
     Mma128 = 3,
-    /// wgmma fed by TMA, 64 rows. Page sizes that are powers of two from 16 on.
+    /// wgmma fed by TMA, 64 rows. Page sizes that are multiples of 8.
     Wgmma64 = 4,
-    /// wgmma fed by TMA, 128 rows, two consumer warpgroups. Page sizes that are powers of two from 16 on.
+    /// wgmma fed by TMA, 128 rows, two consumer warpgroups. Page sizes that are multiples of 8.
     Wgmma128 = 5,
 }
 
@@ -144,11 +156,15 @@ impl TileVariant {
         }
     }
 
-    /// Whether the variant's kernels may be launched with these switches. `wgmma128` has no registers left to cap scores with,
-    /// and the masks of the wgmma kernels do not say where a window begins.
-    pub const fn serves(self, switches: Switches) -> bool {
+    /// Whether the variant's kernels may be launched with these switches, over K and V of this type and head dimension. `wgmma128`
+    /// has no registers left to cap scores with, and of the wgmma kernels `wgmma64` alone some for windows, up to head dimension 128
+    /// and over 16-bit K and V.
+    pub const fn serves(self, switches: Switches, kv_dtype: Dtype, head_dim: u32) -> bool {
         let lacks_soft_cap = matches!(self, Self::Wgmma128);
-        let lacks_window = matches!(self.arch(), Arch::Sm90a);
+        let lacks_window = match self {
+            Self::Wgmma64 => kv_dtype.bytes() == 1 || head_dim > 128,
+            _ => matches!(self.arch(), Arch::Sm90a),
+        };
         !(switches.soft_cap && lacks_soft_cap || switches.window && lacks_window)
     }
 
@@ -158,11 +174,21 @@ impl TileVariant {
         matches!(self, Self::Wgmma64 | Self::Wgmma128)
     }
 
-    /// Whether the variant can read pages of this many tokens. TMA boxes want powers of two; mma.sync tiles take any size.
+    /// Whether the variant can read pages of this many tokens. mma.sync tiles take any size. TMA writes boxes under a swizzle that
+    /// spans 8 rows.
     pub const fn supports_page_size(self, page_size: u32) -> bool {
         match self.arch() {
             Arch::Sm80 => page_size >= 1,
-            Arch::Sm90a => page_size >= 16 && page_size.is_power_of_two(),
+            Arch::Sm90a => page_size >= 8 && page_size.is_multiple_of(8),
+        }
+    }
+
+    /// Keys that a page of so many tokens, which the variant can read, takes in its tiles. TMA fills those behind the page with
+    /// zeros: what rows attend to is said for [`MASK_KEYS`] keys at a time, so that no page begins within these.
+    pub const fn page_keys(self, page_size: u32) -> u32 {
+        match self.arch() {
+            Arch::Sm80 => page_size,
+            Arch::Sm90a => page_size.next_multiple_of(MASK_KEYS),
         }
     }
 }
@@ -221,7 +247,7 @@ impl KernelSpec {
     /// Whether it may be launched with these switches.
     pub fn serves(&self, switches: Switches) -> bool {
         match self.family {
-            Family::Forward(variant) => variant.serves(switches),
+            Family::Forward(variant) => variant.serves(switches, self.kv_dtype, self.head_dim),
             _ => switches == Switches::OFF,
         }
     }

@@ -106,6 +106,8 @@ pub struct ForwardParams {
     pub num_pages: u32,
     /// Where scores are capped, `2 * log2(e) * softmax_scale / cap`.
     pub soft_cap_scale: f32,
+    /// Keys that a page takes in tiles of the wgmma kernels ([`crate::TileVariant::page_keys`]).
+    pub page_keys: FastDivisor,
 }
 
 /// First parameter of the forward kernels that read 8-bit K and V. What others take comes first.
@@ -194,7 +196,7 @@ pub struct FlushParams {
 const _: () = {
     assert!(size_of::<FillParams>() == 80);
     assert!(size_of::<FlushParams>() == 24);
-    assert!(size_of::<ForwardParams>() == 232);
+    assert!(size_of::<ForwardParams>() == 248);
     assert!(size_of::<MergeParams>() == 96);
 };
 

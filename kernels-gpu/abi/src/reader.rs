@@ -124,6 +124,13 @@ impl PlanView {
         words.word(self.pages + work.page_begin.wrapping_add(entry) as u64 * 4)
     }
 
+    /// As [`Stream::first_token`], of `work`, which has masks.
+    #[inline(always)]
+    pub fn first_token(&self, words: impl PlanWords, plan: u64, work: &Work, entry: u32) -> u32 {
+        let first_tokens = words.word(plan + offset_of!(PlanHeader, words_offset_bytes) as u64);
+        words.word(plan + first_tokens as u64 + work.mask_begin.wrapping_add(entry) as u64 * 4)
+    }
+
     /// The mask of entry `entry` of `work`, which has masks.
     #[inline(always)]
     pub fn mask(&self, words: impl PlanWords, work: &Work, entry: u32) -> PageMask {
@@ -360,6 +367,7 @@ mod tests {
         let (query, head) = plan.row(&work, 2, group);
         assert_eq!((query.query_token(words), head), (9, 4));
         assert_eq!([0, 1].map(|entry| stream.first_token(words, 0, entry)), [77, 0]);
+        assert_eq!([0, 1].map(|entry| plan.first_token(words, 0, &work, entry)), [77, 0]);
         let exceptions = Exceptions::load(words, 0, &plan, 5, kv_heads);
         assert_eq!([0, 1].map(|entry| exceptions.first_token(words, entry)), [0, 1]);
         assert_eq!([0, 1].map(|query| exceptions.kv_limit(words, query)), [6, u32::MAX]);

@@ -18,6 +18,63 @@ pub fn soft_cap() -> bool {
     value != 0
 }
 
+/// `value` in kernels that are compiled for sliding windows; in others 0, which ptxas sees.
+#[inline(always)]
+pub fn zero_without_windows(value: u32) -> u32 {
+    if cfg!(pat_plain) {
+        return 0;
+    }
+    let result: u32;
+    // SAFETY: computes with registers.
+    unsafe {
+        asm!(concat!("mul.lo.u32 {0}, {1}, ", pat_abi::window_symbol!(), ";"), out(reg32) result, in(reg32) value,
+            options(pure, nomem, nostack, preserves_flags));
+    }
+    result
+}
+
+/// Whether `value` is below `end`, in kernels that are compiled for sliding windows; in others no, which ptxas sees.
+#[inline(always)]
+pub fn below_in_window(value: u32, end: u32) -> bool {
+    if cfg!(pat_plain) {
+        return false;
+    }
+    let result: u32;
+    // SAFETY: computes with registers.
+    unsafe {
+        asm!(
+            "set.lt.u32.u32 {0}, {1}, {2};",
+            concat!("mul.lo.u32 {0}, {0}, ", pat_abi::window_symbol!(), ";"),
+            out(reg32) result, in(reg32) value, in(reg32) end, options(pure, nomem, nostack, preserves_flags));
+    }
+    result != 0
+}
+
+/// `ld.global.nc.u32` (sm_35) in kernels that are compiled for sliding windows, where `is_wanted`; otherwise 0, and nothing is read. It is
+/// no branch: one that is never taken would still change how the code around it is laid out.
+///
+/// # Safety
+/// In kernels that are compiled for windows, where it is wanted, as [`super::ldst::load_global_u32`].
+#[inline(always)]
+pub unsafe fn load_global_u32_under_window_if(is_wanted: bool, address: u64) -> u32 {
+    if cfg!(pat_plain) {
+        return 0;
+    }
+    let value: u32;
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!(
+            "{{ .reg .pred wanted; .reg .b32 window;",
+            concat!("mul.lo.u32 window, {2}, ", pat_abi::window_symbol!(), ";"),
+            "setp.ne.u32 wanted, window, 0;",
+            "mov.u32 {0}, 0;",
+            "@wanted ld.global.nc.u32 {0}, [{1}]; }}",
+            out(reg32) value, in(reg64) address, in(reg32) is_wanted as u32,
+            options(pure, readonly, nostack, preserves_flags));
+    }
+    value
+}
+
 /// `ld.global.nc.u32` (sm_35) in kernels that are compiled for sliding windows; in others 0, and nothing is read. It is no branch: one
 /// that is never taken would still change how the code around it is laid out.
 ///

@@ -15,6 +15,7 @@ use crate::ptx::mbarrier;
 use crate::ptx::mma::ldmatrix_x4;
 use crate::ptx::shuffle::any;
 use crate::ptx::special::{run_time_address, thread_index, thread_index_here};
+use crate::ptx::switches::below_in_window;
 use crate::ptx::wgmma::{self, HeadDim, WgmmaOps};
 use crate::softmax::{OnlineSoftmax, cap_scores, rescale, value_of_row};
 use core::borrow::Borrow;
@@ -200,14 +201,18 @@ pub(super) unsafe fn consume<
                 Row::new(p, query, head, words)
             };
             let (stream, kv_head) = (plan.stream(&work), work.kv_head);
-            if Smem::<HEAD_DIM, GROUPS, BYTES>::CAPS_SCORES {
-                restore_rows::<E, F, true, false>(
-                    p, format, stream, kv_head, first_row, not_finite, softmaxes, columns, lane, locate,
-                );
-            } else {
-                restore_rows::<E, F, false, false>(
-                    p, format, stream, kv_head, first_row, not_finite, softmaxes, columns, lane, locate,
-                );
+            macro_rules! restore {
+                ($caps_scores:literal, $has_windows:literal) => {
+                    restore_rows::<E, F, $caps_scores, $has_windows>(
+                        p, format, stream, kv_head, first_row, not_finite, softmaxes, columns, lane, locate,
+                    )
+                };
+            }
+            match (Smem::<HEAD_DIM, GROUPS, BYTES>::CAPS_SCORES, Smem::<HEAD_DIM, GROUPS, BYTES>::HAS_WINDOWS) {
+                (true, true) => restore!(true, true),
+                (true, false) => restore!(true, false),
+                (false, true) => restore!(false, true),
+                (false, false) => restore!(false, false),
             }
             if index >= plan.work_count {
                 return;
@@ -273,11 +278,13 @@ pub(super) fn mask_scores<const HEAD_DIM: u32, const GROUPS: u32, const BYTES: u
         return;
     }
     for (span, step) in spans_and_steps::<SPANS>() {
+        let mask = masks[span][step];
         for half in 0..2 {
-            let limit = masks[span][step].limit(rows[half]);
+            let limit = mask.limit(rows[half]);
             for i in 0..4 {
                 let key = (i as u32 >> 1) * 8 + (lane & 3) * 2 + (i as u32 & 1);
-                if key >= limit {
+                let is_in_front = Smem::<HEAD_DIM, GROUPS, BYTES>::HAS_WINDOWS && below_in_window(key, mask.first());
+                if key >= limit || is_in_front {
                     s[span][8 * step + value_of_row(half, i)] = f32::NEG_INFINITY;
                 }
             }

@@ -1,27 +1,30 @@
 //! Which rows attend to which keys of a tile, and the pages that hold them.
 
-use super::SPAN_KEYS;
 use super::smem::Smem;
 use crate::plan_words::AtOnce;
 use crate::ptx::ldst::load_shared_u32x4;
 use crate::ptx::shuffle::from_lane_u32;
+use crate::ptx::switches::zero_without_windows;
+use crate::window::first_token_in_window;
+use pat_abi::manifest::{MASK_KEYS, box_tokens};
 use pat_abi::reader::{PlanView, Work};
 use pat_abi::{ForwardParams, PageMask};
 
 /// What the rows of a tile attend to among 16 of its keys: bits 0..8 the first row, 8..16 the end of the rows, 16..24 the
-/// keys that count, bit 31 set where no box was loaded (TMA has filled the keys with zeros). The first mask of a tile without
+/// keys up to the last that counts, bits 24..29 those in front of the first (in kernels that are compiled for windows), bit 31 set where
+/// TMA has filled all keys behind the last with zeros. The first mask of a tile without
 /// exceptions is [`Self::TILE_IS_FULL`].
 #[derive(Clone, Copy)]
 pub(super) struct KeyMask(pub(super) u32);
 
 impl KeyMask {
-    pub(super) const KEYS: u32 = 16;
+    pub(super) const KEYS: u32 = MASK_KEYS;
     /// Every row, all keys.
     pub(super) const FULL: u32 = 0xff00 | Self::KEYS << 16;
     /// Every row attends to every key of the tile: one word says so. Finding it out from four is a chain of uniform
     /// instructions that every tile would wait for.
     pub(super) const TILE_IS_FULL: u32 = 1 << 30;
-    /// No key.
+    /// Keys that do not count are zeros.
     pub(super) const ABSENT: u32 = 1 << 31;
 
     /// Whether `row` attends to the keys that count.
@@ -30,7 +33,17 @@ impl KeyMask {
         row >= (self.0 & 0xff) && row < (self.0 >> 8 & 0xff)
     }
 
-    /// Keys that count for `row`.
+    /// Where keys that count end, in masks that have some in front of the first: behind the last key a number that is not
+    /// [`Self::KEYS`], so that [`all_keys`] need not look at the first.
+    const END_BEHIND_FIRST: u32 = 2 * Self::KEYS;
+
+    /// Keys in front of the first that counts, in kernels that are compiled for windows.
+    #[inline(always)]
+    pub(super) fn first(self) -> u32 {
+        self.0 >> 24 & 0x1f
+    }
+
+    /// Where the keys end that count for `row`.
     #[inline(always)]
     pub(super) fn limit(self, row: u32) -> u32 {
         if self.has_row(row) { self.0 >> 16 & 0xff } else { 0 }
@@ -57,7 +70,7 @@ impl PageWindow {
     /// `work` is an item of the plan; all lanes of one warp.
     #[inline(always)]
     pub(super) unsafe fn load(p: &ForwardParams, plan: PlanView, work: &Work, first: u32, lane: u32) -> Self {
-        let last = p.page_size.divide(work.token_count - 1);
+        let last = p.page_keys.divide(work.token_count - 1);
         let index = first + lane;
         let mut window = Self { lane_id: p.num_pages, lane_mask: PageMask(0) };
         if index <= last {
@@ -78,23 +91,42 @@ impl PageWindow {
     }
 
     /// The mask of the 16 keys that begin at `token` of the stream; the window holds their page.
+    ///
+    /// # Safety
+    /// `work` is an item of the plan, which is one for windows where the kernel is compiled for them; all lanes of one warp.
     #[inline(always)]
-    pub(super) fn key_mask(&self, p: &ForwardParams, work: &Work, token: u32) -> KeyMask {
-        let (page, in_page) = p.page_size.divide_remainder(token);
+    pub(super) unsafe fn key_mask<const HAS_WINDOWS: bool>(
+        &self,
+        p: &ForwardParams,
+        plan: PlanView,
+        work: &Work,
+        token: u32,
+    ) -> KeyMask {
+        let (page, in_page) = p.page_keys.divide_remainder(token);
         let mask = self.mask(page);
         if token >= work.token_count {
-            // A box is absent where it begins past the end; in a box that begins before it, keys are merely invalid. Boxes begin with
-            // their page, and every 64 keys in larger ones.
-            let box_begin = token - (in_page & (SPAN_KEYS - 1));
+            // A box is absent where it begins past the end; in a box that begins before it, keys are merely invalid.
+            let box_begin = token & !(box_tokens(p.page_keys.divisor) - 1);
             return KeyMask(if box_begin >= work.token_count { KeyMask::ABSENT } else { 0 });
         }
-        let (rows, end) = if !work.has_masks() {
-            (0xff00, work.token_count - token)
-        } else {
+        let in_pool = p.page_size.divisor - in_page;
+        let (rows, end) = if work.has_masks() {
             (mask.0 & 0xffff, mask.token_end().saturating_sub(in_page))
+        } else {
+            let left = work.token_count - token;
+            (KeyMask::FULL & 0xffff, if left < in_pool { left } else { in_pool })
         };
         let keys = if end < KeyMask::KEYS { end } else { KeyMask::KEYS };
-        KeyMask(rows | keys << 16)
+        let zeros = if in_pool < KeyMask::KEYS && keys == in_pool { KeyMask::ABSENT } else { 0 };
+        let mask = KeyMask(rows | keys << 16 | zeros);
+        if !HAS_WINDOWS {
+            return mask;
+        }
+        // SAFETY: the caller's contract; the token is one of the item's.
+        let first = unsafe { first_token_in_window(p, plan, work, page) }.saturating_sub(in_page);
+        let first = if first < KeyMask::KEYS { first } else { KeyMask::KEYS };
+        let more = if first > 0 && keys == KeyMask::KEYS { KeyMask::END_BEHIND_FIRST - KeyMask::KEYS } else { 0 };
+        KeyMask(mask.0 + zero_without_windows(first << 24 | more << 16))
     }
 }
 

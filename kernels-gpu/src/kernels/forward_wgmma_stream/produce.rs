@@ -4,15 +4,16 @@ use super::masks::{KeyMask, PageWindow};
 use super::smem::{QSlots, Ring, Smem, Stage, Tensor, tile_offset};
 use super::widen::WIDENING_WARPS;
 use super::work::{Batch, query_of_row, work_index};
-use super::{GROUP_ROWS, PRODUCER_WARPS, SPAN_KEYS};
+use super::{GROUP_ROWS, PRODUCER_WARPS};
 use crate::item::strided;
 use crate::plan_words::AtOnce;
 use crate::ptx::barrier::sync_named_anywhere;
 use crate::ptx::ldst::store_shared_u32x4;
 use crate::ptx::shuffle::{any, from_lane_u32, from_segment_u64};
-use crate::ptx::special::{thread_index, thread_index_here};
+use crate::ptx::special::{run_time, thread_index, thread_index_here};
 use crate::ptx::{cp_async, mbarrier, tma};
-use pat_abi::reader::PlanView;
+use pat_abi::manifest::box_tokens;
+use pat_abi::reader::{PlanView, Work};
 use pat_abi::{ForwardParams, NamedBarrier};
 
 /// A KV producer: one warp that issues the tensor copies of K or V, or of both, for all items. The maps are
@@ -31,8 +32,7 @@ pub(super) unsafe fn produce_kv<const HEAD_DIM: u32, const GROUPS: u32, const BY
     map_of_v_too: Option<u64>,
 ) {
     let lane = thread_index() & 31;
-    let box_keys = if p.page_size.divisor < SPAN_KEYS { p.page_size.divisor } else { SPAN_KEYS };
-    let in_page_bits = p.page_size.divisor - 1;
+    let box_keys = box_tokens(p.page_keys.divisor);
     let mut ring = Ring { stage: 0, phase: 1 };
     let mut first = true;
     let mut round = 0;
@@ -42,17 +42,20 @@ pub(super) unsafe fn produce_kv<const HEAD_DIM: u32, const GROUPS: u32, const BY
     }
     // SAFETY: over the whole function, items come from the plan, addresses from the checked launch parameters.
     unsafe {
+        // A batch has 32 rounds, and lanes are counted modulo 32: the round says which lane has a piece of work.
         let mut batch = Batch::load(p, plan, round, lane);
-        let mut in_batch = 0;
         let mut next_window = PageWindow::load(p, plan, &batch.get(0), 0, lane);
         while index < plan.work_count {
-            let (work, mut window) = (batch.get(in_batch), next_window);
+            let (work, mut window) = (batch.get(round), next_window);
             round += 1;
             index = work_index(round);
             let mut token = 0;
             while token < work.token_count {
-                let tile_page = p.page_size.divide(token);
-                if tile_page & 31 == 0 && token & in_page_bits == 0 && token > 0 {
+                // Pages of 32 lanes are whole tiles, since a page takes a multiple of 16 keys.
+                let (tile_page, in_page) = p.page_keys.divide_remainder(token);
+                if tile_page & 31 == 0 && in_page == 0 && token > 0 {
+                    // Registers are short: what is computed of the length is not kept from tile to tile for this.
+                    let work = Work { token_count: run_time(work.token_count), ..work };
                     window = PageWindow::load(p, plan, &work, tile_page, lane);
                 }
                 // Lane `l` issues box `l / blocks` of the tile, block `l % blocks`. Registers are short: not kept.
@@ -62,7 +65,7 @@ pub(super) unsafe fn produce_kv<const HEAD_DIM: u32, const GROUPS: u32, const BY
                 let issues = box_row < Smem::<HEAD_DIM, GROUPS, BYTES>::KEYS;
                 let box_offset = block * Smem::<HEAD_DIM, GROUPS, BYTES>::BLOCK_BYTES
                     + box_row * Smem::<HEAD_DIM, GROUPS, BYTES>::BOX_ROW_BYTES;
-                let (page, in_page) = p.page_size.divide_remainder(token + box_row);
+                let (page, in_page) = p.page_keys.divide_remainder(token + box_row);
                 let id = from_lane_u32(window.lane_id, page & 31);
                 let id = if token + box_row < work.token_count { id } else { p.num_pages };
                 let page_mask = window.mask(page);
@@ -79,7 +82,12 @@ pub(super) unsafe fn produce_kv<const HEAD_DIM: u32, const GROUPS: u32, const BY
                 // The copies are under way; the phase ends when they have landed and lane 0 has arrived.
                 if tensor == Tensor::K {
                     let words = 4 * Smem::<HEAD_DIM, GROUPS, BYTES>::SPANS;
-                    let mask = window.key_mask(p, &work, token + (lane & (words - 1)) * KeyMask::KEYS);
+                    let first_key = token + (lane & (words - 1)) * KeyMask::KEYS;
+                    let mask = if Smem::<HEAD_DIM, GROUPS, BYTES>::HAS_WINDOWS {
+                        window.key_mask::<true>(p, plan, &work, first_key)
+                    } else {
+                        window.key_mask::<false>(p, plan, &work, first_key)
+                    };
                     let is_full = !any(mask.0 != KeyMask::FULL);
                     for span in 0..Smem::<HEAD_DIM, GROUPS, BYTES>::SPANS {
                         let mut masks = [0, 1, 2, 3].map(|word| from_lane_u32(mask.0, 4 * span + word));
@@ -111,12 +119,10 @@ pub(super) unsafe fn produce_kv<const HEAD_DIM: u32, const GROUPS: u32, const BY
                 }
                 // Behind the item's first copies, which would wait for these loads: ptxas keeps one account for them and the item's own.
                 if token == 0 && index < plan.work_count {
-                    in_batch += 1;
-                    if in_batch == 32 {
-                        in_batch = 0;
+                    if round & 31 == 0 {
                         batch = Batch::load(p, plan, round, lane);
                     }
-                    next_window = PageWindow::load(p, plan, &batch.get(in_batch), 0, lane);
+                    next_window = PageWindow::load(p, plan, &batch.get(round), 0, lane);
                 }
                 ring.advance(Smem::<HEAD_DIM, GROUPS, BYTES>::ARRIVING_STAGES);
                 token += Smem::<HEAD_DIM, GROUPS, BYTES>::KEYS;

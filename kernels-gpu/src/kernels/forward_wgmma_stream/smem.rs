@@ -2,7 +2,7 @@
 
 use super::{GROUP_ROWS, PRODUCER_WARPS, SPAN_KEYS};
 use crate::ptx::wgmma::RegisterSplit;
-use pat_abi::{SmemLayout, Switches, TileConfig, TileVariant};
+use pat_abi::{Dtype, SmemLayout, Switches, TileConfig, TileVariant};
 
 /// Bytes of a row of a block: 64 elements, what the swizzle spans.
 const BLOCK_ROW_BYTES: u32 = 128;
@@ -34,7 +34,11 @@ pub(super) struct Smem<const HEAD_DIM: u32, const GROUPS: u32, const BYTES: u32>
 
 impl<const HEAD_DIM: u32, const GROUPS: u32, const BYTES: u32> Smem<HEAD_DIM, GROUPS, BYTES> {
     pub(super) const VARIANT: TileVariant = if GROUPS == 1 { TileVariant::Wgmma64 } else { TileVariant::Wgmma128 };
-    pub(super) const CAPS_SCORES: bool = Self::VARIANT.serves(Switches { soft_cap: true, ..Switches::OFF });
+    const KV_DTYPE: Dtype = if BYTES == 1 { Dtype::E4m3 } else { Dtype::F16 };
+    pub(super) const CAPS_SCORES: bool =
+        Self::VARIANT.serves(Switches { soft_cap: true, ..Switches::OFF }, Self::KV_DTYPE, HEAD_DIM);
+    pub(super) const HAS_WINDOWS: bool =
+        Self::VARIANT.serves(Switches { window: true, ..Switches::OFF }, Self::KV_DTYPE, HEAD_DIM);
     const CONFIG: TileConfig = Self::VARIANT.config(HEAD_DIM).of_elements(BYTES);
     const LAYOUT: SmemLayout = {
         let config = Self::CONFIG;

@@ -21,7 +21,8 @@ pub(super) fn work_index(round: u32) -> u32 {
     round * count + if round & 1 == 0 { place } else { count - 1 - place }
 }
 
-/// The records of 32 consecutive pieces of work of this CTA, one per lane: rounds `first`, `first + 1`, ...
+/// The records of 32 consecutive pieces of work of this CTA, one per lane: rounds `first`, `first + 1`, ... Their tokens are counted
+/// as keys of their tiles, where pages may take more of these than they have tokens.
 #[derive(Clone, Copy)]
 pub(super) struct Batch {
     pub(super) lane_work: Work,
@@ -40,7 +41,10 @@ impl Batch {
         let index = work_index(first + lane);
         let index = if index < plan.work_count { index } else { 0 };
         // SAFETY: the index is in range (the callers have at least one piece of work).
-        Self { lane_work: plan.work(unsafe { AtOnce::new() }, index, p.kv_heads_divisor) }
+        let mut lane_work = plan.work(unsafe { AtOnce::new() }, index, p.kv_heads_divisor);
+        let full_pages = p.page_size.divide(lane_work.token_count - 1);
+        lane_work.token_count += full_pages * (p.page_keys.divisor - p.page_size.divisor);
+        Self { lane_work }
     }
 
     /// The record that lane `lane` holds, in all lanes.
