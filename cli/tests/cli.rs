@@ -463,7 +463,7 @@ fn bad_options_are_refused() {
     }
     refused(&["run", "--batch", "b.json", "--at-step", "3"], &["--trace"]);
     refused(&["run"], &["give --tree SPEC, --trace FILE [--batch N], or --batch FILE.json"]);
-    let odd_pages = ["plan", "--tree", "1,2_48,8", "--page-size", "20", "--variants", "wgmma64"];
+    let odd_pages = ["plan", "--tree", "1,2_40,8", "--page-size", "20", "--variants", "wgmma64"];
     refused(&odd_pages, &["(wgmma64: page_size: got 20, expected a multiple of 8 to 65536)"]);
     for option in ["--svg", "--save-batch"] {
         let args = ["plan", "--tree", "1,2_32,8", option, "no/such/folder/file"];
