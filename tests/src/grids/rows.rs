@@ -27,6 +27,18 @@ const PLAIN: Row = Row {
     bf16: HUNDREDTH,
 };
 
+/// The shapes of FlashInfer's tests/attention/test_batch_attention.py.
+const ANY_LENGTHS: Row = Row {
+    page_sizes: &[1, 8, 16],
+    heads: &[(1, 1), (4, 1), (7, 1), (8, 1), (4, 4), (16, 4), (28, 4), (32, 4)],
+    head_dims: &[64, 128, 256],
+    dtypes: &[(Bf16, Bf16), (F16, F16)],
+    layouts: &[Hnd, Nhd],
+    soft_caps: &[None, Some(50.0)],
+    f16: HUNDREDTH,
+    ..PLAIN
+};
+
 const fn mix(parts: &'static [(u32, u32, u32)]) -> Mix {
     Mix { parts, repeated: 1, shared: None }
 }
@@ -119,14 +131,7 @@ pub const ROWS: &[Row] = &[
             mix(&[(264, 600, 1), (128, 5000, 3)]),
             mix(&[(100, 1024, 1), (8, 8192, 17)]),
         ]),
-        page_sizes: &[1, 8, 16],
-        heads: &[(1, 1), (4, 1), (7, 1), (8, 1), (4, 4), (16, 4), (28, 4), (32, 4)],
-        head_dims: &[64, 128, 256],
-        dtypes: &[(Bf16, Bf16), (F16, F16)],
-        layouts: &[Hnd, Nhd],
-        soft_caps: &[None, Some(50.0)],
-        f16: HUNDREDTH,
-        ..PLAIN
+        ..ANY_LENGTHS
     },
     // The same file, lengths that it draws.
     Row {
@@ -134,14 +139,7 @@ pub const ROWS: &[Row] = &[
         contexts: Contexts::Between(&[(1, 256), (200, 2048), (1, 8192)]),
         sequences: &[7, 64, 256],
         query_tokens: &[1, 3],
-        page_sizes: &[1, 8, 16],
-        heads: &[(1, 1), (4, 1), (7, 1), (8, 1), (4, 4), (16, 4), (28, 4), (32, 4)],
-        head_dims: &[64, 128, 256],
-        dtypes: &[(Bf16, Bf16), (F16, F16)],
-        layouts: &[Hnd, Nhd],
-        soft_caps: &[None, Some(50.0)],
-        f16: HUNDREDTH,
-        ..PLAIN
+        ..ANY_LENGTHS
     },
     // FlashInfer, tests/attention/test_decode_fp8_calibration_scale.py.
     Row {
