@@ -253,8 +253,8 @@ impl<C: Code> Cache for EightBit<C> {
             if !E::IS_F16 {
                 scales[row] = row_to_f16::<E>(queries, row);
             }
-            // Even elements of four beside even ones, as widened keys are.
-            for step in 0..STEPS {
+            // Even elements of four beside even ones, where widened keys are.
+            for step in 0..if C::KEYS_IN_ORDER { 0 } else { STEPS } {
                 [queries[step][row], queries[step][row + 2]] = transposed([queries[step][row], queries[step][row + 2]]);
             }
         }
@@ -285,7 +285,7 @@ impl<C: Code> Cache for EightBit<C> {
                     for step in 0..2 {
                         // SAFETY: the queries are in registers.
                         let q = unsafe { q.step(2 * pair + step, lane) };
-                        F16::multiply(&mut s[block][half], &q, C::widen(b[2 * half + step]));
+                        F16::multiply(&mut s[block][half], &q, C::keys(b[2 * half + step]));
                     }
                 }
             }

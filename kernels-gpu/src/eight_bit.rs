@@ -5,7 +5,8 @@
 //! exponent's low bits, it is the number but for a power of 2 by which the exponents' biases differ; that holds for subnormal
 //! numbers, too. E5m2 needs no more. In E4m3 the largest magnitude means NaN: it is 480 where the largest number is 448. Times
 //! 144, 480 is too large for binary16 and becomes infinite, while all numbers stay exact. What is computed from infinities is
-//! made NaN ([`Code::settle`]); results are divided by the factor.
+//! made NaN ([`Code::settle`]); results are divided by the factor. The sm_90a file has an instruction for E4m3, and needs none
+//! of this.
 //!
 //! The other way, numbers are rounded to nearest even, and what is too large becomes the largest finite number, as
 //! `cvt.rn.satfinite` does (PTX ISA, "cvt"), which architectures before sm_89 do not have.
@@ -24,6 +25,13 @@ pub trait Code: Copy {
 
     /// The four numbers of a word as two binary16 each, exactly, the first two first; NaN for NaN. From sm_89 on.
     fn exact(word: u32) -> [u32; 2];
+
+    /// Whether [`Self::keys`] leaves codes in their order.
+    const KEYS_IN_ORDER: bool;
+
+    /// The four numbers of a word as two binary16 each, times [`Self::FACTOR`], in the order that costs least: the first two
+    /// first, or as [`Self::widen`] has them.
+    fn keys(word: u32) -> [u32; 2];
 
     /// A number that sums of products with widened numbers have made: where it is infinite for NaN, it becomes NaN.
     fn settle(value: f32) -> f32;
@@ -81,6 +89,9 @@ pub unsafe fn factor_of_head(factors: u64, kv_head: u32) -> f32 {
     f32::from_bits(unsafe { load_written_u32(factors + kv_head as u64 * 4) })
 }
 
+/// Whether there is an instruction that converts E4m3.
+const CONVERTS: bool = cfg!(pat_sm90a);
+
 /// 4 bits of exponent, 3 of fraction; no infinities, NaN where all are set.
 #[derive(Clone, Copy)]
 pub struct E4m3;
@@ -94,16 +105,21 @@ const EVEN: u32 = 0x2404;
 const ODD: u32 = 0x3414;
 const FIRST: u32 = 0x1404;
 const LAST: u32 = 0x3424;
+/// The even bytes of a word in front of the odd ones.
+const EVEN_FIRST: u32 = 0x3120;
 
 impl Code for E4m3 {
     const FRACTION_BITS: u32 = 3;
     const BIAS: u32 = 7;
     const LARGEST: u32 = 0x7e;
 
-    const FACTOR: f32 = 144.0;
+    const FACTOR: f32 = if CONVERTS { 1.0 } else { 144.0 };
 
     #[inline(always)]
     fn widen(word: u32) -> [u32; 2] {
+        if CONVERTS {
+            return e4m3_to_f16(permute::<EVEN_FIRST>(word));
+        }
         // Codes are in the upper bytes of both halves.
         [word << 8, word].map(|codes| {
             let numbers = codes >> 1 & 0x3f80_3f80 | codes & 0x8000_8000;
@@ -117,9 +133,16 @@ impl Code for E4m3 {
         e4m3_to_f16(word)
     }
 
+    const KEYS_IN_ORDER: bool = CONVERTS;
+
+    #[inline(always)]
+    fn keys(word: u32) -> [u32; 2] {
+        if CONVERTS { Self::exact(word) } else { Self::widen(word) }
+    }
+
     #[inline(always)]
     fn settle(value: f32) -> f32 {
-        math::fma(value, 0.0, value)
+        if CONVERTS { value } else { math::fma(value, 0.0, value) }
     }
 }
 
@@ -138,6 +161,13 @@ impl Code for E5m2 {
     #[inline(always)]
     fn exact(word: u32) -> [u32; 2] {
         [permute::<FIRST>(word), permute::<LAST>(word)]
+    }
+
+    const KEYS_IN_ORDER: bool = true;
+
+    #[inline(always)]
+    fn keys(word: u32) -> [u32; 2] {
+        Self::exact(word)
     }
 
     #[inline(always)]

@@ -2,7 +2,7 @@
 //!
 //! The tree follows the hardware: `ptx` has one wrapper per instruction, `tile` builds register and shared-memory tiles
 //! on it, `kernels` has the entry points. `--cfg pat_sm90a` (set by the xtask) selects the wgmma kernels
-//! instead of the mma.sync ones: each PTX file holds the kernels of one architecture.
+//! instead of the mma.sync ones, but for those that convert E4m3, for which that architecture has an instruction.
 #![no_std]
 #![feature(abi_ptx, asm_experimental_arch, stdarch_nvptx, link_llvm_intrinsics)]
 #![allow(internal_features)]

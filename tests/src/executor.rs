@@ -2,6 +2,7 @@
 //! the tests of the others.
 
 use crate::interpreted::InterpretedRun;
+use pat_rs::cuda::launch_records;
 use pat_rs::{DeviceProfile, Element, Engine, HostTensors, KvElement, Plan};
 use std::error::Error;
 
@@ -70,12 +71,47 @@ impl Executor for Interpreter {
         out: &mut [T],
         lse: Option<&mut [f32]>,
     ) -> Result<(), Box<dyn Error>> {
-        let mut run = InterpretedRun::new(plan, tensors, out, lse.as_deref())?;
-        let output = run.run()?;
-        out.copy_from_slice(&output.out);
-        if let Some(lse) = lse {
-            lse.copy_from_slice(&output.lse);
-        }
-        Ok(())
+        interpret(InterpretedRun::new(plan, tensors, out, lse.as_deref())?, out, lse)
     }
+}
+
+/// As [`Interpreter`], with the text of each kernel that devices older than its newest one compile.
+#[derive(Clone, Copy, Debug)]
+pub struct OldestInterpreter;
+
+impl Executor for OldestInterpreter {
+    fn name(&self) -> String {
+        "interpreted PTX of the oldest architecture".into()
+    }
+
+    fn profile(&self) -> pat_rs::Result<DeviceProfile> {
+        Interpreter.profile()
+    }
+
+    fn run_host<T: Element, C: KvElement>(
+        &self,
+        plan: &Plan,
+        tensors: &HostTensors<'_, T, C>,
+        out: &mut [T],
+        lse: Option<&mut [f32]>,
+    ) -> Result<(), Box<dyn Error>> {
+        let mut run = InterpretedRun::new(plan, tensors, out, lse.as_deref())?;
+        for record in &mut run.launches {
+            record.ptx = launch_records::module_of(record.kernel, record.kernel.arch, record.switches)?;
+        }
+        interpret(run, out, lse)
+    }
+}
+
+fn interpret<T: Element>(
+    mut run: InterpretedRun,
+    out: &mut [T],
+    lse: Option<&mut [f32]>,
+) -> Result<(), Box<dyn Error>> {
+    let output = run.run()?;
+    out.copy_from_slice(&output.out);
+    if let Some(lse) = lse {
+        lse.copy_from_slice(&output.lse);
+    }
+    Ok(())
 }

@@ -9,7 +9,7 @@ use pat_rs::{
     AttentionShape, DeviceProfile, Dtype, Element, Engine, HostTensors, KvElement, KvScale, PlanOptions, Planner,
     Problem, supports,
 };
-use pat_tests::executor::{Executor, Interpreter};
+use pat_tests::executor::{Executor, Interpreter, OldestInterpreter};
 use pat_tests::{Case, device_test, draw_sinks, random_case, softmax_scale};
 use pat_workloads::{Oracle, RowSample, Tensors, check};
 use rand::seq::IndexedRandom;
@@ -173,6 +173,7 @@ fn on_the_cpu(engine: &Engine) {
 
 fn in_interpreted_ptx(_: &Engine) {
     run_all(&Interpreter);
+    run_all(&OldestInterpreter);
 }
 
 fn on_a_device(engine: &Engine) {
@@ -216,6 +217,7 @@ fn all_codes(executor: &impl Executor) {
 fn all_codes_are_read_exactly(engine: &Engine) {
     all_codes(engine);
     all_codes(&Interpreter);
+    all_codes(&OldestInterpreter);
 }
 
 fn what_has_no_kernel_is_refused(_: &Engine) {

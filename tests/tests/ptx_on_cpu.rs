@@ -449,7 +449,7 @@ fn states_are_merged_as_on_the_cpu() {
 fn support_record(family: Family, dtype: Dtype, params: &[u8]) -> LaunchRecord {
     let kernel = manifest::find(family, dtype, 0).unwrap();
     let ptx = launch_records::module(kernel, Switches::OFF).unwrap();
-    LaunchRecord { kernel, ptx, ctas: 3, params: params.to_vec(), tensor_maps: Vec::new() }
+    LaunchRecord { kernel, switches: Switches::OFF, ptx, ctas: 3, params: params.to_vec(), tensor_maps: Vec::new() }
 }
 
 fn fill<T: KvElement>() {

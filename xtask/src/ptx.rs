@@ -49,7 +49,7 @@ impl Module {
     /// A kernel of the manifest is missing, or one is not in the manifest.
     pub(crate) fn finish(mut self, arch: Arch) -> Result<String> {
         let mut text = self.prelude;
-        for kernel in KERNELS.iter().filter(|kernel| kernel.arch == arch) {
+        for kernel in KERNELS.iter().filter(|kernel| kernel.is_in(arch)) {
             let Some(position) = self.entries.iter().position(|entry| entry.name == kernel.entry) else {
                 bail!("the manifest has {}, the {} build has not", kernel.entry, arch.name());
             };

@@ -303,15 +303,15 @@ impl CudaDevice {
         if let Some(kernel) = slot.kernel.get() {
             return Ok(kernel);
         }
-        if !spec.arch.runs_on(self.inner.compute_capability) {
+        let Some(file) = spec.newest_file(self.inner.compute_capability) else {
             return Err(Error::PlanMismatch {
                 what: "the device".into(),
                 plan: format!("{}, which is for {}", spec.entry, spec.arch.name()),
                 call: format!("{} with {}", self.inner.name, self.inner.compute_capability),
             });
-        }
+        };
         let start = std::time::Instant::now();
-        let kernel = Kernel::load(*self, spec, ptx::cut(ptx::text(spec.arch), spec.entry, switches)?, self.sm_count())?;
+        let kernel = Kernel::load(*self, spec, ptx::cut(ptx::text(file), spec.entry, switches)?, self.sm_count())?;
         tracing::debug!(entry = spec.entry, load_ms = start.elapsed().as_secs_f64() * 1e3, "kernel loaded");
         Ok(slot.kernel.get_or_init(|| kernel))
     }

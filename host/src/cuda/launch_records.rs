@@ -9,13 +9,15 @@ use super::tensor_map::TensorMapSpec;
 use super::{AppendArgs, DeviceSpan, DeviceState, LaunchGeometry, Workspace, driver, ptx};
 use crate::{Dtype, Plan, Result};
 use bytemuck::{NoUninit, bytes_of};
-use pat_abi::{Family, KernelSpec, Switches, TileVariant};
+use pat_abi::{Arch, Family, KernelSpec, Switches, TileVariant};
 
 /// A launch that a device would have been given.
 #[derive(Clone, Debug)]
 pub struct LaunchRecord {
     /// The kernel: its threads and its shared memory.
     pub kernel: &'static KernelSpec,
+    /// The features that are compiled in.
+    pub switches: Switches,
     /// The module that the driver would compile, with this one kernel.
     pub ptx: String,
     /// CTAs.
@@ -53,12 +55,20 @@ pub fn span(address: u64, bytes: u64) -> DeviceSpan {
     DeviceSpan::of_nothing(address, bytes)
 }
 
-/// The module that the driver would compile for a kernel.
+/// The module that the driver of a Hopper device would compile for a kernel.
 ///
 /// # Errors
 /// The committed PTX lacks it.
 pub fn module(kernel: &KernelSpec, switches: Switches) -> Result<String> {
-    ptx::cut(ptx::text(kernel.arch), kernel.entry, switches)
+    module_of(kernel, kernel.newest_file(90).unwrap_or(kernel.arch), switches)
+}
+
+/// The module of a kernel in one of the files that hold it ([`KernelSpec::is_in`]).
+///
+/// # Errors
+/// The committed PTX lacks it.
+pub fn module_of(kernel: &KernelSpec, file: Arch, switches: Switches) -> Result<String> {
+    ptx::cut(ptx::text(file), kernel.entry, switches)
 }
 
 /// The launches of a run of `plan`, which lies at `plan_address`, on a device with `sm_count` multiprocessors: forward kernels in
@@ -141,6 +151,7 @@ impl LaunchRecord {
     ) -> Result<Self> {
         Ok(Self {
             kernel,
+            switches,
             ptx: module(kernel, switches)?,
             ctas: ctas.min(driver::max_grid(kernel, sm_count)),
             params: bytes_of(params).to_vec(),

@@ -4,7 +4,7 @@
 //! tile variants its plans name.
 
 use crate::{Error, Result};
-use pat_abi::{Arch, KERNELS, Switches};
+use pat_abi::{Arch, KERNELS, KernelSpec, Switches};
 
 /// How a kernel begins, at the start of a line. There is nothing but kernels behind the first: `cargo xtask check-ptx`
 /// refuses functions, and module-scope declarations come first.
@@ -55,9 +55,10 @@ pub(super) fn cut(module: &str, entry: &str, switches: Switches) -> Result<Strin
 /// The first kernel that is missing or has other launch bounds, as after a change of the manifest without a new build of
 /// the PTX.
 pub fn check_embedded_ptx() -> Result<usize> {
-    for kernel in KERNELS {
-        let module = cut(text(kernel.arch), kernel.entry, Switches::OFF)?;
-        let target = format!(".target {}", kernel.arch.name());
+    let files = |kernel: &'static KernelSpec| Arch::ALL.into_iter().filter(|arch| kernel.is_in(*arch));
+    for (kernel, arch) in KERNELS.iter().flat_map(|kernel| files(kernel).map(move |arch| (kernel, arch))) {
+        let module = cut(text(arch), kernel.entry, Switches::OFF)?;
+        let target = format!(".target {}", arch.name());
         let bounds = format!(".maxntid {}, 1, 1\n.minnctapersm {}\n", kernel.threads, kernel.min_ctas_per_sm);
         let refuse = |what: String| Error::Cuda {
             call: format!("checking kernel {}", kernel.entry),

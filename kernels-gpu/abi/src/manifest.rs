@@ -216,7 +216,7 @@ pub enum Family {
 pub struct KernelSpec {
     /// Name of the PTX entry.
     pub entry: &'static str,
-    /// PTX file that holds it.
+    /// PTX file that holds it, the first of two that do ([`Self::is_in`]).
     pub arch: Arch,
     /// What it does.
     pub family: Family,
@@ -250,6 +250,18 @@ impl KernelSpec {
             Family::Forward(variant) => variant.serves(switches, self.kv_dtype, self.head_dim),
             _ => switches == Switches::OFF,
         }
+    }
+
+    /// Whether the PTX file of `arch` holds it. That of sm_90a has another text of what converts E4m3, for which there is an
+    /// instruction from sm_89 on.
+    pub const fn is_in(&self, arch: Arch) -> bool {
+        let is_converted = matches!(self.family, Family::Forward(_)) && matches!(self.kv_dtype, Dtype::E4m3);
+        arch as u32 == self.arch as u32 || matches!(arch, Arch::Sm90a) && is_converted
+    }
+
+    /// The newest PTX file with a text of it that runs on a device of this compute capability.
+    pub fn newest_file(&self, compute_capability: u32) -> Option<Arch> {
+        Arch::ALL.into_iter().rev().find(|arch| self.is_in(*arch) && arch.runs_on(compute_capability))
     }
 
     /// Whether its launches may begin while the one before ends: it reads the plan meanwhile, waits (`griddepcontrol.wait`) before it
@@ -345,14 +357,24 @@ macro_rules! merge_kernels {
     };
 }
 
-/// Which element types of Q and O, of K and V, and head dimensions there are kernels for that read 8-bit K and V: calls a
-/// macro with what stands in the braces, followed by `[head_dim v_head_dim Dtype KvDtype "name"]` for each of them.
+/// Which element types of Q and O, and head dimensions there are kernels for that read K and V of E4m3: calls a macro with what
+/// stands in the braces, followed by `[head_dim v_head_dim Dtype KvDtype "name"]` for each of them, and by what stands behind the
+/// braces.
+#[macro_export]
+macro_rules! e4m3_kernel_shapes {
+    ($callback:ident! { $($prefix:tt)* } $($more:tt)*) => {
+        $callback! { $($prefix)*
+            [128 128 F16 E4m3 "d128_f16_e4m3"] [128 128 Bf16 E4m3 "d128_bf16_e4m3"]
+            [64 64 F16 E4m3 "d64_f16_e4m3"] [64 64 Bf16 E4m3 "d64_bf16_e4m3"] $($more)*
+        }
+    };
+}
+
+/// As [`e4m3_kernel_shapes`], of both 8-bit types.
 #[macro_export]
 macro_rules! scaled_kernel_shapes {
     ($callback:ident! { $($prefix:tt)* }) => {
-        $callback! { $($prefix)*
-            [128 128 F16 E4m3 "d128_f16_e4m3"] [128 128 Bf16 E4m3 "d128_bf16_e4m3"]
-            [64 64 F16 E4m3 "d64_f16_e4m3"] [64 64 Bf16 E4m3 "d64_bf16_e4m3"]
+        $crate::e4m3_kernel_shapes! { $callback! { $($prefix)* }
             [128 128 F16 E5m2 "d128_f16_e5m2"] [128 128 Bf16 E5m2 "d128_bf16_e5m2"]
             [64 64 F16 E5m2 "d64_f16_e5m2"] [64 64 Bf16 E5m2 "d64_bf16_e5m2"]
         }

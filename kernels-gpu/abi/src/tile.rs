@@ -172,8 +172,12 @@ impl TileConfig {
     /// 16-bit tiles have three stages, two of these and two of narrow ones take as much shared memory. Producers that widen need
     /// registers for it.
     pub const fn of_elements(self, element_bytes: u32) -> Self {
-        if self.producer_warps == 0 || element_bytes > 1 {
+        if element_bytes > 1 {
             return self;
+        }
+        if self.producer_warps == 0 {
+            // As many bytes on their way to each warp that has a ring of its own.
+            return if self.rings > 1 { Self { stages: 2 * self.stages, ..self } } else { self };
         }
         let producer_registers = 72;
         let launched = self.threads() * register_limit(self.threads(), self.min_ctas_per_sm);

@@ -6,12 +6,20 @@
 
 use core::borrow::Borrow;
 
+#[cfg(pat_sm90a)]
+use pat_abi::e4m3_kernel_shapes;
 use pat_abi::layout::common_row_lanes;
 use pat_abi::tile::warp_state_bytes;
-use pat_abi::{ForwardParams, TileConfig, TileVariant, mma_kernel_shapes, scaled_kernel_shapes};
+use pat_abi::{ForwardParams, TileConfig, TileVariant};
+#[cfg(not(pat_sm90a))]
+use pat_abi::{mma_kernel_shapes, scaled_kernel_shapes};
 
-use crate::cache::{Cache, EightBit, Plain, Rows};
-use crate::eight_bit::{E4m3, E5m2};
+#[cfg(not(pat_sm90a))]
+use crate::cache::Plain;
+use crate::cache::{Cache, EightBit, Rows};
+use crate::eight_bit::E4m3;
+#[cfg(not(pat_sm90a))]
+use crate::eight_bit::E5m2;
 use crate::element::{Bf16, Element, F16};
 use crate::item::Item;
 use crate::ptx::{barrier, cp_async, special};
@@ -50,7 +58,7 @@ unsafe fn forward<
 ) {
     let layout = const {
         let (head_dim, v_head_dim) = (16 * HEAD_STEPS as u32, 16 * VALUE_STEPS as u32);
-        let config = TileVariant::Mma16.config(head_dim);
+        let config = TileVariant::Mma16.config(head_dim).of_elements(C::BYTES);
         assert!(config.rings == WARPS && config.row_warps() == 1 && config.tile_keys() == UNIT_TOKENS);
         assert!(16 * KEY_STEPS as u32 == UNIT_TOKENS && config.stages == STAGES && PENDING == 2 * STAGES - 1);
         assert!(Queries::<HEAD_STEPS>::IN_SMEM == (config.query_slots == 1));
@@ -193,8 +201,8 @@ macro_rules! entries {
 macro_rules! entry {
     ($head_dim:literal $v_head_dim:literal $element:ident $cache:ty, $name:literal) => {
         const _: () = {
-            const CONFIG: TileConfig = TileVariant::Mma16.config($head_dim);
             const BYTES: u32 = <$cache as Rows>::BYTES;
+            const CONFIG: TileConfig = TileVariant::Mma16.config($head_dim).of_elements(BYTES);
             const LANES: u32 = common_row_lanes($head_dim, $v_head_dim, BYTES);
             const UNIT_TOKENS: u32 = CONFIG.tile_keys();
             const KEY_STEPS: usize = UNIT_TOKENS as usize / 16;
@@ -228,5 +236,10 @@ macro_rules! entry {
     };
 }
 
-mma_kernel_shapes!(entries! {});
-scaled_kernel_shapes!(entries! {});
+#[cfg(not(pat_sm90a))]
+const _: () = {
+    mma_kernel_shapes!(entries! {});
+    scaled_kernel_shapes!(entries! {});
+};
+#[cfg(pat_sm90a)]
+e4m3_kernel_shapes!(entries! {});

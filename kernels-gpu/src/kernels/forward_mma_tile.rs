@@ -7,15 +7,20 @@
 
 use core::borrow::Borrow;
 
+#[cfg(pat_sm90a)]
+use pat_abi::e4m3_kernel_shapes;
 use pat_abi::layout::common_row_lanes;
 use pat_abi::tile::warp_state_bytes;
-use pat_abi::{
-    ForwardParams, TileConfig, TileVariant, mma_kernel_shapes, mma128_kernel_shapes, scaled_kernel_shapes,
-    split_kernel_shapes,
-};
+use pat_abi::{ForwardParams, TileConfig, TileVariant};
+#[cfg(not(pat_sm90a))]
+use pat_abi::{mma_kernel_shapes, mma128_kernel_shapes, scaled_kernel_shapes, split_kernel_shapes};
 
-use crate::cache::{Cache, EightBit, Plain, Rows};
-use crate::eight_bit::{E4m3, E5m2};
+#[cfg(not(pat_sm90a))]
+use crate::cache::Plain;
+use crate::cache::{Cache, EightBit, Rows};
+use crate::eight_bit::E4m3;
+#[cfg(not(pat_sm90a))]
+use crate::eight_bit::E5m2;
 use crate::element::{Bf16, Element, F16};
 use crate::epilogue::{Columns, Ends, Written, write_rows};
 use crate::isolation::restore_rows;
@@ -293,10 +298,18 @@ macro_rules! entry {
     };
 }
 
-split_kernel_shapes!(entries! { Mma16 "pat_forward_mma16" });
-split_kernel_shapes!(entries! { Mma32 "pat_forward_mma32" });
-mma_kernel_shapes!(entries! { Mma32 "pat_forward_mma32" });
-mma_kernel_shapes!(entries! { Mma64 "pat_forward_mma64" });
-mma128_kernel_shapes!(entries! { Mma128 "pat_forward_mma128" });
-scaled_kernel_shapes!(entries! { Mma32 "pat_forward_mma32" });
-scaled_kernel_shapes!(entries! { Mma64 "pat_forward_mma64" });
+#[cfg(not(pat_sm90a))]
+const _: () = {
+    split_kernel_shapes!(entries! { Mma16 "pat_forward_mma16" });
+    split_kernel_shapes!(entries! { Mma32 "pat_forward_mma32" });
+    mma_kernel_shapes!(entries! { Mma32 "pat_forward_mma32" });
+    mma_kernel_shapes!(entries! { Mma64 "pat_forward_mma64" });
+    mma128_kernel_shapes!(entries! { Mma128 "pat_forward_mma128" });
+    scaled_kernel_shapes!(entries! { Mma32 "pat_forward_mma32" });
+    scaled_kernel_shapes!(entries! { Mma64 "pat_forward_mma64" });
+};
+#[cfg(pat_sm90a)]
+const _: () = {
+    e4m3_kernel_shapes!(entries! { Mma32 "pat_forward_mma32" });
+    e4m3_kernel_shapes!(entries! { Mma64 "pat_forward_mma64" });
+};

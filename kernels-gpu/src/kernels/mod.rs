@@ -2,9 +2,7 @@
 
 #[cfg(not(pat_sm90a))]
 mod append;
-#[cfg(not(pat_sm90a))]
 mod forward_mma16;
-#[cfg(not(pat_sm90a))]
 mod forward_mma_tile;
 #[cfg(pat_sm90a)]
 mod forward_wgmma_stream;
