@@ -8,11 +8,9 @@ use crate::provenance::cpu_name;
 use crate::result::{Correctness, METHOD, Record};
 use crate::sample::oracle;
 use crate::statistics::{median, quartiles};
-use half::{bf16, f16};
-use pat_rs::cpu::{E4m3, E5m2};
 use pat_rs::cuda::bench_support::L2Flush;
-use pat_rs::{DeviceProfile, Dtype, Element, Engine, Error, KvElement, Plan, PlanOptions, Planner, Problem};
-use pat_workloads::{NumericsReport, OwnedBatch};
+use pat_rs::{DeviceProfile, Element, Engine, Error, KvElement, Plan, PlanOptions, Planner, Problem};
+use pat_workloads::{NumericsReport, OwnedBatch, with_element_types};
 use std::collections::BTreeMap;
 use std::time::Instant;
 
@@ -93,15 +91,11 @@ impl Target {
             plan_times.push(begin.elapsed().as_secs_f64() * 1e6);
         }
         let plan_us = median(&mut plan_times);
-        let (report, times) = match (shape.dtype(), shape.kv_dtype()) {
-            (Dtype::F16, Dtype::F16) => self.verify_and_time::<f16, f16>(batch, problem, &plan, repeats)?,
-            (Dtype::F16, Dtype::E4m3) => self.verify_and_time::<f16, E4m3>(batch, problem, &plan, repeats)?,
-            (Dtype::F16, Dtype::E5m2) => self.verify_and_time::<f16, E5m2>(batch, problem, &plan, repeats)?,
-            (Dtype::Bf16, Dtype::Bf16) => self.verify_and_time::<bf16, bf16>(batch, problem, &plan, repeats)?,
-            (Dtype::Bf16, Dtype::E4m3) => self.verify_and_time::<bf16, E4m3>(batch, problem, &plan, repeats)?,
-            (Dtype::Bf16, Dtype::E5m2) => self.verify_and_time::<bf16, E5m2>(batch, problem, &plan, repeats)?,
-            (other, _) => return Err(Error::invalid("dtype", other.name(), "f16 or bf16").into()),
-        };
+        let (report, times) = with_element_types!(
+            shape,
+            |Q, Kv| self.verify_and_time::<Q, Kv>(batch, problem, &plan, repeats)?,
+            else return Err(Error::invalid("dtype", shape.dtype().name(), "f16 or bf16").into())
+        );
         let summary = plan.summary();
         let row_elements = u64::from(shape.head_dim() + shape.v_head_dim());
         let rows_bytes = 2 * batch.lengths.len() as u64 * u64::from(shape.q_heads()) * row_elements;
@@ -123,7 +117,7 @@ impl Target {
             head_dim: shape.head_dim(),
             block_size: batch.page_size,
             dtype: shape.dtype().name().into(),
-            features: features(&problem),
+            features: problem.features(),
             sequences: summary.sequences,
             latencies: by_method(cold_us),
             warm_latencies: times.warm_us.map(by_method).unwrap_or_default(),
@@ -185,19 +179,6 @@ impl Target {
         };
         Ok((report, times))
     }
-}
-
-/// What a problem has beyond plain decode attention, for result files: `K and V e4m3, softcap 30, sinks, window 128,
-/// 4 query tokens`.
-pub fn features(problem: &Problem) -> String {
-    let (shape, visible) = (problem.shape(), problem.visibility());
-    let values = (shape.v_head_dim() != shape.head_dim()).then(|| format!("V head dim {}", shape.v_head_dim()));
-    let stored = (shape.kv_dtype() != shape.dtype()).then(|| format!("K and V {}", shape.kv_dtype().name()));
-    let softcap = problem.score().soft_cap.map(|cap| format!("softcap {cap}"));
-    let sinks = problem.has_sinks().then(|| "sinks".to_owned());
-    let reach = visible.reach.tokens().map(|tokens| format!("{} {tokens}", visible.reach.name()));
-    let queries = (visible.query_tokens > 1).then(|| format!("{} query tokens", visible.query_tokens));
-    [values, stored, softcap, sinks, reach, queries].into_iter().flatten().collect::<Vec<_>>().join(", ")
 }
 
 /// In microseconds; options are what only a GPU gives.

@@ -243,8 +243,7 @@ pub(crate) fn option_of(error: &anyhow::Error) -> Option<&'static str> {
 /// A message in the user's terms: it begins with the option that it is about, if there is one, and has no names that only the
 /// library knows.
 pub(crate) fn as_typed(message: String, option: Option<&str>) -> String {
-    const NAMES: [(&str, &str); 2] = [("v_head_dim: ", "value_head_dim: "), ("soft_cap: ", "softcap: ")];
-    let message = NAMES.iter().fold(message, |message, (name, here)| message.replace(name, here));
+    let message = attention::NAMES.iter().fold(message, |message, (name, here)| message.replace(name, here));
     let Some(option) = option else { return message };
     let name = option.trim_start_matches('-').replace('-', "_");
     match message.strip_prefix(&format!("{name}: ")) {
@@ -265,25 +264,15 @@ fn option_of_argument(error: &Error) -> Option<&'static str> {
 
 /// Library arguments and the options that give them.
 fn option_named(argument: &str) -> Option<&'static str> {
-    const OPTIONS: [(&str, &str); 18] = [
-        ("q_heads", "--heads"),
-        ("kv_heads", "--heads"),
-        ("head_dim", "--head-dim"),
-        ("v_head_dim", "--value-head-dim"),
-        ("value_head_dim", "--value-head-dim"),
-        ("query_tokens", "--query-tokens"),
+    const OPTIONS: [(&str, &str); 7] = [
         ("tensor_parallel", "--tensor-parallel"),
-        ("dtype", "--dtype"),
-        ("kv_dtype", "--kv-dtype"),
         ("page_size", "--page-size"),
-        ("soft_cap", "--softcap"),
-        ("window", "--window"),
-        ("chunk", "--chunk"),
         ("block_tokens", "--trace-block"),
         ("batch_size", "--batch"),
         ("first_request", "--first-request"),
         ("fixed chunk", "--mode"),
         ("variants", "--variants"),
     ];
-    OPTIONS.iter().find(|(name, _)| argument.starts_with(name)).map(|(_, option)| *option)
+    let mut options = attention::OPTIONS.iter().chain(&OPTIONS);
+    options.find(|(name, _)| argument.starts_with(name)).map(|(_, option)| *option)
 }

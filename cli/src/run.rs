@@ -3,18 +3,16 @@
 use crate::options::{Loaded, ModelReport, Planning, Shape, Source};
 use crate::{output, render};
 use anyhow::{Context, Result, bail};
-use half::{bf16, f16};
 use indicatif::{ProgressBar, ProgressStyle};
 use pat_bench::device::{DeviceCase, Repeats, SEED};
 use pat_bench::memory;
 use pat_bench::sample::exact_rows;
-use pat_rs::cpu::{E4m3, E5m2};
 use pat_rs::cuda::CudaEngine;
 use pat_rs::cuda::bench_support::L2Flush;
 use pat_rs::plan::PlanSummary;
-use pat_rs::{Dtype, Element, Engine, KvElement, Plan, Planner, Problem};
+use pat_rs::{Element, Engine, KvElement, Plan, Planner, Problem};
 use pat_workloads::tensors::sinks;
-use pat_workloads::{NumericsReport, Oracle, OwnedBatch, PoolLayout, RowSample, Tensors, check};
+use pat_workloads::{NumericsReport, Oracle, OwnedBatch, PoolLayout, RowSample, Tensors, check, with_element_types};
 use serde::Serialize;
 use std::time::{Duration, Instant};
 
@@ -89,15 +87,11 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     };
     let job = Job { batch: &batch, problem, plan: &plan, sample, seed: args.seed };
     let cuda = engine.as_cuda();
-    let (execution_us, numerics) = match (shape.dtype(), shape.kv_dtype()) {
-        (Dtype::F16, Dtype::F16) => job.on::<f16, f16>(cuda)?,
-        (Dtype::F16, Dtype::E4m3) => job.on::<f16, E4m3>(cuda)?,
-        (Dtype::F16, Dtype::E5m2) => job.on::<f16, E5m2>(cuda)?,
-        (Dtype::Bf16, Dtype::Bf16) => job.on::<bf16, bf16>(cuda)?,
-        (Dtype::Bf16, Dtype::E4m3) => job.on::<bf16, E4m3>(cuda)?,
-        (Dtype::Bf16, Dtype::E5m2) => job.on::<bf16, E5m2>(cuda)?,
-        (other, _) => bail!("--dtype: got {}, expected f16 or bf16", other.name()),
-    };
+    let (execution_us, numerics) = with_element_types!(
+        shape,
+        |Q, Kv| job.on::<Q, Kv>(cuda)?,
+        else bail!("--dtype: got {}, expected f16 or bf16", shape.dtype().name())
+    );
     let row_elements = u64::from(shape.head_dim() + shape.v_head_dim());
     let rows_bytes = 2 * batch.lengths.len() as u64 * u64::from(shape.q_heads()) * row_elements;
     let summary = plan.summary();

@@ -65,12 +65,7 @@ impl RunTensors {
             lse: 0,
         };
         check_apart("out", out_dims, v_head_dim)?;
-        let q_heads = u64::from(shape.q_heads());
-        if sinks.is_some() != problem.has_sinks() || sinks.is_some_and(|count| count < q_heads) {
-            let got = sinks.map_or("none".into(), |count| format!("{count} elements"));
-            let expected = if problem.has_sinks() { format!("at least {q_heads} elements") } else { "none".into() };
-            return Err(Error::invalid("sinks", got, expected + ", as the problem says"));
-        }
+        problem.check_sinks(sinks)?;
         if let Some((elements, strides)) = lse {
             let dims = row_dims(strides);
             accessed.lse = check_lse("lse", elements, &dims)?;
@@ -98,7 +93,7 @@ pub(crate) fn check_features(variant: TileVariant, switches: Switches, shape: At
     Err(Error::PlanMismatch {
         what: "the features of the kernels".into(),
         plan: format!("items of {}, which has no kernels with them", variant.name()),
-        call: if switches.soft_cap { "a soft_cap" } else { "rows that see part of their pages" }.into(),
+        call: switches.names().collect::<Vec<_>>().join(" and "),
     })
 }
 

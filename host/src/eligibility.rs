@@ -2,8 +2,10 @@
 //!
 //! It says what *can* run; which of the kernels that can is best is the planner's choice.
 
-use crate::{KvStrides, Problem, QueryTokens, Reach};
-use pat_abi::{Arch, DeviceLimits, Family, KERNELS, KernelSpec, Switches, TileVariant};
+use crate::features::Demand;
+pub use crate::features::Part;
+use crate::{KvStrides, Problem};
+use pat_abi::{Arch, DeviceLimits, Family, KERNELS, KernelSpec, TileVariant};
 use std::fmt;
 
 /// What the kernels' 128-bit loads, cp.async and TMA need of addresses and of strides in bytes.
@@ -25,75 +27,6 @@ pub struct Reason {
     pub got: String,
     /// What the kernels that come closest accept.
     pub accepted: String,
-}
-
-/// What of a problem (or of where it is to run) a kernel may refuse, in the order in which it is looked at.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-#[non_exhaustive]
-pub enum Part {
-    /// The device's compute capability.
-    ComputeCapability,
-    /// The device's shared memory.
-    SharedMemory,
-    /// Element type of Q.
-    QDtype,
-    /// Element type of K and V.
-    KvDtype,
-    /// Element type of O.
-    OutDtype,
-    /// Elements per head of Q and K.
-    HeadDim,
-    /// Elements per head of V and O.
-    VHeadDim,
-    /// Query tokens per sequence.
-    QueryTokens,
-    /// A tree of query tokens.
-    QueryTree,
-    /// A sliding window.
-    Window,
-    /// Chunked attention.
-    Chunk,
-    /// A soft cap of the scores.
-    SoftCap,
-    /// ALiBi.
-    Alibi,
-    /// The factor of the scores.
-    Scale,
-    /// Query heads per KV head.
-    Group,
-    /// Tokens per page.
-    PageSize,
-    /// A stride.
-    Stride {
-        /// `q`, `k`, `v` or `out`.
-        tensor: &'static str,
-        /// `page`, `token`, `sequence` or `head`.
-        dimension: &'static str,
-    },
-}
-
-impl fmt::Display for Part {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::ComputeCapability => "compute_capability",
-            Self::SharedMemory => "shared memory of a CTA",
-            Self::QDtype => "dtype",
-            Self::KvDtype => "kv_dtype",
-            Self::OutDtype => "out_dtype",
-            Self::HeadDim => "head_dim",
-            Self::VHeadDim => "v_head_dim",
-            Self::QueryTokens => "query_tokens",
-            Self::QueryTree => "query tree",
-            Self::Window => "window",
-            Self::Chunk => "chunk",
-            Self::SoftCap => "soft_cap",
-            Self::Alibi => "alibi",
-            Self::Scale => "softmax_scale",
-            Self::Group => "q_heads / kv_heads",
-            Self::PageSize => "page_size",
-            Self::Stride { tensor, dimension } => return write!(f, "{tensor}_strides.{dimension}"),
-        })
-    }
 }
 
 /// What is asked of a kernel.
@@ -162,9 +95,8 @@ impl Asked<'_> {
     /// The first thing that stands in the way of a kernel.
     fn obstacle(self, kernel: &KernelSpec, variant: TileVariant) -> Option<Part> {
         let Self { problem, kv_strides, compute_capability } = self;
-        let (shape, visibility, score) = (problem.shape(), problem.visibility(), problem.score());
-        let scale_log2 = problem.scale_log2();
-        let obstacles = [
+        let shape = problem.shape();
+        let device_and_shape = [
             (Part::ComputeCapability, compute_capability.is_some_and(|capability| !kernel.arch.runs_on(capability))),
             (Part::SharedMemory, self.smem_per_cta_bytes().is_some_and(|bytes| kernel.smem_bytes > bytes)),
             (Part::QDtype, shape.dtype() != kernel.dtype),
@@ -172,23 +104,16 @@ impl Asked<'_> {
             (Part::OutDtype, shape.out_dtype() != kernel.dtype),
             (Part::HeadDim, shape.head_dim() != kernel.head_dim),
             (Part::VHeadDim, shape.v_head_dim() != kernel.v_head_dim),
-            (
-                Part::QueryTokens,
-                !(1..=most_query_tokens(problem).unwrap_or(u32::MAX)).contains(&visibility.query_tokens),
-            ),
-            (Part::QueryTree, !kernel.serves(switches_of(problem, Part::QueryTree))),
-            (Part::Window, visibility.reach == Reach::Window(0) || !kernel.serves(switches_of(problem, Part::Window))),
-            (Part::Chunk, visibility.reach == Reach::Chunk(0) || !kernel.serves(switches_of(problem, Part::Chunk))),
-            (Part::SoftCap, !is_soft_cap(problem) || !kernel.serves(switches_of(problem, Part::SoftCap))),
-            (Part::Alibi, score.has_alibi),
-            // The kernels scale the running maximum, which only a positive factor keeps a maximum.
-            (Part::Scale, ![scale_log2, score.scale].iter().all(|scale| scale.is_finite() && *scale > 0.0)),
+        ];
+        let is_refused = |demand: Demand| (demand.part, !demand.is_valid || !kernel.serves(demand.switches));
+        let tiles = [
             (Part::Group, shape.group() > variant.rows() && !self.divides_groups(kernel, variant)),
             (
                 Part::PageSize,
                 problem.page_size() > Problem::MAX_PAGE_SIZE || !variant.supports_page_size(problem.page_size()),
             ),
         ];
+        let obstacles = device_and_shape.into_iter().chain(problem.demands().map(is_refused)).chain(tiles);
         let first = obstacles.into_iter().find(|(_, is_there)| *is_there).map(|(part, _)| part);
         first.or_else(|| kv_strides.and_then(|(k, v)| kv_stride_obstacle(problem, k, v)).map(|(part, _)| part))
     }
@@ -212,7 +137,7 @@ impl Asked<'_> {
 
     /// The value of a part, for messages.
     fn value(self, part: Part) -> String {
-        let (shape, visibility, score) = (self.problem.shape(), self.problem.visibility(), self.problem.score());
+        let shape = self.problem.shape();
         match part {
             Part::ComputeCapability => self.compute_capability.unwrap_or_default().to_string(),
             Part::SharedMemory => format!("{} bytes", self.smem_per_cta_bytes().unwrap_or_default()),
@@ -221,40 +146,15 @@ impl Asked<'_> {
             Part::OutDtype => shape.out_dtype().name().into(),
             Part::HeadDim => shape.head_dim().to_string(),
             Part::VHeadDim => shape.v_head_dim().to_string(),
-            Part::QueryTokens => visibility.query_tokens.to_string(),
-            Part::QueryTree | Part::Alibi => "yes".into(),
-            Part::Window | Part::Chunk => visibility.reach.tokens().unwrap_or_default().to_string(),
-            Part::SoftCap => score.soft_cap.unwrap_or_default().to_string(),
-            Part::Scale => score.scale.to_string(),
             Part::Group => shape.group().to_string(),
             Part::PageSize => self.problem.page_size().to_string(),
             Part::Stride { .. } => {
                 let obstacle = self.kv_strides.and_then(|(k, v)| kv_stride_obstacle(self.problem, k, v));
                 obstacle.map_or(String::new(), |(_, stride)| format!("{stride} elements"))
             }
+            feature => self.problem.feature_value(feature),
         }
     }
-}
-
-/// Query tokens that a sequence may have at most, where that is bounded.
-fn most_query_tokens(problem: &Problem) -> Option<u32> {
-    problem.visibility().is_tree.then_some(QueryTokens::MAX_OF_TREE as u32)
-}
-
-/// The switch that a part of a problem asks for.
-fn switches_of(problem: &Problem, part: Part) -> Switches {
-    let Switches { soft_cap, window } = problem.switches();
-    let asks_for_window = match (part, problem.visibility().reach) {
-        (Part::Window, Reach::Window(_)) | (Part::Chunk, Reach::Chunk(_)) => true,
-        (part, _) => part == Part::QueryTree && problem.visibility().is_tree,
-    };
-    Switches { soft_cap: soft_cap && part == Part::SoftCap, window: window && asks_for_window }
-}
-
-/// Whether a cap, if there is one, is one that scores can be divided and multiplied by.
-fn is_soft_cap(problem: &Problem) -> bool {
-    let factors = [problem.scale_log2(), problem.soft_cap_scale()];
-    problem.score().soft_cap.is_none() || factors.iter().all(|factor| factor.is_finite() && *factor > 0.0)
 }
 
 /// What a kernel accepts of one part.
@@ -270,19 +170,14 @@ fn accepted_by(problem: &Problem, kernel: &KernelSpec, variant: TileVariant, par
         Part::KvDtype => one(kernel.kv_dtype.name().into()),
         Part::HeadDim => one(kernel.head_dim.to_string()),
         Part::VHeadDim => one(kernel.v_head_dim.to_string()),
-        Part::QueryTokens => Accepted::Range(1, most_query_tokens(problem)),
-        Part::Window | Part::Chunk if kernel.serves(switches_of(problem, part)) => Accepted::Range(1, None),
-        Part::Chunk => one(format!("none or a multiple of page_size = {}", problem.page_size())),
-        Part::QueryTree | Part::Window | Part::Alibi => one("none".into()),
-        Part::SoftCap if kernel.serves(switches_of(problem, part)) => {
-            one("a positive number, finite also beside the scale".into())
-        }
-        Part::SoftCap => one("none".into()),
-        Part::Scale => one("a positive number, finite also where log2(e) multiplies it".into()),
         Part::Group => Accepted::Range(1, Some(variant.rows())),
         Part::PageSize if variant.supports_page_size(1) => Accepted::Range(1, Some(Problem::MAX_PAGE_SIZE)),
         Part::PageSize => one(format!("a multiple of 8 to {}", Problem::MAX_PAGE_SIZE)),
         Part::Stride { .. } => one(accepted_strides(kernel.kv_dtype.bytes())),
+        feature => {
+            let demands = problem.demands().into_iter().filter(|demand| demand.part == feature);
+            problem.accepted_feature(feature, demands.into_iter().all(|demand| kernel.serves(demand.switches)))
+        }
     }
 }
 
@@ -314,7 +209,7 @@ fn kv_stride_obstacle(problem: &Problem, k: KvStrides, v: KvStrides) -> Option<(
 
 /// What several kernels accept.
 #[derive(Clone, Debug)]
-enum Accepted {
+pub(crate) enum Accepted {
     /// From the first number to the second, where there is one.
     Range(u32, Option<u32>),
     /// One of these.

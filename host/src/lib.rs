@@ -56,6 +56,7 @@ pub mod cuda;
 pub mod eligibility;
 pub mod engine;
 pub mod error;
+mod features;
 mod kv_scale;
 pub mod layout;
 pub mod plan;

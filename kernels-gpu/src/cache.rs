@@ -11,7 +11,8 @@ use crate::eight_bit::{Code, factor_of_head};
 use crate::element::{Element, F16};
 use crate::ptx::ldst::{load_written_u32, load_written_u32x2};
 use crate::ptx::mma::{ldmatrix_x4, ldmatrix_x4_transposed};
-use crate::ptx::{math, shuffle, special, switches};
+use crate::ptx::{math, shuffle, special};
+use crate::softmax::scale_products;
 use crate::tile::fragment::{self, Accumulator, Operand, Queries};
 
 /// Single elements of K and V, as rows that are computed once more take them ([`crate::isolation`]).
@@ -199,9 +200,7 @@ impl ScaledHead {
         let of_head = |factors: u64| unsafe { factor_of_head(factors, kv_head) } * factor;
         let k_scale = params.k_scale * of_head(params.k_scales);
         let mut forward = params.forward;
-        // A cap is of what comes behind the scale, and without one its factor is not used.
-        forward.soft_cap_scale *= k_scale;
-        forward.scale_log2 *= switches::one_under_cap(k_scale);
+        scale_products(&mut forward, k_scale);
         Self { forward, v_scale: params.v_scale * of_head(params.v_scales) }
     }
 }

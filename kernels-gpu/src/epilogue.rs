@@ -4,7 +4,7 @@ use pat_abi::reader::{PlanWords, QueryAddress};
 use pat_abi::{DIRECT_SLOT, ForwardParams};
 
 use crate::element::Element;
-use crate::finish::{Finish, natural, sink_of};
+use crate::finish::{Finish, NO_TERMS, Terms, joins_nothing, natural, terms_of_head};
 use crate::isolation::RowSoftmax;
 use crate::item::strided;
 use crate::ptx::ldst::{store_global_f32, store_global_f32x2, store_global_u32, store_global_u32x2};
@@ -47,10 +47,10 @@ impl Row {
         strided(params.q, self.query_token, params.q_sequence_stride, self.head, params.q_head_stride)
     }
 
-    /// Address of the sink that joins the row's denominator here; 0 if none does. Partials get theirs from the merge.
+    /// What joins the row's denominator here. Partials get it from the merge.
     #[inline(always)]
-    pub fn sink(&self, params: &ForwardParams) -> u64 {
-        if self.is_partial() { 0 } else { sink_of(params.sinks, self.head) }
+    pub(crate) fn terms(&self, params: &ForwardParams) -> Terms {
+        if self.is_partial() { NO_TERMS } else { terms_of_head(params.denominators, self.head) }
     }
 
     /// Whether the row goes to a partial slot.
@@ -185,12 +185,12 @@ impl Ends {
     pub unsafe fn new(params: &ForwardParams, rows: [Row; 2], exist: [bool; 2], softmax: &OnlineSoftmax) -> Self {
         let any_final = any(exist[0] && !rows[0].is_partial() || exist[1] && !rows[1].is_partial());
         let OnlineSoftmax { references, sums } = *softmax;
-        // One branch, the same in all threads, says that there are no sinks.
-        let finishes = if params.sinks == 0 {
-            [0, 1].map(|row| Finish::without_sink(references[row], sums[row]))
+        // One branch, the same in all threads, says that nothing joins.
+        let finishes = if joins_nothing(params.denominators) {
+            [0, 1].map(|row| Finish::alone(references[row], sums[row]))
         } else {
-            // SAFETY: the sinks of the rows' heads.
-            [0, 1].map(|row| unsafe { Finish::new(references[row], sums[row], rows[row].sink(params)) })
+            // SAFETY: what joins the rows' heads.
+            [0, 1].map(|row| unsafe { Finish::new(references[row], sums[row], rows[row].terms(params)) })
         };
         Self { rows, exist, any_final, references, finishes }
     }

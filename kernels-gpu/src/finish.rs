@@ -1,6 +1,8 @@
-//! The last step of a row's softmax: the denominator, sinks, the base of log-sum-exps. Forward kernels and merge share it.
+//! The last step of a row's softmax: the denominator, what joins it (sinks), the base of log-sum-exps. Forward kernels and merge share it.
 
 use core::f32::consts::{LN_2, LOG2_E};
+
+use pat_abi::params::Denominators;
 
 use crate::ptx::ldst::load_global_l2_f32;
 use crate::ptx::math;
@@ -16,24 +18,23 @@ pub(crate) struct Finish {
 }
 
 impl Finish {
-    /// As [`Self::new`], of a head without a sink.
+    /// As [`Self::new`], where nothing joins.
     #[inline(always)]
-    pub(crate) fn without_sink(max: f32, sum: f32) -> Self {
+    pub(crate) fn alone(max: f32, sum: f32) -> Self {
         Self { scale: normaliser(sum), lse_log2: max + math::log2(sum) }
     }
 
-    /// Of a row whose weights, relative to `2^max`, add up to `sum`. `sink` is the address of its head's sink where that joins the
-    /// denominator now, 0 where it does not: a row's last step has it, not its parts.
+    /// Of a row whose weights, relative to `2^max`, add up to `sum`.
     ///
     /// # Safety
-    /// A f32 lies at `sink` if it is not 0.
+    /// `terms` are those of [`terms_of_head`], of a head that there is, or none.
     #[inline(always)]
-    pub(crate) unsafe fn new(max: f32, sum: f32, sink: u64) -> Self {
-        if sink == 0 {
-            return Self::without_sink(max, sum);
+    pub(crate) unsafe fn new(max: f32, sum: f32, terms: Terms) -> Self {
+        if terms == NO_TERMS {
+            return Self::alone(max, sum);
         }
         // SAFETY: the caller's contract.
-        let sink = unsafe { load_global_l2_f32(sink) } * LOG2_E;
+        let sink = unsafe { load_global_l2_f32(terms) } * LOG2_E;
         let joint = math::max(max, sink);
         let reference = subtrahend(joint);
         let share = math::exp2(max - reference);
@@ -42,10 +43,23 @@ impl Finish {
     }
 }
 
-/// Address of the sink of `head`; 0 if there are none. `sinks` is [`pat_abi::ForwardParams::sinks`].
+/// What joins a row's denominator now, beside the weights of its keys: a row's last step has it, not its parts. It is the address of
+/// its head's sink, or 0. (A type of its own would change the code of kernels.)
+pub(crate) type Terms = u64;
+
+/// Nothing.
+pub(crate) const NO_TERMS: Terms = 0;
+
+/// What joins the denominators of a head's rows.
 #[inline(always)]
-pub(crate) fn sink_of(sinks: u64, head: u32) -> u64 {
-    if sinks == 0 { 0 } else { sinks + head as u64 * 4 }
+pub(crate) fn terms_of_head(all: Denominators, head: u32) -> Terms {
+    if joins_nothing(all) { NO_TERMS } else { all.sinks + head as u64 * 4 }
+}
+
+/// Whether nothing joins any row's.
+#[inline(always)]
+pub(crate) fn joins_nothing(all: Denominators) -> bool {
+    all.sinks == 0
 }
 
 /// What a caller gets for a log-sum-exp: ours are base 2, theirs natural.

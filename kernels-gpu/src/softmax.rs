@@ -124,14 +124,23 @@ impl OnlineSoftmax {
     }
 }
 
-/// Caps scores where the kernel is to: they become `tanh(scale * score / cap)`, and [`ForwardParams::scale_log2`] holds the rest.
+/// Maps scores where the kernel is to: capped ones become `tanh(scale * score / cap)`, and [`ForwardParams::scale_log2`] holds the
+/// rest.
 #[inline(always)]
 pub fn cap_scores<'a>(params: &ForwardParams, scores: impl IntoIterator<Item = &'a mut f32>) {
-    if switches::soft_cap() {
+    if switches::is_on!(pat_abi::soft_cap_symbol!()) {
         for score in scores {
-            *score = capped(*score, params.soft_cap_scale);
+            *score = capped(*score, params.map_scale);
         }
     }
+}
+
+/// Multiplies products Q·K with `factor`, ahead of what becomes of them.
+#[inline(always)]
+pub fn scale_products(params: &mut ForwardParams, factor: f32) {
+    // A map is of what comes behind the scale, and without one its factor is not used.
+    params.map_scale *= factor;
+    params.scale_log2 *= switches::one_where_on!(factor, pat_abi::soft_cap_symbol!());
 }
 
 /// `tanh` of `x * scale / (2 * log2(e))`. (`tanh.approx` errs by 2^-11, too much for a score.)

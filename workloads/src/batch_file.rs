@@ -11,7 +11,7 @@
 //! `kv_dtype` may be absent.
 
 use crate::OwnedBatch;
-use crate::model::{ElementParts, ModelParts, parse_dtype, parse_heads, parse_kv_dtype};
+use crate::model::{ElementParts, ModelParts, kv_dtype_names, parse_dtype, parse_heads, parse_kv_dtype};
 use pat_rs::{DecodeBatch, Dtype, Error};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -131,7 +131,10 @@ fn checked(fields: Fields) -> pat_rs::Result<(OwnedBatch, ModelParts)> {
         .map(|text| parse_dtype(&text).ok_or_else(|| Error::invalid("dtype", text, "\"f16\" or \"bf16\"")))
         .transpose()?;
     let kv_dtype = kv_dtype
-        .map(|text| parse_kv_dtype(&text).ok_or_else(|| Error::invalid("kv_dtype", text, "\"e4m3\" or \"e5m2\"")))
+        .map(|text| {
+            let expected = || kv_dtype_names(|name| format!("{name:?}"));
+            parse_kv_dtype(&text).ok_or_else(|| Error::invalid("kv_dtype", text, expected()))
+        })
         .transpose()?;
     let elements = ElementParts { head_dim, value_head_dim, dtype, kv_dtype };
     let batch = OwnedBatch { page_size, num_pages, lengths, block_tables };

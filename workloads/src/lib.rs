@@ -20,7 +20,7 @@ pub mod whole_file;
 
 pub use batch_file::{BatchFileError, batch_text, read_batch};
 pub use decode_loop::{DecodeLoop, DecodeLoopSpec};
-pub use model::{ElementParts, ModelParts, parse_dtype, parse_heads, parse_kv_dtype};
+pub use model::{ElementParts, ModelParts, kv_dtype_names, parse_dtype, parse_heads, parse_kv_dtype};
 pub use models::{KnownModel, LayerKind, MODELS, ModelError};
 pub use nodes::{NodeError, NodeSpec, lay_out};
 pub use numerics::{NumericsReport, check};

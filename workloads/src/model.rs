@@ -83,7 +83,12 @@ pub fn parse_heads(text: &str) -> Option<(u32, u32)> {
 
 /// A type of 8 bits, by the name that [`Dtype::name`] gives it.
 pub fn parse_kv_dtype(name: &str) -> Option<Dtype> {
-    [Dtype::E4m3, Dtype::E5m2].into_iter().find(|dtype| dtype.name() == name)
+    Dtype::EIGHT_BIT.iter().copied().find(|dtype| dtype.name() == name)
+}
+
+/// The names that [`parse_kv_dtype`] takes, each as `write` has it: `e4m3 or e5m2`.
+pub fn kv_dtype_names(write: impl Fn(&str) -> String) -> String {
+    Dtype::EIGHT_BIT.iter().map(|dtype| write(dtype.name())).collect::<Vec<_>>().join(" or ")
 }
 
 /// The type that [`Dtype::name`] names so; `fp16` and `half` are f16 too.
@@ -93,4 +98,48 @@ pub fn parse_dtype(name: &str) -> Option<Dtype> {
         "bf16" => Some(Dtype::Bf16),
         _ => None,
     }
+}
+
+/// The value of an expression for the element types of a shape on the host: `$q` is that of Q and O, `$kv` that of K and V. `$none`
+/// is the value for types that no kernel takes together.
+///
+/// ```
+/// use pat_rs::{AttentionShape, Dtype};
+///
+/// # fn main() -> pat_rs::Result<()> {
+/// let shape = AttentionShape::new(8, 2, 64, Dtype::F16)?.with_kv_dtype(Dtype::E5m2);
+/// let bytes = pat_workloads::with_element_types!(shape, |Q, Kv| Some([size_of::<Q>(), size_of::<Kv>()]), else None);
+/// assert_eq!(bytes, Some([2, 1]));
+/// # Ok(())
+/// # }
+/// ```
+#[macro_export]
+macro_rules! with_element_types {
+    ($shape:expr, |$q:ident, $kv:ident| $value:expr, else $none:expr) => {
+        $crate::with_element_types!(@ $shape, $q, $kv, $value, $none,
+            (F16 ::half::f16) (Bf16 ::half::bf16), [(E4m3 ::pat_rs::cpu::E4m3) (E5m2 ::pat_rs::cpu::E5m2)])
+    };
+    (@ $shape:expr, $q:ident, $kv:ident, $value:expr, $none:expr, $(($dtype:ident $type:ty))*, $eight_bit:tt) => {{
+        let (dtype, kv_dtype) = ($shape.dtype(), $shape.kv_dtype());
+        match dtype {
+            $(::pat_rs::Dtype::$dtype => {
+                type $q = $type;
+                $crate::with_element_types!(@ kv_dtype, $dtype $type, $kv, $value, $none, $eight_bit)
+            })*
+            _ => $none,
+        }
+    }};
+    (@ $kv_dtype:ident, $dtype:ident $type:ty, $kv:ident, $value:expr, $none:expr, [$(($code:ident $code_type:ty))*]) => {
+        match $kv_dtype {
+            ::pat_rs::Dtype::$dtype => {
+                type $kv = $type;
+                $value
+            }
+            $(::pat_rs::Dtype::$code => {
+                type $kv = $code_type;
+                $value
+            })*
+            _ => $none,
+        }
+    };
 }

@@ -6,6 +6,7 @@
 //! its cache may hold what memory was before.
 
 use crate::ptx::Entry;
+use pat_abi::params::Denominators;
 use pat_abi::{Family, ForwardParams, KernelSpec, MergeParams, ScaledForwardParams};
 use std::collections::{BTreeMap, BTreeSet};
 use std::mem::offset_of;
@@ -13,7 +14,7 @@ use std::mem::offset_of;
 /// Violations in the text of a kernel that [`KernelSpec::waits`].
 pub(crate) fn violations(kernel: &KernelSpec, entry: &Entry) -> Vec<String> {
     let statements = statements(&entry.text);
-    let origins = Origins::of(&statements, &format!("{}_param_0", kernel.entry), addresses(kernel.family));
+    let origins = Origins::of(&statements, &format!("{}_param_0", kernel.entry), &addresses(kernel.family));
     let mut found: Vec<String> = statements
         .iter()
         .filter(|statement| statement.operation.starts_with("ld.global.nc") && !origins.is_plan(statement))
@@ -29,7 +30,7 @@ pub(crate) fn violations(kernel: &KernelSpec, entry: &Entry) -> Vec<String> {
 }
 
 /// Where the first parameter holds addresses beside that of the plan, which comes first.
-fn addresses(family: Family) -> &'static [usize] {
+fn addresses(family: Family) -> Vec<usize> {
     const _: () = assert!(offset_of!(ForwardParams, plan) == 0 && offset_of!(MergeParams, plan) == 0);
     const FORWARD: &[usize] = &[
         offset_of!(ForwardParams, q),
@@ -39,7 +40,6 @@ fn addresses(family: Family) -> &'static [usize] {
         offset_of!(ForwardParams, lse),
         offset_of!(ForwardParams, partial_out),
         offset_of!(ForwardParams, partial_lse),
-        offset_of!(ForwardParams, sinks),
         offset_of!(ScaledForwardParams, k_scales),
         offset_of!(ScaledForwardParams, v_scales),
     ];
@@ -48,9 +48,12 @@ fn addresses(family: Family) -> &'static [usize] {
         offset_of!(MergeParams, lse),
         offset_of!(MergeParams, partial_out),
         offset_of!(MergeParams, partial_lse),
-        offset_of!(MergeParams, sinks),
     ];
-    if matches!(family, Family::Forward(_)) { FORWARD } else { MERGE }
+    let (own, denominators) = match family {
+        Family::Forward(_) => (FORWARD, offset_of!(ForwardParams, denominators)),
+        _ => (MERGE, offset_of!(MergeParams, denominators)),
+    };
+    own.iter().copied().chain(Denominators::ADDRESSES.map(|at| denominators + at)).collect()
 }
 
 /// One instruction, or a label (`operation` ends with a colon).

@@ -10,7 +10,7 @@ use crate::run::engine;
 use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use pat_bench::device::Repeats;
-use pat_bench::measure::{Target, batch_flop, features};
+use pat_bench::measure::{Target, batch_flop};
 use pat_bench::memory::pool_bytes;
 use pat_bench::result::{Method, RecordKey};
 use pat_bench::suites::Configuration;
@@ -195,7 +195,7 @@ impl Run<'_> {
             nheads_kv: shape.kv_heads(),
             head_dim: shape.head_dim(),
             dtype: shape.dtype().name().into(),
-            features: features(problem),
+            features: problem.features(),
         }
     }
 

@@ -3,15 +3,34 @@
 
 use super::option_of_argument;
 use anyhow::{Context, Result, bail};
-use pat_bench::measure::features;
 use pat_rs::{AttentionShape, Dtype, Error, Problem, Reach, supports};
-use pat_workloads::{ElementParts, LayerKind, ModelParts, OwnedBatch, models, parse_dtype, parse_kv_dtype};
+use pat_workloads::{
+    ElementParts, LayerKind, ModelParts, OwnedBatch, kv_dtype_names, models, parse_dtype, parse_kv_dtype,
+};
 use serde::Serialize;
+
+/// What the library calls the arguments that these options give.
+pub(super) const OPTIONS: [(&str, &str); 11] = [
+    ("q_heads", "--heads"),
+    ("kv_heads", "--heads"),
+    ("head_dim", "--head-dim"),
+    ("v_head_dim", "--value-head-dim"),
+    ("value_head_dim", "--value-head-dim"),
+    ("query_tokens", "--query-tokens"),
+    ("dtype", "--dtype"),
+    ("kv_dtype", "--kv-dtype"),
+    ("soft_cap", "--softcap"),
+    ("window", "--window"),
+    ("chunk", "--chunk"),
+];
+
+/// How its messages begin, and how the tool's do.
+pub(super) const NAMES: [(&str, &str); 2] = [("v_head_dim: ", "value_head_dim: "), ("soft_cap: ", "softcap: ")];
 
 /// The elements of Q and K.
 #[derive(clap::Args, Clone, Copy, Debug)]
 pub(crate) struct Elements {
-    /// Elements per head of Q and K: 64, 96, 128, 192 (V 128), 256 or 512 [default: the batch file's, else 128].
+    /// Elements per head of Q and K [default: the batch file's, else 128].
     #[arg(long, allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) head_dim: Option<u32>,
     /// Element type, f16 or bf16 [default: the batch file's, else f16].
@@ -42,8 +61,12 @@ fn dtype(name: &str) -> std::result::Result<Dtype, &'static str> {
     parse_dtype(name).ok_or("expected f16 or bf16")
 }
 
-fn kv_dtype(name: &str) -> std::result::Result<Dtype, &'static str> {
-    parse_kv_dtype(name).ok_or("expected e4m3 or e5m2")
+fn kv_dtype(name: &str) -> std::result::Result<Dtype, String> {
+    parse_kv_dtype(name).ok_or_else(|| format!("expected {}", kv_dtype_names(str::to_owned)))
+}
+
+fn kv_dtype_help() -> String {
+    format!("Element type of K and V, {} [default: that of Q]", kv_dtype_names(str::to_owned))
 }
 
 /// Everything but the heads, which suites of batches bring.
@@ -61,8 +84,7 @@ pub(crate) struct Attention {
     /// Elements per head of V and O [default: those of Q and K].
     #[arg(long, value_name = "DIM", allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(1..))]
     value_head_dim: Option<u32>,
-    /// Element type of K and V, e4m3 or e5m2 [default: that of Q].
-    #[arg(long, value_name = "DTYPE", value_parser = kv_dtype)]
+    #[arg(long, value_name = "DTYPE", value_parser = kv_dtype, help = kv_dtype_help())]
     kv_dtype: Option<Dtype>,
     /// Scores are capped: CAP * tanh(score / CAP).
     #[arg(long, value_name = "CAP", allow_negative_numbers = true)]
@@ -343,7 +365,7 @@ impl ModelReport {
             kv_heads: shape.kv_heads(),
             head_dim: shape.head_dim(),
             dtype: shape.dtype().name(),
-            features: features(problem),
+            features: problem.features(),
             page_size: batch.page_size,
             num_pages: batch.num_pages,
             pages_read: batch.unique_pages(),

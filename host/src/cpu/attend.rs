@@ -145,9 +145,7 @@ pub(super) fn attend<T: Element, C: KvElement>(
                     }
                 }
                 let scores = &mut scores[..keys];
-                if let Some(cap) = tensors.problem.score().soft_cap {
-                    scores.iter_mut().for_each(|score| *score = cap * (*score / cap).tanh());
-                }
+                tensors.problem.map_scores(scores);
                 let new_maximum = scores.iter().copied().fold(maximum[row], f32::max);
                 let rescale = (maximum[row] - new_maximum).exp();
                 maximum[row] = new_maximum;

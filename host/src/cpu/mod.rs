@@ -14,7 +14,7 @@ use crate::arguments::{RunTensors, check_features, same};
 use crate::{KvScale, KvStrides, Plan, Problem, Result, RowStrides};
 pub use append::{CacheLayout, NewRows, append_rounded_rows, append_rows};
 use attend::{ItemOutput, Task, TaskRow, attend};
-pub use eight_bit::{E4m3, E5m2};
+pub use eight_bit::*;
 pub use element::{Element, KvElement};
 pub use merge_states::{State, merge_states};
 use pat_abi::reader::{MergeView, PlanBytes};
@@ -120,15 +120,8 @@ pub fn run<T: Element, C: KvElement>(
     let mut partial_lse = vec![f32::NEG_INFINITY; slot_rows];
     let mut store = |sequence: u32, head: usize, row: &[f32], row_lse: f32| {
         let at = offset(tensors.out_strides, sequence, head);
-        // What a sink leaves of the row's weights; one of -inf has none.
-        let sink = tensors.sinks.map_or(f32::NEG_INFINITY, |sinks| sinks[head]);
-        let (row_lse, share) = if sink == f32::NEG_INFINITY {
-            (row_lse, 1.0)
-        } else {
-            let maximum = row_lse.max(sink);
-            let joint = maximum + ((row_lse - maximum).exp() + (sink - maximum).exp()).ln();
-            (joint, (row_lse - joint).exp())
-        };
+        let sink = tensors.sinks.map(|sinks| sinks[head]);
+        let (row_lse, share) = tensors.problem.join_denominator(row_lse, sink);
         for (element, &value) in out[at..at + v_head_dim].iter_mut().zip(row) {
             *element = T::from_f32(value * share);
         }

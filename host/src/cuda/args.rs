@@ -6,7 +6,8 @@ use super::tensor_map::TensorMapSpec;
 use crate::arguments::{Accessed, LSE_BYTES, RunTensors, SINK_BYTES};
 use crate::eligibility::VECTOR_BYTES;
 use crate::{AttentionShape, Error, KvScale, KvStrides, Problem, Result, RowStrides};
-use pat_abi::manifest::MERGE_COLUMNS;
+use pat_abi::manifest::MergeShape;
+use pat_abi::params::Denominators;
 use pat_abi::{
     FastDivisor, ForwardParams, GroupParts, MergeParams, PlanHeader, RUN_PAGES, ScaledForwardParams, TileVariant,
 };
@@ -202,7 +203,7 @@ pub(super) struct PreparedRun {
     /// Of the items whose entries are pages, and of those in runs of pages.
     pub(super) forward: [ForwardLaunches; 2],
     pub(super) merge: MergeParams,
-    /// (merge row, query head) pairs, at wide heads in parts of [`MERGE_COLUMNS`]; the kernel deals them to the CTAs there are.
+    /// (merge row, query head) pairs, at wide heads in parts ([`MergeShape`]); the kernel deals them to the CTAs there are.
     pub(super) merge_rows: u64,
     pub(super) shape: AttentionShape,
 }
@@ -263,7 +264,7 @@ impl ForwardLaunches {
                 lse: moved(forward.lse, forward.lse_head_stride),
                 partial_out: forward.partial_out + u64::from(first_head) * head_bytes,
                 partial_lse: forward.partial_lse + u64::from(first_head) * u64::from(PARTIAL_BYTES),
-                sinks: moved(forward.sinks, i64::from(SINK_BYTES)),
+                denominators: forward.denominators.from_head(first_head),
                 ..forward
             };
             ScaledForwardParams { forward, ..self.params }
@@ -363,6 +364,7 @@ impl RunArgs {
         // `RunTensors::check` has shown that every stride in bytes fits.
         let [q_bytes, kv_bytes, out_bytes] =
             [shape.dtype(), shape.kv_dtype(), shape.out_dtype()].map(|dtype| i64::from(dtype.bytes()));
+        let [scale_log2, map_scale] = self.problem.score_params();
         let forward = ForwardParams {
             plan: plan_address,
             q: self.q.address,
@@ -372,7 +374,7 @@ impl RunArgs {
             lse,
             partial_out,
             partial_lse,
-            sinks: self.sinks.as_ref().map_or(0, |span| span.address),
+            denominators: Denominators { sinks: self.sinks.as_ref().map_or(0, |span| span.address) },
             q_sequence_stride: self.q_strides.sequence * q_bytes,
             q_head_stride: self.q_strides.head * q_bytes,
             k_page_stride: self.k_strides.page * kv_bytes,
@@ -385,13 +387,13 @@ impl RunArgs {
             out_head_stride: self.out_strides.head * out_bytes,
             lse_sequence_stride: lse_strides.sequence * i64::from(LSE_BYTES),
             lse_head_stride: lse_strides.head * i64::from(LSE_BYTES),
-            scale_log2: self.problem.scale_log2(),
+            scale_log2,
             kv_heads: shape.kv_heads(),
             group: FastDivisor::new(shape.group()),
             page_size: FastDivisor::new(self.problem.page_size()),
             kv_heads_divisor: FastDivisor::new(shape.kv_heads()),
             num_pages: self.num_pages,
-            soft_cap_scale: self.problem.soft_cap_scale(),
+            map_scale,
             page_keys: page_keys(self.problem.page_size()),
         };
         let merge = MergeParams {
@@ -400,14 +402,14 @@ impl RunArgs {
             lse,
             partial_out,
             partial_lse,
-            sinks: forward.sinks,
+            denominators: forward.denominators,
             out_sequence_stride: forward.out_sequence_stride,
             out_head_stride: forward.out_head_stride,
             lse_sequence_stride: forward.lse_sequence_stride,
             lse_head_stride: forward.lse_head_stride,
             q_heads: FastDivisor::new(shape.q_heads()),
         };
-        let parts = shape.v_head_dim().div_ceil(MERGE_COLUMNS);
+        let parts = MergeShape::of(shape.v_head_dim()).parts;
         let merge_rows = u64::from(plan.limits.max_merge_rows) * u64::from(shape.q_heads() * parts);
         // The merge kernels divide a row index with `FastDivisor`, which takes dividends below 2^31.
         if merge_rows >= 1 << 31 {

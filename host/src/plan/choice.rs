@@ -3,8 +3,8 @@
 
 use super::cost::Prediction;
 use super::{PlanMode, PlanOptions};
-use crate::eligibility::{Part, variant_supports};
-use crate::{DeviceProfile, Error, Problem, Result, supports};
+use crate::eligibility::variant_supports;
+use crate::{DeviceProfile, Error, Part, Problem, Result, supports};
 use pat_abi::{Arch, GroupParts, TileVariant};
 use std::cmp::Reverse;
 

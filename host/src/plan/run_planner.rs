@@ -3,8 +3,8 @@
 
 use super::run_tables::{Look, RunTables};
 use super::{PageRuns, Plan, PlanChange, PlanMode, PlanOptions, Planner};
-use crate::eligibility::{Part, variant_supports};
-use crate::{DecodeBatch, DeviceProfile, Problem, Reach, Result, Visibility};
+use crate::eligibility::variant_supports;
+use crate::{DecodeBatch, DeviceProfile, Part, Problem, Reach, Result, Visibility};
 use pat_abi::{RUN_PAGES, TileVariant};
 use std::sync::Arc;
 

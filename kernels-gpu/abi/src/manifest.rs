@@ -10,6 +10,29 @@ use crate::tile::register_limit;
 pub const MERGE_WARPS: u32 = 4;
 /// Most columns that a warp of the merge kernels takes: a longer row goes to several.
 pub const MERGE_COLUMNS: u32 = 128;
+/// How warps of the merge kernels take a row of O.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MergeShape {
+    /// Parts of a row, each of which a warp takes as if it were a row: as few as leave none more than [`MERGE_COLUMNS`].
+    pub parts: u32,
+    /// Columns of a lane: of 64, two; of more, four.
+    pub columns: u32,
+    /// Lanes that have columns.
+    pub lanes: u32,
+}
+
+impl MergeShape {
+    /// Of rows of so many elements, a multiple of 16.
+    pub const fn of(v_head_dim: u32) -> Self {
+        let columns = if v_head_dim <= 64 { 2 } else { 4 };
+        let mut parts = v_head_dim.div_ceil(MERGE_COLUMNS);
+        while !v_head_dim.is_multiple_of(parts * columns) {
+            parts += 1;
+        }
+        Self { parts, columns, lanes: v_head_dim / parts / columns }
+    }
+}
+
 /// Threads of a CTA of the kernels of tests and benchmarks.
 pub const SUPPORT_THREADS: u32 = 256;
 
@@ -23,6 +46,14 @@ pub const MAX_BOX_TOKENS: u32 = 64;
 pub const fn box_tokens(page_keys: u32) -> u32 {
     let bits = page_keys | MAX_BOX_TOKENS;
     bits & bits.wrapping_neg()
+}
+
+/// The 8-bit element types: calls a macro with what stands in the braces, followed by `[Dtype "name"]` for each of them.
+#[macro_export]
+macro_rules! eight_bit_types {
+    ($callback:ident! { $($prefix:tt)* }) => {
+        $callback! { $($prefix)* [E4m3 "e4m3"] [E5m2 "e5m2"] }
+    };
 }
 
 /// Element type of Q, K, V or O.
@@ -39,7 +70,14 @@ pub enum Dtype {
     E5m2,
 }
 
+macro_rules! dtypes {
+    ($([$dtype:ident $_name:literal])*) => { &[$(Self::$dtype),*] };
+}
+
 impl Dtype {
+    /// Those of 8 bits.
+    pub const EIGHT_BIT: &[Self] = eight_bit_types!(dtypes! {});
+
     /// Bytes of an element.
     pub const fn bytes(self) -> u32 {
         match self {
@@ -154,18 +192,6 @@ impl TileVariant {
             Self::Mma16 | Self::Mma32 | Self::Mma64 | Self::Mma128 => Arch::Sm80,
             Self::Wgmma64 | Self::Wgmma128 => Arch::Sm90a,
         }
-    }
-
-    /// Whether the variant's kernels may be launched with these switches, over K and V of this type and head dimension. `wgmma128`
-    /// has no registers left to cap scores with, and of the wgmma kernels `wgmma64` alone some for windows, up to head dimension 128
-    /// and over 16-bit K and V.
-    pub const fn serves(self, switches: Switches, kv_dtype: Dtype, head_dim: u32) -> bool {
-        let lacks_soft_cap = matches!(self, Self::Wgmma128);
-        let lacks_window = match self {
-            Self::Wgmma64 => kv_dtype.bytes() == 1 || head_dim > 128,
-            _ => matches!(self.arch(), Arch::Sm90a),
-        };
-        !(switches.soft_cap && lacks_soft_cap || switches.window && lacks_window)
     }
 
     /// Whether a CTA serves a piece of work of every round, dealt first CTA to last and back, instead of one piece alone:
@@ -410,19 +436,35 @@ const MERGE: [&[KernelSpec]; Arch::ALL.len()] = [
     wgmma64_kernel_shapes!(merge_kernels! { Sm90a, "pat_merge_pdl" }),
 ];
 
-const SUPPORT: [KernelSpec; 12] = [
-    support("pat_fill_f16", Family::Fill, Dtype::F16),
-    support("pat_fill_bf16", Family::Fill, Dtype::Bf16),
-    support("pat_fill_e4m3", Family::Fill, Dtype::E4m3),
-    support("pat_fill_e5m2", Family::Fill, Dtype::E5m2),
-    support("pat_flush_l2", Family::Flush, Dtype::F16),
-    support("pat_append_kv", Family::Append, Dtype::F16),
-    rounding("pat_append_kv_f16_e4m3", Dtype::F16, Dtype::E4m3),
-    rounding("pat_append_kv_bf16_e4m3", Dtype::Bf16, Dtype::E4m3),
-    rounding("pat_append_kv_f16_e5m2", Dtype::F16, Dtype::E5m2),
-    rounding("pat_append_kv_bf16_e5m2", Dtype::Bf16, Dtype::E5m2),
-    support("pat_merge_states_f16", Family::MergeStates, Dtype::F16),
-    support("pat_merge_states_bf16", Family::MergeStates, Dtype::Bf16),
+/// Which element types new rows of K and V are rounded from and to: calls a macro with what stands in the braces, followed by
+/// `[Dtype KvDtype "name"]` for each pair.
+#[macro_export]
+macro_rules! rounding_kernel_types {
+    ($callback:ident! { $($prefix:tt)* }) => {
+        $callback! { $($prefix)*
+            [F16 E4m3 "f16_e4m3"] [Bf16 E4m3 "bf16_e4m3"] [F16 E5m2 "f16_e5m2"] [Bf16 E5m2 "bf16_e5m2"]
+        }
+    };
+}
+
+macro_rules! support_kernels {
+    ($family:ident, $prefix:literal $([$dtype:ident $name:literal])*) => {
+        &[$(support(concat!($prefix, "_", $name), Family::$family, Dtype::$dtype)),*]
+    };
+    ($family:ident, $prefix:literal $([$dtype:ident $kv_dtype:ident $name:literal])*) => {
+        &[$(KernelSpec {
+            kv_dtype: Dtype::$kv_dtype,
+            ..support(concat!($prefix, "_", $name), Family::$family, Dtype::$dtype)
+        }),*]
+    };
+}
+
+const SUPPORT: [&[KernelSpec]; 5] = [
+    support_kernels!(Fill, "pat_fill" [F16 "f16"] [Bf16 "bf16"]),
+    eight_bit_types!(support_kernels! { Fill, "pat_fill" }),
+    &[support("pat_flush_l2", Family::Flush, Dtype::F16), support("pat_append_kv", Family::Append, Dtype::F16)],
+    rounding_kernel_types!(support_kernels! { Append, "pat_append_kv" }),
+    support_kernels!(MergeStates, "pat_merge_states" [F16 "f16"] [Bf16 "bf16"]),
 ];
 
 const fn forward(
@@ -463,8 +505,8 @@ const fn merge(entry: &'static str, arch: Arch, dtype: Dtype, columns: u32) -> K
         v_head_dim: columns,
         threads,
         min_ctas_per_sm,
-        // The warps' sums of (a part of) a row, where a CTA has one: two or four columns of each lane.
-        smem_bytes: 4 * MERGE_WARPS * if columns > 64 { MERGE_COLUMNS } else { 64 },
+        // The warps' sums of (a part of) a row, where a CTA has one: the columns of 32 lanes.
+        smem_bytes: 4 * MERGE_WARPS * 32 * MergeShape::of(columns).columns,
         max_registers: register_limit(threads, min_ctas_per_sm),
         barriers: 1,
         tensor_maps: 0,
@@ -490,27 +532,24 @@ const fn support(entry: &'static str, family: Family, dtype: Dtype) -> KernelSpe
     }
 }
 
-/// Rows of `dtype` into a cache of `kv_dtype`.
-const fn rounding(entry: &'static str, dtype: Dtype, kv_dtype: Dtype) -> KernelSpec {
-    KernelSpec { kv_dtype, ..support(entry, Family::Append, dtype) }
-}
-
-const PART_COUNT: usize = FORWARD.len() + SPLIT.len() + SCALED.len() + MERGE.len() + 1;
+const PART_COUNT: usize = FORWARD.len() + SPLIT.len() + SCALED.len() + MERGE.len() + SUPPORT.len();
 const PARTS: [&[KernelSpec]; PART_COUNT] = {
-    let mut parts: [&[KernelSpec]; PART_COUNT] = [&SUPPORT; PART_COUNT];
+    let mut parts: [&[KernelSpec]; PART_COUNT] = [&[]; PART_COUNT];
     let (forward, others) = parts.split_at_mut(FORWARD.len());
     forward.copy_from_slice(&FORWARD);
     let (split, others) = others.split_at_mut(SPLIT.len());
     split.copy_from_slice(&SPLIT);
     let (scaled, others) = others.split_at_mut(SCALED.len());
     scaled.copy_from_slice(&SCALED);
-    others.split_at_mut(MERGE.len()).0.copy_from_slice(&MERGE);
+    let (merge, support) = others.split_at_mut(MERGE.len());
+    merge.copy_from_slice(&MERGE);
+    support.copy_from_slice(&SUPPORT);
     parts
 };
 
 /// The number of kernels, and all of them in a table that is at least so long.
 const fn table<const LENGTH: usize>() -> (usize, [KernelSpec; LENGTH]) {
-    let mut kernels = [SUPPORT[0]; LENGTH];
+    let mut kernels = [SUPPORT[0][0]; LENGTH];
     let (mut count, mut part) = (0, 0);
     while part < PARTS.len() {
         let mut i = 0;

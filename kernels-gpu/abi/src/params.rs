@@ -1,6 +1,7 @@
 //! By-value kernel parameters. Addresses are `u64` device addresses; strides are in bytes.
 
 use bytemuck::{Pod, Zeroable};
+use core::mem::offset_of;
 
 /// Division of a `u32` below 2^31 by a run-time constant: `(n * multiplier) >> shift` in 64 bits.
 /// (Granlund and Montgomery, "Division by invariant integers using multiplication", PLDI 1994.)
@@ -42,6 +43,29 @@ impl FastDivisor {
     }
 }
 
+/// What joins the denominators of rows beside the weights of their keys. The same for forward kernels and merges: a row's last
+/// step has it, be it in the one or in the other.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Denominators {
+    /// Attention sinks, or 0: f32 `[q_heads]`, each one more score (natural, scaled) in the denominators of its head.
+    pub sinks: u64,
+}
+
+impl Denominators {
+    /// Where addresses stand in it.
+    pub const ADDRESSES: [usize; 1] = [offset_of!(Self, sinks)];
+
+    /// Of the heads from this one on.
+    #[must_use]
+    pub const fn from_head(self, head: u32) -> Self {
+        match self.sinks {
+            0 => self,
+            sinks => Self { sinks: sinks + 4 * head as u64 },
+        }
+    }
+}
+
 /// First parameter of every forward kernel.
 ///
 /// Element (page, token, head, x) of K lies at `k + page*k_page_stride + token*k_token_stride + head*k_head_stride + 2x`
@@ -66,8 +90,8 @@ pub struct ForwardParams {
     pub partial_out: u64,
     /// Partial log-sum-exps, base 2: f32 `[slot_count, q_heads]`.
     pub partial_lse: u64,
-    /// Attention sinks, or 0: f32 `[q_heads]`, each one more score (natural, scaled) in the denominators of its head.
-    pub sinks: u64,
+    /// What else joins the denominators of rows that go to the output.
+    pub denominators: Denominators,
     /// Bytes between sequences of Q.
     pub q_sequence_stride: i64,
     /// Bytes between heads of Q.
@@ -92,7 +116,8 @@ pub struct ForwardParams {
     pub lse_sequence_stride: i64,
     /// Bytes between heads of LSE.
     pub lse_head_stride: i64,
-    /// What turns scores into exponents of 2: `softmax_scale * log2(e)`, or where scores are capped `cap * log2(e)`.
+    /// What turns scores into exponents of 2: `softmax_scale * log2(e)`, or where scores are mapped what the map's values are
+    /// multiplied with: of capped ones `cap * log2(e)`.
     pub scale_log2: f32,
     /// KV heads. CTA `c` of a launch serves item `c / kv_heads` of its variant, KV head `c % kv_heads`.
     pub kv_heads: u32,
@@ -104,8 +129,8 @@ pub struct ForwardParams {
     pub kv_heads_divisor: FastDivisor,
     /// Pages in the pool; the page index that tensor maps treat as out of range.
     pub num_pages: u32,
-    /// Where scores are capped, `2 * log2(e) * softmax_scale / cap`.
-    pub soft_cap_scale: f32,
+    /// Where scores are mapped, what products Q·K are multiplied with ahead of the map: of a cap `2 * log2(e) * softmax_scale / cap`.
+    pub map_scale: f32,
     /// Keys that a page takes in tiles of the wgmma kernels ([`crate::TileVariant::page_keys`]).
     pub page_keys: FastDivisor,
 }
@@ -140,8 +165,8 @@ pub struct MergeParams {
     pub partial_out: u64,
     /// See [`ForwardParams::partial_lse`].
     pub partial_lse: u64,
-    /// See [`ForwardParams::sinks`].
-    pub sinks: u64,
+    /// See [`ForwardParams::denominators`].
+    pub denominators: Denominators,
     /// Bytes between sequences of O.
     pub out_sequence_stride: i64,
     /// Bytes between heads of O.

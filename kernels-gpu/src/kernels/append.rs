@@ -3,8 +3,8 @@
 use pat_abi::manifest::SUPPORT_THREADS as THREADS;
 use pat_abi::row_params::{AppendParams, ScaledAppendParams};
 
-use crate::eight_bit::{Code, E4m3, E5m2, factor_of_head};
-use crate::element::{Bf16, Element, F16};
+use crate::eight_bit::{self, Code, factor_of_head};
+use crate::element::{self, Element};
 use crate::item::strided;
 use crate::ptx::ldst::{load_global_u32x2, load_global_u32x4, store_global_u32x2, store_global_u32x4};
 use crate::ptx::special;
@@ -101,23 +101,20 @@ unsafe fn append_rounded<E: Element, C: Code>(params: &ScaledAppendParams) {
     unsafe { for_each_chunk::<1>(&params.append, copy_k, copy_v) };
 }
 
-macro_rules! rounded_kernels {
-    ($($entry:ident $element:ident $code:ident),*) => {$(
-        /// Rounds elements of the first type to the second.
-        ///
-        /// # Safety
-        /// As [`append_rounded`].
-        #[unsafe(no_mangle)]
-        pub unsafe extern "ptx-kernel" fn $entry(params: ScaledAppendParams) {
-            // SAFETY: the caller's contract.
-            unsafe { append_rounded::<$element, $code>(&params) }
-        }
-    )*};
+macro_rules! entries {
+    ($([$element:ident $code:ident $name:literal])*) => {
+        $(const _: () = {
+            /// Rounds elements of the first type to the second.
+            ///
+            /// # Safety
+            /// As [`append_rounded`].
+            #[unsafe(export_name = concat!("pat_append_kv_", $name))]
+            unsafe extern "ptx-kernel" fn entry(params: ScaledAppendParams) {
+                // SAFETY: the caller's contract.
+                unsafe { append_rounded::<element::$element, eight_bit::$code>(&params) }
+            }
+        };)*
+    };
 }
 
-rounded_kernels!(
-    pat_append_kv_f16_e4m3 F16 E4m3,
-    pat_append_kv_bf16_e4m3 Bf16 E4m3,
-    pat_append_kv_f16_e5m2 F16 E5m2,
-    pat_append_kv_bf16_e5m2 Bf16 E5m2
-);
+pat_abi::rounding_kernel_types!(entries! {});

@@ -17,9 +17,7 @@ use pat_abi::{mma_kernel_shapes, scaled_kernel_shapes};
 #[cfg(not(pat_sm90a))]
 use crate::cache::Plain;
 use crate::cache::{Cache, EightBit, Rows};
-use crate::eight_bit::E4m3;
-#[cfg(not(pat_sm90a))]
-use crate::eight_bit::E5m2;
+use crate::eight_bit;
 use crate::element::{Bf16, Element, F16};
 use crate::item::Item;
 use crate::ptx::{barrier, cp_async, special};
@@ -194,7 +192,7 @@ macro_rules! entries {
         $(entry!($head_dim $v_head_dim $element Plain, $name);)*
     };
     ($([$head_dim:literal $v_head_dim:literal $element:ident $code:ident $name:literal])*) => {
-        $(entry!($head_dim $v_head_dim $element EightBit<$code>, $name);)*
+        $(entry!($head_dim $v_head_dim $element EightBit<eight_bit::$code>, $name);)*
     };
 }
 

@@ -18,9 +18,7 @@ use pat_abi::{mma_kernel_shapes, mma128_kernel_shapes, scaled_kernel_shapes, spl
 #[cfg(not(pat_sm90a))]
 use crate::cache::Plain;
 use crate::cache::{Cache, EightBit, Rows};
-use crate::eight_bit::E4m3;
-#[cfg(not(pat_sm90a))]
-use crate::eight_bit::E5m2;
+use crate::eight_bit;
 use crate::element::{Bf16, Element, F16};
 use crate::epilogue::{Columns, Ends, Written, write_rows};
 use crate::isolation::restore_rows;
@@ -250,7 +248,7 @@ macro_rules! entries {
     ($variant:ident $prefix:literal
         $([$head_dim:literal $v_head_dim:literal $element:ident $code:ident $name:literal])*
     ) => {
-        $(entry!($variant $prefix $head_dim $v_head_dim $element EightBit<$code>, $name);)*
+        $(entry!($variant $prefix $head_dim $v_head_dim $element EightBit<eight_bit::$code>, $name);)*
     };
 }
 

@@ -16,7 +16,7 @@ use pat_abi::reader::MergeView;
 use pat_abi::{MergeParams, MergeRow};
 
 use crate::element::Element;
-use crate::finish::{Finish, natural, sink_of};
+use crate::finish::{Finish, Terms, natural, terms_of_head};
 use crate::item::strided;
 use crate::plan_words::{AtOnce, WhenUsed};
 use crate::ptx::barrier::sync_cta;
@@ -66,10 +66,10 @@ impl Row {
         (self.slot_begin + slot) as u64 * params.q_heads.divisor as u64 + self.head as u64
     }
 
-    /// Address of its head's sink, 0 if there are none.
+    /// What joins its denominator.
     #[inline(always)]
-    fn sink(self, params: &MergeParams) -> u64 {
-        sink_of(params.sinks, self.head)
+    fn terms(self, params: &MergeParams) -> Terms {
+        terms_of_head(params.denominators, self.head)
     }
 
     /// Address of a lane's columns of that partial.
@@ -227,8 +227,8 @@ unsafe fn merge_short<E: Element, const COLUMNS: usize, const LANES: u32, const 
     for r in 0..ROWS {
         let from = r as u32 * ROW_LANES;
         let (sum, max) = (shuffle::from_lane_f32(sum, from), shuffle::from_lane_f32(max, from));
-        // SAFETY: the row's head has a sink if there are any.
-        let Finish { scale, lse_log2 } = unsafe { Finish::new(max, sum, rows[r].sink(params)) };
+        // SAFETY: the row's head is one of the plan's.
+        let Finish { scale, lse_log2 } = unsafe { Finish::new(max, sum, rows[r].terms(params)) };
         for column in 0..COLUMNS {
             output[r][column] *= scale;
         }
@@ -312,8 +312,8 @@ unsafe fn merge_row<E: Element, const COLUMNS: usize, const LANES: u32, const PA
         }
         first += BLOCK_SLOTS * BLOCKS as u32;
     }
-    // SAFETY: the row's head has a sink if there are any.
-    let Finish { scale, lse_log2 } = unsafe { Finish::new(max, sum, row.sink(params)) };
+    // SAFETY: the row's head is one of the plan's.
+    let Finish { scale, lse_log2 } = unsafe { Finish::new(max, sum, row.terms(params)) };
     for output in &mut outputs {
         for column in output {
             *column *= scale;
@@ -428,15 +428,12 @@ unsafe fn store_columns<E: Element, const COLUMNS: usize, const LANES: u32>(
 mod entries {
     use super::*;
     use crate::element::{Bf16, F16};
-    use pat_abi::manifest::MERGE_COLUMNS;
+    use pat_abi::manifest::MergeShape;
 
     macro_rules! entries {
         ($prefix:literal, $wait:expr, $([$_head_dim:literal $v_head_dim:literal $element:ident $name:literal])*) => {
             $(const _: () = {
-                const PARTS: u32 = u32::div_ceil($v_head_dim, MERGE_COLUMNS);
-                // Of 64 columns, two to a lane; else four, to as many lanes as there are columns for.
-                const COLUMNS: usize = if $v_head_dim <= 64 { 2 } else { 4 };
-                const LANES: u32 = $v_head_dim / PARTS / COLUMNS as u32;
+                const SHAPE: MergeShape = MergeShape::of($v_head_dim);
                 /// See the module.
                 ///
                 /// # Safety
@@ -444,7 +441,9 @@ mod entries {
                 #[unsafe(export_name = concat!($prefix, "_", $name))]
                 unsafe extern "ptx-kernel" fn entry(params: MergeParams) {
                     // SAFETY: the caller's contract.
-                    unsafe { merge::<$element, COLUMNS, LANES, PARTS>(&params, $wait) }
+                    unsafe {
+                        merge::<$element, { SHAPE.columns as usize }, { SHAPE.lanes }, { SHAPE.parts }>(&params, $wait);
+                    }
                 }
             };)*
         };

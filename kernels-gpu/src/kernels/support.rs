@@ -4,8 +4,8 @@ use pat_abi::generator::{element, row_key};
 use pat_abi::manifest::SUPPORT_THREADS as THREADS;
 use pat_abi::params::{FillParams, FlushParams};
 
-use crate::eight_bit::{Code, E4m3, E5m2};
-use crate::element::{Bf16, Element, F16};
+use crate::eight_bit::{self, Code};
+use crate::element::{self, Element};
 use crate::ptx::ldst::{load_global_u32x4, store_global_u32, store_global_u32x2, store_global_u32x4};
 use crate::ptx::{shuffle, special};
 
@@ -77,26 +77,24 @@ unsafe fn fill<T: Eight>(params: &FillParams) {
     }
 }
 
-macro_rules! fill_kernels {
-    ($($entry:ident $element:ty),*) => {$(
-        /// Fills a tensor of this type.
-        ///
-        /// # Safety
-        /// As [`FillParams`] says.
-        #[unsafe(no_mangle)]
-        pub unsafe extern "ptx-kernel" fn $entry(params: FillParams) {
-            // SAFETY: the caller's contract.
-            unsafe { fill::<$element>(&params) }
-        }
-    )*};
+macro_rules! fill_entries {
+    ($bytes:ident $types:ident $([$type:ident $name:literal])*) => {
+        $(const _: () = {
+            /// Fills a tensor of this type.
+            ///
+            /// # Safety
+            /// As [`FillParams`] says.
+            #[unsafe(export_name = concat!("pat_fill_", $name))]
+            unsafe extern "ptx-kernel" fn entry(params: FillParams) {
+                // SAFETY: the caller's contract.
+                unsafe { fill::<$bytes<$types::$type>>(&params) }
+            }
+        };)*
+    };
 }
 
-fill_kernels!(
-    pat_fill_f16 Wide<F16>,
-    pat_fill_bf16 Wide<Bf16>,
-    pat_fill_e4m3 Narrow<E4m3>,
-    pat_fill_e5m2 Narrow<E5m2>
-);
+fill_entries!(Wide element [F16 "f16"] [Bf16 "bf16"]);
+pat_abi::eight_bit_types!(fill_entries! { Narrow eight_bit });
 
 /// Evicts the L2 cache by reading a large buffer. Reading leaves no dirty lines whose write-back would be charged to
 /// what is timed next. One word per CTA is written, so that the loads are not dead.

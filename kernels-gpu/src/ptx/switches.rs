@@ -2,21 +2,22 @@
 
 use core::arch::asm;
 
-/// Whether scores are capped. Read where it stands: known to the compiler as the same in every iteration, it would make it keep two
-/// copies of a loop.
-#[inline(always)]
-pub fn soft_cap() -> bool {
-    if cfg!(pat_plain) {
-        return false;
-    }
-    let value: u32;
-    // SAFETY: copies a constant.
-    unsafe {
-        asm!(concat!("mov.u32 {0}, ", pat_abi::soft_cap_symbol!(), ";"), out(reg32) value,
-            options(nomem, nostack, preserves_flags));
-    }
-    value != 0
+/// Whether the switch of a symbol is on. Read where it stands: known to the compiler as the same in every iteration, it would make
+/// it keep two copies of a loop.
+macro_rules! is_on {
+    ($symbol:expr) => {
+        !cfg!(pat_plain) && {
+            let value: u32;
+            // SAFETY: copies a constant.
+            unsafe {
+                core::arch::asm!(concat!("mov.u32 {0}, ", $symbol, ";"), out(reg32) value,
+                    options(nomem, nostack, preserves_flags));
+            }
+            value != 0
+        }
+    };
 }
+pub(crate) use is_on;
 
 /// `value` in kernels that are compiled for sliding windows; in others 0, which ptxas sees.
 #[inline(always)]
@@ -121,23 +122,26 @@ pub fn zero_before_window(value: u32, token: u32, first_token: u32) -> u32 {
     result
 }
 
-/// `value`; 1 in kernels that cap scores. No branch either.
-#[inline(always)]
-pub fn one_under_cap(value: f32) -> f32 {
-    if cfg!(pat_plain) {
-        return value;
-    }
-    let result: f32;
-    // SAFETY: computes with registers.
-    unsafe {
-        asm!(
-            "{{ .reg .b32 capped, kept;",
-            concat!("mul.lo.u32 capped, ", pat_abi::soft_cap_symbol!(), ", -1;"),
-            "not.b32 kept, capped;",
-            "and.b32 kept, kept, {1};",
-            "and.b32 capped, capped, 0x3f800000;",
-            "or.b32 {0}, kept, capped; }}",
-            out(reg32) result, in(reg32) value, options(pure, nomem, nostack, preserves_flags));
-    }
-    result
+/// A f32; 1 in kernels where the switch of a symbol is on. No branch either.
+macro_rules! one_where_on {
+    ($value:expr, $symbol:expr) => {
+        if cfg!(pat_plain) {
+            $value
+        } else {
+            let result: f32;
+            // SAFETY: computes with registers.
+            unsafe {
+                core::arch::asm!(
+                    "{{ .reg .b32 capped, kept;",
+                    concat!("mul.lo.u32 capped, ", $symbol, ", -1;"),
+                    "not.b32 kept, capped;",
+                    "and.b32 kept, kept, {1};",
+                    "and.b32 capped, capped, 0x3f800000;",
+                    "or.b32 {0}, kept, capped; }}",
+                    out(reg32) result, in(reg32) $value, options(pure, nomem, nostack, preserves_flags));
+            }
+            result
+        }
+    };
 }
+pub(crate) use one_where_on;

@@ -62,7 +62,8 @@ pub unsafe fn combine_and_store<
     let lanes = const { (8 * VALUE_STEPS as u32).next_power_of_two() };
     let rows_per_pass = 32 * M_WARPS * KV_WARPS / lanes;
     let spread = 2 * (thread % lanes);
-    let column = if const { VALUE_STEPS.is_power_of_two() } || spread < v_head_dim { spread } else { spread - 32 };
+    let beyond = const { 2 * (8 * VALUE_STEPS as u32).next_power_of_two() - 16 * VALUE_STEPS as u32 };
+    let column = if const { VALUE_STEPS.is_power_of_two() } || spread < v_head_dim { spread } else { spread - beyond };
     let mut row = thread / lanes;
     while row < item.row_count {
         let first = smem + row / 16 * scratch_stride;
@@ -88,7 +89,7 @@ pub unsafe fn combine_and_store<
         // SAFETY: `row < row_count`, and one thread owns the pair; the lanes of a warp have the same row.
         unsafe {
             let target = item.row(params, row);
-            let Finish { scale, lse_log2 } = Finish::new(max, sum, target.sink(params));
+            let Finish { scale, lse_log2 } = Finish::new(max, sum, target.terms(params));
             let mut pair = [pair[0] * scale, pair[1] * scale];
             if item.stream.has_masks() {
                 let softmax = RowSoftmax { reference: max, scale };

@@ -112,9 +112,19 @@ pub(crate) mod math {
 }
 
 pub(crate) mod switches {
-    pub(crate) fn soft_cap() -> bool {
-        false
+    macro_rules! is_on {
+        ($_symbol:expr) => {
+            false
+        };
     }
+    pub(crate) use is_on;
+
+    macro_rules! one_where_on {
+        ($value:expr, $_symbol:expr) => {
+            $value
+        };
+    }
+    pub(crate) use one_where_on;
 }
 
 /// Loads and stores, aligned as the device wants them. Addresses must be those of live buffers of the test.

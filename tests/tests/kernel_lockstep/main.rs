@@ -38,6 +38,7 @@ mod item {
 }
 use half::f16;
 use lanes::{Exchange, Lane};
+use pat_abi::params::Denominators;
 use pat_abi::{FastDivisor, MergeParams, MergeRow, PLAN_MAGIC, PlanHeader};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -120,7 +121,7 @@ impl<'a> Partials<'a> {
             lse: lse.as_mut_ptr().expose_provenance() as u64,
             partial_out: address(&outputs),
             partial_lse: address(&lses),
-            sinks: if self.sinks.is_some() { address(&sinks) } else { 0 },
+            denominators: Denominators { sinks: if self.sinks.is_some() { address(&sinks) } else { 0 } },
             out_sequence_stride: i64::from(self.q_heads) * self.head_dim as i64 * 2,
             out_head_stride: self.head_dim as i64 * 2,
             lse_sequence_stride: i64::from(self.q_heads) * 4,

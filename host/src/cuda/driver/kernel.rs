@@ -342,8 +342,8 @@ fn encode_tensor_map(spec: &TensorMapSpec) -> Result<TensorMap> {
     let dtype = match spec.dtype {
         Dtype::F16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
         Dtype::Bf16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-        Dtype::E4m3 | Dtype::E5m2 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT8,
-        other => return Err(Error::invalid("kv_dtype", other.name(), "f16, bf16, e4m3 or e5m2 (tensor maps)")),
+        other if other.bytes() == 1 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT8,
+        other => return Err(Error::invalid("kv_dtype", other.name(), "f16, bf16 or 8 bits (tensor maps)")),
     };
     let swizzle = if spec.is_swizzled() {
         sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B

@@ -29,7 +29,7 @@ mod widen;
 mod work;
 
 use crate::cache::Plain;
-use crate::eight_bit::{E4m3, E5m2};
+use crate::eight_bit;
 use crate::element::{Bf16, Element, F16};
 use crate::plan_words::AtOnce;
 use crate::ptx::barrier::sync_cta;
@@ -162,7 +162,7 @@ macro_rules! entries {
         $([$head_dim:literal $_v_head_dim:literal $element:ident $code:ident $name:literal])*
     ) => {
         $(entries!(@ $variant $head_dim concat!($prefix, "_", $name), ScaledForwardParams,
-            $element, F16, Widened<$code>, 1);)*
+            $element, F16, Widened<eight_bit::$code>, 1);)*
     };
     (@ $variant:ident $head_dim:literal $name:expr, $params:ident,
         $element:ident, $multiplied:ident, $format:ty, $bytes:literal

@@ -35,8 +35,7 @@ pub(super) struct Smem<const HEAD_DIM: u32, const GROUPS: u32, const BYTES: u32>
 impl<const HEAD_DIM: u32, const GROUPS: u32, const BYTES: u32> Smem<HEAD_DIM, GROUPS, BYTES> {
     pub(super) const VARIANT: TileVariant = if GROUPS == 1 { TileVariant::Wgmma64 } else { TileVariant::Wgmma128 };
     const KV_DTYPE: Dtype = if BYTES == 1 { Dtype::E4m3 } else { Dtype::F16 };
-    pub(super) const CAPS_SCORES: bool =
-        Self::VARIANT.serves(Switches { soft_cap: true, ..Switches::OFF }, Self::KV_DTYPE, HEAD_DIM);
+    pub(super) const CAPS_SCORES: bool = Self::VARIANT.serves(Switches::SCORES, Self::KV_DTYPE, HEAD_DIM);
     pub(super) const HAS_WINDOWS: bool =
         Self::VARIANT.serves(Switches { window: true, ..Switches::OFF }, Self::KV_DTYPE, HEAD_DIM);
     const CONFIG: TileConfig = Self::VARIANT.config(HEAD_DIM).of_elements(BYTES);
