@@ -292,7 +292,7 @@ impl KernelSpec {
 
     /// Whether its launches may begin while the one before ends: it reads the plan meanwhile, waits (`griddepcontrol.wait`) before it
     /// touches anything that kernels write, and then reads it past the cache that no write invalidates. `cargo xtask check-ptx` checks
-    /// that, of merges by less (xtask/src/overlap.rs).
+    /// that (xtask/src/overlap.rs).
     pub const fn waits(&self) -> bool {
         matches!(self.arch, Arch::Sm90a) && matches!(self.family, Family::Forward(_) | Family::Merge)
     }
