@@ -37,7 +37,7 @@ tests_like() { # pattern: the test executables it names; without one the section
 
 # Under racecheck; fails for other hazards than those of docs/kernels.md ("What compute-sanitizer says"): in a wgmma kernel a lane
 # other than 0 reads before a warp of another part writes what an mbarrier has given back, or a widening warp's writes before a
-# consumer does.
+# consumer does, or a consumer's writes zeros before a widening warp writes what has been given back.
 racecheck() { # command...
     compute-sanitizer --tool racecheck --racecheck-report hazard --print-limit 1000000 --show-backtrace no "$@" 2>&1 | awk '
         /hazard detected at __shared__/ { kind = $0; sub(/ hazard.*/, "", kind); sub(/.* /, "", kind); accesses = 0 }
@@ -51,7 +51,9 @@ racecheck() { # command...
             widens = place ~ /_e[45]m[23]/ && reader >= 32 && reader < 128
             gives_back = kind == "WAR" && first == "read" && (reader >= 128 ? writer < 128 : widens && writer < 32)
             hands_on = kind == "WAW" && first == "write" && widens && writer >= 128
-            if (in_wgmma && (gives_back || hands_on)) { known++ }
+            widened = place ~ /_e[45]m[23]/ && writer >= 32 && writer < 128
+            gives_zeros_back = kind == "WAW" && first == "write" && reader >= 128 && widened
+            if (in_wgmma && (gives_back || hands_on || gives_zeros_back)) { known++ }
             else if (others++ < 10) { print "OTHER: " kind ", " first " by " reader first_place ", " what " by " thread place }
             kind = ""; next
         }
