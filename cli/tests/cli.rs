@@ -338,11 +338,16 @@ fn features_that_nothing_computes_are_refused() {
         (["--softcap", "0"], &["--softcap", "--softcap: got 0, expected", "a positive number"][..]),
         (["--softcap", "-3"], &["--softcap", "got -3", "a positive number"]),
         (["--softcap", "inf"], &["--softcap", "got inf"]),
+        (["--softcap", "1e-46"], &["'1e-46' for '--softcap <CAP>'", "expected a number of float32"]),
+        (["--softcap", "1e39"], &["'1e39' for '--softcap <CAP>'", "expected a number of float32"]),
         (["--window", "0"], &["--window <TOKENS>", "0 is not in 1..="]),
         (["--window", "-1"], &["--window <TOKENS>", "-1 is not in 1..="]),
         (["--chunk", "0"], &["--chunk <TOKENS>", "0 is not in 1..="]),
         (["--chunk=8", "--window=8"], &["--chunk", "--window"]),
-        (["--head-dim=192", "--sinks"], &["error: --value-head-dim: got 192, expected 128"]),
+        (
+            ["--head-dim=192", "--sinks"],
+            &["error: --head-dim 192 without --value-head-dim: value_head_dim: got 192, expected 128"],
+        ),
         (["--query-tokens", "0"], &["--query-tokens <N>", "0 is not in 1..="]),
         (["--value-head-dim", "0"], &["--value-head-dim <DIM>", "0 is not in 1..="]),
         (

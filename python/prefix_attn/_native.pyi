@@ -5,7 +5,7 @@ The compiled part of prefix_attn.
 """
 
 import torch
-from typing import Any, SupportsIndex, final
+from typing import Any, ClassVar, SupportsIndex, final
 
 __all__ = ["AttentionShape", "BoundRun", "Capacity", "DeviceProfile", "Plan", "PlanBuffers", "PlanFuture", "Planner", "Workspace", "append_kv", "calibrate", "doctor", "merge_states", "run", "supports"]
 
@@ -110,6 +110,7 @@ class Capacity:
         ValueError: ``max_items`` is below ``max_sequences``.
         CudaUnavailable: the device is not there.
     """
+    __hash__: ClassVar[None]  # type: ignore[assignment]
     def __eq__(self, value: object, /) -> bool: ...
     def __ne__(self, value: object, /) -> bool: ...
     def __new__(cls, /, max_sequences: SupportsIndex, max_pages: SupportsIndex, device_or_profile: "DeviceProfile | torch.device | str", max_items: SupportsIndex | None = None, max_slots: SupportsIndex | None = None) -> Capacity: ...
@@ -140,6 +141,7 @@ class DeviceProfile:
     """
     What the planner's cost model knows of a device.
     """
+    __hash__: ClassVar[None]  # type: ignore[assignment]
     def __eq__(self, value: object, /) -> bool: ...
     def __ne__(self, value: object, /) -> bool: ...
     def __repr__(self, /) -> str: ...

@@ -65,15 +65,19 @@ fn no_number<T>(name: &str, value: &Bound<'_, PyAny>, error: PyErr) -> Result<T>
 pub(crate) fn read_positive(name: &str, value: Option<&Bound<'_, PyAny>>) -> Result<Option<f32>> {
     let Some(value) = value else { return Ok(None) };
     let number = read_number(name, value)?;
-    if number.is_finite() && number > 0.0 {
-        Ok(Some(number))
+    let single = number as f32;
+    if single.is_finite() && single > 0.0 {
+        Ok(Some(single))
+    } else if number.is_finite() && number > 0.0 {
+        // What float32 makes of it is not what came.
+        Err(invalid(name, format!("{number:e}"), "a positive finite number of float32"))
     } else {
         Err(invalid(name, number, "a positive finite number"))
     }
 }
 
 /// A number as Python gives it. Tensors and arrays are one if they have no dimensions.
-pub(crate) fn read_number(name: &str, value: &Bound<'_, PyAny>) -> Result<f32> {
+pub(crate) fn read_number(name: &str, value: &Bound<'_, PyAny>) -> Result<f64> {
     let py = value.py();
     match dimensions(value).or_else(|error| no_number(name, value, error))? {
         0 => {}
@@ -88,7 +92,7 @@ pub(crate) fn read_number(name: &str, value: &Bound<'_, PyAny>) -> Result<f32> {
         return Err(has_gradient(name));
     }
     let error = match value.extract::<f64>() {
-        Ok(number) => return Ok(number as f32),
+        Ok(number) => return Ok(number),
         Err(error) => own_error(py, error)?,
     };
     if error.is_instance_of::<PyOverflowError>(py) {

@@ -58,7 +58,7 @@ pub(crate) fn supports(
     let reach = read_reach(window, chunk)?;
     let mut problem = Problem::new(inner, page_size).with_query_tokens(query_tokens).with_reach(reach);
     if let Some(cap) = softcap {
-        problem = problem.with_soft_cap(read_number("softcap", cap)?);
+        problem = problem.with_soft_cap(read_number("softcap", cap)? as f32);
     }
     if query_tree {
         problem = problem.with_query_tree(query_tokens);

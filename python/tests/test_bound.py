@@ -124,6 +124,12 @@ def test_caps_and_factors_of_16_bit_caches_are_checked_when_they_are_bound():
         Engine(batch, softcap=1e-45)
 
 
+@pytest.mark.parametrize("name, factor, got", [("k_scale", 1e-46, "1e-46"), ("v_scale", 1e39, "1e39")])
+def test_a_number_that_float32_has_not_is_said_as_it_came(name, factor, got):
+    with pytest.raises(ValueError, match=f"^{name}: got {got}, expected a positive finite number of float32"):
+        Engine(random_forest(1), **{name: factor})
+
+
 def test_plans_of_another_kind_are_not_uploaded():
     batch = random_forest(1)
     engine = Engine(batch)

@@ -59,6 +59,16 @@ def test_the_stub_has_what_the_extension_has():
         assert stubbed == set(members(getattr(_native, name))), name
 
 
+def test_the_stub_says_what_has_a_hash():
+    for node in STUB.body:
+        if isinstance(node, ast.ClassDef):
+            without = {item.target.id for item in node.body if isinstance(item, ast.AnnAssign)}
+            is_unhashable = getattr(_native, node.name).__hash__ is None
+            assert ("__hash__" in without) == is_unhashable, node.name
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(pa.DeviceProfile.named("h200"))
+
+
 def test_the_extension_is_one_of_the_stable_abi():
     """Free-threaded builds of Python do not load it; one that does has its lock on again."""
     assert _native.__file__.endswith(".abi3.so")

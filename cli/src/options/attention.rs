@@ -87,7 +87,7 @@ pub(crate) struct Attention {
     #[arg(long, value_name = "DTYPE", value_parser = kv_dtype, help = kv_dtype_help())]
     kv_dtype: Option<Dtype>,
     /// Scores are capped: CAP * tanh(score / CAP).
-    #[arg(long, value_name = "CAP", allow_negative_numbers = true)]
+    #[arg(long, value_name = "CAP", allow_negative_numbers = true, value_parser = single)]
     softcap: Option<f32>,
     /// With attention sinks, one for each query head, evenly spread from -4 to 4.
     #[arg(long)]
@@ -101,6 +101,17 @@ pub(crate) struct Attention {
     /// Query tokens per sequence (drafts that are verified): its last N tokens, each of which sees those up to itself.
     #[arg(long, value_name = "N", default_value_t = 1, allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(1..))]
     query_tokens: u32,
+}
+
+/// A number, unless 32 bits make 0 or an infinity of it.
+fn single(text: &str) -> Result<f32, String> {
+    let number: f64 = text.parse().map_err(|error| format!("{error}"))?;
+    let single = number as f32;
+    if (number == 0.0) == (single == 0.0) && number.is_finite() == single.is_finite() {
+        Ok(single)
+    } else {
+        Err("expected a number of float32".into())
+    }
 }
 
 /// The attention with its heads.
@@ -282,6 +293,10 @@ impl Asked {
             let context = match (option_of_argument(&error), &self.model, elements.head_dim) {
                 (_, Some(model), _) => model.option.clone(),
                 (Some("--head-dim"), _, Some(head_dim)) => format!("--head-dim {head_dim}"),
+                // By default values are as long as keys.
+                (Some("--value-head-dim"), _, Some(head_dim)) if elements.value_head_dim.is_none() => {
+                    format!("--head-dim {head_dim} without --value-head-dim")
+                }
                 (Some("--heads"), ..) => format!("--heads {q}/{kv}"),
                 _ => return anyhow::Error::new(error),
             };
