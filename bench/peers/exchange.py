@@ -7,6 +7,11 @@ import pathlib
 EXCHANGE_VERSION = 1
 
 
+def pages_of(batch):
+    """Pages of each sequence that hold tokens."""
+    return [-(-length // batch.page_size) for length in batch.lengths]
+
+
 class Refused(Exception):
     """Input that cannot be used; the message is for the user."""
 

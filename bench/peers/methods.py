@@ -5,7 +5,15 @@ import typing
 
 import torch
 
-NAMES = ("flashinfer_fa2", "flashinfer_cudacore", "flashinfer_cascade", "torch_sdpa")
+FLASHINFER = (
+    "flashinfer_fa2",
+    "flashinfer_fa3",
+    "flashinfer_cudacore",
+    "flashinfer_xqa",
+    "flashinfer_persistent",
+    "flashinfer_cascade",
+)
+NAMES = (*FLASHINFER, "fa3", "fa3_scheduled", "codec", "torch_sdpa", "prefix_attn", "pat")
 
 
 class Unavailable(Exception):
@@ -32,7 +40,7 @@ class Method(typing.Protocol):
     version: str
     note: str
 
-    def compile(self, dtype: torch.dtype, head_dim: int) -> None:
+    def compile(self, configuration) -> None:
         """Builds kernels ahead of time, so that no measurement waits for a compiler."""
 
     def prepare(self, case) -> Prepared:
@@ -41,10 +49,18 @@ class Method(typing.Protocol):
 
 def create(name, device):
     """The method of a name. Raises Unavailable."""
+    if name in FLASHINFER:
+        from flashinfer_methods import create as create_flashinfer
+
+        return create_flashinfer(name, device)
     if name == "torch_sdpa":
         from torch_sdpa import TorchSdpa
 
         return TorchSdpa()
-    from flashinfer_methods import create as create_flashinfer
+    if name in ("fa3", "fa3_scheduled"):
+        from flash_attention_3 import FlashAttention3
 
-    return create_flashinfer(name, device)
+        return FlashAttention3(scheduled=name == "fa3_scheduled")
+    from shared_prefix_methods import CoDec, Pat, PrefixAttn
+
+    return {"codec": CoDec, "pat": Pat, "prefix_attn": PrefixAttn}[name]()

@@ -11,6 +11,8 @@ FIRST_SUITE = "figure10"
 """Suite of records written before version 2, which do not name theirs."""
 
 OURS = "pat-rs"
+OURS_HERE = "prefix_attn"
+"""This library by its Python package, timed beside the peers and in turns with them."""
 
 
 class ResultFile:

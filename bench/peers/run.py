@@ -3,6 +3,8 @@
 `pat bench kernels`. README.md beside this file says how and against what."""
 
 import argparse
+import os
+import subprocess
 import sys
 
 from exchange import Refused, load
@@ -30,10 +32,23 @@ def main(argv=None):
         name = torch.cuda.get_device_name(device)
         if name != file.device:
             raise Refused(f"{arguments.result} was measured on {file.device}, this is {name}")
-        return 0 if Measuring(arguments, exchange.seed, file, device).run(configurations) else 1
+        passed = Measuring(arguments, exchange.seed, file, device).run(configurations)
+        if arguments.pat:
+            passed = measure_pat(arguments) and passed
+        return 0 if passed else 1
     except Refused as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def measure_pat(arguments):
+    """PAT's package has the import name of ours: the program runs once more, in a process in which that name is PAT's."""
+    command = [sys.executable, __file__, "--exchange", arguments.exchange, "--result", arguments.result, "--methods", "pat"]
+    command += ["--filter", arguments.filter, "--repeats", str(arguments.repeats)]
+    command += ["--json"] * arguments.json + ["--force"] * arguments.force
+    paths = [arguments.pat, *filter(None, [os.environ.get("PYTHONPATH")])]
+    sys.stdout.flush()
+    return subprocess.run(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, check=False).returncode == 0
 
 
 def parse(argv):
@@ -47,6 +62,8 @@ def parse(argv):
     add("--repeats", type=int, default=20, metavar="N", help="timed calls of each kind (default 20)")
     add("--time-limit", type=float, metavar="SECONDS", help="begin no configuration after this time")
     add("--force", action="store_true", help="measure again what the result file has")
+    add("--pat", metavar="DIR", help="folder that holds PAT's package, as its own instructions have built it")
+    add("--json", action="store_true", help="an object per configuration and a summary, a line each, instead of the table")
     arguments = parser.parse_args(argv)
     if arguments.repeats < 1:
         parser.error(f"--repeats: got {arguments.repeats}, expected at least 1")

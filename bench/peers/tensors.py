@@ -1,11 +1,13 @@
 """Q and the KV pools of configurations on the device, drawn once for as many of them as possible."""
 
 import dataclasses
+import functools
 
 import torch
 
 import generator
-from exchange import Configuration
+from exchange import Configuration, pages_of
+from reference import exact_rows
 
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -18,6 +20,24 @@ class Case:
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
+
+    @functools.cached_property
+    def host_tables(self):
+        """Block tables as engines keep them: int32 `[sequences, most pages of one]`, padded with page 0."""
+        counts = pages_of(self.configuration.batch)
+        width = max(counts, default=0)
+        rows = [table[:count] + [0] * (width - count) for table, count in zip(self.configuration.batch.block_tables, counts)]
+        return torch.tensor(rows, dtype=torch.int32)
+
+    @functools.cached_property
+    def tables(self):
+        """The same on the device."""
+        return self.host_tables.to(self.q.device)
+
+    @functools.cached_property
+    def exact(self):
+        """The exact output of the sampled rows, by (sequence, KV head)."""
+        return {(sequence, kv_head): exact_rows(self, sequence, kv_head) for sequence, kv_head in self.configuration.sample}
 
 
 def pool_kind(configuration):

@@ -22,10 +22,12 @@ try:
 except ImportError:
     torch = None
 else:
+    import flash_attention_3
     import flashinfer_methods
     import measure
     import methods
-    from flashinfer_double import flashinfer_double
+    import doubles
+    import shared_prefix_methods
 
 # Sequences 0, 2 and 3 share page 5, 0 and 3 also page 1; 1 stands alone.
 BATCH = {
@@ -116,6 +118,13 @@ class BadInput(Folder):
         self.assertEqual(raised.exception.code, 2)
 
 
+def in_turns_ms(calls, repeats, cold_cache):
+    """Stands for the clock: every call is made, and takes an eighth of a millisecond."""
+    for call in calls.values():
+        call()
+    return dict.fromkeys(calls, 0.125)
+
+
 class Merging(Folder):
     def test_a_record_is_found_by_its_configuration(self):
         file = results.ResultFile(self.path / "result.json")
@@ -159,19 +168,28 @@ class OnTheCpu(Folder):
         super().setUp()
         for target, name, value in [
             (measure.timing, "ColdCache", lambda device: None),
-            (measure.timing, "call_ms", lambda call, repeats, cold_cache=None: (call(), 0.125)[1]),
+            (measure.timing, "in_turns_ms", in_turns_ms),
+            (measure.timing, "warm_ms", lambda call, repeats: (call(), 0.0625)[1]),
             (measure.timing, "plan_ms", lambda plan: (plan(), 0.0625)[1]),
             (flashinfer_methods, "WORKSPACE_BYTES", 1),
+            (flashinfer_methods, "PERSISTENT_BYTES", 1),
+            # The pages of the batch here are smaller than what these libraries take.
+            (flashinfer_methods, "XQA_PAGE_SIZES", (4,)),
+            (flash_attention_3, "PAGE_SIZE_MULTIPLE", 4),
+            (shared_prefix_methods.Pat, "PAGE_SIZE_MULTIPLE", 4),
+            (shared_prefix_methods.CoDec, "HEADS", ((4, 2),)),
         ]:
             patch = mock.patch.object(target, name, value)
             patch.start()
             self.addCleanup(patch.stop)
-        patch = mock.patch.dict("sys.modules", flashinfer=flashinfer_double(flashinfer_methods.VERSION))
+        others = {"codec_gpu": doubles.codec_double(0.125), "prefix_attn": doubles.ours_double()}
+        others |= doubles.vllm_double() | doubles.flashinfer_double(flashinfer_methods.VERSION)
+        patch = mock.patch.dict("sys.modules", others)
         patch.start()
         self.addCleanup(patch.stop)
 
     def measure(self, **options):
-        defaults = {"methods": None, "filter": "", "repeats": 3, "time_limit": None, "force": False}
+        defaults = {"methods": None, "filter": "", "repeats": 3, "time_limit": None, "force": False, "json": False}
         arguments = argparse.Namespace(**(defaults | options))
         file = results.ResultFile(self.path / "result.json")
         source = exchange.load(self.path)
@@ -185,7 +203,8 @@ class OnTheCpu(Folder):
         passed, printed, content = self.measure()
         self.assertTrue(passed, printed)
         record = content["records"][0]
-        for name in methods.NAMES:
+        self.assertIn("pat: left out: the package prefix_attn that is found is ours", printed)
+        for name in set(methods.NAMES) - {"pat"}:
             self.assertEqual(record["correctness"][name]["status"], "PASSED", name)
             self.assertLess(record["correctness"][name]["relative_l2"], 1e-3, name)
             self.assertEqual(record["latencies"][name], 0.125)
@@ -193,7 +212,39 @@ class OnTheCpu(Folder):
         self.assertNotIn("torch_sdpa", record["plan_latencies"])
         self.assertEqual(record["plan_latencies"]["flashinfer_cascade"], 0.0625)
         self.assertEqual(record["latencies"]["pat-rs"], 0.02)
+        # Ours of the same run counts.
+        self.assertIn("1.000", printed)
+        _, printed, _ = self.measure(methods="torch_sdpa")
         self.assertIn("0.160", printed)
+
+    def test_pats_package_where_the_name_is_its_own(self):
+        with mock.patch.dict("sys.modules", prefix_attn=doubles.pat_double()):
+            passed, printed, content = self.measure()
+        self.assertTrue(passed, printed)
+        self.assertIn("prefix_attn: left out: the package prefix_attn that is found is PAT's", printed)
+        self.assertEqual(content["records"][0]["latencies"]["pat"], 0.125)
+
+    def test_json_lines(self):
+        messages = io.StringIO()
+        with contextlib.redirect_stderr(messages):
+            _, text, _ = self.measure(json=True)
+        entry, summary = map(json.loads, text.splitlines())
+        self.assertEqual(entry["cold_us"]["fa3"], 125.0)
+        self.assertEqual(entry["ours_over_best"], 1.0)
+        self.assertEqual(summary["summary"]["suites"]["figure10"]["configurations"], 1)
+        self.assertIn("building kernels", messages.getvalue())
+
+    def test_a_call_that_fails_while_it_is_timed(self):
+        def failing(calls, repeats, cold_cache):
+            if "fa3" in calls:
+                raise measure.timing.CallFailed("fa3", RuntimeError("too many\nresources"))
+            return in_turns_ms(calls, repeats, cold_cache)
+
+        with mock.patch.object(measure.timing, "in_turns_ms", failing), mock.patch.object(measure.Measuring, "_check_device"):
+            passed, printed, content = self.measure(methods="fa3,fa3_scheduled")
+        self.assertTrue(passed, printed)
+        self.assertIn("fa3: not run for tree 4/2: RuntimeError: too many", printed)
+        self.assertEqual(list(content["records"][0]["warm_latencies"]), ["fa3_scheduled"])
 
     def test_bf16_and_another_pool_in_the_same_run(self):
         source = manifest()
@@ -204,13 +255,15 @@ class OnTheCpu(Folder):
         self.write("result.json", content)
         passed, printed, content = self.measure()
         self.assertTrue(passed, printed)
-        self.assertIn("torch_sdpa", content["records"][1]["latencies"])
+        for name in ("torch_sdpa", "flashinfer_xqa", "fa3", "prefix_attn"):
+            self.assertIn(name, content["records"][1]["latencies"])
+        self.assertIn("codec: not run for tree 16/2: f16 with heads", printed)
 
     def test_a_second_run_measures_nothing_unless_forced(self):
         self.measure(methods="torch_sdpa")
         with mock.patch.object(measure, "judge", side_effect=AssertionError("measured again")):
             self.measure(methods="torch_sdpa")
-        with mock.patch.object(measure.timing, "call_ms", lambda *_: 0.5):
+        with mock.patch.object(measure.timing, "in_turns_ms", lambda *_: {"torch_sdpa": 0.5}):
             _, _, content = self.measure(methods="torch_sdpa", force=True)
         self.assertEqual(content["records"][0]["latencies"]["torch_sdpa"], 0.5)
 

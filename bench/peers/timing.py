@@ -26,20 +26,48 @@ class ColdCache:
             torch.sum(self._buffer, dim=0, out=self._sum)
 
 
-def call_ms(call, repeats, cold_cache=None):
-    """Median time of a call: with a cold L2, or each behind the last with the device idle in between."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    times = []
+class CallFailed(Exception):
+    """A call that was timed among others has raised."""
+
+    def __init__(self, name, error):
+        super().__init__(f"{name}: {error}")
+        self.name, self.error = name, error
+
+
+def in_turns_ms(calls, repeats, cold_cache):
+    """Median time of each of the named calls with a cold L2, in turns: what the card's clock and its neighbours do meanwhile is
+    the same for all of them. Raises CallFailed."""
+    times = {name: [] for name in calls}
+    events = _events()
     for repeat in range(WARM_UPS + repeats):
-        if cold_cache is not None:
+        for name, call in calls.items():
             cold_cache.read()
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        if repeat >= WARM_UPS:
-            times.append(start.elapsed_time(end))
-    return statistics.median(times)
+            try:
+                elapsed = _elapsed_ms(call, *events)
+            except Exception as error:
+                raise CallFailed(name, error) from error
+            if repeat >= WARM_UPS:
+                times[name].append(elapsed)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def warm_ms(call, repeats):
+    """Median time of calls behind each other, the device idle in between."""
+    events = _events()
+    times = [_elapsed_ms(call, *events) for _ in range(WARM_UPS + repeats)]
+    return statistics.median(times[WARM_UPS:])
+
+
+def _events():
+    return tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+
+def _elapsed_ms(call, start, end):
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
 
 
 def plan_ms(plan, repeats=5):

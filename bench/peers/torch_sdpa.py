@@ -21,7 +21,7 @@ class TorchSdpa:
         "times; a mask only where lengths differ"
     )
 
-    def compile(self, dtype, head_dim):
+    def compile(self, configuration):
         """Nothing to build."""
 
     def prepare(self, case):

@@ -9,8 +9,24 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 /// The methods that have a place in every legend; others follow by name.
-const KNOWN_METHODS: [&str; 7] =
-    [METHOD, "pat", "flashinfer_fa2", "flashinfer_cudacore", "flashinfer_cascade", "fasttree", "torch_sdpa"];
+const KNOWN_METHODS: [&str; 13] = [
+    METHOD,
+    "pat",
+    "flashinfer_fa2",
+    "flashinfer_cudacore",
+    "flashinfer_cascade",
+    "fasttree",
+    "torch_sdpa",
+    "fa3",
+    "fa3_scheduled",
+    "flashinfer_xqa",
+    "flashinfer_persistent",
+    "flashinfer_fa3",
+    "codec",
+];
+
+/// This library once more, by its Python package: `bench/peers` times it beside the others. It is no peer.
+const OURS_IN_PYTHON: &str = "prefix_attn";
 
 /// The suite that the bars are of.
 pub(super) const FIGURE_10: &str = "figure10";
@@ -92,6 +108,10 @@ impl Figures {
             }
             source += " and ";
             source += &stem(other);
+        }
+        for point in &mut points {
+            point.cold_us.remove(OURS_IN_PYTHON);
+            point.plan_us.remove(OURS_IN_PYTHON);
         }
         let found: BTreeSet<String> = points.iter().flat_map(|point| point.cold_us.keys().cloned()).collect();
         let known = KNOWN_METHODS.into_iter().filter(|method| found.contains(*method)).map(str::to_owned);
