@@ -20,12 +20,15 @@ pub struct PlanCapacity {
 }
 
 impl PlanCapacity {
-    /// For batches of up to `max_sequences` rows with `max_pages` pages in all: as many items and slots as it takes to keep
-    /// every CTA slot of the device busy for several waves.
+    /// For batches of up to `max_sequences` rows with `max_pages` pages in all: as many items as it takes to keep every CTA slot
+    /// of the device busy for several waves, and as many slots for small batches. Large ones fill the device uncut: they have a
+    /// slot for what a sequence shares, one for its own tokens, and some for long sequences. Slots are memory
+    /// ([`Self::partial_bytes`]).
     pub fn for_batches(max_sequences: u32, max_pages: u32, profile: &DeviceProfile) -> Self {
         let busy = profile.sm_count.saturating_mul(16);
         let max_items = max_sequences.saturating_add(busy);
-        Self { max_sequences, max_pages, max_items, max_slots: max_sequences.saturating_mul(2).saturating_add(busy) }
+        let shared_and_own = max_sequences.saturating_mul(2).saturating_add(profile.sm_count.saturating_mul(2));
+        Self { max_sequences, max_pages, max_items, max_slots: shared_and_own.max(busy) }
     }
 
     /// Bytes of the largest plan.
