@@ -220,8 +220,10 @@ impl PreparedRun {
 pub(super) struct ForwardLaunches {
     /// Kernels of 16-bit K and V take the first part of it alone.
     params: ScaledForwardParams,
-    /// CTAs per tile variant.
+    /// Pieces of work per tile variant.
     pub(super) grids: [u32; TileVariant::ALL.len()],
+    /// [`super::LaunchGeometry::ctas`].
+    pub(super) ctas: [u32; TileVariant::ALL.len()],
     shape: AttentionShape,
 }
 
@@ -231,6 +233,7 @@ impl ForwardLaunches {
         params: ScaledForwardParams,
         shape: AttentionShape,
         max_items: [u32; TileVariant::ALL.len()],
+        ctas: [u32; TileVariant::ALL.len()],
     ) -> Result<Self> {
         let mut grids = [0; TileVariant::ALL.len()];
         for variant in TileVariant::ALL {
@@ -240,7 +243,7 @@ impl ForwardLaunches {
                     Error::invalid(format!("plan items of {}", variant.name()), items, "fewer than 2^31 / kv_heads")
                 })?;
         }
-        Ok(Self { params, grids, shape })
+        Ok(Self { params, grids, ctas, shape })
     }
 
     /// With Q and O at other addresses.
@@ -428,11 +431,12 @@ impl RunArgs {
             ..forward.forward
         };
         let forward = [
-            ForwardLaunches::new(forward, shape, plan.limits.max_items)?,
+            ForwardLaunches::new(forward, shape, plan.limits.max_items, plan.limits.ctas)?,
             ForwardLaunches::new(
                 ScaledForwardParams { forward: of_runs, ..forward },
                 shape,
                 plan.limits.max_run_items,
+                [0; TileVariant::ALL.len()],
             )?,
         ];
         Ok(PreparedRun { forward, merge, merge_rows, shape })

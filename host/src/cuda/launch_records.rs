@@ -100,6 +100,7 @@ pub fn run(
                 } else {
                     LaunchRecord::new(kernel, switches, (ctas, sm_count), &params.forward)?
                 };
+                record.ctas = record.ctas.max(ctas.min(launches.ctas[variant.index()]));
                 if kernel.tensor_maps > 0 {
                     record.tensor_maps.extend(args.tensor_maps()?.map(TensorMapRecord::from));
                 }

@@ -11,7 +11,7 @@ use crate::cuda::tensor_map::TensorMapSpec;
 use crate::{Dtype, Error, Result};
 use bytemuck::NoUninit;
 use cudarc::driver::{result, sys};
-use pat_abi::{Family, KernelSpec, ScaledForwardParams};
+use pat_abi::{Family, KernelSpec, ScaledForwardParams, TileVariant};
 use std::ffi::{CString, c_void};
 
 /// An encoded tensor map: 128 bytes, aligned as the driver wants it.
@@ -104,7 +104,6 @@ impl Kernel {
         programmatic: bool,
         stream: &CurrentStream<'_>,
     ) -> Result<()> {
-        let grid = grid.min(self.max_grid);
         if grid == 0 {
             return Ok(());
         }
@@ -115,6 +114,17 @@ impl Kernel {
             // SAFETY: the function's module is loaded as long as `self` lives; the parameters are the caller's promise.
             unsafe { sys::cuLaunchKernelEx(&config, self.function, params.as_mut_ptr(), std::ptr::null_mut()) }.result()
         })
+    }
+
+    /// CTAs that a forward launch of so much work has.
+    fn grid_of(&self, launches: &ForwardLaunches, variant: TileVariant) -> u32 {
+        let (pieces, ctas) = (launches.grids[variant.index()], launches.ctas[variant.index()]);
+        if ctas > self.max_grid { pieces.min(ctas) } else { self.useful(pieces) }
+    }
+
+    /// Of so many CTAs those that are of use.
+    fn useful(&self, ctas: u32) -> u32 {
+        ctas.min(self.max_grid)
     }
 
     fn configuration(
@@ -193,7 +203,7 @@ pub(crate) fn launch_forward(
     let Some(maps) = maps.get(..kernel.spec.tensor_maps as usize) else {
         return Err(Error::invalid("tensor maps", maps.len(), format!("{}", kernel.spec.tensor_maps)));
     };
-    let grid = launches.grids[variant.index()];
+    let grid = kernel.grid_of(launches, variant);
     launches.of_variant(variant).try_for_each(|forward| {
         let mut params = parameter_pointers(&forward, maps);
         // SAFETY: the manifest says that this family takes ForwardParams and `tensor_maps` maps. The run was checked against
@@ -212,7 +222,7 @@ pub(crate) fn launch_merge(kernel: &Kernel, run: &PreparedRun, stream: &CurrentS
     let mut params = [(&raw const run.merge).cast_mut().cast::<c_void>()];
     // SAFETY: merge kernels take MergeParams alone; the driver reads, never writes, parameters. Addresses as in
     // `launch_forward`. The grid fits: `RunArgs::prepare` keeps `merge_rows` below 2^31.
-    unsafe { kernel.launch(grid, &mut params, kernel.spec.waits(), stream) }
+    unsafe { kernel.launch(kernel.useful(grid), &mut params, kernel.spec.waits(), stream) }
 }
 
 /// Launches a fill kernel.
@@ -222,7 +232,7 @@ pub(crate) fn launch_fill(kernel: &Kernel, fill: &CheckedFill, ctas: u32, stream
     }
     let mut params = [(&raw const fill.0).cast_mut().cast::<c_void>()];
     // SAFETY: fill kernels take FillParams alone; `CheckedFill` says that the target holds what they write.
-    unsafe { kernel.launch(ctas, &mut params, false, stream) }
+    unsafe { kernel.launch(kernel.useful(ctas), &mut params, false, stream) }
 }
 
 /// Launches the L2 flush.
@@ -234,7 +244,7 @@ pub(crate) fn launch_flush(kernel: &Kernel, flush: &L2Flush, ctas: u32, stream: 
     let mut params = [(&raw const record).cast_mut().cast::<c_void>()];
     // SAFETY: the flush kernel takes FlushParams alone; `L2Flush` owns both buffers, with one sum per CTA, and freeing
     // them waits for the device.
-    unsafe { kernel.launch(ctas, &mut params, false, stream) }
+    unsafe { kernel.launch(kernel.useful(ctas), &mut params, false, stream) }
 }
 
 /// Launches an append kernel.
@@ -245,7 +255,7 @@ pub(crate) fn launch_append(kernel: &Kernel, append: &CheckedAppend, stream: &Cu
     let mut params = [(&raw const append.params).cast_mut().cast::<c_void>()];
     // SAFETY: the kernels take ScaledAppendParams or AppendParams, its first part, alone; `CheckedAppend` says that the tensors
     // hold what its kernel reads and writes, and slots beyond the cache are skipped.
-    unsafe { kernel.launch(append.ctas, &mut params, false, stream) }
+    unsafe { kernel.launch(kernel.useful(append.ctas), &mut params, false, stream) }
 }
 
 /// Launches a kernel that merges attention states.
@@ -259,7 +269,7 @@ pub(crate) fn launch_merge_states(
     }
     let mut params = [(&raw const merge.0).cast_mut().cast::<c_void>()];
     // SAFETY: the kernels take MergeStatesParams alone; `CheckedMergeStates` says that the states hold what they access.
-    unsafe { kernel.launch(merge.1, &mut params, false, stream) }
+    unsafe { kernel.launch(kernel.useful(merge.1), &mut params, false, stream) }
 }
 
 /// The driver call of one launch, made ready ahead: a measurement compares runs with the bare calls.
@@ -286,7 +296,7 @@ impl<'a> BareLaunch<'a> {
         let launch = |forward| {
             let forward = Box::new(forward);
             let (params, _) = parameter_pointers(&*forward, maps);
-            let bare = Self::new(kernel, launches.grids[variant.index()], params, kernel.spec.waits(), stream);
+            let bare = Self::new(kernel, kernel.grid_of(launches, variant), params, kernel.spec.waits(), stream);
             Self { _forward: Some(forward), ..bare }
         };
         launches.of_variant(variant).map(launch).collect()
@@ -295,7 +305,7 @@ impl<'a> BareLaunch<'a> {
     pub(crate) fn merge(kernel: &'a Kernel, run: &'a PreparedRun, stream: &CurrentStream<'_>) -> Option<Self> {
         let (params, _) = parameter_pointers(&run.merge, &[]);
         (kernel.spec.family == Family::Merge)
-            .then(|| Self::new(kernel, run.merge_rows as u32, params, kernel.spec.waits(), stream))
+            .then(|| Self::new(kernel, kernel.useful(run.merge_rows as u32), params, kernel.spec.waits(), stream))
     }
 
     fn new(
@@ -306,7 +316,7 @@ impl<'a> BareLaunch<'a> {
         stream: &CurrentStream<'_>,
     ) -> Self {
         let mut attribute = Box::new(overlapping());
-        let config = kernel.configuration(grid.min(kernel.max_grid), &mut *attribute, programmatic, stream);
+        let config = kernel.configuration(grid, &mut *attribute, programmatic, stream);
         Self { kernel, config, _attribute: attribute, _forward: None, params }
     }
 
