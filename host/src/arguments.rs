@@ -8,9 +8,6 @@ use pat_abi::{Switches, TileVariant};
 /// Bytes of an element of LSE.
 pub(crate) const LSE_BYTES: u32 = 4;
 
-/// Bytes of an attention sink.
-pub(crate) const SINK_BYTES: u32 = 4;
-
 /// The tensors of a run: how many elements there are, and their strides.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RunTensors {
@@ -24,7 +21,6 @@ pub(crate) struct RunTensors {
     pub(crate) v: (u64, KvStrides),
     pub(crate) out: (u64, RowStrides),
     pub(crate) lse: Option<(u64, RowStrides)>,
-    pub(crate) sinks: Option<u64>,
 }
 
 /// Elements, from the first on, that the run may access of each tensor.
@@ -44,7 +40,7 @@ impl RunTensors {
     /// The plan was made for another problem, no kernel can compute the problem with such pools, a tensor is too small for
     /// its strides, a stride is not accepted, or rows of an output overlap.
     pub(crate) fn check(&self, plan: Planned) -> Result<Accessed> {
-        let Self { problem, num_pages, rows, q, k, v, out, lse, sinks } = *self;
+        let Self { problem, num_pages, rows, q, k, v, out, lse } = *self;
         let shape = problem.shape();
         plan.check_is(&problem.planned(), "the run")?;
         supports(&problem, Some((k.1, v.1)), None)?;
@@ -65,7 +61,6 @@ impl RunTensors {
             lse: 0,
         };
         check_apart("out", out_dims, v_head_dim)?;
-        problem.check_sinks(sinks)?;
         if let Some((elements, strides)) = lse {
             let dims = row_dims(strides);
             accessed.lse = check_lse("lse", elements, &dims)?;
@@ -186,7 +181,6 @@ mod tests {
             v: (3 * 2048, pool),
             out: (5 * 256, rows),
             lse: Some((20, RowStrides::lse(4))),
-            sinks: None,
         }
     }
 
@@ -294,11 +288,6 @@ mod tests {
         );
         assert!(with(problem.with_window(9)).starts_with("plan does not fit the visibility of the run"));
         assert!(with(problem.with_soft_cap(-9.0)).starts_with("soft_cap: got -9"));
-        assert!(with(problem.with_sinks()).starts_with("sinks: got none, expected at least 4 elements"));
-        let sinks = RunTensors { sinks: Some(3), problem: problem.with_sinks(), ..good() };
-        assert!(refusal(sinks).starts_with("sinks: got 3 elements, expected at least 4 elements"));
-        assert!(refusal(RunTensors { sinks: Some(4), ..good() }).starts_with("sinks: got 4 elements, expected none"));
-        RunTensors { sinks: Some(4), ..sinks }.check(problem.planned()).unwrap();
         assert!(with(problem.with_scale(0.0)).starts_with("softmax_scale: got 0"));
         RunTensors { problem: problem.with_scale(0.5), ..good() }.check(problem.planned()).unwrap();
     }

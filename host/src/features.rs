@@ -6,6 +6,7 @@
 use crate::eligibility::Accepted;
 use crate::{Error, Problem, QueryTokens, Result};
 use pat_abi::Switches;
+use pat_abi::params::Denominators;
 use std::f32::consts::LOG2_E;
 use std::fmt;
 
@@ -156,6 +157,9 @@ pub struct Score {
     /// Whether a bias that is linear in the distance is added (ALiBi).
     pub has_alibi: bool,
 }
+
+/// Bytes of an attention sink.
+pub(crate) const SINK_BYTES: u32 = 4;
 
 /// All of them.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -360,6 +364,11 @@ impl Problem {
         }
     }
 
+    /// What kernels take of it; `sinks` is the address of one for each query head, or 0.
+    pub(crate) fn denominators(&self, sinks: u64) -> Denominators {
+        Denominators { sinks }
+    }
+
     /// # Errors
     /// So many sinks are too few, or there are to be none.
     pub(crate) fn check_sinks(&self, count: Option<u64>) -> Result<()> {
@@ -377,6 +386,22 @@ impl Problem {
 mod tests {
     use super::*;
     use crate::{AttentionShape, Dtype};
+
+    #[test]
+    fn sinks_are_given_where_the_problem_has_some() {
+        let problem = Problem::new(AttentionShape::new(4, 2, 64, Dtype::F16).expect("a valid shape"), 16);
+        let refusal = |problem: Problem, count| problem.check_sinks(count).map_err(|error| error.to_string()).err();
+        let with_sinks = problem.with_sinks();
+        let expected = |got| Some(format!("sinks: got {got}, expected at least 4 elements, as the problem says"));
+        assert_eq!(refusal(with_sinks, None), expected("none"));
+        assert_eq!(refusal(with_sinks, Some(3)), expected("3 elements"));
+        let none = Some("sinks: got 4 elements, expected none, as the problem says".to_owned());
+        assert_eq!(refusal(problem, Some(4)), none);
+        assert_eq!(
+            [refusal(with_sinks, Some(4)), refusal(with_sinks, Some(5)), refusal(problem, None)],
+            [None, None, None]
+        );
+    }
 
     #[test]
     fn kernels_multiply_by_the_scale_and_the_cap() {

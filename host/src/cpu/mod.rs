@@ -187,7 +187,7 @@ pub(crate) fn check<T: Element, C: KvElement>(
     let (kv_heads, is_eight_bit) = (plan.shape().kv_heads(), C::DTYPE.bytes() == 1);
     tensors.k_scale.check("k_scale", kv_heads, is_eight_bit)?;
     tensors.v_scale.check("v_scale", kv_heads, is_eight_bit)?;
-    let tensors = RunTensors {
+    let checked = RunTensors {
         problem: tensors.problem,
         num_pages: plan.num_pages(),
         rows: plan.sequence_count(),
@@ -196,9 +196,9 @@ pub(crate) fn check<T: Element, C: KvElement>(
         v: (tensors.v.len() as u64, tensors.v_strides),
         out: (out_len as u64, tensors.out_strides),
         lse: lse_len.map(|len| (len as u64, tensors.lse_strides)),
-        sinks: tensors.sinks.map(|sinks| sinks.len() as u64),
     };
-    tensors.check(plan.problem().planned()).map(|_| ())
+    checked.check(plan.problem().planned())?;
+    tensors.problem.check_sinks(tensors.sinks.map(|sinks| sinks.len() as u64))
 }
 
 /// Combines the partials at `rows` into `merged` and returns their joint log-sum-exp: 0 and −inf where there are none.

@@ -3,11 +3,11 @@
 use super::CudaDevice;
 use super::plan_buffers::{BindingTerms, PlanTerms, Workspace};
 use super::tensor_map::TensorMapSpec;
-use crate::arguments::{Accessed, LSE_BYTES, RunTensors, SINK_BYTES};
+use crate::arguments::{Accessed, LSE_BYTES, RunTensors};
 use crate::eligibility::VECTOR_BYTES;
+use crate::features::SINK_BYTES;
 use crate::{AttentionShape, Error, KvScale, KvStrides, Problem, Result, RowStrides};
 use pat_abi::manifest::MergeShape;
-use pat_abi::params::Denominators;
 use pat_abi::{
     FastDivisor, ForwardParams, GroupParts, MergeParams, PlanHeader, RUN_PAGES, ScaledForwardParams, TileVariant,
 };
@@ -358,7 +358,9 @@ impl RunArgs {
         let is_eight_bit = shape.kv_dtype().bytes() == 1;
         self.k_scale.check("k_scale", shape.kv_heads(), is_eight_bit)?;
         self.v_scale.check("v_scale", shape.kv_heads(), is_eight_bit)?;
-        self.check_memory(&self.tensors().check(plan.terms.planned)?, workspace)?;
+        let accessed = self.tensors().check(plan.terms.planned)?;
+        self.problem.check_sinks(self.sinks.as_ref().map(|span| span.bytes / u64::from(SINK_BYTES)))?;
+        self.check_memory(&accessed, workspace)?;
         let (partial_out, partial_lse) = workspace.layout(shape, plan.limits.max_slots)?;
         let (lse, lse_strides) = self
             .lse
@@ -377,7 +379,7 @@ impl RunArgs {
             lse,
             partial_out,
             partial_lse,
-            denominators: Denominators { sinks: self.sinks.as_ref().map_or(0, |span| span.address) },
+            denominators: self.problem.denominators(self.sinks.as_ref().map_or(0, |span| span.address)),
             q_sequence_stride: self.q_strides.sequence * q_bytes,
             q_head_stride: self.q_strides.head * q_bytes,
             k_page_stride: self.k_strides.page * kv_bytes,
@@ -455,7 +457,6 @@ impl RunArgs {
             v: (elements(&self.v, shape.kv_dtype().bytes()), self.v_strides),
             out: (elements(&self.out, shape.out_dtype().bytes()), self.out_strides),
             lse: self.lse.as_ref().map(|(span, strides)| (elements(span, LSE_BYTES), *strides)),
-            sinks: self.sinks.as_ref().map(|span| elements(span, SINK_BYTES)),
         }
     }
 
