@@ -18,7 +18,7 @@ use pat_rs::{
 use pat_tests::executor::{Executor, Interpreter};
 use pat_tests::interpreted::{DeviceMemory, InterpretedRun};
 use pat_tests::{Case, Output, draw_sinks, random_case, random_case_of_pages, softmax_scale, strided};
-use pat_workloads::{Oracle, OwnedBatch, RowSample, Tensors, check};
+use pat_workloads::{Oracle, OwnedBatch, PoolLayout, RowSample, Tensors, check};
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -139,6 +139,52 @@ fn wgmma_kernels_read_pages_of_any_multiple_of_8_tokens() {
         let (q_heads, kv_heads) = (drawn.shape.q_heads(), drawn.shape.kv_heads());
         let shape = AttentionShape::new(q_heads, kv_heads, kernel.head_dim, kernel.dtype).unwrap();
         let case = Case { shape, ..drawn };
+        match kernel.dtype {
+            Dtype::F16 => run_case::<f16>(&mut rng, case, kernel, variant, index),
+            Dtype::Bf16 => run_case::<bf16>(&mut rng, case, kernel, variant, index),
+            other => panic!("no forest is drawn in {other:?}"),
+        };
+    });
+}
+
+/// Sequences behind one node, with private ends of any length, some of them in two levels.
+fn draw_private_ends(rng: &mut impl Rng, kernel: &KernelSpec) -> Case {
+    let page_size = *[8, 16, 24, 32, 32, 48, 64].choose(rng).unwrap();
+    let group = *[2, 4, 5, 8].choose(rng).unwrap();
+    let shape = AttentionShape::new(group, 1, kernel.head_dim, kernel.dtype).unwrap();
+    let node: Vec<u32> = (0..rng.random_range(1..=200u32.div_ceil(page_size))).collect();
+    let (mut num_pages, mut lengths, mut block_tables) = (node.len() as u32, Vec::new(), Vec::<Vec<u32>>::new());
+    for sequence in 0..rng.random_range(24 / group..=130 / group) as usize {
+        let mut table = if sequence % 3 == 2 { block_tables[sequence - 1].clone() } else { node.clone() };
+        table.truncate(table.len().saturating_sub(1).max(node.len()));
+        let begin = table.len() as u32 * page_size;
+        let tokens = *[1, page_size, 32, rng.random_range(1..150)].choose(rng).unwrap();
+        let pages = tokens.div_ceil(page_size);
+        table.extend(num_pages..num_pages + pages);
+        num_pages += pages;
+        lengths.push(begin + tokens);
+        block_tables.push(table);
+    }
+    // Only full pages are shared: who shares the pages of a sequence in front of it ends with some of its own.
+    for sequence in 0..lengths.len() {
+        let full = block_tables[sequence].len() as u32 * page_size;
+        if sequence % 3 == 1 {
+            lengths[sequence] = full;
+        }
+    }
+    Case { batch: OwnedBatch { page_size, num_pages, lengths, block_tables }, shape, layout: PoolLayout::Nhd }
+}
+
+/// Tiles that few rows attend to: each warp goes its own way, in front of the tiles of the whole warpgroup and behind them.
+#[test]
+fn private_ends_agree_with_the_oracle() {
+    let kernels: Vec<_> = forward_kernels().filter(|(_, variant)| variant.arch() == Arch::Sm90a).collect();
+    let runs: Vec<_> = kernels.iter().flat_map(|&kernel| (0..6).map(move |index| (kernel, index))).collect();
+    runs.into_par_iter().for_each(|((kernel, variant), index)| {
+        let mut rng = ChaCha8Rng::seed_from_u64(2000 + index);
+        let case = draw_private_ends(&mut rng, kernel);
+        // Packed.
+        let index = 5 * index + 1;
         match kernel.dtype {
             Dtype::F16 => run_case::<f16>(&mut rng, case, kernel, variant, index),
             Dtype::Bf16 => run_case::<bf16>(&mut rng, case, kernel, variant, index),

@@ -559,7 +559,7 @@ impl Plan {
 
     /// Tokens of an entry of an item's stream: of a page, or of a run of pages.
     pub fn entry_tokens(&self, item: &WorkItem) -> u32 {
-        self.page_size() * item.run_pages.max(1)
+        self.page_size() * u32::from(item.run_pages).max(1)
     }
 
     /// The queries of the items.

@@ -7,9 +7,24 @@ use super::forest::Forest;
 use super::tiling::{Extent, RowTile};
 use crate::tree::PagePart;
 use crate::visible::Hidden;
-use crate::{DecodeBatch, Result};
-use pat_abi::{DIRECT_SLOT, ItemQuery, MergeRow, NO_MASKS, NONE, PageMask, WorkItem};
+use crate::{AttentionShape, DecodeBatch, Result};
+use pat_abi::{DIRECT_SLOT, ItemQuery, LoneTiles, MergeRow, NO_MASKS, NONE, PageMask, TileVariant, WorkItem};
 use std::cmp::Reverse;
+
+/// Rows that a warp of a wgmma kernel computes lone tiles for, in an item of `row_count` rows: `wgmma64` shares few rows out.
+const fn warp_rows(variant: TileVariant, row_count: u32) -> u32 {
+    match row_count {
+        ..=16 if matches!(variant, TileVariant::Wgmma64) => 4,
+        ..=32 if matches!(variant, TileVariant::Wgmma64) => 8,
+        _ => 16,
+    }
+}
+
+/// Most warps that have rows of one item.
+const MAX_WARPS: usize = PageMask::ALL_ROWS.div_ceil(16) as usize;
+
+/// Keys that a warp computes at a time.
+const LONE_KEYS: u64 = 32;
 
 /// A run of pages in a stream and the sequences of the tile that read it.
 #[derive(Clone, Copy, Debug)]
@@ -23,6 +38,8 @@ struct Run {
     reader_end: u32,
     /// Whether it ends with the last page of its only reader.
     is_tail: bool,
+    /// Its place in the stream of an item whose runs are put into another order.
+    place: u64,
 }
 
 /// Memory reused between calls.
@@ -37,6 +54,7 @@ pub(super) struct Scratch {
 
 pub(super) struct Emitter<'a> {
     pub(super) batch: &'a DecodeBatch<'a>,
+    pub(super) shape: AttentionShape,
     /// What rows do not see of their pages.
     pub(super) hidden: Hidden<'a>,
     /// Whether kernels ask for the first tokens of pages that have masks.
@@ -110,7 +128,8 @@ impl Emitter<'_> {
                 let page_end = scratch.depths.last().map_or(extent.pages, |&(deeper, _)| deeper);
                 let is_tail = scratch.depths.is_empty() && reader_end == reader + 1;
                 let sequence = order[reader as usize];
-                let mut run = Run { sequence, page_begin, page_end, reader_begin: reader, reader_end, is_tail };
+                let mut run =
+                    Run { sequence, page_begin, page_end, reader_begin: reader, reader_end, is_tail, place: 0 };
                 while run.page_begin < run.page_end {
                     let split = run.page_end.min(run.page_begin.saturating_add(room));
                     let is_tail = run.is_tail && split == run.page_end;
@@ -142,7 +161,7 @@ impl Emitter<'_> {
         while page_begin < end {
             let page_end = page_begin.saturating_add(tile.chunk_pages).min(end);
             let is_tail = page_end == own_end;
-            scratch.runs.push(Run { sequence, page_begin, page_end, reader_begin: 0, reader_end, is_tail });
+            scratch.runs.push(Run { sequence, page_begin, page_end, reader_begin: 0, reader_end, is_tail, place: 0 });
             let chunk = page_begin / tile.chunk_pages;
             self.item(order, (index, chunk), &mut scratch.runs, &mut scratch.slots, records)?;
             page_begin = page_end;
@@ -186,7 +205,20 @@ impl Emitter<'_> {
 
         let is_cut = |run: &Run| self.hidden_tokens(run) > 0 || self.parts(run).next().is_some();
         let uniform = !runs.iter().any(is_cut) && runs.iter().all(|run| rows_of(run) == (0, row_count));
-        if tile % 2 == 1 && !uniform {
+        let variant = self.choice.variant(row_count / sequence_rows);
+        let is_turned = tile % 2 == 1 && !uniform;
+        // Bits of fixed chunks do not depend on what else an item holds.
+        let has_lone_tiles = !uniform
+            && !matches!(self.mode, PlanMode::FixedChunk { .. })
+            && variant.has_lone_tiles(self.shape.kv_dtype(), self.shape.head_dim());
+        let lone_tiles = if !has_lone_tiles {
+            LoneTiles::NONE
+        } else {
+            // Two consumers have no registers for lone tiles in front.
+            let warp_rows = warp_rows(variant, row_count);
+            self.lone_tiles(runs, rows_of, (variant, warp_rows), is_turned && variant == TileVariant::Wgmma64)
+        };
+        if is_turned && lone_tiles == LoneTiles::NONE {
             runs.reverse();
         }
         let page_begin = records.page_count;
@@ -221,7 +253,6 @@ impl Emitter<'_> {
             records.push_run(StreamRun { sequence: NONE, page_begin: 0, page_end: room, masks });
         }
         let token_count = buffer::checked_count("tokens of an item", token_count)?;
-        let variant = self.choice.variant(row_count / sequence_rows);
         buffer::checked_count(
             "keys of an item",
             u64::from(page_count + room) * u64::from(variant.page_keys(page_size)),
@@ -248,11 +279,76 @@ impl Emitter<'_> {
             first_token_begin,
             kv_limit_begin,
             run_pages: 0,
+            lone_tiles,
         };
         records.push_item((variant, page_count, chunk), item, room);
         buffer::checked_count("items", records.items.len() as u64)?;
         runs.clear();
         Ok(())
+    }
+
+    /// Puts the runs that the rows of one warp attend to behind the others, or in front of them where the stream `is_turned`, if
+    /// warps then compute enough of them side by side: of each warp in turn. Says which tiles these are.
+    fn lone_tiles(
+        &self,
+        runs: &mut Vec<Run>,
+        rows_of: impl Fn(&Run) -> (u32, u32),
+        (variant, warp_rows): (TileVariant, u32),
+        is_turned: bool,
+    ) -> LoneTiles {
+        let page_keys = u64::from(variant.page_keys(self.batch.page_size()));
+        let keys_of = |run: &Run| u64::from(run.page_end - run.page_begin) * page_keys;
+        let warp_of = |run: &Run| {
+            let (begin, end) = rows_of(run);
+            (begin / warp_rows == (end - 1) / warp_rows).then_some((begin / warp_rows) as usize)
+        };
+        let mut of_warps = [0; MAX_WARPS];
+        let mut all_keys = 0;
+        for run in runs.iter() {
+            all_keys += keys_of(run);
+            if let Some(keys) = warp_of(run).and_then(|warp| of_warps.get_mut(warp)) {
+                *keys += keys_of(run);
+            }
+        }
+        let lone_keys: u64 = of_warps.iter().sum();
+        let longest = of_warps.iter().copied().max().unwrap_or(0);
+        let tile_keys = u64::from(variant.keys());
+        if lone_keys < 2 * tile_keys || longest * 5 > lone_keys * 2 {
+            return LoneTiles::NONE;
+        }
+        // A long run would keep the others waiting.
+        let piece = (LONE_KEYS / page_keys).max(1) as u32;
+        for index in 0..runs.len() {
+            let run = runs[index];
+            if warp_of(&run).is_some() && run.page_end - run.page_begin > piece {
+                let mut end = run.page_begin + piece;
+                runs[index] = Run { page_end: end, is_tail: false, ..run };
+                while end < run.page_end {
+                    let begin = end;
+                    end = (begin + piece).min(run.page_end);
+                    let is_tail = run.is_tail && end == run.page_end;
+                    runs.push(Run { page_begin: begin, page_end: end, is_tail, ..run });
+                }
+            }
+        }
+        const LONE: u64 = 1 << 63;
+        let mut placed = [0; MAX_WARPS];
+        for (index, run) in (0u64..).zip(runs.iter_mut()) {
+            run.place = match warp_of(run) {
+                Some(warp) => {
+                    let before = placed[warp];
+                    placed[warp] += keys_of(run);
+                    (if is_turned { 0 } else { LONE }) | before << 8 | warp as u64
+                }
+                None => (if is_turned { LONE } else { 0 }) | index,
+            };
+        }
+        runs.sort_unstable_by_key(|run| run.place);
+        if is_turned {
+            LoneTiles::first((lone_keys / tile_keys) as u32)
+        } else {
+            LoneTiles::from(((all_keys - lone_keys).div_ceil(tile_keys)).max(1) as u32)
+        }
     }
 
     /// Tokens at the front of a run's first page that its readers do not attend to: all of them the same.

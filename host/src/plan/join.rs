@@ -109,7 +109,7 @@ impl Plan {
             mask_begin: if item.mask_begin == NO_MASKS { NO_MASKS } else { item.mask_begin + of_runs.mask_count },
             ..*item
         };
-        let in_run = |item: &WorkItem| WorkItem { run_pages: RUN_PAGES, ..*item };
+        let in_run = |item: &WorkItem| WorkItem { run_pages: RUN_PAGES as u16, ..*item };
         let mut end = 0;
         for variant in TileVariant::ALL {
             let [run_items, single_items] = both.map(|plan| plan.variant_items(variant));

@@ -701,6 +701,7 @@ impl Planner {
         let has_room = self.capacity.is_none_or(|capacity| with_room() <= u64::from(capacity.max_pages));
         let emitter = Emitter {
             batch,
+            shape: self.problem.shape(),
             hidden,
             has_first_tokens: self.problem.switches().window,
             forest: &self.forest,

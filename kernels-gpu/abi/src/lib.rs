@@ -28,7 +28,7 @@ pub use manifest::{Arch, Dtype, Family, KERNELS, KernelSpec, TileVariant};
 pub use occupancy::DeviceLimits;
 pub use params::{FastDivisor, FillParams, FlushParams, ForwardParams, MergeParams, ScaledForwardParams};
 pub use plan::{
-    DIRECT_SLOT, ItemQuery, MAX_TILE_VARIANTS, MergeRow, NO_MASKS, NONE, PLAN_MAGIC, PLAN_VERSION, PageMask,
+    DIRECT_SLOT, ItemQuery, LoneTiles, MAX_TILE_VARIANTS, MergeRow, NO_MASKS, NONE, PLAN_MAGIC, PLAN_VERSION, PageMask,
     PlanHeader, RUN_PAGES, VariantItems, WorkItem,
 };
 pub use row_params::{AppendParams, MergeStatesParams, ScaledAppendParams, StateParams};

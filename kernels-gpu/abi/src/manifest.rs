@@ -156,6 +156,14 @@ pub enum TileVariant {
 }
 
 impl TileVariant {
+    /// Whether warps of the variant's kernels compute tiles that few rows attend to each for itself ([`crate::LoneTiles`]), over K
+    /// and V of this type and head dimension. In the other wgmma kernels registers do not suffice.
+    pub const fn has_lone_tiles(self, kv_dtype: Dtype, head_dim: u32) -> bool {
+        matches!(self.arch(), Arch::Sm90a) && kv_dtype.bytes() == 2 && head_dim <= 128
+    }
+}
+
+impl TileVariant {
     /// All variants in order of discriminant.
     pub const ALL: [Self; 6] = [Self::Mma16, Self::Mma32, Self::Mma64, Self::Mma128, Self::Wgmma64, Self::Wgmma128];
 

@@ -3,7 +3,7 @@
 use bytemuck::{Pod, Zeroable};
 
 /// Version of the records: of their fields, sizes and meaning. Goes up when any of these changes.
-pub const PLAN_VERSION: u8 = 2;
+pub const PLAN_VERSION: u8 = 3;
 
 /// First word of every plan buffer: "PAT" and the version. A kernel that finds something else there returns without writing.
 pub const PLAN_MAGIC: u32 = u32::from_le_bytes([b'P', b'A', b'T', PLAN_VERSION]);
@@ -120,7 +120,47 @@ pub struct WorkItem {
     pub kv_limit_begin: u32,
     /// 0, or [`RUN_PAGES`]: so many consecutive pages of one token are an entry of the stream, whose page id is that of the
     /// first. To kernels these are pages of as many tokens; they are told so by their parameters, and do not read it.
-    pub run_pages: u32,
+    pub run_pages: u16,
+    /// Tiles that few of the rows attend to. The wgmma kernels read it, for speed alone: results do not depend on it.
+    pub lone_tiles: LoneTiles,
+}
+
+/// Tiles (main-loop steps) at one end of an item's stream that hold pages of few rows each. The warps of a wgmma kernel compute
+/// these each for itself, if it has rows that attend to them, and side by side; the others, which all rows attend to, the
+/// warpgroup computes. At least one tile is left to it.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct LoneTiles(pub u16);
+
+impl LoneTiles {
+    /// There are none.
+    pub const NONE: Self = Self(0);
+    const IN_FRONT: u32 = 1 << 15;
+    /// Largest number of a tile.
+    const MAX: u32 = Self::IN_FRONT - 1;
+
+    /// The first `count` tiles, or as many as can be said.
+    pub const fn first(count: u32) -> Self {
+        let count = if count < Self::MAX { count } else { Self::MAX };
+        if count == 0 { Self::NONE } else { Self((Self::IN_FRONT | count) as u16) }
+    }
+
+    /// Tile `begin`, at least 1, and those behind it, if that can be said.
+    pub const fn from(begin: u32) -> Self {
+        if begin <= Self::MAX { Self(begin as u16) } else { Self::NONE }
+    }
+
+    /// Where, in a stream of `tile_count` tiles, those begin that are not among these, and where they end: at least one.
+    #[inline(always)]
+    pub const fn others(self, tile_count: u32) -> (u32, u32) {
+        let place = self.0 as u32 & Self::MAX;
+        let last = tile_count - 1;
+        if self.0 as u32 & Self::IN_FRONT != 0 {
+            (if place < last { place } else { last }, tile_count)
+        } else {
+            (0, if place > 0 && place < tile_count { place } else { tile_count })
+        }
+    }
 }
 
 /// Consecutive pages of one token that an entry may hold: a common page size, which every kernel serves.

@@ -9,8 +9,8 @@
 use core::mem::offset_of;
 
 use crate::{
-    FastDivisor, ItemQuery, MergeRow, NO_MASKS, NONE, PLAN_MAGIC, PageMask, PlanHeader, TileVariant, VariantItems,
-    WorkItem,
+    FastDivisor, ItemQuery, LoneTiles, MergeRow, NO_MASKS, NONE, PLAN_MAGIC, PageMask, PlanHeader, TileVariant,
+    VariantItems, WorkItem,
 };
 
 /// Loads words of a plan buffer.
@@ -53,6 +53,7 @@ const _: () = {
     assert!(offset_of!(ItemQuery, query_token) == 0 && offset_of!(ItemQuery, slot) == 4);
     assert!(size_of::<ItemQuery>().is_multiple_of(8) && size_of::<PageMask>() == 4);
     assert!(offset_of!(WorkItem, kv_limit_begin) == offset_of!(WorkItem, first_token_begin) + 4);
+    assert!(offset_of!(WorkItem, lone_tiles) == offset_of!(WorkItem, run_pages) + 2);
     assert!(offset_of!(MergeRow, sequence) == 0 && offset_of!(MergeRow, slot_begin) == 4);
     assert!(offset_of!(MergeRow, slot_count) == 8 && size_of::<MergeRow>() == 16);
 };
@@ -94,6 +95,14 @@ impl PlanView {
         let [page_begin, token_count, query_begin, row_count] = words.quad(address);
         let mask_begin = words.word(address + offset_of!(WorkItem, mask_begin) as u64);
         Work { page_begin, token_count, query_begin, row_count, mask_begin, kv_head }
+    }
+
+    /// Which tiles few rows of piece of work `index` attend to.
+    #[inline(always)]
+    pub fn lone_tiles(&self, words: impl PlanWords, index: u32, kv_heads: FastDivisor) -> LoneTiles {
+        let item = self.items + kv_heads.divide(index) as u64 * size_of::<WorkItem>() as u64;
+        // Two fields of 16 bits share a word, the first its lower half.
+        LoneTiles((words.word(item + offset_of!(WorkItem, run_pages) as u64) >> 16) as u16)
     }
 
     /// The KV tokens of `work`.
@@ -312,8 +321,11 @@ mod tests {
             first_token_begin: NONE,
             kv_limit_begin: NONE,
             run_pages: 0,
+            lone_tiles: LoneTiles::NONE,
         };
-        let last = WorkItem { first_token_begin: 1, kv_limit_begin: 3, ..item(2, 8, 1, 4, 0) };
+        let lone_tiles = LoneTiles::from(5);
+        let last =
+            WorkItem { first_token_begin: 1, kv_limit_begin: 3, run_pages: 16, lone_tiles, ..item(2, 8, 1, 4, 0) };
         let items = [item(9, 9, 9, 9, 9), item(0, 5, 0, 2, NO_MASKS), last];
         let query = |query_token, slot| ItemQuery { query_token, slot };
         let queries = [query(7, 3), query(8, 4), query(9, 5)];
@@ -354,6 +366,7 @@ mod tests {
         assert_eq!((stream.token_count, stream.has_masks(), stream.page_id(words, 1)), (5, false, 41));
         let work = plan.work(words, 5, kv_heads);
         assert_eq!((work.row_count, work.kv_head, work.has_masks()), (4, 2, true));
+        assert_eq!([1, 5].map(|index| plan.lone_tiles(words, index, kv_heads)), [LoneTiles::NONE, LoneTiles::from(5)]);
         let stream = plan.stream(&work);
         assert_eq!(plan.page_id(words, &work, 1), 43);
         assert_eq!(stream.page_id(words, 1), 43);

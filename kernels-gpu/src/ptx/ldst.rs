@@ -289,6 +289,21 @@ pub unsafe fn load_shared_u32(address: u32) -> u32 {
     value
 }
 
+/// `ld.shared.v2.u32` (sm_20).
+///
+/// # Safety
+/// `address` is a multiple of 8 inside the CTA's shared memory, and its writers are ordered before by a barrier.
+#[inline(always)]
+pub unsafe fn load_shared_u32x2(address: u32) -> [u32; 2] {
+    let (a, b);
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("ld.shared.v2.u32 {{{0}, {1}}}, [{2}];", out(reg32) a, out(reg32) b, in(reg32) address,
+            options(nostack, preserves_flags));
+    }
+    [a, b]
+}
+
 /// `ld.shared.v4.u32` (sm_20).
 ///
 /// # Safety

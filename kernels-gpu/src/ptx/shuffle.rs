@@ -9,6 +9,8 @@ unsafe extern "C" {
     fn llvm_shfl_idx_i32(mask: u32, value: u32, lane: u32, clamp: u32) -> u32;
     #[link_name = "llvm.nvvm.vote.any.sync"]
     fn llvm_vote_any(mask: u32, predicate: bool) -> bool;
+    #[link_name = "llvm.nvvm.vote.ballot.sync"]
+    fn llvm_vote_ballot(mask: u32, predicate: bool) -> u32;
 }
 
 const ALL_LANES: u32 = u32::MAX;
@@ -61,4 +63,11 @@ pub fn from_lane_f32(value: f32, lane: u32) -> f32 {
 pub fn any(predicate: bool) -> bool {
     // SAFETY: all lanes take part; the callers are warp-uniform.
     unsafe { llvm_vote_any(ALL_LANES, predicate) }
+}
+
+/// `vote.sync.ballot.b32` (sm_30): bit `l` says whether the predicate holds in lane `l`. Convergent.
+#[inline(always)]
+pub fn ballot(predicate: bool) -> u32 {
+    // SAFETY: all lanes take part; the callers are warp-uniform.
+    unsafe { llvm_vote_ballot(ALL_LANES, predicate) }
 }

@@ -1,6 +1,7 @@
 //! The consumer warpgroups: scores, weights, outputs.
 
 use super::format::Format;
+use super::lone::lone_tiles;
 use super::masks::{ALL_VALUES, KeyMask, TileMasks, all_full, all_keys, load_masks, values_ends};
 use super::smem::{QSlots, Ring, Smem, tile_offset};
 use super::work::{Batch, query_of_row, work_index};
@@ -19,8 +20,8 @@ use crate::ptx::switches::below_in_window;
 use crate::ptx::wgmma::{self, HeadDim, WgmmaOps};
 use crate::softmax::{OnlineSoftmax, cap_scores, rescale, value_of_row};
 use core::borrow::Borrow;
-use pat_abi::NamedBarrier;
 use pat_abi::reader::PlanView;
+use pat_abi::{LoneTiles, NamedBarrier};
 
 /// Consumer warpgroup `consumer`. Q and O are of type `E`; what is multiplied is of type `M`.
 ///
@@ -50,8 +51,12 @@ pub(super) unsafe fn consume<
     let words = unsafe { AtOnce::new() };
     let splits = Smem::<HEAD_DIM, GROUPS, BYTES>::COLUMN_SPLITS;
     let (group, part) = (consumer / splits, consumer % splits);
+    let has_lone_tiles = const { Smem::<HEAD_DIM, GROUPS, BYTES>::HAS_LONE_TILES };
+    let has_own_rows = const { Smem::<HEAD_DIM, GROUPS, BYTES>::HAS_OWN_ROWS };
+    // Two consumers have no registers for records of work that they do not serve yet: they ask for the next one at an item's end.
+    let keeps_batch = const { GROUPS == 1 };
     let warp = (thread_index() & 127) >> 5;
-    let (lane, rows) = consumer_rows::<HEAD_DIM, GROUPS, BYTES>(thread_index());
+    let lane = thread_index() & 31;
     let mut ring = Ring { stage: 0, phase: 0 };
     let mut q_slots = QSlots::<GROUPS> { next: 0, phases: 0 };
     let mut round = 0;
@@ -64,19 +69,42 @@ pub(super) unsafe fn consume<
     unsafe {
         // Rows are repaired outside the loop over items, whose code is then in one piece: the queue's state is all that goes there.
         loop {
-            let mut batch = Batch::load(p, plan, round, lane);
+            let load_batch = |round| {
+                // Of one piece of work, all lanes load the same.
+                let lane = if keeps_batch { lane } else { 0 };
+                if has_lone_tiles {
+                    Batch::load_with_lone_tiles(p, plan, round, lane)
+                } else {
+                    Batch::load(p, plan, round, lane)
+                }
+            };
+            let mut batch = load_batch(round);
             let mut in_batch = 0;
             let Written { not_finite, softmaxes } = loop {
-                if in_batch == 32 {
+                if keeps_batch && in_batch == 32 {
                     in_batch = 0;
-                    batch = Batch::load(p, plan, round, lane);
+                    batch = load_batch(round);
                 }
-                let work = batch.get(in_batch);
-                in_batch += 1;
+                let (work, lone) =
+                    if has_lone_tiles { batch.get_with_lone_tiles(in_batch) } else { (batch.get(in_batch), LoneTiles::NONE) };
+                // Where the tiles begin and end that the warpgroup computes.
+                let (begin, end) = if has_lone_tiles {
+                    let tiles = work.token_count.div_ceil(Smem::<HEAD_DIM, GROUPS, BYTES>::KEYS);
+                    let (begin, end) = lone.others(tiles);
+                    // Registers of two consumers do not suffice for both ends of a stream.
+                    let begin = if GROUPS == 1 { begin } else { 0 };
+                    (begin * Smem::<HEAD_DIM, GROUPS, BYTES>::KEYS, end * Smem::<HEAD_DIM, GROUPS, BYTES>::KEYS)
+                } else {
+                    (0, work.token_count)
+                };
+                in_batch += keeps_batch as u32;
                 round += 1;
                 index = work_index(round);
                 let (_, of_head) = F::of_head(params, work.kv_head);
                 let p = of_head.borrow();
+                // Registers are short: where rows do not depend on the item, they are known already.
+                let thread = if has_own_rows { thread_index_here() } else { thread_index() };
+                let (_, rows) = consumer_rows::<HEAD_DIM, GROUPS, BYTES>(thread, work.row_count);
                 let destinations = rows.map(|row| query_of_row(p, plan, &work, row).0.token_and_slot(words));
 
                 let mut q = [0u32; Q_REGS];
@@ -84,8 +112,9 @@ pub(super) unsafe fn consume<
                 for i in 0..slot_count {
                     mbarrier::wait(smem.q_full(slot + i), q_slots.parity(slot + i));
                 }
-                // With 16 rows or fewer, all warps compute the rows of the first: only it has something to store.
-                let q_slot = if slot_count == 1 { slot } else { group * QSlots::<GROUPS>::PER_GROUP + warp };
+                // With few rows, several warps compute the same, and each stores its part of them.
+                let of_group = if has_own_rows { warp & (3 >> few_rows(work.row_count)) } else { warp };
+                let q_slot = if slot_count == 1 { slot } else { group * QSlots::<GROUPS>::PER_GROUP + of_group };
                 // Registers are short: offsets that do not change are not kept from item to item.
                 let q_lane = thread_index_here() & 31;
                 let q_row = q_slot % QSlots::<GROUPS>::PER_GROUP * QSlots::<GROUPS>::ROWS + (q_lane & 15);
@@ -106,6 +135,17 @@ pub(super) unsafe fn consume<
                 let mut weights = [[0u32; 16]; SPANS];
                 let mut softmax = OnlineSoftmax::EMPTY;
 
+                macro_rules! lone_tiles {
+                    ($begin:expr, $end:expr) => {
+                        lone_tiles::<E, M, F, HEAD_DIM, GROUPS, BYTES, Q_REGS, O_REGS>(
+                            p, smem, &mut ring, $begin, $end, work.row_count, &q, factors, &mut softmax, &mut o, part,
+                        )
+                    };
+                }
+                if has_lone_tiles && begin > 0 {
+                    lone_tiles!(0, begin);
+                }
+
                 // Scores of the first tile; in the loop, the scores of a tile are computed while the values of the tile
                 // before it are accumulated.
                 mbarrier::wait(smem.k_full(ring.stage), ring.phase);
@@ -118,13 +158,19 @@ pub(super) unsafe fn consume<
                 if Smem::<HEAD_DIM, GROUPS, BYTES>::CAPS_SCORES {
                     cap_scores(p, s.as_flattened_mut());
                 }
-                mask_scores::<HEAD_DIM, GROUPS, BYTES, SPANS>(&mut s, masks);
-                softmax.update::<true, _>(&mut s, p.scale_log2);
+                mask_scores::<HEAD_DIM, GROUPS, BYTES, SPANS>(&mut s, masks, work.row_count);
+                let correction = softmax.update::<true, _>(&mut s, p.scale_log2);
+                if has_lone_tiles
+                    && begin > 0
+                    && let Some(correction) = correction
+                {
+                    rescale(&mut o, correction);
+                }
                 pack_weights::<M, SPANS>(&s, &mut weights);
                 let mut previous = ring;
                 ring.advance(Smem::<HEAD_DIM, GROUPS, BYTES>::STAGES);
-                let mut token = Smem::<HEAD_DIM, GROUPS, BYTES>::KEYS;
-                while token < work.token_count {
+                let mut token = begin + Smem::<HEAD_DIM, GROUPS, BYTES>::KEYS;
+                while token < end {
                     mbarrier::wait(smem.k_full(ring.stage), ring.phase);
                     if ends != [ALL_VALUES; SPANS] {
                         mbarrier::wait(smem.v_full(previous.stage), previous.phase);
@@ -141,7 +187,7 @@ pub(super) unsafe fn consume<
                     if Smem::<HEAD_DIM, GROUPS, BYTES>::CAPS_SCORES {
                         cap_scores(p, s.as_flattened_mut());
                     }
-                    mask_scores::<HEAD_DIM, GROUPS, BYTES, SPANS>(&mut s, masks);
+                    mask_scores::<HEAD_DIM, GROUPS, BYTES, SPANS>(&mut s, masks, work.row_count);
                     let correction = softmax.update::<true, _>(&mut s, p.scale_log2);
                     <(M, HeadDim<HEAD_DIM>)>::wait_output(&mut o, &mut weights);
                     release(smem.v_empty(previous.stage), lane);
@@ -161,17 +207,36 @@ pub(super) unsafe fn consume<
                 let find_ends = |mut softmax: OnlineSoftmax| {
                     softmax.finish();
                     // Registers are short: not kept through the main loop.
-                    let (lane, rows) = consumer_rows::<HEAD_DIM, GROUPS, BYTES>(thread_index_here());
+                    let thread = thread_index_here();
+                    let (lane, rows) = consumer_rows::<HEAD_DIM, GROUPS, BYTES>(thread, work.row_count);
+                    let exist = if has_own_rows {
+                        let (begin, end) = own_rows::<HEAD_DIM, GROUPS, BYTES>(thread, work.row_count);
+                        rows.map(|row| row >= begin && row < end)
+                    } else {
+                        rows.map(|row| row < work.row_count)
+                    };
                     let targets = [0, 1].map(|half| {
                         let (_, head) = query_of_row(p, plan, &work, rows[half]);
                         Row::of_query(p, destinations[half], head)
                     });
-                    (lane, Ends::new(p, targets, rows.map(|row| row < work.row_count), &softmax))
+                    (lane, Ends::new(p, targets, exist, &softmax))
                 };
                 // While the last values are multiplied, where registers suffice.
-                let early = if HEAD_DIM <= 128 { Some(find_ends(softmax)) } else { None };
+                let early = if HEAD_DIM <= 128 && GROUPS == 1 { Some(find_ends(softmax)) } else { None };
+                if !keeps_batch {
+                    batch = load_batch(round);
+                }
                 <(M, HeadDim<HEAD_DIM>)>::wait_output(&mut o, &mut weights);
                 release(smem.v_empty(previous.stage), lane);
+                let mut early = early;
+                if has_lone_tiles {
+                    let token_count =
+                        if keeps_batch { batch.token_count_before(in_batch) } else { work.token_count };
+                    if end < token_count {
+                        lone_tiles!(end, token_count);
+                        early = early.map(|_| find_ends(softmax));
+                    }
+                }
                 let (lane, item_ends) = early.unwrap_or_else(|| find_ends(softmax));
 
                 let (format, _) = F::of_head(params, work.kv_head);
@@ -188,11 +253,15 @@ pub(super) unsafe fn consume<
             };
             // Of the item before.
             let thread = thread_index_here();
-            let (lane, first_row) = (thread % 32, consumer_warp::<HEAD_DIM, GROUPS, BYTES>(thread) * 16);
+            let lane = thread % 32;
+            let (_, [mut first_row, _]) = consumer_rows::<HEAD_DIM, GROUPS, BYTES>(thread - lane, GROUPS * GROUP_ROWS);
             // At head dim 256 it is the other way round: with it registers do not suffice.
             let address = if HEAD_DIM == 256 { p.plan } else { run_time_address(p.plan) };
             let plan = PlanView::load(words, address, Smem::<HEAD_DIM, GROUPS, BYTES>::VARIANT, p.kv_heads);
             let work = plan.work(words, work_index(round - 1), p.kv_heads_divisor);
+            if has_own_rows {
+                (_, [first_row, _]) = consumer_rows::<HEAD_DIM, GROUPS, BYTES>(thread - lane, work.row_count);
+            }
             let (format, of_head) = F::of_head(params, work.kv_head);
             let p = of_head.borrow();
             let columns = consumer_columns::<HEAD_DIM, GROUPS, BYTES>(part);
@@ -239,19 +308,45 @@ pub(super) unsafe fn release(empty: u32, lane: u32) {
     unsafe { mbarrier::arrive_lane_0(empty, lane) };
 }
 
-/// Which 16 rows a consumer thread's warp has.
+/// By how many powers of two an item of `row_count` rows has fewer than the warpgroup has.
 #[inline(always)]
-fn consumer_warp<const HEAD_DIM: u32, const GROUPS: u32, const BYTES: u32>(thread: u32) -> u32 {
-    let warp = thread / 32 - PRODUCER_WARPS;
-    if Smem::<HEAD_DIM, GROUPS, BYTES>::COLUMN_SPLITS == 1 { warp } else { warp % (GROUPS * GROUP_ROWS / 16) }
+fn few_rows(row_count: u32) -> u32 {
+    (row_count <= GROUP_ROWS / 2) as u32 + (row_count <= GROUP_ROWS / 4) as u32
 }
 
-/// The lane of a consumer thread, and the two tile rows it holds scores of.
+/// The lane of a consumer thread, and the two tile rows it holds scores of, in an item of `row_count` rows.
 #[inline(always)]
-pub(super) fn consumer_rows<const HEAD_DIM: u32, const GROUPS: u32, const BYTES: u32>(thread: u32) -> (u32, [u32; 2]) {
-    let (warp, lane) = (consumer_warp::<HEAD_DIM, GROUPS, BYTES>(thread), thread % 32);
+pub(super) fn consumer_rows<const HEAD_DIM: u32, const GROUPS: u32, const BYTES: u32>(
+    thread: u32,
+    row_count: u32,
+) -> (u32, [u32; 2]) {
+    let (warp, lane) = (thread / 32 - PRODUCER_WARPS, thread % 32);
+    let warp = if Smem::<HEAD_DIM, GROUPS, BYTES>::COLUMN_SPLITS > 1 {
+        warp % (GROUPS * GROUP_ROWS / 16)
+    } else if Smem::<HEAD_DIM, GROUPS, BYTES>::HAS_OWN_ROWS {
+        warp & (3 >> few_rows(row_count))
+    } else {
+        warp
+    };
     let row = warp * 16 + lane / 4;
     (lane, [row, row + 8])
+}
+
+/// Of the rows that a consumer thread's warp holds scores of, those that it stores, and computes lone tiles for: 16 of them, or
+/// as many fewer as the item has fewer than the warpgroup. Begin and end.
+#[inline(always)]
+pub(super) fn own_rows<const HEAD_DIM: u32, const GROUPS: u32, const BYTES: u32>(
+    thread: u32,
+    row_count: u32,
+) -> (u32, u32) {
+    let (_, [first_row, _]) = consumer_rows::<HEAD_DIM, GROUPS, BYTES>(thread & !31, row_count);
+    let (begin, count) = if Smem::<HEAD_DIM, GROUPS, BYTES>::HAS_OWN_ROWS {
+        let (warp, few) = (thread / 32 - PRODUCER_WARPS, few_rows(row_count));
+        (first_row + (warp >> (2 - few)) * (16 >> few), 16 >> few)
+    } else {
+        (first_row, 16)
+    };
+    (begin, if begin + count < row_count { begin + count } else { row_count })
 }
 
 /// Sets the scores of keys that a row does not attend to to -inf.
@@ -259,11 +354,12 @@ pub(super) fn consumer_rows<const HEAD_DIM: u32, const GROUPS: u32, const BYTES:
 pub(super) fn mask_scores<const HEAD_DIM: u32, const GROUPS: u32, const BYTES: u32, const SPANS: usize>(
     s: &mut [[f32; 32]; SPANS],
     masks: TileMasks<SPANS>,
+    row_count: u32,
 ) {
     if all_full(masks) {
         return;
     }
-    let (lane, rows) = consumer_rows::<HEAD_DIM, GROUPS, BYTES>(thread_index_here());
+    let (lane, rows) = consumer_rows::<HEAD_DIM, GROUPS, BYTES>(thread_index_here(), row_count);
     if all_keys(masks) {
         // Nearly all tiles of private pages: a choice per row, not per key.
         for (span, step) in spans_and_steps::<SPANS>() {

@@ -49,6 +49,18 @@ impl KeyMask {
         if self.has_row(row) { self.0 >> 16 & 0xff } else { 0 }
     }
 
+    /// Whether a row of `begin .. end` attends to keys that count.
+    #[inline(always)]
+    pub(super) fn has_row_of(self, (begin, end): (u32, u32)) -> bool {
+        begin < (self.0 >> 8 & 0xff) && end > (self.0 & 0xff) && self.0 >> 16 & 0xff != 0
+    }
+
+    /// The mask of 16 keys as it is without the word for a whole tile, [`Self::TILE_IS_FULL`].
+    #[inline(always)]
+    pub(super) fn of_full_tile(word: u32) -> Self {
+        Self(if word == Self::TILE_IS_FULL { Self::FULL } else { word })
+    }
+
     /// First key whose values must not be used: the pool may hold NaN there, and 0 * NaN is NaN.
     #[inline(always)]
     pub(super) fn values_end(self) -> u32 {

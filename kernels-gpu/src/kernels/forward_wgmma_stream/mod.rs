@@ -22,6 +22,7 @@
 
 mod consume;
 mod format;
+mod lone;
 mod masks;
 mod produce;
 mod smem;

@@ -38,6 +38,10 @@ impl<const HEAD_DIM: u32, const GROUPS: u32, const BYTES: u32> Smem<HEAD_DIM, GR
     pub(super) const CAPS_SCORES: bool = Self::VARIANT.serves(Switches::SCORES, Self::KV_DTYPE, HEAD_DIM);
     pub(super) const HAS_WINDOWS: bool =
         Self::VARIANT.serves(Switches { window: true, ..Switches::OFF }, Self::KV_DTYPE, HEAD_DIM);
+    /// Whether warps compute tiles that few rows attend to each for itself.
+    pub(super) const HAS_LONE_TILES: bool = Self::VARIANT.has_lone_tiles(Self::KV_DTYPE, HEAD_DIM);
+    /// Whether the warps share out the rows of an item that has few, so that all have lone tiles to compute.
+    pub(super) const HAS_OWN_ROWS: bool = Self::HAS_LONE_TILES && GROUPS == 1;
     const CONFIG: TileConfig = Self::VARIANT.config(HEAD_DIM).of_elements(BYTES);
     const LAYOUT: SmemLayout = {
         let config = Self::CONFIG;

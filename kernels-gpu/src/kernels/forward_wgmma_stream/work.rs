@@ -2,8 +2,8 @@
 
 use crate::plan_words::AtOnce;
 use crate::ptx::shuffle::from_lane_u32;
-use crate::ptx::special::{cta_count, cta_index};
-use pat_abi::ForwardParams;
+use crate::ptx::special::{cta_count, cta_index, run_time};
+use pat_abi::{ForwardParams, LoneTiles, NO_MASKS};
 use pat_abi::reader::{PlanView, QueryAddress, Work};
 
 /// The query of tile row `row` and the row's query head; row 0's for rows the item does not have.
@@ -20,6 +20,9 @@ pub(super) fn work_index(round: u32) -> u32 {
     let (place, count) = (cta_index(), cta_count());
     round * count + if round & 1 == 0 { place } else { count - 1 - place }
 }
+
+/// In a lane's count of rows, whether the item has masks.
+const HAS_MASKS: u32 = 1 << 15;
 
 /// The records of 32 consecutive pieces of work of this CTA, one per lane: rounds `first`, `first + 1`, ... Their tokens are counted
 /// as keys of their tiles, where pages may take more of these than they have tokens.
@@ -45,6 +48,46 @@ impl Batch {
         let full_pages = p.page_size.divide(lane_work.token_count - 1);
         lane_work.token_count += full_pages * (p.page_keys.divisor - p.page_size.divisor);
         Self { lane_work }
+    }
+
+    /// As [`Self::load`], with what [`Self::get_with_lone_tiles`] gives: registers are short, and a count of rows is small.
+    ///
+    /// # Safety
+    /// As [`Self::load`].
+    #[inline(always)]
+    pub(super) unsafe fn load_with_lone_tiles(p: &ForwardParams, plan: PlanView, first: u32, lane: u32) -> Self {
+        let index = work_index(first + lane);
+        let index = if index < plan.work_count { index } else { 0 };
+        // SAFETY: as in `load`.
+        let (LoneTiles(lone), mut batch) = unsafe {
+            (plan.lone_tiles(AtOnce::new(), index, p.kv_heads_divisor), Self::load(p, plan, first, lane))
+        };
+        batch.lane_work.row_count |= u32::from(lone) << 16 | if batch.lane_work.has_masks() { HAS_MASKS } else { 0 };
+        batch
+    }
+
+    /// What a consumer takes of the record that lane `lane` holds: neither where pages nor where masks begin. And the tiles that
+    /// few rows attend to.
+    #[inline(always)]
+    pub(super) fn get_with_lone_tiles(&self, lane: u32) -> (Work, LoneTiles) {
+        let Work { token_count, query_begin, row_count, kv_head, .. } = self.lane_work;
+        let broadcast = |value| from_lane_u32(value, lane);
+        let row_count = broadcast(row_count);
+        let work = Work {
+            page_begin: 0,
+            token_count: broadcast(token_count),
+            query_begin: broadcast(query_begin),
+            row_count: row_count & (HAS_MASKS - 1),
+            mask_begin: if row_count & HAS_MASKS != 0 { 0 } else { NO_MASKS },
+            kv_head: broadcast(kv_head),
+        };
+        (work, LoneTiles((row_count >> 16) as u16))
+    }
+
+    /// [`Work::token_count`] of the record before lane `lane`, asked for anew: not kept for this.
+    #[inline(always)]
+    pub(super) fn token_count_before(&self, lane: u32) -> u32 {
+        from_lane_u32(self.lane_work.token_count, run_time(lane) - 1)
     }
 
     /// The record that lane `lane` holds, in all lanes.
