@@ -10,10 +10,25 @@ use std::collections::BTreeMap;
 struct Gathering {
     /// Threads that it waits for.
     threads: u32,
-    /// The instruction, where it is an aligned one.
-    place: Option<usize>,
+    /// The instruction at which warps wait, once one does; `None` in it where it is not an aligned one.
+    place: Option<Option<usize>>,
+    /// Who waits.
     warps: Vec<usize>,
+    /// What those know that have arrived and gone on.
+    passed: Vec<Clock>,
 }
+
+/// A warp that comes to a numbered barrier.
+#[derive(Clone, Debug)]
+pub(crate) enum Comer {
+    /// It waits there.
+    Waits(usize),
+    /// It goes on; what it knows.
+    Passes(Clock),
+}
+
+/// Who was at a numbered barrier when the last one came: the warps that waited, and what the others knew.
+pub(crate) type Gathered = (Vec<usize>, Vec<Clock>);
 
 /// The numbered barriers of a CTA.
 #[derive(Clone, Debug, Default)]
@@ -25,15 +40,14 @@ pub(crate) struct NumberedBarriers {
 const NUMBERS: u64 = 16;
 
 impl NumberedBarriers {
-    /// A warp arrives, `place` being the instruction where that is an aligned one. The warps that may go on, if it is the
-    /// last one.
+    /// A warp arrives, `place` being the instruction where that is an aligned one. Who was there, if it is the last one.
     pub(crate) fn arrive(
         &mut self,
         id: u64,
         threads: u32,
         place: Option<usize>,
-        warp: usize,
-    ) -> Result<Option<Vec<usize>>, Fault> {
+        comer: Comer,
+    ) -> Result<Option<Gathered>, Fault> {
         let refuse = |what: String| Err(Fault::Barrier { id, what });
         if id >= NUMBERS {
             return refuse(format!("a CTA has barriers 0 to {}", NUMBERS - 1));
@@ -41,18 +55,22 @@ impl NumberedBarriers {
         if threads == 0 || !threads.is_multiple_of(32) {
             return refuse(format!("{threads} threads are not whole warps"));
         }
-        let gathering = self.gathering.entry(id).or_insert_with(|| Gathering { threads, place, warps: Vec::new() });
+        let empty = Gathering { threads, place: None, warps: Vec::new(), passed: Vec::new() };
+        let gathering = self.gathering.entry(id).or_insert(empty);
         if gathering.threads != threads {
             return refuse(format!("waits for {threads} threads here, for {} elsewhere", gathering.threads));
         }
-        if gathering.place != place {
-            return refuse("an aligned instruction, and other warps come to another one".into());
+        match comer {
+            Comer::Waits(_) if *gathering.place.get_or_insert(place) != place => {
+                return refuse("an aligned instruction, and other warps come to another one".into());
+            }
+            Comer::Waits(warp) => gathering.warps.push(warp),
+            Comer::Passes(clock) => gathering.passed.push(clock),
         }
-        gathering.warps.push(warp);
-        if (gathering.warps.len() as u32) * 32 < threads {
+        if ((gathering.warps.len() + gathering.passed.len()) as u32) * 32 < threads {
             return Ok(None);
         }
-        Ok(self.gathering.remove(&id).map(|gathering| gathering.warps))
+        Ok(self.gathering.remove(&id).map(|gathering| (gathering.warps, gathering.passed)))
     }
 }
 
@@ -149,16 +167,21 @@ mod tests {
     #[test]
     fn numbered_barriers_let_go_when_all_are_there() {
         let mut barriers = NumberedBarriers::default();
-        assert_eq!(barriers.arrive(1, 64, None, 3), Ok(None));
-        assert!(barriers.arrive(1, 96, None, 4).unwrap_err().to_string().contains("for 64 elsewhere"));
-        assert_eq!(barriers.arrive(0, 64, None, 3), Ok(None));
-        assert_eq!(barriers.arrive(1, 64, None, 5), Ok(Some(vec![3, 5])));
-        assert_eq!(barriers.arrive(1, 32, None, 5), Ok(Some(vec![5])));
-        assert_eq!(barriers.arrive(2, 64, Some(70), 0), Ok(None));
-        assert!(barriers.arrive(2, 64, Some(80), 1).unwrap_err().to_string().contains("come to another one"));
-        assert!(barriers.arrive(2, 64, None, 1).is_err());
-        assert_eq!(barriers.arrive(2, 64, Some(70), 1), Ok(Some(vec![0, 1])));
-        assert!(barriers.arrive(16, 32, None, 5).is_err() && barriers.arrive(2, 40, None, 5).is_err());
+        let mut arrive = |id, threads, place, comer| barriers.arrive(id, threads, place, comer);
+        assert_eq!(arrive(1, 64, None, Comer::Waits(3)), Ok(None));
+        assert!(arrive(1, 96, None, Comer::Waits(4)).unwrap_err().to_string().contains("for 64 elsewhere"));
+        assert_eq!(arrive(0, 64, None, Comer::Waits(3)), Ok(None));
+        assert_eq!(arrive(1, 64, None, Comer::Waits(5)), Ok(Some((vec![3, 5], Vec::new()))));
+        assert_eq!(arrive(1, 32, None, Comer::Waits(5)), Ok(Some((vec![5], Vec::new()))));
+        assert_eq!(arrive(2, 64, Some(70), Comer::Waits(0)), Ok(None));
+        assert!(arrive(2, 64, Some(80), Comer::Waits(1)).unwrap_err().to_string().contains("come to another one"));
+        assert!(arrive(2, 64, None, Comer::Waits(1)).is_err());
+        assert_eq!(arrive(2, 64, Some(70), Comer::Waits(1)), Ok(Some((vec![0, 1], Vec::new()))));
+        assert!(arrive(16, 32, None, Comer::Waits(5)).is_err() && arrive(2, 40, None, Comer::Waits(5)).is_err());
+        // Who does not wait is not let go.
+        let clock = Clock::new(2);
+        assert_eq!(arrive(3, 64, None, Comer::Passes(clock.clone())), Ok(None));
+        assert_eq!(arrive(3, 64, None, Comer::Waits(7)), Ok(Some((vec![7], vec![clock]))));
     }
 
     #[test]

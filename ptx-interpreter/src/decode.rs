@@ -1,6 +1,6 @@
 //! From the text of an instruction to what is executed. An instruction or a form of it that is not here is an error.
 
-use crate::instruction::{Address, MatrixType, Op, Shuffle, Slot, Space, Vote};
+use crate::instruction::{Address, MatrixType, Op, Shuffle, Slot, Space, Vote, WgmmaA};
 use crate::kernel::{Reader, number};
 use crate::lanewise;
 use crate::order::Fence;
@@ -185,12 +185,24 @@ impl Operands<'_, '_> {
                 };
                 Op::Vote { kind, to: self.register(0)?, from: self.source(1)?, members: self.source(2)? }
             }
+            "redux.sync.or.b32" => {
+                self.expect(3)?;
+                Op::Reduce { to: self.register(0)?, from: self.source(1)?, members: self.source(2)? }
+            }
             "bar.warp.sync" => Op::WarpBarrier { members: self.source(0)? },
             "bar.sync" | "barrier.sync.aligned" | "barrier.cta.sync.aligned" | "barrier.sync" | "barrier.cta.sync" => {
                 let threads =
                     if self.texts.len() == 2 { Some(self.source(1)?) } else { self.expect(1).map(|()| None)? };
                 let aligned = self.opcode == "bar.sync" || self.opcode.ends_with(".aligned");
                 Op::CtaBarrier { id: self.source(0)?, threads, aligned }
+            }
+            "bar.arrive"
+            | "barrier.arrive.aligned"
+            | "barrier.cta.arrive.aligned"
+            | "barrier.arrive"
+            | "barrier.cta.arrive" => {
+                self.expect(2)?;
+                Op::ArriveAtCtaBarrier { id: self.source(0)?, threads: self.source(1)? }
             }
             "ldmatrix.sync.aligned.m8n8.x4.shared.b16" | "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16" => {
                 self.expect(2)?;
@@ -248,9 +260,10 @@ impl Operands<'_, '_> {
         if self.text(0)? == "_" { Ok(()) } else { Err("the state of a barrier is not kept".into()) }
     }
 
-    /// A from registers, B from shared memory, f32 accumulators.
+    /// A from registers or from shared memory, B from shared memory, f32 accumulators.
     fn wgmma(&mut self) -> Result<Op> {
-        self.expect(7)?;
+        let of_registers = self.text(1)?.starts_with('{');
+        self.expect(if of_registers { 7 } else { 8 })?;
         let columns: usize = self
             .opcode
             .split_once("m64n")
@@ -261,9 +274,17 @@ impl Operands<'_, '_> {
         if self.immediate(4)? != 1 || self.immediate(5)? != 1 {
             return Err("negated operands are not known".into());
         }
-        let transposed = self.immediate(6)? == 1;
+        let last = self.texts.len() - 1;
+        let transposed = self.immediate(last)? == 1;
+        let a = if of_registers {
+            WgmmaA::Registers(self.array(1)?)
+        } else if self.immediate(6)? == 0 {
+            WgmmaA::Shared(self.source(1)?)
+        } else {
+            return Err("A that is transposed is not known".into());
+        };
         let of = self.matrix_type()?;
-        Ok(Op::Wgmma { of, d, a: self.array(1)?, b: self.source(2)?, adds: self.source(3)?, transposed })
+        Ok(Op::Wgmma { of, d, a, b: self.source(2)?, adds: self.source(3)?, transposed })
     }
 
     /// `[to], [map, {x, y, z, w}], [barrier]`, with or without a cache policy.

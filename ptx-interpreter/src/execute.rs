@@ -1,11 +1,12 @@
 //! What each instruction does.
 
+use crate::barrier::{Comer, Gathered};
 use crate::cta::{Common, MAX_INSTRUCTIONS, TensorCopy};
 use crate::error::Fault;
-use crate::instruction::{Address, Instruction, MatrixType, Op, Shuffle, Slot, Space, Vote};
+use crate::instruction::{Address, Instruction, MatrixType, Op, Shuffle, Slot, Space, Vote, WgmmaA};
 use crate::lanes::{Lanes, WARP, lanes_of};
-use crate::matrix::{DEPTH, a_matrix, b_matrix, distribute, multiply_add};
-use crate::order::{Accessor, Proxy};
+use crate::matrix::{DEPTH, ROWS, a_matrix, b_matrix, distribute, multiply_add};
+use crate::order::{Accessor, Clock, Proxy};
 use crate::tensor::MatrixDescriptor;
 use crate::warp::{Copy, Group, Product, Wait, Warp};
 
@@ -13,6 +14,9 @@ type Result<T> = std::result::Result<T, Fault>;
 
 /// Most bytes of a vector that a lane loads or stores.
 const VECTOR_BYTES: usize = 16;
+
+/// Warps of a warpgroup.
+const WARPS_OF_GROUP: usize = 4;
 
 /// What becomes of the lanes that executed an instruction.
 enum Flow {
@@ -22,6 +26,19 @@ enum Flow {
     Wait(Wait),
     /// The instruction is done; what comes next waits.
     NextThenWait(Wait),
+}
+
+impl Common<'_> {
+    /// Those that waited at a numbered barrier go on, and know what was done before it.
+    fn let_go(&mut self, gathered: Option<Gathered>) {
+        let Some((warps, passed)) = gathered else { return };
+        let order = &mut self.shared.order;
+        let clocks: Vec<Clock> = warps.iter().map(|&warp| order.release(warp)).chain(passed).collect();
+        for &warp in &warps {
+            clocks.iter().for_each(|clock| order.acquire(warp, clock));
+        }
+        self.released.extend(warps);
+    }
 }
 
 impl Warp {
@@ -191,6 +208,13 @@ impl Warp {
                 };
                 self.set(to, lanes, &[value; WARP]);
             }
+            &Op::Reduce { to, from, members } => {
+                if self.members(members, lanes)?.is_none() {
+                    return Ok(Flow::Wait(Wait::Lanes));
+                }
+                let value = lanes_of(lanes).fold(0, |bits, lane| bits | self.get(from)[lane]);
+                self.set(to, lanes, &[value; WARP]);
+            }
             &Op::WarpBarrier { members } => {
                 if self.members(members, lanes)?.is_none() {
                     return Ok(Flow::Wait(Wait::Lanes));
@@ -200,6 +224,9 @@ impl Warp {
             }
             &Op::CtaBarrier { id, threads, aligned } => {
                 return self.cta_barrier(lanes, id, threads, aligned.then_some(pc), common);
+            }
+            &Op::ArriveAtCtaBarrier { id, threads } => {
+                return self.arrive_at_cta_barrier(lanes, id, threads, common);
             }
             &Op::CopyAsync { to, from, bytes, source_bytes } => {
                 self.copy_async(lanes, to, from, bytes, source_bytes, common)?;
@@ -227,9 +254,15 @@ impl Warp {
             }
             Op::FenceProducts => self.products.fence(),
             Op::Wgmma { d, a, b, adds, .. } => {
-                let b = MatrixDescriptor::decode(self.uniform(*b, lanes, "a matrix descriptor")?)?;
+                let descriptor = |slot| MatrixDescriptor::decode(self.uniform(slot, lanes, "a matrix descriptor")?);
+                let b = descriptor(*b)?;
+                let of_shared = match *a {
+                    WgmmaA::Shared(slot) => Some(descriptor(slot)?),
+                    WgmmaA::Registers(_) => None,
+                };
                 let adds = self.uniform(*adds, lanes, "whether a product is added")? != 0;
-                self.products.start(Product { pc, b, adds }, d.iter().chain(a).copied())?;
+                let registers = d.iter().chain(a.registers()).copied();
+                self.products.start(Product { pc, a: of_shared, b, adds }, registers)?;
             }
             Op::CommitProducts => {
                 let group = std::mem::take(&mut self.products.open);
@@ -359,13 +392,21 @@ impl Warp {
             Some(slot) => self.uniform(slot, lanes, "the barrier's threads")? as u32,
             None => common.launch.threads,
         };
-        if let Some(warps) = common.numbered.arrive(id, threads, place, self.index)? {
-            let mut clock = common.shared.order.release(self.index);
-            warps.iter().for_each(|&warp| clock.join(&common.shared.order.release(warp)));
-            warps.iter().for_each(|&warp| common.shared.order.acquire(warp, &clock));
-            common.released.extend(warps);
-        }
+        let gathered = common.numbered.arrive(id, threads, place, Comer::Waits(self.index))?;
+        common.let_go(gathered);
         Ok(Flow::Wait(Wait::Barrier(id)))
+    }
+
+    fn arrive_at_cta_barrier(&self, lanes: u32, id: Slot, threads: Slot, common: &mut Common<'_>) -> Result<Flow> {
+        if !self.gathered(!self.exited, lanes)? {
+            return Ok(Flow::Wait(Wait::Lanes));
+        }
+        let id = self.uniform(id, lanes, "the barrier's number")?;
+        let threads = self.uniform(threads, lanes, "the barrier's threads")? as u32;
+        let clock = common.shared.order.release(self.index);
+        let gathered = common.numbered.arrive(id, threads, None, Comer::Passes(clock))?;
+        common.let_go(gathered);
+        Ok(Flow::Next)
     }
 
     fn copy_async(
@@ -464,10 +505,14 @@ impl Warp {
 
     /// A warp's 16 rows of a product of its warpgroup.
     fn multiply(&mut self, product: Product, common: &mut Common<'_>) -> Result<()> {
-        let Product { pc, b: descriptor, adds } = product;
+        let Product { pc, a: of_shared, b: descriptor, adds } = product;
         let Op::Wgmma { of, d, a, transposed, .. } = &common.kernel.instructions[pc].op else { return Ok(()) };
-        let registers = || d.iter().chain(a).copied();
-        let a = a_matrix(*of, a.map(|slot| self.get_of_product(slot)));
+        let registers = || d.iter().chain(a.registers()).copied();
+        let a = match (*a, of_shared) {
+            (WgmmaA::Shared(_), Some(descriptor)) => self.read_a(*of, descriptor, common)?,
+            (WgmmaA::Registers(a), _) => a_matrix(*of, a.map(|slot| self.get_of_product(slot))),
+            (WgmmaA::Shared(_), None) => return Ok(()),
+        };
         for (block, d) in d.chunks_exact(4).enumerate() {
             let b = self.read_b(*of, descriptor, 8 * block, *transposed, common)?;
             let zeros = [0; WARP];
@@ -478,6 +523,28 @@ impl Warp {
         }
         self.products.finish(registers());
         Ok(())
+    }
+
+    /// This warp's 16 rows of A.
+    fn read_a(
+        &self,
+        of: MatrixType,
+        descriptor: MatrixDescriptor,
+        common: &mut Common<'_>,
+    ) -> Result<[[f32; DEPTH]; ROWS]> {
+        let by = Accessor { proxy: Proxy::Async, ..self.by(0) };
+        let first_row = self.index % WARPS_OF_GROUP * ROWS;
+        let mut a = [[0; DEPTH]; ROWS];
+        for (row, a) in a.iter_mut().enumerate() {
+            for (half, a) in a.chunks_exact_mut(8).enumerate() {
+                let address = descriptor.chunk(first_row + row, 8 * half, false);
+                let bytes: [u8; 16] = common.shared.read(by, address)?;
+                for (a, bits) in a.iter_mut().zip(bytes.chunks_exact(2)) {
+                    *a = u16::from_le_bytes([bits[0], bits[1]]);
+                }
+            }
+        }
+        Ok(of.to_f32(&a))
     }
 
     /// Eight columns of B.

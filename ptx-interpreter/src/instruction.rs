@@ -54,6 +54,23 @@ pub(crate) struct Address {
     pub(crate) offset: i64,
 }
 
+/// Where A of a product of a warpgroup is: in registers, or in shared memory where a descriptor says.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum WgmmaA {
+    Registers([Slot; 4]),
+    Shared(Slot),
+}
+
+impl WgmmaA {
+    /// Registers that the product reads as it goes on.
+    pub(crate) fn registers(&self) -> &[Slot] {
+        match self {
+            Self::Registers(slots) => slots,
+            Self::Shared(_) => &[],
+        }
+    }
+}
+
 #[derive(Clone, Debug)]
 pub(crate) enum Op {
     /// Each lane on its own.
@@ -116,6 +133,12 @@ pub(crate) enum Op {
         from: Slot,
         members: Slot,
     },
+    /// All lanes' values, combined by or.
+    Reduce {
+        to: Slot,
+        from: Slot,
+        members: Slot,
+    },
     WarpBarrier {
         members: Slot,
     },
@@ -124,6 +147,11 @@ pub(crate) enum Op {
         id: Slot,
         threads: Option<Slot>,
         aligned: bool,
+    },
+    /// An arrival at such a barrier that does not wait.
+    ArriveAtCtaBarrier {
+        id: Slot,
+        threads: Slot,
     },
     CopyAsync {
         to: Address,
@@ -150,7 +178,7 @@ pub(crate) enum Op {
     Wgmma {
         of: MatrixType,
         d: Vec<Slot>,
-        a: [Slot; 4],
+        a: WgmmaA,
         b: Slot,
         adds: Slot,
         transposed: bool,

@@ -51,6 +51,8 @@ pub(crate) struct LaneCopies {
 pub(crate) struct Product {
     /// Index of the instruction.
     pub(crate) pc: usize,
+    /// Where A is, if that is in shared memory.
+    pub(crate) a: Option<MatrixDescriptor>,
     pub(crate) b: MatrixDescriptor,
     /// Whether it is added to what the accumulators hold.
     pub(crate) adds: bool,

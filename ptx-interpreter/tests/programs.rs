@@ -307,6 +307,51 @@ fn warpgroups_multiply() {
 }
 
 #[test]
+fn warpgroups_multiply_rows_in_shared_memory() {
+    // The first eight rows of the tensor, again and again: groups of eight rows are 0 bytes apart.
+    let product = PRODUCT
+        .replace("or.b64 %rd6,", "or.b64 %rd7, %rd6, 4611686018427387904;\nor.b64 %rd6,")
+        .replace("{%r7, %r7, %r7, %r7}, %rd6, %p4, 1, 1, 0;", "%rd7, %rd6, %p4, 1, 1, 0, 0;");
+    let words = run(&product, 128).unwrap();
+    let element = |row: usize, k: usize| (row * 64 + k) % 7;
+    for (thread, &word) in words.iter().enumerate() {
+        let (row, column) = (thread % 32 / 4, 8 + 2 * (thread % 4) + 1);
+        let sum: usize = (0..16).map(|k| element(row, k) * element(column, k)).sum();
+        assert_eq!(f32::from_bits(word), sum as f32, "thread {thread}");
+    }
+    let error = message(&product.replace("%rd7, %rd6, %p4, 1, 1, 0, 0;", "%rd7, %rd6, %p4, 1, 1, 1, 0;"), 128);
+    assert!(error.contains("A that is transposed is not known"), "{error}");
+}
+
+/// The second warp says by its arrival that it has written; the first one reads what all its lanes have alike.
+const TURNS: &str = "setp.ge.u32 %p1, %r1, 32;
+@%p1 bra $second;
+bar.sync 3, 64;
+ld.shared.u32 %r5, [%r2+128];
+redux.sync.or.b32 %r5, %r5, -1;
+st.global.u32 [%rd3], %r5;
+ret;
+$second: st.shared.u32 [%r3], %r1;
+bar.arrive 3, 64;
+st.global.u32 [%rd3], %r1;";
+
+#[test]
+fn warps_arrive_for_others() {
+    let words = run(TURNS, 64).unwrap();
+    assert!(words[..32].iter().all(|&word| word == 32));
+    assert!(words[32..].iter().enumerate().all(|(lane, &word)| word == 32 + lane as u32));
+    // What is written behind the arrival is not ordered, and who waits for more waits in vain.
+    let late = TURNS.replace("bar.arrive 3, 64;\n", "").replace("st.shared", "bar.arrive 3, 64;\nst.shared");
+    let late = late.replace("$second: bar", "$second: nothing;\nbar").replace("nothing;\n", "");
+    assert!(
+        message(&late, 64).contains("races") || message(&late, 64).contains("nothing orders"),
+        "{}",
+        message(&late, 64)
+    );
+    assert!(message(&TURNS.replace("3, 64", "3, 96"), 64).contains("barrier 3"));
+}
+
+#[test]
 fn launches_fit_their_kernels() {
     let kernel = Kernel::parse(&program(""), "program").unwrap();
     let mut memory = GlobalMemory::new();

@@ -100,7 +100,7 @@ pub fn probes(device: &DeviceProfile) -> Result<Vec<Probe>> {
     let narrow = wgmma.unwrap_or(TileVariant::Mma16);
     let mut probes = Vec::new();
     for steps in [4, 8, 16, 32, 64] {
-        let tokens = steps * narrow.keys();
+        let tokens = steps * narrow.keys(HEAD_DIM, Dtype::F16);
         let quantity = Quantity::Steps { steps: f64::from(steps) };
         let name = format!("{}: 1 sequence of {tokens} tokens", narrow.name());
         probes.push(Probe::new(name, quantity, distinct(1, tokens, PAGE_SIZE), GROUP, tokens, narrow)?);
@@ -131,7 +131,7 @@ pub fn probes(device: &DeviceProfile) -> Result<Vec<Probe>> {
     }
     for (pair, sequences) in [(0, 1), (1, 2), (2, 4), (3, 8), (4, 16)] {
         // Short: a merge is the difference of two times, each with its noise.
-        let tokens = 2 * narrow.keys();
+        let tokens = 2 * narrow.keys(HEAD_DIM, Dtype::F16);
         let partials = 2.0 * f64::from(sequences);
         let partial_bytes = partials * f64::from(GROUP * KV_HEADS) * 4.0 * (f64::from(HEAD_DIM) + 1.0);
         for (sequences, tokens_each, partial_bytes) in

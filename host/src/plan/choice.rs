@@ -4,12 +4,15 @@
 use super::cost::Prediction;
 use super::{PlanMode, PlanOptions};
 use crate::eligibility::variant_supports;
-use crate::{DeviceProfile, Error, Part, Problem, Result, supports};
+use crate::{AttentionShape, DeviceProfile, Error, Part, Problem, Result, supports};
 use pat_abi::{Arch, GroupParts, TileVariant};
 use std::cmp::Reverse;
 
 /// Part of the forward pass that the tensor cores must take before wider tiles are looked at (docs/planner-quality.md).
 const LEAST_TENSOR_PART: f64 = 0.6;
+
+/// As [`LEAST_TENSOR_PART`], where the usual tiles compute scores twice.
+const LEAST_TENSOR_PART_OF_TWICE: f64 = 0.45;
 
 /// Memory time that wider tiles may take, in parts of what the usual ones take.
 const MOST_WIDE_MEMORY: f64 = 0.95;
@@ -44,6 +47,8 @@ pub(super) struct Special {
 enum Purpose {
     /// More rows: what is shared is read less often.
     Wide,
+    /// Likewise, where the usual tiles compute scores twice and these do not.
+    WideOnce,
     /// mma.sync over 8-bit K and V, where next to nothing is shared: its narrow tiles multiply less, and widen as much.
     Unshared,
 }
@@ -52,19 +57,25 @@ impl Special {
     /// Sequences per tile that are tried.
     pub(super) fn widths(&self) -> impl Iterator<Item = u32> {
         let (widest, narrowest) = match self.purpose {
-            Purpose::Wide => (self.choice.widest(), None),
+            Purpose::Wide | Purpose::WideOnce => (self.choice.widest(), None),
             Purpose::Unshared => (1, Some(1)),
         };
         widths(widest).chain(narrowest)
     }
 
+    /// Part of the usual plan's forward pass that the tensor cores take at least where these tiles are looked at.
+    fn least_tensor_part(&self) -> f64 {
+        if self.purpose == Purpose::WideOnce { LEAST_TENSOR_PART_OF_TWICE } else { LEAST_TENSOR_PART }
+    }
+
     /// Whether a plan in these tiles is to be preferred to one in the usual ones. Wide ones must be faster and read clearly less:
-    /// where they read as much, they are slower than predicted (docs/planner-quality.md).
+    /// where they read as much, they are slower than predicted (docs/planner-quality.md), but where they multiply less.
     pub(super) fn is_better(&self, special: &Prediction, usual: &Prediction) -> bool {
         match self.purpose {
             Purpose::Wide => {
                 special.total_us() < usual.total_us() && special.memory_us <= MOST_WIDE_MEMORY * usual.memory_us
             }
+            Purpose::WideOnce => special.total_us() < usual.total_us(),
             Purpose::Unshared => special.total_us() + UNSHARED_LATENCY_US <= MOST_UNSHARED_TIME * usual.total_us(),
         }
     }
@@ -76,12 +87,12 @@ impl TileChoices {
     pub(super) fn new(problem: &Problem, profile: &DeviceProfile, options: &PlanOptions) -> Result<Self> {
         supports(problem, None, Some(profile.compute_capability))?;
         let possible = profile.variants(problem);
-        let (group, page_size) = (problem.shape().group(), problem.page_size());
+        let (shape, page_size) = (problem.shape(), problem.page_size());
         let only = |variants: &[TileVariant]| {
-            let usual = TileChoice::new(variants, group, page_size);
+            let usual = TileChoice::new(variants, shape, page_size);
             // Kernels sum in different orders: which one computes a sequence must not depend on those beside it.
             let is_fixed = matches!(options.mode, PlanMode::FixedChunk { .. });
-            let usual = if is_fixed { TileChoice::new(&[usual.variant(1)], group, page_size) } else { usual };
+            let usual = if is_fixed { TileChoice::new(&[usual.variant(1)], shape, page_size) } else { usual };
             Self { usual, special: None, is_special_in_use: false }
         };
         if let Some(forced) = &options.variants {
@@ -95,12 +106,13 @@ impl TileChoices {
             let (variants, purpose) = if problem.shape().kv_dtype().bytes() == 1 {
                 (&mma[..], Purpose::Unshared)
             } else {
-                (&[TileVariant::Wgmma128][..], Purpose::Wide)
+                let is_twice = TileVariant::Wgmma64.config(problem.shape().head_dim()).column_splits > 1;
+                (&[TileVariant::Wgmma128][..], if is_twice { Purpose::WideOnce } else { Purpose::Wide })
             };
             // No other mode has a choice.
             let has_special =
                 variants.iter().all(|variant| possible.contains(variant)) && options.mode == PlanMode::Auto;
-            let special = || Special { choice: TileChoice::new(variants, group, page_size), purpose };
+            let special = || Special { choice: TileChoice::new(variants, shape, page_size), purpose };
             return Ok(Self { special: has_special.then(special), ..only(&[TileVariant::Wgmma64]) });
         }
         Ok(only(&possible))
@@ -148,8 +160,8 @@ impl TileChoices {
     /// predicted so.
     pub(super) fn special_for(&self, usual: &Prediction, (unique, repeated): (u64, u64)) -> Option<&Special> {
         let may_help = |special: &&Special| {
-            usual.tensor_us >= LEAST_TENSOR_PART * usual.busy_us
-                && (special.purpose == Purpose::Wide || repeated <= unique / PAGES_PER_REPEATED)
+            usual.tensor_us >= special.least_tensor_part() * usual.busy_us
+                && (special.purpose != Purpose::Unshared || repeated <= unique / PAGES_PER_REPEATED)
         };
         self.special.as_ref().filter(may_help)
     }
@@ -196,14 +208,15 @@ pub(super) struct TileChoice {
     by_sequences: Vec<TileVariant>,
     /// The variants in use, narrowest first.
     distinct: Vec<TileVariant>,
-    /// Pages of the key tile, by [`TileVariant::index`].
-    key_tile_pages: [u32; TileVariant::ALL.len()],
+    /// Keys of a main-loop step, by [`TileVariant::index`].
+    keys: [u32; TileVariant::ALL.len()],
 }
 
 impl TileChoice {
     /// The smallest of `variants` that holds the rows of each number of sequences, of equally large ones the kernel of the newer
     /// architecture. Where none holds those of one, the largest holds a part of them.
-    fn new(variants: &[TileVariant], group: u32, page_size: u32) -> Self {
+    fn new(variants: &[TileVariant], shape: AttentionShape, page_size: u32) -> Self {
+        let group = shape.group();
         let largest = variants.iter().copied().max_by_key(|variant| (variant.rows(), *variant));
         let parts = largest.map(|variant| GroupParts::new(group, variant)).filter(|parts| parts.count > 1);
         let most_rows = largest.map_or(0, TileVariant::rows);
@@ -217,8 +230,8 @@ impl TileChoice {
         };
         let sequence_rows = parts.map_or(group, |parts| parts.rows);
         let distinct = by_sequences.chunk_by(|a, b| a == b).map(|equal| equal[0]).collect();
-        let key_tile_pages = TileVariant::ALL.map(|variant| (variant.keys() / variant.page_keys(page_size)).max(1));
-        Self { page_size, sequence_rows, by_sequences, distinct, key_tile_pages }
+        let keys = TileVariant::ALL.map(|variant| variant.keys(shape.head_dim(), shape.kv_dtype()));
+        Self { page_size, sequence_rows, by_sequences, distinct, keys }
     }
 
     pub(super) fn page_size(&self) -> u32 {
@@ -245,16 +258,21 @@ impl TileChoice {
         self.distinct.iter().copied()
     }
 
+    /// Keys of a main-loop step of the variant.
+    pub(super) fn keys(&self, variant: TileVariant) -> u32 {
+        self.keys[variant.index()]
+    }
+
     /// Pages of the variant's key tile.
     pub(super) fn key_tile_pages(&self, variant: TileVariant) -> u32 {
-        self.key_tile_pages[variant.index()]
+        (self.keys(variant) / variant.page_keys(self.page_size)).max(1)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{AttentionShape, Dtype};
+    use crate::Dtype;
 
     #[test]
     fn a_wgmma_stream_is_taken_where_there_is_one() {
@@ -264,7 +282,7 @@ mod tests {
         };
         let problem = |head_dim| Problem::new(AttentionShape::new(32, 8, head_dim, Dtype::Bf16).unwrap(), 16);
         assert_eq!(variants(problem(128)), [TileVariant::Wgmma64, TileVariant::Wgmma128]);
-        assert_eq!(variants(problem(256)), [TileVariant::Wgmma64]);
+        assert_eq!(variants(problem(256)), [TileVariant::Wgmma64, TileVariant::Wgmma128]);
         let eight_bit = Problem::new(problem(128).shape().with_kv_dtype(Dtype::E4m3), 16);
         let mma = [TileVariant::Mma16, TileVariant::Mma32, TileVariant::Mma64];
         assert_eq!(variants(eight_bit), [&mma[..], &[TileVariant::Wgmma64]].concat());

@@ -56,6 +56,8 @@ pub struct Pack {
 /// What the model needs to know of a tile variant.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(super) struct VariantTerms {
+    /// KV tokens of a main-loop step.
+    pub(super) keys: u32,
     /// CTAs that run at a time.
     slots: u32,
     /// CTAs that share a multiprocessor.
@@ -98,6 +100,22 @@ const MASK_LATENCY: f64 = 0.15;
 /// (ncu: 0.3 to 0.4 in batches whose shared pages are several times the L2.)
 const MISSED_REPEATS: f64 = 0.4;
 
+/// What wgmma kernels multiply at head dim 64 in the time in which they multiply 1 at 128: a tile's exponentials take as long as its
+/// products. This and the latencies of head dims 64 and 256 are fitted to 50 and 366 measured plans on an H200
+/// (docs/performance-log.md, 29 November 2026).
+const NARROW_RATE: f64 = 0.78;
+
+/// Least time of a main-loop step, in parts of one of `wgmma64` at head dim 128 ([`DeviceProfile::tile_latency_us`]).
+fn step_latency(variant: TileVariant, head_dim: u32, keys: u32) -> f64 {
+    match (variant, head_dim) {
+        (TileVariant::Wgmma64, 64) if keys > 64 => 1.4,
+        (TileVariant::Wgmma64, 256) => 1.85,
+        (TileVariant::Wgmma128, 256) => 1.95,
+        (TileVariant::Wgmma128, _) => WIDE_STEP_LATENCY,
+        _ => 1.0,
+    }
+}
+
 impl VariantTerms {
     /// Of every variant, by [`TileVariant::index`].
     pub(super) fn all(profile: &DeviceProfile, shape: AttentionShape) -> [Self; TileVariant::ALL.len()] {
@@ -109,13 +127,15 @@ impl VariantTerms {
                 _ if variant.arch() == Arch::Sm90a => profile.wgmma_flop_per_us,
                 _ => profile.mma_flop_per_us,
             };
-            let rate = rate * conversion_rate(variant.arch(), shape.kv_dtype());
-            let step_latency = if variant == TileVariant::Wgmma128 { WIDE_STEP_LATENCY } else { 1.0 };
+            let is_narrow = variant.arch() == Arch::Sm90a && shape.head_dim() <= 64 && shape.kv_dtype().bytes() == 2;
+            let rate = rate * conversion_rate(variant.arch(), shape.kv_dtype()) * if is_narrow { NARROW_RATE } else { 1.0 };
+            let keys = variant.keys(shape.head_dim(), shape.kv_dtype());
+            let step_latency = step_latency(variant, shape.head_dim(), keys);
             let row_flop = 2.0 * f64::from(shape.head_dim() + shape.v_head_dim());
-            let flop = row_flop * f64::from(variant.rows()) * f64::from(variant.keys());
+            let flop = row_flop * f64::from(variant.rows()) * f64::from(keys);
             let ctas_per_sm = kernel.map_or(1, |kernel| profile.limits().occupancy(kernel)).max(1);
             let (slots, launches) = (profile.sm_count * ctas_per_sm, GroupParts::new(shape.group(), variant).count);
-            Self { slots, ctas_per_sm, launches, tensor_per_step_us: flop / rate, step_latency }
+            Self { keys, slots, ctas_per_sm, launches, tensor_per_step_us: flop / rate, step_latency }
         })
     }
 }
@@ -145,8 +165,9 @@ impl CostModel<'_> {
         let merge_us = if merged { self.profile.merge_us } else { 0.0 };
         let pages = page_count as f64 * f64::from(self.shape.kv_heads());
         let tensor_us = |variant: TileVariant| {
-            let steps = pages * f64::from(variant.page_keys(self.page_size)) / f64::from(variant.keys());
-            steps * self.terms(variant).tensor_per_step_us
+            let terms = self.terms(variant);
+            let steps = pages * f64::from(variant.page_keys(self.page_size)) / f64::from(terms.keys);
+            steps * terms.tensor_per_step_us
         };
         let tensor_us = choice.variants().map(tensor_us).fold(f64::INFINITY, f64::min);
         let forward_us = self.memory_us(page_count, 0.0, true).max(tensor_us);
@@ -239,13 +260,13 @@ impl CostModel<'_> {
     /// What `work`, in any order, takes at least: as if no slot ever waited.
     fn least_us(&self, work: &[Work], totals: Totals) -> f64 {
         let (mut all_steps, mut tensor_us, mut items) = (0.0, 0.0, 0);
-        let (mut longest, mut ctas_per_sm) = (0, u32::MAX);
+        let (mut longest, mut ctas_per_sm) = (0f64, u32::MAX);
         for entry in work {
             let terms = self.terms(entry.variant);
             all_steps += entry.all_steps();
             tensor_us += entry.all_steps() * terms.tensor_per_step_us;
             items += entry.items;
-            longest = longest.max(entry.steps);
+            longest = longest.max(f64::from(entry.steps) * terms.step_latency);
             ctas_per_sm = ctas_per_sm.min(terms.ctas_per_sm);
         }
         if items == 0 {
@@ -253,7 +274,7 @@ impl CostModel<'_> {
         }
         let heads = u64::from(self.shape.kv_heads());
         let memory_us = self.memory_us(totals.page_count, self.partial_bytes(totals.partials), totals.are_packed);
-        let chain_us = f64::from(longest) * self.tile_latency_us(totals, all_steps);
+        let chain_us = longest * self.tile_latency_us(totals, all_steps);
         let forward_us = memory_us.max(tensor_us * heads as f64).max(chain_us);
         // Several launches wait no less often than one of all their items.
         let busy_us = (forward_us + self.waiting_us(items * heads, ctas_per_sm)) * totals.mask_factor(all_steps);
@@ -344,7 +365,7 @@ impl CostModel<'_> {
     /// Main-loop steps over so many pages.
     fn steps(&self, variant: TileVariant, pages: u32) -> u32 {
         let keys = u64::from(pages) * u64::from(variant.page_keys(self.page_size));
-        keys.div_ceil(u64::from(variant.keys())) as u32
+        keys.div_ceil(u64::from(self.terms(variant).keys)) as u32
     }
 
     fn terms(&self, variant: TileVariant) -> &VariantTerms {

@@ -312,7 +312,7 @@ impl Emitter<'_> {
         }
         let lone_keys: u64 = of_warps.iter().sum();
         let longest = of_warps.iter().copied().max().unwrap_or(0);
-        let tile_keys = u64::from(variant.keys());
+        let tile_keys = u64::from(self.choice.keys(variant));
         if lone_keys < 2 * tile_keys || longest * 5 > lone_keys * 2 {
             return LoneTiles::NONE;
         }

@@ -122,7 +122,7 @@ impl Plan {
         let terms = VariantTerms::all(self.profile(), self.shape());
         // Whole pages, as the cost model counts them.
         let steps = |variant: TileVariant, item: &WorkItem| {
-            item.token_count.next_multiple_of(self.entry_tokens(item)).div_ceil(variant.keys())
+            item.token_count.next_multiple_of(self.entry_tokens(item)).div_ceil(terms[variant.index()].keys)
         };
         let used = || TileVariant::ALL.into_iter().map(|variant| (variant, self.variant_items(variant)));
         let kv_heads = self.shape().kv_heads();

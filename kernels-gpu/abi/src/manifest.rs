@@ -177,9 +177,11 @@ impl TileVariant {
         self.config(128).rows
     }
 
-    /// N: KV tokens a CTA processes per main-loop step.
-    pub const fn keys(self) -> u32 {
-        self.config(128).keys
+    /// N: KV tokens that the planner counts as a main-loop step of a CTA, where keys have `head_dim` elements of type `kv_dtype`: of
+    /// wgmma kernels those that it has, of mma.sync kernels those at head dim 128, whose time per key is about the same at others.
+    pub const fn keys(self, head_dim: u32, kv_dtype: Dtype) -> u32 {
+        let head_dim = if self.is_persistent() { head_dim } else { 128 };
+        self.config(head_dim).of_elements(kv_dtype.bytes()).keys
     }
 
     /// Short name, as used in entry names and reports.
@@ -306,47 +308,41 @@ impl KernelSpec {
     }
 }
 
-/// Which element types and head dimensions `wgmma128` has, whose registers do not suffice for more: calls a macro with what
-/// stands in the braces, followed by `[head_dim v_head_dim Dtype "name"]` for each of them, and by what stands behind the braces.
+/// Which element types and head dimensions wgmma kernels have, and the merge behind them: calls a macro with what stands in the
+/// braces, followed by `[head_dim v_head_dim Dtype "name"]` for each of them, and by what stands behind the braces.
 #[macro_export]
-macro_rules! wgmma128_kernel_shapes {
+macro_rules! wgmma_kernel_shapes {
     ($callback:ident! { $($prefix:tt)* } $($more:tt)*) => {
         $callback! { $($prefix)*
-            [128 128 F16 "d128_f16"] [128 128 Bf16 "d128_bf16"] [64 64 F16 "d64_f16"] [64 64 Bf16 "d64_bf16"] $($more)*
-        }
-    };
-}
-
-/// As [`wgmma128_kernel_shapes`], of `wgmma64`, and of the merge behind wgmma kernels.
-#[macro_export]
-macro_rules! wgmma64_kernel_shapes {
-    ($callback:ident! { $($prefix:tt)* } $($more:tt)*) => {
-        $crate::wgmma128_kernel_shapes! { $callback! { $($prefix)* }
+            [128 128 F16 "d128_f16"] [128 128 Bf16 "d128_bf16"] [64 64 F16 "d64_f16"] [64 64 Bf16 "d64_bf16"]
             [256 256 F16 "d256_f16"] [256 256 Bf16 "d256_bf16"] $($more)*
         }
     };
 }
 
-/// As [`wgmma128_kernel_shapes`], of `mma128`.
+/// As [`wgmma_kernel_shapes`], of `mma128`, whose registers do not suffice for more.
 #[macro_export]
 macro_rules! mma128_kernel_shapes {
     ($callback:ident! { $($prefix:tt)* }) => {
-        $crate::wgmma128_kernel_shapes! { $callback! { $($prefix)* } [96 96 F16 "d96_f16"] [96 96 Bf16 "d96_bf16"] }
+        $callback! { $($prefix)*
+            [128 128 F16 "d128_f16"] [128 128 Bf16 "d128_bf16"] [64 64 F16 "d64_f16"] [64 64 Bf16 "d64_bf16"]
+            [96 96 F16 "d96_f16"] [96 96 Bf16 "d96_bf16"]
+        }
     };
 }
 
-/// As [`wgmma128_kernel_shapes`], of the other mma.sync kernels.
+/// As [`wgmma_kernel_shapes`], of the other mma.sync kernels.
 #[macro_export]
 macro_rules! mma_kernel_shapes {
     ($callback:ident! { $($prefix:tt)* }) => {
-        $crate::wgmma64_kernel_shapes! { $callback! { $($prefix)* }
+        $crate::wgmma_kernel_shapes! { $callback! { $($prefix)* }
             [96 96 F16 "d96_f16"] [96 96 Bf16 "d96_bf16"]
             [192 128 F16 "d192_v128_f16"] [192 128 Bf16 "d192_v128_bf16"]
         }
     };
 }
 
-/// As [`wgmma128_kernel_shapes`], of `mma16` and `mma32` where two warps split V's columns.
+/// As [`wgmma_kernel_shapes`], of `mma16` and `mma32` where two warps split V's columns.
 #[macro_export]
 macro_rules! split_kernel_shapes {
     ($callback:ident! { $($prefix:tt)* }) => {
@@ -354,11 +350,11 @@ macro_rules! split_kernel_shapes {
     };
 }
 
-/// As [`wgmma128_kernel_shapes`], of the merge: a shape for each number of elements of O.
+/// As [`wgmma_kernel_shapes`], of the merge: a shape for each number of elements of O.
 #[macro_export]
 macro_rules! merge_kernel_shapes {
     ($callback:ident! { $($prefix:tt)* }) => {
-        $crate::wgmma64_kernel_shapes! { $callback! { $($prefix)* }
+        $crate::wgmma_kernel_shapes! { $callback! { $($prefix)* }
             [96 96 F16 "d96_f16"] [96 96 Bf16 "d96_bf16"] [512 512 F16 "d512_f16"] [512 512 Bf16 "d512_bf16"]
         }
     };
@@ -435,13 +431,13 @@ const FORWARD: [&[KernelSpec]; TileVariant::ALL.len()] = [
     mma_kernel_shapes!(forward_kernels! { Mma32, "pat_forward_mma32" }),
     mma_kernel_shapes!(forward_kernels! { Mma64, "pat_forward_mma64" }),
     mma128_kernel_shapes!(forward_kernels! { Mma128, "pat_forward_mma128" }),
-    wgmma64_kernel_shapes!(forward_kernels! { Wgmma64, "pat_forward_wgmma64" }),
-    wgmma128_kernel_shapes!(forward_kernels! { Wgmma128, "pat_forward_wgmma128" }),
+    wgmma_kernel_shapes!(forward_kernels! { Wgmma64, "pat_forward_wgmma64" }),
+    wgmma_kernel_shapes!(forward_kernels! { Wgmma128, "pat_forward_wgmma128" }),
 ];
 
 const MERGE: [&[KernelSpec]; Arch::ALL.len()] = [
     merge_kernel_shapes!(merge_kernels! { Sm80, "pat_merge" }),
-    wgmma64_kernel_shapes!(merge_kernels! { Sm90a, "pat_merge_pdl" }),
+    wgmma_kernel_shapes!(merge_kernels! { Sm90a, "pat_merge_pdl" }),
 ];
 
 /// Which element types new rows of K and V are rounded from and to: calls a macro with what stands in the braces, followed by

@@ -18,6 +18,8 @@ pub enum NamedBarrier {
     Consumers = 1,
     /// The producer warps, behind the requests for the first queries.
     Producers = 2,
+    /// A consumer warpgroup's turn at the tensor cores: the first one's, and behind it the second one's.
+    Turns = 3,
 }
 
 /// The shape of a variant's CTAs at some head dimension.
@@ -45,6 +47,9 @@ pub struct TileConfig {
     pub consumer_registers: u32,
     /// Slots of [`WARP_ROWS`] queries in shared memory; 0 where queries go to registers at once and stay there.
     pub query_slots: u32,
+    /// Whether wgmma reads queries from shared memory, where they stay until the last scores of an item. Slots of a consumer
+    /// warpgroup are then one: it has the barriers of the slot of its number.
+    pub queries_stay: bool,
     /// CTAs per multiprocessor that the compiler makes room for.
     pub min_ctas_per_sm: u32,
     /// CTA-wide and named barriers in the code.
@@ -89,6 +94,14 @@ impl TileVariant {
         // Head dimension 192 (V 128) leaves room for the usual keys where no more than 32 queries lie beside them.
         let is_widest = head_dim > 192;
         let splits_columns = head_dim > 256;
+        // Registers of producers and of consumers of 64 rows, and of 128.
+        let (narrow_producers, narrow_consumers, producers, consumers) = if is_wide {
+            (40, 232, 40, 232)
+        } else if head_dim <= 64 {
+            (48, 208, 64, 216)
+        } else {
+            (56, 200, 56, 224)
+        };
         let mma = TileConfig {
             rows: 0,
             keys: if is_wide { 32 } else { 64 },
@@ -101,6 +114,7 @@ impl TileVariant {
             producer_registers: 0,
             consumer_registers: 0,
             query_slots: 0,
+            queries_stay: false,
             min_ctas_per_sm: 2,
             barriers: 3,
         };
@@ -140,27 +154,29 @@ impl TileVariant {
             // Of a head dimension of 256 one warpgroup has registers for queries, scores, and half of the columns.
             Self::Wgmma64 => TileConfig {
                 rows: 64,
-                keys: 64,
+                keys: if head_dim <= 64 { 128 } else { 64 },
                 column_splits: if is_wide { 2 } else { 1 },
                 stages: 3,
                 producer_warps: 4,
-                producer_registers: if is_wide { 40 } else { 56 },
-                consumer_registers: if is_wide { 232 } else { 200 },
+                producer_registers: narrow_producers,
+                consumer_registers: narrow_consumers,
                 query_slots: 4,
                 min_ctas_per_sm: if is_wide { 1 } else { 2 },
                 barriers: 5,
                 ..mma
             },
+            // Of a head dimension of 256 a stage takes 64 KiB, and the queries of 128 rows as much.
             Self::Wgmma128 => TileConfig {
                 rows: 128,
-                keys: 128,
-                stages: 3,
+                keys: if is_wide { 64 } else { 128 },
+                stages: if is_wide { 2 } else { 3 },
                 producer_warps: 4,
-                producer_registers: if head_dim <= 64 { 64 } else { 56 },
-                consumer_registers: if head_dim <= 64 { 216 } else { 224 },
+                producer_registers: producers,
+                consumer_registers: consumers,
                 query_slots: 8,
+                queries_stay: is_wide,
                 min_ctas_per_sm: 1,
-                barriers: 5,
+                barriers: if is_wide { 10 } else { 5 },
                 ..mma
             },
         }
@@ -183,7 +199,7 @@ impl TileConfig {
         let launched = self.threads() * register_limit(self.threads(), self.min_ctas_per_sm);
         let left = launched - 32 * self.producer_warps * producer_registers;
         let consumer_registers = left / (32 * self.computing_warps()) / 8 * 8;
-        Self { stages: 2, narrow_stages: 2, producer_registers, consumer_registers, ..self }
+        Self { keys: 64, stages: 2, narrow_stages: 2, producer_registers, consumer_registers, ..self }
     }
 
     /// Warps that hold different rows.

@@ -454,5 +454,5 @@ mod entries {
     pat_abi::merge_kernel_shapes!(entries! { "pat_merge", || {}, });
     // Launched with programmatic stream serialisation: starts, and reads the plan, while the forward kernel still runs.
     #[cfg(pat_sm90a)]
-    pat_abi::wgmma64_kernel_shapes!(entries! { "pat_merge_pdl", crate::ptx::pdl::wait_for_prerequisite_grids, });
+    pat_abi::wgmma_kernel_shapes!(entries! { "pat_merge_pdl", crate::ptx::pdl::wait_for_prerequisite_grids, });
 }

@@ -10,6 +10,8 @@ unsafe extern "C" {
     fn llvm_barrier_sync_count(id: u32, threads: u32);
     #[link_name = "llvm.nvvm.barrier.cta.sync.count"]
     fn llvm_barrier_sync_count_anywhere(id: u32, threads: u32);
+    #[link_name = "llvm.nvvm.barrier.cta.arrive.aligned.count"]
+    fn llvm_barrier_arrive_count(id: u32, threads: u32);
     #[link_name = "llvm.nvvm.bar.warp.sync"]
     fn llvm_bar_warp_sync(mask: u32);
 }
@@ -35,6 +37,21 @@ pub fn sync_named(barrier: NamedBarrier, threads: u32) {
 pub fn sync_named_anywhere(barrier: NamedBarrier, threads: u32) {
     // SAFETY: called by whole warps that add up to `threads`.
     unsafe { llvm_barrier_sync_count_anywhere(barrier as u32, threads) };
+}
+
+/// `bar.sync`, as [`sync_named`], at the `index`-th barrier from `first` on, a number that is not known when the kernel is compiled.
+/// Convergent (warp).
+#[inline(always)]
+pub fn sync_numbered(first: NamedBarrier, index: u32, threads: u32) {
+    // SAFETY: called by whole warps that add up to `threads`.
+    unsafe { llvm_barrier_sync_count(first as u32 + index, threads) };
+}
+
+/// `bar.arrive` (sm_20): an arrival at such a barrier for others that wait there. Convergent (warp).
+#[inline(always)]
+pub fn arrive_numbered(first: NamedBarrier, index: u32, threads: u32) {
+    // SAFETY: called by whole warps that, with those that wait, add up to `threads`.
+    unsafe { llvm_barrier_arrive_count(first as u32 + index, threads) };
 }
 
 /// `bar.warp.sync 0xffffffff` (sm_30): waits for the lanes of the warp and orders their memory accesses. Convergent.

@@ -11,6 +11,8 @@ unsafe extern "C" {
     fn llvm_vote_any(mask: u32, predicate: bool) -> bool;
     #[link_name = "llvm.nvvm.vote.ballot.sync"]
     fn llvm_vote_ballot(mask: u32, predicate: bool) -> u32;
+    #[link_name = "llvm.nvvm.redux.sync.or"]
+    fn llvm_redux_or(value: u32, mask: u32) -> u32;
 }
 
 const ALL_LANES: u32 = u32::MAX;
@@ -70,4 +72,12 @@ pub fn any(predicate: bool) -> bool {
 pub fn ballot(predicate: bool) -> u32 {
     // SAFETY: all lanes take part; the callers are warp-uniform.
     unsafe { llvm_vote_ballot(ALL_LANES, predicate) }
+}
+
+/// `redux.sync.or.b32` (sm_80) of a value that all lanes have alike: ptxas then knows that they do, and computes with it in uniform
+/// registers. Convergent.
+#[inline(always)]
+pub fn uniform(value: u32) -> u32 {
+    // SAFETY: all lanes take part; the callers are warp-uniform.
+    unsafe { llvm_redux_or(value, ALL_LANES) }
 }

@@ -45,6 +45,10 @@ macro_rules! register_asm {
     (@ $asm:tt $kind:tt 64 $a:ident; $($rest:tt)*) => {
         register_asm!(@ $asm $kind 16 $a; $kind 16 $a 16; $kind 16 $a 32; $kind 16 $a 48; $($rest)*)
     };
+    (@ $asm:tt $kind:tt 128 $a:ident; $($rest:tt)*) => {
+        register_asm!(@ $asm $kind 16 $a; $kind 16 $a 16; $kind 16 $a 32; $kind 16 $a 48;
+            $kind 16 $a 64; $kind 16 $a 80; $kind 16 $a 96; $kind 16 $a 112; $($rest)*)
+    };
     ([$($template:tt)*] $($operands:tt)*) => {
         register_asm!(@ [$($template)*] $($operands)*)
     };
@@ -77,6 +81,18 @@ macro_rules! quad {
     (21) => { "{84}, {85}, {86}, {87}" };
     (22) => { "{88}, {89}, {90}, {91}" };
     (23) => { "{92}, {93}, {94}, {95}" };
+    (24) => { "{96}, {97}, {98}, {99}" };
+    (25) => { "{100}, {101}, {102}, {103}" };
+    (26) => { "{104}, {105}, {106}, {107}" };
+    (27) => { "{108}, {109}, {110}, {111}" };
+    (28) => { "{112}, {113}, {114}, {115}" };
+    (29) => { "{116}, {117}, {118}, {119}" };
+    (30) => { "{120}, {121}, {122}, {123}" };
+    (31) => { "{124}, {125}, {126}, {127}" };
+    (32) => { "{128}, {129}, {130}, {131}" };
+    (33) => { "{132}, {133}, {134}, {135}" };
+    (34) => { "{136}, {137}, {138}, {139}" };
+    (35) => { "{140}, {141}, {142}, {143}" };
 }
 
 /// The first `n` operands of a template.
@@ -95,6 +111,18 @@ macro_rules! operands {
     };
     (80) => {
         concat!(operands!(64), ", ", quad!(16), ", ", quad!(17), ", ", quad!(18), ", ", quad!(19))
+    };
+    (96) => {
+        concat!(operands!(80), ", ", quad!(20), ", ", quad!(21), ", ", quad!(22), ", ", quad!(23))
+    };
+    (112) => {
+        concat!(operands!(96), ", ", quad!(24), ", ", quad!(25), ", ", quad!(26), ", ", quad!(27))
+    };
+    (128) => {
+        concat!(operands!(112), ", ", quad!(28), ", ", quad!(29), ", ", quad!(30), ", ", quad!(31))
+    };
+    (144) => {
+        concat!(operands!(128), ", ", quad!(32), ", ", quad!(33), ", ", quad!(34), ", ", quad!(35))
     };
 }
 
@@ -117,6 +145,22 @@ macro_rules! products {
     };
 }
 
+/// As [`products`], with A in shared memory behind the operand `a`, whose steps are 16-byte units, too.
+macro_rules! products_of_shared {
+    ($shape:literal $ty:literal, accumulators $accumulators:tt, [$($adds:literal $a:literal $b:literal,)*] $($operands:tt)*) => {
+        register_asm!([
+            "{{ .reg .b64 a, b; .reg .pred adds;",
+            "wgmma.fence.sync.aligned;",
+            $(
+                concat!("setp.ne.b32 adds, ", $adds, ", 0; add.s64 a, {queries}, ", $a, "; add.s64 b, {descriptor}, ", $b, ";"),
+                concat!("wgmma.mma_async.sync.aligned.", $shape, ".f32.", $ty, ".", $ty, " {{", operands!($accumulators),
+                    "}}, a, b, adds, 1, 1, 0, 0;"),
+            )*
+            "wgmma.commit_group.sync.aligned; }}",
+        ] $($operands)*)
+    };
+}
+
 /// The products of one element type and head dimension, for main-loop steps of SPANS times 64 keys.
 pub trait WgmmaOps<const Q_REGS: usize, const O_REGS: usize, const SPANS: usize> {
     /// S = Q Kᵀ: 64 rows (registers) by `64 * SPANS` keys (`[64 * SPANS][128 bytes]` blocks at shared address `k`). Overwrites
@@ -125,6 +169,12 @@ pub trait WgmmaOps<const Q_REGS: usize, const O_REGS: usize, const SPANS: usize>
     /// # Safety
     /// A whole warpgroup; the K tile is complete and stays until [`wait_scores`]; `s` is not touched before it.
     unsafe fn scores(s: &mut [[f32; 32]; SPANS], q: &[u32; Q_REGS], k: u32);
+
+    /// As [`Self::scores`], of queries that stay in shared memory: 64 rows (`[64][128 bytes]` blocks at shared address `q`).
+    ///
+    /// # Safety
+    /// As [`Self::scores`]; the queries, too, are complete and stay until [`wait_scores`].
+    unsafe fn scores_of_shared(s: &mut [[f32; 32]; SPANS], q: u32, k: u32);
 
     /// O += P V: 64 rows (registers) by `2 * O_REGS` columns, over `64 * SPANS` keys (`[64 * SPANS][128 bytes]` blocks at `v`).
     ///
@@ -142,14 +192,14 @@ pub struct HeadDim<const N: u32>;
 
 macro_rules! implement {
     ($head_dim:literal $q_regs:tt $o_regs:tt, $spans:literal [$($s:ident)*] [$($weights:ident)*], $o_and_weights:tt,
-     scores $scores_shape:literal $scores:tt $scores_steps:tt, output $output_shape:literal $output_steps:tt) => {
+     scores $scores_shape:literal $scores:tt $scores_steps:tt $shared_steps:tt, output $output_shape:literal $output_steps:tt) => {
         implement!(@ (crate::element::F16) "f16" $head_dim $q_regs $o_regs, $spans [$($s)*] [$($weights)*], $o_and_weights,
-            $scores_shape $scores $scores_steps, $output_shape $output_steps);
+            $scores_shape $scores $scores_steps $shared_steps, $output_shape $output_steps);
         implement!(@ (crate::element::Bf16) "bf16" $head_dim $q_regs $o_regs, $spans [$($s)*] [$($weights)*], $o_and_weights,
-            $scores_shape $scores $scores_steps, $output_shape $output_steps);
+            $scores_shape $scores $scores_steps $shared_steps, $output_shape $output_steps);
     };
     (@ ($element:ty) $ty:literal $head_dim:literal $q_regs:tt $o_regs:tt, $spans:literal [$($s:ident)*] [$($weights:ident)*],
-     $o_and_weights:tt, $scores_shape:literal $scores:tt $scores_steps:tt, $output_shape:literal $output_steps:tt) => {
+     $o_and_weights:tt, $scores_shape:literal $scores:tt $scores_steps:tt $shared_steps:tt, $output_shape:literal $output_steps:tt) => {
         impl WgmmaOps<$q_regs, $o_regs, $spans> for ($element, HeadDim<$head_dim>) {
             #[inline(always)]
             unsafe fn scores([$($s),*]: &mut [[f32; 32]; $spans], q: &[u32; $q_regs], k: u32) {
@@ -157,6 +207,16 @@ macro_rules! implement {
                 unsafe {
                     products!($scores_shape $ty, transposed 0, accumulators $scores, $scores_steps
                         $(inout 32 $s;)* in $q_regs q; then descriptor = in(reg64) descriptor(k, 16),
+                        options(nostack, preserves_flags));
+                }
+            }
+
+            #[inline(always)]
+            unsafe fn scores_of_shared([$($s),*]: &mut [[f32; 32]; $spans], q: u32, k: u32) {
+                // SAFETY: the caller's contract.
+                unsafe {
+                    products_of_shared!($scores_shape $ty, accumulators $scores, $shared_steps
+                        $(inout 32 $s;)* then queries = in(reg64) descriptor(q, 16), descriptor = in(reg64) descriptor(k, 16),
                         options(nostack, preserves_flags));
                 }
             }
@@ -187,23 +247,34 @@ macro_rules! implement {
 
 // Steps of 16 elements of Q and K: those of a block of 64 are 32 bytes apart. Steps of 16 keys of V: 2,048 bytes.
 implement!(64 16 32, 1 [s] [weights], 48,
-    scores "m64n64k16" 32 [0 8 0, 1 9 2, 1 10 4, 1 11 6,],
+    scores "m64n64k16" 32 [0 8 0, 1 9 2, 1 10 4, 1 11 6,] [0 0 0, 1 2 2, 1 4 4, 1 6 6,],
     output "m64n64k16" [1 8 0, 1 9 128, 1 10 256, 1 11 384,]);
 implement!(64 16 32, 2 [s_0 s_1] [weights_0 weights_1], 48,
-    scores "m64n128k16" 64 [0 16 0, 1 17 2, 1 18 4, 1 19 6,],
+    scores "m64n128k16" 64 [0 16 0, 1 17 2, 1 18 4, 1 19 6,] [0 0 0, 1 2 2, 1 4 4, 1 6 6,],
     output "m64n64k16" [1 8 0, 1 9 128, 1 10 256, 1 11 384, 1 12 512, 1 13 640, 1 14 768, 1 15 896,]);
 implement!(128 32 64, 1 [s] [weights], 80,
-    scores "m64n64k16" 32 [0 8 0, 1 9 2, 1 10 4, 1 11 6, 1 12 512, 1 13 514, 1 14 516, 1 15 518,],
+    scores "m64n64k16" 32 [0 8 0, 1 9 2, 1 10 4, 1 11 6, 1 12 512, 1 13 514, 1 14 516, 1 15 518,]
+        [0 0 0, 1 2 2, 1 4 4, 1 6 6, 1 512 512, 1 514 514, 1 516 516, 1 518 518,],
     output "m64n128k16" [1 16 0, 1 17 128, 1 18 256, 1 19 384,]);
 implement!(128 32 64, 2 [s_0 s_1] [weights_0 weights_1], 80,
-    scores "m64n128k16" 64 [0 16 0, 1 17 2, 1 18 4, 1 19 6, 1 20 1024, 1 21 1026, 1 22 1028, 1 23 1030,],
+    scores "m64n128k16" 64 [0 16 0, 1 17 2, 1 18 4, 1 19 6, 1 20 1024, 1 21 1026, 1 22 1028, 1 23 1030,]
+        [0 0 0, 1 2 2, 1 4 4, 1 6 6, 1 512 1024, 1 514 1026, 1 516 1028, 1 518 1030,],
     output "m64n128k16" [1 16 0, 1 17 128, 1 18 256, 1 19 384, 1 20 512, 1 21 640, 1 22 768, 1 23 896,]);
 
 // A warpgroup has half of the columns.
 implement!(256 64 64, 1 [s] [weights], 80,
     scores "m64n64k16" 32 [0 8 0, 1 9 2, 1 10 4, 1 11 6, 1 12 512, 1 13 514, 1 14 516, 1 15 518,
-        1 16 1024, 1 17 1026, 1 18 1028, 1 19 1030, 1 20 1536, 1 21 1538, 1 22 1540, 1 23 1542,],
+        1 16 1024, 1 17 1026, 1 18 1028, 1 19 1030, 1 20 1536, 1 21 1538, 1 22 1540, 1 23 1542,]
+        [0 0 0, 1 2 2, 1 4 4, 1 6 6, 1 512 512, 1 514 514, 1 516 516, 1 518 518,
+        1 1024 1024, 1 1026 1026, 1 1028 1028, 1 1030 1030, 1 1536 1536, 1 1538 1538, 1 1540 1540, 1 1542 1542,],
     output "m64n128k16" [1 16 0, 1 17 128, 1 18 256, 1 19 384,]);
+// Or all of them.
+implement!(256 64 128, 1 [s] [weights], 144,
+    scores "m64n64k16" 32 [0 8 0, 1 9 2, 1 10 4, 1 11 6, 1 12 512, 1 13 514, 1 14 516, 1 15 518,
+        1 16 1024, 1 17 1026, 1 18 1028, 1 19 1030, 1 20 1536, 1 21 1538, 1 22 1540, 1 23 1542,]
+        [0 0 0, 1 2 2, 1 4 4, 1 6 6, 1 512 512, 1 514 514, 1 516 516, 1 518 518,
+        1 1024 1024, 1 1026 1026, 1 1028 1028, 1 1030 1030, 1 1536 1536, 1 1538 1538, 1 1540 1540, 1 1542 1542,],
+    output "m64n256k16" [1 32 0, 1 33 128, 1 34 256, 1 35 384,]);
 
 /// Waits until at most `PENDING` products issued later than these scores are under way. `wgmma.wait_group`
 #[inline(always)]

@@ -10,11 +10,11 @@ use crate::element::Element;
 use crate::epilogue::{Columns, Ends, Row, Written, write_rows};
 use crate::isolation::restore_rows;
 use crate::plan_words::AtOnce;
-use crate::ptx::barrier::sync_named;
+use crate::ptx::barrier::{arrive_numbered, sync_named, sync_numbered};
 use crate::ptx::ldst::store_shared_u32x4;
 use crate::ptx::mbarrier;
 use crate::ptx::mma::ldmatrix_x4;
-use crate::ptx::shuffle::any;
+use crate::ptx::shuffle::{any, uniform};
 use crate::ptx::special::{run_time_address, thread_index, thread_index_here};
 use crate::ptx::switches::below_in_window;
 use crate::ptx::wgmma::{self, HeadDim, WgmmaOps};
@@ -64,6 +64,9 @@ pub(super) unsafe fn consume<
     if index >= plan.work_count {
         return;
     }
+    if Smem::<HEAD_DIM, GROUPS, BYTES>::TAKES_TURNS && group == 1 {
+        pass_turn(1);
+    }
     // SAFETY: over the whole function, items come from the plan, addresses from the checked launch parameters; every branch on
     // item fields is uniform over the warpgroup.
     unsafe {
@@ -107,27 +110,46 @@ pub(super) unsafe fn consume<
                 let (_, rows) = consumer_rows::<HEAD_DIM, GROUPS, BYTES>(thread, work.row_count);
                 let destinations = rows.map(|row| query_of_row(p, plan, &work, row).0.token_and_slot(words));
 
+                // Where time is shortest, descriptors are computed in uniform registers.
+                let same =
+                    |address| if Smem::<HEAD_DIM, GROUPS, BYTES>::TAKES_TURNS { uniform(address) } else { address };
                 let mut q = [0u32; Q_REGS];
-                let (slot, slot_count) = q_slots.take(work.row_count);
-                for i in 0..slot_count {
-                    mbarrier::wait(smem.q_full(slot + i), q_slots.parity(slot + i));
-                }
-                // With few rows, several warps compute the same, and each stores its part of them.
-                let of_group = if has_own_rows { warp & (3 >> few_rows(work.row_count)) } else { warp };
-                let q_slot = if slot_count == 1 { slot } else { group * QSlots::<GROUPS>::PER_GROUP + of_group };
-                // Registers are short: offsets that do not change are not kept from item to item.
-                let q_lane = thread_index_here() & 31;
-                let q_row = q_slot % QSlots::<GROUPS>::PER_GROUP * QSlots::<GROUPS>::ROWS + (q_lane & 15);
-                let q_tile = smem.q(q_slot / QSlots::<GROUPS>::PER_GROUP);
-                for k in 0..Q_REGS / 4 {
-                    let fragment = ldmatrix_x4(q_tile + tile_offset(GROUP_ROWS, q_row, 2 * k as u32 + (q_lane >> 4)));
-                    for i in 0..4 {
-                        q[4 * k + i] = fragment[i];
+                let stay = Smem::<HEAD_DIM, GROUPS, BYTES>::QUERIES_STAY;
+                let q_of_group = same(smem.q(group));
+                if stay {
+                    mbarrier::wait(smem.q_full(group), round & 1 ^ 1);
+                    // They were copied through the generic proxy.
+                    mbarrier::fence_async_proxy();
+                } else {
+                    let (slot, slot_count) = q_slots.take(work.row_count);
+                    for i in 0..slot_count {
+                        mbarrier::wait(smem.q_full(slot + i), q_slots.parity(slot + i));
+                    }
+                    // With few rows, several warps compute the same, and each stores its part of them.
+                    let of_group = if has_own_rows { warp & (3 >> few_rows(work.row_count)) } else { warp };
+                    let q_slot = if slot_count == 1 { slot } else { group * QSlots::<GROUPS>::PER_GROUP + of_group };
+                    // Registers are short: offsets that do not change are not kept from item to item.
+                    let q_lane = thread_index_here() & 31;
+                    let q_row = q_slot % QSlots::<GROUPS>::PER_GROUP * QSlots::<GROUPS>::ROWS + (q_lane & 15);
+                    let q_tile = smem.q(q_slot / QSlots::<GROUPS>::PER_GROUP);
+                    for k in 0..Q_REGS / 4 {
+                        let fragment =
+                            ldmatrix_x4(q_tile + tile_offset(GROUP_ROWS, q_row, 2 * k as u32 + (q_lane >> 4)));
+                        for i in 0..4 {
+                            q[4 * k + i] = fragment[i];
+                        }
+                    }
+                    for i in 0..slot_count {
+                        release(smem.q_empty(slot + i), lane);
                     }
                 }
-                for i in 0..slot_count {
-                    release(smem.q_empty(slot + i), lane);
-                }
+                let scores = |s: &mut [[f32; 32]; SPANS], q: &[u32; Q_REGS], k| {
+                    if stay {
+                        <(M, HeadDim<HEAD_DIM>)>::scores_of_shared(s, q_of_group, k);
+                    } else {
+                        <(M, HeadDim<HEAD_DIM>)>::scores(s, q, k);
+                    }
+                };
                 let factors = F::arrange::<E>(q.as_chunks_mut().0);
 
                 let mut o = [0f32; O_REGS];
@@ -149,7 +171,7 @@ pub(super) unsafe fn consume<
                 // Scores of the first tile; in the loop, the scores of a tile are computed while the values of the tile
                 // before it are accumulated.
                 mbarrier::wait(smem.k_full(ring.stage), ring.phase);
-                <(M, HeadDim<HEAD_DIM>)>::scores(&mut s, &q, smem.k(ring.stage));
+                scores(&mut s, &q, same(smem.k(ring.stage)));
                 let masks = load_masks(smem, ring.stage);
                 wgmma::wait_scores::<0, SPANS>(&mut s);
                 release(smem.k_empty(ring.stage), lane);
@@ -177,9 +199,16 @@ pub(super) unsafe fn consume<
                         zero_values::<HEAD_DIM, GROUPS, BYTES, SPANS>(smem.v(previous.stage), ends);
                     }
                     let masks = load_masks(smem, ring.stage);
-                    <(M, HeadDim<HEAD_DIM>)>::scores(&mut s, &q, smem.k(ring.stage));
+                    let (k_tile, v_tile) = (same(smem.k(ring.stage)), same(smem.v_columns(previous.stage, part)));
+                    if Smem::<HEAD_DIM, GROUPS, BYTES>::TAKES_TURNS {
+                        take_turn(group);
+                    }
+                    scores(&mut s, &q, k_tile);
                     mbarrier::wait(smem.v_full(previous.stage), previous.phase);
-                    <(M, HeadDim<HEAD_DIM>)>::accumulate(&mut o, &weights, smem.v_columns(previous.stage, part));
+                    <(M, HeadDim<HEAD_DIM>)>::accumulate(&mut o, &weights, v_tile);
+                    if Smem::<HEAD_DIM, GROUPS, BYTES>::TAKES_TURNS {
+                        pass_turn(group);
+                    }
                     wgmma::wait_scores::<1, SPANS>(&mut s);
                     release(smem.k_empty(ring.stage), lane);
                     ends = values_ends(masks);
@@ -198,6 +227,9 @@ pub(super) unsafe fn consume<
                     previous = ring;
                     ring.advance(Smem::<HEAD_DIM, GROUPS, BYTES>::STAGES);
                     token += Smem::<HEAD_DIM, GROUPS, BYTES>::KEYS;
+                }
+                if stay {
+                    release(smem.q_empty(group), lane);
                 }
                 mbarrier::wait(smem.v_full(previous.stage), previous.phase);
                 if ends != [ALL_VALUES; SPANS] {
@@ -248,6 +280,7 @@ pub(super) unsafe fn consume<
                     break written;
                 }
                 if index >= plan.work_count {
+                    end_turns::<HEAD_DIM, GROUPS, BYTES>(group);
                     return;
                 }
             };
@@ -284,9 +317,33 @@ pub(super) unsafe fn consume<
                 (false, false) => restore!(false, false),
             }
             if index >= plan.work_count {
+                end_turns::<HEAD_DIM, GROUPS, BYTES>(group);
                 return;
             }
         }
+    }
+}
+
+/// Threads of two consumer warpgroups.
+const TURN_THREADS: u32 = 8 * 32;
+
+/// Waits until the other consumer warpgroup lets this one, `group`, multiply.
+#[inline(always)]
+fn take_turn(group: u32) {
+    sync_numbered(NamedBarrier::Turns, group, TURN_THREADS);
+}
+
+/// Lets the other consumer warpgroup multiply behind what this one has issued.
+#[inline(always)]
+fn pass_turn(group: u32) {
+    arrive_numbered(NamedBarrier::Turns, group ^ 1, TURN_THREADS);
+}
+
+/// Behind the last item the second warpgroup has passed once more than the first one has taken.
+#[inline(always)]
+fn end_turns<const HEAD_DIM: u32, const GROUPS: u32, const BYTES: u32>(group: u32) {
+    if Smem::<HEAD_DIM, GROUPS, BYTES>::TAKES_TURNS && group == 0 {
+        take_turn(0);
     }
 }
 

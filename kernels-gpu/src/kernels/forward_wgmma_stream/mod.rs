@@ -42,8 +42,7 @@ use consume::consume;
 use format::{Format, Widened};
 use pat_abi::reader::PlanView;
 use pat_abi::{
-    ForwardParams, PlanHeader, ScaledForwardParams, TileConfig, TileVariant, scaled_kernel_shapes,
-    wgmma64_kernel_shapes, wgmma128_kernel_shapes,
+    ForwardParams, PlanHeader, ScaledForwardParams, TileConfig, TileVariant, scaled_kernel_shapes, wgmma_kernel_shapes,
 };
 use produce::{FIRST_Q_WARPS, produce_kv, produce_q};
 use smem::{QSlots, Smem, Tensor};
@@ -111,7 +110,7 @@ unsafe fn forward<
             }
             for slot in 0..QSlots::<GROUPS>::COUNT {
                 mbarrier::init(smem.q_full(slot), 32 * FIRST_Q_WARPS);
-                mbarrier::init(smem.q_empty(slot), Smem::<HEAD_DIM, GROUPS, BYTES>::CONSUMER_WARPS);
+                mbarrier::init(smem.q_empty(slot), Smem::<HEAD_DIM, GROUPS, BYTES>::Q_SLOT_WARPS);
             }
             mbarrier::fence_init();
             tma::prefetch_map(maps.0);
@@ -169,7 +168,7 @@ macro_rules! entries {
         $element:ident, $multiplied:ident, $format:ty, $bytes:literal
     ) => {
         const _: () = {
-            const CONFIG: TileConfig = TileVariant::$variant.config($head_dim);
+            const CONFIG: TileConfig = TileVariant::$variant.config($head_dim).of_elements($bytes);
             const GROUPS: u32 = CONFIG.rows / GROUP_ROWS;
             const SPANS: usize = (CONFIG.keys / SPAN_KEYS) as usize;
             const O_REGS: usize = ($head_dim / 2 / CONFIG.column_splits) as usize;
@@ -195,6 +194,6 @@ macro_rules! entries {
     };
 }
 
-wgmma64_kernel_shapes!(entries! { Wgmma64 "pat_forward_wgmma64" });
-wgmma128_kernel_shapes!(entries! { Wgmma128 "pat_forward_wgmma128" });
+wgmma_kernel_shapes!(entries! { Wgmma64 "pat_forward_wgmma64" });
+wgmma_kernel_shapes!(entries! { Wgmma128 "pat_forward_wgmma128" });
 scaled_kernel_shapes!(entries! { Wgmma64 "pat_forward_wgmma64" });

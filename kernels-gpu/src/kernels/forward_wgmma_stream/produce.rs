@@ -195,7 +195,8 @@ pub(super) unsafe fn produce_q<const HEAD_DIM: u32, const GROUPS: u32, const BYT
             // Rows of one query, a leaf's case, need no further load.
             let first_token = from_lane_u32(lane_token, in_batch);
             let one_query = work.row_count <= p.group.divisor;
-            let (slot, slot_count) = slots.take(work.row_count);
+            let stay = Smem::<HEAD_DIM, GROUPS, BYTES>::QUERIES_STAY;
+            let (slot, slot_count) = if stay { (0, 0) } else { slots.take(work.row_count) };
             // A consumer's rows at a time: registers are short.
             for group in 0..GROUPS {
                 let first_row = GROUP_ROWS * group;
@@ -213,7 +214,9 @@ pub(super) unsafe fn produce_q<const HEAD_DIM: u32, const GROUPS: u32, const BYT
                     let token = tokens[i as usize];
                     sources[i as usize] = strided(p.q, token, p.q_sequence_stride, head, p.q_head_stride);
                 }
-                if group == 0 {
+                if stay {
+                    mbarrier::wait(smem.q_empty(group), round & 1 ^ 1);
+                } else if group == 0 {
                     for i in 0..slot_count {
                         mbarrier::wait(smem.q_empty(slot + i), slots.parity(slot + i));
                     }
@@ -221,6 +224,14 @@ pub(super) unsafe fn produce_q<const HEAD_DIM: u32, const GROUPS: u32, const BYT
                 let rows = (first_row, work.row_count);
                 let warps = (warp, if round == 0 { FIRST_Q_WARPS } else { staying });
                 copy_q::<HEAD_DIM, GROUPS, BYTES>(smem, rows, sources, slot * QSlots::<GROUPS>::ROWS, warps, lane);
+                if stay {
+                    mbarrier::arrive_on_copies(smem.q_full(group));
+                    if round > 0 && warp == 0 {
+                        for _ in staying..FIRST_Q_WARPS {
+                            mbarrier::arrive_on_copies(smem.q_full(group));
+                        }
+                    }
+                }
             }
             if round == 0 {
                 queries_requested();

@@ -60,6 +60,12 @@ impl<const HEAD_DIM: u32, const GROUPS: u32, const BYTES: u32> Smem<HEAD_DIM, GR
     /// Columns of a consumer warpgroup.
     pub(super) const COLUMNS: u32 = HEAD_DIM / Self::COLUMN_SPLITS;
     pub(super) const Q_SLOTS: u32 = Self::CONFIG.query_slots;
+    /// Whether queries are multiplied from shared memory. Each consumer warpgroup then has one slot for all of its rows.
+    pub(super) const QUERIES_STAY: bool = Self::CONFIG.queries_stay;
+    /// Consumer warps that read a slot of queries.
+    pub(super) const Q_SLOT_WARPS: u32 = if Self::QUERIES_STAY { GROUP_ROWS / 16 } else { Self::CONSUMER_WARPS };
+    /// Whether the consumer warpgroups take turns at the tensor cores: one computes weights while the other multiplies.
+    pub(super) const TAKES_TURNS: bool = GROUPS > 1 && Self::QUERIES_STAY;
     /// Of 64 elements of the keys of a tile.
     pub(super) const BLOCK_BYTES: u32 = Self::KEYS * BLOCK_ROW_BYTES;
     /// Bytes of a row of what a tensor copy brings, and elements of it.
