@@ -128,7 +128,8 @@ impl VariantTerms {
                 _ => profile.mma_flop_per_us,
             };
             let is_narrow = variant.arch() == Arch::Sm90a && shape.head_dim() <= 64 && shape.kv_dtype().bytes() == 2;
-            let rate = rate * conversion_rate(variant.arch(), shape.kv_dtype()) * if is_narrow { NARROW_RATE } else { 1.0 };
+            let rate = if is_narrow { NARROW_RATE * rate } else { rate };
+            let rate = rate * conversion_rate(variant.arch(), shape.kv_dtype());
             let keys = variant.keys(shape.head_dim(), shape.kv_dtype());
             let step_latency = step_latency(variant, shape.head_dim(), keys);
             let row_flop = 2.0 * f64::from(shape.head_dim() + shape.v_head_dim());

@@ -9,10 +9,11 @@
 //! Shared memory, every tile `head_dim / 64` blocks of `[rows][128 bytes]` (128-byte swizzle), 64 rows of Q and as many
 //! of K and V as a step has keys: `[K0 V0 | K1 V1 | K2 V2 | Q | barriers | masks]`.
 //!
-//! `wgmma64` has one consumer warpgroup, steps of 64 keys and two CTAs per multiprocessor. `wgmma128` has two consumers,
-//! which multiply the same K and V tiles of 128 keys with 64 rows each: a node shared by many sequences is read from L2
-//! half as often. At head dimension 256 `wgmma64` has two consumers, too: both compute the scores of all rows, and each
-//! multiplies half of V's columns.
+//! `wgmma64` has one consumer warpgroup, steps of 64 keys (128 at head dimension 64) and two CTAs per multiprocessor.
+//! `wgmma128` has two consumers, which multiply the same K and V tiles of 128 keys (64 at head dimension 256) with 64 rows
+//! each: a node shared by many sequences is read from L2 half as often. At head dimension 256 `wgmma64` has two consumers,
+//! too: both compute the scores of all rows, and each multiplies half of V's columns. There `wgmma128` reads queries from
+//! shared memory at each product, where they stay while their item lasts ([`TileConfig::queries_stay`]).
 //!
 //! 8-bit K and V arrive in stages of their own, behind the queries. Then one warp copies both, one the queries, and two widen
 //! tiles for all rows ([`widen`]).

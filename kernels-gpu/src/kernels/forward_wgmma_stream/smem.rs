@@ -50,8 +50,7 @@ impl<const HEAD_DIM: u32, const GROUPS: u32, const BYTES: u32> Smem<HEAD_DIM, GR
         config.smem(HEAD_DIM, HEAD_DIM, BYTES)
     };
     pub(super) const STAGES: u32 = Self::CONFIG.stages;
-    /// Spans of 64 keys in a main-loop step. Two CTAs share a multiprocessor where each has one consumer; else one has all of it,
-    /// and room for twice the keys.
+    /// Spans of 64 keys in a main-loop step.
     pub(super) const SPANS: u32 = Self::CONFIG.keys / SPAN_KEYS;
     pub(super) const KEYS: u32 = Self::CONFIG.keys;
     pub(super) const CONSUMER_WARPS: u32 = Self::CONFIG.computing_warps();
