@@ -269,14 +269,14 @@ mod tests {
         assert!(!are_alike(&original, &code(&other)));
         assert!(!are_alike(&original, &original[16..]) && !are_alike(&[], &[]));
         for (shorter, longer) in [(&original[16..], &original[..]), (&[], &original)] {
-            assert!(!costs_no_more(shorter, longer, false) && !costs_no_more(longer, shorter, true));
-            assert_eq!(costs_no_more(shorter, longer, true), !shorter.is_empty());
+            assert!(!costs_no_more(shorter, longer, None) && !costs_no_more(longer, shorter, Some(1)));
+            assert_eq!(costs_no_more(shorter, longer, Some(1)), !shorter.is_empty());
         }
         let nop: Vec<u8> = [0x18, 9].into_iter().chain([0; 14]).collect();
         let filled_up = [&original[..], &nop.repeat(8)].concat();
-        assert!(costs_no_more(&filled_up, &original, true) && !costs_no_more(&filled_up, &original, false));
+        assert!(costs_no_more(&filled_up, &original, Some(1)) && !costs_no_more(&filled_up, &original, None));
         let one_more = [&filled_up[..], &code(&[1])].concat();
-        assert!(costs_no_more(&one_more, &original, true));
-        assert!(!costs_no_more(&[&one_more[..], &code(&[1])].concat(), &original, true));
+        assert!(costs_no_more(&one_more, &original, Some(1)));
+        assert!(!costs_no_more(&[&one_more[..], &code(&[1])].concat(), &original, Some(1)));
     }
 }
