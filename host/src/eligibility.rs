@@ -119,15 +119,17 @@ impl Asked<'_> {
     }
 
     /// Whether the variant's tiles take groups of more query heads than they have rows, in parts: those do whose rows are the
-    /// most that there are on the device. With other variants wider tiles are better.
+    /// most that there are on the device for such problems. With other variants wider tiles are better.
     fn divides_groups(self, kernel: &KernelSpec, variant: TileVariant) -> bool {
         let of = |kernel: &KernelSpec| (kernel.dtype, kernel.kv_dtype, kernel.head_dim, kernel.v_head_dim);
-        let runs = |other: &KernelSpec| {
+        let serves = |other: &KernelSpec, wider: TileVariant| {
             self.compute_capability.is_none_or(|capability| other.arch.runs_on(capability))
                 && self.smem_per_cta_bytes().is_none_or(|bytes| other.smem_bytes <= bytes)
+                && other.serves(self.problem.switches())
+                && wider.supports_page_size(self.problem.page_size())
         };
         forward_kernels()
-            .all(|(other, wider)| wider.rows() <= variant.rows() || of(other) != of(kernel) || !runs(other))
+            .all(|(other, wider)| wider.rows() <= variant.rows() || of(other) != of(kernel) || !serves(other, wider))
     }
 
     /// What a CTA may have on devices of this kind.
@@ -375,7 +377,14 @@ mod tests {
             [TileVariant::Mma128, TileVariant::Wgmma128].map(|variant| of(variant, wider, 90)),
             [Ok(()), Ok(())]
         );
-        assert_eq!(of(TileVariant::Mma64, problem(256, 1, 256, Dtype::F16, 16), 80), Ok(()));
+        let widest = problem(256, 1, 256, Dtype::F16, 16);
+        assert_eq!(of(TileVariant::Mma64, widest, 80), Ok(()));
+        // Where the only wider tiles have no windows, or cannot read the pages.
+        assert_eq!(of(TileVariant::Mma64, widest, 90).unwrap_err().part, Part::Group);
+        assert_eq!(of(TileVariant::Wgmma128, widest, 90), Ok(()));
+        for served in [widest.with_window(40), widest.with_query_tree(4), widest.with_page_size(20)] {
+            assert_eq!(of(TileVariant::Mma64, served, 90), Ok(()));
+        }
         // At head dim 512 the 32 rows of `mma32` take more shared memory than some devices have.
         for capability in [80, 86, 89, 90, 120] {
             assert_eq!(supports(&problem(71, 1, 512, Dtype::F16, 16), None, Some(capability)), Ok(()), "{capability}");

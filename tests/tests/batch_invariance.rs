@@ -207,7 +207,7 @@ fn kernels_give_sequences_the_same_bits_alone_and_in_any_batch() {
             _ => None,
         })
         .collect();
-    assert_eq!(kernels.len(), 25);
+    assert_eq!(kernels.len(), 26);
     let runs: Vec<_> = kernels.into_iter().flat_map(|kernel| [0, 1].map(|index| (kernel, index))).collect();
     let parts: Vec<f64> = runs
         .into_par_iter()
