@@ -88,8 +88,11 @@ pub(super) unsafe fn consume<
                     in_batch = 0;
                     batch = load_batch(round);
                 }
-                let (work, lone) =
-                    if has_lone_tiles { batch.get_with_lone_tiles(in_batch) } else { (batch.get(in_batch), LoneTiles::NONE) };
+                let (work, lone) = if has_lone_tiles {
+                    batch.get_with_lone_tiles(in_batch)
+                } else {
+                    (batch.get(in_batch), LoneTiles::NONE)
+                };
                 // Where the tiles begin and end that the warpgroup computes.
                 let (begin, end) = if has_lone_tiles {
                     let tiles = work.token_count.div_ceil(Smem::<HEAD_DIM, GROUPS, BYTES>::KEYS);
@@ -160,7 +163,17 @@ pub(super) unsafe fn consume<
                 macro_rules! lone_tiles {
                     ($begin:expr, $end:expr) => {
                         lone_tiles::<E, M, F, HEAD_DIM, GROUPS, BYTES, Q_REGS, O_REGS>(
-                            p, smem, &mut ring, $begin, $end, work.row_count, &q, factors, &mut softmax, &mut o, part,
+                            p,
+                            smem,
+                            &mut ring,
+                            $begin,
+                            $end,
+                            work.row_count,
+                            &q,
+                            factors,
+                            &mut softmax,
+                            &mut o,
+                            part,
                         )
                     };
                 }
@@ -262,8 +275,7 @@ pub(super) unsafe fn consume<
                 release(smem.v_empty(previous.stage), lane);
                 let mut early = early;
                 if has_lone_tiles {
-                    let token_count =
-                        if keeps_batch { batch.token_count_before(in_batch) } else { work.token_count };
+                    let token_count = if keeps_batch { batch.token_count_before(in_batch) } else { work.token_count };
                     if end < token_count {
                         lone_tiles!(end, token_count);
                         early = early.map(|_| find_ends(softmax));

@@ -3,8 +3,8 @@
 use crate::plan_words::AtOnce;
 use crate::ptx::shuffle::from_lane_u32;
 use crate::ptx::special::{cta_count, cta_index, run_time};
-use pat_abi::{ForwardParams, LoneTiles, NO_MASKS};
 use pat_abi::reader::{PlanView, QueryAddress, Work};
+use pat_abi::{ForwardParams, LoneTiles, NO_MASKS};
 
 /// The query of tile row `row` and the row's query head; row 0's for rows the item does not have.
 #[inline(always)]
@@ -59,9 +59,8 @@ impl Batch {
         let index = work_index(first + lane);
         let index = if index < plan.work_count { index } else { 0 };
         // SAFETY: as in `load`.
-        let (LoneTiles(lone), mut batch) = unsafe {
-            (plan.lone_tiles(AtOnce::new(), index, p.kv_heads_divisor), Self::load(p, plan, first, lane))
-        };
+        let (LoneTiles(lone), mut batch) =
+            unsafe { (plan.lone_tiles(AtOnce::new(), index, p.kv_heads_divisor), Self::load(p, plan, first, lane)) };
         batch.lane_work.row_count |= u32::from(lone) << 16 | if batch.lane_work.has_masks() { HAS_MASKS } else { 0 };
         batch
     }
