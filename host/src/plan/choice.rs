@@ -99,7 +99,10 @@ impl TileChoices {
             return Self::check_forced(forced, &possible, problem, profile).map(|()| only(forced));
         }
         let streams = is_for_streams(problem);
-        let possible: Vec<_> = possible.into_iter().filter(|variant| streams || variant.arch() == Arch::Sm80).collect();
+        let usual: Vec<_> =
+            possible.iter().copied().filter(|variant| streams || variant.arch() == Arch::Sm80).collect();
+        // A group may be one that wgmma's tiles alone take.
+        let possible = if usual.is_empty() { possible } else { usual };
         // The wgmma stream serves leaves as fast as the narrow tiles do, and shared nodes in the same launch.
         if possible.contains(&TileVariant::Wgmma64) {
             let mma: Vec<_> = possible.iter().copied().filter(|variant| variant.arch() == Arch::Sm80).collect();
@@ -283,6 +286,9 @@ mod tests {
         let problem = |head_dim| Problem::new(AttentionShape::new(32, 8, head_dim, Dtype::Bf16).unwrap(), 16);
         assert_eq!(variants(problem(128)), [TileVariant::Wgmma64, TileVariant::Wgmma128]);
         assert_eq!(variants(problem(256)), [TileVariant::Wgmma64, TileVariant::Wgmma128]);
+        // mma.sync is faster over pages of 24, but wider tiles hold the group.
+        let group_of_65 = Problem::new(AttentionShape::new(65, 1, 256, Dtype::Bf16).unwrap(), 24);
+        assert_eq!(variants(group_of_65), [TileVariant::Wgmma128]);
         let eight_bit = Problem::new(problem(128).shape().with_kv_dtype(Dtype::E4m3), 16);
         let mma = [TileVariant::Mma16, TileVariant::Mma32, TileVariant::Mma64];
         assert_eq!(variants(eight_bit), [&mma[..], &[TileVariant::Wgmma64]].concat());
